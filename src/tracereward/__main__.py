@@ -1,0 +1,5 @@
+"""``python -m tracereward``."""
+
+from tracereward.cli import main
+
+main()

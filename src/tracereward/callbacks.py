@@ -1,0 +1,111 @@
+"""What watches a run from outside: the metrics file, the progress bar and the stop signal."""
+
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from tracereward.files import read_jsonl, write_jsonl
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each log to ``metrics.jsonl``: one object a line, first `phase` and `step`."""
+
+    def __init__(self, path: Path, phase: str):
+        self.path = path
+        self.phase = phase
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the trainer with what it logs."""
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            self.append({"phase": self.phase, "step": state.global_step, **logs})
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row; nan and infinity, which JSON does not have, become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def rewind(self, step: int, warmup_updates: int) -> None:
+        """Forget what was logged after the checkpoint from which a run goes on."""
+
+        def keep(row: dict) -> bool:
+            return row["update"] <= warmup_updates if row["phase"] == "warmup" else row["step"] <= step
+
+        write_jsonl(self.path, [row for row in read_jsonl(self.path) if keep(row)])
+
+
+class StopSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM ends the step that is running, saves a checkpoint and stops; a second one stops at once."""
+
+    def __init__(self):
+        self.received = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        """Take over SIGINT and SIGTERM; from the main thread."""
+        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called by the trainer after each optimiser step."""
+        if self.received and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class Progress(TrainerCallback):
+    """A bar on stderr with the time left and a few current numbers; stdout stays free for data."""
+
+    SHOWN = {
+        "loss": "loss",
+        "reward": "reward",
+        "rewards/correct/mean": "correct",
+        "monitor/within_prompt_auroc": "AUROC",
+    }
+
+    def __init__(self, description: str):
+        self.description = description
+        self.bar: tqdm | None = None
+
+    @classmethod
+    def replace_default(cls, trainer: Trainer, description: str) -> None:
+        """Put this bar in the place of the trainer's, which prints every log to stdout."""
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(cls(description))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Advance; the bar starts with the first step, after any warm-up."""
+        if not state.is_world_process_zero or args.disable_tqdm:
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step - 1, desc=self.description)
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show current numbers behind the bar."""
+        if self.bar is not None and logs:
+            shown = {label: logs[key] for key, label in self.SHOWN.items() if isinstance(logs.get(key), float)}
+            self.bar.set_postfix({label: f"{value:.3g}" for label, value in shown.items()})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

@@ -1,0 +1,57 @@
+"""Checkpoints that are whole or ignored, and runs that stop before a number that is not finite does harm."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from tracereward.errors import RunFailed
+from tracereward.files import atomic_write_json, fsync_tree
+
+COMPLETE = "complete.json"  # written last: a checkpoint without it was cut short by a kill
+
+
+def checkpoint_step(folder: Path) -> int:
+    """N of ``checkpoint-N``."""
+    return int(folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-"))
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; the unfinished ones are removed."""
+    complete = []
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (path / COMPLETE).is_file():
+            complete.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(complete, key=checkpoint_step, default=None)
+
+
+class SafeTrainer(Trainer):
+    """Mixin for TRL's trainers: complete checkpoints, and no step on a loss that is not finite.
+
+    TRL and transformers write a checkpoint in place, file by file; a marker after everything is on the disk says that
+    it is whole.
+    """
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """A training step; stops the run at a loss that is not finite, before the optimiser uses it."""
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            raise RunFailed(f"the policy's loss is {float(loss)} at step {self.state.global_step + 1}")
+        return loss
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        for name, parameter in self.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+                raise RunFailed(f"the policy's weights {name} are not finite after step {self.state.global_step}")
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            fsync_tree(folder)
+            atomic_write_json(folder / COMPLETE, {"step": self.state.global_step})

@@ -1,0 +1,211 @@
+"""Options of the training commands, beside those of TRL's `GRPOConfig`, `SFTConfig` and `ModelConfig`.
+
+Deviations of the defaults from arXiv 2510.01857, in one place: head ``action`` instead of ``token`` and granularity
+``dense`` instead of ``sparse`` (a freshly headed small backbone learns too slowly to be of use), tokens before a
+rollout's first difference from the expert trace left out, at most 60 warm-up updates instead of 250.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import GRPOConfig, SFTConfig
+
+from tracereward.errors import InputError, check_choice
+from tracereward.masks import GRANULARITIES
+from tracereward.reward_model import HEADS
+
+ADVANTAGES = ("trajectory", "token")
+TEMPLATES = ("plain", "chat")
+ON_LONG = ("refuse", "drop")
+REWARD_AGGREGATES = ("mean", "min")
+
+
+@dataclass
+class DataArguments:
+    """Which demonstrations, read how."""
+
+    task: str = field(
+        default="generic",
+        metadata={"help": "Recipe that maps a set's fields: arithmetic, gsm8k, math, medreason, mmlu_pro, strategyqa, "
+                  "or generic for rows with prompt, completion and optionally answer."},
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "JSONL or Parquet file, or Hub id. Default: the recipe's own set on the Hub."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub set to train on."})
+    unlabeled_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "File or Hub id with further prompts for the policy's rollouts; no trace is read from it."},
+    )
+    max_demonstrations: int | None = field(default=None, metadata={"help": "Use the first N demonstrations only."})
+    template: str = field(
+        default="plain", metadata={"help": "plain: prompts as the recipe writes them; chat: the tokenizer's template."}
+    )
+    on_long: str = field(
+        default="refuse",
+        metadata={"help": "A completion over --max_completion_length: refuse to start, or drop the row and say so. "
+                  "Nothing is ever cut."},
+    )
+
+    def __post_init__(self):
+        check_choice("template", self.template, TEMPLATES)
+        check_choice("on_long", self.on_long, ON_LONG)
+
+
+def _prepare(config: GRPOConfig | SFTConfig) -> dict[str, Any]:
+    """Remember the options as they were given, before others are derived from them; float32 on a CPU.
+
+    TRL's default is bf16, which a machine without an accelerator does not train in.
+    """
+    given = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        config.use_cpu = True
+        if config.bf16 is None:
+            config.bf16 = False
+    return given
+
+
+@dataclass
+class SupervisedConfig(SFTConfig):
+    """`trl.SFTConfig` with the length limit of demonstrations and a validation split."""
+
+    max_completion_length: int = field(
+        default=1024, metadata={"help": "Longest completion in tokens, with the end-of-sequence token."}
+    )
+    validation_fraction: float = field(
+        default=0.0,
+        metadata={"help": "Share of the demonstrations held out; their loss chooses the checkpoint that is kept."},
+    )
+    logging_steps: float = field(default=1, metadata={"help": "Log every N steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; at least 2."})
+
+    def __post_init__(self):
+        self.given = _prepare(self)
+        if not 0 <= self.validation_fraction < 1:
+            raise InputError(f"validation_fraction must be in [0, 1), not {self.validation_fraction}")
+        self.max_length = None  # lengths are checked before; TRL would cut the answer off silently
+        self.completion_only_loss = True
+        if self.validation_fraction:
+            self.eval_strategy = self.save_strategy
+            self.eval_steps = self.save_steps
+            self.load_best_model_at_end = True
+            self.metric_for_best_model = "eval_loss"
+            self.greater_is_better = False
+        check_checkpoint_limit(self.save_total_limit)
+        super().__post_init__()
+
+
+@dataclass
+class PolicyConfig(GRPOConfig):
+    """`trl.GRPOConfig` with the defaults that `grpo` and `train` share."""
+
+    logging_steps: float = field(default=1, metadata={"help": "Log every N steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; at least 2."})
+
+    def __post_init__(self):
+        self.given = _prepare(self)
+        if self.num_generations is not None and self.num_generations < 2:
+            raise InputError(
+                f"num_generations is {self.num_generations}: a group needs at least 2 completions of a prompt, "
+                "because the advantage compares them. Use 4 or more."
+            )
+        check_checkpoint_limit(self.save_total_limit)
+        if self.cache_implementation is None and torch.cuda.is_available() and not self.use_vllm:
+            self.cache_implementation = "static"  # several times faster than a growing cache, see benchmarks
+        super().__post_init__()
+        boundary = self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
+        if boundary > 1 and self.save_strategy == "steps" and self.save_steps % boundary:
+            raise InputError(
+                f"save_steps {self.save_steps:g} is not a multiple of {boundary}, the optimiser steps that share one "
+                f"batch of rollouts: a resumed run would differ. Use --save_steps {boundary}."
+            )
+
+
+@dataclass
+class RewardConfig(PolicyConfig):
+    """Options of `tracereward grpo`: a given reward instead of a learned one."""
+
+    reward: str = field(
+        default="verifier",
+        metadata={"help": "verifier: 1 for a correct answer, uses gold answers (upper baseline). logprob: mean "
+                  "log-prob under the starting policy, frozen (control: what a learned reward must beat)."},
+    )
+
+    def __post_init__(self):
+        check_choice("reward", self.reward, ("verifier", "logprob"))
+        super().__post_init__()
+
+
+@dataclass
+class AdversarialConfig(PolicyConfig):
+    """Options of `tracereward train`: the discriminator, its reward and the advantages."""
+
+    head: str = field(default="action", metadata={"help": "token (the paper's) or action (learns quickly)."})
+    granularity: str = field(
+        default="dense", metadata={"help": "Supervised tokens: sparse, step, interval or dense."}
+    )
+    interval: int = field(default=15, metadata={"help": "k of granularity interval."})
+    step_delimiter: str | None = field(default=None, metadata={"help": "What ends a step. Default: the recipe's."})
+    beta_clip: float = field(default=5.0, metadata={"help": "Token rewards are clipped to +-beta_clip, in log-odds."})
+    label_smoothing: float = field(default=0.1, metadata={"help": "Smoothing of the labels in the discriminator's BCE."})
+    first_difference: bool = field(
+        default=True,
+        metadata={"help": "Leave out the tokens that a rollout shares with its prompt's expert trace, for both."},
+    )
+    reward_aggregate: str = field(default="mean", metadata={"help": "Trace reward: mean or min of token rewards."})
+    advantages: str = field(
+        default="trajectory", metadata={"help": "trajectory: one advantage a trace; token: discounted return-to-go."}
+    )
+    gamma: float = field(default=1.0, metadata={"help": "Discount of token advantages."})
+    discriminator_model: str | None = field(
+        default=None, metadata={"help": "Causal LM that the discriminator starts from. Default: the starting policy."}
+    )
+    discriminator_use_peft: bool | None = field(
+        default=None, metadata={"help": "LoRA for the discriminator (the policy's settings). Default: as the policy."}
+    )
+    discriminator_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW learning rate."})
+    discriminator_prompts: int = field(default=16, metadata={"help": "Demonstrations in one update."})
+    discriminator_rollouts: int = field(default=4, metadata={"help": "Rollouts beside each demonstration."})
+    discriminator_warmup_updates: int = field(
+        default=60, metadata={"help": "Updates before the policy moves, on rollouts drawn once."}
+    )
+    discriminator_updates: int = field(default=1, metadata={"help": "Updates for each batch of rollouts; 0 freezes."})
+    discriminator_token_budget: int = field(
+        default=8192, metadata={"help": "Padded tokens in one forward pass of the discriminator."}
+    )
+    warmup_rollouts: int = field(default=8, metadata={"help": "Rollouts of each demonstration drawn for the warm-up."})
+    warmup_save_updates: int = field(default=20, metadata={"help": "Updates between two saves of the warm-up."})
+    replay_size: int = field(default=4096, metadata={"help": "Rollouts kept for later updates."})
+    replay_share: float = field(
+        default=0.5, metadata={"help": "Share of an update's demonstrations whose rollouts come from the replay buffer."}
+    )
+    expert_prompt_share: float = field(
+        default=0.25,
+        metadata={"help": "With --unlabeled_dataset_name: share of prompts that have a demonstration."},
+    )
+
+    def __post_init__(self):
+        check_choice("head", self.head, HEADS)
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("advantages", self.advantages, ADVANTAGES)
+        check_choice("reward_aggregate", self.reward_aggregate, REWARD_AGGREGATES)
+        for name, low, high in (
+            ("label_smoothing", 0, 0.499),
+            ("gamma", 0, 1),
+            ("replay_share", 0, 1),
+            ("expert_prompt_share", 0, 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name} must be between {low} and {high:.1g}, not {getattr(self, name)}")
+        for name in ("discriminator_prompts", "discriminator_rollouts", "warmup_rollouts", "warmup_save_updates"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        super().__post_init__()
+
+
+def check_checkpoint_limit(limit: int | None) -> None:
+    """A kill while the newest checkpoint is written must leave an older one that is whole."""
+    if limit is not None and limit < 2:
+        raise InputError(f"save_total_limit must be at least 2 so that one whole checkpoint always remains, not {limit}")

@@ -1,0 +1,111 @@
+"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tracereward.errors import InputError
+
+
+def fsync_tree(folder: Path) -> None:
+    """Flush every file below `folder`, and the folders themselves, to the disk."""
+    for root, _, names in os.walk(folder):
+        for path in [*(os.path.join(root, name) for name in names), root]:
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def atomic_write_json(path: str | os.PathLike, value: Any) -> None:
+    """`atomic_write_text` of `value` as indented JSON."""
+    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends well, replacing what was there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        fsync_tree(temporary)
+        if path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        fsync_parent(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync_parent(path: Path) -> None:
+    """Make a rename of `path` durable."""
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+    """The complete rows of a JSONL file that a run appends to; a last line cut short by a kill is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_bytes().splitlines(keepends=True)
+    for line in lines:
+        if line.endswith(b"\n"):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_jsonl(path: str | os.PathLike, rows: list[dict]) -> None:
+    """Replace the file at `path` by one JSON object a line."""
+    atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def require_free_disk(folder: str | os.PathLike, needed: int, what: str) -> None:
+    """Refuse to start when the disk cannot hold what the run will write.
+
+    Args:
+        folder: where it will be written; need not exist yet.
+        needed: bytes.
+        what: named in the message, e.g. "2 checkpoints and the finished models".
+
+    Raises:
+        InputError: less than `needed` bytes are free.
+    """
+    existing = Path(folder).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {what}. "
+            "Free some space or choose another --output_dir."
+        )

@@ -1,0 +1,73 @@
+"""Which tokens are supervised: the only place that knows granularities.
+
+Training, scoring and serving call `supervision_mask` with the same arguments, so the phase of the interval, the end of
+the trace and the step ends are the same everywhere (arXiv 2510.01857, section on supervision granularity).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+GRANULARITIES = ("sparse", "step", "interval", "dense")
+
+
+def supervision_mask(completion_mask: Tensor, step_ends: Tensor, granularity: str, interval: int = 15) -> Tensor:
+    """Supervised positions m_t of each completion.
+
+    sparse: the last token. step: the last token of each step, and the last token. interval: every `interval`-th token
+    counted from the completion's first (1-based), and the last token. dense: every token. Padding: never.
+
+    Args:
+        completion_mask: (B, T), 1 for completion tokens; completions start in column 0 and are padded at the right.
+        step_ends: (B, T), 1 for the last token of each step; read by `step` only.
+        granularity: one of `GRANULARITIES`.
+        interval: k of `interval`.
+
+    Returns:
+        (B, T) bool.
+    """
+    real = completion_mask.bool()
+    position = completion_mask.long().cumsum(1)
+    last = real & (position == real.sum(1, keepdim=True))
+    if granularity == "sparse":
+        return last
+    if granularity == "step":
+        return (step_ends.bool() & real) | last
+    if granularity == "interval":
+        return (real & (position % interval == 0)) | last
+    if granularity == "dense":
+        return real
+    raise ValueError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}")
+
+
+def first_difference(completion: Sequence[int], expert: Sequence[int]) -> int:
+    """Index of the first token in which a rollout leaves the expert trace of its prompt.
+
+    The shorter length where one is a prefix of the other; the common length where they are equal.
+    """
+    for index, (a, b) in enumerate(zip(completion, expert)):
+        if a != b:
+            return index
+    return min(len(completion), len(expert))
+
+
+def after_first_difference(lengths: Sequence[int], starts: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Weights that leave out the tokens which a rollout shares with the expert trace: they say nothing about either.
+
+    A rollout has one start: its weight is 0 before it and 1 from it on. An expert trace is compared with each of its
+    rollouts, so its weight at t is the share of them that have left it by t.
+
+    Args:
+        lengths: B completion lengths.
+        starts: for each of the B completions, the first differences that apply to it.
+        width: T.
+
+    Returns:
+        (B, T) float in [0, 1], 0 on padding.
+    """
+    weights = torch.zeros(len(lengths), width)
+    for row, (length, row_starts) in enumerate(zip(lengths, starts, strict=True)):
+        for start in row_starts:
+            weights[row, start:length] += 1 / len(row_starts)
+    return weights

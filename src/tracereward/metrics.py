@@ -1,0 +1,54 @@
+"""Statistics of rewards, correctness and accuracy: what monitors log and tables print."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+
+def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
+    """Probability that a correct trace scores above a wrong one, ties counting half; nan if one kind is missing."""
+    if len(set(correct)) < 2:
+        return math.nan
+    return float(roc_auc_score(np.asarray(correct, dtype=bool), np.asarray(scores, dtype=float)))
+
+
+def within_prompt_auroc(scores: Sequence[float], correct: Sequence[bool], prompts: Sequence) -> float:
+    """Mean over prompts, of those that have both correct and wrong traces, of the AUROC inside the prompt.
+
+    This is what a group-normalised policy gradient and a reranker see: pooled AUROC mostly measures which prompts are
+    hard. nan if no prompt has both.
+    """
+    groups: dict = {}
+    for score, is_correct, prompt in zip(scores, correct, prompts, strict=True):
+        groups.setdefault(prompt, ([], []))
+        groups[prompt][0].append(score)
+        groups[prompt][1].append(is_correct)
+    values = [value for group in groups.values() if not math.isnan(value := auroc(*group))]
+    return float(np.mean(values)) if values else math.nan
+
+
+def point_biserial(scores: Sequence[float], correct: Sequence[bool]) -> float:
+    """Pearson correlation of a score with correctness (0 or 1); nan if either is constant."""
+    values = np.asarray(scores, dtype=float)
+    labels = np.asarray(correct, dtype=float)
+    if len(values) < 2 or np.ptp(values) == 0 or np.ptp(labels) == 0:
+        return math.nan
+    return float(np.corrcoef(values, labels)[0, 1])
+
+
+def wilson_interval(successes: int, total: int) -> tuple[float, float]:
+    """95 % Wilson score interval of a proportion."""
+    interval = stats.binomtest(successes, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean over questions."""
+    array = np.asarray(values, dtype=float)
+    if np.ptp(array) == 0:  # every resample is the same; scipy would warn and return nan
+        return float(array[0]), float(array[0])
+    result = stats.bootstrap((array,), np.mean, n_resamples=resamples, method="percentile", rng=seed)
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

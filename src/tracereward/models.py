@@ -1,0 +1,94 @@
+"""Finding and loading models and tokenizers, with a clear sentence where they cannot be."""
+
+import difflib
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from tracereward.errors import InputError
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model name is meant as a path: it exists, or is no `owner/name`."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a local model, or of a Hub model after downloading it.
+
+    Raises:
+        InputError: neither exists; suggests the nearest folder name.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if looks_local(name):
+        raise InputError(f"{name}: no such model folder{_nearest(path)}.")
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the Hub client raises many kinds; each means the same to the user
+        raise InputError(f"{name}: neither a local folder nor reachable on the Hub ({_first_line(error)})") from error
+
+
+def check_model(name: str, revision: str = "main") -> None:
+    """Read a causal LM's configuration, before anything slow starts.
+
+    Raises:
+        InputError: it cannot be read; says why.
+    """
+    path = Path(name).expanduser()
+    if looks_local(name) and not path.is_dir():
+        raise InputError(f"{name}: no such model folder{_nearest(path)}. Give a folder or a Hub id such as owner/name.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{name}: not a model folder, config.json is missing")
+    try:
+        AutoConfig.from_pretrained(name, revision=revision)
+    except Exception as error:
+        raise InputError(f"{name}: the model's configuration cannot be read ({_first_line(error)})") from error
+
+
+def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
+    """A tokenizer that pads at the left and has a padding and an end-of-sequence token.
+
+    Raises:
+        InputError: it cannot be loaded, or has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    except Exception as error:
+        raise InputError(f"{name}: the tokenizer cannot be loaded ({_first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_same_tokenizer(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:
+    """Refuse a policy and a reward model that cut text differently: token rewards would land on other tokens.
+
+    Raises:
+        InputError: the vocabularies, the end-of-sequence tokens or the encodings of a probe text differ.
+    """
+    probe = "Step 1: 12,345 + 6.5 = 12,351.5\n\nSo the answer is (C). \\boxed{x^2}"
+    same = (
+        policy.get_vocab() == reward.get_vocab()
+        and policy.eos_token_id == reward.eos_token_id
+        and policy(probe)["input_ids"] == reward(probe)["input_ids"]
+    )
+    if not same:
+        raise InputError(
+            f"the policy {names[0]} and the reward model {names[1]} have different tokenizers. "
+            "Start the discriminator from a model of the policy's family (by default it starts from the policy)."
+        )
+
+
+def _nearest(path: Path) -> str:
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,212 @@
+"""Files of candidates: drawing them from a policy, scoring them, and choosing among them."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby, islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tracereward.demonstrations import load_demonstrations, read_rows, render
+from tracereward.errors import InputError
+from tracereward.files import read_jsonl
+from tracereward.models import check_model, load_tokenizer
+from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
+from tracereward.reward_model import TokenRewardModel
+from tracereward.sampling import sample
+from tracereward.scores import TokenScores
+from tracereward.tasks import Task, get_task
+
+CHUNK = 512  # rows scored together: enough to sort by length, few enough to stream
+
+
+@contextmanager
+def rows_to(output: str | None, append: bool = False) -> Iterator[TextIO]:
+    """Where rows go: stdout, or a file that appears under its name when all of it is there."""
+    if output in (None, "-"):
+        yield sys.stdout
+        return
+    path = Path(output)
+    if not path.parent.is_dir():
+        raise InputError(f"{output}: the folder {path.parent} does not exist")
+    part = path.with_name(path.name + ".part")
+    with open(part, "a" if append else "w", encoding="utf-8") as file:
+        yield file
+    part.replace(path)
+
+
+def write_row(file: TextIO, row: dict[str, Any]) -> None:
+    """One JSON object and a newline."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def best_device() -> torch.device:
+    """The accelerator, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def sample_rows(
+    model: str,
+    data: str | None,
+    task_name: str,
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    limit: int | None = None,
+    split: str = "test",
+    template: str = "plain",
+    batch_size: int = 64,
+    done: int = 0,
+) -> Iterator[list[dict[str, Any]]]:
+    """Completions of a set's prompts, as rows; see `sampling.sample`.
+
+    Yields:
+        For each chunk of prompts, rows with question (its number), prompt, completion, answer (gold), extracted,
+        correct, finished, tokens, logprob.
+
+    Raises:
+        InputError: before the model is loaded, if anything cannot be read.
+    """
+    task = get_task(task_name)
+    if n < 1 or (temperature == 0 and n > 1):
+        raise InputError(f"n is {n}: at temperature 0 all completions are the same, and at least one is needed")
+    source = data or task.dataset
+    if source is None:
+        raise InputError(f"task {task.name!r} has no set of its own: give --data, a file or a Hub id")
+    subset = task.subset if data in (None, task.dataset) else None
+    rows = load_demonstrations(source, task, split, subset, limit, require_completion=False)
+    check_model(model)
+    tokenizer = load_tokenizer(model)
+    prompts = [row["prompt"] for row in render([{**row, "completion": None} for row in rows], tokenizer, template)]
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(best_device())
+    size = max(1, batch_size // n)
+    for chunk in sample(
+        policy, tokenizer, prompts, n, max_new_tokens, temperature, top_p, seed, batch_size, first_chunk=done // size
+    ):
+        out = []
+        for s in chunk:
+            row = rows[s.prompt]
+            extracted = task.extract(s.text)
+            correct = None if row["answer"] is None else task.verify(s.text, row["answer"])
+            out.append(
+                {
+                    "question": s.prompt,
+                    "prompt": row["prompt"],
+                    "completion": s.text,
+                    "answer": row["answer"],
+                    "extracted": extracted,
+                    "correct": correct,
+                    "finished": s.finished,
+                    "tokens": len(s.ids),
+                    "logprob": s.logprob,
+                }
+            )
+        yield out
+
+
+def finished_questions(part: Path, n: int, chunk: int) -> int:
+    """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
+    rows = read_jsonl(part)
+    whole = len(rows) // (n * chunk) * chunk
+    with open(part, "w", encoding="utf-8") as file:
+        for row in rows[: whole * n]:
+            write_row(file, row)
+    return whole
+
+
+def candidate_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with prompt and completion, or prompt and candidates (a list of texts).
+
+    Raises:
+        InputError: a row without them, by file and line.
+    """
+    for where, row in read_rows(source):
+        if not row.get("prompt"):
+            raise InputError(f"{where}: no prompt")
+        traces = row.get("candidates", row.get("completion"))
+        traces = traces if isinstance(traces, list) else [traces]
+        if not traces or not all(isinstance(trace, str) and trace for trace in traces):
+            raise InputError(f"{where}: needs a completion, or candidates, a list of texts that are not empty")
+        yield where, row
+
+
+def score_rows(model: TokenRewardModel, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The same rows in the same order, with a trace's scores in `scores` (a list of them under `candidates`).
+
+    Each has `reward` (the aggregate), `step_rewards`, `tokens`, `offsets` and `token_rewards`.
+    """
+    rows = iter(rows)
+    while chunk := list(islice(rows, CHUNK)):
+        prompts, completions, finished = [], [], []
+        for where, row in chunk:
+            rendered = render([{"prompt": row["prompt"], "completion": None, "answer": None, "source": where}],
+                              model.tokenizer, model.settings.template)[0]["prompt"]
+            traces = row["candidates"] if "candidates" in row else [row["completion"]]
+            prompts += [rendered] * len(traces)
+            completions += traces
+            finished += [bool(row.get("finished", True))] * len(traces)
+        scores = iter(model.score(prompts, completions, finished))
+        for _, row in chunk:
+            if "candidates" in row:
+                yield {**row, "scores": [as_row(next(scores), model) for _ in row["candidates"]]}
+            else:
+                yield {**row, **as_row(next(scores), model)}
+
+
+def as_row(scores: TokenScores, model: TokenRewardModel) -> dict[str, Any]:
+    """What `score` writes of one trace."""
+    return {
+        "reward": scores.aggregate(model.settings.aggregate),
+        "step_rewards": scores.step_rewards(),
+        "tokens": scores.tokens,
+        "offsets": scores.offsets,
+        "token_rewards": scores.rewards,
+    }
+
+
+def candidates_of(rows: list[dict[str, Any]], task: Task) -> list[Candidate]:
+    """One question's scored rows as candidates; answers are extracted, and verified where the gold one is known."""
+    candidates = []
+    for row in rows:
+        gold, text = row.get("answer"), row["completion"]
+        correct = row.get("correct")
+        if gold is not None:
+            correct = task.verify(text, gold)
+        candidates.append(
+            Candidate(text, task.extract(text), row["reward"], row.get("logprob"), len(text), correct)
+        )
+    return candidates
+
+
+def rerank_rows(
+    scored: Iterable[dict[str, Any]], task: Task, method: str
+) -> tuple[list[dict[str, Any]], list[list[Candidate]]]:
+    """The chosen row of each question, and all questions' candidates. Rows of a question stand together."""
+    chosen, questions = [], []
+    for _, group in groupby(scored, key=lambda row: (row.get("question"), json.dumps(row["prompt"]))):
+        rows = list(group)
+        candidates = candidates_of(rows, task)
+        row = rows[choose(candidates, method, task.equal)]
+        kept = {name: row[name] for name in ("question", "prompt", "completion", "answer", "reward") if name in row}
+        chosen.append({**kept, "extracted": task.extract(row["completion"]), "method": method, "of": len(rows)})
+        questions.append(candidates)
+    return chosen, questions
+
+
+def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | None:
+    """Accuracies and AUROCs where correctness is known for all candidates, else None."""
+    if any(c.correct is None for candidates in questions for c in candidates):
+        return None
+    rows = ranking_table(questions, task.equal)
+    return {
+        "questions": len(questions),
+        "no_answer": sum(c.answer is None for candidates in questions for c in candidates),
+        "accuracy": {row.label: [row.accuracy, row.low, row.high] for row in rows},
+        **ranking_aurocs(questions),
+    }

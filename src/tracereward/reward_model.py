@@ -1,0 +1,366 @@
+"""The reward model: a causal backbone with one log-odds per completion token, its artefact on disk, and scoring.
+
+Heads (label 1 = expert; the reward is the logit v_t = log D - log(1 - D)):
+
+- ``token``: f_t = w . h_t on the hidden state after y_t (arXiv 2510.01857). On disk a plain token-classification
+  checkpoint with ``num_labels=1``, whose logit is v_t.
+- ``action``: f_t = a * log p_phi(y_t | x, y_<t) + b + w . h_t, with p_phi an LM started at the policy and a = 1,
+  b = w = 0 at the start, so that it starts as the policy's log-prob. On disk a causal-LM checkpoint plus
+  ``head.safetensors`` with a, b and w.
+
+Both folders carry ``tracereward.json``: everything that must be the same in training, scoring and serving.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from tracereward import __version__
+from tracereward.alignment import step_ends, token_offsets
+from tracereward.batching import Batch, completion_log_probs, pack, token_budget_batches
+from tracereward.demonstrations import encode_completion, encode_prompt
+from tracereward.errors import InputError, check_choice
+from tracereward.files import atomic_folder, atomic_write_json
+from tracereward.masks import GRANULARITIES, supervision_mask
+from tracereward.models import load_tokenizer, local_folder
+from tracereward.scores import AGGREGATES, TokenScores
+from tracereward.shaping import token_rewards
+
+HEADS = ("token", "action")
+SETTINGS_FILE = "tracereward.json"
+HEAD_FILE = "head.safetensors"
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """What training, scoring and serving must agree on; stored as ``tracereward.json``.
+
+    Attributes:
+        head: one of `HEADS`.
+        granularity: which tokens are supervised, see `masks.supervision_mask`.
+        interval: k of granularity ``interval``.
+        step_delimiter: what ends a step.
+        beta_clip: token rewards are clipped to +-beta_clip, in log-odds.
+        aggregate: how a trace's token rewards become one number.
+        task: the recipe whose prompts and answers it was trained on.
+        template: ``plain`` or ``chat``.
+        base_model: the checkpoint that the backbone started from.
+    """
+
+    head: str = "action"
+    granularity: str = "dense"
+    interval: int = 15
+    step_delimiter: str = "\n"
+    beta_clip: float = 5.0
+    aggregate: str = "mean"
+    task: str = "generic"
+    template: str = "plain"
+    base_model: str = ""
+
+    def __post_init__(self):
+        check_choice("head", self.head, HEADS)
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("aggregate", self.aggregate, AGGREGATES)
+        if self.interval < 1:
+            raise InputError(f"interval must be at least 1, not {self.interval}")
+        if self.beta_clip <= 0:
+            raise InputError(f"beta_clip must be positive, not {self.beta_clip}")
+
+
+class ActionHead(nn.Module):
+    """a, b and w of the ``action`` head; starts as the backbone's own log-prob."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(()))
+        self.b = nn.Parameter(torch.zeros(()))
+        self.w = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, log_probs: Tensor, hidden: Tensor) -> Tensor:
+        """(B, T) log-probs and (B, T, H) hidden states after each token -> (B, T) logits."""
+        return self.a * log_probs + self.b + hidden.float() @ self.w
+
+
+class TokenRewardModel(nn.Module):
+    """A backbone with a head: `forward` gives log-odds, `score` gives `TokenScores`."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RewardSettings,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = settings
+        hidden_size = backbone.config.get_text_config().hidden_size
+        self.head = ActionHead(hidden_size) if settings.head == "action" else None
+
+    @classmethod
+    def from_backbone(
+        cls,
+        model_name_or_path: str,
+        settings: RewardSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> "TokenRewardModel":
+        """A discriminator to be trained, started from the causal LM `model_name_or_path`.
+
+        Args:
+            model_name_or_path: folder or Hub id of a causal LM, usually the SFT policy.
+            settings: head, granularity and shaping.
+            tokenizer: the backbone's, which must be the policy's too.
+            peft_config: LoRA settings; None trains all weights.
+            **kwargs: for `from_pretrained`, e.g. ``dtype``.
+        """
+        if settings.head == "action":
+            backbone = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+        else:
+            backbone = _token_classifier(model_name_or_path, **kwargs)
+        backbone.config.pad_token_id = tokenizer.pad_token_id
+        if peft_config is not None:
+            peft_config = copy.deepcopy(peft_config)
+            if settings.head == "token":
+                peft_config.task_type = "TOKEN_CLS"
+                peft_config.exclude_modules = ["score"]  # trained in full; "all-linear" would wrap it too and crash
+            backbone = get_peft_model(backbone, peft_config)
+        return cls(backbone, tokenizer, settings)
+
+    @classmethod
+    def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> "TokenRewardModel":
+        """Load a finished reward model from a folder or the Hub.
+
+        Raises:
+            InputError: it is not a reward model; says which file is missing.
+        """
+        folder = local_folder(model_name_or_path)
+        settings = read_settings(folder)
+        tokenizer = load_tokenizer(str(folder))
+        if settings.head == "action":
+            model = cls(AutoModelForCausalLM.from_pretrained(folder, **kwargs), tokenizer, settings)
+            assert model.head is not None
+            model.head.load_state_dict(load_file(folder / HEAD_FILE))
+        else:
+            model = cls(AutoModelForTokenClassification.from_pretrained(folder, **kwargs), tokenizer, settings)
+        return model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Log-odds f_t of each completion token, (B, T) float32."""
+        if self.head is not None:
+            return self.head(*completion_log_probs(self.backbone, batch))
+        output = self.backbone(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return output.logits[:, -batch.completion_mask.size(1) :, 0].float()
+
+    def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
+        """Token ids to a `Batch` on this model's device, with step ends where the granularity needs them."""
+        ends = [self.step_ends(ids) for ids in completions] if self.settings.granularity == "step" else None
+        pad_id = self.tokenizer.pad_token_id
+        return pack(prompts, completions, 0 if pad_id is None else pad_id, ends).to(self.device)
+
+    def step_ends(self, completion: Sequence[int]) -> list[bool]:
+        """Which tokens of a completion end a step."""
+        text, offsets = token_offsets(self.tokenizer, completion)
+        return step_ends(text, offsets, self.settings.step_delimiter)
+
+    def supervision(self, batch: Batch) -> Tensor:
+        """The supervision mask of a batch, (B, T) bool."""
+        return supervision_mask(
+            batch.completion_mask, batch.step_ends, self.settings.granularity, self.settings.interval
+        )
+
+    @torch.no_grad()
+    def token_rewards(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], token_budget: int = 16384
+    ) -> list[Tensor]:
+        """Clipped, backfilled rewards of token-id pairs: one float32 tensor of len(completion) each, on the CPU."""
+        was_training = self.training
+        self.eval()
+        rewards: list[Tensor] = [torch.empty(0)] * len(completions)
+        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        for indices in token_budget_batches(lengths, token_budget):
+            batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
+            values = token_rewards(self(batch), self.supervision(batch), self.settings.beta_clip).cpu()
+            for row, index in enumerate(indices):
+                rewards[index] = values[row, : len(completions[index])]
+        self.train(was_training)
+        return rewards
+
+    def score(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        finished: Sequence[bool] | None = None,
+        token_budget: int = 16384,
+    ) -> list[TokenScores]:
+        """Score completions given as text, in one forward pass each.
+
+        Args:
+            prompts: rendered prompts (with the recipe's words and template), as in training.
+            completions: as many traces.
+            finished: whether each trace ended by itself (then the end-of-sequence token is scored too, as in
+                training) or was cut off; all ended if None.
+            token_budget: padded tokens per forward pass.
+
+        Raises:
+            InputError: a trace is empty, or longer than the backbone's positions; nothing is ever truncated.
+        """
+        finished = [True] * len(completions) if finished is None else finished
+        prompt_ids, completion_ids = [], []
+        for index, (prompt, completion, ended) in enumerate(zip(prompts, completions, finished, strict=True)):
+            prompt_ids.append(encode_prompt(self.tokenizer, prompt))
+            ids = encode_completion(self.tokenizer, completion)
+            completion_ids.append(ids if ended else ids[:-1])
+            self._check_length(index, len(prompt_ids[-1]), len(completion_ids[-1]))
+        rewards = self.token_rewards(prompt_ids, completion_ids, token_budget)
+        return [self.to_scores(ids, values) for ids, values in zip(completion_ids, rewards, strict=True)]
+
+    def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
+        """Token ids and their rewards as a `TokenScores`."""
+        text, offsets = token_offsets(self.tokenizer, completion)
+        ends = step_ends(text, offsets, self.settings.step_delimiter)
+        mask = torch.ones(1, len(completion), dtype=torch.long)
+        supervised = supervision_mask(
+            mask, torch.tensor([ends]), self.settings.granularity, self.settings.interval
+        )
+        tokens = [text[start:end] for start, end in offsets]
+        if completion and completion[-1] == self.tokenizer.eos_token_id:
+            tokens[-1] = str(self.tokenizer.eos_token)
+        return TokenScores(tokens, offsets, rewards.tolist(), supervised[0].tolist(), ends)
+
+    def _check_length(self, index: int, prompt: int, completion: int) -> None:
+        limit = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        if completion == 0:
+            raise InputError(f"row {index}: the completion is empty")
+        if prompt + completion > limit:
+            raise InputError(
+                f"row {index}: {prompt} prompt and {completion} completion tokens, the reward model reads {limit:.0f}. "
+                "Traces are never cut (the answer would be lost): leave the row out or use a longer backbone."
+            )
+
+    def save_pretrained(self, folder: str | Path, notes: str = "") -> None:
+        """Write the artefact (see the module's docstring), LoRA merged, whole or not at all.
+
+        The live weights are not touched: merging in place and undoing it would change them by rounding.
+        """
+        backbone = self.backbone
+        if isinstance(backbone, PeftModel):
+            backbone = copy.deepcopy(backbone).merge_and_unload()
+        with atomic_folder(folder) as target:
+            backbone.save_pretrained(target)
+            self.tokenizer.save_pretrained(target)
+            if self.head is not None:
+                save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, target / HEAD_FILE)
+            atomic_write_json(
+                target / SETTINGS_FILE, {"tracereward_version": __version__, **asdict(self.settings)}
+            )
+            (target / "README.md").write_text(model_card(self.settings, notes), encoding="utf-8")
+
+
+def _token_classifier(name: str, **kwargs: Any) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    config.num_labels = 1
+    config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
+    config.token_classification_bias = False
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would warn that the new head is untrained, which is the point
+    try:
+        return AutoModelForTokenClassification.from_pretrained(name, config=config, **kwargs)
+    except ValueError as error:
+        raise InputError(
+            f"{name}: transformers has no token-classification class for this architecture; use --head action"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def check_reward_model(name: str) -> RewardSettings:
+    """Settings of a reward model that is whole; reads no weights.
+
+    Raises:
+        InputError: there is none, or files are missing.
+    """
+    return read_settings(local_folder(name))
+
+
+def read_settings(folder: str | Path) -> RewardSettings:
+    """Read and check ``tracereward.json`` and the presence of the files that go with it.
+
+    Raises:
+        InputError: a file is missing or damaged, by name.
+    """
+    folder = Path(folder)
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise InputError(f"{folder} is not a reward model: {SETTINGS_FILE} is missing. `tracereward train` writes one.")
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        known = {field.name for field in fields(RewardSettings)}
+        settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})
+    except (json.JSONDecodeError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    weights = any(folder.glob("*.safetensors"))
+    needed = {"config.json": (folder / "config.json").is_file(), "model.safetensors": weights}
+    needed["tokenizer.json"] = (folder / "tokenizer.json").is_file()
+    if settings.head == "action":
+        needed[HEAD_FILE] = (folder / HEAD_FILE).is_file()
+        needed["model.safetensors"] = any(path.name != HEAD_FILE for path in folder.glob("*.safetensors"))
+    missing = [name for name, present in needed.items() if not present]
+    if missing:
+        raise InputError(f"{folder} is not a complete reward model: {', '.join(missing)} missing")
+    return settings
+
+
+def model_card(settings: RewardSettings, notes: str) -> str:
+    """The artefact's README: what the numbers mean and how to load it."""
+    kind = "AutoModelForTokenClassification" if settings.head == "token" else "AutoModelForCausalLM plus head.safetensors"
+    return f"""---
+library_name: tracereward
+tags: [reward-model, tracereward, {settings.head}-head]
+base_model: {settings.base_model}
+---
+
+# Token-level reward model
+
+Learned from expert traces by adversarial inverse reinforcement learning (arXiv 2510.01857). Each completion token has
+a log-odds of being the expert's rather than the policy's: positive is like the expert.
+
+- head: `{settings.head}` ({kind}); supervision: `{settings.granularity}`; rewards clipped to +-{settings.beta_clip:g}
+- recipe: `{settings.task}`, template: `{settings.template}`, trace reward: `{settings.aggregate}` of its token rewards
+
+```python
+from tracereward import TokenRewardModel
+
+scores = TokenRewardModel.from_pretrained("reward_model").score(prompts, completions)
+```
+
+The logit is the reward: a `token-classification` pipeline would apply a softmax to the single label and show 1.0.
+{notes}"""

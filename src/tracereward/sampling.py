@@ -1,0 +1,124 @@
+"""Drawing completions from a policy with transformers' `generate`, reproducibly and in chunks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tracereward.batching import completion_log_probs, pack, token_budget_batches
+from tracereward.demonstrations import encode_prompt
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion.
+
+    Attributes:
+        prompt: index of its prompt.
+        ids: its tokens, the end-of-sequence token included if it came.
+        text: decoded without special tokens.
+        finished: whether it ended by itself; otherwise the length limit cut it off.
+        logprob: mean log-prob of its tokens under the policy, at temperature 1, in nats: the baseline of reranking.
+    """
+
+    prompt: int
+    ids: list[int]
+    text: str
+    finished: bool
+    logprob: float
+
+
+@torch.no_grad()
+def mean_log_probs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    token_budget: int = 8192,
+) -> list[float]:
+    """Mean log-prob of each completion's tokens under `model`, in nats."""
+    model.eval()
+    means = [0.0] * len(completions)
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    for rows in token_budget_batches(lengths, token_budget):
+        batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
+        log_probs, _ = completion_log_probs(model, batch)
+        sums = (log_probs * batch.completion_mask).sum(1) / batch.completion_mask.sum(1)
+        for index, value in zip(rows, sums.tolist(), strict=True):
+            means[index] = value
+    return means
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    first_chunk: int = 0,
+) -> Iterator[list[Sample]]:
+    """Draw `n` completions of each prompt; one list of samples for each chunk of prompts.
+
+    A chunk holds about `batch_size` completions, always of whole prompts, and has a random seed of its own, so that
+    the result does not depend on where an earlier run stopped.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
+        prompts: rendered prompts.
+        n: completions of each; with temperature 0 all are the same, so n must be 1.
+        max_new_tokens: length limit.
+        temperature: 0 is greedy decoding.
+        top_p: nucleus.
+        seed: of the whole run.
+        batch_size: completions generated together.
+        first_chunk: chunks to skip, because they are done.
+    """
+    model.eval()
+    size = max(1, batch_size // n)
+    eos = _eos_ids(model, tokenizer)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_return_sequences": n, "eos_token_id": eos}
+    options["pad_token_id"] = tokenizer.pad_token_id
+    options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {
+        "do_sample": False
+    }
+    if model.device.type == "cuda":
+        options["cache_implementation"] = "static"
+    for chunk, start in enumerate(range(0, len(prompts), size)):
+        if chunk < first_chunk:
+            continue
+        torch.manual_seed(seed * 1_000_003 + chunk)
+        ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + size]]
+        batch = pack(ids, [[]] * len(ids), tokenizer.pad_token_id).to(model.device)
+        with torch.no_grad():
+            output = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
+            )
+        completions = [_until_eos(row, eos) for row in output[:, batch.input_ids.size(1) :].tolist()]
+        repeated = [prompt for prompt in ids for _ in range(n)]
+        log_probs = mean_log_probs(model, repeated, completions, tokenizer.pad_token_id)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        yield [
+            Sample(start + row // n, completion, text, completion[-1] in eos, log_prob)
+            for row, (completion, text, log_prob) in enumerate(zip(completions, texts, log_probs, strict=True))
+        ]
+
+
+def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [declared] if isinstance(declared, int) else list(declared or [])
+    return sorted({*ids, tokenizer.eos_token_id})
+
+
+def _until_eos(ids: list[int], eos: list[int]) -> list[int]:
+    """The completion up to and with its end-of-sequence token; what `generate` pads behind it is cut off."""
+    for position, token in enumerate(ids):
+        if token in eos:
+            return ids[: position + 1]
+    return ids

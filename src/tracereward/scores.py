@@ -1,0 +1,54 @@
+"""`TokenScores`: the one record that crosses layers, from scoring to ranking, files, reports and servers."""
+
+from dataclasses import asdict, dataclass
+
+AGGREGATES = ("mean", "min", "last")
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Token rewards of one trace.
+
+    Attributes:
+        tokens: T strings, the text of each completion token (the end-of-sequence token last, if there is one).
+        offsets: T pairs (start, end), character offsets into the completion's text; an end-of-sequence token has
+            start = end = len(text).
+        rewards: T rewards in log-odds, clipped to +-beta and backfilled: a token has the reward of the next supervised
+            position at or after it. Expert is high.
+        supervised: T flags, the positions that the granularity supervises.
+        step_ends: T flags, the last token of each step (and of the trace).
+    """
+
+    tokens: list[str]
+    offsets: list[tuple[int, int]]
+    rewards: list[float]
+    supervised: list[bool]
+    step_ends: list[bool]
+
+    def aggregate(self, how: str = "mean") -> float:
+        """One number for the trace: the `mean` or `min` over tokens, or the `last` token's reward; never the sum.
+
+        Raises:
+            ValueError: `how` is not one of `AGGREGATES`.
+        """
+        if how == "mean":
+            return sum(self.rewards) / len(self.rewards)
+        if how == "min":
+            return min(self.rewards)
+        if how == "last":
+            return self.rewards[-1]
+        raise ValueError(f"unknown aggregate {how!r}; known: {', '.join(AGGREGATES)}")
+
+    def step_rewards(self) -> list[float]:
+        """The mean reward of each step's tokens, in order."""
+        steps: list[float] = []
+        start = 0
+        for end, is_end in enumerate(self.step_ends):
+            if is_end:
+                steps.append(sum(self.rewards[start : end + 1]) / (end + 1 - start))
+                start = end + 1
+        return steps
+
+    def to_dict(self) -> dict:
+        """Plain lists, for JSON."""
+        return asdict(self)

@@ -1,0 +1,48 @@
+"""Result tables in the terminal, on stderr beside data on stdout or alone on stdout."""
+
+import math
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def percent(value: float) -> str:
+    """A share as a percentage with one decimal."""
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def interval(low: float, high: float) -> str:
+    """A 95 % interval in percent."""
+    return f"[{percent(low)}, {percent(high)}]"
+
+
+def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
+    """Print what `pool.summary` returns."""
+    console = Console(stderr=not stdout)
+    table = Table(title=f"Choosing one of the candidates, {summary['questions']} questions", title_justify="left")
+    table.add_column("method")
+    table.add_column("accuracy %", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for label, (accuracy, low, high) in summary["accuracy"].items():
+        table.add_row(label, percent(accuracy), interval(low, high))
+    console.print(table)
+    for name in ("reward", "logprob"):
+        if f"{name}_auroc" in summary:
+            pooled, within = summary[f"{name}_auroc"], summary[f"{name}_auroc_within_prompt"]
+            console.print(f"AUROC of {name}: {pooled:.3f} pooled, {within:.3f} within the prompt", highlight=False)
+    if summary["no_answer"]:
+        console.print(f"{summary['no_answer']} candidates have no answer in the recipe's form", highlight=False)
+
+
+def print_policies(rows: list[dict[str, Any]], questions: int, stdout: bool = False) -> None:
+    """Print greedy accuracies: rows with label, accuracy, low, high, no_answer."""
+    table = Table(title=f"Greedy accuracy, {questions} held-out questions", title_justify="left")
+    table.add_column("policy")
+    table.add_column("accuracy %", justify="right")
+    table.add_column("95 % interval", justify="right")
+    table.add_column("no answer", justify="right")
+    for row in rows:
+        table.add_row(row["label"], percent(row["accuracy"]), interval(row["low"], row["high"]), str(row["no_answer"]))
+    Console(file=sys.stdout if stdout else sys.stderr).print(table)

@@ -1,0 +1,239 @@
+"""Recipes: how the rows of a public data set become demonstrations, and how its answers are found and compared.
+
+Every prompt says in one line how the answer is to be written and ends in a newline, and every completion made here
+starts and ends with a visible character: so prompt and completion, tokenised apart, give the tokens of the whole.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tracereward.errors import check_choice
+from tracereward.tasks import answers
+
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of problem.
+
+    Attributes:
+        name: what `--task` takes.
+        dataset: Hub id of the data used when the user names none; None when there is no such set.
+        subset: configuration of that Hub set.
+        example: raw row -> ``{"prompt", "completion", "answer"}``; completion and answer are None if the row has none.
+            Reads the row only. Raises KeyError(field) for a missing field, ValueError for one that cannot be used.
+        extract: completion -> final answer, or None when none is stated.
+        equal: (extracted answer, gold answer) -> whether they are equal.
+        completion_field: raw field that holds the trace, for error messages.
+        step_delimiter: text that ends a step of a trace.
+    """
+
+    name: str
+    dataset: str | None
+    subset: str | None
+    example: Callable[[dict], dict]
+    extract: Callable[[str], str | None]
+    equal: Callable[[str, str], bool]
+    completion_field: str = "completion"
+    step_delimiter: str = "\n"
+
+    def verify(self, completion: str, answer: str) -> bool:
+        """Whether the answer that `completion` states equals the gold `answer`; False when it states none."""
+        stated = self.extract(completion)
+        return stated is not None and self.equal(stated, answer)
+
+
+def get_task(name: str) -> Task:
+    """Return the recipe called `name`.
+
+    Raises:
+        InputError: there is none; names the nearest.
+    """
+    return TASKS[check_choice("task", name, TASKS)]
+
+
+def _text(row: dict, field: str) -> str:
+    """Required text of a row, without space around it."""
+    value = row[field]
+    if not isinstance(value, str):
+        raise ValueError(f"field {field!r} is {type(value).__name__}, not text")
+    if not value.strip():
+        raise ValueError(f"field {field!r} is empty")
+    return value.strip()
+
+
+def _optional_text(row: dict, field: str) -> str | None:
+    """Text of a row, or None when the field is missing, null or blank."""
+    value = row.get(field)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    return _text(row, field)
+
+
+def gsm8k(row: dict) -> dict:
+    """Fields question, answer. The trace loses its calculator marks ``<<48/2=24>>``, the gold answer its separators."""
+    prompt = f"Question: {_text(row, 'question')}\nEnd with #### and the number.\nAnswer:\n"
+    trace = _optional_text(row, "answer")
+    if trace is None:
+        return {"prompt": prompt, "completion": None, "answer": None}
+    trace = re.sub(r"<<[^<>]*>>", "", trace)
+    completion = "\n".join(line.rstrip() for line in trace.splitlines())
+    return {"prompt": prompt, "completion": completion, "answer": answers.extract_hashes(completion)}
+
+
+def math(row: dict) -> dict:
+    r"""Fields problem, solution with its answer in ``\boxed{}``. A field answer, where there is one, has precedence."""
+    prompt = f"Problem: {_text(row, 'problem')}\nPut the final answer in \\boxed{{}}.\nSolution:\n"
+    completion = _optional_text(row, "solution")
+    answer = _optional_text(row, "answer")
+    if answer is None and completion is not None:
+        answer = answers.extract_boxed(completion)
+    return {"prompt": prompt, "completion": completion, "answer": answer}
+
+
+def mmlu_pro(row: dict) -> dict:
+    """Fields question, options (list), answer (letter), and the trace in ``trace`` or, on the Hub, ``cot_content``.
+
+    A trace that states no answer (26 of 6,358 that we read; most were cut off by their writer's token limit) gets the
+    gold answer on a line of its own, so that every demonstration ends with one.
+    """
+    options = _options(row)
+    answer = _optional_text(row, "answer")
+    if answer is not None and (len(answer) != 1 or answer not in LETTERS[: len(options)]):
+        raise ValueError(f"field 'answer' is {answer!r}, not a letter from A to {LETTERS[len(options) - 1]}")
+    trace = _optional_text(row, "trace") or _optional_text(row, "cot_content")
+    if trace is not None:
+        trace = re.sub(r"\AA:\s*(?=\S)", "", trace)
+        if answer is not None and answers.extract_letter(trace) is None:
+            trace = f"{trace}\nThe answer is ({answer})."
+    return {"prompt": _choice_prompt(row, options), "completion": trace, "answer": answer}
+
+
+def medreason(row: dict) -> dict:
+    """Fields question, options (list, or lines "A. ..."), reasoning, answer (a letter, or the text of an option).
+
+    Where the answer is an option's text, an explanation after it is ignored. The completion is the reasoning and, on a
+    line of its own, the answer.
+    """
+    options = _options(row)
+    answer = None if _optional_text(row, "answer") is None else _option_letter(_text(row, "answer"), options)
+    completion = _optional_text(row, "reasoning")
+    if completion is not None and answer is not None:
+        completion = f"{completion}\nThe answer is ({answer})."
+    return {"prompt": _choice_prompt(row, options), "completion": completion, "answer": answer}
+
+
+def _options(row: dict) -> list[str]:
+    """Options as a list of texts without their letters."""
+    options = row["options"]
+    if isinstance(options, str):
+        # "Answer Choices:\nA. first\nB. second": everything from one letter to the next, whatever stands before A.
+        parts = re.split(r"^[ \t]*\(?([A-J])[.):][ \t]*", options, flags=re.MULTILINE)
+        if "".join(parts[1::2]) != LETTERS[: len(parts) // 2]:
+            raise ValueError("field 'options' has letters that do not run A, B, C, ...")
+        options = parts[2::2]
+    if not isinstance(options, (list, tuple)) or not 2 <= len(options) <= len(LETTERS):
+        raise ValueError(f"field 'options' must hold 2 to {len(LETTERS)} options: a list, or lines such as 'A. ...'")
+    return [str(option).strip() for option in options]
+
+
+def _option_letter(answer: str, options: list[str]) -> str:
+    """Letter of the option that `answer` names: by its text, maybe with an explanation after it, or by its letter."""
+    letters = LETTERS[: len(options)]
+    # "B", "(B)", "B. text": but not "A patient with ...".
+    named = re.fullmatch(rf"\(?([{letters}])\)?|\(?([{letters}])[.):].*", answer, flags=re.DOTALL)
+    texts = [_bare(option) for option in options]
+    # The longest match wins: "Type II" must not be taken for the option "Type I".
+    bare = _bare(answer)
+    fits = [i for i, text in enumerate(texts) if text and re.match(re.escape(text) + r"(?!\w)", bare)]
+    if fits:
+        return letters[max(fits, key=lambda i: len(texts[i]))]
+    if named:
+        return named[1] or named[2]
+    raise ValueError(f"field 'answer' ({answer[:60]!r}) names none of the options")
+
+
+def _bare(text: str) -> str:
+    """Case-folded text with single spaces and no final full stop."""
+    return " ".join(text.split()).rstrip(".").casefold()
+
+
+def _choice_prompt(row: dict, options: list[str]) -> str:
+    """Question, lettered options, and how to answer."""
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+    return f"Question: {_text(row, 'question')}\nOptions:\n{listed}\nEnd with: The answer is (letter).\nAnswer:\n"
+
+
+def strategyqa(row: dict) -> dict:
+    """Fields question, answer (bool), facts (list, or text): the trace is the facts, one a line, and the answer."""
+    prompt = f"Question: {_text(row, 'question')}\nEnd with: The answer is yes. (or no.)\nAnswer:\n"
+    answer, facts = row.get("answer"), row.get("facts")
+    if answer is not None and not isinstance(answer, bool):
+        raise ValueError(f"field 'answer' is {type(answer).__name__}, not true or false")
+    facts = [facts] if isinstance(facts, str) else facts or []
+    lines = [" ".join(str(fact).split()) for fact in facts]
+    lines = [line for line in lines if line]
+    gold = None if answer is None else "yes" if answer else "no"
+    completion = None if gold is None or not lines else "\n".join([*lines, f"The answer is {gold}."])
+    return {"prompt": prompt, "completion": completion, "answer": gold}
+
+
+def generic(row: dict) -> dict:
+    """TRL's prompt-completion rows: fields prompt, completion and, where known, answer; texts or lists of messages.
+
+    Nothing is changed but white space at the end of a completion, which no policy would learn to write and which a
+    discriminator would recognise. A missing, null or blank completion is None.
+    """
+    prompt, completion, answer = row["prompt"], row.get("completion"), row.get("answer")
+    if isinstance(prompt, str):
+        _text(row, "prompt")
+    else:
+        _check_messages(prompt, "prompt")
+    if isinstance(completion, str):
+        completion = completion.rstrip() or None
+    elif completion is not None:
+        _check_messages(completion, "completion")
+    if isinstance(answer, bool):
+        answer = "yes" if answer else "no"
+    if answer is not None and not isinstance(answer, (str, int, float)):
+        raise ValueError(f"field 'answer' is {type(answer).__name__}, not text or a number")
+    answer = None if answer is None else str(answer).strip() or None
+    return {"prompt": prompt, "completion": completion, "answer": answer}
+
+
+def _check_messages(messages: object, field: str) -> None:
+    """Raise ValueError unless `messages` is a non-empty list of ``{"role": text, "content": text}``."""
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        kind = type(messages).__name__
+        raise ValueError(f"field {field!r} is {kind}, neither text nor a list of {{role, content}} messages")
+    if not any(m["content"].strip() for m in messages):
+        raise ValueError(f"field {field!r} is empty")
+
+
+def equal_any(answer: str, gold: str) -> bool:
+    """Equal as mathematics, as yes or no, or as text."""
+    return answers.equal_math(answer, gold) or answers.equal_yes_no(answer, gold)
+
+
+_NUMBER = (answers.extract_number, answers.equal_math)
+_LETTER = (answers.extract_letter, answers.equal_text)
+
+TASKS: dict[str, Task] = {
+    "arithmetic": Task("arithmetic", None, None, generic, *_NUMBER),
+    "gsm8k": Task("gsm8k", "openai/gsm8k", "main", gsm8k, *_NUMBER, completion_field="answer"),
+    # The traces are long numbered lists, a line a step.
+    "medreason": Task("medreason", "UCSC-VLAA/MedReason", None, medreason, *_LETTER, completion_field="reasoning"),
+    # The traces are single paragraphs: a sentence is a step.
+    "mmlu_pro": Task("mmlu_pro", "TIGER-Lab/MMLU-Pro", None, mmlu_pro, *_LETTER, "trace", step_delimiter=". "),
+    "strategyqa": Task(
+        "strategyqa", "ChilleD/StrategyQA", None, strategyqa, answers.extract_yes_no, answers.equal_yes_no, "facts"
+    ),
+    "math": Task(
+        "math", "DigitalLearningGmbH/MATH-lighteval", None, math, answers.extract_math, answers.equal_math, "solution"
+    ),
+    "generic": Task("generic", None, None, generic, answers.extract_any, equal_any),
+}

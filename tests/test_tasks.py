@@ -1,0 +1,465 @@
+"""Recipes, extraction and equality of answers. Expected texts are written by hand; rates come from the real files."""
+
+import gzip
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers.pre_tokenizers import Split
+
+from tracereward.errors import InputError
+from tracereward.tasks import TASKS, answers, get_task
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+def real_rows(name: str) -> list[dict]:
+    path = DATA / f"{name}.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"real data is not here: {path}")
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+# ---------- extraction ----------
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # the escaped brace alone is no group
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"first \boxed{1}, then cut off in \boxed{\frac{1}", None),
+        (r"\boxed{}", None),
+        ("the box is 5", None),
+    ],
+)
+def test_extract_boxed(text, answer):
+    assert answers.extract_boxed(text) == answer
+
+
+nested = st.recursive(
+    st.text(alphabet="abc123+-^_ ", min_size=1, max_size=5),
+    lambda inner: st.lists(inner, min_size=1, max_size=3).map(lambda parts: "".join(f"{{{part}}}" for part in parts)),
+    max_leaves=8,
+)
+
+
+@given(before=st.text(alphabet="xyz {}", max_size=10), content=nested, after=st.text(alphabet="xyz {}.", max_size=10))
+def test_extract_boxed_finds_any_balanced_content(before, content, after):
+    found = answers.extract_boxed(f"{before}\\boxed{{{content}}}{after}")
+    assert found == (content.strip() or None)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("a\n#### 18", "18"),
+        ("#### 1\nno, again\n#### 2\n", "2"),
+        ("#### 18.", "18"),
+        ("#### $18", "18"),
+        ("#### \\$18.50.", "18.50"),
+        ("#### 1,234,567", "1234567"),
+        ("#### 1,2", "1,2"),  # not thousands
+        ("#### 18 apples", "18 apples"),
+        ("####", None),
+        ("####\n18", None),
+        ("18", None),
+    ],
+)
+def test_extract_hashes(text, answer):
+    assert answers.extract_hashes(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Thus the answer is (C).", "C"),
+        ("The answer is (c)", "C"),
+        ("THE ANSWER IS C.", "C"),
+        ("The answer is C", "C"),
+        ("The answer is **C**.", "C"),
+        ("The answer is **(C)**", "C"),
+        ("Answer: D\n", "D"),
+        ("The answer is (A). On reflection, the answer is (B).", "B"),
+        (r"hence \boxed{\text{E}}", "E"),
+        (r"hence \boxed{(E)}", "E"),
+        ("#### F", "F"),
+        (r"\boxed{7} so the answer is (B)", "B"),
+        ("The answer is a matter of taste", None),
+        ("The answer is A matter of taste", None),
+        ("The answer is not listed, but is closest to (G).", None),
+        ("The answer is (Insufficient information).", None),
+        ("I would choose C.", None),
+        (r"\boxed{7}", None),
+    ],
+)
+def test_extract_letter(text, answer):
+    assert answers.extract_letter(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So the answer is yes.", "yes"),
+        ("The answer is No", "no"),
+        ("The answer is TRUE.", "yes"),
+        ("The answer is: false, of course", "no"),
+        (r"\boxed{\text{Yes}}", "yes"),
+        ("#### no.", "no"),
+        ("The answer is no longer known", None),
+        ("yes", None),
+        ("The answer is 5.", None),
+    ],
+)
+def test_extract_yes_no(text, answer):
+    assert answers.extract_yes_no(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"#### 5 and \boxed{6}, the answer is 7.", "6"),
+        ("the answer is 7.\n#### 5", "5"),
+        ("The answer is (B), I think", "B"),
+        ("The answer is 3.5. Done.", "3.5"),
+        ("Therefore, the final answer is: $x+1$.", "x+1"),
+        ("The answer is Paris", "Paris"),
+        ("Paris it is.", None),
+    ],
+)
+def test_extract_any_takes_the_forms_in_their_order(text, answer):
+    assert answers.extract_any(text) == answer
+
+
+def test_own_form_comes_first():
+    both = r"#### 5 but \boxed{6}"
+    # The whole line: equality will judge it, nothing is guessed.
+    assert answers.extract_number(both) == "5 but \\boxed{6}"
+    assert answers.extract_number("\\boxed{6}\n#### 5") == "5"
+    assert answers.extract_math("\\boxed{6}\n#### 5") == "6"
+
+
+# ---------- equality ----------
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("0.5", "1/2"),
+        ("0.5", "50%"),
+        ("0.5", r"\frac{1}{2}"),
+        ("50%", r"\dfrac12"),
+        ("50%", "50"),
+        ("1,234", "1234"),
+        ("$18", "18"),
+        ("18.00", "18"),
+        (r"\$18.", "18"),
+        ("\u22123", "-3"),
+        (r"-\frac{1}{2}", "-.5"),
+        (r"3\frac{1}{2}", "3.5"),
+        ("1 1/2", "1.5"),
+        ("-1 1/2", "-1.5"),
+        ("1.5e3", "1500"),
+        (r"10{,}000", "10000"),
+        ("0.1", "0.10"),
+        (r"\text{Monday}", "monday"),
+        ("x^2+2x+1", "(x+1)^2"),
+        (r"2\sqrt{3}", r"\sqrt{12}"),
+        ("(1,2)", "(1, 2)"),
+        ("1, 2, 3", "3, 2, 1"),
+        (r"5\text{ cm}", "5"),
+        ("12_8", "12_{8}"),
+    ],
+)
+def test_equal_math(a, b):
+    assert answers.equal_math(a, b)
+    assert answers.equal_math(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("0.333", "1/3"),
+        ("0.1", "0.2"),
+        ("-2", "2"),
+        ("18", "1.8"),
+        (r"3\frac{1}{2}", "31/2"),
+        (r"\frac{1}{2}3", "1/23"),
+        ("1 1/2", "1"),
+        ("0.1000000000000000000000000001", "0.1"),  # exact, where floats are equal
+        ("may", "yam"),  # as products of letters they would be equal
+        ("12_8", "12_7"),
+        ("[1,2]", "(1,2)"),
+        ("(1,2)", "(2,1)"),
+        ("18 million", "18"),
+        ("Step 4: Final answer", "4"),
+        ("1/0", "2/0"),
+        (r"\Delta", r"\delta"),
+        ("x", ""),
+    ],
+)
+def test_not_equal_math(a, b):
+    assert not answers.equal_math(a, b)
+    assert not answers.equal_math(b, a)
+
+
+@given(st.integers(-(10**9), 10**9), st.integers(1, 10**6), st.integers(1, 1000))
+def test_number_is_exact(a, b, k):
+    value, percent = answers.number(f"{a * k}/{b * k}")  # type: ignore[misc]
+    assert (value.numerator * b, percent) == (value.denominator * a, False)
+    assert answers.number(f"{a:,}") == answers.number(str(a)) == (a, False)
+    assert answers.number(rf"\frac{{{a}}}{{{b}}}") == (value, False)
+
+
+@settings(max_examples=300)
+@given(st.text(alphabet=r"0123456789.,/%$\{}frac eE+-_^ab", max_size=20))
+def test_number_never_fails(text):
+    found = answers.number(text)
+    assert found is None or found[0] == found[0]
+
+
+def test_equal_yes_no():
+    assert answers.equal_yes_no("True", "yes")
+    assert answers.equal_yes_no("no.", "false")
+    assert not answers.equal_yes_no("yes", "no")
+
+
+def test_long_answers_are_compared_as_text_at_once():
+    long = "+".join(["x"] * 400)
+    start = time.monotonic()
+    assert not answers.equal_math(long, "400x")
+    assert answers.equal_math(long, long + ".")
+    assert time.monotonic() - start < 0.5
+
+
+def test_hanging_comparison_is_stopped_and_the_next_one_works(monkeypatch, caplog):
+    assert answers.equal_math("y+1", "1+y")  # the process runs
+    monkeypatch.setattr(answers, "TIME_LIMIT", 1.0)
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        assert not answers.math_verify_equal("5^{5^{5^{5}}}", "7y")
+    assert time.monotonic() - start < 3
+    assert "stopped after 1 s" in caplog.text
+    monkeypatch.undo()
+    assert answers.math_verify_equal("y+2", "2+y")
+
+
+def test_equal_math_works_in_threads():
+    results = {}
+
+    def compare(i: int) -> None:
+        results[i] = answers.equal_math(f"z+{i}", f"{i % 4}+z")
+
+    threads = [threading.Thread(target=compare, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: i < 4 for i in range(8)}
+
+
+def test_dead_math_verify_is_an_error_and_not_a_wrong_answer(monkeypatch, tmp_path):
+    broken = tmp_path / "math_worker.py"
+    broken.write_text("raise SystemExit(3)")
+    monkeypatch.setattr(answers, "_worker", None)
+    monkeypatch.setattr(answers, "__file__", str(tmp_path / "answers.py"))
+    with pytest.raises(RuntimeError, match="math-verify ended with code 3 at its start"):
+        answers.math_verify_equal("q+1", "1+q")
+
+
+# ---------- recipes ----------
+
+
+def test_get_task_names_the_nearest():
+    assert get_task("gsm8k") is TASKS["gsm8k"]
+    with pytest.raises(InputError, match=r"unknown task 'gsm8': did you mean 'gsm8k'\?"):
+        get_task("gsm8")
+
+
+def test_every_task_carries_its_own_name():
+    assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
+
+
+def test_gsm8k_row():
+    raw = {"question": " Two bags of 600 nuts? ", "answer": "2*600 = <<2*600=1200>>1200 nuts \n#### 1,200"}
+    copy = dict(raw)
+    row = TASKS["gsm8k"].example(raw)
+    assert row == {
+        "prompt": "Question: Two bags of 600 nuts?\nEnd with #### and the number.\nAnswer:\n",
+        "completion": "2*600 = 1200 nuts\n#### 1,200",
+        "answer": "1200",
+    }
+    assert raw == copy
+    assert TASKS["gsm8k"].verify("... \n#### 1200.0", row["answer"])
+    assert not TASKS["gsm8k"].verify("so 1200", row["answer"])  # right, but not stated
+
+
+def test_math_row():
+    row = TASKS["math"].example({"problem": "Half of one?", "solution": r"It is $\boxed{\frac{1}{2}}$.", "level": 1})
+    assert row == {
+        "prompt": "Problem: Half of one?\nPut the final answer in \\boxed{}.\nSolution:\n",
+        "completion": r"It is $\boxed{\frac{1}{2}}$.",
+        "answer": r"\frac{1}{2}",
+    }
+    assert TASKS["math"].verify(r"\boxed{0.5}", row["answer"])
+
+
+CHOICE = "Question: Which is red?\nOptions:\nA. sky\nB. blood\nEnd with: The answer is (letter).\nAnswer:\n"
+
+
+def test_mmlu_pro_row():
+    raw = {"question": "Which is red?", "options": ["sky", "blood"], "answer": "B", "category": "other"}
+    task = TASKS["mmlu_pro"]
+    assert task.example(raw) == {"prompt": CHOICE, "completion": None, "answer": "B"}
+    stated = task.example({**raw, "trace": "Blood is. The answer is (B)."})
+    assert stated["completion"] == "Blood is. The answer is (B)."
+    hub = task.example({**raw, "cot_content": "A: Blood is. The answer is (B)."})
+    assert hub["completion"] == "Blood is. The answer is (B)."
+    cut_off = task.example({**raw, "trace": "Blood is red because its cells"})
+    assert cut_off["completion"] == "Blood is red because its cells\nThe answer is (B)."
+    with pytest.raises(ValueError, match="field 'answer' is 'C', not a letter from A to B"):
+        task.example({**raw, "answer": "C"})
+
+
+@pytest.mark.parametrize("options", [["sky", "blood"], "Answer Choices:\nA. sky\nB. blood", "(A) sky\n(B) blood\n"])
+@pytest.mark.parametrize("answer", ["B", "(B)", "B. blood", "blood", "Blood.", "Blood. Explanation: cells are red."])
+def test_medreason_row(options, answer):
+    raw = {"question": "Which is red?", "options": options, "answer": answer, "reasoning": "Think.\nBlood is."}
+    assert TASKS["medreason"].example(raw) == {
+        "prompt": CHOICE,
+        "completion": "Think.\nBlood is.\nThe answer is (B).",
+        "answer": "B",
+    }
+
+
+def test_medreason_takes_the_longest_option_that_fits_and_never_guesses():
+    raw = {"question": "q", "options": ["Type I", "Type II", "Type I and II"], "reasoning": "r"}
+    for answer, letter in (("type ii", "B"), ("Type I", "A"), ("Type I and II.", "C")):
+        assert TASKS["medreason"].example({**raw, "answer": answer})["answer"] == letter
+    with pytest.raises(ValueError, match="names none of the options"):
+        TASKS["medreason"].example({**raw, "answer": "A patient of type III"})
+    with pytest.raises(ValueError, match="letters that do not run A, B, C"):
+        TASKS["medreason"].example({**raw, "answer": "A", "options": "A. x\nC. y"})
+
+
+def test_strategyqa_row():
+    raw = {"question": "Is ice cold?", "answer": True, "facts": ["Ice is  frozen.", " Frozen is cold. "]}
+    task = TASKS["strategyqa"]
+    assert task.example(raw) == {
+        "prompt": "Question: Is ice cold?\nEnd with: The answer is yes. (or no.)\nAnswer:\n",
+        "completion": "Ice is frozen.\nFrozen is cold.\nThe answer is yes.",
+        "answer": "yes",
+    }
+    assert task.example({**raw, "facts": "Ice is frozen.", "answer": False})["completion"].endswith("The answer is no.")
+    with pytest.raises(ValueError, match="field 'answer' is str, not true or false"):
+        task.example({**raw, "answer": "yes"})
+
+
+def test_generic_row_is_passed_through():
+    messages = [{"role": "user", "content": "hi"}]
+    reply = [{"role": "assistant", "content": "The answer is 2."}]
+    example = TASKS["generic"].example
+    assert example({"prompt": "hi", "completion": " there\n", "answer": 2, "more": 1}) == {
+        "prompt": "hi",
+        "completion": " there",
+        "answer": "2",
+    }
+    row = {"prompt": messages, "completion": reply}
+    assert example(row) == {**row, "answer": None}
+    assert example({"prompt": "hi", "completion": "  "})["completion"] is None
+    with pytest.raises(ValueError, match="field 'prompt' is int, neither text nor a list"):
+        example({"prompt": 3})
+    with pytest.raises(ValueError, match="field 'completion' is list, neither text nor a list of"):
+        example({"prompt": "hi", "completion": [{"content": "x"}]})
+    verify = TASKS["generic"].verify
+    assert verify("The answer is 0.5.", "1/2")
+    assert verify("The answer is True.", "yes")
+    assert not verify("perhaps 0.5", "1/2")
+
+
+# How GPT-2 and how Llama 3 and Qwen cut text into the pieces that byte-pair merging works in.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize("pattern", [GPT2, LLAMA3])
+@pytest.mark.parametrize("trace", ["Ice. #### 3", "#### 3", "3", "- 3", "$3", "\n 3 ", "\\boxed{3}"])
+def test_no_token_spans_prompt_and_completion(pattern, trace):
+    raw = {
+        "question": "q",
+        "problem": "q",
+        "options": ["a", "b"],
+        "facts": [trace],
+        "solution": trace,
+        "reasoning": trace,
+    }
+    for name, answer in (("gsm8k", trace), ("math", "3"), ("mmlu_pro", "A"), ("medreason", "A"), ("strategyqa", True)):
+        row = TASKS[name].example({**raw, "trace": trace, "answer": answer})
+        pieces = Split(Regex(pattern), "isolated").pre_tokenize_str(row["prompt"] + row["completion"])
+        assert len(row["prompt"]) in {start for _, (start, _) in pieces}
+
+
+# ---------- the real files ----------
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "rows"),
+    [
+        ("gsm8k", "gsm8k/train", 7473),
+        ("math", "math/traces", 4044),
+        ("mmlu_pro", "mmlu_pro/traces_train", 6358),
+        ("strategyqa", "strategyqa/train", 2061),
+    ],
+)
+def test_every_real_demonstration_states_its_gold_answer(task, name, rows):
+    examples = [TASKS[task].example(raw) for raw in real_rows(name)]
+    assert len(examples) == rows
+    wrong = [e["completion"][-80:] for e in examples if not TASKS[task].verify(e["completion"], e["answer"])]
+    assert wrong == []
+    for e in examples:
+        assert "<<" not in e["completion"] or task != "gsm8k"
+        assert e["completion"] == e["completion"].strip()
+        assert e["prompt"].endswith(":\n")
+
+
+def test_cut_off_mmlu_pro_traces_are_few():
+    raws = real_rows("mmlu_pro/traces_train")
+    completed = sum(TASKS["mmlu_pro"].example(raw)["completion"] != raw["trace"].strip() for raw in raws)
+    assert completed == sum(answers.extract_letter(raw["trace"]) is None for raw in raws)
+    assert completed < 0.01 * len(raws)
+
+
+def math_verify_accepts(step: int) -> float:
+    """Share of the gold answers, every `step`-th, that math-verify alone finds equal to themselves."""
+    golds = sorted({TASKS["math"].example(raw)["answer"] for raw in real_rows("math/traces")})[::step]
+    return sum(answers.math_verify_equal(gold, gold) for gold in golds) / len(golds)
+
+
+def test_math_verify_reads_real_answers():
+    assert math_verify_accepts(step=20) >= 0.99
+
+
+@pytest.mark.slow
+def test_math_verify_reads_all_real_answers():
+    assert math_verify_accepts(step=1) >= 0.99
+
+
+def test_import_is_light():
+    code = "import sys, tracereward.tasks.arithmetic, tracereward.demonstrations; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "datasets", "sympy", "math_verify"} & set(done.stdout.split())
