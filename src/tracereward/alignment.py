@@ -28,6 +28,12 @@ def token_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tup
         chunk = stream.step(backend, int(token_id)) or ""
         offsets.append((len(text), len(text) + len(chunk)))
         text += chunk
+    rest = backend.decode([int(token_id) for token_id in ids], skip_special_tokens=True)[len(text) :]
+    if rest:  # a trace cut off inside a character: the stream still waits for its other bytes
+        last = max(i for i, token_id in enumerate(ids) if backend.decode([int(token_id)], skip_special_tokens=True))
+        end = len(text) + len(rest)
+        offsets[last:] = [(offsets[last][0], end), *[(end, end)] * (len(ids) - last - 1)]
+        text += rest
     return text, offsets
 
 
@@ -35,7 +41,8 @@ def step_ends(text: str, offsets: Sequence[tuple[int, int]], delimiter: str = "\
     """Whether each token is the last of a step.
 
     A step ends with the last character of a run of delimiters (with white space between them): blank lines do not make
-    empty steps. The token that holds this character is the step's last. The trace's last token always is one.
+    empty steps. White space at the end of a delimiter such as ". " does not count, because most tokenizers put it into
+    the next word's token. The token that holds the character is the step's last. The trace's last token always is one.
 
     Args:
         text: the completion.
@@ -44,7 +51,7 @@ def step_ends(text: str, offsets: Sequence[tuple[int, int]], delimiter: str = "\
     """
     ends = [False] * len(offsets)
     runs = re.finditer(rf"(?:{re.escape(delimiter)}\s*?)*{re.escape(delimiter)}", text)
-    boundaries = [match.end() - 1 for match in runs]
+    boundaries = [(match.start() + len(match[0].rstrip()) if delimiter.strip() else match.end()) - 1 for match in runs]
     token = 0
     for character in boundaries:
         while token < len(offsets) and offsets[token][1] <= character:

@@ -31,7 +31,7 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     if resume:
         argv.remove("--resume")
     config_class = CONFIGS[kind]
-    classes = (DataArguments, config_class, ModelConfig)
+    classes: Any = (DataArguments, config_class, ModelConfig)
     known = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
     for name in _given_names(argv):
         if name not in known | {"config"}:
@@ -98,7 +98,10 @@ def help_text(kind: str) -> str:
         "  --model_name_or_path: folder or Hub id of the starting policy",
         "  --use_peft, --lora_r, --lora_alpha, --lora_target_modules: LoRA instead of all weights",
     ]
-    for cls in (DataArguments, *(c for c in reversed(config_class.__mro__) if c.__module__ == DataArguments.__module__)):
+    for cls in (
+        DataArguments,
+        *(c for c in reversed(config_class.__mro__) if c.__module__ == DataArguments.__module__),
+    ):
         own = vars(cls).get("__annotations__", {})
         for field in dataclasses.fields(cls):
             if field.name in own:

@@ -4,7 +4,7 @@ import json
 import math
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
@@ -41,9 +41,14 @@ class MetricsFile(TrainerCallback):
 
 
 class StopSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the step that is running, saves a checkpoint and stops; a second one stops at once."""
+    """Ctrl-C or SIGTERM ends the step that is running, saves a checkpoint and stops; a second one stops at once.
 
-    def __init__(self):
+    Args:
+        every: optimiser steps that share one batch of rollouts; a run stops behind the last of them.
+    """
+
+    def __init__(self, every: int = 1):
+        self.every = every
         self.received = False
         self._old: dict[int, Any] = {}
 
@@ -64,7 +69,7 @@ class StopSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Called by the trainer after each optimiser step."""
-        if self.received and state.global_step < state.max_steps:
+        if self.received and state.global_step < state.max_steps and state.global_step % self.every == 0:
             control.should_save = True
             control.should_training_stop = True
 
@@ -72,7 +77,7 @@ class StopSignal(TrainerCallback):
 class Progress(TrainerCallback):
     """A bar on stderr with the time left and a few current numbers; stdout stays free for data."""
 
-    SHOWN = {
+    SHOWN: ClassVar = {
         "loss": "loss",
         "reward": "reward",
         "rewards/correct/mean": "correct",

@@ -27,8 +27,14 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
         if (path / COMPLETE).is_file():
             complete.append(path)
         else:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process of the same run may be at it too
     return max(complete, key=checkpoint_step, default=None)
+
+
+def kept(folder: Path) -> str:
+    """What a run that ends early leaves, for its last sentence."""
+    checkpoint = last_complete_checkpoint(folder)
+    return "No checkpoint was finished" if checkpoint is None else f"The last whole checkpoint is {checkpoint.name}"
 
 
 class SafeTrainer(Trainer):
@@ -39,11 +45,22 @@ class SafeTrainer(Trainer):
     """
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A training step; stops the run at a loss that is not finite, before the optimiser uses it."""
-        loss = super().training_step(*args, **kwargs)
+        """A training step; stops the run at numbers that are not finite, before the optimiser uses them."""
+        step = self.state.global_step + 1
+        try:
+            loss = super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):  # torch.multinomial, while rollouts are drawn
+                raise
+            raise RunFailed(f"the policy's token probabilities are not finite at step {step}") from error
         if not math.isfinite(float(loss)):
-            raise RunFailed(f"the policy's loss is {float(loss)} at step {self.state.global_step + 1}")
+            raise RunFailed(f"the policy's loss is {float(loss)} at step {step}")
         return loss
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch, unless no step is left or the warm-up was stopped: transformers would take a step and then look."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         for name, parameter in self.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]

@@ -2,15 +2,35 @@
 
 import os
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from tracereward import __version__
 from tracereward.errors import InputError, Interrupted, RunFailed
 
+
+class Commands(typer.core.TyperGroup):
+    """The commands, with Ctrl-C and a closed pipe brought to `main` before typer makes its own exit codes of them."""
+
+    def invoke(self, ctx: Any) -> object:
+        """Run a command."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted") from error
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Reward models for reasoning, learned from expert traces alone.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -69,7 +89,7 @@ def sample(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
     task: Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")] = "generic",
-    n: Annotated[int, typer.Option("-n", "--n", help="Completions of each prompt.")] = 8,
+    n: Annotated[int, typer.Option("-n", "--n", min=1, help="Completions of each prompt.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
@@ -92,6 +112,9 @@ def sample(
             raise InputError("--resume needs --output")
         part = Path(output + ".part")
         size = max(1, batch_size // n)
+        if Path(output).is_file() and not part.exists():
+            _say(f"{output} is finished")
+            return
         if part.is_file():
             done = finished_questions(part, n, size)
             _say(f"going on after {done} questions")
@@ -109,7 +132,9 @@ def sample(
 @app.command()
 def score(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")],
-    data: Annotated[str, typer.Argument(help="JSONL or Parquet rows: prompt and completion, or prompt and candidates.")],
+    data: Annotated[
+        str, typer.Argument(help="JSONL or Parquet rows: prompt and completion, or prompt and candidates.")
+    ],
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
 ) -> None:
     """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
@@ -137,7 +162,7 @@ def rerank(
     data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion; a question's rows together.")],
     task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
     method: Annotated[
-        str, typer.Option(help="vote, reward, majority, logprob, shortest or random.")
+        str, typer.Option(help="vote, reward, reward_logprob, majority, logprob, shortest or random.")
     ] = "vote",
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
     json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
@@ -158,8 +183,8 @@ def rerank(
     if not rows:
         raise InputError(f"{data}: no rows")
     for where, row in rows:
-        if "candidates" in row or (method == "logprob" and row.get("logprob") is None):
-            need = "a completion in each row" if "candidates" in row else "a logprob in each row for --method logprob"
+        if "candidates" in row or ("logprob" in method and row.get("logprob") is None):
+            need = "a completion in each row" if "candidates" in row else f"a logprob in each row for --method {method}"
             raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
     reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
     chosen, questions = rerank_rows(score_rows(reward_model, rows), recipe, method)
@@ -182,7 +207,9 @@ def quickstart(
     world: Annotated[str, typer.Option(help="misconception or style.")] = "misconception",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
-    fast: Annotated[bool, typer.Option(help="A minute instead of several: fewer steps; the figures mean less.")] = False,
+    fast: Annotated[
+        bool, typer.Option(help="A minute instead of several: fewer steps; the figures mean less.")
+    ] = False,
     json_table: Annotated[bool, typer.Option("--json", help="Print the tables as JSON on stdout.")] = False,
 ) -> None:
     """The whole method on generated arithmetic and a tiny Llama, offline, in minutes on two CPU cores."""
@@ -194,17 +221,16 @@ def quickstart(
 def main() -> None:
     """Entry point: exit 0 when all went well, 1 when a run failed, 2 for bad input or usage, 130 when interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Names that TRL still uses and transformers has renamed: nothing that a user of the commands could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         app()
     except InputError as error:
         _say(f"tracereward: {error}")
         sys.exit(2)
     except RunFailed as error:
-        _say(f"tracereward: {error}")
+        _say(f"\ntracereward: {error}")  # behind a progress bar
         sys.exit(1)
-    except (Interrupted, KeyboardInterrupt) as error:
-        _say(f"tracereward: {error}" if str(error) else "tracereward: interrupted")
+    except Interrupted as error:
+        _say(f"\ntracereward: {error}")
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

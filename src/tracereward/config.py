@@ -19,6 +19,8 @@ ADVANTAGES = ("trajectory", "token")
 TEMPLATES = ("plain", "chat")
 ON_LONG = ("refuse", "drop")
 REWARD_AGGREGATES = ("mean", "min")
+FIRST_DIFFERENCE = ("rollouts", "both", "none")
+REWARD_FORMS = ("logit", "logit_plus_logprob")
 
 
 @dataclass
@@ -27,8 +29,10 @@ class DataArguments:
 
     task: str = field(
         default="generic",
-        metadata={"help": "Recipe that maps a set's fields: arithmetic, gsm8k, math, medreason, mmlu_pro, strategyqa, "
-                  "or generic for rows with prompt, completion and optionally answer."},
+        metadata={
+            "help": "Recipe that maps a set's fields: arithmetic, gsm8k, math, medreason, mmlu_pro, strategyqa, "
+            "or generic for rows with prompt, completion and optionally answer."
+        },
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "JSONL or Parquet file, or Hub id. Default: the recipe's own set on the Hub."}
@@ -45,8 +49,10 @@ class DataArguments:
     )
     on_long: str = field(
         default="refuse",
-        metadata={"help": "A completion over --max_completion_length: refuse to start, or drop the row and say so. "
-                  "Nothing is ever cut."},
+        metadata={
+            "help": "A completion over --max_completion_length: refuse to start, or drop the row and say so. "
+            "Nothing is ever cut."
+        },
     )
 
     def __post_init__(self):
@@ -115,12 +121,17 @@ class PolicyConfig(GRPOConfig):
         if self.cache_implementation is None and torch.cuda.is_available() and not self.use_vllm:
             self.cache_implementation = "static"  # several times faster than a growing cache, see benchmarks
         super().__post_init__()
-        boundary = self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps
-        if boundary > 1 and self.save_strategy == "steps" and self.save_steps % boundary:
+        if self.save_strategy == "steps" and self.save_steps % self.rollout_steps:
             raise InputError(
-                f"save_steps {self.save_steps:g} is not a multiple of {boundary}, the optimiser steps that share one "
-                f"batch of rollouts: a resumed run would differ. Use --save_steps {boundary}."
+                f"save_steps {self.save_steps:g} is not a multiple of {self.rollout_steps}, the optimiser steps that "
+                f"share one batch of rollouts: a resumed run would differ. Use --save_steps {self.rollout_steps}."
             )
+
+    @property
+    def rollout_steps(self) -> int:
+        """Optimiser steps that share one batch of rollouts: only between batches is a checkpoint exact."""
+        assert self.steps_per_generation is not None
+        return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
 
 
 @dataclass
@@ -129,8 +140,10 @@ class RewardConfig(PolicyConfig):
 
     reward: str = field(
         default="verifier",
-        metadata={"help": "verifier: 1 for a correct answer, uses gold answers (upper baseline). logprob: mean "
-                  "log-prob under the starting policy, frozen (control: what a learned reward must beat)."},
+        metadata={
+            "help": "verifier: 1 for a correct answer, uses gold answers (upper baseline). logprob: mean "
+            "log-prob under the starting policy, frozen (control: what a learned reward must beat)."
+        },
     )
 
     def __post_init__(self):
@@ -143,16 +156,26 @@ class AdversarialConfig(PolicyConfig):
     """Options of `tracereward train`: the discriminator, its reward and the advantages."""
 
     head: str = field(default="action", metadata={"help": "token (the paper's) or action (learns quickly)."})
-    granularity: str = field(
-        default="dense", metadata={"help": "Supervised tokens: sparse, step, interval or dense."}
-    )
+    granularity: str = field(default="dense", metadata={"help": "Supervised tokens: sparse, step, interval or dense."})
     interval: int = field(default=15, metadata={"help": "k of granularity interval."})
     step_delimiter: str | None = field(default=None, metadata={"help": "What ends a step. Default: the recipe's."})
     beta_clip: float = field(default=5.0, metadata={"help": "Token rewards are clipped to +-beta_clip, in log-odds."})
-    label_smoothing: float = field(default=0.1, metadata={"help": "Smoothing of the labels in the discriminator's BCE."})
-    first_difference: bool = field(
-        default=True,
-        metadata={"help": "Leave out the tokens that a rollout shares with its prompt's expert trace, for both."},
+    label_smoothing: float = field(
+        default=0.1, metadata={"help": "Smoothing of the labels in the discriminator's BCE."}
+    )
+    first_difference: str = field(
+        default="rollouts",
+        metadata={
+            "help": "Tokens that a rollout shares with its prompt's expert trace, from the start: rollouts leaves "
+            "them out of the rollout's loss, both also out of the expert's, none keeps them."
+        },
+    )
+    reward_form: str = field(
+        default="logit",
+        metadata={
+            "help": "Token reward: logit (the paper's), or logit_plus_logprob, which adds the token's log-prob "
+            "under the starting policy: the logit alone is maximal where the policy copies the experts' mix."
+        },
     )
     reward_aggregate: str = field(default="mean", metadata={"help": "Trace reward: mean or min of token rewards."})
     advantages: str = field(
@@ -165,21 +188,42 @@ class AdversarialConfig(PolicyConfig):
     discriminator_use_peft: bool | None = field(
         default=None, metadata={"help": "LoRA for the discriminator (the policy's settings). Default: as the policy."}
     )
-    discriminator_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW learning rate."})
+    discriminator_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW learning rate of the warm-up."})
+    discriminator_online_learning_rate: float | None = field(
+        default=None, metadata={"help": "Its learning rate after the warm-up. Default: the same."}
+    )
     discriminator_prompts: int = field(default=16, metadata={"help": "Demonstrations in one update."})
     discriminator_rollouts: int = field(default=4, metadata={"help": "Rollouts beside each demonstration."})
     discriminator_warmup_updates: int = field(
         default=60, metadata={"help": "Updates before the policy moves, on rollouts drawn once."}
     )
-    discriminator_updates: int = field(default=1, metadata={"help": "Updates for each batch of rollouts; 0 freezes."})
+    discriminator_updates: int = field(
+        default=1,
+        metadata={"help": "Updates after a batch of rollouts; 0 freezes the discriminator after its warm-up."},
+    )
+    discriminator_every: int = field(
+        default=1,
+        metadata={"help": "Update after every N-th batch of rollouts only; the others fill the replay buffer."},
+    )
     discriminator_token_budget: int = field(
         default=8192, metadata={"help": "Padded tokens in one forward pass of the discriminator."}
     )
-    warmup_rollouts: int = field(default=8, metadata={"help": "Rollouts of each demonstration drawn for the warm-up."})
+    warmup_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Causal LM that draws the warm-up's rollouts, e.g. the one before SFT, when the policy has "
+            "memorised its demonstrations and its own rollouts equal them. Default: the starting policy."
+        },
+    )
+    warmup_prompts: int = field(
+        default=512, metadata={"help": "Demonstrations, chosen at random, whose prompts the warm-up's rollouts answer."}
+    )
+    warmup_rollouts: int = field(default=8, metadata={"help": "Rollouts of each of them."})
     warmup_save_updates: int = field(default=20, metadata={"help": "Updates between two saves of the warm-up."})
     replay_size: int = field(default=4096, metadata={"help": "Rollouts kept for later updates."})
     replay_share: float = field(
-        default=0.5, metadata={"help": "Share of an update's demonstrations whose rollouts come from the replay buffer."}
+        default=0.5,
+        metadata={"help": "Share of an update's demonstrations whose rollouts come from the replay buffer."},
     )
     expert_prompt_share: float = field(
         default=0.25,
@@ -190,6 +234,8 @@ class AdversarialConfig(PolicyConfig):
         check_choice("head", self.head, HEADS)
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("advantages", self.advantages, ADVANTAGES)
+        check_choice("first_difference", self.first_difference, FIRST_DIFFERENCE)
+        check_choice("reward_form", self.reward_form, REWARD_FORMS)
         check_choice("reward_aggregate", self.reward_aggregate, REWARD_AGGREGATES)
         for name, low, high in (
             ("label_smoothing", 0, 0.499),
@@ -199,7 +245,15 @@ class AdversarialConfig(PolicyConfig):
         ):
             if not low <= getattr(self, name) <= high:
                 raise InputError(f"{name} must be between {low} and {high:.1g}, not {getattr(self, name)}")
-        for name in ("discriminator_prompts", "discriminator_rollouts", "warmup_rollouts", "warmup_save_updates"):
+        for name in (
+            "interval",
+            "discriminator_prompts",
+            "discriminator_rollouts",
+            "discriminator_every",
+            "warmup_prompts",
+            "warmup_rollouts",
+            "warmup_save_updates",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         super().__post_init__()
@@ -208,4 +262,6 @@ class AdversarialConfig(PolicyConfig):
 def check_checkpoint_limit(limit: int | None) -> None:
     """A kill while the newest checkpoint is written must leave an older one that is whole."""
     if limit is not None and limit < 2:
-        raise InputError(f"save_total_limit must be at least 2 so that one whole checkpoint always remains, not {limit}")
+        raise InputError(
+            f"save_total_limit must be at least 2 so that one whole checkpoint always remains, not {limit}"
+        )

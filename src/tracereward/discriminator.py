@@ -32,9 +32,7 @@ class Discriminator:
         config: the run's options.
     """
 
-    def __init__(
-        self, model: TokenRewardModel, experts: list[tuple[list[int], list[int]]], config: AdversarialConfig
-    ):
+    def __init__(self, model: TokenRewardModel, experts: list[tuple[list[int], list[int]]], config: AdversarialConfig):
         self.model = model
         self.experts = experts
         self.config = config
@@ -47,11 +45,26 @@ class Discriminator:
         )
         self.random = random.Random(config.seed)
         self.updates = 0
+        self.batches = 0
         self.replay: list[tuple[int, list[int]]] = []  # (demonstration, completion ids), oldest first
 
     def remember(self, rollouts: list[tuple[int, list[int]]]) -> None:
         """Add rollouts of demonstrations' prompts to the replay buffer; the oldest leave first."""
         self.replay = [*self.replay, *rollouts][-self.config.replay_size :]
+
+    def learn(self, fresh: list[tuple[int, list[int]]]) -> dict[str, float]:
+        """Take in a batch of the policy's rollouts: remember it, and update after every `discriminator_every`-th.
+
+        Returns:
+            Metrics of the last update; nothing if there was none.
+        """
+        self.remember(fresh)
+        self.batches += 1
+        metrics: dict[str, float] = {}
+        if self.batches % self.config.discriminator_every == 0:
+            for _ in range(self.config.discriminator_updates):
+                metrics = self.update(fresh)
+        return metrics
 
     def update(self, fresh: list[tuple[int, list[int]]]) -> dict[str, float]:
         """One optimiser step on demonstrations, each beside rollouts of its own prompt.
@@ -77,7 +90,7 @@ class Discriminator:
         mine = [index for index in range(len(completions)) if counts[index]][rank::world]
 
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
+            group["lr"] = self.learning_rate
         self.optimizer.zero_grad()
         self.model.train()
         sums = torch.zeros(5, device=self.model.device)  # loss; right and all, of experts and of rollouts
@@ -115,6 +128,14 @@ class Discriminator:
             "grad_norm": float(norm),
         }
 
+    @property
+    def learning_rate(self) -> float:
+        """The next update's learning rate."""
+        online = self.config.discriminator_online_learning_rate
+        if online is not None and self.updates >= self.config.discriminator_warmup_updates:
+            return online
+        return self.config.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
+
     def _batch(self, fresh: list[tuple[int, list[int]]]) -> tuple[list, list, list[bool], list[list[int]], float]:
         """Experts first, then their rollouts: completions, prompts, is_expert, first differences, identical share."""
         by_expert: dict[int, list[list[int]]] = {}
@@ -138,10 +159,12 @@ class Discriminator:
             different = [completion for completion in chosen if completion != expert]  # would carry both labels
             seen, identical = seen + len(chosen), identical + len(chosen) - len(different)
             starts = [first_difference(completion, expert) for completion in different]
-            if not self.config.first_difference:
-                starts = [0] * len(different)
-            rows.append((expert, prompt, True, starts))
-            rollouts += [(c, prompt, False, [s]) for c, s in zip(different, starts, strict=True)]
+            where = self.config.first_difference
+            # Without a rollout that differs there is nothing to tell it from: no start, so that it does not count.
+            rows.append((expert, prompt, True, starts if where == "both" else [0][: len(different)]))
+            rollouts += [
+                (c, prompt, False, [0 if where == "none" else s]) for c, s in zip(different, starts, strict=True)
+            ]
         completions, prompts, is_expert, all_starts = map(list, zip(*rows, *rollouts, strict=True))
         return completions, prompts, is_expert, all_starts, identical / max(1, seen)
 
@@ -164,6 +187,7 @@ class Discriminator:
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.getstate(),
             "updates": self.updates,
+            "batches": self.batches,
             "replay": self.replay,
         }
 
@@ -176,4 +200,5 @@ class Discriminator:
         version, internal, gauss = state["random"]
         self.random.setstate((version, tuple(internal), gauss))
         self.updates = state["updates"]
+        self.batches = state["batches"]
         self.replay = [(index, list(completion)) for index, completion in state["replay"]]

@@ -1,6 +1,7 @@
 """Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tracereward.errors import InputError
+
+DISK_FULL = (errno.EFBIG, errno.ENOSPC)
 
 
 def fsync_tree(folder: Path) -> None:
@@ -55,11 +58,25 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         fsync_tree(temporary)
         if path.exists():
             os.rename(path, old)
-        os.rename(temporary, path)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if old.exists():
+                os.rename(old, path)
+            raise
         fsync_parent(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left in `folder` of files and folders that it was writing."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # another process of the same run may be at it too
+        else:
+            path.unlink(missing_ok=True)
 
 
 def fsync_parent(path: Path) -> None:
@@ -106,6 +123,10 @@ def require_free_disk(folder: str | os.PathLike, needed: int, what: str) -> None
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise InputError(
-            f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {what}. "
+            f"{folder}: {_size(free)} free, {_size(needed)} needed for {what}. "
             "Free some space or choose another --output_dir."
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

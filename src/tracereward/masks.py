@@ -55,8 +55,8 @@ def first_difference(completion: Sequence[int], expert: Sequence[int]) -> int:
 def after_first_difference(lengths: Sequence[int], starts: Sequence[Sequence[int]], width: int) -> Tensor:
     """Weights that leave out the tokens which a rollout shares with the expert trace: they say nothing about either.
 
-    A rollout has one start: its weight is 0 before it and 1 from it on. An expert trace is compared with each of its
-    rollouts, so its weight at t is the share of them that have left it by t.
+    A rollout has one start: its weight is 0 before it and 1 from it on. An expert trace that is compared with each of
+    its rollouts has theirs, and its weight at t is the share of them that have left it by t.
 
     Args:
         lengths: B completion lengths.

@@ -65,7 +65,14 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
     return tokenizer
 
 
-def check_same_tokenizer(policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, names: tuple[str, str]) -> None:
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token's id; 0 if there is none, which a mask hides all the same."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+
+
+def check_same_tokenizer(
+    policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, names: tuple[str, str]
+) -> None:
     """Refuse a policy and a reward model that cut text differently: token rewards would land on other tokens.
 
     Raises:

@@ -21,10 +21,11 @@ def bce(logits: Tensor, weights: Tensor, is_expert: Tensor, smoothing: float = 0
         (B,); 0 where a sequence has no supervised position.
     """
     target = torch.where(is_expert, 1 - smoothing, smoothing).to(logits.dtype)
+    # Padding may hold anything, also nan from a fully masked attention row. It is replaced before the loss, not after:
+    # behind a `where` its gradient would be 0 * nan.
+    logits = torch.where(weights > 0, logits, torch.zeros_like(logits))
     loss = F.binary_cross_entropy_with_logits(logits, target[:, None].expand_as(logits), reduction="none")
-    # Padding may hold anything, also nan from a fully masked attention row: `where`, not a product.
-    loss = torch.where(weights > 0, loss * weights, torch.zeros_like(loss))
-    return loss.sum(1) / weights.sum(1).clamp(min=torch.finfo(logits.dtype).tiny)
+    return (loss * weights).sum(1) / weights.sum(1).clamp(min=torch.finfo(logits.dtype).tiny)
 
 
 def class_weights(is_expert: Tensor, counts: Tensor) -> Tensor:

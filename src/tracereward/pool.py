@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tracereward.demonstrations import load_demonstrations, read_rows, render
-from tracereward.errors import InputError
-from tracereward.files import read_jsonl
+from tracereward.errors import InputError, RunFailed
+from tracereward.files import DISK_FULL, read_jsonl
 from tracereward.models import check_model, load_tokenizer
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
@@ -33,9 +33,16 @@ def rows_to(output: str | None, append: bool = False) -> Iterator[TextIO]:
     path = Path(output)
     if not path.parent.is_dir():
         raise InputError(f"{output}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"{output}: is a folder; name a file")
     part = path.with_name(path.name + ".part")
-    with open(part, "a" if append else "w", encoding="utf-8") as file:
-        yield file
+    try:
+        with open(part, "a" if append else "w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise RunFailed(f"the disk of {path.absolute().parent} is full; what was finished is in {part}") from error
     part.replace(path)
 
 
@@ -84,7 +91,7 @@ def sample_rows(
     check_model(model)
     tokenizer = load_tokenizer(model)
     prompts = [row["prompt"] for row in render([{**row, "completion": None} for row in rows], tokenizer, template)]
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(best_device())
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(best_device())  # pyright: ignore[reportArgumentType]
     size = max(1, batch_size // n)
     for chunk in sample(
         policy, tokenizer, prompts, n, max_new_tokens, temperature, top_p, seed, batch_size, first_chunk=done // size
@@ -145,8 +152,11 @@ def score_rows(model: TokenRewardModel, rows: Iterable[tuple[str, dict[str, Any]
     while chunk := list(islice(rows, CHUNK)):
         prompts, completions, finished = [], [], []
         for where, row in chunk:
-            rendered = render([{"prompt": row["prompt"], "completion": None, "answer": None, "source": where}],
-                              model.tokenizer, model.settings.template)[0]["prompt"]
+            rendered = render(
+                [{"prompt": row["prompt"], "completion": None, "answer": None, "source": where}],
+                model.tokenizer,
+                model.settings.template,
+            )[0]["prompt"]
             traces = row["candidates"] if "candidates" in row else [row["completion"]]
             prompts += [rendered] * len(traces)
             completions += traces
@@ -178,9 +188,7 @@ def candidates_of(rows: list[dict[str, Any]], task: Task) -> list[Candidate]:
         correct = row.get("correct")
         if gold is not None:
             correct = task.verify(text, gold)
-        candidates.append(
-            Candidate(text, task.extract(text), row["reward"], row.get("logprob"), len(text), correct)
-        )
+        candidates.append(Candidate(text, task.extract(text), row["reward"], row.get("logprob"), len(text), correct))
     return candidates
 
 

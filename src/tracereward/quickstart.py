@@ -9,11 +9,13 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datasets import disable_progress_bar
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 
 from tracereward.config import AdversarialConfig, DataArguments, RewardConfig, SupervisedConfig
@@ -26,7 +28,7 @@ from tracereward.report import Table, Trace, write_report
 from tracereward.reward_model import TokenRewardModel
 from tracereward.run import note, pick_traces, run_grpo, run_sft, run_train
 from tracereward.sampling import sample
-from tracereward.tables import print_policies, print_ranking
+from tracereward.tables import AUROC_LABELS, print_policies, print_ranking
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate, splits
 
@@ -42,7 +44,7 @@ COMMON: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class World:
-    """Sizes and options of one world; what `--fast` changes is given to `shorter`."""
+    """Sizes and options of one world."""
 
     experts: int
     unlabeled: int
@@ -53,7 +55,6 @@ class World:
     adversarial: dict[str, Any]
     test: int = 300
     corpus: int = 10_000
-    shorter: dict[str, int] = field(default_factory=dict)
 
 
 GRPO = {
@@ -63,33 +64,59 @@ GRPO = {
     "learning_rate": 3e-4,
     "lr_scheduler_type": "constant_with_warmup",
     "warmup_steps": 5,
-    "max_steps": 40,
-    "save_steps": 20,
+    "max_steps": 50,
+    "save_steps": 25,
 }
 ADVERSARIAL = {
+    "reward_form": "logit_plus_logprob",
     "discriminator_learning_rate": 3e-4,
-    "discriminator_prompts": 24,
+    "discriminator_online_learning_rate": 5e-5,
+    "discriminator_prompts": 32,
+    "discriminator_rollouts": 2,
     "discriminator_warmup_updates": 40,
-    "discriminator_updates": 1,
+    "discriminator_every": 4,
+    "warmup_rollouts": 16,
 }
 WORLDS = {
     "misconception": World(
         experts=50,
-        unlabeled=2000,
+        unlabeled=3000,
         mistake_rate=0.8,
-        pretraining={"max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128},
-        sft={"max_steps": 30, "learning_rate": 1e-3, "per_device_train_batch_size": 50},
+        pretraining={
+            "max_steps": 900,
+            "learning_rate": 4e-3,
+            "per_device_train_batch_size": 128,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 20,
+            "weight_decay": 0.01,
+        },
+        sft={
+            "max_steps": 60,
+            "learning_rate": 5e-4,
+            "per_device_train_batch_size": 50,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 20,
+            "weight_decay": 0.01,
+        },
         grpo=GRPO,
-        adversarial=ADVERSARIAL,
+        # SFT memorises so few experts: its rollouts on their prompts equal the demonstrations and teach nothing.
+        adversarial={**ADVERSARIAL, "discriminator_model": "base", "warmup_model": "base"},
     ),
     "style": World(
         experts=1500,
         unlabeled=0,
         mistake_rate=None,
         pretraining={},
-        sft={"max_steps": 420, "learning_rate": 4e-3, "per_device_train_batch_size": 96},
+        sft={
+            "max_steps": 420,
+            "learning_rate": 4e-3,
+            "per_device_train_batch_size": 96,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 20,
+            "weight_decay": 0.01,
+        },
         grpo=GRPO,
-        adversarial={**ADVERSARIAL, "discriminator_learning_rate": 2e-4, "discriminator_warmup_updates": 60},
+        adversarial={**ADVERSARIAL, "discriminator_learning_rate": 2e-4},
     ),
 }
 
@@ -132,8 +159,10 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
             raise InputError(f"{output} holds a run with other options ({stored}): give the same, or another --output")
     output.mkdir(parents=True, exist_ok=True)
     atomic_write_json(settings, options)
+    transformers_logging.disable_progress_bar()  # of loading and saving files of half a megabyte
+    disable_progress_bar()
     start = time.perf_counter()
-    stage = Stage(8)
+    stage = Stage(7 if world.pretraining else 6)
     stage.run("data and an untrained tiny Llama", output / "init", lambda: make_world(output, world, world_name, seed))
     train_policies(output, world, seed, fast, stage)
     stage.run("evaluation on held-out questions", output / "results.json", lambda: evaluate(output, seed))
@@ -155,7 +184,10 @@ def make_world(output: Path, world: World, name: str, seed: int) -> None:
     for part in ("experts", "test", "unlabeled"):
         write_jsonl(output / "data" / f"{part}.jsonl", parts[part])
     if world.mistake_rate is not None:
-        corpus = generate(name, world.corpus, 5000 + seed, mistake_rate=world.mistake_rate, unique=False)
+        held_out = {row["prompt"] for row in parts["test"]}
+        corpus = generate(
+            name, world.corpus, 5000 + seed, mistake_rate=world.mistake_rate, exclude=held_out, unique=False
+        )
         write_jsonl(output / "data" / "corpus.jsonl", corpus)
     tokenizer = build_tokenizer()
     with atomic_folder(output / "init") as folder:
@@ -192,8 +224,11 @@ def train_policies(output: Path, world: World, seed: int, fast: bool, stage: Sta
     if world.pretraining:
         base = "base"
         corpus = DataArguments(task="arithmetic", dataset_name=str(data / "corpus.jsonl"))
-        stage.run("pretraining on a corpus with a misconception", output / "base" / "report.html",
-                  sft("base", "init", corpus, world.pretraining))
+        stage.run(
+            "pretraining on a corpus with a misconception",
+            output / "base" / "report.html",
+            sft("base", "init", corpus, world.pretraining),
+        )
     stage.run("SFT on the experts", output / "sft" / "report.html", sft("sft", base, experts, world.sft))
     steps = options("train", world.grpo)["max_steps"]
     stage.run(
@@ -205,15 +240,18 @@ def train_policies(output: Path, world: World, seed: int, fast: bool, stage: Sta
         "control: GRPO on the SFT model's own log-prob",
         output / "grpo-logprob" / "report.html",
         lambda: run_grpo(
-            prompts, RewardConfig(**options("grpo-logprob", world.grpo), reward="logprob"), policy("sft"),
+            prompts,
+            RewardConfig(**options("grpo-logprob", world.grpo), reward="logprob"),
+            policy("sft"),
             unfinished("grpo-logprob"),
         ),
     )
     given = {**world.grpo, **world.adversarial}
     if fast:
         given["discriminator_warmup_updates"] = 8
-    if given.pop("discriminator_from_base", False):
-        given["discriminator_model"] = str(output / base / "policy")
+    for name in ("discriminator_model", "warmup_model"):
+        if name in given:
+            given[name] = str(output / given[name] / "policy")
     stage.run(
         "warm-up of the discriminator and adversarial GRPO",
         output / "train" / "report.html",
@@ -242,8 +280,9 @@ def evaluate(output: Path, seed: int) -> None:
     rows = []
     for label, folder in policies.items():
         policy = AutoModelForCausalLM.from_pretrained(folder)
-        texts = [s.text for chunk in sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0, batch_size=512)
-                 for s in chunk]
+        texts = [
+            s.text for chunk in sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0, batch_size=512) for s in chunk
+        ]
         right = sum(task.verify(text, row["answer"]) for text, row in zip(texts, test, strict=True))
         low, high = wilson_interval(right, len(test))
         no_answer = sum(task.extract(text) is None for text in texts)
@@ -299,22 +338,28 @@ def write_quickstart_report(output: Path, world: str, seed: int, results: dict[s
     policies = Table(
         f"Greedy accuracy on {results['questions']} held-out questions, %",
         ["policy", "accuracy", "95 % interval", "no answer"],
-        [[r["label"], 100 * r["accuracy"], f"[{100 * r['low']:.1f}, {100 * r['high']:.1f}]", r["no_answer"]]
-         for r in results["policies"]],
+        [
+            [r["label"], 100 * r["accuracy"], f"[{100 * r['low']:.1f}, {100 * r['high']:.1f}]", r["no_answer"]]
+            for r in results["policies"]
+        ],
         note="Wilson intervals. The controls say what a reward model must beat.",
     )
     ranking = Table(
         "Choosing one of 8 samples of the SFT policy, %",
         ["method", "accuracy", "95 % interval"],
-        [[label, 100 * value, f"[{100 * low:.1f}, {100 * high:.1f}]"]
-         for label, (value, low, high) in results["ranking"]["accuracy"].items()],
+        [
+            [label, 100 * value, f"[{100 * low:.1f}, {100 * high:.1f}]"]
+            for label, (value, low, high) in results["ranking"]["accuracy"].items()
+        ],
         note="Bootstrap intervals over questions.",
     )
     aurocs = Table(
         "AUROC for correctness of the same samples",
         ["score", "pooled", "within the prompt"],
-        [[label, results["ranking"][f"{key}_auroc"], results["ranking"][f"{key}_auroc_within_prompt"]]
-         for key, label in (("reward", "reward"), ("logprob", "log-prob of the SFT policy"))],
+        [
+            [label, results["ranking"][f"{key}_auroc"], results["ranking"][f"{key}_auroc_within_prompt"]]
+            for key, label in AUROC_LABELS.items()
+        ],
         note="Pooled AUROC mostly measures which questions are hard; a reranker sees the one within the prompt.",
     )
     write_report(

@@ -29,9 +29,15 @@ class Candidate:
     correct: bool | None = None
 
 
-def sigmoid(x: float) -> float:
-    """1 / (1 + exp(-x)), for any x."""
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+def vote_weights(rewards: Sequence[float]) -> list[float]:
+    """exp(z) of rewards standardised within the question, z = (r - mean) / std; all 1 where the rewards are equal.
+
+    A mean log-odds of a whole trace differs by little between candidates: without the scale of the question, a sigmoid
+    of it would weigh all alike, which is a majority vote.
+    """
+    mean = sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+    return [math.exp((r - mean) / std) if std > 0 else 1.0 for r in rewards]
 
 
 def weighted_vote(
@@ -42,7 +48,7 @@ def weighted_vote(
     """Index of the candidate that represents the answer with the largest summed weight.
 
     Answers that `equal` calls the same are one answer, so that 0.5 and 1/2 meet; candidates without an answer do not
-    vote. Among the winners the one with the largest weight represents it; without any answer, the largest weight of all.
+    vote. Among the winners the one with the largest weight represents it; without any answer, the largest weight wins.
     """
     groups: list[list[int]] = []
     for index, candidate in enumerate(candidates):
@@ -71,7 +77,7 @@ def choose(candidates: Sequence[Candidate], method: str, equal: Callable[[str, s
         ValueError: unknown method, or ``logprob`` without log-probs.
     """
     if method == "vote":
-        return weighted_vote(candidates, [sigmoid(c.reward) for c in candidates], equal)
+        return weighted_vote(candidates, vote_weights([c.reward for c in candidates]), equal)
     if method == "majority":
         return weighted_vote(candidates, [1.0] * len(candidates), equal)
     if method == "random":
@@ -79,6 +85,7 @@ def choose(candidates: Sequence[Candidate], method: str, equal: Callable[[str, s
     keys: dict[str, Callable[[Candidate], float]] = {
         "reward": lambda c: c.reward,
         "logprob": lambda c: _known(c.logprob),
+        "reward_logprob": lambda c: c.reward + _known(c.logprob),
         "shortest": lambda c: -c.length,
     }
     if method not in keys:
@@ -99,6 +106,7 @@ METHODS = {
     "majority": "majority@{n}",
     "logprob": "log-prob best-of-{n}",
     "reward": "reward best-of-{n}",
+    "reward_logprob": "reward + log-prob best-of-{n}",
     "vote": "reward-weighted vote@{n}",
     "oracle": "oracle@{n}",
 }
@@ -120,13 +128,14 @@ def ranking_table(
 ) -> list[RankingRow]:
     """Accuracy of each method on questions whose candidates are marked correct or not.
 
-    Rows: mean sample, random, shortest, majority, log-prob (if known), reward best-of-N, reward-weighted vote, oracle.
+    Rows: mean sample, random, shortest, majority, log-prob (if known), reward best-of-N, the sum of reward and log-prob
+    (if known), reward-weighted vote, oracle.
     """
     n = max(map(len, questions))
     has_logprob = all(c.logprob is not None for candidates in questions for c in candidates)
     rows = []
     for method, label in METHODS.items():
-        if method == "logprob" and not has_logprob:
+        if method in ("logprob", "reward_logprob") and not has_logprob:
             continue
         if method == "mean":
             values = [sum(bool(c.correct) for c in candidates) / len(candidates) for candidates in questions]
@@ -140,7 +149,7 @@ def ranking_table(
 
 
 def ranking_aurocs(questions: Sequence[Sequence[Candidate]]) -> dict[str, float]:
-    """AUROC of reward and of log-prob for correctness, pooled and within the question."""
+    """AUROC of reward, of log-prob and of their sum for correctness, pooled and within the question."""
     result = {}
     flat = [(index, c) for index, candidates in enumerate(questions) for c in candidates]
     correct = [bool(c.correct) for _, c in flat]
@@ -148,6 +157,7 @@ def ranking_aurocs(questions: Sequence[Sequence[Candidate]]) -> dict[str, float]
     scores = {"reward": [c.reward for _, c in flat]}
     if all(c.logprob is not None for _, c in flat):
         scores["logprob"] = [_known(c.logprob) for _, c in flat]
+        scores["reward_logprob"] = [c.reward + _known(c.logprob) for _, c in flat]
     for name, values in scores.items():
         result[f"{name}_auroc"] = auroc(values, correct)
         result[f"{name}_auroc_within_prompt"] = within_prompt_auroc(values, correct, prompts)

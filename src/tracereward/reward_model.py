@@ -39,7 +39,7 @@ from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.masks import GRANULARITIES, supervision_mask
-from tracereward.models import load_tokenizer, local_folder
+from tracereward.models import load_tokenizer, local_folder, pad_id
 from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.shaping import token_rewards
 
@@ -80,7 +80,7 @@ class RewardSettings:
         check_choice("aggregate", self.aggregate, AGGREGATES)
         if self.interval < 1:
             raise InputError(f"interval must be at least 1, not {self.interval}")
-        if self.beta_clip <= 0:
+        if not self.beta_clip > 0:  # nan is not either
             raise InputError(f"beta_clip must be positive, not {self.beta_clip}")
 
 
@@ -183,8 +183,7 @@ class TokenRewardModel(nn.Module):
     def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
         """Token ids to a `Batch` on this model's device, with step ends where the granularity needs them."""
         ends = [self.step_ends(ids) for ids in completions] if self.settings.granularity == "step" else None
-        pad_id = self.tokenizer.pad_token_id
-        return pack(prompts, completions, 0 if pad_id is None else pad_id, ends).to(self.device)
+        return pack(prompts, completions, pad_id(self.tokenizer), ends).to(self.device)
 
     def step_ends(self, completion: Sequence[int]) -> list[bool]:
         """Which tokens of a completion end a step."""
@@ -199,16 +198,26 @@ class TokenRewardModel(nn.Module):
 
     @torch.no_grad()
     def token_rewards(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], token_budget: int = 16384
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        token_budget: int = 16384,
+        reference: nn.Module | None = None,
     ) -> list[Tensor]:
-        """Clipped, backfilled rewards of token-id pairs: one float32 tensor of len(completion) each, on the CPU."""
+        """Clipped, backfilled rewards of token-id pairs: one float32 tensor of len(completion) each, on the CPU.
+
+        With a `reference`, a causal LM, its log-prob of each token is added to the logit ("mode-seeking" reward).
+        """
         was_training = self.training
         self.eval()
         rewards: list[Tensor] = [torch.empty(0)] * len(completions)
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
         for indices in token_budget_batches(lengths, token_budget):
             batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
-            values = token_rewards(self(batch), self.supervision(batch), self.settings.beta_clip).cpu()
+            logits = self(batch)
+            if reference is not None:
+                logits = logits + completion_log_probs(reference, batch)[0]
+            values = token_rewards(logits, self.supervision(batch), self.settings.beta_clip).cpu()
             for row, index in enumerate(indices):
                 rewards[index] = values[row, : len(completions[index])]
         self.train(was_training)
@@ -248,9 +257,7 @@ class TokenRewardModel(nn.Module):
         text, offsets = token_offsets(self.tokenizer, completion)
         ends = step_ends(text, offsets, self.settings.step_delimiter)
         mask = torch.ones(1, len(completion), dtype=torch.long)
-        supervised = supervision_mask(
-            mask, torch.tensor([ends]), self.settings.granularity, self.settings.interval
-        )
+        supervised = supervision_mask(mask, torch.tensor([ends]), self.settings.granularity, self.settings.interval)
         tokens = [text[start:end] for start, end in offsets]
         if completion and completion[-1] == self.tokenizer.eos_token_id:
             tokens[-1] = str(self.tokenizer.eos_token)
@@ -279,9 +286,7 @@ class TokenRewardModel(nn.Module):
             self.tokenizer.save_pretrained(target)
             if self.head is not None:
                 save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, target / HEAD_FILE)
-            atomic_write_json(
-                target / SETTINGS_FILE, {"tracereward_version": __version__, **asdict(self.settings)}
-            )
+            atomic_write_json(target / SETTINGS_FILE, {"tracereward_version": __version__, **asdict(self.settings)})
             (target / "README.md").write_text(model_card(self.settings, notes), encoding="utf-8")
 
 
@@ -325,7 +330,7 @@ def read_settings(folder: str | Path) -> RewardSettings:
         stored = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in fields(RewardSettings)}
         settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})
-    except (json.JSONDecodeError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     weights = any(folder.glob("*.safetensors"))
     needed = {"config.json": (folder / "config.json").is_file(), "model.safetensors": weights}
@@ -341,7 +346,9 @@ def read_settings(folder: str | Path) -> RewardSettings:
 
 def model_card(settings: RewardSettings, notes: str) -> str:
     """The artefact's README: what the numbers mean and how to load it."""
-    kind = "AutoModelForTokenClassification" if settings.head == "token" else "AutoModelForCausalLM plus head.safetensors"
+    kind = (
+        "AutoModelForTokenClassification" if settings.head == "token" else "AutoModelForCausalLM plus head.safetensors"
+    )
     return f"""---
 library_name: tracereward
 tags: [reward-model, tracereward, {settings.head}-head]

@@ -1,7 +1,7 @@
 """The training commands: check everything, train, and leave a run folder that is whole.
 
-A run folder holds ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoint-*`` (complete or ignored), and, when the
-run is done, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
+A run folder holds ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoints/`` (each complete or ignored), and, when
+the run is done, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ import torch
 import yaml
 from accelerate import init_empty_weights
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
 
 from tracereward import __version__
 from tracereward.callbacks import MetricsFile, Progress, StopSignal
-from tracereward.checkpoints import SafeTrainer, last_complete_checkpoint
-from tracereward.config import AdversarialConfig, DataArguments, RewardConfig, SupervisedConfig
+from tracereward.checkpoints import SafeTrainer, kept, last_complete_checkpoint
+from tracereward.config import AdversarialConfig, DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
 from tracereward.demonstrations import (
     check_lengths,
     encode_completion,
@@ -36,8 +36,15 @@ from tracereward.demonstrations import (
     split_rows,
 )
 from tracereward.errors import InputError, Interrupted, RunFailed
-from tracereward.files import atomic_folder, atomic_write_text, read_jsonl, require_free_disk
-from tracereward.models import check_model, check_same_tokenizer, load_tokenizer
+from tracereward.files import (
+    DISK_FULL,
+    atomic_folder,
+    atomic_write_text,
+    read_jsonl,
+    remove_unfinished,
+    require_free_disk,
+)
+from tracereward.models import check_model, check_same_tokenizer, load_tokenizer, pad_id
 from tracereward.report import Table, Trace, write_report
 from tracereward.reward_model import RewardSettings, TokenRewardModel
 from tracereward.sampling import mean_log_probs, sample
@@ -45,6 +52,7 @@ from tracereward.tasks import Task, get_task
 from tracereward.trainer import AdversarialTrainer
 
 Config = SupervisedConfig | RewardConfig | AdversarialConfig
+CHECKPOINTS = "checkpoints"
 
 
 def note(text: str) -> None:
@@ -95,7 +103,8 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     if isinstance(config, SupervisedConfig):
         needed, what = batch, "one optimiser step"
     else:
-        assert config.generation_batch_size is not None and config.num_generations is not None
+        assert config.generation_batch_size is not None
+        assert config.num_generations is not None
         needed, what = config.generation_batch_size // config.num_generations, "one batch of rollouts"
     if prompts < needed:
         raise InputError(
@@ -108,11 +117,18 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
 def load_policy(model: ModelConfig) -> PreTrainedModel:
     """The starting policy, in float32 unless `dtype` says otherwise."""
     return AutoModelForCausalLM.from_pretrained(
-        model.model_name_or_path,
+        str(model.model_name_or_path),
         revision=model.model_revision,
         dtype=model.dtype or "float32",
         attn_implementation=model.attn_implementation,
     )
+
+
+def lora(model: ModelConfig) -> LoraConfig | None:
+    """The LoRA settings among the options; None without ``use_peft``."""
+    config = get_peft_config(model)
+    assert config is None or isinstance(config, LoraConfig)
+    return config
 
 
 def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
@@ -130,7 +146,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
             train_dataset=tokenised(train, tokenizer),
             eval_dataset=tokenised(validation, tokenizer) if validation else None,
             processing_class=tokenizer,
-            peft_config=get_peft_config(model),
+            peft_config=lora(model),
             callbacks=[run.metrics, run.stop],
         )
         run.train(trainer)
@@ -141,6 +157,11 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
 
 class SupervisedTrainer(SafeTrainer, SFTTrainer):
     """`trl.SFTTrainer` with whole checkpoints."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        logged = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
+        self._total_train_tokens = logged[-1] if logged else 0  # TRL would count from 0 again
 
 
 class GivenRewardTrainer(SafeTrainer, GRPOTrainer):
@@ -180,17 +201,17 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             def logprob(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
                 frozen.to(trainer.accelerator.device)
                 ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-                return mean_log_probs(frozen, ids, completion_ids, tokenizer.pad_token_id)
+                return mean_log_probs(frozen, ids, completion_ids, pad_id(tokenizer))
 
             functions = [logprob, correct] if missing is None else [logprob]
         config.reward_weights = [1.0, 0.0][: len(functions)]
         trainer = GivenRewardTrainer(
             model=policy,
-            reward_funcs=functions,
+            reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
             args=config,
             train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
-            peft_config=get_peft_config(model),
+            peft_config=lora(model),
             callbacks=[run.metrics, run.stop],
         )
         run.train(trainer)
@@ -205,9 +226,10 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     task, tokenizer = prepared.task, prepared.tokenizer
     start = config.discriminator_model or model.model_name_or_path
     assert start is not None
-    check_model(start)
-    if config.discriminator_model is not None:
-        check_same_tokenizer(tokenizer, load_tokenizer(start), (str(model.model_name_or_path), start))
+    for other in (config.discriminator_model, config.warmup_model):
+        if other is not None:
+            check_model(other)
+            check_same_tokenizer(tokenizer, load_tokenizer(other), (str(model.model_name_or_path), other))
     settings = RewardSettings(
         head=config.head,
         granularity=config.granularity,
@@ -221,12 +243,10 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     )
     check_disk(config, model, models=2)
     use_peft = model.use_peft if config.discriminator_use_peft is None else config.discriminator_use_peft
-    peft = get_peft_config(dataclasses.replace(model, use_peft=True)) if use_peft else None
+    peft = lora(dataclasses.replace(model, use_peft=True)) if use_peft else None
     with run_folder("train", data, config, model, resume) as run:
         torch.manual_seed(config.seed)  # the head and LoRA start at random
-        reward_model = TokenRewardModel.from_backbone(
-            start, settings, tokenizer, peft, dtype=model.dtype or "float32"
-        )
+        reward_model = TokenRewardModel.from_backbone(start, settings, tokenizer, peft, dtype=model.dtype or "float32")
         trainer = AdversarialTrainer(
             model=load_policy(model),
             reward_model=reward_model,
@@ -235,7 +255,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             task=task,
             processing_class=tokenizer,
             unlabeled=prepared.unlabeled,
-            peft_config=get_peft_config(model),
+            peft_config=lora(model),
             metrics_file=run.metrics,
             stop=run.stop,
             callbacks=[run.metrics, run.stop],
@@ -308,16 +328,20 @@ def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBa
 
 
 def check_disk(config: Config, model: ModelConfig, models: int) -> None:
-    """Refuse when the checkpoints of `models` models and their final weights do not fit on the disk."""
+    """Refuse when the checkpoints of `models` models and their final weights do not fit on the disk.
+
+    What the run folder holds already counts: a run that goes on replaces it.
+    """
     with init_empty_weights():
         shape = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+            AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
         )
     weights = sum(p.numel() for p in shape.parameters())
     trained = weights // 10 if model.use_peft else weights  # LoRA of a generous rank
     checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
     needed = models * (checkpoints * trained * 12 + weights * 4)  # float32 weights and two Adam moments; final weights
-    require_free_disk(str(config.output_dir), needed, f"{checkpoints} checkpoints and the finished models")
+    present = sum(path.stat().st_size for path in Path(str(config.output_dir)).rglob("*") if path.is_file())
+    require_free_disk(str(config.output_dir), needed - present, f"{checkpoints} checkpoints and the finished models")
 
 
 # The run folder
@@ -344,11 +368,19 @@ class Run:
         warmed = 0
         if isinstance(trainer, AdversarialTrainer) and self.checkpoint is None:
             warmed = trainer.load_warm_up()
-        self.metrics.rewind(0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),
-                            warmed if self.checkpoint is None else sys.maxsize)
+        self.metrics.rewind(
+            0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),
+            warmed if self.checkpoint is None else sys.maxsize,
+        )
         Progress.replace_default(trainer, self.kind)
         with self.stop, explain_full_disk(self.folder):
-            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            except RunFailed as error:
+                raise RunFailed(
+                    f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: {error}. "
+                    f"{kept(self.folder / CHECKPOINTS)}. A lower learning rate usually helps."
+                ) from error
         if self.stop.received and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
@@ -382,6 +414,8 @@ def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfi
         RunFailed: the disk is full.
     """
     folder = Path(str(config.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file, not a folder")
     settings = resolved(data, config, model)
     stored = folder / "config.yaml"
     if stored.is_file():
@@ -391,21 +425,29 @@ def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfi
                 "Nothing is written over."
             )
         check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, folder)
-    checkpoint = last_complete_checkpoint(folder) if resume else None
+    checkpoints = folder / CHECKPOINTS
+    checkpoint = last_complete_checkpoint(checkpoints) if resume else None
+    remove_unfinished(folder)
+    config.output_dir = str(checkpoints)  # what the trainers write while they run
     with explain_full_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.mkdir(parents=True, exist_ok=True)
         versions = f"# tracereward {__version__} {kind}, torch {torch.__version__}\n"
         atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False))
         if checkpoint is not None:
             note(f"going on from {checkpoint}")
         metrics = MetricsFile(folder / "metrics.jsonl", kind)
-        yield Run(kind, folder, metrics, StopSignal(), checkpoint, settings)
+        stop = StopSignal(config.rollout_steps if isinstance(config, PolicyConfig) else 1)
+        yield Run(kind, folder, metrics, stop, checkpoint, settings)
 
 
 def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[str, Any]:
     """The options as given, with tracereward's own defaults: what ``--config`` reads again."""
-    own = {name for cls in type(config).__mro__ if cls.__module__ == "tracereward.config" for name in vars(cls).get(
-        "__annotations__", {})}
+    own = {
+        name
+        for cls in type(config).__mro__
+        if cls.__module__ == "tracereward.config"
+        for name in vars(cls).get("__annotations__", {})
+    }
     settings: dict[str, Any] = dataclasses.asdict(data)
     for source, given in ((model, vars(model)), (config, config.given)):
         for field in dataclasses.fields(source):
@@ -419,8 +461,15 @@ def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[st
 
 # What may change between a run and its continuation; anything else would not be the same run.
 MAY_CHANGE = {
-    "max_steps", "num_train_epochs", "logging_steps", "save_steps", "save_total_limit", "output_dir", "report_to",
-    "disable_tqdm", "per_device_eval_batch_size",
+    "max_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "output_dir",
+    "report_to",
+    "disable_tqdm",
+    "per_device_eval_batch_size",
 }
 
 
@@ -437,8 +486,9 @@ def check_same_run(stored: dict[str, Any], given: dict[str, Any], folder: Path) 
         if stored.get(name) != given.get(name)
     ]
     if differing:
-        raise InputError(f"{folder} holds a run with other options ({'; '.join(differing)}): give the same, or "
-                         "another --output_dir")
+        raise InputError(
+            f"{folder} holds a run with other options ({'; '.join(differing)}): give the same, or another --output_dir"
+        )
 
 
 @contextlib.contextmanager
@@ -448,14 +498,14 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as error:
         free = shutil.disk_usage(folder).free if folder.exists() else None
-        written_short = "No space left" in str(error) or "file write failed" in str(error) or (
-            getattr(error, "errno", None) in (27, 28)  # EFBIG, ENOSPC
+        written_short = (
+            "No space left" in str(error)
+            or "file write failed" in str(error)
+            or (getattr(error, "errno", None) in DISK_FULL)
         )
         if not written_short or isinstance(error, RunFailed | Interrupted):
             raise
-        kept = last_complete_checkpoint(folder)
         raise RunFailed(
-            f"the disk of {folder} is full ({free} bytes free). "
-            f"{f'The last whole checkpoint is {kept.name}' if kept else 'No checkpoint was finished'}: "
+            f"the disk of {folder} is full ({free} bytes free). {kept(folder / CHECKPOINTS)}: "
             "free some space, then give the same command with --resume."
         ) from error

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.batching import completion_log_probs, pack, token_budget_batches
 from tracereward.demonstrations import encode_prompt
+from tracereward.models import pad_id
 
 
 @dataclass(frozen=True)
@@ -80,29 +81,16 @@ def sample(
         batch_size: completions generated together.
         first_chunk: chunks to skip, because they are done.
     """
-    model.eval()
     size = max(1, batch_size // n)
     eos = _eos_ids(model, tokenizer)
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "num_return_sequences": n, "eos_token_id": eos}
-    options["pad_token_id"] = tokenizer.pad_token_id
-    options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {
-        "do_sample": False
-    }
-    if model.device.type == "cuda":
-        options["cache_implementation"] = "static"
     for chunk, start in enumerate(range(0, len(prompts), size)):
         if chunk < first_chunk:
             continue
         torch.manual_seed(seed * 1_000_003 + chunk)
-        ids = [encode_prompt(tokenizer, prompt) for prompt in prompts[start : start + size]]
-        batch = pack(ids, [[]] * len(ids), tokenizer.pad_token_id).to(model.device)
-        with torch.no_grad():
-            output = model.generate(  # pyright: ignore[reportCallIssue]
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options
-            )
-        completions = [_until_eos(row, eos) for row in output[:, batch.input_ids.size(1) :].tolist()]
-        repeated = [prompt for prompt in ids for _ in range(n)]
-        log_probs = mean_log_probs(model, repeated, completions, tokenizer.pad_token_id)
+        part = prompts[start : start + size]
+        completions = generate(model, tokenizer, part, n, max_new_tokens, temperature, top_p)
+        ids = [encode_prompt(tokenizer, prompt) for prompt in part for _ in range(n)]
+        log_probs = mean_log_probs(model, ids, completions, pad_id(tokenizer))
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         yield [
             Sample(start + row // n, completion, text, completion[-1] in eos, log_prob)
@@ -110,9 +98,46 @@ def sample(
         ]
 
 
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> list[list[int]]:
+    """`n` completions of each prompt in one call of transformers' `generate`, from torch's global random state.
+
+    Returns:
+        len(prompts) * n lists of token ids, up to and with the end-of-sequence token.
+    """
+    model.eval()
+    eos = _eos_ids(model, tokenizer)
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if model.device.type == "cuda":
+        options["cache_implementation"] = "static"
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    batch = pack(ids, [[]] * len(ids), pad_id(tokenizer)).to(model.device)
+    output = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=n,
+        eos_token_id=eos,
+        pad_token_id=pad_id(tokenizer),
+        **options,
+    )
+    return [_until_eos(row, eos) for row in output[:, batch.input_ids.size(1) :].tolist()]
+
+
 def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [declared] if isinstance(declared, int) else list(declared or [])
+    assert isinstance(tokenizer.eos_token_id, int)
     return sorted({*ids, tokenizer.eos_token_id})
 
 

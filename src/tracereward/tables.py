@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+AUROC_LABELS = {"reward": "reward", "logprob": "log-prob", "reward_logprob": "reward + log-prob"}
+
 
 def percent(value: float) -> str:
     """A share as a percentage with one decimal."""
@@ -28,10 +30,10 @@ def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
     for label, (accuracy, low, high) in summary["accuracy"].items():
         table.add_row(label, percent(accuracy), interval(low, high))
     console.print(table)
-    for name in ("reward", "logprob"):
+    for name, label in AUROC_LABELS.items():
         if f"{name}_auroc" in summary:
             pooled, within = summary[f"{name}_auroc"], summary[f"{name}_auroc_within_prompt"]
-            console.print(f"AUROC of {name}: {pooled:.3f} pooled, {within:.3f} within the prompt", highlight=False)
+            console.print(f"AUROC of {label}: {pooled:.3f} pooled, {within:.3f} within the prompt", highlight=False)
     if summary["no_answer"]:
         console.print(f"{summary['no_answer']} candidates have no answer in the recipe's form", highlight=False)
 

@@ -5,12 +5,15 @@ put (B, T) advantages in the place of (B,): `_compute_loss` accepts both. The re
 function. A contract test pins what is used.
 """
 
+import contextlib
+import copy
 import io
 import math
 import os
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -18,7 +21,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import GRPOTrainer
 
 from tracereward.callbacks import MetricsFile, StopSignal
@@ -27,9 +30,10 @@ from tracereward.config import AdversarialConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.discriminator import Discriminator
 from tracereward.errors import InputError
-from tracereward.files import atomic_write_text, read_jsonl, write_jsonl
+from tracereward.files import read_jsonl, write_jsonl
 from tracereward.monitor import reward_monitor
 from tracereward.reward_model import TokenRewardModel
+from tracereward.sampling import generate
 from tracereward.shaping import group_moments, moments_to_statistics, token_advantages
 from tracereward.tasks import Task
 
@@ -54,11 +58,11 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         callbacks: as in TRL.
     """
 
-    _tag_names = ["trl", "tracereward"]
+    _tag_names: ClassVar = ["trl", "tracereward"]
 
     def __init__(
         self,
-        model: PreTrainedModel | str,
+        model: PreTrainedModel,
         reward_model: TokenRewardModel,
         demonstrations: list[dict[str, Any]],
         args: AdversarialConfig,
@@ -71,7 +75,11 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.task = task
+        self.tokenizer = processing_class
         self.config = args
+        self._starting_policy = None
+        if args.reward_form != "logit" and peft_config is None:
+            self._starting_policy = copy.deepcopy(model).eval().requires_grad_(False)
         self.metrics_file = metrics_file
         self.stop = stop or StopSignal()
         rows = prompt_rows(demonstrations, unlabeled, args.expert_prompt_share)
@@ -80,7 +88,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is watched, never trained on
         super().__init__(
             model=model,
-            reward_funcs=functions,
+            reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=processing_class,
@@ -97,6 +105,12 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         self._pooled: list[tuple[int, list[int]]] | None = None
         self._rewards: list[Tensor] = []
         self._correct: list[float] = []
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The model that is trained; transformers allows it to be absent."""
+        assert self.model is not None
+        return self.model  # pyright: ignore[reportReturnType]
 
     # Reward functions, called by TRL with the local rows of a batch of rollouts.
 
@@ -120,16 +134,14 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
             self._pooled += rollouts
             self._correct = [math.nan] * len(prompts)
             return [0.0] * len(prompts)
-        if self.model.training:
-            fresh = gather_object(rollouts)
-            self.discriminator.remember(fresh)
-            for _ in range(self.config.discriminator_updates):
-                for name, value in self.discriminator.update(fresh).items():
-                    log_metric(f"discriminator/{name}", value)
-        prompt_ids = [encode_prompt(self.processing_class, prompt) for prompt in prompts]
-        self._rewards = self.discriminator.model.token_rewards(
-            prompt_ids, completion_ids, self.config.discriminator_token_budget
-        )
+        if self.policy.training:
+            for name, value in self.discriminator.learn(gather_object(rollouts)).items():
+                log_metric(f"discriminator/{name}", value)
+        prompt_ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        with self._reference() as reference:
+            self._rewards = self.discriminator.model.token_rewards(
+                prompt_ids, completion_ids, self.config.discriminator_token_budget, reference
+            )
         how = torch.min if self.config.reward_aggregate == "min" else torch.mean
         trace_rewards = [float(how(rewards)) for rewards in self._rewards]
         self._correct = [
@@ -140,6 +152,20 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         for name, value in reward_monitor(gather_object(local)).items():
             log_metric(f"monitor/{name}", value)
         return trace_rewards
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[torch.nn.Module | None]:
+        """The starting policy where the reward needs it: under LoRA the policy without its adapter, else a copy."""
+        if self.config.reward_form == "logit":
+            yield None
+        elif self._starting_policy is not None:
+            yield self._starting_policy.to(self.accelerator.device)
+        else:
+            policy = self.accelerator.unwrap_model(self.model)
+            was_training = policy.training
+            with policy.eval().disable_adapter():
+                yield policy
+            policy.train(was_training)
 
     def correct(self, prompts: list[str], **_: Any) -> list[float]:
         """Whether each rollout's answer is right; weight 0."""
@@ -156,8 +182,10 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         rewards = torch.zeros(mask.shape, device=mask.device)
         for row, values in enumerate(self._rewards):
             rewards[row, : len(values)] = values.to(mask.device)
-        group = self.num_generations if self.model.training else self.num_generations_eval
+        group = self.num_generations if self.policy.training else self.num_generations_eval
         moments = self.accelerator.gather(group_moments(rewards, mask))
+        assert isinstance(moments, Tensor)
+        assert group is not None
         mean, std = moments_to_statistics(moments, group)
         local = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
         return token_advantages(rewards, mask, mean[local], std[local], self.config.gamma)
@@ -173,12 +201,13 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         total = self.config.discriminator_warmup_updates
         tokens_seen = self.state.num_input_tokens_seen
         if self.discriminator.updates == 0 and total:
-            self.discriminator.remember(self._draw_pool())
+            self.discriminator.remember(self._draw_pool(self._warm_up_rows()))
         progress = tqdm(
             total=total, initial=self.discriminator.updates, desc="warm-up", disable=self._quiet, leave=False
         )
-        set_seed(self.config.seed, device_specific=True)
         while self.discriminator.updates < total and not self.stop.received:
+            # Dropout draws from the global generator: each update has a seed of its own, as it may be the first to run.
+            set_seed(self.config.seed + 500_000 + self.discriminator.updates, device_specific=True)
             row = self.discriminator.update([])
             done = self.discriminator.updates
             progress.update()
@@ -211,40 +240,62 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
             self.discriminator.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return self.discriminator.updates
 
-    def _draw_pool(self) -> list[tuple[int, list[int]]]:
-        """`warmup_rollouts` rollouts of each demonstration's prompt, by the engine that the run uses.
+    def _warm_up_rows(self) -> list[dict[str, Any]]:
+        """The demonstrations whose prompts the warm-up's rollouts answer, each `warmup_rollouts` times."""
+        count = min(self.config.warmup_prompts, len(self.demonstration_rows))
+        chosen = random.Random(self.config.seed).sample(self.demonstration_rows, count)
+        rows = [row for row in chosen for _ in range(self.config.warmup_rollouts)]
+        size = self.config.generation_batch_size
+        assert size is not None
+        return rows + rows[: -len(rows) % size]  # every process needs a full share of the last chunk
+
+    def _draw_pool(self, rows: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+        """A rollout of each row's prompt, by the engine that the run uses, or by `warmup_model`.
 
         Drawn in chunks of one generation batch, each with a seed of its own and saved when it is done.
         """
         path = self._warm_up_folder / "rollouts.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        stored = read_jsonl(path)
-        rows = [row for row in self.demonstration_rows for _ in range(self.config.warmup_rollouts)]
-        size = self.args.generation_batch_size
+        pool = [(row["demonstration"], row["ids"]) for row in read_jsonl(path)]
+        size = self.config.generation_batch_size
         assert size is not None
-        rows += rows[: -len(rows) % size]  # every process needs a full share of the last chunk
-        starts = range(0, len(rows), size)
-        pool = [(row["demonstration"], row["ids"]) for row in stored]
         local = size // self.accelerator.num_processes
-        progress = tqdm(total=len(starts), desc="warm-up rollouts", disable=self._quiet, leave=False)
-        self.model.train()
-        for chunk, start in enumerate(starts):
-            progress.update()
-            if start < len(stored) or self.stop.received:
-                continue
-            set_seed(self.config.seed + 1000 + chunk, device_specific=True)
+        other = self._load_warm_up_model() if len(pool) < len(rows) else None
+        starts = range(len(pool), len(rows), size)
+        for start in tqdm(starts, desc="warm-up rollouts", disable=self._quiet, leave=False):
+            if self.stop.received:
+                break
+            set_seed(self.config.seed + 1000 + start, device_specific=True)
             begin = start + self.accelerator.process_index * local
-            self._pooled = []
-            try:
-                self._generate_and_score_completions(rows[begin : begin + local])
-                drawn = gather_object(self._pooled)
-            finally:
-                self._pooled = None
-            pool += drawn
+            mine = rows[begin : begin + local]
+            pool += gather_object(self._rollouts(mine) if other is None else self._rollouts_of(other, mine))
             if self.is_world_process_zero():
                 write_jsonl(path, [{"demonstration": index, "ids": ids} for index, ids in pool])
-        progress.close()
         return pool
+
+    def _rollouts(self, rows: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+        """The policy's rollouts of the local rows, by way of the hook that serves all of TRL's engines."""
+        self.policy.train()
+        self._pooled = []
+        try:
+            self._generate_and_score_completions(rows)
+            return self._pooled
+        finally:
+            self._pooled = None
+
+    def _rollouts_of(self, model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
+        limit = self.config.max_completion_length
+        assert limit is not None
+        drawn = generate(
+            model, self.tokenizer, [row["prompt"] for row in rows], 1, limit, self.config.temperature, self.config.top_p
+        )
+        return [(row["demonstration"], ids) for row, ids in zip(rows, drawn, strict=True)]
+
+    def _load_warm_up_model(self) -> PreTrainedModel | None:
+        if self.config.warmup_model is None:
+            return None
+        dtype = self.policy.dtype
+        return AutoModelForCausalLM.from_pretrained(self.config.warmup_model, dtype=dtype).to(self.accelerator.device)
 
     # Checkpoints: the discriminator's state rides in each.
 

@@ -119,13 +119,9 @@ def extract_any(text: str) -> str | None:
 
 
 def plain_text(answer: str) -> str:
-    r"""Answer without ``$``, ``\text{}`` wrappers, repeated spaces and a final full stop; case-folded unless it is LaTeX.
-
-    (``\Delta`` is not ``\delta``.)
-    """
+    r"""Case-folded answer without ``$``, ``\text{}`` wrappers, repeated spaces and a final full stop."""
     answer = _TEXT_COMMAND.sub(r"\1", answer).replace("\\$", "").replace("$", "")
-    answer = " ".join(answer.split()).removesuffix(".").strip()
-    return answer if "\\" in answer else answer.casefold()
+    return " ".join(answer.split()).removesuffix(".").strip().casefold()
 
 
 def equal_text(answer: str, gold: str) -> bool:

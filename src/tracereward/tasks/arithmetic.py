@@ -29,7 +29,7 @@ LARGEST = 40
 """Largest number in the vocabulary: the largest value that a mistaken line of the misconception world may reach."""
 SKIP_RATE = 0.6
 """Share of the style world's experts that write only the answer."""
-_TEST_SEED = 999
+_TEST_SEED = 20_261
 _TRIES = 20_000
 """Draws in a row without a new prompt after which a world counts as used up."""
 

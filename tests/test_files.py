@@ -1,0 +1,148 @@
+"""Files are whole or absent, also when the writing stops half-way."""
+
+import json
+import os
+
+import pytest
+
+from tracereward import files
+from tracereward.errors import InputError
+from tracereward.files import (
+    atomic_folder,
+    atomic_write_json,
+    atomic_write_text,
+    read_jsonl,
+    require_free_disk,
+    write_jsonl,
+)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_text_is_replaced(tmp_path):
+    path = tmp_path / "a.txt"
+    atomic_write_text(path, "one é\n")
+    atomic_write_text(path, "two")
+    assert path.read_text(encoding="utf-8") == "two"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where):
+    path = tmp_path / "a.txt"
+    atomic_write_text(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, where, fail)
+        with pytest.raises(OSError, match="No space left"):
+            atomic_write_text(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
+    """When the new file takes its name, all of it is already on the disk."""
+    path = tmp_path / "a.txt"
+    atomic_write_text(path, "old")
+    replace, seen = os.replace, []
+
+    def spy(source, target):
+        seen.append((path.read_text(), source.read_text()))
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", spy)
+    atomic_write_text(path, "new" * 10_000)
+    assert seen == [("old", "new" * 10_000)]
+
+
+def test_json_keeps_other_alphabets(tmp_path):
+    atomic_write_json(tmp_path / "a.json", {"é": [1, None]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"é": [1, None]}
+    assert "é" in text
+
+
+def test_a_folder_replaces_the_old_one_whole(tmp_path):
+    target = tmp_path / "new" / "model"
+    for content in ("one", "two"):
+        with atomic_folder(target) as folder:
+            assert folder != target
+            (folder / content).write_text(content)
+            assert names(target) == ["one"] if content == "two" else not target.exists()
+    assert names(target) == ["two"]
+    assert names(tmp_path / "new") == ["model"]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "weights").write_text("old")
+
+    def write():
+        with atomic_folder(target) as folder:
+            (folder / "weights").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert (target / "weights").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    with atomic_folder(target) as folder:
+        (folder / "weights").write_text("old")
+    rename = os.rename
+
+    def fail(source, destination):
+        if str(source).endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        rename(source, destination)
+
+    def write():
+        with atomic_folder(target) as folder:
+            (folder / "weights").write_text("new")
+
+    monkeypatch.setattr(files.os, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write()
+    assert (target / "weights").read_text() == "old"
+    assert names(tmp_path) == ["model"]
+
+
+def test_what_an_earlier_attempt_left_does_not_get_in(tmp_path):
+    stale = tmp_path / f".model.{os.getpid()}.tmp"
+    stale.mkdir()
+    (stale / "stale").write_text("x")
+    with atomic_folder(tmp_path / "model") as folder:
+        (folder / "fresh").write_text("y")
+    assert names(tmp_path / "model") == ["fresh"]
+
+
+def test_jsonl_round_trip(tmp_path):
+    rows = [{"text": "a\nb\u2028c\r\x85 é"}, {"n": 1.5}]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    assert read_jsonl(tmp_path / "a.jsonl") == rows
+    assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path):
+    """Also when what is left of it happens to be JSON, or ends inside a character."""
+    path = tmp_path / "a.jsonl"
+    whole = b'{"n": 1}\n{"n": 2}\n'
+    for rest in (b'{"n": 3, "te', b'{"n": 3}', '{"n": "é'.encode()[:-1]):
+        path.write_bytes(whole + rest)
+        assert read_jsonl(path) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_full_disk_is_refused_before_the_run(tmp_path):
+    require_free_disk(tmp_path / "not" / "yet" / "there", 1, "a byte")
+    with pytest.raises(InputError, match=r"GB free, 1000000000\.0+ GB needed for 2 checkpoints.*--output_dir"):
+        require_free_disk(tmp_path / "run", 10**18, "2 checkpoints")
+    assert names(tmp_path) == []

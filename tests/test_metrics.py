@@ -1,0 +1,117 @@
+"""Statistics against brute force, scipy and formulas written by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+
+from tracereward.metrics import auroc, bootstrap_interval, point_biserial, wilson_interval, within_prompt_auroc
+from tracereward.monitor import reward_monitor
+
+SCORED = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=25)
+
+
+def auroc_by_pairs(scores, correct) -> float:
+    wins = [
+        1.0 if right > wrong else 0.5 if right == wrong else 0.0
+        for right, is_right in zip(scores, correct)
+        if is_right
+        for wrong, is_also_right in zip(scores, correct)
+        if not is_also_right
+    ]
+    return sum(wins) / len(wins) if wins else math.nan
+
+
+@given(rows=SCORED)
+def test_auroc_counts_pairs_and_half_ties(rows):
+    scores, correct = zip(*rows)
+    assert auroc(scores, correct) == pytest.approx(auroc_by_pairs(scores, correct), nan_ok=True)
+
+
+def test_auroc_polarity_and_missing_kinds():
+    assert auroc([1, 2, 3], [False, False, True]) == 1.0
+    assert auroc([1, 2, 3], [True, False, False]) == 0.0
+    assert auroc([1, 1, 1], [True, False, True]) == 0.5
+    assert math.isnan(auroc([1, 2], [True, True]))
+
+
+@given(rows=st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
+def test_within_prompt_auroc_is_the_mean_of_prompts_that_have_both(rows):
+    scores, correct, prompts = zip(*rows)
+    values = []
+    for prompt in set(prompts):
+        own = [(s, c) for s, c, p in rows if p == prompt]
+        value = auroc_by_pairs(*zip(*own))
+        if not math.isnan(value):
+            values.append(value)
+    expected = sum(values) / len(values) if values else math.nan
+    assert within_prompt_auroc(scores, correct, prompts) == pytest.approx(expected, nan_ok=True)
+
+
+def test_pooled_auroc_measures_difficulty_where_within_prompt_does_not():
+    """Prompt a is easy and scores high, b is hard and scores low; inside each the order is wrong."""
+    scores = [9, 8, 10, 1, 2, 2]
+    correct = [True, True, False, True, False, False]
+    prompts = ["a", "a", "a", "b", "b", "b"]
+    assert within_prompt_auroc(scores, correct, prompts) == 0.0
+    assert auroc(scores, correct) == pytest.approx(auroc_by_pairs(scores, correct))
+    assert auroc(scores, correct) > 0.4
+
+
+@given(rows=st.lists(st.tuples(st.integers(-30, 30), st.booleans()), min_size=3, max_size=25))
+def test_point_biserial_is_scipys(rows):
+    scores, correct = zip(*rows)
+    assume(len(set(scores)) > 1)
+    assume(len(set(correct)) > 1)
+    assert point_biserial(scores, correct) == pytest.approx(stats.pointbiserialr(correct, scores).statistic, abs=1e-9)
+
+
+def test_point_biserial_of_constants_is_nan():
+    assert math.isnan(point_biserial([1, 1], [True, False]))
+    assert math.isnan(point_biserial([1, 2], [True, True]))
+    assert math.isnan(point_biserial([1], [True]))
+
+
+@given(total=st.integers(1, 500), data=st.data())
+def test_wilson_is_the_formula(total, data):
+    successes = data.draw(st.integers(0, total))
+    z, p = 1.959963984540054, successes / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    low, high = wilson_interval(successes, total)
+    assert low == pytest.approx(max(0, centre - half), abs=1e-9)
+    assert high == pytest.approx(min(1, centre + half), abs=1e-9)
+
+
+def test_bootstrap_is_repeatable_and_near_the_normal_interval():
+    values = [1.0] * 120 + [0.0] * 180
+    interval = bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values, seed=3) == interval
+    assert bootstrap_interval(values, seed=4) != interval
+    mean, error = np.mean(values), np.std(values) / math.sqrt(len(values))
+    assert interval[0] == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert interval[1] == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+
+
+def test_bootstrap_of_equal_values_is_a_point():
+    assert bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    assert bootstrap_interval([1.0]) == (1.0, 1.0)
+
+
+def test_monitor_by_hand():
+    """Two prompts; one rollout's correctness is unknown and counts for length only."""
+    rows = [("a", 3, 2.0, 1.0), ("a", 5, 1.0, 0.0), ("b", 4, 0.0, 0.0), ("b", 6, -1.0, 1.0), ("c", 9, 5.0, math.nan)]
+    monitor = reward_monitor(rows)
+    assert monitor["within_prompt_auroc"] == 0.5
+    assert monitor["auroc"] == auroc_by_pairs([2, 1, 0, -1], [True, False, False, True]) == 0.5
+    assert monitor["point_biserial_r"] == pytest.approx(stats.pearsonr([2, 1, 0, -1], [1, 0, 0, 1]).statistic, abs=1e-9)
+    assert monitor["length_reward_r"] == pytest.approx(stats.pearsonr([3, 5, 4, 6, 9], [2, 1, 0, -1, 5]).statistic)
+
+
+def test_monitor_without_answers_says_nothing_about_correctness():
+    monitor = reward_monitor([("a", 3, 2.0, math.nan), ("a", 3, 1.0, math.nan)])
+    assert set(monitor) == {"length_reward_r"}
+    assert math.isnan(monitor["length_reward_r"])

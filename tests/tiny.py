@@ -1,0 +1,217 @@
+"""Runs of the command line that a test can kill at an exact point.
+
+`Launcher` starts one process that has imported the package and nothing else, and forks a child from it for each
+command: a real process with a real exit status, without five seconds of imports each. A `trap` is an audit hook of the
+interpreter: when the command opens or renames the file it names for the n-th time, the process sends itself a signal.
+Nothing of the package is replaced, and no test waits for a moment that a slow machine would miss.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
+CLOCKS = {"step_time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+# What reads these numbers is not the run's result but the machine's speed.
+
+
+@dataclass
+class Result:
+    """A finished command; `code` is negative for the signal that killed it, as in `subprocess`."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Launcher:
+    """Runs `tracereward` commands in processes forked from one that has its imports."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.count = 0
+        self.process = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
+        )
+
+    def __call__(self, *argv: object, trap: dict[str, Any] | None = None) -> Result:
+        """Run ``tracereward ARGV``; `trap` as `trap` makes it."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.count += 1
+        out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
+        order = {"argv": [str(word) for word in argv], "trap": trap, "out": str(out), "err": str(err)}
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        status = json.loads(self.process.stdout.readline())
+        return Result(status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+@functools.cache
+def launcher() -> Launcher:
+    """The one launcher of a test session; tests that need none start none."""
+    folder = tempfile.TemporaryDirectory(prefix="tracereward-tests-")
+    started = Launcher(Path(folder.name))
+    atexit.register(folder.cleanup)
+    atexit.register(started.close)
+    return started
+
+
+def trap(
+    event: str,
+    path: str,
+    count: int = 1,
+    number: int = signal.SIGKILL,
+    fill: Path | None = None,
+    leave: int = 0,
+) -> dict[str, Any]:
+    """A signal (by default SIGKILL) at the `count`-th `event` on a file whose path ends with `path`.
+
+    `event` is ``open`` (for writing) or ``rename`` (to that name). With `fill`, instead of a signal, the file at `fill`
+    is grown until its disk has `leave` bytes left.
+    """
+    return {
+        "event": event,
+        "path": path,
+        "count": count,
+        "number": int(number),
+        "fill": fill and str(fill),
+        "leave": leave,
+    }
+
+
+def serve() -> None:
+    """Read orders from stdin, run each in a fork, answer with its exit status."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import tracereward.pool
+    import tracereward.run  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            run_order(order)
+        answers.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+        answers.flush()
+
+
+def run_order(order: dict[str, Any]) -> None:
+    """Be the command; does not return."""
+    from tracereward.cli import main
+
+    for descriptor, path in ((1, order["out"]), (2, order["err"])):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = ["tracereward", *order["argv"]]
+    if order["trap"] is not None:
+        set_trap(**order["trap"])
+    code: Any = 0
+    try:
+        main()
+    except SystemExit as error:
+        code = error.code
+    except BaseException:  # what the interpreter would do
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(0 if code is None else code)
+
+
+def set_trap(event: str, path: str, count: int, number: int, fill: str | None, leave: int) -> None:
+    """See `trap`."""
+    left = count
+
+    def hook(name: str, args: tuple[Any, ...]) -> None:
+        nonlocal left
+        if name == "open" and event == "open":
+            target, _, flags = args
+            if not flags & WRITE_FLAGS:
+                return
+        elif name == "os.rename" and event == "rename":
+            target = args[1]
+        else:
+            return
+        if not isinstance(target, int) and os.fspath(target).endswith(path):
+            left -= 1
+            if left == 0 and fill is None:
+                os.kill(os.getpid(), number)
+            elif left == 0:
+                fill_disk(Path(fill), leave)
+
+    sys.addaudithook(hook)
+
+
+def fill_disk(path: Path, leave: int) -> None:
+    """Grow the file at `path` until its disk has `leave` bytes left."""
+    with open(path, "wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(b"x" * 4096):
+                pass
+        file.truncate(file.tell() - leave)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of all safetensors files in `folder`."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= {f"{path.name}:{name}": tensor for name, tensor in load_file(path).items()}
+    assert found, f"no weights in {folder}"
+    return found
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """Every line of a JSONL file; all must parse."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """What two runs that are the same have in common: final weights, and the metrics but for the clock."""
+    tensors = {f"policy/{name}": tensor for name, tensor in weights(folder / "policy").items()}
+    if (folder / "reward_model").exists():
+        tensors |= {f"reward_model/{name}": tensor for name, tensor in weights(folder / "reward_model").items()}
+    metrics = [{k: v for k, v in row.items() if k not in CLOCKS} for row in rows(folder / "metrics.jsonl")]
+    return tensors, metrics
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    """The run in `folder` ended with the weights and the metrics of the one in `reference`, to the last bit."""
+    tensors, metrics = result(folder)
+    expected_tensors, expected_metrics = result(reference)
+    assert tensors.keys() == expected_tensors.keys()
+    different = [name for name in tensors if not torch.equal(tensors[name], expected_tensors[name])]
+    assert not different
+    assert metrics == expected_metrics
+
+
+def options(**given: object) -> Iterator[str]:
+    """``--name value`` words."""
+    for name, value in given.items():
+        yield f"--{name}"
+        yield from map(str, value) if isinstance(value, (list, tuple)) else [str(value)]
+
+
+if __name__ == "__main__":
+    serve()
