@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import GRPOTrainer
 
@@ -82,7 +83,7 @@ class AtFirstStep(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def make(tiny_model_folder, tokenizer, experts, tmp_path_factory):
-    def build(unlabeled=(), rows=experts, **options) -> Recorded:
+    def build(unlabeled=(), peft=None, **options) -> Recorded:
         options = {
             "output_dir": str(tmp_path_factory.mktemp("run")),
             "per_device_train_batch_size": BATCH,
@@ -106,11 +107,12 @@ def make(tiny_model_folder, tokenizer, experts, tmp_path_factory):
         trainer = Recorded(
             model=AutoModelForCausalLM.from_pretrained(tiny_model_folder),
             reward_model=TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer),
-            demonstrations=[dict(row) for row in rows],
+            demonstrations=[dict(row) for row in experts],
             args=config,
             task=get_task("arithmetic"),
             processing_class=tokenizer,
             unlabeled=unlabeled,
+            peft_config=peft,
             callbacks=[at_first_step],
         )
         at_first_step.trainer = trainer
@@ -257,7 +259,7 @@ def test_rewards_and_correctness_of_given_traces(trajectory_run, tokenizer, expe
     )
     trajectory_run.model.train()
     assert trajectory_run.discriminator.updates == before
-    assert trajectory_run.correct([]) == [1.0, 0.0, 1.0, 0.0]
+    assert trajectory_run.correct(prompts=[]) == [1.0, 0.0, 1.0, 0.0]
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     of_tokens = trajectory_run.discriminator.model.token_rewards(prompts, ids)
     expected = [float(values.min() if how == "min" else values.mean()) for values in of_tokens]
@@ -384,11 +386,13 @@ def test_prompts_without_a_demonstration_only_move_the_policy(make):
     assert len(trainer.discriminator.replay) == 12 * 4 + sum(index >= 0 for index in seen)
 
 
-def test_the_mode_seeking_reward_adds_the_starting_policys_log_prob(make, tiny_model_folder):
+@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
+def test_the_mode_seeking_reward_adds_the_starting_policys_log_prob(make, tiny_model_folder, peft):
     """The policy moves, the reference does not: in the second batch the reward still adds the start's log-prob."""
     beta = 8.0  # of about -7.8
-    trainer = make(reward_form="logit_plus_logprob", learning_rate=1e-2, beta_clip=beta)
+    trainer = make(reward_form="logit_plus_logprob", learning_rate=1e-2, beta_clip=beta, peft=peft)
     trainer.train()
+    assert all(module.training for module in trainer.model.modules())
     start = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     model = trainer.discriminator.model
     _, batch, _ = trainer.batches[-1]

@@ -17,11 +17,11 @@ from tracereward.demonstrations import (
     encode_completion,
     encode_prompt,
     load_demonstrations,
-    read_rows,
     render,
     split_rows,
 )
 from tracereward.errors import InputError
+from tracereward.reading import read_rows
 from tracereward.tasks import TASKS
 from tracereward.tasks.arithmetic import build_tokenizer, generate
 

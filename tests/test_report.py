@@ -7,7 +7,7 @@ import jinja2
 import pytest
 from markupsafe import Markup
 
-from tracereward import report
+from tracereward import plots, report
 from tracereward.report import Table, Trace, heatmap_html, reward_colour, write_report
 from tracereward.scores import TokenScores
 
@@ -225,15 +225,15 @@ def test_missing_values_leave_gaps(path):
 
 def test_points_are_ordered_and_later_rows_replace_earlier_ones():
     rows = [{"step": 2, "kl": 5.0}, {"step": 1, "kl": 1.0}, {"step": 2, "kl": 2.0}, {"step": 2}, {"step": 3, "kl": "x"}]
-    x, y = report._points(rows, "step", "kl")
+    x, y = plots._points(rows, "step", "kl")
     assert x == [1.0, 2.0, 3.0]
     assert y[:2] == [1.0, 2.0]
     assert math.isnan(y[2])
 
 
 def test_long_runs_are_drawn_as_block_means(path):
-    assert report._block_means([1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 2.0], 2)[:2] == [2.0, 5.0]
-    assert math.isnan(report._block_means([1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 2.0], 2)[2])
+    assert plots._block_means([1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 2.0], 2)[:2] == [2.0, 5.0]
+    assert math.isnan(plots._block_means([1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 2.0], 2)[2])
     html = render(path, metrics=[{"step": i, "kl": math.sin(i)} for i in range(2000)])
     assert "means of 5 rows" in html
     assert f"last {math.sin(1999):.3f}" in html  # not a mean

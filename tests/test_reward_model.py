@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
 )
 
@@ -148,6 +150,32 @@ def test_padding_and_neighbours_change_nothing(tiny_model_folder, tokenizer, pai
     long_prompt, long_completion = prompts[0] * 3, completions[1] * 2
     for p, c, expected in zip(prompts, completions, alone):
         assert_close(logits_of(model, [p, long_prompt], [c, long_completion])[:1], [expected])
+
+
+def test_padding_changes_nothing_where_positions_are_absolute(tokenizer, pairs, tmp_path):
+    """Rotary positions are relative and forgive a shift by the padding; learned ones, as GPT-2's, do not."""
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    config.initializer_range = 0.5  # so that a position matters
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    model = build(tmp_path / "gpt2", tokenizer, "action")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "gpt2").eval()
+    for p, c, logits in zip(*pairs, logits_of(model, *pairs), strict=True):
+        assert_close([logits], logits_of(model, [p], [c]))
+    shifted = torch.tensor([[0] * 5 + [*pairs[0][0], *pairs[1][0]]])
+    with torch.no_grad():
+        assert (lm(shifted).logits[0, 5:] - lm(shifted[:, 5:]).logits[0]).abs().max() > 1e-2
+
+
+def test_a_batch_written_out(tiny_model_folder, tokenizer):
+    """Prompts end where completions start; positions count from each row's first token."""
+    batch = build(tiny_model_folder, tokenizer, "action", granularity="step").pack([[5, 6, 7], [8]], [[9], [3, 11]])
+    assert batch.input_ids.tolist() == [[5, 6, 7, 9, 0], [0, 0, 8, 3, 11]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
+    assert batch.completion_mask.tolist() == [[1, 0], [1, 1]]
+    assert batch.step_ends.tolist() == [[True, False], [True, True]]  # 3 is the newline
+    assert batch.position_ids[0, :4].tolist() == [0, 1, 2, 3]
+    assert batch.position_ids[1, 2:].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize("head", ["token", "action"])

@@ -67,7 +67,7 @@ def test_return_to_go_is_the_sum(data, shape, gamma):
     lengths = [data.draw(st.integers(0, shape[1])) for _ in range(shape[0])]
     mask = np.arange(shape[1])[None] < np.array(lengths)[:, None]
     returns = discounted_return_to_go(torch.tensor(rewards), torch.tensor(mask), gamma)
-    np.testing.assert_allclose(returns, return_to_go_by_sums(rewards, mask, gamma), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns, return_to_go_by_sums(rewards, mask, gamma), rtol=1e-5, atol=1e-4)
 
 
 # Float32 rounding: with gamma 0.9 about ten terms matter; with 1.0 up to 4096 terms of size 1 are added one by one
@@ -131,7 +131,7 @@ def test_token_advantages_are_numpys(batch, gamma, garbage):
         standardised = (np.array(real) - tokens.mean()) / (tokens.std() + EPSILON)
         for t in range(width):
             expected = sum(gamma ** (k - t) * standardised[k] for k in range(t, len(real))) if t < len(real) else 0.0
-            assert float(advantages[row, t]) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            assert float(advantages[row, t]) == pytest.approx(expected, rel=1e-4, abs=1e-3)
 
 
 def test_true_zero_rewards_are_not_padding():

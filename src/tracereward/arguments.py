@@ -26,7 +26,7 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     Raises:
         InputError: unknown option (the nearest is suggested), a value that does not fit, an unreadable file.
     """
-    argv = list(argv)
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     resume = "--resume" in argv
     if resume:
         argv.remove("--resume")

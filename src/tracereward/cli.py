@@ -144,15 +144,12 @@ def score(
     from tracereward.reward_model import TokenRewardModel, check_reward_model
 
     check_reward_model(model)
-    rows = candidate_rows(data)
-    first = next(rows, None)
-    if first is None:
+    count = sum(1 for _ in candidate_rows(data))  # all rows are checked before the model is loaded
+    if count == 0:
         raise InputError(f"{data}: no rows")
     reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
-    from itertools import chain
-
     with rows_to(output) as file:
-        for row in tqdm(score_rows(reward_model, chain([first], rows)), desc="scored", unit=""):
+        for row in tqdm(score_rows(reward_model, candidate_rows(data)), desc="scored", total=count, unit=""):
             write_row(file, row)
 
 

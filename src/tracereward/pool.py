@@ -11,10 +11,11 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoModelForCausalLM
 
-from tracereward.demonstrations import load_demonstrations, read_rows, render
+from tracereward.demonstrations import load_demonstrations, render
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import DISK_FULL, read_jsonl
 from tracereward.models import check_model, load_tokenizer
+from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
 from tracereward.sampling import sample

@@ -20,6 +20,7 @@ import yaml
 from accelerate import init_empty_weights
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
 
@@ -496,7 +497,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     """Turn a write that failed for want of space into a sentence; what was finished before stays."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free if folder.exists() else None
         written_short = (
             "No space left" in str(error)

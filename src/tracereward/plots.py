@@ -1,0 +1,241 @@
+"""Curves and histograms of the report, as inline SVG.
+
+matplotlib draws with stand-in colours, which become CSS variables, so that one SVG serves light and dark pages.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MAX_POINTS = 400  # per curve; longer runs are drawn as means of consecutive blocks
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: the key in `metrics.jsonl`, its name in a panel of several, and its colour (a CSS variable)."""
+
+    key: str
+    name: str = ""
+    colour: str = "curve"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small multiple; `reference` is a value to mark (chance, zero), `bounds` the fixed range of y, if any."""
+
+    title: str
+    series: tuple[Series, ...]
+    reference: float | None = None
+    bounds: tuple[float, float] | None = None
+
+
+PANELS = (
+    Panel("Reward of the policy’s traces", (Series("reward"),)),
+    Panel("Correct answers", (Series("rewards/correct/mean"),), bounds=(0, 1)),
+    Panel("AUROC within a prompt", (Series("monitor/within_prompt_auroc"),), reference=0.5, bounds=(0, 1)),
+    Panel("Correlation of reward and correctness", (Series("monitor/point_biserial_r"),), reference=0.0),
+    Panel("Discriminator loss", (Series("discriminator/loss"),)),
+    Panel(
+        "Discriminator accuracy",
+        (
+            Series("discriminator/accuracy_expert", "expert", "positive"),
+            Series("discriminator/accuracy_policy", "policy", "negative"),
+        ),
+        reference=0.5,
+        bounds=(0, 1),
+    ),
+    Panel("KL to the reference policy", (Series("kl"),)),
+    Panel("Entropy of the policy", (Series("entropy"),)),
+    Panel("Length of completions, tokens", (Series("completions/mean_length"),)),
+)
+
+
+STAND_INS = {
+    "ink": "#0a0b01",
+    "faint": "#0a0b02",
+    "curve": "#0a0b03",
+    "positive": "#0a0b04",
+    "negative": "#0a0b05",
+    "correct": "#0a0b06",
+    "wrong": "#0a0b07",
+}
+
+
+def curves(rows: list[dict], axis: str) -> list[dict[str, Any]]:
+    """One figure per panel that has a finite value."""
+    figures: list[dict[str, Any]] = []
+    for panel in PANELS:
+        drawn = [(series, *_points(rows, axis, series.key)) for series in panel.series]
+        drawn = [(series, x, y) for series, x, y in drawn if any(map(math.isfinite, y))]
+        if not drawn:
+            continue
+        ends = [next(value for value in reversed(y) if math.isfinite(value)) for _, _, y in drawn]
+        block = max(math.ceil(len(x) / MAX_POINTS) for _, x, _ in drawn)
+        drawn = [(series, _block_means(x, block), _block_means(y, block)) for series, x, y in drawn]
+        figures.append(
+            {
+                "title": panel.title,
+                "series": [
+                    {"name": series.name, "colour": series.colour, "last": _significant(end)}
+                    for (series, _, _), end in zip(drawn, ends)
+                ],
+                "note": f"means of {block} rows" if block > 1 else "",
+                "svg": _panel_svg(panel, drawn, axis),
+            }
+        )
+    return figures
+
+
+def _points(rows: list[dict], axis: str, key: str) -> tuple[list[float], list[float]]:
+    """x and y of one metric in order of x; a resumed run's later row replaces the earlier one; no number is NaN."""
+    points = {row[axis]: _real(row[key]) for row in rows if key in row and math.isfinite(_real(row.get(axis)))}
+    x = sorted(points)
+    return [float(value) for value in x], [points[value] for value in x]
+
+
+def _real(value: object) -> float:
+    """`value` if it is a number, else NaN."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _block_means(values: list[float], size: int) -> list[float]:
+    """Means of consecutive blocks of `size` values, over their finite ones; NaN where there is none."""
+    means: list[float] = []
+    for start in range(0, len(values), size):
+        finite = [value for value in values[start : start + size] if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    return means
+
+
+def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]], axis: str) -> Markup:
+    """A small line chart; a value without neighbours is a dot."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _new_figure(4.3, 2.3)
+    if panel.reference is not None:
+        axes.axhline(panel.reference, color=STAND_INS["ink"], alpha=0.55, linewidth=0.8, dashes=(3, 3))
+    for series, x, y in drawn:
+        colour = STAND_INS[series.colour]
+        axes.plot(x, y, color=colour, linewidth=1.7)
+        padded = [math.nan, *y, math.nan]
+        alone = [
+            (x[i], y[i])
+            for i in range(len(y))
+            if math.isfinite(y[i]) and not math.isfinite(padded[i]) and not math.isfinite(padded[i + 2])
+        ]
+        if alone:
+            axes.plot(*zip(*alone), linestyle="none", marker="o", markersize=3, color=colour)
+    if panel.bounds is not None:
+        low, high = panel.bounds
+        pad = 0.04 * (high - low)
+        axes.set_ylim(low - pad, high + pad)
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    if len({value for _, x, _ in drawn for value in x}) == 1:
+        axes.set_xlim(drawn[0][1][0] - 1, drawn[0][1][0] + 1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    axes.set_xlabel(axis)
+    label = f"{panel.title} by {axis}"
+    return _to_svg(figure, label)
+
+
+def histogram(correct: list[float], wrong: list[float]) -> dict[str, Any] | None:
+    """Trace rewards of correct traces above the axis and of wrong ones below, in the same bins; None without values."""
+    import numpy as np
+
+    groups = {
+        "correct": [value for value in correct if math.isfinite(value)],
+        "wrong": [value for value in wrong if math.isfinite(value)],
+    }
+    both = groups["correct"] + groups["wrong"]
+    if not both:
+        return None
+    low, high = min(both), max(both)
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    edges = np.linspace(low, high, 29)
+    figure, axes = _new_figure(5.4, 2.9)
+    tallest = 0.0
+    for (name, values), sign in zip(groups.items(), (1, -1)):
+        if not values:
+            continue
+        share = np.histogram(values, edges)[0] / len(values) * 100
+        tallest = max(tallest, float(share.max()))
+        width = edges[1] - edges[0]
+        axes.bar(edges[:-1] + width / 2, sign * share, 0.88 * width, color=STAND_INS[name], linewidth=0)
+    reach = 1.35 * tallest
+    for (name, values), sign in zip(groups.items(), (1, -1)):
+        if not values:
+            continue
+        median = float(np.median(values))
+        axes.plot([median, median], [0, sign * 1.08 * tallest], color=STAND_INS["ink"], linewidth=1.2)
+        left_half = median < (low + high) / 2
+        axes.annotate(
+            f"{name}, median {signed(median)}",
+            (median, sign * 1.12 * tallest),
+            ha="left" if left_half else "right",
+            va="bottom" if sign > 0 else "top",
+            color=STAND_INS["ink"],
+        )
+    axes.axhline(0, color=STAND_INS["ink"], linewidth=0.8)
+    axes.set_ylim(-reach if groups["wrong"] else 0, reach if groups["correct"] else 0)
+    axes.set_yticks([tick for tick in axes.get_yticks() if abs(tick) <= 1.02 * tallest])
+    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
+    axes.set_xlabel("reward of the trace (log-odds)")
+    svg = _to_svg(figure, "Histogram of trace rewards, correct traces above and wrong traces below")
+    return {"svg": svg, **{name: f"{len(values):,}" for name, values in groups.items()}}
+
+
+def _new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+    """A transparent figure of `width` x `height` inches with faint horizontal lines and no frame."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    for side in ("top", "left", "right", "bottom"):
+        axes.spines[side].set_visible(False)
+    axes.grid(axis="y", color=STAND_INS["faint"], linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=9.5, labelcolor=STAND_INS["ink"])
+    axes.xaxis.label.set(color=STAND_INS["ink"], fontsize=9.5)
+    return figure, axes
+
+
+def _to_svg(figure: "Figure", label: str) -> Markup:
+    """The figure as inline SVG: scales with its box, text stays text, colours are CSS variables."""
+    import matplotlib
+
+    buffer = StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\n\s*", "\n", svg)
+    view_box = re.search(r'viewBox="([^"]+)"', svg)
+    assert view_box is not None, "matplotlib writes a viewBox"
+    opening = f'<svg viewBox="{view_box[1]}" role="img" aria-label="{escape(label)}">'
+    svg = re.sub(r"<svg[^>]*>", opening, svg, count=1).replace("xlink:href", "href")
+    for name, stand_in in STAND_INS.items():
+        svg = svg.replace(stand_in, f"var(--{name})")
+    return Markup(svg)
+
+
+def signed(value: float) -> str:
+    """A reward with its sign, e.g. ``+1.20`` or ``−0.35``."""
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _significant(value: float) -> str:
+    """Three significant digits."""
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return text.replace("-", "−")
