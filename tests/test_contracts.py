@@ -39,7 +39,9 @@ class Recorded(AdversarialTrainer):
     def correct(self, *args, **kwargs):
         if self._pooled is None:
             self.calls.append(("correct", kwargs))
-        return super().correct(**kwargs)
+        given = super().correct(**kwargs)
+        # An untrained policy is never right; half of it is, so that correctness would show if it had a weight.
+        return [float(row % 2) for row in range(len(given))]
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
@@ -259,7 +261,7 @@ def test_rewards_and_correctness_of_given_traces(trajectory_run, tokenizer, expe
     )
     trajectory_run.model.train()
     assert trajectory_run.discriminator.updates == before
-    assert trajectory_run.correct(prompts=[]) == [1.0, 0.0, 1.0, 0.0]
+    assert AdversarialTrainer.correct(trajectory_run, prompts=[]) == [1.0, 0.0, 1.0, 0.0]
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     of_tokens = trajectory_run.discriminator.model.token_rewards(prompts, ids)
     expected = [float(values.min() if how == "min" else values.mean()) for values in of_tokens]
@@ -396,6 +398,9 @@ def test_the_mode_seeking_reward_adds_the_starting_policys_log_prob(make, tiny_m
     start = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     model = trainer.discriminator.model
     _, batch, _ = trainer.batches[-1]
+    with torch.no_grad():
+        moved = trainer.model(batch["completion_ids"]).logits - start(batch["completion_ids"]).logits
+    assert moved.abs().max() > 1e-3
     assert 0.01 < float((torch.cat(trainer._rewards) == -beta).float().mean()) < 0.9
     for row, given in enumerate(trainer._rewards):
         prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()

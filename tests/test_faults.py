@@ -104,7 +104,7 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, tiny_model_folder, experts):
     folder = tmp_path_factory.mktemp("faults")
-    write_jsonl(folder / "experts.jsonl", experts)
+    write_jsonl(folder / "experts.jsonl", experts[:10])  # five steps an epoch: runs end within one
     return Bench(folder, tiny_model_folder, folder / "experts.jsonl")
 
 
@@ -305,7 +305,7 @@ def test_samples_go_on_after_a_kill(bench, tmp_path, tiny_model_folder):
                "--max-new-tokens", 8, "--batch-size", 4, "-o"]  # fmt: skip
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert launcher()(*command, whole).code == 0
-    assert len(rows(whole)) == 24
+    assert len(rows(whole)) == 20
     assert launcher()(*command, cut, trap=trap("rename", "cut.jsonl")).code == -signal.SIGKILL
     part = tmp_path / "cut.jsonl.part"
     lines = part.read_bytes().splitlines(keepends=True)
@@ -396,7 +396,7 @@ def test_a_full_disk_while_sampling(bench, small_disk, tiny_model_folder):
     assert not output.exists()
     ballast.unlink()
     assert launcher()(*command, "--resume").code == 0
-    assert len(rows(output)) == 24
+    assert len(rows(output)) == 20
 
 
 # Numbers that are not finite

@@ -135,10 +135,13 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
             self._correct = [math.nan] * len(prompts)
             return [0.0] * len(prompts)
         if self.policy.training:
-            for name, value in self.discriminator.learn(gather_object(rollouts)).items():
+            fresh = gather_object(rollouts)
+            with self.accelerator.autocast():  # the discriminator is not prepared: it would train in float32
+                metrics = self.discriminator.learn(fresh)
+            for name, value in metrics.items():
                 log_metric(f"discriminator/{name}", value)
         prompt_ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        with self._reference() as reference:
+        with self.accelerator.autocast(), self._reference() as reference:
             self._rewards = self.discriminator.model.token_rewards(
                 prompt_ids, completion_ids, self.config.discriminator_token_budget, reference
             )
@@ -208,7 +211,8 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         while self.discriminator.updates < total and not self.stop.received:
             # Dropout draws from the global generator: each update has a seed of its own, as it may be the first to run.
             set_seed(self.config.seed + 500_000 + self.discriminator.updates, device_specific=True)
-            row = self.discriminator.update([])
+            with self.accelerator.autocast():
+                row = self.discriminator.update([])
             done = self.discriminator.updates
             progress.update()
             if self.metrics_file is not None and self.is_world_process_zero():
