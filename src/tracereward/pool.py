@@ -76,7 +76,7 @@ def sample_rows(
 
     Yields:
         For each chunk of prompts, rows with question (its number), prompt, completion, answer (gold), extracted,
-        correct, finished, tokens, logprob.
+        correct, finished, length (in tokens), logprob.
 
     Raises:
         InputError: before the model is loaded, if anything cannot be read.
@@ -111,7 +111,7 @@ def sample_rows(
                     "extracted": extracted,
                     "correct": correct,
                     "finished": s.finished,
-                    "tokens": len(s.ids),
+                    "length": len(s.ids),
                     "logprob": s.logprob,
                 }
             )
