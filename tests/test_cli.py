@@ -395,8 +395,8 @@ def test_sample_writes_rows_in_order(bench, samples, experts):
     found = rows(samples)
     assert [row["question"] for row in found] == [n for n in range(5) for _ in range(4)]
     assert [row["prompt"] for row in found] == [experts[row["question"]]["prompt"] for row in found]
-    assert all(row["logprob"] < 0 and 1 <= row["tokens"] <= 12 for row in found)
-    assert all(row["finished"] or row["tokens"] == 12 for row in found)
+    assert all(row["logprob"] < 0 and 1 <= row["length"] <= 12 for row in found)
+    assert all(row["finished"] or row["length"] == 12 for row in found)
 
 
 def test_scores_are_those_of_the_model(bench, samples):
@@ -404,7 +404,7 @@ def test_scores_are_those_of_the_model(bench, samples):
     assert done.code == 0, done.err
     scored = [json.loads(line) for line in done.out.splitlines()]
     given = rows(samples)
-    kept = given[0].keys() - {"tokens"}  # the number of tokens becomes the tokens
+    kept = given[0].keys()
     assert [{name: row[name] for name in kept} for row in scored] == [{n: row[n] for n in kept} for row in given]
     model = TokenRewardModel.from_pretrained(str(bench.reward_model))
     expected = model.score(*([row[name] for row in given] for name in ("prompt", "completion", "finished")))

@@ -20,7 +20,7 @@ from tracereward.config import AdversarialConfig
 from tracereward.masks import GRANULARITIES
 from tracereward.rerank import METHODS
 from tracereward.reward_model import HEADS
-from tracereward.run import MAY_CHANGE
+from tracereward.run_folder import MAY_CHANGE
 from tracereward.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,7 +85,7 @@ def test_tutorial_runs(tmp_path):
     assert [row["update"] for row in metrics if row["phase"] == "warmup"] == list(range(1, 11))
     assert [row["step"] for row in metrics if row["phase"] == "train"] == list(range(1, 7))
     samples, scores, chosen = (read(work / f"{name}.jsonl") for name in ("samples", "scores", "chosen"))
-    fields = {"question", "prompt", "completion", "answer", "extracted", "correct", "finished", "tokens", "logprob"}
+    fields = {"question", "prompt", "completion", "answer", "extracted", "correct", "finished", "length", "logprob"}
     assert all(row.keys() == fields for row in samples)
     assert len(samples) == len(scores) == 8 * len(chosen) == 8 * 40
     for sample, score in zip(samples, scores, strict=True):

@@ -14,7 +14,7 @@ LAYERS = [
     ("maths", "errors masks objectives shaping metrics scores files"),
     ("models and data", "alignment batching demonstrations reading models reward_model sampling tasks"),
     ("training", "config callbacks checkpoints discriminator monitor trainer"),
-    ("applications", "run rerank pool report plots quickstart tables arguments"),
+    ("applications", "run run_folder rerank pool report plots quickstart tables arguments"),
     ("command line", "cli __main__"),
 ]
 # The package itself holds only the version and names that load on first use.

@@ -78,7 +78,7 @@ class Discriminator:
             as long as no demonstration's prompt has a rollout.
 
         Raises:
-            RunFailed: the loss is not finite.
+            RunFailed: the loss or its gradient is not finite.
         """
         if not fresh and not self.replay:
             return {}
@@ -117,7 +117,9 @@ class Discriminator:
         loss, right_expert, all_expert, right_policy, all_policy = sums.tolist()
         if not math.isfinite(loss):
             raise RunFailed(f"the discriminator's loss is {loss} at its update {self.updates + 1}")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+        if not math.isfinite(norm):
+            raise RunFailed(f"the norm of the discriminator's gradient is {norm} at its update {self.updates + 1}")
         self.optimizer.step()
         self.updates += 1
         return {
@@ -125,7 +127,7 @@ class Discriminator:
             "accuracy_expert": right_expert / all_expert if all_expert else math.nan,
             "accuracy_policy": right_policy / all_policy if all_policy else math.nan,
             "identical_share": identical,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
         }
 
     @property

@@ -71,7 +71,14 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left in `folder` of files and folders that it was writing."""
+    """Remove what a killed process left in `folder` of files and folders that it was writing.
+
+    Between the two renames of `atomic_folder` the finished folder has no name: it gets its own back.
+    """
+    for path in folder.glob(".*.old"):
+        target = folder / path.name.removeprefix(".").rsplit(".", 2)[0]
+        if not target.exists():
+            path.rename(target)
     for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)  # another process of the same run may be at it too

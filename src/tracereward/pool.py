@@ -82,8 +82,8 @@ def sample_rows(
         InputError: before the model is loaded, if anything cannot be read.
     """
     task = get_task(task_name)
-    if n < 1 or (temperature == 0 and n > 1):
-        raise InputError(f"n is {n}: at temperature 0 all completions are the same, and at least one is needed")
+    if temperature == 0 and n > 1:
+        raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
     source = data or task.dataset
     if source is None:
         raise InputError(f"task {task.name!r} has no set of its own: give --data, a file or a Hub id")
@@ -139,7 +139,8 @@ def candidate_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
             raise InputError(f"{where}: no prompt")
         traces = row.get("candidates", row.get("completion"))
         traces = traces if isinstance(traces, list) else [traces]
-        if not traces or not all(isinstance(trace, str) and trace for trace in traces):
+        ended_at_once = row.get("finished") is True  # a policy's trace of nothing but the end-of-sequence token
+        if not traces or not all(isinstance(trace, str) and (trace or ended_at_once) for trace in traces):
             raise InputError(f"{where}: needs a completion, or candidates, a list of texts that are not empty")
         yield where, row
 

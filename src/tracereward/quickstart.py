@@ -26,7 +26,8 @@ from tracereward.models import load_tokenizer
 from tracereward.pool import as_row, rerank_rows, summary
 from tracereward.report import Table, Trace, write_report
 from tracereward.reward_model import TokenRewardModel
-from tracereward.run import note, pick_traces, run_grpo, run_sft, run_train
+from tracereward.run import pick_traces, run_grpo, run_sft, run_train
+from tracereward.run_folder import note
 from tracereward.sampling import sample
 from tracereward.tables import AUROC_LABELS, print_policies, print_ranking
 from tracereward.tasks import get_task

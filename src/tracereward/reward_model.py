@@ -141,7 +141,10 @@ class TokenRewardModel(nn.Module):
             peft_config = copy.deepcopy(peft_config)
             if settings.head == "token":
                 peft_config.task_type = "TOKEN_CLS"
-                peft_config.exclude_modules = ["score"]  # trained in full; "all-linear" would wrap it too and crash
+                peft_config.exclude_modules = [
+                    "score",
+                    "classifier",
+                ]  # trained in full; "all-linear" would wrap it too and crash
             backbone = get_peft_model(backbone, peft_config)
         return cls(backbone, tokenizer, settings)
 

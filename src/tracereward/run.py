@@ -1,33 +1,18 @@
-"""The training commands: check everything, train, and leave a run folder that is whole.
+"""The training commands: check everything, train, and leave a run folder that is whole."""
 
-A run folder holds ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoints/`` (each complete or ignored), and, when
-the run is done, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
-"""
-
-import contextlib
 import copy
 import dataclasses
-import os
-import shlex
-import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from accelerate import init_empty_weights
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
 
-from tracereward import __version__
-from tracereward.callbacks import MetricsFile, Progress, StopSignal
-from tracereward.checkpoints import SafeTrainer, kept, last_complete_checkpoint
-from tracereward.config import AdversarialConfig, DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.checkpoints import SafeTrainer
+from tracereward.config import AdversarialConfig, DataArguments, RewardConfig, SupervisedConfig
 from tracereward.demonstrations import (
     check_lengths,
     encode_completion,
@@ -36,30 +21,15 @@ from tracereward.demonstrations import (
     render,
     split_rows,
 )
-from tracereward.errors import InputError, Interrupted, RunFailed
-from tracereward.files import (
-    DISK_FULL,
-    atomic_folder,
-    atomic_write_text,
-    read_jsonl,
-    remove_unfinished,
-    require_free_disk,
-)
+from tracereward.errors import InputError
+from tracereward.files import atomic_folder
 from tracereward.models import check_model, check_same_tokenizer, load_tokenizer, pad_id
-from tracereward.report import Table, Trace, write_report
+from tracereward.report import Trace
 from tracereward.reward_model import RewardSettings, TokenRewardModel
+from tracereward.run_folder import Config, Run, check_disk, note, run_folder
 from tracereward.sampling import mean_log_probs, sample
 from tracereward.tasks import Task, get_task
 from tracereward.trainer import AdversarialTrainer
-
-Config = SupervisedConfig | RewardConfig | AdversarialConfig
-CHECKPOINTS = "checkpoints"
-
-
-def note(text: str) -> None:
-    """A line for the person who watches; stdout is for data."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass
@@ -270,11 +240,11 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
 
 
 def report_rewards(
-    run: "Run", trainer: AdversarialTrainer, reward_model: TokenRewardModel, rows: list[dict[str, Any]], task: Task
+    run: Run, trainer: AdversarialTrainer, reward_model: TokenRewardModel, rows: list[dict[str, Any]], task: Task
 ) -> None:
     """The run's report: curves, rewards of fresh rollouts on some of its prompts, and five of them token by token."""
     config = trainer.config
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:32]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
     gold = {row["prompt"]: row["answer"] for row in rows}
     policy = trainer.accelerator.unwrap_model(trainer.model)
     assert config.max_completion_length is not None
@@ -326,187 +296,3 @@ def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBa
     with atomic_folder(folder) as target:
         policy.save_pretrained(target)
         tokenizer.save_pretrained(target)
-
-
-def check_disk(config: Config, model: ModelConfig, models: int) -> None:
-    """Refuse when the checkpoints of `models` models and their final weights do not fit on the disk.
-
-    What the run folder holds already counts: a run that goes on replaces it.
-    """
-    with init_empty_weights():
-        shape = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
-        )
-    weights = sum(p.numel() for p in shape.parameters())
-    trained = weights // 10 if model.use_peft else weights  # LoRA of a generous rank
-    checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
-    needed = models * (checkpoints * trained * 12 + weights * 4)  # float32 weights and two Adam moments; final weights
-    present = sum(path.stat().st_size for path in Path(str(config.output_dir)).rglob("*") if path.is_file())
-    require_free_disk(str(config.output_dir), needed - present, f"{checkpoints} checkpoints and the finished models")
-
-
-# The run folder
-
-
-@dataclasses.dataclass
-class Run:
-    """An open run folder."""
-
-    kind: str
-    folder: Path
-    metrics: MetricsFile
-    stop: StopSignal
-    checkpoint: Path | None
-    settings: dict[str, Any]
-
-    def train(self, trainer: Trainer) -> None:
-        """Train from the last whole checkpoint, if there is one.
-
-        Raises:
-            Interrupted: the user stopped it.
-            RunFailed: numbers that are not finite, or a full disk.
-        """
-        warmed = 0
-        if isinstance(trainer, AdversarialTrainer) and self.checkpoint is None:
-            warmed = trainer.load_warm_up()
-        self.metrics.rewind(
-            0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),
-            warmed if self.checkpoint is None else sys.maxsize,
-        )
-        Progress.replace_default(trainer, self.kind)
-        with self.stop, explain_full_disk(self.folder):
-            try:
-                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-            except RunFailed as error:
-                raise RunFailed(
-                    f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: {error}. "
-                    f"{kept(self.folder / CHECKPOINTS)}. A lower learning rate usually helps."
-                ) from error
-        if self.stop.received and trainer.state.global_step < trainer.state.max_steps:
-            raise Interrupted(
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                "the same command with --resume goes on from there"
-            )
-
-    def report(self, summary: str, **content: Any) -> None:
-        """Write ``report.html``."""
-        if int(os.environ.get("RANK", "0")):
-            return
-        content = {"rewards_correct": [], "rewards_wrong": [], "traces": [], **content}
-        tables: list[Table] = content.pop("tables", [])
-        write_report(
-            self.folder / "report.html",
-            title=f"tracereward {self.kind}: {self.folder.name}",
-            summary=summary,
-            tables=tables,
-            metrics=read_jsonl(self.metrics.path),
-            command=f"tracereward {self.kind} --config {shlex.quote(str(self.folder / 'config.yaml'))}",
-            config=self.settings,
-            **content,
-        )
-
-
-@contextlib.contextmanager
-def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfig, resume: bool) -> Iterator[Run]:
-    """Open a run folder; refuses to write over another run.
-
-    Raises:
-        InputError: the folder holds a run and `resume` is not given, or that run had other options.
-        RunFailed: the disk is full.
-    """
-    folder = Path(str(config.output_dir))
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output_dir {folder} is a file, not a folder")
-    settings = resolved(data, config, model)
-    stored = folder / "config.yaml"
-    if stored.is_file():
-        if not resume:
-            raise InputError(
-                f"{folder} already holds a run: go on with --resume, or choose another --output_dir. "
-                "Nothing is written over."
-            )
-        check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, folder)
-    checkpoints = folder / CHECKPOINTS
-    checkpoint = last_complete_checkpoint(checkpoints) if resume else None
-    remove_unfinished(folder)
-    config.output_dir = str(checkpoints)  # what the trainers write while they run
-    with explain_full_disk(folder):
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        versions = f"# tracereward {__version__} {kind}, torch {torch.__version__}\n"
-        atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False))
-        if checkpoint is not None:
-            note(f"going on from {checkpoint}")
-        metrics = MetricsFile(folder / "metrics.jsonl", kind)
-        stop = StopSignal(config.rollout_steps if isinstance(config, PolicyConfig) else 1)
-        yield Run(kind, folder, metrics, stop, checkpoint, settings)
-
-
-def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[str, Any]:
-    """The options as given, with tracereward's own defaults: what ``--config`` reads again."""
-    own = {
-        name
-        for cls in type(config).__mro__
-        if cls.__module__ == "tracereward.config"
-        for name in vars(cls).get("__annotations__", {})
-    }
-    settings: dict[str, Any] = dataclasses.asdict(data)
-    for source, given in ((model, vars(model)), (config, config.given)):
-        for field in dataclasses.fields(source):
-            if field.name not in given:
-                continue
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if field.name in own or given[field.name] != default:
-                settings[field.name] = given[field.name]
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-# What may change between a run and its continuation; anything else would not be the same run.
-MAY_CHANGE = {
-    "max_steps",
-    "num_train_epochs",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "output_dir",
-    "report_to",
-    "disable_tqdm",
-    "per_device_eval_batch_size",
-}
-
-
-def check_same_run(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue a run with other options.
-
-    Raises:
-        InputError: names the options that differ, with both values.
-    """
-    names = (stored.keys() | given.keys()) - MAY_CHANGE
-    differing = [
-        f"{name}: {stored.get(name)!r} before, {given.get(name)!r} now"
-        for name in sorted(names)
-        if stored.get(name) != given.get(name)
-    ]
-    if differing:
-        raise InputError(
-            f"{folder} holds a run with other options ({'; '.join(differing)}): give the same, or another --output_dir"
-        )
-
-
-@contextlib.contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn a write that failed for want of space into a sentence; what was finished before stays."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder).free if folder.exists() else None
-        written_short = (
-            "No space left" in str(error)
-            or "file write failed" in str(error)
-            or (getattr(error, "errno", None) in DISK_FULL)
-        )
-        if not written_short or isinstance(error, RunFailed | Interrupted):
-            raise
-        raise RunFailed(
-            f"the disk of {folder} is full ({free} bytes free). {kept(folder / CHECKPOINTS)}: "
-            "free some space, then give the same command with --resume."
-        ) from error

@@ -12,6 +12,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -101,6 +102,8 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         ]
         self.demonstration_rows = rows[: len(demonstrations)]
         reward_model.to(self.accelerator.device)
+        if args.gradient_checkpointing:
+            reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         self.discriminator = Discriminator(reward_model, experts, args)
         self._pooled: list[tuple[int, list[int]]] | None = None
         self._rewards: list[Tensor] = []
@@ -251,7 +254,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         rows = [row for row in chosen for _ in range(self.config.warmup_rollouts)]
         size = self.config.generation_batch_size
         assert size is not None
-        return rows + rows[: -len(rows) % size]  # every process needs a full share of the last chunk
+        return rows + list(islice(cycle(rows), -len(rows) % size))  # every process needs a full share of the last chunk
 
     def _draw_pool(self, rows: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
         """A rollout of each row's prompt, by the engine that the run uses, or by `warmup_model`.
