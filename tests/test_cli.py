@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -435,6 +436,27 @@ def test_candidates_are_scored_like_single_traces(bench, samples):
     for scores, line in zip(together, alone, strict=True):
         assert scores == {name: json.loads(line)[name] for name in scores}
     assert set(together[0]) == {"reward", "step_rewards", "tokens", "offsets", "token_rewards"}
+
+
+def test_a_trace_of_nothing_but_its_end_is_scored(bench, tmp_path, tokenizer):
+    """A policy may end at once; `sample` says so with `finished`. Without that, an empty completion is a mistake."""
+    row = {"prompt": "1 + 2 = ?\n", "completion": ""}
+    write_jsonl(tmp_path / "ended.jsonl", [{**row, "finished": True}])
+    done = launcher()("score", bench.reward_model, tmp_path / "ended.jsonl")
+    assert done.code == 0, done.err
+    (scored,) = [json.loads(line) for line in done.out.splitlines()]
+    assert scored["tokens"] == [tokenizer.eos_token]
+    assert scored["offsets"] == [[0, 0]]
+    write_jsonl(tmp_path / "empty.jsonl", [row])
+    assert launcher()("score", bench.reward_model, tmp_path / "empty.jsonl").code == 2
+
+
+def test_a_run_folder_is_one_process_alone(command, bench, tmp_path):
+    output = tmp_path / "run"
+    (output / "checkpoints").mkdir(parents=True)
+    with FileLock(output / "checkpoints" / ".lock"):
+        refused(command("train", *words(bench, output)), "another process is running in", "--output_dir")
+    assert not (output / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("method", ["reward", "vote", "logprob", "shortest", "majority", "random"])

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -455,3 +456,16 @@ def test_sft_trains_on_the_completion_and_one_end_of_sequence(tiny_model_folder,
                 total, count = total - float(log_probs[t - 1, label]), count + 1
     assert loss.item() == pytest.approx(total / count, abs=1e-5), "the loss is not the mean over completion tokens"
     assert math.isfinite(trainer.train().training_loss)
+
+
+@pytest.mark.parametrize(("prompts", "rollouts", "batch"), [(6, 3, 48), (5, 2, 8), (4, 4, 16)])
+def test_the_warm_ups_rows_fill_whole_batches(prompts, rollouts, batch):
+    """Each demonstration at least `rollouts` times, in runs; the last batch is filled up however small the data is."""
+    rows = [{"demonstration": index} for index in range(prompts)]
+    config = SimpleNamespace(warmup_prompts=99, warmup_rollouts=rollouts, generation_batch_size=batch, seed=0)
+    trainer = SimpleNamespace(config=config, demonstration_rows=rows)
+    drawn = [row["demonstration"] for row in AdversarialTrainer._warm_up_rows(trainer)]  # type: ignore[arg-type]
+    assert len(drawn) % batch == 0
+    assert len(drawn) - prompts * rollouts in range(batch)
+    assert sorted(drawn[: prompts * rollouts]) == sorted(list(range(prompts)) * rollouts)
+    assert all(len(set(drawn[i : i + rollouts])) == 1 for i in range(0, prompts * rollouts, rollouts))

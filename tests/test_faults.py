@@ -419,7 +419,12 @@ def test_a_full_disk_while_sampling(bench, small_disk, tiny_model_folder):
             ["checkpoint-1", "checkpoint-2"],
         ),
         ("sft", {"learning_rate": "inf", "save_steps": 1}, "are not finite after step 1", []),
-        ("full", {"discriminator_learning_rate": 1e30}, "the norm of the discriminator's gradient is nan at its update 2", []),
+        (
+            "full",
+            {"discriminator_learning_rate": 1e30},
+            "the norm of the discriminator's gradient is nan at its update 2",
+            [],
+        ),
     ],
     ids=["policy", "sft", "weights", "discriminator"],
 )

@@ -12,6 +12,7 @@ from tracereward.files import (
     atomic_write_json,
     atomic_write_text,
     read_jsonl,
+    remove_unfinished,
     require_free_disk,
     write_jsonl,
 )
@@ -146,3 +147,14 @@ def test_a_full_disk_is_refused_before_the_run(tmp_path):
     with pytest.raises(InputError, match=r"GB free, 1000000000\.0+ GB needed for 2 checkpoints.*--output_dir"):
         require_free_disk(tmp_path / "run", 10**18, "2 checkpoints")
     assert names(tmp_path) == []
+
+
+def test_a_folder_that_a_kill_left_between_two_renames_comes_back(tmp_path):
+    """The old folder is the only whole one then; a temporary one and an old one that was replaced are removed."""
+    for name in (".policy.7.old", ".policy.7.tmp", ".reward.7.old", "reward"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    remove_unfinished(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "reward"]
+    assert (tmp_path / "policy" / "weights").read_text() == ".policy.7.old"
+    assert (tmp_path / "reward" / "weights").read_text() == "reward"
