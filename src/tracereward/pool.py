@@ -54,7 +54,8 @@ def write_row(file: TextIO, row: dict[str, Any]) -> None:
 
 def best_device() -> torch.device:
     """The accelerator, or the CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
 
 
 def sample_rows(
