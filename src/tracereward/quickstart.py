@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import disable_progress_bar
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -162,6 +163,7 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
     atomic_write_json(settings, options)
     transformers_logging.disable_progress_bar()  # of loading and saving files of half a megabyte
     disable_progress_bar()
+    torch.set_num_threads(1)  # a second one gains nothing at this size, and sums would depend on the machine's cores
     start = time.perf_counter()
     stage = Stage(7 if world.pretraining else 6)
     stage.run("data and an untrained tiny Llama", output / "init", lambda: make_world(output, world, world_name, seed))

@@ -276,14 +276,19 @@ def report_rewards(
 
 
 def pick_traces(traces: list[Trace], count: int = 5) -> list[Trace]:
-    """Up to `count` different traces for a page: wrong and right ones, those the reward is least sure of last."""
-    unique = list({(t.question, t.completion): t for t in traces}.values())
-    wrong = [t for t in unique if t.correct is False]
-    others = [t for t in unique if t.correct is not False]
-    chosen = wrong[: count // 2 + 1]
-    chosen += others[: count - len(chosen)]
-    chosen += wrong[count // 2 + 1 :][: count - len(chosen)]
-    return sorted(chosen, key=lambda t: t.question)
+    """Up to `count` different traces for a page: a wrong and a right one of the same question first, then the rest."""
+    questions: dict[str, dict[str, Trace]] = {}
+    for trace in traces:
+        questions.setdefault(trace.question, {}).setdefault(trace.completion, trace)
+    pairs, rest = [], []
+    for candidates in questions.values():
+        wrong = [t for t in candidates.values() if t.correct is False]
+        right = [t for t in candidates.values() if t.correct is not False]
+        if wrong and right:
+            pairs += [wrong.pop(0), right.pop(0)]
+        rest += wrong + right
+    chosen = (pairs + rest)[:count]
+    return sorted(chosen, key=lambda t: list(questions).index(t.question))
 
 
 def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
