@@ -16,7 +16,8 @@ from tracereward.batching import pack
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.models import load_tokenizer, pad_id
 from tracereward.pool import best_device
-from tracereward.reward_model import RewardSettings, TokenRewardModel
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
 
 
 def main(folder: str, count: int) -> None:

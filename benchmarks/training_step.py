@@ -21,7 +21,8 @@ from trl import GRPOConfig, GRPOTrainer
 from tracereward.callbacks import Progress
 from tracereward.config import AdversarialConfig
 from tracereward.models import load_tokenizer
-from tracereward.reward_model import RewardSettings, TokenRewardModel
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
 from tracereward.trainer import AdversarialTrainer

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from tiny import launcher, options, rows
 from tracereward import __version__, cli
 from tracereward.files import write_jsonl
-from tracereward.reward_model import RewardSettings, TokenRewardModel
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
 from tracereward.tasks import get_task
 
 TINY = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 24, "report_to": "none"}

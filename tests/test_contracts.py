@@ -13,7 +13,8 @@ from trl import GRPOTrainer
 
 from tracereward.config import AdversarialConfig, SupervisedConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
-from tracereward.reward_model import RewardSettings, TokenRewardModel
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
 from tracereward.run import SupervisedTrainer, tokenised
 from tracereward.shaping import EPSILON
 from tracereward.tasks import get_task

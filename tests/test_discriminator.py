@@ -14,7 +14,8 @@ from tracereward.config import AdversarialConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.discriminator import LR_WARMUP, Discriminator
 from tracereward.errors import RunFailed
-from tracereward.reward_model import RewardSettings, TokenRewardModel
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
 
 ALL = {"discriminator_prompts": 99, "discriminator_rollouts": 99, "replay_share": 0.0}
 

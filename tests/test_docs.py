@@ -19,7 +19,7 @@ from tracereward.cli import app
 from tracereward.config import AdversarialConfig
 from tracereward.masks import GRANULARITIES
 from tracereward.rerank import METHODS
-from tracereward.reward_model import HEADS
+from tracereward.reward_settings import HEADS
 from tracereward.run_folder import MAY_CHANGE
 from tracereward.tasks import TASKS
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tracereward"
 # From the bottom up; a module may import from its own layer and from those below.
 LAYERS = [
     ("maths", "errors masks objectives shaping metrics scores files"),
-    ("models and data", "alignment batching demonstrations reading models reward_model sampling tasks"),
+    ("models and data", "alignment batching demonstrations reading models reward_model reward_settings sampling tasks"),
     ("training", "config callbacks checkpoints discriminator monitor trainer"),
     ("applications", "run run_folder rerank pool report plots quickstart tables arguments"),
     ("command line", "cli __main__"),

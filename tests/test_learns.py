@@ -6,7 +6,8 @@ from tracereward.config import AdversarialConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.discriminator import Discriminator
 from tracereward.metrics import within_prompt_auroc
-from tracereward.reward_model import RewardSettings, TokenRewardModel
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
 from tracereward.tasks.arithmetic import generate
 
 

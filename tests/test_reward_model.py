@@ -23,7 +23,8 @@ from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError
 from tracereward.masks import supervision_mask
 from tracereward.models import check_same_tokenizer
-from tracereward.reward_model import RewardSettings, TokenRewardModel, check_reward_model
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings, check_reward_model
 from tracereward.tasks.arithmetic import build_tokenizer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")

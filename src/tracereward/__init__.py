@@ -10,8 +10,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tracereward.config import AdversarialConfig as AdversarialConfig
     from tracereward.demonstrations import load_demonstrations as load_demonstrations
-    from tracereward.reward_model import RewardSettings as RewardSettings
     from tracereward.reward_model import TokenRewardModel as TokenRewardModel
+    from tracereward.reward_settings import RewardSettings as RewardSettings
     from tracereward.scores import TokenScores as TokenScores
     from tracereward.tasks import get_task as get_task
     from tracereward.trainer import AdversarialTrainer as AdversarialTrainer
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AdversarialConfig": "config",
     "AdversarialTrainer": "trainer",
-    "RewardSettings": "reward_model",
+    "RewardSettings": "reward_settings",
     "TokenRewardModel": "reward_model",
     "TokenScores": "scores",
     "get_task": "tasks",

@@ -141,7 +141,8 @@ def score(
     from tqdm.auto import tqdm
 
     from tracereward.pool import best_device, candidate_rows, rows_to, score_rows, write_row
-    from tracereward.reward_model import TokenRewardModel, check_reward_model
+    from tracereward.reward_model import TokenRewardModel
+    from tracereward.reward_settings import check_reward_model
 
     check_reward_model(model)
     count = sum(1 for _ in candidate_rows(data))  # all rows are checked before the model is loaded
@@ -170,7 +171,8 @@ def rerank(
     from tracereward.errors import check_choice
     from tracereward.pool import best_device, candidate_rows, rerank_rows, rows_to, score_rows, summary, write_row
     from tracereward.rerank import METHODS
-    from tracereward.reward_model import TokenRewardModel, check_reward_model
+    from tracereward.reward_model import TokenRewardModel
+    from tracereward.reward_settings import check_reward_model
     from tracereward.tasks import get_task
 
     check_choice("method", method, [name for name in METHODS if name not in ("mean", "oracle")])

@@ -13,7 +13,7 @@ from trl import GRPOConfig, SFTConfig
 
 from tracereward.errors import InputError, check_choice
 from tracereward.masks import GRANULARITIES
-from tracereward.reward_model import HEADS
+from tracereward.reward_settings import HEADS
 
 ADVANTAGES = ("trajectory", "token")
 TEMPLATES = ("plain", "chat")

@@ -25,7 +25,8 @@ from tracereward.errors import InputError
 from tracereward.files import atomic_folder
 from tracereward.models import check_model, check_same_tokenizer, load_tokenizer, pad_id
 from tracereward.report import Trace
-from tracereward.reward_model import RewardSettings, TokenRewardModel
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
 from tracereward.run_folder import Config, Run, check_disk, note, run_folder
 from tracereward.sampling import mean_log_probs, sample
 from tracereward.tasks import Task, get_task
