@@ -1,5 +1,6 @@
 """Choosing among candidates, by hand and by brute force."""
 
+import json
 import math
 import random
 import statistics
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tracereward.metrics import bootstrap_interval
+from tracereward.pool import summary
 from tracereward.rerank import METHODS, Candidate, choose, ranking_aurocs, ranking_table, vote_weights, weighted_vote
 from tracereward.tasks import get_task
 
@@ -199,3 +201,13 @@ def test_aurocs_by_counting_pairs():
         assert result[f"{name}_auroc"] == pytest.approx(pairs([c for rows in asked for c in rows], score))
         within = [value for rows in asked if (value := pairs(rows, score)) is not None]
         assert result[f"{name}_auroc_within_prompt"] == pytest.approx(sum(within) / len(within))
+
+
+def test_aurocs_are_null_where_all_candidates_are_wrong():
+    """JSON has no nan."""
+    wrong = [[Candidate("x", "1", 0.5, -1.0, 1, False), Candidate("y", "2", 0.1, -2.0, 1, False)]]
+    result = summary(wrong, get_task("arithmetic"))
+    assert result is not None
+    assert result["reward_auroc"] is None
+    assert result["logprob_auroc_within_prompt"] is None
+    assert "NaN" not in json.dumps(result)

@@ -10,7 +10,7 @@ import pytest
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("vllm", reason="vLLM is not installed (pip install 'tracereward[vllm]')")
+pytest.importorskip("vllm", reason="vLLM is not installed (pip install '.[vllm]')")
 
 # On CPUs vLLM repacks linear weights for oneDNN and drops the originals, after which TRL cannot load new ones into it.
 RUN = """

@@ -1,6 +1,7 @@
 """Files of candidates: drawing them from a policy, scoring them, and choosing among them."""
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -219,5 +220,6 @@ def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | No
         "questions": len(questions),
         "no_answer": sum(c.answer is None for candidates in questions for c in candidates),
         "accuracy": {row.label: [row.accuracy, row.low, row.high] for row in rows},
-        **ranking_aurocs(questions),
+        # JSON has no nan: an AUROC is undefined where all candidates are right, or all wrong.
+        **{name: None if math.isnan(value) else value for name, value in ranking_aurocs(questions).items()},
     }

@@ -1,6 +1,5 @@
 """Result tables in the terminal, on stderr beside data on stdout or alone on stdout."""
 
-import math
 import sys
 from typing import Any
 
@@ -12,12 +11,16 @@ AUROC_LABELS = {"reward": "reward", "logprob": "log-prob", "reward_logprob": "re
 
 def percent(value: float) -> str:
     """A share as a percentage with one decimal."""
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+    return f"{100 * value:.1f}"
 
 
 def interval(low: float, high: float) -> str:
     """A 95 % interval in percent."""
     return f"[{percent(low)}, {percent(high)}]"
+
+
+def _auroc(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
 
 
 def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
@@ -33,7 +36,8 @@ def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
     for name, label in AUROC_LABELS.items():
         if f"{name}_auroc" in summary:
             pooled, within = summary[f"{name}_auroc"], summary[f"{name}_auroc_within_prompt"]
-            console.print(f"AUROC of {label}: {pooled:.3f} pooled, {within:.3f} within the prompt", highlight=False)
+            text = f"AUROC of {label}: {_auroc(pooled)} pooled, {_auroc(within)} within the prompt"
+            console.print(text, highlight=False)
     if summary["no_answer"]:
         console.print(f"{summary['no_answer']} candidates have no answer in the recipe's form", highlight=False)
 
