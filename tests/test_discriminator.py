@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tracereward import discriminator as module
@@ -491,3 +492,26 @@ def test_the_learning_rate_after_the_warm_up(make, rollouts):
         discriminator.update(rollouts[:2])
         rates.append(discriminator.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-2 / 20, 2e-2 / 20, 3e-2 / 20, 1e-4, 1e-4])
+
+
+@pytest.mark.parametrize("head", ["action", "token"])
+@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
+def test_gradient_checkpointing_changes_memory_only(make, tiny_model_folder, tokenizer, pairs, rollouts, head, peft):
+    results = []
+    for checkpointing in (False, True):
+        discriminator = make(head)
+        torch.manual_seed(0)
+        model = TokenRewardModel.from_backbone(
+            str(tiny_model_folder), RewardSettings(head=head), tokenizer, peft, dtype=torch.float32
+        )
+        forwards = []
+        layer = next(m for name, m in model.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
+        layer.register_forward_pre_hook(lambda *_, seen=forwards: seen.append(1))
+        if checkpointing:
+            model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        discriminator = Discriminator(model, list(pairs), discriminator.config)
+        discriminator.update(rollouts)
+        results.append((gradients_of(discriminator), len(forwards)))
+    (plain, once), (checkpointed, twice) = results
+    assert twice >= 2 * once  # the layers really run again in the backward pass
+    assert largest_difference(plain, checkpointed) < 1e-6
