@@ -19,7 +19,7 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from tracereward.callbacks import Progress
-from tracereward.config import AdversarialConfig
+from tracereward.adversarial_config import AdversarialConfig
 from tracereward.models import load_tokenizer
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings

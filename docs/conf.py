@@ -4,7 +4,8 @@ import dataclasses
 import re
 
 import tracereward
-from tracereward.config import AdversarialConfig, DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.adversarial_config import DiscriminatorOptions, MonitorOptions, ShapingOptions
+from tracereward.config import DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
 
 project = "tracereward"
 author = "The tracereward authors"
@@ -30,7 +31,8 @@ def option_table(cls: type) -> str:
     lines = ["| option | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(cls):
         if field.name in own:
-            default = "none" if field.default is None else f"`{field.default}`"
+            value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            default = "none" if value is None else f"`{value}`"
             text = field.metadata["help"].replace("|", r"\|")
             text = re.sub(r"--\w+", lambda found: f"`{found[0]}`", text)
             lines.append(f"| `--{field.name}` | {default} | {text} |")
@@ -42,5 +44,7 @@ myst_substitutions = {
     "sft_options": option_table(SupervisedConfig),
     "policy_options": option_table(PolicyConfig),
     "grpo_options": option_table(RewardConfig),
-    "train_options": option_table(AdversarialConfig),
+    "discriminator_options": option_table(DiscriminatorOptions),
+    "shaping_options": option_table(ShapingOptions),
+    "monitor_options": option_table(MonitorOptions),
 }

@@ -1,12 +1,12 @@
-"""Characters of tokens and ends of steps, with a word tokenizer and a byte-level one that cuts through characters."""
+"""Characters of tokens, ends of steps: a word tokenizer, and byte-level and byte-fallback ones that cut characters."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tracereward.alignment import step_ends, token_offsets
+from tracereward.alignment import _ends_by_prefixes, _ends_by_stream, step_ends, token_offsets
 from tracereward.errors import InputError
 
 TEXT = "The cat sat. The dog sees é and 日本語, naïve.\n\nSo the answer is 12.\n\n  Thus 3.5 😀🧮 ok.\n"
@@ -33,7 +33,30 @@ def train_bytes() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
+def build_fallback(at_start: str) -> PreTrainedTokenizerFast:
+    """Spaces are "▁" and open a token, other bytes are tokens of their own: SentencePiece with byte fallback.
+
+    Args:
+        at_start: "stripped" as in Llama 2, where encoding puts a space before the text and decoding takes it away;
+            "kept" as in Gemma.
+    """
+    pieces = ["<pad>", "<eos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["▁", *"abcdnos.1234567890\né", "▁a", "▁1", "▁12", "12", "123", "ab", "▁▁", "\n\n", "▁▁▁▁"]
+    merges = [("▁", "a"), ("▁", "1"), ("▁1", "2"), ("1", "2"), ("12", "3"), ("a", "b"), ("▁", "▁"), ("\n", "\n")]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(ids, [*merges, ("▁▁", "▁▁")], byte_fallback=True, unk_token="<unk>"))
+    steps: list = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    if at_start == "stripped":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), tokenizer.normalizer])
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokenizer.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
 BYTES = train_bytes()
+STRIPPED = build_fallback("stripped")
+KEPT = build_fallback("kept")
 
 
 def check(tokenizer, ids) -> tuple[str, list[tuple[int, int]]]:
@@ -109,6 +132,69 @@ def test_a_trace_cut_inside_a_character():
     assert offsets[-1] == (3, 4)
     text, offsets = check(BYTES, [*ids[:-1], BYTES.eos_token_id])
     assert offsets[-2:] == [(3, 4), (4, 4)]  # special tokens stay empty
+
+
+def fallback_spans(*pieces: str) -> tuple[str, list[str]]:
+    text, offsets = check(KEPT, KEPT.convert_tokens_to_ids(list(pieces)))
+    return text, [text[start:end] for start, end in offsets]
+
+
+def test_byte_fallback_characters_belong_to_the_last_byte():
+    assert fallback_spans("a", "<0xC3>", "<0xA9>", "<0xC3>", "<0xB1>", "b") == ("aéñb", ["a", "", "é", "", "ñ", "b"])
+
+
+def test_a_stray_byte_undoes_the_character_before_it():
+    """Byte fallback decodes a run of bytes as a whole; a stream that has shown "é" cannot take it back."""
+    lost = "\N{REPLACEMENT CHARACTER}"
+    assert fallback_spans("a", "<0xC3>", "<0xA9>", "<0xC3>", "b", "1") == (
+        f"a{lost * 3}b1",
+        ["a", "", "", "", f"{lost * 3}b", "1"],
+    )
+    assert fallback_spans("a", "<0xC3>", "<0xA9>", "<0xC3>", "<eos>")[1] == ["a", "", "", lost * 3, ""]
+    assert fallback_spans("<0x61>", "<0xC3>", "<0x61>")[1] == ["", "", lost * 3]
+    assert fallback_spans("<0x61>", "<0xC3>", "<0x61>", "b", "1")[1] == ["", "", "", f"{lost * 3}b", "1"]
+
+
+@pytest.mark.parametrize("tokenizer", [STRIPPED, KEPT], ids=["stripped", "kept"])
+@given(ids=st.lists(st.integers(0, len(KEPT) - 1), max_size=16))
+def test_sampled_fallback_bytes_that_are_no_text(tokenizer, ids):
+    check(tokenizer, ids)
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="<▁"), max_size=20))
+def test_any_text_is_covered_by_fallback_tokens(text):
+    tokens_of(KEPT, text)
+    tokens_of(STRIPPED, text)
+
+
+def test_the_space_that_encoding_adds_is_in_no_span():
+    assert STRIPPED.convert_ids_to_tokens(STRIPPED(" 12")["input_ids"]) == ["▁", "▁12"]
+    assert tokens_of(STRIPPED, " 12") == ["", " 12"]
+    assert tokens_of(STRIPPED, "12 12") == ["12", " 12"]
+    assert tokens_of(STRIPPED, "a ") == ["a", " "]
+    assert tokens_of(KEPT, " 12 12") == [" 12", " 12"]
+
+
+@given(text=st.text(st.sampled_from("ab .\n😀日é🧮ñ"), max_size=20), special=st.integers(0, 20))
+def test_the_stream_and_the_prefixes_agree_on_text(text, special):
+    """Where no token holds a whole character and a part of the next one, as in vocabularies with byte fallback."""
+    for tokenizer in (KEPT, STRIPPED):
+        ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        ids.insert(special, tokenizer.pad_token_id)
+        backend = tokenizer.backend_tokenizer
+        ends = [end for _, end in check(tokenizer, ids)[1]]
+        assert _ends_by_stream(backend, ids, text) == _ends_by_prefixes(backend, ids, text) == ends
+
+
+def test_a_character_and_a_part_of_the_next_in_one_token():
+    ids = BYTES.convert_tokens_to_ids(["a", "aÃ", "©"])
+    assert check(BYTES, ids) == ("aaé", [(0, 1), (1, 1), (1, 3)])
+
+
+def test_text_needs_no_quadratic_time(monkeypatch):
+    monkeypatch.setattr("tracereward.alignment._ends_by_prefixes", None)
+    for tokenizer in (BYTES, KEPT, STRIPPED):
+        assert "".join(tokens_of(tokenizer, TEXT)) == TEXT
 
 
 def test_special_tokens_are_not_text():

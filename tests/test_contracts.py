@@ -11,7 +11,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import GRPOTrainer
 
-from tracereward.config import AdversarialConfig, SupervisedConfig
+from tracereward.adversarial_config import AdversarialConfig
+from tracereward.config import SupervisedConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
@@ -20,6 +21,7 @@ from tracereward.shaping import EPSILON
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import generate
 from tracereward.trainer import AdversarialTrainer
+from tracereward.warmup import WarmUp
 
 # An untrained model's log-probs are near -log 51 = -3.9: this clip touches some of them.
 GROUP, BATCH, BETA = 4, 16, 4.0
@@ -34,12 +36,12 @@ class Recorded(AdversarialTrainer):
 
     def learned_reward(self, *args, **kwargs):
         assert not args, "TRL now passes reward functions positional arguments"
-        if self._pooled is None:
+        if self.warm_up.pooled is None:
             self.calls.append(("learned", kwargs))
         return super().learned_reward(**kwargs)
 
     def correct(self, *args, **kwargs):
-        if self._pooled is None:
+        if self.warm_up.pooled is None:
             self.calls.append(("correct", kwargs))
         given = super().correct(**kwargs)
         # An untrained policy is never right; half of it is, so that correctness would show if it had a weight.
@@ -47,7 +49,7 @@ class Recorded(AdversarialTrainer):
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        if self._pooled is None:
+        if self.warm_up.pooled is None:
             copied = {k: v.clone() if torch.is_tensor(v) else v for k, v in output.items()}
             self.batches.append((inputs, copied, self.rewards_of(copied)))
         return output
@@ -101,12 +103,18 @@ def make(tiny_model_folder, tokenizer, experts, tmp_path_factory):
             "discriminator_warmup_updates": 2,
             "discriminator_learning_rate": 1e-3,
             "warmup_rollouts": 4,
+            "held_out_fraction": 0.0,
             "beta_clip": BETA,
             "seed": 3,
             **options,
         }
         config = AdversarialConfig(**options)
-        settings = RewardSettings(head=config.head, granularity=config.granularity, beta_clip=config.beta_clip)
+        settings = RewardSettings(
+            head=config.head,
+            granularity=config.granularity,
+            beta_clip=config.beta_clip,
+            reward_form=config.reward_form,
+        )
         at_first_step = AtFirstStep()
         trainer = Recorded(
             model=AutoModelForCausalLM.from_pretrained(tiny_model_folder),
@@ -375,8 +383,8 @@ def test_replay_holds_each_demonstrations_own_rollouts(token_run):
         if name == "learned":
             for index, ids in zip(kwargs["demonstration"], kwargs["completion_ids"], strict=True):
                 sampled.setdefault(index, []).append(list(ids))
-    recent = token_run.discriminator.replay[-2 * BATCH :]
-    assert all(ids in sampled[index] for index, ids in recent)
+    recent = token_run.discriminator.replay.rollouts[-2 * BATCH :]
+    assert all(ids in sampled[index] for index, ids, _ in recent)
 
 
 def test_prompts_without_a_demonstration_only_move_the_policy(make):
@@ -386,8 +394,8 @@ def test_prompts_without_a_demonstration_only_move_the_policy(make):
     seen = [i for name, kwargs in trainer.calls if name == "learned" for i in kwargs["demonstration"]]
     assert -1 in seen
     assert max(seen) >= 0
-    assert all(0 <= index < 12 for index, _ in trainer.discriminator.replay)
-    assert len(trainer.discriminator.replay) == 12 * 4 + sum(index >= 0 for index in seen)
+    assert all(0 <= index < 12 for index, _, _ in trainer.discriminator.replay.rollouts)
+    assert len(trainer.discriminator.replay.rollouts) == 12 * 4 + sum(index >= 0 for index in seen)
 
 
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
@@ -464,8 +472,8 @@ def test_the_warm_ups_rows_fill_whole_batches(prompts, rollouts, batch):
     """Each demonstration at least `rollouts` times, in runs; the last batch is filled up however small the data is."""
     rows = [{"demonstration": index} for index in range(prompts)]
     config = SimpleNamespace(warmup_prompts=99, warmup_rollouts=rollouts, generation_batch_size=batch, seed=0)
-    trainer = SimpleNamespace(config=config, demonstration_rows=rows)
-    drawn = [row["demonstration"] for row in AdversarialTrainer._warm_up_rows(trainer)]  # type: ignore[arg-type]
+    warm_up = WarmUp(SimpleNamespace(config=config, demonstration_rows=rows))
+    drawn = [row["demonstration"] for row in warm_up._rows()]
     assert len(drawn) % batch == 0
     assert len(drawn) - prompts * rollouts in range(batch)
     assert sorted(drawn[: prompts * rollouts]) == sorted(list(range(prompts)) * rollouts)

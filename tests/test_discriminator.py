@@ -11,10 +11,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tracereward import discriminator as module
-from tracereward.config import AdversarialConfig
+from tracereward.adversarial_config import AdversarialConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.discriminator import LR_WARMUP, Discriminator
 from tracereward.errors import RunFailed
+from tracereward.negatives import Expert, Rollout
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 
@@ -24,7 +25,10 @@ ALL = {"discriminator_prompts": 99, "discriminator_rollouts": 99, "replay_share"
 @pytest.fixture(scope="module")
 def pairs(tokenizer, experts):
     return [
-        (encode_prompt(tokenizer, row["prompt"]), encode_completion(tokenizer, row["completion"])) for row in experts
+        Expert(
+            encode_prompt(tokenizer, row["prompt"]), encode_completion(tokenizer, row["completion"]), row["completion"]
+        )
+        for row in experts
     ]
 
 
@@ -32,14 +36,14 @@ def pairs(tokenizer, experts):
 def rollouts(tokenizer, pairs):
     """For each demonstration: a trace that leaves it early, one that leaves it late, a cut one, and an equal one."""
     found = []
-    for index, (_, expert) in enumerate(pairs):
+    for index, (_, expert, _) in enumerate(pairs):
         other = tokenizer.convert_tokens_to_ids("7" if expert[-2] != tokenizer.convert_tokens_to_ids("7") else "8")
-        found.append((index, [other, *expert[1:]]))
-        found.append((index, [*expert[:-2], other, expert[-1]]))
+        found.append(Rollout(index, [other, *expert[1:]]))
+        found.append(Rollout(index, [*expert[:-2], other, expert[-1]]))
         if index % 2:
-            found.append((index, expert[:4] + [other] * 3))
+            found.append(Rollout(index, expert[:4] + [other] * 3))
         if index % 3 == 0:
-            found.append((index, list(expert)))
+            found.append(Rollout(index, list(expert)))
     return found
 
 
@@ -93,8 +97,8 @@ def formula(discriminator, pairs, rollouts, supervised, smoothing, where):
         return (weights * terms).sum() / weights.sum()
 
     expert_losses, rollout_losses = [], []
-    for index, (prompt, expert) in enumerate(pairs):
-        mine = [c for i, c in rollouts if i == index and c != expert]
+    for index, (prompt, expert, _) in enumerate(pairs):
+        mine = [c for i, c, _ in rollouts if i == index and c != expert]
         if not mine:
             continue
         starts = []
@@ -162,12 +166,12 @@ def test_accuracies_count_supervised_tokens_after_the_first_difference(make, tok
     discriminator = make()
     with torch.no_grad():
         discriminator.model.head.b.fill_(100.0)
-    row = discriminator.update([(0, [*pairs[0][1][:-1], tokenizer.pad_token_id])])
+    row = discriminator.update([Rollout(0, [*pairs[0][1][:-1], tokenizer.pad_token_id])])
     assert (row["accuracy_expert"], row["accuracy_policy"]) == (1.0, 0.0)
     assert row["loss"] == pytest.approx((0.1 * 100 + 0.9 * 100) / 2, rel=0.1)
     with torch.no_grad():
         discriminator.model.head.b.fill_(-100.0)
-    row = discriminator.update([(0, [7, 7, 7])])
+    row = discriminator.update([Rollout(0, [7, 7, 7])])
     assert (row["accuracy_expert"], row["accuracy_policy"]) == (0.0, 1.0)
 
 
@@ -203,7 +207,7 @@ def test_identical_rollouts_teach_nothing(make, pairs):
     """They would carry both labels; alone they leave no loss and no step."""
     discriminator = make()
     before = parameters_of(discriminator)
-    row = discriminator.update([(i, list(expert)) for i, (_, expert) in enumerate(pairs)])
+    row = discriminator.update([Rollout(i, list(expert)) for i, (_, expert, _) in enumerate(pairs)])
     assert row["identical_share"] == 1.0
     assert row["loss"] == 0.0
     assert math.isnan(row["accuracy_expert"])
@@ -213,7 +217,7 @@ def test_identical_rollouts_teach_nothing(make, pairs):
 def test_a_rollout_that_is_the_experts_beginning_has_no_token_of_its_own(make, pairs):
     """Cut off before it could differ: only the expert's later tokens are left, and they are learned."""
     discriminator = make()
-    row = discriminator.update([(0, pairs[0][1][:3])])
+    row = discriminator.update([Rollout(0, pairs[0][1][:3])])
     assert math.isnan(row["accuracy_policy"])
     assert not math.isnan(row["accuracy_expert"])
     assert math.isfinite(row["loss"])
@@ -230,10 +234,10 @@ def test_no_rollouts_no_update(make):
 def test_experts_come_to_score_above_rollouts(make, pairs, rollouts):
     """Label polarity: expert is high."""
     discriminator = make(head="token", discriminator_learning_rate=3e-3)
-    policy = [(i, c) for i, c in rollouts if c != pairs[i][1]]
+    policy = [(i, c) for i, c, _ in rollouts if c != pairs[i][1]]
 
     def gap() -> float:
-        right = discriminator.model.token_rewards(*zip(*pairs))
+        right = discriminator.model.token_rewards([p for p, _, _ in pairs], [c for _, c, _ in pairs])
         wrong = discriminator.model.token_rewards([pairs[i][0] for i, _ in policy], [c for _, c in policy])
         return float(torch.cat(right).mean() - torch.cat(wrong).mean())
 
@@ -276,11 +280,11 @@ def test_a_rollout_is_only_ever_beside_its_own_prompts_expert(make, pairs, share
     """Old and new rollouts carry the number of their demonstration and whether they are old in two tokens."""
     discriminator = make(replay_share=share, discriminator_prompts=4, discriminator_rollouts=2, replay_size=30)
     seen = record(discriminator)
-    expert_of = {tuple(prompt): expert for prompt, expert in pairs}
+    expert_of = {tuple(prompt): expert for prompt, expert, _ in pairs}
     assert len(expert_of) == len(pairs)
 
     def tagged(index, age, n):
-        return (index, [10 + index, 30 + age, 40 + n])
+        return Rollout(index, [10 + index, 30 + age, 40 + n])
 
     counts = {0: 0, 1: 0}
     for step in range(12):
@@ -305,18 +309,18 @@ def test_a_rollout_is_only_ever_beside_its_own_prompts_expert(make, pairs, share
 
 def test_replay_share_is_the_share_of_prompts(make, pairs):
     discriminator = make(replay_share=0.75, discriminator_prompts=8, discriminator_rollouts=1)
-    discriminator.remember([(i, [20]) for i in range(12)])
+    discriminator.remember([Rollout(i, [20]) for i in range(12)])
     seen = record(discriminator)
-    discriminator.update([(i, [21]) for i in range(12)])
+    discriminator.update([Rollout(i, [21]) for i in range(12)])
     (batch,) = seen
     assert sorted(c[0] for _, c in batch if len(c) == 1) == [20] * 6 + [21] * 2
 
 
 def test_the_oldest_rollouts_leave_the_replay_buffer(make):
     discriminator = make(replay_size=3)
-    discriminator.remember([(0, [1]), (1, [2])])
-    discriminator.remember([(2, [3]), (3, [4])])
-    assert discriminator.replay == [(1, [2]), (2, [3]), (3, [4])]
+    discriminator.remember([Rollout(0, [1]), Rollout(1, [2])])
+    discriminator.remember([Rollout(2, [3]), Rollout(3, [4])])
+    assert discriminator.replay.rollouts == [Rollout(1, [2]), Rollout(2, [3]), Rollout(3, [4])]
 
 
 def test_updates_do_not_touch_the_demonstrations(make, pairs, rollouts):
@@ -350,7 +354,7 @@ def test_a_stored_state_continues_bit_for_bit(make, rollouts):
     two.load_state_dict(torch.load(file, weights_only=True))
     assert [two.update(rollouts[6:12]) for _ in range(3)] == rows
     assert two.updates == one.updates == 6
-    assert two.replay == one.replay
+    assert two.replay.rollouts == one.replay.rollouts
     assert largest_difference(parameters_of(one), parameters_of(two)) == 0.0
     file.seek(0)  # without the optimiser's moments the same updates end elsewhere: the comparison can fail
     three = make(discriminator_learning_rate=1e-3, **options)
@@ -477,10 +481,10 @@ def test_updates_are_so_many_for_each_batch(make, rollouts):
 def test_skipped_batches_are_remembered(make, rollouts):
     discriminator = make(discriminator_every=3)
     assert discriminator.learn(rollouts[:2]) == {}
-    assert discriminator.replay == rollouts[:2]
+    assert discriminator.replay.rollouts == rollouts[:2]
     assert discriminator.learn(rollouts[2:3]) == {}
     assert discriminator.learn(rollouts[3:4])["loss"] > 0
-    assert discriminator.replay == rollouts[:4]
+    assert discriminator.replay.rollouts == rollouts[:4]
 
 
 def test_the_learning_rate_after_the_warm_up(make, rollouts):

@@ -14,9 +14,9 @@ import pytest
 import typer
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
+from tracereward.adversarial_config import AdversarialConfig
 from tracereward.arguments import CONFIGS, parse
 from tracereward.cli import app
-from tracereward.config import AdversarialConfig
 from tracereward.masks import GRANULARITIES
 from tracereward.rerank import METHODS
 from tracereward.reward_settings import HEADS

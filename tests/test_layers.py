@@ -11,9 +11,16 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tracereward"
 
 # From the bottom up; a module may import from its own layer and from those below.
 LAYERS = [
-    ("maths", "errors masks objectives shaping metrics scores files"),
-    ("models and data", "alignment batching demonstrations reading models reward_model reward_settings sampling tasks"),
-    ("training", "config callbacks checkpoints discriminator monitor trainer"),
+    ("maths", "errors masks objectives shaping perturb metrics scores files"),
+    (
+        "models and data",
+        "alignment batching demonstrations heads reading models reward_model reward_settings sampling surface tasks",
+    ),
+    (
+        "training",
+        "adversarial_config bridge config callbacks checkpoints discriminator failures monitor negatives penalties "
+        "trainer warmup watch",
+    ),
     ("applications", "run run_folder rerank pool report plots quickstart tables arguments"),
     ("command line", "cli __main__"),
 ]

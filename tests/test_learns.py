@@ -2,10 +2,11 @@
 
 import torch
 
-from tracereward.config import AdversarialConfig
+from tracereward.adversarial_config import AdversarialConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.discriminator import Discriminator
 from tracereward.metrics import within_prompt_auroc
+from tracereward.negatives import Expert, Rollout
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 from tracereward.tasks.arithmetic import generate
@@ -67,9 +68,9 @@ def test_right_working_comes_to_score_above_fluent_mistakes(tiny_model_folder, t
         discriminator_prompts=32,
         discriminator_rollouts=1,
     )
-    experts = [(encode_prompt(tokenizer, p), encode_completion(tokenizer, right)) for p, right, _ in train]
+    experts = [Expert(encode_prompt(tokenizer, p), encode_completion(tokenizer, right), right) for p, right, _ in train]
     discriminator = Discriminator(model, experts, config)
-    discriminator.remember([(i, encode_completion(tokenizer, wrong)) for i, (_, _, wrong) in enumerate(train)])
+    discriminator.remember([Rollout(i, encode_completion(tokenizer, wrong)) for i, (_, _, wrong) in enumerate(train)])
     for _ in range(45):
         row = discriminator.update([])
     after = within(model, tokenizer, held_out)

@@ -1,6 +1,7 @@
 """Statistics against brute force, scipy and formulas written by hand."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -94,6 +95,52 @@ def test_bootstrap_is_repeatable_and_near_the_normal_interval():
     mean, error = np.mean(values), np.std(values) / math.sqrt(len(values))
     assert interval[0] == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
     assert interval[1] == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+
+
+def test_undefined_statistics_are_nan_without_a_warning():
+    """They are ordinary in small batches: asked of the libraries they would warn at every step."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for one_kind in ([True, True], [False, False]):
+            assert math.isnan(auroc([1, 2], one_kind))
+            assert math.isnan(within_prompt_auroc([1, 2], one_kind, ["a", "a"]))
+            assert math.isnan(point_biserial([1, 2], one_kind))
+        assert math.isnan(within_prompt_auroc([1, 2], [True, False], ["a", "b"]))
+        assert math.isnan(point_biserial([1, 1], [True, False]))
+        assert math.isnan(point_biserial([1], [True]))
+        assert math.isnan(auroc([], []))
+        assert math.isnan(within_prompt_auroc([], [], []))
+        assert math.isnan(point_biserial([], []))
+
+
+def test_two_traces_are_enough():
+    """Scores one apart: neither their number nor their distance is taken for a constant."""
+    assert auroc([2, 1], [True, False]) == 1.0
+    assert point_biserial([1, 2], [False, True]) == pytest.approx(1.0)
+    assert point_biserial([1, 2], [True, False]) == pytest.approx(-1.0)
+
+
+def test_a_prompt_short_is_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        within_prompt_auroc([1, 2], [True, False], ["a"])
+
+
+def test_wilson_written_out():
+    """None and all of 4: one end is exact, the other is z^2 / (n + z^2) away. Half of 4: (n/2 +- ...) is symmetric."""
+    squared = 1.959963984540054**2
+    assert wilson_interval(0, 4) == pytest.approx((0.0, squared / (4 + squared)), abs=1e-12)
+    assert wilson_interval(4, 4) == pytest.approx((4 / (4 + squared), 1.0), abs=1e-12)
+    half = 0.5 * math.sqrt(squared / (4 + squared))
+    assert wilson_interval(2, 4) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-12)
+
+
+def test_bootstrap_is_the_percentiles_of_2000_resampled_means():
+    """By default from seed 0; 2.5 % lie below the interval and 2.5 % above."""
+    values = np.random.default_rng(5).normal(size=40)
+    for options, seed, resamples in (({}, 0, 2000), ({"seed": 7}, 7, 2000), ({"seed": 7, "resamples": 300}, 7, 300)):
+        rows = np.random.default_rng(seed).integers(0, 40, (resamples, 40))
+        expected = np.percentile(values[rows].mean(1), [2.5, 97.5])
+        assert bootstrap_interval(list(values), **options) == pytest.approx(tuple(expected), abs=1e-12)
 
 
 def test_bootstrap_of_equal_values_is_a_point():

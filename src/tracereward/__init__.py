@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tracereward.config import AdversarialConfig as AdversarialConfig
+    from tracereward.adversarial_config import AdversarialConfig as AdversarialConfig
     from tracereward.demonstrations import load_demonstrations as load_demonstrations
     from tracereward.reward_model import TokenRewardModel as TokenRewardModel
     from tracereward.reward_settings import RewardSettings as RewardSettings
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tracereward.trainer import AdversarialTrainer as AdversarialTrainer
 
 _HOME = {
-    "AdversarialConfig": "config",
+    "AdversarialConfig": "adversarial_config",
     "AdversarialTrainer": "trainer",
     "RewardSettings": "reward_settings",
     "TokenRewardModel": "reward_model",

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 import yaml
 from trl import ModelConfig, TrlParser
 
-from tracereward.config import AdversarialConfig, DataArguments, RewardConfig, SupervisedConfig
+from tracereward.adversarial_config import AdversarialConfig
+from tracereward.config import DataArguments, RewardConfig, SupervisedConfig
 from tracereward.errors import InputError
 
 CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}
@@ -100,7 +101,7 @@ def help_text(kind: str) -> str:
     ]
     for cls in (
         DataArguments,
-        *(c for c in reversed(config_class.__mro__) if c.__module__ == DataArguments.__module__),
+        *(c for c in reversed(config_class.__mro__) if c.__module__.startswith("tracereward.")),
     ):
         own = vars(cls).get("__annotations__", {})
         for field in dataclasses.fields(cls):

@@ -1,7 +1,7 @@
 """Token ids to padded batches, and what a causal LM says about the completions in them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,17 @@ class Batch:
 
     Attributes:
         input_ids: (B, P + T).
-        attention_mask: (B, P + T).
+        attention_mask: (B, P + T), 1 for the tokens that others may look at.
+        position_ids: (B, P + T), counted from each row's first token, so that left padding changes nothing.
         completion_mask: (B, T).
         step_ends: (B, T) bool.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
+    position_ids: Tensor
     completion_mask: Tensor
     step_ends: Tensor
-
-    @property
-    def position_ids(self) -> Tensor:
-        """Positions counted from the first real token, so that left padding changes nothing. (B, P + T)."""
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -52,27 +49,69 @@ def pack(
         attention_mask[row, span] = 1
         if ends is not None:
             steps[row, : len(completion)] = torch.tensor(ends[row])
-    return Batch(input_ids, attention_mask, attention_mask[:, prompt_width:], steps)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(input_ids, attention_mask, position_ids, attention_mask[:, prompt_width:], steps)
 
 
-def token_budget_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def hide_tokens(batch: Batch, rate: float, seeds: Sequence[int]) -> Batch:
+    """Token dropout: each completion token is hidden from the others with probability `rate`.
+
+    A hidden token keeps its place, its own logit and its label. Its neighbours cannot rely on it, so that no single
+    token gives a trace away (word dropout: Iyyer et al. 2015).
+
+    Args:
+        batch: as `pack` makes it.
+        rate: in [0, 1).
+        seeds: one a row, so that what is hidden does not depend on how rows are batched.
+    """
+    attention_mask = batch.attention_mask.clone()
+    width = batch.completion_mask.size(1)
+    for row, seed in enumerate(seeds):
+        length = int(batch.completion_mask[row].sum())
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.rand(length, generator=generator) < rate
+        start = attention_mask.size(1) - width
+        attention_mask[row, start : start + length].masked_fill_(hidden.to(attention_mask.device), 0)
+    return replace(batch, attention_mask=attention_mask)
+
+
+def token_budget_batches(
+    lengths: Sequence[int], budget: int, sizes: Sequence[int] | None = None
+) -> Iterator[list[int]]:
     """Indices of sequences of similar length, longest first, with at most `budget` padded tokens a batch.
 
-    A sequence that is longer than the budget is a batch of its own.
+    What is longer than the budget is a batch of its own.
+
+    Args:
+        lengths: of the sequences, or of the longest of each group of sequences that must stay together.
+        budget: padded tokens of a batch.
+        sizes: sequences in each group; 1 each if None.
     """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    start = 0
-    while start < len(order):
-        size = max(1, budget // max(1, lengths[order[start]]))
-        yield order[start : start + size]
-        start += size
+    sizes = [1] * len(lengths) if sizes is None else sizes
+    batch: list[int] = []
+    rows = width = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and width * (rows + sizes[index]) > budget:
+            yield batch
+            batch = []
+        if not batch:
+            rows, width = 0, lengths[index]
+        batch.append(index)
+        rows += sizes[index]
+    if batch:
+        yield batch
 
 
-def completion_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Log-probs of the completion tokens under a causal LM, and the final hidden states after each of them.
 
     The hidden state is what enters the LM head, whatever the architecture calls its parts; asking the model for
     hidden states would keep every layer's.
+
+    Args:
+        model: the causal LM.
+        batch: what it reads.
+        inputs_embeds: (B, P + T, H) in the place of the embeddings of `batch.input_ids`, which stay the targets.
 
     Returns:
         log p(y_t | x, y_<t), (B, T) float32, and h_t, (B, T, H).
@@ -84,7 +123,8 @@ def completion_log_probs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor
     try:
         # width + 1: the state before the first completion token predicts it.
         logits = model(
-            input_ids=batch.input_ids,
+            input_ids=batch.input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,

@@ -1,6 +1,8 @@
 """Checkpoints that are whole or ignored, and runs that stop before a number that is not finite does harm."""
 
+import io
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,19 @@ def kept(folder: Path) -> str:
     """What a run that ends early leaves, for its last sentence."""
     checkpoint = last_complete_checkpoint(folder)
     return "No checkpoint was finished" if checkpoint is None else f"The last whole checkpoint is {checkpoint.name}"
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """`torch.save` under a temporary name, flushed, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with open(temporary, "wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 class SafeTrainer(Trainer):

@@ -1,8 +1,6 @@
 """Options of the training commands, beside those of TRL's `GRPOConfig`, `SFTConfig` and `ModelConfig`.
 
-Deviations of the defaults from arXiv 2510.01857, in one place: head ``action`` instead of ``token`` and granularity
-``dense`` instead of ``sparse`` (a freshly headed small backbone learns too slowly to be of use), tokens before a
-rollout's first difference from the expert trace left out, at most 60 warm-up updates instead of 250.
+Those of `tracereward train` are in `adversarial_config`.
 """
 
 from dataclasses import dataclass, field
@@ -12,15 +10,9 @@ import torch
 from trl import GRPOConfig, SFTConfig
 
 from tracereward.errors import InputError, check_choice
-from tracereward.masks import GRANULARITIES
-from tracereward.reward_settings import HEADS
 
-ADVANTAGES = ("trajectory", "token")
 TEMPLATES = ("plain", "chat")
 ON_LONG = ("refuse", "drop")
-REWARD_AGGREGATES = ("mean", "min")
-FIRST_DIFFERENCE = ("rollouts", "both", "none")
-REWARD_FORMS = ("logit", "logit_plus_logprob")
 
 
 @dataclass
@@ -148,114 +140,6 @@ class RewardConfig(PolicyConfig):
 
     def __post_init__(self):
         check_choice("reward", self.reward, ("verifier", "logprob"))
-        super().__post_init__()
-
-
-@dataclass
-class AdversarialConfig(PolicyConfig):
-    """Options of `tracereward train`: the discriminator, its reward and the advantages."""
-
-    head: str = field(default="action", metadata={"help": "token (the paper's) or action (learns quickly)."})
-    granularity: str = field(default="dense", metadata={"help": "Supervised tokens: sparse, step, interval or dense."})
-    interval: int = field(default=15, metadata={"help": "k of granularity interval."})
-    step_delimiter: str | None = field(default=None, metadata={"help": "What ends a step. Default: the recipe's."})
-    beta_clip: float = field(default=5.0, metadata={"help": "Token rewards are clipped to +-beta_clip, in log-odds."})
-    label_smoothing: float = field(
-        default=0.1, metadata={"help": "Smoothing of the labels in the discriminator's BCE."}
-    )
-    first_difference: str = field(
-        default="rollouts",
-        metadata={
-            "help": "Tokens that a rollout shares with its prompt's expert trace, from the start: rollouts leaves "
-            "them out of the rollout's loss, both also out of the expert's, none keeps them."
-        },
-    )
-    reward_form: str = field(
-        default="logit",
-        metadata={
-            "help": "Token reward: logit (the paper's), or logit_plus_logprob, which adds the token's log-prob "
-            "under the starting policy: the logit alone is maximal where the policy copies the experts' mix."
-        },
-    )
-    reward_aggregate: str = field(default="mean", metadata={"help": "Trace reward: mean or min of token rewards."})
-    advantages: str = field(
-        default="trajectory", metadata={"help": "trajectory: one advantage a trace; token: discounted return-to-go."}
-    )
-    gamma: float = field(default=1.0, metadata={"help": "Discount of token advantages."})
-    discriminator_model: str | None = field(
-        default=None, metadata={"help": "Causal LM that the discriminator starts from. Default: the starting policy."}
-    )
-    discriminator_use_peft: bool | None = field(
-        default=None, metadata={"help": "LoRA for the discriminator (the policy's settings). Default: as the policy."}
-    )
-    discriminator_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW learning rate of the warm-up."})
-    discriminator_online_learning_rate: float | None = field(
-        default=None, metadata={"help": "Its learning rate after the warm-up. Default: the same."}
-    )
-    discriminator_prompts: int = field(default=16, metadata={"help": "Demonstrations in one update."})
-    discriminator_rollouts: int = field(default=4, metadata={"help": "Rollouts beside each demonstration."})
-    discriminator_warmup_updates: int = field(
-        default=60, metadata={"help": "Updates before the policy moves, on rollouts drawn once."}
-    )
-    discriminator_updates: int = field(
-        default=1,
-        metadata={"help": "Updates after a batch of rollouts; 0 freezes the discriminator after its warm-up."},
-    )
-    discriminator_every: int = field(
-        default=1,
-        metadata={"help": "Update after every N-th batch of rollouts only; the others fill the replay buffer."},
-    )
-    discriminator_token_budget: int = field(
-        default=8192, metadata={"help": "Padded tokens in one forward pass of the discriminator."}
-    )
-    warmup_model: str | None = field(
-        default=None,
-        metadata={
-            "help": "Causal LM that draws the warm-up's rollouts, e.g. the one before SFT, when the policy has "
-            "memorised its demonstrations and its own rollouts equal them. Default: the starting policy."
-        },
-    )
-    warmup_prompts: int = field(
-        default=512, metadata={"help": "Demonstrations, chosen at random, whose prompts the warm-up's rollouts answer."}
-    )
-    warmup_rollouts: int = field(default=8, metadata={"help": "Rollouts of each of them."})
-    warmup_save_updates: int = field(default=20, metadata={"help": "Updates between two saves of the warm-up."})
-    replay_size: int = field(default=4096, metadata={"help": "Rollouts kept for later updates."})
-    replay_share: float = field(
-        default=0.5,
-        metadata={"help": "Share of an update's demonstrations whose rollouts come from the replay buffer."},
-    )
-    expert_prompt_share: float = field(
-        default=0.25,
-        metadata={"help": "With --unlabeled_dataset_name: share of prompts that have a demonstration."},
-    )
-
-    def __post_init__(self):
-        check_choice("head", self.head, HEADS)
-        check_choice("granularity", self.granularity, GRANULARITIES)
-        check_choice("advantages", self.advantages, ADVANTAGES)
-        check_choice("first_difference", self.first_difference, FIRST_DIFFERENCE)
-        check_choice("reward_form", self.reward_form, REWARD_FORMS)
-        check_choice("reward_aggregate", self.reward_aggregate, REWARD_AGGREGATES)
-        for name, low, high in (
-            ("label_smoothing", 0, 0.499),
-            ("gamma", 0, 1),
-            ("replay_share", 0, 1),
-            ("expert_prompt_share", 0, 1),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} must be between {low} and {high:.1g}, not {getattr(self, name)}")
-        for name in (
-            "interval",
-            "discriminator_prompts",
-            "discriminator_rollouts",
-            "discriminator_every",
-            "warmup_prompts",
-            "warmup_rollouts",
-            "warmup_save_updates",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         super().__post_init__()
 
 

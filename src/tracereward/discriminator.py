@@ -1,26 +1,55 @@
-"""The discriminator's training: batches of experts and rollouts, replay, own optimiser, exact state.
+"""The discriminator's training: losses, stabilisers, own optimiser, averaged copy, exact state.
 
 Plain torch, outside `accelerator.prepare`: the accelerated optimiser's step does nothing while gradients accumulate,
 FSDP2 and DeepSpeed refuse a second model, and the reward model must not be sharded with the policy. Across processes
-all ranks choose the same batch, take every world-size-th row of it, and add up their gradients in one flat all-reduce.
+all ranks choose the same batch, take every world-size-th part of it, and add up their gradients in one flat all-reduce.
 """
 
+import contextlib
 import math
 import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tracereward.batching import token_budget_batches
-from tracereward.config import AdversarialConfig
+from tracereward.adversarial_config import AdversarialConfig
+from tracereward.batching import Batch, hide_tokens, token_budget_batches
 from tracereward.errors import RunFailed
-from tracereward.masks import after_first_difference, first_difference
-from tracereward.objectives import bce, class_weights
+from tracereward.heads import subtracts_policy
+from tracereward.masks import after_first_difference, labels_from
+from tracereward.negatives import Expert, Labelled, Recipe, ReplayBuffer, Rollout, draw, perturber
+from tracereward.objectives import (
+    bce,
+    centre,
+    class_weights,
+    limit_spectral_norm,
+    pair_weights,
+    pairwise,
+    sequence_scores,
+    wasserstein,
+)
+from tracereward.penalties import gradient_penalties, r1_penalties
 from tracereward.reward_model import TokenRewardModel
 
 LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
+HELD_OUT_ROLLOUTS = 256  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
+
+
+def gated_updates(updates: int, accuracy: float, low: float | None, high: float | None) -> int:
+    """How many updates a batch of rollouts gets: none above `high`, twice as many below `low`; nan gates nothing."""
+    if high is not None and accuracy > high:
+        return 0
+    if low is not None and accuracy < low:
+        return 2 * updates
+    return updates
+
+
+def ema_decay(decay: float, updates: int) -> float:
+    """min(decay, (1 + n) / (10 + n)): the average forgets where it started, however few updates there are."""
+    return min(decay, (1 + updates) / (10 + updates))
 
 
 class Discriminator:
@@ -28,14 +57,25 @@ class Discriminator:
 
     Args:
         model: the reward model to train.
-        experts: (prompt ids, completion ids) of each demonstration; its index names it everywhere.
+        experts: each demonstration; its index names it everywhere.
         config: the run's options.
+        held_out: demonstrations that are never learned from; the held-out accuracy is measured on them.
+        policy_log_probs: log pi(y_t) of a batch, (B, T): what the heads ``airl`` and ``implicit`` take off.
     """
 
-    def __init__(self, model: TokenRewardModel, experts: list[tuple[list[int], list[int]]], config: AdversarialConfig):
+    def __init__(
+        self,
+        model: TokenRewardModel,
+        experts: Sequence[Expert],
+        config: AdversarialConfig,
+        held_out: Sequence[int] = (),
+        policy_log_probs: Callable[[Batch], Tensor] | None = None,
+    ):
         self.model = model
-        self.experts = experts
+        self.experts = list(experts)
         self.config = config
+        self.held_out = frozenset(held_out)
+        self.policy_log_probs = policy_log_probs
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if dist.is_initialized():  # the same start on every rank, whatever the seed did
             for parameter in self.parameters.values():
@@ -43,92 +83,189 @@ class Discriminator:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.discriminator_learning_rate, weight_decay=0.01
         )
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if config.discriminator_ema else {}
         self.random = random.Random(config.seed)
         self.updates = 0
         self.batches = 0
-        self.replay: list[tuple[int, list[int]]] = []  # (demonstration, completion ids), oldest first
+        self.replay = ReplayBuffer(config.replay_size)
+        self.held_out_rollouts = ReplayBuffer(HELD_OUT_ROLLOUTS)
+        self.perturbed = perturber(model.tokenizer, model.settings.step_delimiter, config.perturbations)
 
-    def remember(self, rollouts: list[tuple[int, list[int]]]) -> None:
-        """Add rollouts of demonstrations' prompts to the replay buffer; the oldest leave first."""
-        self.replay = [*self.replay, *rollouts][-self.config.replay_size :]
+    def remember(self, rollouts: Sequence[Rollout]) -> None:
+        """Add rollouts of demonstrations' prompts to the replay buffer; those of held-out ones are kept apart."""
+        self.replay.add(rollout for rollout in rollouts if rollout.demonstration not in self.held_out)
+        self.held_out_rollouts.add(rollout for rollout in rollouts if rollout.demonstration in self.held_out)
 
-    def learn(self, fresh: list[tuple[int, list[int]]]) -> dict[str, float]:
+    def learn(self, fresh: Sequence[Rollout]) -> dict[str, float]:
         """Take in a batch of the policy's rollouts: remember it, and update after every `discriminator_every`-th.
 
         Returns:
-            Metrics of the last update; nothing if there was none.
+            Metrics of the last update, with `held_out_accuracy` and the number of `updates`; nothing if the batch was
+            only remembered.
         """
+        config = self.config
         self.remember(fresh)
         self.batches += 1
+        if self.batches % config.discriminator_every:
+            return {}
+        accuracy = self.held_out_accuracy()
+        count = gated_updates(
+            config.discriminator_updates, accuracy, config.discriminator_gate_low, config.discriminator_gate_high
+        )
         metrics: dict[str, float] = {}
-        if self.batches % self.config.discriminator_every == 0:
-            for _ in range(self.config.discriminator_updates):
-                metrics = self.update(fresh)
+        for _ in range(count):
+            metrics = self.update(fresh)
+        if self.held_out:
+            metrics["held_out_accuracy"] = accuracy
+        if count or config.discriminator_gate_high is not None:
+            metrics["updates"] = float(count)
         return metrics
 
-    def update(self, fresh: list[tuple[int, list[int]]]) -> dict[str, float]:
+    def update(self, fresh: Sequence[Rollout]) -> dict[str, float]:
         """One optimiser step on demonstrations, each beside rollouts of its own prompt.
 
         Args:
-            fresh: the policy's newest rollouts as (demonstration, completion ids), already in the replay buffer. Share
-                `1 - replay_share` of the demonstrations is chosen among them.
+            fresh: the policy's newest rollouts, already in the replay buffer. Share `1 - replay_share` of the
+                demonstrations is chosen among them.
 
         Returns:
-            loss, accuracy_expert and accuracy_policy (at supervised positions), identical_share, grad_norm; nothing
-            as long as no demonstration's prompt has a rollout.
+            loss (with penalties), accuracy_expert, accuracy_policy and accuracy_perturbed (at supervised positions),
+            grad_norm, and `negatives.draw`'s shares; nothing as long as no demonstration's prompt has a rollout.
 
         Raises:
             RunFailed: the loss or its gradient is not finite.
         """
-        if not fresh and not self.replay:
+        traces, shares = self._draw(fresh)
+        if not traces:
             return {}
-        completions, prompts, is_expert, starts, identical = self._batch(fresh)
-        counts = torch.tensor([any(s < len(c) for s in row) for row, c in zip(starts, completions, strict=True)])
-        expert_flags = torch.tensor(is_expert)
-        weights = class_weights(expert_flags, counts)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = [index for index in range(len(completions)) if counts[index]][rank::world]
-
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.optimizer.zero_grad()
         self.model.train()
-        sums = torch.zeros(5, device=self.model.device)  # loss; right and all, of experts and of rollouts
-        lengths = [len(prompts[i]) + len(completions[i]) for i in mine]
-        for chosen in token_budget_batches(lengths, self.config.discriminator_token_budget):
-            rows = [mine[i] for i in chosen]
-            batch = self.model.pack([prompts[i] for i in rows], [completions[i] for i in rows])
-            supervised = self.model.supervision(batch).float()
-            differing = after_first_difference(
-                [len(completions[i]) for i in rows], [starts[i] for i in rows], supervised.size(1)
-            ).to(supervised.device)
-            expert = expert_flags[rows].to(supervised.device)
-            logits = self.model(batch)
-            loss = bce(logits, supervised * differing, expert, self.config.label_smoothing)
-            loss = (loss * weights[rows].to(loss.device)).sum()
-            loss.backward()
-            positions = (supervised * differing) > 0
-            right = positions & ((logits > 0) == expert[:, None])
-            sums += torch.stack(
-                [loss.detach()]
-                + [(kind[:, None] & which).sum() for kind in (expert, ~expert) for which in (right, positions)]
-            )
+        sums = self._accumulate(traces)
         self._add_up(sums)
-        loss, right_expert, all_expert, right_policy, all_policy = sums.tolist()
+        loss, *counts = sums.tolist()
         if not math.isfinite(loss):
             raise RunFailed(f"the discriminator's loss is {loss} at its update {self.updates + 1}")
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
         if not math.isfinite(norm):
             raise RunFailed(f"the norm of the discriminator's gradient is {norm} at its update {self.updates + 1}")
         self.optimizer.step()
+        if self.config.spectral_norm:
+            assert self.model.head_weight is not None
+            limit_spectral_norm(self.model.head_weight)
         self.updates += 1
-        return {
-            "loss": loss,
-            "accuracy_expert": right_expert / all_expert if all_expert else math.nan,
-            "accuracy_policy": right_policy / all_policy if all_policy else math.nan,
-            "identical_share": identical,
-            "grad_norm": norm,
-        }
+        decay = ema_decay(self.config.discriminator_ema, self.updates)
+        for name, average in self.average.items():
+            average.lerp_(self.parameters[name].detach(), 1 - decay)
+        right = dict(zip(("expert", "policy", "perturbed"), zip(counts[::2], counts[1::2], strict=True), strict=True))
+        if not self.config.perturbed_per_expert:
+            del right["perturbed"]
+        accuracies = {f"accuracy_{kind}": n / total if total else math.nan for kind, (n, total) in right.items()}
+        return {"loss": loss, **accuracies, **shares, "grad_norm": norm}
+
+    def _draw(self, fresh: Sequence[Rollout]) -> tuple[list[Labelled], dict[str, float]]:
+        config = self.config
+        recipe = Recipe(
+            config.discriminator_prompts,
+            config.discriminator_rollouts,
+            config.replay_share,
+            config.perturbed_per_expert,
+            config.first_difference,
+        )
+        rollouts = [rollout for rollout in fresh if rollout.demonstration not in self.held_out]
+        return draw(self.experts, rollouts, self.replay, recipe, self.random, self.perturbed)
+
+    def _accumulate(self, traces: list[Labelled]) -> Tensor:
+        """Gradients of this process's share of the loss.
+
+        Returns:
+            loss; then right and all supervised positions of experts, of rollouts, and of perturbed experts.
+        """
+        config = self.config
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        is_expert = torch.tensor([trace.is_expert for trace in traces])
+        counts = torch.tensor([trace.counts for trace in traces])
+        groups = torch.tensor([trace.group for trace in traces])
+        in_pairs = pair_weights(is_expert, counts, groups)
+        weights = in_pairs if config.objective == "pairwise" else class_weights(is_expert, counts)
+        if config.objective == "wgan":
+            weights = 2 * weights  # E[policy] - E[expert], not its half
+        of_experts = (is_expert & counts).float() / (is_expert & counts).sum().clamp(min=1)
+        counted = [index for index in range(len(traces)) if counts[index]]
+        # A pair is compared in one forward pass: where the loss has pairs, a demonstration's traces stay together.
+        paired = config.objective == "pairwise" or config.centre_penalty > 0
+        units: dict[int, list[int]] = {}
+        for index in counted:
+            units.setdefault(traces[index].group if paired else index, []).append(index)
+        mine = list(units.values())[rank::world]
+        longest = [max(len(traces[i].prompt) + len(traces[i].completion) for i in unit) for unit in mine]
+
+        sums = torch.zeros(7, device=self.model.device)
+        for chosen in token_budget_batches(longest, config.discriminator_token_budget, [len(unit) for unit in mine]):
+            rows = [index for unit in chosen for index in mine[unit]]
+            own = [traces[index] for index in rows]
+            batch = self.model.pack([t.prompt for t in own], [t.completion for t in own])
+            device = batch.input_ids.device
+            lengths, width = [len(t.completion) for t in own], batch.completion_mask.size(1)
+            differing = after_first_difference(lengths, [t.starts for t in own], width).to(device)
+            labels = labels_from([t.switch for t in own], width).to(device).bool()
+            position_weights = self.model.supervision(batch) * differing
+            logits, log_probs = self._logits(batch, rows)
+            expert = is_expert[rows].to(device)
+            own_positions = position_weights * (labels == expert[:, None])  # not the part before a perturbation
+            scores = sequence_scores(logits, own_positions)
+            if config.objective == "bce":
+                losses = bce(logits, position_weights, labels, config.label_smoothing)
+            elif config.objective == "pairwise":
+                losses = pairwise(scores, expert, groups[rows].to(device))
+            else:
+                losses = wasserstein(scores, expert)
+            loss = (losses * weights[rows].to(device)).sum()
+            if config.centre_penalty:
+                apart = centre(scores, expert, groups[rows].to(device))
+                loss = loss + config.centre_penalty * (apart * in_pairs[rows].to(device)).sum()
+            if config.expert_nll:
+                assert log_probs is not None
+                nll = -sequence_scores(log_probs, batch.completion_mask.float())
+                loss = loss + config.expert_nll * (nll * of_experts[rows].to(device)).sum()
+            loss.backward()
+            positions = own_positions > 0
+            right = positions & ((logits > 0) == expert[:, None])
+            perturbed = torch.tensor([t.is_perturbed for t in own], device=device)
+            sums[0] += loss.detach()
+            for place, kind in enumerate((expert, ~expert & ~perturbed, perturbed)):
+                sums[1 + 2 * place] += (kind[:, None] & right).sum()
+                sums[2 + 2 * place] += (kind[:, None] & positions).sum()
+        counting = [trace for trace in traces if trace.counts]
+        if config.gradient_penalty:
+            points = [self.random.random() for _ in traces]  # drawn by all ranks alike
+            terms = gradient_penalties(self.model, counting, points, config.discriminator_token_budget, rank, world)
+            sums[0] += self._backward(terms, config.gradient_penalty)
+        if config.r1_penalty:
+            terms = r1_penalties(self.model, counting, config.discriminator_token_budget, rank, world)
+            sums[0] += self._backward(terms, config.r1_penalty)
+        return sums
+
+    def _logits(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The discriminator's logits of a batch, and log p_phi where the head reads it."""
+        shown = batch
+        if self.config.token_dropout:
+            seeds = [hash((self.config.seed, self.updates, row)) % 2**31 for row in rows]
+            shown = hide_tokens(batch, self.config.token_dropout, seeds)
+        values, log_probs = self.model.values_and_log_probs(shown)
+        if subtracts_policy(self.model.settings.head):
+            assert self.policy_log_probs is not None
+            values = values - self.policy_log_probs(batch)
+        return values, log_probs
+
+    def _backward(self, terms: Iterator[Tensor], weight: float) -> Tensor:
+        """Gradients of `weight` times the sum of `terms`; returns their value."""
+        total = torch.zeros((), device=self.model.device)
+        for term in terms:
+            (weight * term).backward()
+            total += weight * term.detach()
+        return total
 
     @property
     def learning_rate(self) -> float:
@@ -138,37 +275,53 @@ class Discriminator:
             return online
         return self.config.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
 
-    def _batch(self, fresh: list[tuple[int, list[int]]]) -> tuple[list, list, list[bool], list[list[int]], float]:
-        """Experts first, then their rollouts: completions, prompts, is_expert, first differences, identical share."""
-        by_expert: dict[int, list[list[int]]] = {}
-        for index, completion in self.replay:
-            by_expert.setdefault(index, []).append(completion)
-        new: dict[int, list[list[int]]] = {}
-        for index, completion in fresh:
-            new.setdefault(index, []).append(completion)
-        size = min(self.config.discriminator_prompts, len(by_expert.keys() | new.keys()))
-        from_fresh = self.random.sample(sorted(new), min(round(size * (1 - self.config.replay_share)), len(new)))
-        others = sorted(by_expert.keys() - set(from_fresh))
-        from_replay = self.random.sample(others, min(size - len(from_fresh), len(others)))
-        pairs = [(index, new[index]) for index in from_fresh] + [(index, by_expert[index]) for index in from_replay]
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float:
+        """Share of (held-out expert, rollout of its prompt) pairs in which the expert's mean logit is higher.
 
-        rows: list[tuple[list[int], list[int], bool, list[int]]] = []
-        rollouts: list[tuple[list[int], list[int], bool, list[int]]] = []
-        seen = identical = 0
-        for index, candidates in pairs:
-            prompt, expert = self.experts[index]
-            chosen = self.random.sample(candidates, min(self.config.discriminator_rollouts, len(candidates)))
-            different = [completion for completion in chosen if completion != expert]  # would carry both labels
-            seen, identical = seen + len(chosen), identical + len(chosen) - len(different)
-            starts = [first_difference(completion, expert) for completion in different]
-            where = self.config.first_difference
-            # Without a rollout that differs there is nothing to tell it from: no start, so that it does not count.
-            rows.append((expert, prompt, True, starts if where == "both" else [0][: len(different)]))
-            rollouts += [
-                (c, prompt, False, [0 if where == "none" else s]) for c, s in zip(different, starts, strict=True)
-            ]
-        completions, prompts, is_expert, all_starts = map(list, zip(*rows, *rollouts, strict=True))
-        return completions, prompts, is_expert, all_starts, identical / max(1, seen)
+        Ties count half; rollouts that equal the expert are left out. Unlike the share of tokens on the right side of
+        0 it means the same for every objective. nan without such a pair.
+        """
+        self.model.eval()
+        wins = total = 0.0
+        for index, rollouts in self.held_out_rollouts.by_demonstration().items():
+            expert = self.experts[index]
+            different = [rollout.ids for rollout in rollouts if rollout.ids != expert.completion]
+            if not different:
+                continue
+            scores = self._sequence_scores([expert.prompt] * (1 + len(different)), [expert.completion, *different])
+            gaps = scores[0] - scores[1:]
+            wins += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
+            total += len(different)
+        return wins / total if total else math.nan
+
+    def _sequence_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+        """Mean logit over supervised positions of each completion."""
+        scores = torch.zeros(len(prompts))
+        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        for rows in token_budget_batches(lengths, self.config.discriminator_token_budget):
+            batch = self.model.pack([prompts[i] for i in rows], [completions[i] for i in rows])
+            values = self.model(batch)
+            if subtracts_policy(self.model.settings.head):
+                assert self.policy_log_probs is not None
+                values = values - self.policy_log_probs(batch)
+            scores[rows] = sequence_scores(values, self.model.supervision(batch).float()).cpu()
+        return scores
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[TokenRewardModel]:
+        """The reward model with the averaged weights in the place of the live ones, if there is an average."""
+        live = {name: self.parameters[name].detach().clone() for name in self.average}
+        self._copy(self.average)
+        try:
+            yield self.model
+        finally:
+            self._copy(live)
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
 
     def _add_up(self, sums: Tensor) -> None:
         """Sum gradients and `sums` over the processes, in place."""
@@ -186,21 +339,30 @@ class Discriminator:
         """Everything the next update depends on: tensors, numbers and lists only."""
         return {
             "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
+            "average": {name: p.cpu() for name, p in self.average.items()},
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.getstate(),
             "updates": self.updates,
             "batches": self.batches,
-            "replay": self.replay,
+            "replay": self.replay.state(),
+            "held_out_rollouts": self.held_out_rollouts.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state["parameters"][name])
+        self._copy(state["parameters"])
+        for name, average in self.average.items():
+            average.copy_(state["average"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         version, internal, gauss = state["random"]
         self.random.setstate((version, tuple(internal), gauss))
         self.updates = state["updates"]
         self.batches = state["batches"]
-        self.replay = [(index, list(completion)) for index, completion in state["replay"]]
+        self.replay.load(state["replay"])
+        self.held_out_rollouts.load(state["held_out_rollouts"])
+
+
+def held_out_demonstrations(count: int, fraction: float, seed: int) -> list[int]:
+    """Indices of the demonstrations that are not learned from, chosen by `seed`; at least one is left."""
+    held = min(count - 1, round(fraction * count))
+    return sorted(random.Random(f"held out {seed}").sample(range(count), held))

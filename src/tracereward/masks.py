@@ -71,3 +71,33 @@ def after_first_difference(lengths: Sequence[int], starts: Sequence[Sequence[int
         for start in row_starts:
             weights[row, start:length] += 1 / len(row_starts)
     return weights
+
+
+def first_changed_token(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """Index of the token that holds a character: the first that ends after it.
+
+    Args:
+        offsets: T >= 1 character spans (start, end) in order; special tokens have an empty span.
+        character: index into the text, e.g. the first that a perturbation changed.
+
+    Returns:
+        The last token's index if no token ends after the character: a text that was cut short has changed where it
+        ends, and the end-of-sequence token says so.
+    """
+    return next((index for index, (_, end) in enumerate(offsets) if end > character), len(offsets) - 1)
+
+
+def labels_from(first_change: Sequence[int], width: int) -> Tensor:
+    """Token labels: 1, the expert's, before the first changed token, and 0, the policy's, from it on.
+
+    With `step`, `interval` and `dense` supervision the tokens before a perturbation are still the expert's.
+
+    Args:
+        first_change: for each of B traces its first changed token: 0 for a rollout, its length or more for an expert.
+        width: T.
+
+    Returns:
+        (B, T) float.
+    """
+    starts = torch.tensor(first_change, dtype=torch.long)
+    return (torch.arange(width) < starts[:, None]).float()

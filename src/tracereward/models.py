@@ -70,25 +70,14 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
-def check_same_tokenizer(
-    policy: PreTrainedTokenizerBase, reward: PreTrainedTokenizerBase, names: tuple[str, str]
-) -> None:
-    """Refuse a policy and a reward model that cut text differently: token rewards would land on other tokens.
-
-    Raises:
-        InputError: the vocabularies, the end-of-sequence tokens or the encodings of a probe text differ.
-    """
+def same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers cut text alike: vocabulary, end-of-sequence token and the encoding of a probe text."""
     probe = "Step 1: 12,345 + 6.5 = 12,351.5\n\nSo the answer is (C). \\boxed{x^2}"
-    same = (
-        policy.get_vocab() == reward.get_vocab()
-        and policy.eos_token_id == reward.eos_token_id
-        and policy(probe)["input_ids"] == reward(probe)["input_ids"]
+    return (
+        policy.get_vocab() == other.get_vocab()
+        and policy.eos_token_id == other.eos_token_id
+        and policy(probe)["input_ids"] == other(probe)["input_ids"]
     )
-    if not same:
-        raise InputError(
-            f"the policy {names[0]} and the reward model {names[1]} have different tokenizers. "
-            "Start the discriminator from a model of the policy's family (by default it starts from the policy)."
-        )
 
 
 def _nearest(path: Path) -> str:

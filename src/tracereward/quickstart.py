@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 
-from tracereward.config import AdversarialConfig, DataArguments, RewardConfig, SupervisedConfig
+from tracereward.adversarial_config import AdversarialConfig
+from tracereward.config import DataArguments, RewardConfig, SupervisedConfig
 from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_folder, atomic_write_json, read_jsonl, write_jsonl
 from tracereward.metrics import wilson_interval

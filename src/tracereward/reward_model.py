@@ -1,18 +1,14 @@
-"""The reward model: a causal backbone with one log-odds per completion token, its artefact on disk, and scoring.
+"""The reward model: a causal backbone with one number f_t per completion token, its artefact on disk, and scoring.
 
-Heads (label 1 = expert; the reward is the logit v_t = log D - log(1 - D)):
-
-- ``token``: f_t = w . h_t on the hidden state after y_t (arXiv 2510.01857). On disk a plain token-classification
-  checkpoint with ``num_labels=1``, whose logit is v_t.
-- ``action``: f_t = a * log p_phi(y_t | x, y_<t) + b + w . h_t, with p_phi an LM started at the policy and a = 1,
-  b = w = 0 at the start, so that it starts as the policy's log-prob. On disk a causal-LM checkpoint plus
-  ``head.safetensors`` with a, b and w.
-
-Both folders carry ``tracereward.json``: everything that must be the same in training, scoring and serving.
+`heads` says what f_t is. On disk a reward model is a plain Hugging Face checkpoint: a token classifier with
+``num_labels=1`` whose logit is f_t (heads ``token`` and ``airl``), or a causal LM, whose log-prob is f_t (``implicit``)
+or enters it with the a, b and w of ``head.safetensors`` (``action``). Beside it lies ``tracereward.json``: everything
+that must be the same in training, scoring and serving.
 """
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,6 +33,7 @@ from tracereward.batching import Batch, completion_log_probs, pack, token_budget
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError
 from tracereward.files import atomic_folder, atomic_write_json
+from tracereward.heads import ActionHead, reads_log_probs
 from tracereward.masks import supervision_mask
 from tracereward.models import load_tokenizer, local_folder, pad_id
 from tracereward.reward_settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, model_card, read_settings
@@ -44,22 +41,8 @@ from tracereward.scores import TokenScores
 from tracereward.shaping import token_rewards
 
 
-class ActionHead(nn.Module):
-    """a, b and w of the ``action`` head; starts as the backbone's own log-prob."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.a = nn.Parameter(torch.ones(()))
-        self.b = nn.Parameter(torch.zeros(()))
-        self.w = nn.Parameter(torch.zeros(hidden_size))
-
-    def forward(self, log_probs: Tensor, hidden: Tensor) -> Tensor:
-        """(B, T) log-probs and (B, T, H) hidden states after each token -> (B, T) logits."""
-        return self.a * log_probs + self.b + hidden.float() @ self.w
-
-
 class TokenRewardModel(nn.Module):
-    """A backbone with a head: `forward` gives log-odds, `score` gives `TokenScores`."""
+    """A backbone with a head: `forward` gives f_t, `score` gives `TokenScores`."""
 
     def __init__(
         self,
@@ -92,14 +75,14 @@ class TokenRewardModel(nn.Module):
             peft_config: LoRA settings; None trains all weights.
             **kwargs: for `from_pretrained`, e.g. ``dtype``.
         """
-        if settings.head == "action":
+        if reads_log_probs(settings.head):
             backbone = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
         else:
             backbone = _token_classifier(model_name_or_path, **kwargs)
         backbone.config.pad_token_id = tokenizer.pad_token_id
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
-            if settings.head == "token":
+            if not reads_log_probs(settings.head):
                 peft_config.task_type = "TOKEN_CLS"
                 peft_config.exclude_modules = [
                     "score",
@@ -118,12 +101,10 @@ class TokenRewardModel(nn.Module):
         folder = local_folder(model_name_or_path)
         settings = read_settings(folder)
         tokenizer = load_tokenizer(str(folder))
-        if settings.head == "action":
-            model = cls(AutoModelForCausalLM.from_pretrained(folder, **kwargs), tokenizer, settings)
-            assert model.head is not None
+        auto = AutoModelForCausalLM if reads_log_probs(settings.head) else AutoModelForTokenClassification
+        model = cls(auto.from_pretrained(folder, **kwargs), tokenizer, settings)
+        if model.head is not None:
             model.head.load_state_dict(load_file(folder / HEAD_FILE))
-        else:
-            model = cls(AutoModelForTokenClassification.from_pretrained(folder, **kwargs), tokenizer, settings)
         return model.eval()
 
     @property
@@ -131,17 +112,39 @@ class TokenRewardModel(nn.Module):
         """Where the backbone is."""
         return next(self.backbone.parameters()).device
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Log-odds f_t of each completion token, (B, T) float32."""
+    @property
+    def head_weight(self) -> Tensor | None:
+        """w, the head's weights on the hidden state; None for ``implicit``, which has none."""
         if self.head is not None:
-            return self.head(*completion_log_probs(self.backbone, batch))
+            return self.head.w
+        if reads_log_probs(self.settings.head):
+            return None
+        named = self.backbone.named_parameters()
+        found = [p for name, p in named if re.search(r"\b(score|classifier)\b.*weight$", name)]
+        return max(found, key=lambda p: p.requires_grad)  # PEFT keeps the untrained one beside the trained one
+
+    def forward(self, batch: Batch) -> Tensor:
+        """f_t of each completion token, (B, T) float32."""
+        return self.values_and_log_probs(batch)[0]
+
+    def values_and_log_probs(self, batch: Batch, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """f_t, and log p_phi(y_t) where the head reads it; each (B, T) float32.
+
+        Args:
+            batch: what the backbone reads.
+            inputs_embeds: (B, P + T, H) in the place of the embeddings of `batch.input_ids`.
+        """
+        if reads_log_probs(self.settings.head):
+            log_probs, hidden = completion_log_probs(self.backbone, batch, inputs_embeds)
+            return (log_probs if self.head is None else self.head(log_probs, hidden)), log_probs
         output = self.backbone(
-            input_ids=batch.input_ids,
+            input_ids=batch.input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
         )
-        return output.logits[:, -batch.completion_mask.size(1) :, 0].float()
+        return output.logits[:, -batch.completion_mask.size(1) :, 0].float(), None
 
     def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
         """Token ids to a `Batch` on this model's device, with step ends where the granularity needs them."""
@@ -166,10 +169,16 @@ class TokenRewardModel(nn.Module):
         completions: Sequence[Sequence[int]],
         token_budget: int = 16384,
         reference: nn.Module | None = None,
+        policy: nn.Module | None = None,
     ) -> list[Tensor]:
         """Clipped, backfilled rewards of token-id pairs: one float32 tensor of len(completion) each, on the CPU.
 
-        With a `reference`, a causal LM, its log-prob of each token is added to the logit ("mode-seeking" reward).
+        Args:
+            prompts: token ids.
+            completions: token ids of as many traces.
+            token_budget: padded tokens per forward pass.
+            reference: causal LM whose log-prob of each token is added to f (``logit_plus_logprob``).
+            policy: causal LM whose log-prob is taken off (the logit of the heads ``airl`` and ``implicit``).
         """
         was_training = self.training
         self.eval()
@@ -177,12 +186,16 @@ class TokenRewardModel(nn.Module):
         lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
         for indices in token_budget_batches(lengths, token_budget):
             batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
-            logits = self(batch)
+            values = self(batch)
             if reference is not None:
-                logits = logits + completion_log_probs(reference, batch)[0]
-            values = token_rewards(logits, self.supervision(batch), self.settings.beta_clip).cpu()
+                values = values + completion_log_probs(reference, batch)[0]
+            if policy is not None:
+                values = values - completion_log_probs(policy, batch)[0]
+            shaped = token_rewards(
+                values, self.supervision(batch), self.settings.beta_clip, self.settings.temperature
+            ).cpu()
             for row, index in enumerate(indices):
-                rewards[index] = values[row, : len(completions[index])]
+                rewards[index] = shaped[row, : len(completions[index])]
         self.train(was_training)
         return rewards
 
@@ -192,6 +205,8 @@ class TokenRewardModel(nn.Module):
         completions: Sequence[str],
         finished: Sequence[bool] | None = None,
         token_budget: int = 16384,
+        reference: nn.Module | None = None,
+        policy: nn.Module | None = None,
     ) -> list[TokenScores]:
         """Score completions given as text, in one forward pass each.
 
@@ -201,6 +216,9 @@ class TokenRewardModel(nn.Module):
             finished: whether each trace ended by itself (then the end-of-sequence token is scored too, as in
                 training) or was cut off; all ended if None.
             token_budget: padded tokens per forward pass.
+            reference: the model that ``settings.reference_model`` names, to get what training rewarded under
+                ``logit_plus_logprob``; without it the rewards are the logits alone.
+            policy: the policy, to get the logit of the heads ``airl`` and ``implicit``; without it the rewards are f.
 
         Raises:
             InputError: a trace is empty, or longer than the backbone's positions; nothing is ever truncated.
@@ -212,7 +230,7 @@ class TokenRewardModel(nn.Module):
             ids = encode_completion(self.tokenizer, completion)
             completion_ids.append(ids if ended else ids[:-1])
             self._check_length(index, len(prompt_ids[-1]), len(completion_ids[-1]))
-        rewards = self.token_rewards(prompt_ids, completion_ids, token_budget)
+        rewards = self.token_rewards(prompt_ids, completion_ids, token_budget, reference, policy)
         return [self.to_scores(ids, values) for ids, values in zip(completion_ids, rewards, strict=True)]
 
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:

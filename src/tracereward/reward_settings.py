@@ -5,11 +5,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from tracereward.errors import InputError, check_choice
+from tracereward.heads import HEADS, REWARD_FORMS, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.masks import GRANULARITIES
 from tracereward.models import local_folder
 from tracereward.scores import AGGREGATES
 
-HEADS = ("token", "action")
 SETTINGS_FILE = "tracereward.json"
 HEAD_FILE = "head.safetensors"
 
@@ -19,11 +19,16 @@ class RewardSettings:
     """What training, scoring and serving must agree on; stored as ``tracereward.json``.
 
     Attributes:
-        head: one of `HEADS`.
+        head: one of `heads.HEADS`.
         granularity: which tokens are supervised, see `masks.supervision_mask`.
         interval: k of granularity ``interval``.
         step_delimiter: what ends a step.
         beta_clip: token rewards are clipped to +-beta_clip, in log-odds.
+        temperature: log-odds are divided by it before the clip.
+        reward_form: what training rewarded, one of `heads.REWARD_FORMS`; "" is the head's default. `score` gives it
+            when it is handed the models whose log-probs it needs, else f alone.
+        reference_model: the model whose log-prob ``logit_plus_logprob`` adds.
+        uses_gold_answers: whether verified rollouts were trained on as if they were experts'.
         aggregate: how a trace's token rewards become one number.
         task: the recipe whose prompts and answers it was trained on.
         template: ``plain`` or ``chat``.
@@ -35,6 +40,10 @@ class RewardSettings:
     interval: int = 15
     step_delimiter: str = "\n"
     beta_clip: float = 5.0
+    temperature: float = 1.0
+    reward_form: str = ""
+    reference_model: str = ""
+    uses_gold_answers: bool = False
     aggregate: str = "mean"
     task: str = "generic"
     template: str = "plain"
@@ -48,6 +57,26 @@ class RewardSettings:
             raise InputError(f"interval must be at least 1, not {self.interval}")
         if not self.beta_clip > 0:  # nan is not either
             raise InputError(f"beta_clip must be positive, not {self.beta_clip}")
+        if not self.temperature > 0:
+            raise InputError(f"temperature must be positive, not {self.temperature}")
+        check_choice("reward_form", self.form, REWARD_FORMS)
+        if self.form == "f" and not subtracts_policy(self.head):
+            raise InputError(f"reward_form f is for the heads airl and implicit; with head {self.head} use logit")
+
+    @property
+    def form(self) -> str:
+        """The reward form, the head's default filled in."""
+        return self.reward_form or default_reward_form(self.head)
+
+    @property
+    def adds_reference(self) -> bool:
+        """Whether the reward has the log-prob of a reference model in it."""
+        return self.form == "logit_plus_logprob"
+
+    @property
+    def subtracts_policy(self) -> bool:
+        """Whether the reward has minus the log-prob of the policy in it."""
+        return self.form != "f" and subtracts_policy(self.head)
 
 
 def check_reward_model(name: str) -> RewardSettings:
@@ -78,7 +107,7 @@ def read_settings(folder: str | Path) -> RewardSettings:
     weights = any(folder.glob("*.safetensors"))
     needed = {"config.json": (folder / "config.json").is_file(), "model.safetensors": weights}
     needed["tokenizer.json"] = (folder / "tokenizer.json").is_file()
-    if settings.head == "action":
+    if settings.head == "action":  # the only head with weights beside the backbone's
         needed[HEAD_FILE] = (folder / HEAD_FILE).is_file()
         needed["model.safetensors"] = any(path.name != HEAD_FILE for path in folder.glob("*.safetensors"))
     missing = [name for name, present in needed.items() if not present]
@@ -89,9 +118,20 @@ def read_settings(folder: str | Path) -> RewardSettings:
 
 def model_card(settings: RewardSettings, notes: str) -> str:
     """The artefact's README: what the numbers mean and how to load it."""
-    kind = (
-        "AutoModelForTokenClassification" if settings.head == "token" else "AutoModelForCausalLM plus head.safetensors"
+    kind = "AutoModelForCausalLM" if reads_log_probs(settings.head) else "AutoModelForTokenClassification"
+    kind += " plus head.safetensors" if settings.head == "action" else ""
+    meaning = (
+        "a reward f: what the experts do more than the policy that they were told from, with its log-prob taken out"
+        if subtracts_policy(settings.head)
+        else "a log-odds of being the expert's rather than the policy's"
     )
+    form = {
+        "logit": "the log-odds",
+        "logit_plus_logprob": f"the log-odds plus the log-prob under `{settings.reference_model or 'the reference'}`",
+        "f": "f",
+    }[settings.form]
+    gold = "\n- **uses gold answers**: rollouts that a verifier found right were trained on as experts' traces"
+    gold = gold if settings.uses_gold_answers else ""
     return f"""---
 library_name: tracereward
 tags: [reward-model, tracereward, {settings.head}-head]
@@ -101,10 +141,13 @@ base_model: {settings.base_model}
 # Token-level reward model
 
 Learned from expert traces by adversarial inverse reinforcement learning (arXiv 2510.01857). Each completion token has
-a log-odds of being the expert's rather than the policy's: positive is like the expert.
+{meaning}. High is like the expert.
 
-- head: `{settings.head}` ({kind}); supervision: `{settings.granularity}`; rewards clipped to +-{settings.beta_clip:g}
-- recipe: `{settings.task}`, template: `{settings.template}`, trace reward: `{settings.aggregate}` of its token rewards
+- head: `{settings.head}` ({kind}); supervision: `{settings.granularity}`; rewards divided by {settings.temperature:g}
+  and clipped to +-{settings.beta_clip:g}
+- training rewarded {form}
+- recipe: `{settings.task}`, template: `{settings.template}`
+- trace reward: `{settings.aggregate}` of its token rewards{gold}
 
 ```python
 from tracereward import TokenRewardModel

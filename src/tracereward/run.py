@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
 
+from tracereward.adversarial_config import AdversarialConfig
 from tracereward.checkpoints import SafeTrainer
-from tracereward.config import AdversarialConfig, DataArguments, RewardConfig, SupervisedConfig
+from tracereward.config import DataArguments, RewardConfig, SupervisedConfig
 from tracereward.demonstrations import (
     check_lengths,
     encode_completion,
@@ -22,12 +23,13 @@ from tracereward.demonstrations import (
     split_rows,
 )
 from tracereward.errors import InputError
+from tracereward.failures import Failure
 from tracereward.files import atomic_folder
-from tracereward.models import check_model, check_same_tokenizer, load_tokenizer, pad_id
+from tracereward.models import check_model, load_tokenizer, pad_id, same_tokenizer
 from tracereward.report import Trace
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
-from tracereward.run_folder import Config, Run, check_disk, note, run_folder
+from tracereward.run_folder import Config, Run, check_disk, is_main_process, note, run_folder
 from tracereward.sampling import mean_log_probs, sample
 from tracereward.tasks import Task, get_task
 from tracereward.trainer import AdversarialTrainer
@@ -41,6 +43,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     rows: list[dict[str, Any]]
     unlabeled: list[dict[str, Any]]
+    raw: list[dict[str, Any]]  # rows, then unlabeled, before a template was applied
 
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
@@ -63,6 +66,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         unlabeled = [{**row, "completion": None} for row in unlabeled]
     check_model(model.model_name_or_path, model.model_revision)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    by_source = {row["source"]: row for row in [*rows, *unlabeled]}
     rows = render(rows, tokenizer, data.template)
     unlabeled = render(unlabeled, tokenizer, data.template)
     limit = config.max_completion_length
@@ -83,7 +87,8 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
             f"{source}: {prompts} demonstrations, {needed} prompts needed for {what}. "
             "Give more, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
         )
-    return Prepared(task, tokenizer, rows, unlabeled)
+    raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
+    return Prepared(task, tokenizer, rows, unlabeled, raw)
 
 
 def load_policy(model: ModelConfig) -> PreTrainedModel:
@@ -196,18 +201,31 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     """Warm-up and adversarial training; the run folder holds ``policy/``, ``reward_model/`` and ``report.html``."""
     prepared = prepare(data, config, model)
     task, tokenizer = prepared.task, prepared.tokenizer
-    start = config.discriminator_model or model.model_name_or_path
-    assert start is not None
-    for other in (config.discriminator_model, config.warmup_model):
-        if other is not None:
-            check_model(other)
-            check_same_tokenizer(tokenizer, load_tokenizer(other), (str(model.model_name_or_path), other))
+    policy = str(model.model_name_or_path)
+    start = config.discriminator_model or policy
+    reward_tokenizer = tokenizer
+    if config.discriminator_model is not None:
+        check_model(start)
+        reward_tokenizer = load_tokenizer(start)
+    if config.warmup_model is not None:
+        check_model(config.warmup_model)
+        if not same_tokenizer(tokenizer, load_tokenizer(config.warmup_model)):
+            raise InputError(
+                f"the policy {policy} and --warmup_model {config.warmup_model} have different tokenizers: the "
+                "warm-up's rollouts must be such as the policy could write"
+            )
+    if config.positives == "mixed":
+        note("USES GOLD ANSWERS: rollouts that the verifier finds right are trained on as experts' (--positives mixed)")
     settings = RewardSettings(
         head=config.head,
         granularity=config.granularity,
         interval=config.interval,
         step_delimiter=config.step_delimiter or task.step_delimiter,
         beta_clip=config.beta_clip,
+        temperature=config.reward_temperature,
+        reward_form=str(config.reward_form),
+        reference_model=policy if config.reward_form == "logit_plus_logprob" else "",
+        uses_gold_answers=config.positives == "mixed",
         aggregate=config.reward_aggregate,
         task=task.name,
         template=data.template,
@@ -218,7 +236,9 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     peft = lora(dataclasses.replace(model, use_peft=True)) if use_peft else None
     with run_folder("train", data, config, model, resume) as run:
         torch.manual_seed(config.seed)  # the head and LoRA start at random
-        reward_model = TokenRewardModel.from_backbone(start, settings, tokenizer, peft, dtype=model.dtype or "float32")
+        reward_model = TokenRewardModel.from_backbone(
+            start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
+        )
         trainer = AdversarialTrainer(
             model=load_policy(model),
             reward_model=reward_model,
@@ -231,13 +251,40 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             metrics_file=run.metrics,
             stop=run.stop,
             callbacks=[run.metrics, run.stop],
+            reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
         )
         run.train(trainer)
-        save_policy(trainer, run.folder / "policy", tokenizer)
+        restored = None
+        if trainer.watch.stopped is not None:
+            restored = trainer.restore_best()
+            note_failure(run, trainer.watch.stopped, restored)
+        if trainer.watch.stopped is not None and restored is None:
+            save_model(load_policy(model), run.folder / "policy", tokenizer)
+        else:
+            save_policy(trainer, run.folder / "policy", tokenizer)
         if trainer.is_world_process_zero():
-            reward_model.save_pretrained(run.folder / "reward_model")
-            report_rewards(run, trainer, reward_model, prepared.rows, task)
+            with trainer.discriminator.averaged():
+                reward_model.save_pretrained(run.folder / "reward_model")
+                report_rewards(run, trainer, reward_model, prepared.rows, task)
     return run.folder
+
+
+def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, template: str) -> dict[str, str] | None:
+    """The reward model's rendering of each prompt, by the policy's; None where both are the same."""
+    if template == "plain" or same_tokenizer(prepared.tokenizer, tokenizer):
+        return None
+    raw = [{**row, "completion": None} for row in prepared.raw]
+    rows = [*prepared.rows, *prepared.unlabeled]
+    return {row["prompt"]: other["prompt"] for row, other in zip(rows, render(raw, tokenizer, template), strict=True)}
+
+
+def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
+    """Say which failure ended a run, why, and what was restored: on the screen and in ``metrics.jsonl``."""
+    what = restored or "the starting policy and the discriminator of the warm-up"
+    note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason} Restored: {what}.")
+    if is_main_process():
+        row = {"phase": "failure", "step": failure.step, "failure": failure.name}
+        run.metrics.append({**row, "reason": failure.reason, "restored": what})
 
 
 def report_rewards(
@@ -252,24 +299,30 @@ def report_rewards(
     samples = [
         s
         for chunk in sample(
-            policy, reward_model.tokenizer, prompts, 4, config.max_completion_length, seed=config.seed, batch_size=128
+            policy, trainer.tokenizer, prompts, 4, config.max_completion_length, seed=config.seed, batch_size=128
         )
         for s in chunk
     ]
-    ids = [encode_prompt(reward_model.tokenizer, prompts[s.prompt]) for s in samples]
-    rewards = reward_model.token_rewards(ids, [s.ids for s in samples], config.discriminator_token_budget)
+    bridge = trainer.bridge
+    ids = [bridge.completion(s.ids) for s in samples]
+    rewards = reward_model.token_rewards(
+        [bridge.prompt(prompts[s.prompt]) for s in samples], ids, config.discriminator_token_budget
+    )
     traces = []
-    for s, values in zip(samples, rewards, strict=True):
+    for s, completion, values in zip(samples, ids, rewards, strict=True):
         answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]
         correct = None if answer is None else task.verify(s.text, answer)
-        scores = reward_model.to_scores(s.ids, values)
+        scores = reward_model.to_scores(completion, values)
         traces.append(Trace(prompt, s.text, scores, correct, task.extract(s.text)))
     how = config.reward_aggregate
     right = [t.scores.aggregate(how) for t in traces if t.correct]
     wrong = [t.scores.aggregate(how) for t in traces if t.correct is False]
+    failure = trainer.watch.stopped
+    ended = "" if failure is None else f" Stopped at step {failure.step} by the rule {failure.name}: {failure.reason}"
+    gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
     run.report(
-        f"Adversarial training on {len(rows)} demonstrations of {task.name}. Rewards and heatmaps: fresh rollouts of "
-        f"the final policy on {len(prompts)} of its training prompts.",
+        f"Adversarial training on {len(rows)} demonstrations of {task.name}.{ended}{gold_answers} Rewards and "
+        f"heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts.",
         rewards_correct=right,
         rewards_wrong=wrong,
         traces=pick_traces(traces),
@@ -299,6 +352,13 @@ def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBa
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if isinstance(policy, PeftModel):
         policy = copy.deepcopy(policy).merge_and_unload()
+    save_model(policy, folder, tokenizer)
+
+
+def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a plain checkpoint with its tokenizer, whole or not at all."""
+    if not is_main_process():
+        return
     with atomic_folder(folder) as target:
         policy.save_pretrained(target)
         tokenizer.save_pretrained(target)

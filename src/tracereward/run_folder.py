@@ -23,9 +23,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from trl import ModelConfig
 
 from tracereward import __version__
+from tracereward.adversarial_config import AdversarialConfig
 from tracereward.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.checkpoints import kept, last_complete_checkpoint
-from tracereward.config import AdversarialConfig, DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.config import DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
 from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import DISK_FULL, atomic_write_text, read_jsonl, remove_unfinished, require_free_disk
 from tracereward.report import Table, write_report
@@ -66,7 +67,7 @@ class Run:
         """
         warmed = 0
         if isinstance(trainer, AdversarialTrainer) and self.checkpoint is None:
-            warmed = trainer.load_warm_up()
+            warmed = trainer.warm_up.load()
         self.metrics.rewind(
             0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),
             warmed if self.checkpoint is None else sys.maxsize,
@@ -169,7 +170,7 @@ def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[st
     own = {
         name
         for cls in type(config).__mro__
-        if cls.__module__ == "tracereward.config"
+        if cls.__module__.startswith("tracereward.")
         for name in vars(cls).get("__annotations__", {})
     }
     settings: dict[str, Any] = dataclasses.asdict(data)

@@ -82,7 +82,7 @@ def sample(
         first_chunk: chunks to skip, because they are done.
     """
     size = max(1, batch_size // n)
-    eos = _eos_ids(model, tokenizer)
+    eos = eos_ids(model, tokenizer)
     for chunk, start in enumerate(range(0, len(prompts), size)):
         if chunk < first_chunk:
             continue
@@ -114,7 +114,7 @@ def generate(
         len(prompts) * n lists of token ids, up to and with the end-of-sequence token.
     """
     model.eval()
-    eos = _eos_ids(model, tokenizer)
+    eos = eos_ids(model, tokenizer)
     options: dict[str, Any] = {"do_sample": False}
     if temperature:
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -134,7 +134,8 @@ def generate(
     return [_until_eos(row, eos) for row in output[:, batch.input_ids.size(1) :].tolist()]
 
 
-def _eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the model's generation settings may name more than the tokenizer's one."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [declared] if isinstance(declared, int) else list(declared or [])
     assert isinstance(tokenizer.eos_token_id, int)

@@ -3,7 +3,26 @@
 import torch
 from torch import Tensor
 
+from tracereward.errors import check_choice
+
 EPSILON = 1e-4  # TRL's, so that both kinds of advantages divide alike
+AGGREGATES = ("mean", "min")
+SCALES = ("group", "batch", "none")
+
+
+def log_odds(probability: Tensor) -> Tensor:
+    """v = log D - log(1 - D), the implicit reward of a discriminator that says "expert" with probability D.
+
+    It is the logit: with D = sigmoid(f), v = f (arXiv 2510.01857). Take f itself where you have it: near 1, D has
+    rounded most of it away.
+
+    Args:
+        probability: D in [0, 1], any shape.
+
+    Returns:
+        The same shape; -inf at 0 and inf at 1.
+    """
+    return probability.log() - torch.log1p(-probability)
 
 
 def backfill(values: Tensor, supervised: Tensor) -> Tensor:
@@ -23,9 +42,19 @@ def backfill(values: Tensor, supervised: Tensor) -> Tensor:
     return torch.where(following < width, filled, torch.zeros_like(filled))
 
 
-def token_rewards(logits: Tensor, supervised: Tensor, beta_clip: float) -> Tensor:
-    """r_t = clip(v_{t'}, -beta, beta), backfilled (arXiv 2510.01857: v = log D - log(1 - D), which is the logit)."""
-    return backfill(logits.clamp(-beta_clip, beta_clip), supervised)
+def token_rewards(logits: Tensor, supervised: Tensor, beta_clip: float, temperature: float = 1.0) -> Tensor:
+    """r_t = clip(v_{t'} / temperature, -beta, beta), backfilled (arXiv 2510.01857: v = `log_odds` of D, the logit).
+
+    Args:
+        logits: (B, T).
+        supervised: (B, T) bool.
+        beta_clip: beta.
+        temperature: positive; above 1 it brings logits that the clip would level back into its range.
+
+    Returns:
+        (B, T), 0 on padding.
+    """
+    return backfill((logits / temperature).clamp(-beta_clip, beta_clip), supervised)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -38,10 +67,31 @@ def masked_min(values: Tensor, mask: Tensor) -> Tensor:
     return values.masked_fill(~mask.bool(), torch.inf).amin(1)
 
 
+def aggregate(rewards: Tensor, mask: Tensor, how: str = "mean") -> Tensor:
+    """Trace rewards: the `mean` or `min` of the token rewards, never the sum, which would pay for length.
+
+    Args:
+        rewards: (B, T).
+        mask: (B, T), 1 for completion tokens.
+        how: one of `AGGREGATES`.
+
+    Returns:
+        (B,); nan where there is no token.
+
+    Raises:
+        InputError: `how` is not one of `AGGREGATES`.
+    """
+    check_choice("reward_aggregate", how, AGGREGATES)
+    values = masked_mean(rewards, mask) if how == "mean" else masked_min(rewards, mask)
+    return torch.where(mask.bool().any(1), values, torch.nan)
+
+
 def discounted_return_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """G_t = r_t + gamma * G_{t+1} over real tokens, by a reverse scan.
 
-    The scan needs no division by gamma^t, which overflows float32 near t = 800 for gamma = 0.9.
+    The scan needs no division by gamma^t, which overflows float32 near t = 800 for gamma = 0.9. It doubles: when G_t
+    holds the next n terms, G_t + gamma^n G_{t+n} holds the next 2n. That takes log2(T) steps instead of T, and rounds
+    less.
 
     Args:
         rewards: (B, T).
@@ -51,12 +101,12 @@ def discounted_return_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tens
     Returns:
         (B, T), 0 on padding.
     """
-    rewards = torch.where(mask.bool(), rewards, torch.zeros_like(rewards))
-    returns = torch.empty_like(rewards)
-    running = torch.zeros_like(rewards[:, 0])
-    for t in range(rewards.size(1) - 1, -1, -1):
-        running = rewards[:, t] + gamma * running
-        returns[:, t] = running
+    returns = torch.where(mask.bool(), rewards, torch.zeros_like(rewards))
+    terms = 1
+    while terms < rewards.size(1):
+        longer = returns[:, :-terms] + gamma**terms * returns[:, terms:]
+        returns = torch.cat([longer, returns[:, -terms:]], 1)
+        terms *= 2
     return torch.where(mask.bool(), returns, torch.zeros_like(returns))
 
 
@@ -87,17 +137,113 @@ def token_advantages(rewards: Tensor, mask: Tensor, mean: Tensor, std: Tensor, g
     return discounted_return_to_go(standardised, mask, gamma)
 
 
-def moments_to_statistics(moments: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def moments_to_statistics(
+    moments: Tensor, group_size: int, leave_one_out: bool = False, extra: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and (population) standard deviation of each sequence's group from `group_moments`, rows in group order.
+
+    Only the mean leaves the sequence out. Its scale stays the whole group's, as in `group_advantages`: where the clip
+    has levelled all the others' rewards their deviation is 0, and 1 / EPSILON would multiply the one that differs.
 
     Args:
         moments: (B, 3).
         group_size: G; rows i*G ... i*G + G - 1 are one prompt's.
+        leave_one_out: take the mean over the other members' tokens; over the group's where they have none.
+        extra: (B/G, 3) moments of one further member of each group, e.g. its expert trace; zeros for none.
 
     Returns:
-        Two (B,) float32 tensors.
+        Two (B,) float32 tensors; 0 and 0 for a group without tokens.
     """
-    count, total, squares = moments.view(-1, group_size, 3).sum(1).unbind(1)
+    members = moments.view(-1, group_size, 3)
+    sums = members.sum(1, keepdim=True)
+    if extra is not None:
+        sums = sums + extra.view(len(members), 1, 3)
+    mean, std = (values.expand(-1, group_size) for values in _mean_and_std(sums))
+    if leave_one_out:
+        others = sums - members
+        mean = torch.where(others[..., 0] > 0, _mean_and_std(others)[0], mean)
+    return mean.flatten().float(), std.flatten().float()
+
+
+def batch_statistics(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (population) standard deviation over all real tokens, for `whiten`.
+
+    Args:
+        moments: (B, 3) `group_moments` of the batch, gathered from all processes.
+
+    Returns:
+        Two float32 scalars; 0 and 0 without tokens.
+    """
+    mean, std = _mean_and_std(moments.sum(0))
+    return mean.float(), std.float()
+
+
+def _mean_and_std(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (..., 3) sums, in float64; 0 and 0 where the count is 0."""
+    count, total, squares = sums.unbind(-1)
+    count = count.clamp(min=1)
     mean = total / count
-    std = (squares / count - mean.square()).clamp(min=0).sqrt()
-    return mean.float().repeat_interleave(group_size), std.float().repeat_interleave(group_size)
+    return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
+
+
+def whiten(rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(r - mean) / (std + EPSILON): token rewards of mean 0 and deviation 1 over the batch.
+
+    Every advantage is centred on its group. One that is also divided by a standard deviation, the group's or the
+    batch's, does not notice an affine map of the rewards: whitening then only changes the weight of EPSILON. It matters
+    with scale `none`, where it keeps the advantages' size while the discriminator's logits grow.
+
+    Args:
+        rewards: any shape.
+        mean: scalar, from `batch_statistics`.
+        std: scalar, likewise.
+    """
+    return (rewards - mean) / (std + EPSILON)
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    scale: str = "group",
+    leave_one_out: bool = False,
+    extra: Tensor | None = None,
+) -> Tensor:
+    """A_i = (R_i - b_i) / (s + EPSILON) of trace rewards, by default exactly TRL's.
+
+    b_i is the mean of the group, or of its other members. s is the standard deviation (n - 1) of the group's members,
+    or of all groups' together; `none` does not divide. A reward that is nan is no member and has advantage 0.
+
+    Args:
+        rewards: (B,), of all processes: a group may span two.
+        group_size: G; rows i*G ... i*G + G - 1 are one prompt's.
+        scale: one of `SCALES`, TRL's `scale_rewards`.
+        leave_one_out: baseline of the other members instead of all.
+        extra: (B/G,) reward of one further member of each group, e.g. its expert trace, nan for none. It counts in
+            baselines and deviations and has no advantage.
+
+    Returns:
+        (B,); 0 for the only member of a group.
+
+    Raises:
+        InputError: `scale` is not one of `SCALES`.
+    """
+    check_choice("scale_rewards", scale, SCALES)
+    members = own = rewards.view(-1, group_size)
+    if extra is not None:
+        members = torch.cat([own, extra.view(-1, 1)], 1)
+    advantages = own - members.nanmean(1, keepdim=True)
+    if leave_one_out:  # R_i - mean of the n - 1 others = n / (n - 1) * (R_i - mean of all n)
+        count = (~members.isnan()).sum(1, keepdim=True, dtype=members.dtype)
+        advantages = advantages * (count / (count - 1).clamp(min=1))
+    if scale == "group":
+        advantages = advantages / (_sample_std(members) + EPSILON)
+    elif scale == "batch":
+        advantages = advantages / (_sample_std(members.reshape(1, -1)) + EPSILON)
+    return advantages.nan_to_num(nan=0.0).flatten()
+
+
+def _sample_std(members: Tensor) -> Tensor:
+    """Standard deviation with Bessel's correction of each row's values that are not nan, (P, N) -> (P, 1)."""
+    count = (~members.isnan()).sum(1, keepdim=True, dtype=members.dtype)
+    variance = (members - members.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True)
+    return (variance * (count / (count - 1).clamp(min=1))).sqrt()

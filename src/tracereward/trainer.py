@@ -1,45 +1,57 @@
 """`AdversarialTrainer`: TRL's GRPO with a reward that is learned beside the policy.
 
-One private hook of TRL is overridden, `_generate_and_score_completions`, and only to draw the warm-up's rollouts and to
-put (B, T) advantages in the place of (B,): `_compute_loss` accepts both. The reward itself is an ordinary reward
-function. A contract test pins what is used.
+One private hook of TRL is overridden, `_generate_and_score_completions`, and only to put other advantages in the place
+of TRL's where they are asked for: `_compute_loss` accepts (B, T) as well as (B,). The reward itself is an ordinary
+reward function. A contract test pins what is used.
 """
 
 import contextlib
 import copy
-import io
 import math
-import os
-import random
-from collections.abc import Callable, Iterator, Sequence
-from itertools import cycle, islice
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from datasets import Dataset
-from peft import LoraConfig
-from torch import Tensor
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
+from tracereward import monitor
+from tracereward.adversarial_config import AdversarialConfig
+from tracereward.batching import Batch, completion_log_probs, pack
+from tracereward.bridge import TokenBridge
 from tracereward.callbacks import MetricsFile, StopSignal
-from tracereward.checkpoints import SafeTrainer
-from tracereward.config import AdversarialConfig
+from tracereward.checkpoints import SafeTrainer, save_state
 from tracereward.demonstrations import encode_completion, encode_prompt
-from tracereward.discriminator import Discriminator
+from tracereward.discriminator import Discriminator, held_out_demonstrations
 from tracereward.errors import InputError
-from tracereward.files import read_jsonl, write_jsonl
-from tracereward.monitor import reward_monitor
+from tracereward.heads import subtracts_policy
+from tracereward.models import pad_id
+from tracereward.negatives import Expert, Rollout, perturbed_pairs
 from tracereward.reward_model import TokenRewardModel
-from tracereward.sampling import generate
-from tracereward.shaping import group_moments, moments_to_statistics, token_advantages
+from tracereward.sampling import eos_ids
+from tracereward.shaping import (
+    aggregate,
+    batch_statistics,
+    group_advantages,
+    group_moments,
+    moments_to_statistics,
+    token_advantages,
+    whiten,
+)
 from tracereward.tasks import Task
+from tracereward.warmup import DISCRIMINATOR_FILE, WarmUp
+from tracereward.watch import FailureWatch, better_than_start, score_of
 
 NO_DEMONSTRATION = -1
-DISCRIMINATOR_FILE = "discriminator.pt"  # not in a subfolder with an adapter's name: Trainer would load it as one
+KL_ROWS = 32  # rollouts of a process that the KL is estimated on
 
 
 class AdversarialTrainer(SafeTrainer, GRPOTrainer):
@@ -47,16 +59,20 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
 
     Args:
         model: the starting policy.
-        reward_model: the starting discriminator.
+        reward_model: the starting discriminator; it may have another tokenizer than the policy.
         demonstrations: rows with prompt (rendered text), completion and, for monitoring only, answer.
         args: the run's options.
         task: recipe that verifies answers for the monitors.
-        processing_class: the tokenizer of both models.
+        processing_class: the policy's tokenizer.
         unlabeled: rows with a prompt and no completion, for further rollouts of the policy.
         peft_config: LoRA settings of the policy.
         metrics_file: where the warm-up logs; training steps log through TRL.
         stop: asked during the warm-up whether to stop.
         callbacks: as in TRL.
+        reward_prompts: the reward model's rendering of prompts that the policy's chat template renders otherwise.
+
+    Raises:
+        InputError: an option needs answers that are not there, or one tokenizer where there are two.
     """
 
     _tag_names: ClassVar = ["trl", "tracereward"]
@@ -74,19 +90,31 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         metrics_file: MetricsFile | None = None,
         stop: StopSignal | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        reward_prompts: Mapping[str, str] | None = None,
     ):
         self.task = task
         self.tokenizer = processing_class
         self.config = args
+        self.form = reward_model.settings
+        self.bridge = TokenBridge(processing_class, reward_model, eos_ids(model, processing_class), reward_prompts)
+        if not self.bridge.same and (subtracts_policy(args.head) or self.form.adds_reference):
+            raise InputError(
+                f"head {args.head} with reward_form {self.form.form} adds log-probs of the policy's tokens to the "
+                "reward model's: both need the same tokenizer. Use head token or action with reward_form logit."
+            )
         self._starting_policy = None
-        if args.reward_form != "logit" and peft_config is None:
+        if self.form.adds_reference and peft_config is None:
             self._starting_policy = copy.deepcopy(model).eval().requires_grad_(False)
         self.metrics_file = metrics_file
         self.stop = stop or StopSignal()
         rows = prompt_rows(demonstrations, unlabeled, args.expert_prompt_share)
         monitored = all(row["answer"] is not None for row in rows)
+        if args.positives == "mixed" and not any(row.get("answer") for row in demonstrations):
+            raise InputError("positives mixed needs answers: no demonstration has one")
         functions = [self.learned_reward, self.correct] if monitored else [self.learned_reward]
         args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is watched, never trained on
+        self.watch = FailureWatch(args.on_failure, args.failure_window, self.say)
+        self.warm_up = WarmUp(self)
         super().__init__(
             model=model,
             reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
@@ -94,19 +122,26 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
             train_dataset=Dataset.from_list(rows),
             processing_class=processing_class,
             peft_config=peft_config,
-            callbacks=[*(callbacks or []), _WarmUpFirst(self)],
+            callbacks=[*(callbacks or []), self.watch, self.warm_up],
         )
         experts = [
-            (encode_prompt(processing_class, row["prompt"]), encode_completion(processing_class, row["completion"]))
+            Expert(
+                self.bridge.prompt(row["prompt"]),
+                encode_completion(reward_model.tokenizer, row["completion"]),
+                row["completion"],
+            )
             for row in demonstrations
         ]
         self.demonstration_rows = rows[: len(demonstrations)]
         reward_model.to(self.accelerator.device)
         if args.gradient_checkpointing:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        self.discriminator = Discriminator(reward_model, experts, args)
-        self._pooled: list[tuple[int, list[int]]] | None = None
+        held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
+        self.discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
+        self.perturbed_pairs = perturbed_pairs(experts, held_out, self.discriminator.perturbed, args.seed)
         self._rewards: list[Tensor] = []
+        self._trace_rewards: list[float] = []
+        self._demonstrations: list[int] = []
         self._correct: list[float] = []
 
     @property
@@ -114,6 +149,16 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         """The model that is trained; transformers allows it to be absent."""
         assert self.model is not None
         return self.model  # pyright: ignore[reportReturnType]
+
+    @property
+    def quiet(self) -> bool:
+        """Whether this process shows no progress."""
+        return self.args.disable_tqdm is True or not self.is_world_process_zero()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, above any progress bar."""
+        if self.is_world_process_zero():
+            tqdm.write(f"tracereward: {text}", file=sys.stderr)
 
     # Reward functions, called by TRL with the local rows of a batch of rollouts.
 
@@ -128,13 +173,10 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         **_: Any,
     ) -> list[float]:
         """Train the discriminator on the rollouts, then reward each by the aggregate of its token rewards."""
-        rollouts = [
-            (index, list(ids))
-            for index, ids in zip(demonstration, completion_ids, strict=True)
-            if index != NO_DEMONSTRATION
-        ]
-        if self._pooled is not None:
-            self._pooled += rollouts
+        self._correct = self.verify(completions, answer)
+        rollouts = self.as_rollouts(demonstration, completion_ids, self._correct)
+        if self.warm_up.pooled is not None:
+            self.warm_up.pooled += rollouts
             self._correct = [math.nan] * len(prompts)
             return [0.0] * len(prompts)
         if self.policy.training:
@@ -143,168 +185,219 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
                 metrics = self.discriminator.learn(fresh)
             for name, value in metrics.items():
                 log_metric(f"discriminator/{name}", value)
-        prompt_ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
-        with self.accelerator.autocast(), self._reference() as reference:
-            self._rewards = self.discriminator.model.token_rewards(
-                prompt_ids, completion_ids, self.config.discriminator_token_budget, reference
-            )
-        how = torch.min if self.config.reward_aggregate == "min" else torch.mean
-        trace_rewards = [float(how(rewards)) for rewards in self._rewards]
-        self._correct = [
-            math.nan if gold is None else float(self.task.verify(text, gold))
-            for text, gold in zip(completions, answer, strict=True)
-        ]
-        local = list(zip(prompts, map(len, completion_ids), trace_rewards, self._correct, strict=True))
-        for name, value in reward_monitor(gather_object(local)).items():
-            log_metric(f"monitor/{name}", value)
-        return trace_rewards
-
-    @contextlib.contextmanager
-    def _reference(self) -> Iterator[torch.nn.Module | None]:
-        """The starting policy where the reward needs it: under LoRA the policy without its adapter, else a copy."""
-        if self.config.reward_form == "logit":
-            yield None
-        elif self._starting_policy is not None:
-            yield self._starting_policy.to(self.accelerator.device)
-        else:
-            policy = self.accelerator.unwrap_model(self.model)
-            was_training = policy.training
-            with policy.eval().disable_adapter():
-                yield policy
-            policy.train(was_training)
+        self._demonstrations = demonstration
+        reward_ids = [self.bridge.completion(ids) for ids in completion_ids]
+        rewards = self.token_rewards([self.bridge.prompt(prompt) for prompt in prompts], reward_ids)
+        if self.config.whiten_rewards:
+            rewards = self._whitened(rewards)
+        self._trace_rewards = [self._aggregate(values) for values in rewards]
+        triples = zip(completion_ids, reward_ids, rewards, strict=True)
+        self._rewards = [self.bridge.rewards(ids, translated, values) for ids, translated, values in triples]
+        self._monitor(prompts, completion_ids, log_metric)
+        return self._trace_rewards
 
     def correct(self, prompts: list[str], **_: Any) -> list[float]:
         """Whether each rollout's answer is right; weight 0."""
         return self._correct
 
+    def verify(self, completions: Sequence[str], answers: Sequence[str | None]) -> list[float]:
+        """1 or 0 for each completion, nan where the gold answer is not known."""
+        return [
+            math.nan if gold is None else float(self.task.verify(text, gold))
+            for text, gold in zip(completions, answers, strict=True)
+        ]
+
+    def as_rollouts(
+        self, demonstrations: Sequence[int], completions: Sequence[Sequence[int]], correct: Sequence[float]
+    ) -> list[Rollout]:
+        """Rollouts that have a demonstration, in the reward model's tokens."""
+        mixed = self.config.positives == "mixed"
+        return [
+            Rollout(index, self.bridge.completion(ids), mixed and right == 1)
+            for index, ids, right in zip(demonstrations, completions, correct, strict=True)
+            if index != NO_DEMONSTRATION
+        ]
+
+    def token_rewards(self, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
+        """What training rewards: the averaged discriminator's values in the run's reward form, in its own tokens."""
+        with (
+            self.accelerator.autocast(),
+            self._reference() as reference,
+            self._evaluated() as policy,
+            self.discriminator.averaged() as model,
+        ):
+            return model.token_rewards(
+                prompts,
+                completions,
+                self.config.discriminator_token_budget,
+                reference if self.form.adds_reference else None,
+                policy if self.form.subtracts_policy else None,
+            )
+
+    def _aggregate(self, rewards: Tensor) -> float:
+        return float(aggregate(rewards[None], torch.ones(1, len(rewards)), self.config.reward_aggregate))
+
+    def _whitened(self, rewards: list[Tensor]) -> list[Tensor]:
+        """Token rewards of mean 0 and variance 1 over all processes' rollouts."""
+        moments = torch.cat([group_moments(values[None], torch.ones(1, len(values))) for values in rewards])
+        mean, std = batch_statistics(self._gather(moments).cpu())
+        return [whiten(values, mean, std) for values in rewards]
+
+    def _gather(self, values: Tensor) -> Tensor:
+        gathered = self.accelerator.gather(values.to(self.accelerator.device))
+        assert isinstance(gathered, Tensor)
+        return gathered
+
+    # Monitors
+
+    def _monitor(self, prompts: list[str], completion_ids: list[list[int]], log: Callable[[str, float], None]) -> None:
+        local = [
+            monitor.Rollout(prompt, list(ids), self.bridge.finished(ids), values.tolist(), reward, right)
+            for prompt, ids, values, reward, right in zip(
+                prompts, completion_ids, self._rewards, self._trace_rewards, self._correct, strict=True
+            )
+        ]
+        metrics = monitor.rollout_metrics(gather_object(local))
+        if self.discriminator.batches % self.config.monitor_every == 0:
+            metrics |= self._perturbation() | self._kl(prompts, completion_ids)
+        for name, value in metrics.items():
+            log(f"monitor/{name}", value)
+
+    def _perturbation(self) -> dict[str, float]:
+        """Do experts outscore their perturbed copies? Needs no answers."""
+        if not self.perturbed_pairs:
+            return {}
+        prompts = [prompt for prompt, _, _ in self.perturbed_pairs]
+        traces = [expert for _, expert, _ in self.perturbed_pairs] + [changed for _, _, changed in self.perturbed_pairs]
+        scores = [self._aggregate(values) for values in self.token_rewards(prompts * 2, traces)]
+        half = len(prompts)
+        return {"perturbation_auroc": monitor.perturbation_auroc(scores[:half], scores[half:])}
+
+    @torch.no_grad()
+    def _kl(self, prompts: list[str], completion_ids: list[list[int]]) -> dict[str, float]:
+        """E[exp(d) - d - 1], d = log pi_start - log pi: TRL's estimate, where TRL does not log one itself."""
+        with self._reference() as reference:
+            if reference is None or self.config.beta:
+                return {}
+            ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts[:KL_ROWS]]
+            batch = pack(ids, completion_ids[:KL_ROWS], pad_id(self.tokenizer)).to(self.accelerator.device)
+            of_start, _ = completion_log_probs(reference, batch)
+        with self._evaluated() as policy, self.accelerator.autocast():
+            gap = of_start - completion_log_probs(policy, batch)[0]
+        mask = batch.completion_mask
+        return {"kl": float(((gap.exp() - gap - 1) * mask).sum() / mask.sum())}
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[nn.Module | None]:
+        """The starting policy: under LoRA the policy without its adapter, else a copy if the reward needs one."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(policy, PeftModel):
+            with self._evaluated(), policy.disable_adapter():
+                yield policy
+        else:
+            yield None if self._starting_policy is None else self._starting_policy.to(self.accelerator.device)
+
+    @contextlib.contextmanager
+    def _evaluated(self) -> Iterator[nn.Module]:
+        """The policy without dropout."""
+        policy = self.accelerator.unwrap_model(self.model)
+        was_training = policy.training
+        policy.eval()
+        try:
+            yield policy
+        finally:
+            policy.train(was_training)
+
+    @torch.no_grad()
+    def _policy_log_probs(self, batch: Batch) -> Tensor:
+        """log pi(y_t) of the model whose rollouts the discriminator is shown."""
+        of_another = self.warm_up.log_probs(batch)
+        if of_another is not None:
+            return of_another
+        with self._evaluated() as policy:
+            return completion_log_probs(policy, batch)[0]
+
+    # Advantages
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self._pooled is None and self.config.advantages == "token":
+        if self.warm_up.pooled is not None:
+            return output
+        if self.config.advantages == "token":
             output["advantages"] = self._token_advantages(output["completion_mask"])
+        elif self.config.leave_one_out or self.config.expert_in_group:
+            output["advantages"] = self._trajectory_advantages().to(output["advantages"].device)
         return output
 
+    @property
+    def _group_size(self) -> int:
+        group = self.num_generations if self.policy.training else self.num_generations_eval
+        assert group is not None
+        return group
+
+    def _local(self, values: Tensor) -> Tensor:
+        """This process's part of what all have: a group may span two of them."""
+        share = len(values) // self.accelerator.num_processes
+        return values[self.accelerator.process_index * share :][:share]
+
+    def _trajectory_advantages(self) -> Tensor:
+        """(B,) advantages of the local rollouts."""
+        extra = None
+        if self.config.expert_in_group:
+            rewards = [math.nan if values is None else self._aggregate(values) for values in self._expert_rewards()]
+            extra = self._gather(torch.tensor(rewards))[:: self._group_size]
+        gathered = self._gather(torch.tensor(self._trace_rewards))
+        scale = str(self.config.scale_rewards)
+        return self._local(group_advantages(gathered, self._group_size, scale, self.config.leave_one_out, extra))
+
     def _token_advantages(self, mask: Tensor) -> Tensor:
-        """(B, T) advantages; group statistics over all processes' real tokens, as a group may span two of them."""
+        """(B, T) advantages of the local rollouts; group statistics over all processes' real tokens."""
         rewards = torch.zeros(mask.shape, device=mask.device)
         for row, values in enumerate(self._rewards):
             rewards[row, : len(values)] = values.to(mask.device)
-        group = self.num_generations if self.policy.training else self.num_generations_eval
-        moments = self.accelerator.gather(group_moments(rewards, mask))
-        assert isinstance(moments, Tensor)
-        assert group is not None
-        mean, std = moments_to_statistics(moments, group)
-        local = slice(self.accelerator.process_index * len(mask), (self.accelerator.process_index + 1) * len(mask))
-        return token_advantages(rewards, mask, mean[local], std[local], self.config.gamma)
+        extra = None
+        if self.config.expert_in_group:
+            of_experts = [torch.zeros(0) if values is None else values for values in self._expert_rewards()]
+            moments = torch.cat([group_moments(values[None], torch.ones(1, len(values))) for values in of_experts])
+            extra = self._gather(moments)[:: self._group_size]
+        moments = self._gather(group_moments(rewards, mask))
+        mean, std = moments_to_statistics(moments, self._group_size, self.config.leave_one_out, extra)
+        return token_advantages(rewards, mask, self._local(mean), self._local(std), self.config.gamma)
 
-    # Warm-up: the policy does not move, so its rollouts are drawn once and it has no backward pass.
+    def _expert_rewards(self) -> list[Tensor | None]:
+        """Token rewards of the demonstration of each local rollout's prompt; None where it has none."""
+        known = sorted({index for index in self._demonstrations if index != NO_DEMONSTRATION})
+        experts = [self.discriminator.experts[index] for index in known]
+        rewards = self.token_rewards([e.prompt for e in experts], [e.completion for e in experts])
+        of_index = dict(zip(known, rewards, strict=True))
+        return [of_index.get(index) for index in self._demonstrations]
 
-    def warm_up(self) -> None:
-        """Train the discriminator on a pool of the starting policy's rollouts; goes on where a kill left it.
+    # Checkpoints: the discriminator's state rides in each, and the best is kept for `restore_best`.
 
-        Uses no random state of the caller's and leaves a state that depends on the seed only, so that a run which was
-        interrupted here continues as if it had not been.
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        since = step - max(1, int(self.state.save_steps or 1))
+        score = score_of([row for row in self.watch.history if row["step"] > since])
+        if not math.isnan(score) and (self.state.best_metric is None or score >= self.state.best_metric):
+            self.state.best_metric, self.state.best_global_step = score, step
+        super()._save_checkpoint(model, trial)
+
+    def restore_best(self) -> str | None:
+        """After a failure: put the weights of the best checkpoint in the place of the last ones.
+
+        Returns:
+            The checkpoint's name. None if there is none that is as good as the start: then the discriminator is as
+            after its warm-up, and the caller has to load the starting policy.
         """
-        total = self.config.discriminator_warmup_updates
-        tokens_seen = self.state.num_input_tokens_seen
-        if self.discriminator.updates == 0 and total:
-            self.discriminator.remember(self._draw_pool(self._warm_up_rows()))
-        progress = tqdm(
-            total=total, initial=self.discriminator.updates, desc="warm-up", disable=self._quiet, leave=False
-        )
-        while self.discriminator.updates < total and not self.stop.received:
-            # Dropout draws from the global generator: each update has a seed of its own, as it may be the first to run.
-            set_seed(self.config.seed + 500_000 + self.discriminator.updates, device_specific=True)
-            with self.accelerator.autocast():
-                row = self.discriminator.update([])
-            done = self.discriminator.updates
-            progress.update()
-            if self.metrics_file is not None and self.is_world_process_zero():
-                named = {f"discriminator/{name}": value for name, value in row.items()}
-                self.metrics_file.append({"phase": "warmup", "update": done, **named})
-            if done % self.config.warmup_save_updates == 0 or done == total or self.stop.received:
-                self._save_warm_up()
-        progress.close()
-        self.state.num_input_tokens_seen = tokens_seen
-        self._metrics["train"].clear()  # the warm-up's rollouts are not a training step's
-        set_seed(self.config.seed + 1, device_specific=True)
-
-    @property
-    def _quiet(self) -> bool:
-        return self.args.disable_tqdm is True or not self.is_world_process_zero()
-
-    @property
-    def _warm_up_folder(self) -> Path:
-        return Path(str(self.args.output_dir)) / "warmup"
-
-    def _save_warm_up(self) -> None:
-        if self.is_world_process_zero():
-            save_state(self._warm_up_folder / DISCRIMINATOR_FILE, self.discriminator.state_dict())
-
-    def load_warm_up(self) -> int:
-        """Continue a warm-up that was interrupted; returns the updates done, 0 if there is nothing to continue."""
-        path = self._warm_up_folder / DISCRIMINATOR_FILE
-        if path.is_file():
-            self.discriminator.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        return self.discriminator.updates
-
-    def _warm_up_rows(self) -> list[dict[str, Any]]:
-        """The demonstrations whose prompts the warm-up's rollouts answer, each `warmup_rollouts` times."""
-        count = min(self.config.warmup_prompts, len(self.demonstration_rows))
-        chosen = random.Random(self.config.seed).sample(self.demonstration_rows, count)
-        rows = [row for row in chosen for _ in range(self.config.warmup_rollouts)]
-        size = self.config.generation_batch_size
-        assert size is not None
-        return rows + list(islice(cycle(rows), -len(rows) % size))  # every process needs a full share of the last chunk
-
-    def _draw_pool(self, rows: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
-        """A rollout of each row's prompt, by the engine that the run uses, or by `warmup_model`.
-
-        Drawn in chunks of one generation batch, each with a seed of its own and saved when it is done.
-        """
-        path = self._warm_up_folder / "rollouts.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pool = [(row["demonstration"], row["ids"]) for row in read_jsonl(path)]
-        size = self.config.generation_batch_size
-        assert size is not None
-        local = size // self.accelerator.num_processes
-        other = self._load_warm_up_model() if len(pool) < len(rows) else None
-        starts = range(len(pool), len(rows), size)
-        for start in tqdm(starts, desc="warm-up rollouts", disable=self._quiet, leave=False):
-            if self.stop.received:
-                break
-            set_seed(self.config.seed + 1000 + start, device_specific=True)
-            begin = start + self.accelerator.process_index * local
-            mine = rows[begin : begin + local]
-            pool += gather_object(self._rollouts(mine) if other is None else self._rollouts_of(other, mine))
-            if self.is_world_process_zero():
-                write_jsonl(path, [{"demonstration": index, "ids": ids} for index, ids in pool])
-        return pool
-
-    def _rollouts(self, rows: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
-        """The policy's rollouts of the local rows, by way of the hook that serves all of TRL's engines."""
-        self.policy.train()
-        self._pooled = []
-        try:
-            self._generate_and_score_completions(rows)
-            return self._pooled
-        finally:
-            self._pooled = None
-
-    def _rollouts_of(self, model: PreTrainedModel, rows: list[dict[str, Any]]) -> list[tuple[int, list[int]]]:
-        limit = self.config.max_completion_length
-        assert limit is not None
-        drawn = generate(
-            model, self.tokenizer, [row["prompt"] for row in rows], 1, limit, self.config.temperature, self.config.top_p
-        )
-        return [(row["demonstration"], ids) for row, ids in zip(rows, drawn, strict=True)]
-
-    def _load_warm_up_model(self) -> PreTrainedModel | None:
-        if self.config.warmup_model is None:
+        best = self.state.best_global_step
+        if best is None or not better_than_start(self.state.best_metric, self.watch.history):
+            self.warm_up.load()
             return None
-        dtype = self.policy.dtype
-        return AutoModelForCausalLM.from_pretrained(self.config.warmup_model, dtype=dtype).to(self.accelerator.device)
-
-    # Checkpoints: the discriminator's state rides in each.
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        self.state.best_model_checkpoint = str(folder)
+        self._load_best_model()
+        self._load_discriminator(folder)
+        return folder.name
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -314,34 +407,11 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            path = Path(checkpoint) / DISCRIMINATOR_FILE
-            self.discriminator.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self._load_discriminator(Path(checkpoint))
 
-
-class _WarmUpFirst(TrainerCallback):
-    """Runs the warm-up when the policy is wrapped and placed, before its first step."""
-
-    def __init__(self, trainer: AdversarialTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.trainer.warm_up()
-            if self.trainer.stop.received:
-                control.should_training_stop = True
-
-
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save` under a temporary name, flushed, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    with open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    def _load_discriminator(self, folder: Path) -> None:
+        state = torch.load(folder / DISCRIMINATOR_FILE, map_location="cpu", weights_only=True)
+        self.discriminator.load_state_dict(state)
 
 
 def prompt_rows(

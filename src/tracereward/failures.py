@@ -1,0 +1,264 @@
+"""Three ways in which adversarial training fails, each told by a rule on the logged rows.
+
+All rules compare two windows: the last `w` values of a series, and any window of `w` values that ends before these
+begin. "Significantly" is always Welch's statistic against a quantile of Student's t,
+
+    mean(a) - mean(b) > t(level, n - 1) sqrt(k (s_a^2 / n_a + s_b^2 / n_b)),        n = min(n_a, n_b),
+
+one-sided, s^2 with n - 1 in the denominator; n - 1 is the least number of degrees of freedom that Welch's formula can
+give, and needs no division. For the change that gives the alarm, k = (1 + r) / (1 - r) with r the autocorrelation of
+neighbouring values: a policy wanders, and 20 values that wander together are worth fewer. Elsewhere k = 1. An alarm
+also asks for a material change: enough steps make any drift significant.
+
+`w` is `window`, or half of the series' values where there are fewer than two windows. Values that are missing, None or
+not finite are skipped, so a series that is logged seldom has windows that are long in steps. The other series of a
+rule are read in the rows of the same windows. Nothing is kept between calls: a resumed run comes to the same verdict.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.special import stdtrit
+
+WINDOW = 20  # averages the noise of a batch to a quarter, and two fit in the shortest runs, of 50 steps
+MIN_VALUES = 8  # in a window; with fewer, Student's t asks for changes that no run survives
+# Rules are asked at each step of a run, against all earlier windows. At this level none of the simulated healthy runs
+# of docs/method.md has more than 2 % of false alarms.
+ALARM_LEVEL = 1e-5
+MAX_AUTOCORRELATION = 0.9  # a standard error is at most 4.4 times that of independent values
+# For what must have risen beside the change that gives the alarm: an ordinary test is enough.
+RISE_LEVEL = 0.01
+# For what excuses a change: a run that may be getting better is not stopped.
+EXCUSE_LEVEL = 0.05
+MASTERED = 0.9  # with so many right answers, their traces may be alike and the few wrong ones may not be told apart
+
+DIVERSITY_FALL = 0.25  # of distinct completions: two of a group of eight
+DIVERSITY_FACTOR = 0.5  # groups that were not diverse at the start fail when half of it is gone
+AUROC_FALL = 0.05  # less makes no difference to what is learned
+EXCESS_LOST = 0.5  # share of what the AUROC had above 0.5, which is chance
+CORRECT_FALL = 0.1  # ten of a hundred answers: in healthy runs, windows of 20 batches differ by nearly as much
+NOISE_FACTOR = 4.0  # in variance: the token rewards swing twice as far
+NOISE_FLOOR = 0.01  # a standard deviation of 0.1 log-odds: under it there is nothing that could steer a policy
+
+REWARD, CORRECT = "reward", "rewards/correct/mean"
+WITHIN, PERTURBATION = "monitor/within_prompt_auroc", "monitor/perturbation_auroc"
+DISTINCT, NOISE, SPREAD = "monitor/distinct_share", "monitor/token_noise", "monitor/reward_std"
+
+Row = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failure: its name, the step of the last row, and one sentence with the numbers."""
+
+    name: str
+    step: int
+    reason: str
+
+
+def detect(history: Sequence[Row], window: int = WINDOW) -> Failure | None:
+    """The failure that the end of `history` shows, if any: mode collapse, else decoupling, else token noise.
+
+    Args:
+        history: logged rows with `step`. Rows of one step are merged; a row with an earlier step than those before it
+            starts a resumed run, which replaces them from there. Rows without a step are skipped.
+        window: values in a window.
+    """
+    return mode_collapse(history, window) or decoupling(history, window) or token_noise(history, window)
+
+
+def mode_collapse(history: Sequence[Row], window: int = WINDOW) -> Failure | None:
+    """The policy writes the same few traces, because they are rewarded.
+
+    An earlier window e and the last one, r, with
+
+        distinct_r < max(distinct_e - 0.25, 0.5 distinct_e), and lower significantly (`ALARM_LEVEL`),
+        reward_r above reward_e significantly (`RISE_LEVEL`),
+        correct_r not above correct_e significantly (`EXCUSE_LEVEL`), and mean correct_r < 0.9.
+
+    A healthy policy grows confident too, and writes fewer distinct traces; it is then right more often. If correctness
+    is not known, only the half counts.
+    """
+    steps, columns = _columns(history)
+    distinct, correct = columns[DISTINCT], columns[CORRECT]
+
+    def material(earlier: np.ndarray) -> np.ndarray:
+        half = DIVERSITY_FACTOR * earlier
+        return np.maximum(earlier - DIVERSITY_FALL, half) if _known(correct) else half
+
+    for earlier, recent in _fallen(distinct, window, material):
+        if _rose(columns[REWARD], earlier, recent, RISE_LEVEL) and not _excused(correct, earlier, recent):
+            reason = (
+                f"distinct completions of a prompt fell from {_change(distinct, earlier, recent, steps)}, while the "
+                f"reward rose from {_change(columns[REWARD], earlier, recent)}"
+                f"{_beside('correct answers', correct, earlier, recent)}"
+            )
+            return Failure("mode_collapse", int(steps[-1]), reason)
+    return None
+
+
+def decoupling(history: Sequence[Row], window: int = WINDOW) -> Failure | None:
+    """The reward no longer means correctness. An earlier window e and the last one, r, with either
+
+        auroc_r < auroc_e - max(0.05, 0.5 (auroc_e - 0.5)), and lower significantly (`ALARM_LEVEL`),
+        correct_r not above correct_e significantly (`EXCUSE_LEVEL`), and mean correct_r < 0.9,
+
+    or
+
+        correct_r < correct_e - 0.1, and lower significantly (`ALARM_LEVEL`),
+        reward_r above reward_e significantly (`RISE_LEVEL`).
+
+    `auroc` is that within the prompt. As a policy nears its experts the AUROC falls to chance, as it should, but then
+    correctness has risen. If correctness is not known, `auroc` is that of experts against their altered copies, and
+    there is no second part.
+    """
+    steps, columns = _columns(history)
+    correct, reward = columns[CORRECT], columns[REWARD]
+    name, auroc = ("AUROC within a prompt", columns[WITHIN])
+    if not _known(correct):
+        name, auroc = ("AUROC of experts against their altered copies", columns[PERTURBATION])
+    for earlier, recent in _fallen(auroc, window, lambda e: e - np.maximum(AUROC_FALL, EXCESS_LOST * (e - 0.5))):
+        if not _excused(correct, earlier, recent):
+            reason = (
+                f"{name} fell from {_change(auroc, earlier, recent, steps)}"
+                f"{_beside('correct answers', correct, earlier, recent)}"
+            )
+            return Failure("decoupling", int(steps[-1]), reason)
+    for earlier, recent in _fallen(correct, window, lambda e: e - CORRECT_FALL):
+        if _rose(reward, earlier, recent, RISE_LEVEL):
+            reason = (
+                f"correct answers fell from {_change(correct, earlier, recent, steps)}, while the reward rose from "
+                f"{_change(reward, earlier, recent)}"
+            )
+            return Failure("decoupling", int(steps[-1]), reason)
+    return None
+
+
+def token_noise(history: Sequence[Row], window: int = WINDOW) -> Failure | None:
+    """Token rewards swing inside correct traces, and are no better for it.
+
+    An earlier window e and the last one, r, with
+
+        noise_r > 4 g noise_e and > 0.01, and noise_r - 4 noise_e above 0 significantly (`ALARM_LEVEL`),
+        auroc_r (within the prompt) not above auroc_e significantly (`EXCUSE_LEVEL`).
+
+    g = max(1, (std_r / std_e)^2), std that of the trace rewards, 1 if it is not logged: a reward whose scale has
+    doubled has four times the variance everywhere, and no more noise than before.
+    """
+    steps, columns = _columns(history)
+    noise, auroc, spread = columns[NOISE], columns[WITHIN], columns[SPREAD]
+    # A fall of the negative is a rise.
+    for earlier, recent in _fallen(-noise, window, lambda e: np.minimum(NOISE_FACTOR * e, -NOISE_FLOOR), NOISE_FACTOR):
+        growth = max(1.0, (_mean(spread, recent) / max(_mean(spread, earlier), 1e-9)) ** 2) if _known(spread) else 1.0
+        too_noisy = _mean(noise, recent) > NOISE_FACTOR * growth * _mean(noise, earlier)
+        if too_noisy and not _rose(auroc, earlier, recent, EXCUSE_LEVEL):
+            reason = (
+                "the variance of token rewards inside correct traces rose from "
+                f"{_change(noise, earlier, recent, steps)}"
+                f"{_beside('AUROC within a prompt', auroc, earlier, recent)}"
+            )
+            return Failure("token_noise", int(steps[-1]), reason)
+    return None
+
+
+def _columns(history: Sequence[Row]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps, and one array a series, nan where it has no value."""
+    rows: dict[int, dict[str, float | None]] = {}
+    for row in history:
+        step = row.get("step")
+        if step is None:
+            continue
+        while rows and next(reversed(rows)) > step:
+            rows.popitem()
+        rows.setdefault(int(step), {}).update(row)
+    keys = (REWARD, CORRECT, WITHIN, PERTURBATION, DISTINCT, NOISE, SPREAD)
+    columns = {key: np.array([_finite(row.get(key)) for row in rows.values()], dtype=float) for key in keys}
+    return np.array(list(rows)), columns
+
+
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan
+
+
+def _fallen(
+    series: np.ndarray, window: int, bound: Callable[[np.ndarray], np.ndarray], factor: float = 1.0
+) -> Iterator[tuple[slice, slice]]:
+    """Rows of (earlier window, last window) of all pairs that show a fall, the deepest fall first.
+
+    A fall: the last mean is below `bound` of the earlier mean, and below `factor` times the earlier mean significantly.
+    """
+    places = np.flatnonzero(np.isfinite(series))
+    size = min(window, len(places) // 2)
+    if size < MIN_VALUES:
+        return
+    windows = sliding_window_view(series[places], size)
+    mean, variance = windows.mean(1), windows.var(1, ddof=1) / size
+    earlier = slice(0, len(windows) - size)  # those that share no value with the last
+    fall = factor * mean[earlier] - mean[-1]
+    r = autocorrelation(series[places])
+    error = np.sqrt((1 + r) / (1 - r) * (factor**2 * variance[earlier] + variance[-1]))
+    alarm = (mean[-1] < bound(mean[earlier])) & (fall > _quantile(ALARM_LEVEL, size) * error)
+    recent = slice(int(places[-size]), int(places[-1]) + 1)
+    for start in sorted(np.flatnonzero(alarm), key=lambda start: -fall[start]):
+        yield slice(int(places[start]), int(places[start + size - 1]) + 1), recent
+
+
+def autocorrelation(values: np.ndarray) -> float:
+    """Correlation r of neighbouring values, between 0 and `MAX_AUTOCORRELATION`, from their differences d alone.
+
+    1 + 2 sum_t d_t d_(t+1) / sum_t d_t^2. A first-order autoregression's differences have correlation -(1 - r) / 2. A
+    trend or one step changes them little, whereas it makes the values themselves look correlated.
+    """
+    d = np.diff(values)
+    power = float(d @ d)
+    if power == 0:
+        return 0.0
+    return min(max(1 + 2 * float(d[:-1] @ d[1:]) / power, 0.0), MAX_AUTOCORRELATION)
+
+
+def _quantile(level: float, count: int) -> float:
+    """The value that Student's t with count - 1 degrees of freedom exceeds with probability `level`."""
+    return -float(stdtrit(count - 1, level))
+
+
+def _rose(series: np.ndarray, earlier: slice, recent: slice, level: float) -> bool:
+    """Whether the mean of the recent rows is significantly above that of the earlier; not with under two values."""
+    old, new = (values[np.isfinite(values)] for values in (series[earlier], series[recent]))
+    count = min(len(old), len(new))
+    if count < 2:
+        return False
+    error = math.sqrt(old.var(ddof=1) / len(old) + new.var(ddof=1) / len(new))
+    return bool(new.mean() - old.mean() > _quantile(level, count) * error)
+
+
+def _excused(correct: np.ndarray, earlier: slice, recent: slice) -> bool:
+    """Whether answers are right more often than they were, or nearly always."""
+    return _mean(correct, recent) >= MASTERED or _rose(correct, earlier, recent, EXCUSE_LEVEL)
+
+
+def _known(series: np.ndarray) -> bool:
+    return bool(np.isfinite(series).any())
+
+
+def _mean(series: np.ndarray, rows: slice) -> float:
+    values = series[rows][np.isfinite(series[rows])]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def _change(series: np.ndarray, earlier: slice, recent: slice, steps: np.ndarray | None = None) -> str:
+    """The two means, and where they were taken: ``0.91 (steps 3 to 22) to 0.40 (steps 81 to 100)``."""
+    texts = []
+    for rows in (earlier, recent):
+        where = "" if steps is None else f" (steps {steps[rows][0]} to {steps[rows][-1]})"
+        texts.append(f"{_mean(series, rows):.3g}{where}")
+    return " to ".join(texts)
+
+
+def _beside(name: str, series: np.ndarray, earlier: slice, recent: slice) -> str:
+    """What did not rise meanwhile; nothing if it is not known."""
+    if math.isnan(_mean(series, earlier)) or math.isnan(_mean(series, recent)):
+        return ""
+    return f"; {name} went from {_change(series, earlier, recent)}"

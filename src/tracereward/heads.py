@@ -1,0 +1,47 @@
+"""Heads of the discriminator: how a backbone's output becomes one number f_t for each completion token.
+
+| head | f_t | logit | backbone |
+|---|---|---|---|
+| ``token`` | w . h_t, on the hidden state after y_t (arXiv 2510.01857) | f_t | token classifier |
+| ``action`` | a log p_phi(y_t) + b + w . h_t; a = 1, b = w = 0 at the start | f_t | language model |
+| ``airl`` | w . h_t | f_t - log pi(y_t) | token classifier |
+| ``implicit`` | log p_phi(y_t) | f_t - log pi(y_t) | language model |
+
+pi is the policy whose rollouts the discriminator sees. Where the logit is f - log pi, the reward that explains the
+experts is f itself (Fu et al. 2018): with pi moving, f can stay.
+"""
+
+import torch
+from torch import Tensor, nn
+
+HEADS = ("token", "action", "airl", "implicit")
+REWARD_FORMS = ("logit", "logit_plus_logprob", "f")
+
+
+def reads_log_probs(head: str) -> bool:
+    """Whether f comes from a language model's log-probs; otherwise from a token classifier."""
+    return head in ("action", "implicit")
+
+
+def subtracts_policy(head: str) -> bool:
+    """Whether the discriminator's logit is f - log pi; otherwise it is f."""
+    return head in ("airl", "implicit")
+
+
+def default_reward_form(head: str) -> str:
+    """``f`` where the logit is f - log pi, else ``logit``."""
+    return "f" if subtracts_policy(head) else "logit"
+
+
+class ActionHead(nn.Module):
+    """a, b and w of the ``action`` head; starts as the backbone's own log-prob."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.a = nn.Parameter(torch.ones(()))
+        self.b = nn.Parameter(torch.zeros(()))
+        self.w = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, log_probs: Tensor, hidden: Tensor) -> Tensor:
+        """(B, T) log-probs and (B, T, H) hidden states after each token -> (B, T) values f_t."""
+        return self.a * log_probs + self.b + hidden.float() @ self.w

@@ -1,0 +1,170 @@
+"""A probe for leaks: can experts be told from rollouts by looks alone, without reading the reasoning?
+
+What the probe finds, a discriminator finds too, and sooner than it finds errors: a line end that only the experts have
+is then what the policy is rewarded for.
+"""
+
+import math
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from tracereward.metrics import auroc
+
+# Experts are better than the policy and so a little longer or tidier: 0.6 is common and harmless. Above 0.7, seven of
+# ten pairs are ordered without a look at the reasoning, and a good part of the loss is earned that way.
+LEAK_BOUND = 0.7
+FOLDS = 5  # each model sees 80 % of the prompts
+# Of either class. With fewer, the standard error of the AUROC is above 0.11 and the bound lies within two of them.
+MIN_TRACES = 10
+# Features are named whose standardised coefficient is above this share of the largest; the rest are bystanders.
+NAMED_SHARE = 0.25
+MAX_NAMED = 3  # a sentence, not a table
+SEED = 0  # of the folds: the same traces give the same figure
+
+LABELS = {
+    "characters": "length in characters",
+    "words": "number of words",
+    "lines": "number of lines",
+    "digits": "number of digits",
+    "punctuation": "number of punctuation marks",
+    "capitals": "number of capital letters",
+    "non_ascii": "number of non-ASCII characters",
+    "calculator_marks": "number of calculator marks",
+    "white_space_share": "share of white space",
+    "double_spaces": "number of double spaces",
+    "leading_white_space": "leading white space",
+    "trailing_white_space": "trailing white space",
+    "ends_with_punctuation": "share with punctuation at the end",
+    "finished": "share with an end-of-sequence token",
+}
+
+
+@dataclass(frozen=True)
+class TraceText:
+    """A trace as the probe sees it: its prompt (any name), its text and whether it has an end-of-sequence token."""
+
+    prompt: str
+    text: str
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A feature that separates: its standardised coefficient (expert is high) and its AUROC on its own."""
+
+    name: str
+    coefficient: float
+    auroc: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the probe found.
+
+    Attributes:
+        auroc: of held-out scores; nan if there were too few traces. Chance is 0.5; a little under it is noise too.
+        features: those most responsible, the largest coefficient first.
+        n: number of traces.
+    """
+
+    auroc: float
+    features: tuple[Feature, ...]
+    n: int
+
+
+def surface_features(text: str, finished: bool) -> dict[str, float]:
+    """Looks of one completion, as numbers; the keys are those of `LABELS`.
+
+    Leading and trailing white space are counted in characters and left out of all other features, so that each leak
+    has a feature of its own. `double_spaces` counts runs of two or more spaces, `calculator_marks` counts ``<<``.
+    """
+    body = text.strip()
+    return {
+        "characters": len(body),
+        "words": len(body.split()),
+        "lines": len(body.splitlines()),
+        "digits": sum(character.isdigit() for character in body),
+        "punctuation": sum(character in string.punctuation for character in body),
+        "capitals": sum(character.isupper() for character in body),
+        "non_ascii": sum(not character.isascii() for character in body),
+        "calculator_marks": body.count("<<"),
+        "white_space_share": sum(character.isspace() for character in body) / max(1, len(body)),
+        "double_spaces": len(re.findall("  +", body)),
+        "leading_white_space": len(text) - len(text.lstrip()) if body else 0,
+        "trailing_white_space": len(text) - len(text.rstrip()),
+        "ends_with_punctuation": float(body[-1:] in tuple(string.punctuation)),
+        "finished": float(finished),
+    }
+
+
+def prompt_folds(is_expert: Sequence[bool], prompts: Sequence[str], folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(training rows, held-out rows) of each fold; all traces of a prompt are in one fold, and classes are balanced.
+
+    An expert and the rollouts of its prompt speak of the same things. Were they in different folds, the probe could
+    know a prompt by its length.
+    """
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=SEED)
+    return list(splitter.split(np.zeros(len(prompts)), np.asarray(is_expert, dtype=int), np.asarray(prompts)))
+
+
+def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText]) -> Probe:
+    """Logistic regression on `surface_features`, scored by the AUROC of its held-out scores.
+
+    Features are standardised, the classes weighted equally, and the folds are those of `prompt_folds`. The features
+    that are named, and their coefficients, come from a fit on all traces.
+
+    Args:
+        experts: expert traces, usually one a prompt.
+        rollouts: the policy's, usually several a prompt, of the same prompts.
+
+    Returns:
+        `Probe(nan, (), n)` with fewer than `MIN_TRACES` of either, or if either has a single prompt.
+    """
+    traces = [*experts, *rollouts]
+    is_expert = [True] * len(experts) + [False] * len(rollouts)
+    prompts = [trace.prompt for trace in traces]
+    folds = min(FOLDS, len({trace.prompt for trace in experts}), len({trace.prompt for trace in rollouts}))
+    if min(len(experts), len(rollouts)) < MIN_TRACES or folds < 2:
+        return Probe(math.nan, (), len(traces))
+    x = np.array([list(surface_features(trace.text, trace.finished).values()) for trace in traces], dtype=float)
+    y = np.array(is_expert)
+    scores = np.zeros(len(traces))
+    for train, held_out in prompt_folds(is_expert, prompts, folds):
+        if len(set(y[train])) < 2:  # the prompts of one class can all be in the fold that is held out
+            return Probe(math.nan, (), len(traces))
+        scores[held_out] = _model().fit(x[train], y[train]).decision_function(x[held_out])
+    coefficients = _model().fit(x, y).named_steps["logisticregression"].coef_[0]
+    return Probe(auroc(scores.tolist(), is_expert), _responsible(x, is_expert, coefficients), len(traces))
+
+
+def leak_warning(probe: Probe) -> str | None:
+    """One sentence if the probe is above `LEAK_BOUND`, with the features that give the experts away; else None."""
+    if not probe.auroc > LEAK_BOUND:  # nan is not
+        return None
+    named = "; ".join(
+        f"{LABELS[feature.name]} {'higher' if feature.coefficient > 0 else 'lower'}, AUROC {feature.auroc:.2f} alone"
+        for feature in probe.features
+    )
+    return f"surface features alone tell experts from rollouts with AUROC {probe.auroc:.2f} (in experts: {named})"
+
+
+def _model():
+    return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
+
+
+def _responsible(x: np.ndarray, is_expert: Sequence[bool], coefficients: np.ndarray) -> tuple[Feature, ...]:
+    size = np.abs(coefficients)
+    order = [index for index in np.argsort(-size, kind="stable") if size[index] > NAMED_SHARE * size.max()]
+    names = list(LABELS)
+    return tuple(
+        Feature(names[index], float(coefficients[index]), auroc(x[:, index].tolist(), is_expert))
+        for index in order[:MAX_NAMED]
+    )
