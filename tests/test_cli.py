@@ -205,9 +205,7 @@ def test_bad_models(command, bench, tmp_path, tokenizer):
     other = Tokenizer(models.WordLevel({**tokenizer.get_vocab(), "new": len(tokenizer)}, unk_token="<unk>"))
     other.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<eos>").save_pretrained(foreign)
-    refused(
-        command("train", *words(bench, run, discriminator_model=foreign)), "different tokenizers", bench.bare, foreign
-    )
+    refused(command("train", *words(bench, run, warmup_model=foreign)), "different tokenizers", bench.bare, foreign)
     taken = tmp_path / "taken"
     taken.write_text("a file")
     refused(command("train", *words(bench, taken)), taken, "not a folder")

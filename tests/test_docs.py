@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -150,6 +151,14 @@ def test_command_lines_parse(page, words, monkeypatch, tmp_path):
         command.make_context(kind, words[1:])
 
 
+def test_functions_of_the_method_exist():
+    """The table of docs/method.md names each part's function: the names are real."""
+    rows = re.findall(r"`(tracereward\.[\w.]+)` \|$", (DOCS / "method.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) > 25
+    for name in rows:
+        assert pydoc.locate(name) is not None, name
+
+
 def test_every_command_is_shown():
     assert {words[0] for _, words in LINES if not words[0].startswith("-")} >= {
         "sft",
@@ -158,6 +167,7 @@ def test_every_command_is_shown():
         "sample",
         "score",
         "rerank",
+        "export",
         "quickstart",
     }
 

@@ -215,6 +215,12 @@ def test_a_reward_of_larger_scale_may_be_noisier_in_proportion(spread, alarm):
     assert (token_noise(rows) is not None) == alarm
 
 
+@pytest.mark.parametrize(("after", "alarm"), [(1.9, False), (2.1, True)])
+def test_a_reward_of_smaller_scale_is_no_noisier_for_it(after, alarm):
+    rows = two_levels(BASE | {NOISE: 0.5, SPREAD: 0.5}, BASE | {NOISE: after, SPREAD: 0.3})
+    assert (token_noise(rows) is not None) == alarm
+
+
 def test_noise_without_answers_needs_no_auroc():
     assert token_noise(two_levels({NOISE: 0.5}, {NOISE: 3.0})) is not None
     assert token_noise(two_levels({NOISE: 3.0}, {NOISE: 0.5})) is None
@@ -253,6 +259,16 @@ def test_what_rises_beside_the_alarm_is_tested_at_its_own_level(key, level):
         for index, row in enumerate(rows):
             row[key] = 0.5 + noise[index] + (needed + margin) * (index >= 20)
         assert (mode_collapse(rows) is not None) == (rose if key == REWARD else not rose)
+
+
+@pytest.mark.parametrize(("values", "alarm"), [(1, True), (2, False)])
+@pytest.mark.filterwarnings("error")
+def test_two_values_in_a_window_are_enough_for_an_excuse_and_one_is_not(values, alarm):
+    rows = two_levels(BASE, BASE | {WITHIN: 0.5, CORRECT: 0.7})
+    for index, row in enumerate(rows):
+        if index % 20 >= values:
+            del row[CORRECT]
+    assert (decoupling(rows) is not None) == alarm
 
 
 @pytest.mark.parametrize("n", [8, 10, 20])

@@ -363,6 +363,26 @@ def test_one_trace_that_differs_from_levelled_others_has_a_bounded_advantage():
     np.testing.assert_allclose(advantages, [[-1 / unit, -1 / unit], [0, 2 / unit]], rtol=1e-6)
 
 
+def test_others_whose_rewards_are_zero_are_still_a_baseline():
+    mean, _ = moments_to_statistics(
+        group_moments(torch.tensor([[0.0], [4.0]]), torch.ones(2, 1)), 2, leave_one_out=True
+    )
+    assert mean.tolist() == [4.0, 0.0]
+
+
+def test_equal_rewards_have_no_deviation_whatever_their_rounding():
+    """The difference of the sums can come out as -1e-17, whose root would be nan."""
+    differences = []
+    for count in range(1, 60):
+        moments = group_moments(torch.full((2, count), 0.1), torch.ones(2, count))
+        number, total, squares = moments.sum(0).tolist()
+        differences.append(squares / number - (total / number) ** 2)
+        for std in (moments_to_statistics(moments, 2)[1], batch_statistics(moments)[1]):
+            assert float(std.max()) < 1e-7
+            assert float(std.min()) >= 0
+    assert min(differences) < 0
+
+
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_statistics_over_no_tokens_are_zero(leave_one_out):
     """The first group has none at all; in the second only one trace has, and it is its own baseline."""

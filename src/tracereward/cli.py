@@ -136,11 +136,18 @@ def score(
         str, typer.Argument(help="JSONL or Parquet rows: prompt and completion, or prompt and candidates.")
     ],
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
+    ] = None,
 ) -> None:
     """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
     from tqdm.auto import tqdm
 
-    from tracereward.pool import best_device, candidate_rows, rows_to, score_rows, write_row
+    from tracereward.models import check_model
+    from tracereward.pool import best_device, candidate_rows, load_beside, rows_to, score_rows, write_row
     from tracereward.reward_model import TokenRewardModel
     from tracereward.reward_settings import check_reward_model
 
@@ -148,9 +155,13 @@ def score(
     count = sum(1 for _ in candidate_rows(data))  # all rows are checked before the model is loaded
     if count == 0:
         raise InputError(f"{data}: no rows")
+    for other in (reference, policy):
+        if other is not None:
+            check_model(other)
     reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
+    others = [load_beside(reward_model, other) for other in (reference, policy)]
     with rows_to(output) as file:
-        for row in tqdm(score_rows(reward_model, candidate_rows(data)), desc="scored", total=count, unit=""):
+        for row in tqdm(score_rows(reward_model, candidate_rows(data), *others), desc="scored", total=count, unit=""):
             write_row(file, row)
 
 
@@ -198,6 +209,48 @@ def rerank(
         from tracereward.tables import print_ranking
 
         print_ranking(table)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the reward model, of any head.")],
+    data: Annotated[str, typer.Option(help="JSONL or Parquet rows to fit on, as `tracereward sample` writes them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new reward model.")],
+    head: Annotated[str, typer.Option(help="token: a plain token-classification checkpoint.")] = "token",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
+    token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens of one step.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+) -> None:
+    """Distil a reward model into a token-classification checkpoint, and say how well that fits."""
+    import dataclasses
+    import json
+    import math
+
+    from tracereward.distill import distill, examples_of
+    from tracereward.errors import check_choice
+    from tracereward.models import local_folder
+    from tracereward.pool import best_device, candidate_rows
+    from tracereward.reward_model import TokenRewardModel
+    from tracereward.reward_settings import check_reward_model
+
+    check_choice("head", head, ["token"])
+    check_reward_model(model)
+    if output.exists():
+        raise InputError(f"{output} exists already: choose another --output")
+    rows = list(candidate_rows(data))
+    teacher = TokenRewardModel.from_pretrained(model).to(best_device())
+    examples = examples_of(rows, teacher)
+    student, fit = distill(teacher, local_folder(model), examples, epochs, learning_rate, token_budget, seed)
+    numbers = {k: None if math.isnan(value) else value for k, value in dataclasses.asdict(fit).items()}
+    note = (
+        f"\nDistilled from a reward model with head `{teacher.settings.head}` on {fit.traces} traces: R2 {fit.r2:.3f} "
+        f"on {fit.held_out} traces of held-out prompts; within-prompt AUROC {fit.auroc_before:.3f} before, "
+        f"{fit.auroc_after:.3f} after.\n"
+    )
+    student.save_pretrained(output, note)
+    _say(note.strip())
+    print(json.dumps({"output": str(output), **numbers}))
 
 
 @app.command()

@@ -130,12 +130,16 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
 def encode_completion(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Token ids of a completion without special tokens, and one end-of-sequence token, as a finished rollout has it.
 
+    A completion that spells a special token out (``<|im_end|>``) is read as the text that it is: a policy must not be
+    able to hide something from the reward model by writing it.
+
     Raises:
         InputError: the tokenizer has no end-of-sequence token.
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-sequence token")
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]  # type: ignore[misc]
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]  # type: ignore[misc, list-item]
 
 
 def check_lengths(

@@ -25,8 +25,8 @@ from scipy.special import stdtrit
 
 WINDOW = 20  # averages the noise of a batch to a quarter, and two fit in the shortest runs, of 50 steps
 MIN_VALUES = 8  # in a window; with fewer, Student's t asks for changes that no run survives
-# Rules are asked at each step of a run, against all earlier windows. At this level none of the simulated healthy runs
-# of docs/method.md has more than 2 % of false alarms.
+# Rules are asked at each step, against all earlier windows. At this level, under 2 % of simulated healthy runs of 300
+# steps give a false alarm, whether their noise is white or has autocorrelation 0.5.
 ALARM_LEVEL = 1e-5
 MAX_AUTOCORRELATION = 0.9  # a standard error is at most 4.4 times that of independent values
 # For what must have risen beside the change that gives the alarm: an ordinary test is enough.
@@ -142,19 +142,20 @@ def token_noise(history: Sequence[Row], window: int = WINDOW) -> Failure | None:
 
     An earlier window e and the last one, r, with
 
-        noise_r > 4 g noise_e and > 0.01, and noise_r - 4 noise_e above 0 significantly (`ALARM_LEVEL`),
+        noise_r > max(4 noise_e, 0.01), and above 4 noise_e significantly (`ALARM_LEVEL`),
+        noise_r / std_r^2 > 4 noise_e / std_e^2, std that of the trace rewards, where it is logged,
         auroc_r (within the prompt) not above auroc_e significantly (`EXCUSE_LEVEL`).
 
-    g = max(1, (std_r / std_e)^2), std that of the trace rewards, 1 if it is not logged: a reward whose scale has
-    doubled has four times the variance everywhere, and no more noise than before.
+    The second line is there because a reward whose scale has doubled has four times the variance everywhere, and no
+    more noise than before. The first is, because std falls as the rollouts of a good policy become alike.
     """
     steps, columns = _columns(history)
     noise, auroc, spread = columns[NOISE], columns[WITHIN], columns[SPREAD]
     # A fall of the negative is a rise.
     for earlier, recent in _fallen(-noise, window, lambda e: np.minimum(NOISE_FACTOR * e, -NOISE_FLOOR), NOISE_FACTOR):
-        growth = max(1.0, (_mean(spread, recent) / max(_mean(spread, earlier), 1e-9)) ** 2) if _known(spread) else 1.0
-        too_noisy = _mean(noise, recent) > NOISE_FACTOR * growth * _mean(noise, earlier)
-        if too_noisy and not _rose(auroc, earlier, recent, EXCUSE_LEVEL):
+        old, new = _mean(noise, earlier), _mean(noise, recent)  # below, a comparison with nan, not logged, is false
+        in_scale = new * _mean(spread, earlier) ** 2 <= NOISE_FACTOR * old * _mean(spread, recent) ** 2
+        if not in_scale and not _rose(auroc, earlier, recent, EXCUSE_LEVEL):
             reason = (
                 "the variance of token rewards inside correct traces rose from "
                 f"{_change(noise, earlier, recent, steps)}"

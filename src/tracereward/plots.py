@@ -41,20 +41,26 @@ PANELS = (
     Panel("Reward of the policy’s traces", (Series("reward"),)),
     Panel("Correct answers", (Series("rewards/correct/mean"),), bounds=(0, 1)),
     Panel("AUROC within a prompt", (Series("monitor/within_prompt_auroc"),), reference=0.5, bounds=(0, 1)),
+    Panel("Expert above its perturbed copy", (Series("monitor/perturbation_auroc"),), reference=0.5, bounds=(0, 1)),
     Panel("Correlation of reward and correctness", (Series("monitor/point_biserial_r"),), reference=0.0),
+    Panel("Correlation of reward and length", (Series("monitor/length_reward_r"),), reference=0.0),
     Panel("Discriminator loss", (Series("discriminator/loss"),)),
     Panel(
         "Discriminator accuracy",
         (
             Series("discriminator/accuracy_expert", "expert", "positive"),
             Series("discriminator/accuracy_policy", "policy", "negative"),
+            Series("discriminator/held_out_accuracy", "held-out pairs"),
         ),
         reference=0.5,
         bounds=(0, 1),
     ),
-    Panel("KL to the reference policy", (Series("kl"),)),
+    Panel("KL to the reference policy", (Series("kl"), Series("monitor/kl"))),
     Panel("Entropy of the policy", (Series("entropy"),)),
     Panel("Length of completions, tokens", (Series("completions/mean_length"),)),
+    Panel("Distinct completions of a prompt", (Series("monitor/distinct_share"),), bounds=(0, 1)),
+    Panel("Repetition (4-grams)", (Series("monitor/repetition"),)),
+    Panel("Reward variance inside right traces", (Series("monitor/token_noise"),)),
 )
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tracereward.demonstrations import load_demonstrations, render
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import DISK_FULL, read_jsonl
-from tracereward.models import check_model, load_tokenizer
+from tracereward.models import check_model, load_tokenizer, same_tokenizer
 from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
@@ -147,10 +147,16 @@ def candidate_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, row
 
 
-def score_rows(model: TokenRewardModel, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+def score_rows(
+    model: TokenRewardModel,
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    reference: PreTrainedModel | None = None,
+    policy: PreTrainedModel | None = None,
+) -> Iterator[dict[str, Any]]:
     """The same rows in the same order, with a trace's scores in `scores` (a list of them under `candidates`).
 
-    Each has `reward` (the aggregate), `step_rewards`, `tokens`, `offsets` and `token_rewards`.
+    Each has `reward` (the aggregate), `step_rewards`, `tokens`, `offsets` and `token_rewards`. `reference` and `policy`
+    are `TokenRewardModel.score`'s.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK)):
@@ -165,12 +171,25 @@ def score_rows(model: TokenRewardModel, rows: Iterable[tuple[str, dict[str, Any]
             prompts += [rendered] * len(traces)
             completions += traces
             finished += [bool(row.get("finished", True))] * len(traces)
-        scores = iter(model.score(prompts, completions, finished))
+        scores = iter(model.score(prompts, completions, finished, reference=reference, policy=policy))
         for _, row in chunk:
             if "candidates" in row:
                 yield {**row, "scores": [as_row(next(scores), model) for _ in row["candidates"]]}
             else:
                 yield {**row, **as_row(next(scores), model)}
+
+
+def load_beside(model: TokenRewardModel, name: str | None) -> PreTrainedModel | None:
+    """A causal LM whose log-probs enter a reward model's rewards; None for no name.
+
+    Raises:
+        InputError: it has another tokenizer.
+    """
+    if name is None:
+        return None
+    if not same_tokenizer(model.tokenizer, load_tokenizer(name)):
+        raise InputError(f"{name} has another tokenizer than the reward model: its log-probs are of other tokens")
+    return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(model.device).eval()  # pyright: ignore[reportArgumentType]
 
 
 def as_row(scores: TokenScores, model: TokenRewardModel) -> dict[str, Any]:

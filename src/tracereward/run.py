@@ -281,7 +281,7 @@ def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, templat
 def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
     """Say which failure ended a run, why, and what was restored: on the screen and in ``metrics.jsonl``."""
     what = restored or "the starting policy and the discriminator of the warm-up"
-    note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason} Restored: {what}.")
+    note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason}. Restored: {what}.")
     if is_main_process():
         row = {"phase": "failure", "step": failure.step, "failure": failure.name}
         run.metrics.append({**row, "reason": failure.reason, "restored": what})
@@ -318,7 +318,7 @@ def report_rewards(
     right = [t.scores.aggregate(how) for t in traces if t.correct]
     wrong = [t.scores.aggregate(how) for t in traces if t.correct is False]
     failure = trainer.watch.stopped
-    ended = "" if failure is None else f" Stopped at step {failure.step} by the rule {failure.name}: {failure.reason}"
+    ended = "" if failure is None else f" Stopped at step {failure.step} by the rule {failure.name}: {failure.reason}."
     gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
     run.report(
         f"Adversarial training on {len(rows)} demonstrations of {task.name}.{ended}{gold_answers} Rewards and "

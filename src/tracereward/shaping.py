@@ -234,16 +234,16 @@ def group_advantages(
     advantages = own - members.nanmean(1, keepdim=True)
     if leave_one_out:  # R_i - mean of the n - 1 others = n / (n - 1) * (R_i - mean of all n)
         count = (~members.isnan()).sum(1, keepdim=True, dtype=members.dtype)
-        advantages = advantages * (count / (count - 1).clamp(min=1))
+        advantages = advantages * (count / (count - 1))
     if scale == "group":
         advantages = advantages / (_sample_std(members) + EPSILON)
     elif scale == "batch":
         advantages = advantages / (_sample_std(members.reshape(1, -1)) + EPSILON)
-    return advantages.nan_to_num(nan=0.0).flatten()
+    return advantages.nan_to_num(nan=0.0).flatten()  # nan: no member, or the only one (0 * 1/0 above)
 
 
 def _sample_std(members: Tensor) -> Tensor:
-    """Standard deviation with Bessel's correction of each row's values that are not nan, (P, N) -> (P, 1)."""
+    """Standard deviation (n - 1) of each row's values that are not nan, (P, N) -> (P, 1); nan of one value."""
     count = (~members.isnan()).sum(1, keepdim=True, dtype=members.dtype)
     variance = (members - members.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True)
-    return (variance * (count / (count - 1).clamp(min=1))).sqrt()
+    return (variance * (count / (count - 1))).sqrt()

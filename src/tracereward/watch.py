@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
-from tracereward.failures import CORRECT, CORRECT_FALL, PERTURBATION, Failure, detect
+from tracereward.failures import CORRECT, PERTURBATION, Failure, detect
 
 FIRST_ROWS = 3  # of a run: the policy has hardly moved
+CLEARLY_WORSE = 0.05  # than the start; a batch of rollouts is no better measure
 
 
 class FailureWatch(TrainerCallback):
@@ -68,4 +69,4 @@ def score_of(rows: Sequence[Mapping[str, Any]]) -> float:
 def better_than_start(score: float | None, history: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a checkpoint is worth restoring: its score is not clearly under that of the run's first steps."""
     start = score_of(history[:FIRST_ROWS])
-    return score is not None and not score < start - CORRECT_FALL
+    return score is not None and not score < start - CLEARLY_WORSE
