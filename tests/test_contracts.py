@@ -307,6 +307,25 @@ def test_token_advantages_are_numpys(token_run):
             np.testing.assert_allclose(advantages[row], expected, atol=2e-3)
 
 
+@pytest.mark.parametrize("whiten", [False, True])
+def test_the_experts_trace_counts_in_its_group(make, whiten):
+    """Baseline of the other rollouts and the demonstration's own trace, all on one scale, in numpy."""
+    trainer = make(expert_in_group=True, leave_one_out=True, whiten_rewards=whiten, scale_rewards="none", max_steps=1)
+    trainer.train()
+    inputs, batch, rewards = trainer.batches[0]
+    own = np.concatenate(rewards)
+    shift, scale = (own.mean(), own.std() + EPSILON) if whiten else (0.0, 1.0)
+    model, experts = trainer.discriminator.model, trainer.discriminator.experts
+    for start in range(0, BATCH, GROUP):
+        expert = experts[inputs[start]["demonstration"]]
+        (of_expert,) = model.token_rewards([expert.prompt], [expert.completion])
+        traces = [(values.mean() - shift) / scale for values in rewards[start : start + GROUP]]
+        members = [*traces, (float(of_expert.mean()) - shift) / scale]
+        for k, trace in enumerate(traces):
+            others = [value for j, value in enumerate(members) if j != k]
+            assert float(batch["advantages"][start + k]) == pytest.approx(trace - np.mean(others), abs=2e-3)
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_the_loss_takes_an_advantage_for_each_token(token_run, loss_type, monkeypatch):
     """On-policy the ratio is 1: the loss is minus the mean advantage, and its gradient that of -A_t log pi(y_t)."""

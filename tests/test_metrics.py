@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tracereward.metrics import auroc, bootstrap_interval, point_biserial, wilson_interval, within_prompt_auroc
-from tracereward.monitor import reward_monitor
 
 SCORED = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=25)
 
@@ -146,19 +145,3 @@ def test_bootstrap_is_the_percentiles_of_2000_resampled_means():
 def test_bootstrap_of_equal_values_is_a_point():
     assert bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
     assert bootstrap_interval([1.0]) == (1.0, 1.0)
-
-
-def test_monitor_by_hand():
-    """Two prompts; one rollout's correctness is unknown and counts for length only."""
-    rows = [("a", 3, 2.0, 1.0), ("a", 5, 1.0, 0.0), ("b", 4, 0.0, 0.0), ("b", 6, -1.0, 1.0), ("c", 9, 5.0, math.nan)]
-    monitor = reward_monitor(rows)
-    assert monitor["within_prompt_auroc"] == 0.5
-    assert monitor["auroc"] == auroc_by_pairs([2, 1, 0, -1], [True, False, False, True]) == 0.5
-    assert monitor["point_biserial_r"] == pytest.approx(stats.pearsonr([2, 1, 0, -1], [1, 0, 0, 1]).statistic, abs=1e-9)
-    assert monitor["length_reward_r"] == pytest.approx(stats.pearsonr([3, 5, 4, 6, 9], [2, 1, 0, -1, 5]).statistic)
-
-
-def test_monitor_without_answers_says_nothing_about_correctness():
-    monitor = reward_monitor([("a", 3, 2.0, math.nan), ("a", 3, 1.0, math.nan)])
-    assert set(monitor) == {"length_reward_r"}
-    assert math.isnan(monitor["length_reward_r"])

@@ -179,7 +179,7 @@ def test_equal_traces_have_no_feature_to_name():
 
 
 def test_a_warning_is_above_the_bound_only():
-    features = (Feature("digits", -2.0, 0.25), Feature("words", 1.0, 0.6))
+    features = (Feature("digits", -0.5, 0.25), Feature("words", 1.0, 0.6))
     assert LEAK_BOUND == 0.7
     assert leak_warning(Probe(0.7, features, 50)) is None
     assert leak_warning(Probe(0.2, features, 50)) is None
@@ -187,3 +187,24 @@ def test_a_warning_is_above_the_bound_only():
         "surface features alone tell experts from rollouts with AUROC 0.70 "
         "(in experts: number of digits lower, AUROC 0.25 alone; number of words higher, AUROC 0.60 alone)"
     )
+
+
+def test_features_above_a_quarter_of_the_largest_coefficient_are_named_three_at_most(monkeypatch):
+    experts, rollouts = worlds(20)
+    names = list(LABELS)
+
+    def named(*coefficients: float) -> list[str]:
+        padded = np.array([*coefficients, *[0.0] * (len(names) - len(coefficients))])
+        fitted = type("Fitted", (), {"coef_": padded[None]})
+        model = surface._model()
+        monkeypatch.setattr(type(model), "named_steps", {"logisticregression": fitted})
+        return [feature.name for feature in surface_probe(experts, rollouts).features]
+
+    assert named(1.0, -4.0, 1.01) == [names[1], names[2]]
+    assert named(0.9, 4.0, -0.99) == [names[1]]
+    assert named(1.0, -2.0, 3.0, 4.0) == [names[3], names[2], names[1]]
+
+
+def test_the_settings_are_those_of_the_documentation():
+    assert (LEAK_BOUND, MIN_TRACES) == (0.7, 10)
+    assert (surface.FOLDS, surface.NAMED_SHARE, surface.MAX_NAMED, surface.SEED) == (5, 0.25, 3, 0)

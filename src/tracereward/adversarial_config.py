@@ -188,7 +188,7 @@ class MonitorOptions:
         metadata={"help": "Share of the demonstrations that the discriminator is judged on and never learns from."},
     )
     monitor_every: int = field(
-        default=5, metadata={"help": "Batches of rollouts between two perturbation AUROCs and KL estimates."}
+        default=2, metadata={"help": "Batches of rollouts between two perturbation AUROCs and KL estimates."}
     )
     on_failure: str = field(
         default="stop",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.batching import Batch, hide_tokens, token_budget_batches
@@ -263,7 +264,10 @@ class Discriminator:
         """Gradients of `weight` times the sum of `terms`; returns their value."""
         total = torch.zeros((), device=self.model.device)
         for term in terms:
-            (weight * term).backward()
+            with sdpa_kernel(
+                SDPBackend.MATH
+            ):  # under gradient checkpointing the penalty's forward pass runs again here
+                (weight * term).backward()
             total += weight * term.detach()
         return total
 

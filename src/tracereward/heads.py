@@ -1,11 +1,9 @@
 """Heads of the discriminator: how a backbone's output becomes one number f_t for each completion token.
 
-| head | f_t | logit | backbone |
-|---|---|---|---|
-| ``token`` | w . h_t, on the hidden state after y_t (arXiv 2510.01857) | f_t | token classifier |
-| ``action`` | a log p_phi(y_t) + b + w . h_t; a = 1, b = w = 0 at the start | f_t | language model |
-| ``airl`` | w . h_t | f_t - log pi(y_t) | token classifier |
-| ``implicit`` | log p_phi(y_t) | f_t - log pi(y_t) | language model |
+- ``token``: f_t = w . h_t on the hidden state after y_t; the logit is f_t (arXiv 2510.01857). A token classifier.
+- ``action``: f_t = a log p_phi(y_t) + b + w . h_t, at the start a = 1, b = w = 0; the logit is f_t. A language model.
+- ``airl``: f_t = w . h_t; the logit is f_t - log pi(y_t). A token classifier.
+- ``implicit``: f_t = log p_phi(y_t); the logit is f_t - log pi(y_t). A language model.
 
 pi is the policy whose rollouts the discriminator sees. Where the logit is f - log pi, the reward that explains the
 experts is f itself (Fu et al. 2018): with pi moving, f can stay.

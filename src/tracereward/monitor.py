@@ -130,27 +130,5 @@ def perturbation_auroc(expert_rewards: Sequence[float], perturbed_rewards: Seque
     return _mean([1.0 if expert > perturbed else 0.5 if expert == perturbed else 0.0 for expert, perturbed in pairs])
 
 
-def reward_monitor(rollouts: Sequence[tuple[str, int, float, float]]) -> dict[str, float]:
-    """Agreement of trace rewards with correctness and with length.
-
-    Args:
-        rollouts: (prompt, completion tokens, trace reward, 1 or 0 for correct, nan for unknown) of one batch.
-
-    Returns:
-        `within_prompt_auroc`, `auroc`, `point_biserial_r` (if answers are known) and `length_reward_r`; nan where
-        undefined, e.g. when all traces are right.
-    """
-    prompts, lengths, rewards, correct = zip(*rollouts, strict=True)
-    monitor = {"length_reward_r": pearson(rewards, lengths)}
-    known = [index for index, value in enumerate(correct) if not math.isnan(value)]
-    if known:
-        scores = [rewards[index] for index in known]
-        labels = [bool(correct[index]) for index in known]
-        monitor["auroc"] = auroc(scores, labels)
-        monitor["within_prompt_auroc"] = within_prompt_auroc(scores, labels, [prompts[index] for index in known])
-        monitor["point_biserial_r"] = point_biserial(scores, labels)
-    return monitor
-
-
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else math.nan

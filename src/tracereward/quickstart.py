@@ -102,8 +102,9 @@ WORLDS = {
             "weight_decay": 0.01,
         },
         grpo=GRPO,
-        # SFT memorises so few experts: its rollouts on their prompts equal the demonstrations and teach nothing.
-        adversarial={**ADVERSARIAL, "discriminator_model": "base", "warmup_model": "base"},
+        # So few experts leave none to hold out: with five of them held out, the policy gained nothing over SFT.
+        # SFT memorises them: its rollouts on their prompts equal the demonstrations and teach nothing.
+        adversarial={**ADVERSARIAL, "held_out_fraction": 0.0, "discriminator_model": "base", "warmup_model": "base"},
     ),
     "style": World(
         experts=1500,

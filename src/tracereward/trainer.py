@@ -140,6 +140,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         self.discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
         self.perturbed_pairs = perturbed_pairs(experts, held_out, self.discriminator.perturbed, args.seed)
         self._rewards: list[Tensor] = []
+        self._whitening: tuple[Tensor, Tensor] | None = None
         self._trace_rewards: list[float] = []
         self._demonstrations: list[int] = []
         self._correct: list[float] = []
@@ -158,7 +159,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
     def say(self, text: str) -> None:
         """A line for the person who watches, above any progress bar."""
         if self.is_world_process_zero():
-            tqdm.write(f"tracereward: {text}", file=sys.stderr)
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     # Reward functions, called by TRL with the local rows of a batch of rollouts.
 
@@ -189,7 +190,8 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         reward_ids = [self.bridge.completion(ids) for ids in completion_ids]
         rewards = self.token_rewards([self.bridge.prompt(prompt) for prompt in prompts], reward_ids)
         if self.config.whiten_rewards:
-            rewards = self._whitened(rewards)
+            self._whitening = self._statistics(rewards)
+            rewards = [whiten(values, *self._whitening) for values in rewards]
         self._trace_rewards = [self._aggregate(values) for values in rewards]
         triples = zip(completion_ids, reward_ids, rewards, strict=True)
         self._rewards = [self.bridge.rewards(ids, translated, values) for ids, translated, values in triples]
@@ -237,11 +239,10 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
     def _aggregate(self, rewards: Tensor) -> float:
         return float(aggregate(rewards[None], torch.ones(1, len(rewards)), self.config.reward_aggregate))
 
-    def _whitened(self, rewards: list[Tensor]) -> list[Tensor]:
-        """Token rewards of mean 0 and variance 1 over all processes' rollouts."""
+    def _statistics(self, rewards: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the token rewards of all processes' rollouts."""
         moments = torch.cat([group_moments(values[None], torch.ones(1, len(values))) for values in rewards])
-        mean, std = batch_statistics(self._gather(moments).cpu())
-        return [whiten(values, mean, std) for values in rewards]
+        return batch_statistics(self._gather(moments).cpu())
 
     def _gather(self, values: Tensor) -> Tensor:
         gathered = self.accelerator.gather(values.to(self.accelerator.device))
@@ -369,6 +370,8 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         known = sorted({index for index in self._demonstrations if index != NO_DEMONSTRATION})
         experts = [self.discriminator.experts[index] for index in known]
         rewards = self.token_rewards([e.prompt for e in experts], [e.completion for e in experts])
+        if self._whitening is not None:  # on the scale of the rollouts that they stand beside
+            rewards = [whiten(values, *self._whitening) for values in rewards]
         of_index = dict(zip(known, rewards, strict=True))
         return [of_index.get(index) for index in self._demonstrations]
 
