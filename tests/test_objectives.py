@@ -378,3 +378,11 @@ def test_the_limit_is_1_by_default():
     np.testing.assert_allclose(weight, [0.6, 0.8], rtol=1e-6)
     limit_spectral_norm(small := torch.tensor([[0.3, 0.0], [0.0, 0.9]]))
     assert torch.equal(small, torch.tensor([[0.3, 0.0], [0.0, 0.9]]))
+
+
+def test_a_rollout_without_its_own_expert_is_in_no_pair():
+    """Prompt 0 has an expert and a rollout, 1 a rollout only, 2 an expert only, 3 an expert that does not count."""
+    is_expert = torch.tensor([True, False, False, True, True, False])
+    counts = torch.tensor([True, True, True, True, False, True])
+    weights = pair_weights(is_expert, counts, torch.tensor([0, 0, 1, 2, 3, 3]))
+    assert weights.tolist() == [0, 1, 0, 0, 0, 0]

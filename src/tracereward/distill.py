@@ -125,15 +125,16 @@ def distill(
         for _ in range(epochs):
             for rows in rng.sample(batches, len(batches)):
                 loss = squared_error(student, [train[i] for i in rows], [targets[i] for i in rows])
-                if not math.isfinite(float(loss)):
-                    raise RunFailed(f"the loss is {float(loss)}: use a lower --learning-rate")
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise RunFailed(f"the loss is {value}: use a lower --learning-rate")
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
                 progress.update()
-                progress.set_postfix({"loss": f"{float(loss):.3g}"})
+                progress.set_postfix({"loss": f"{value:.3g}"})
     return student.eval(), measure(teacher, student, train, test, token_budget)
 
 
