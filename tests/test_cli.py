@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tiny import launcher, options, rows
 from tracereward import __version__, cli
@@ -415,6 +415,24 @@ def test_scores_are_those_of_the_model(bench, samples):
         assert row["step_rewards"] == scores.step_rewards()
         assert row["reward"] == pytest.approx(sum(scores.rewards) / len(scores.rewards))
     assert len({row["reward"] for row in scored}) > 5
+
+
+def test_scores_with_the_models_that_a_reward_form_needs(bench, samples, tokenizer):
+    """The policy of the samples as reference: its mean log-prob, which `sample` wrote, is added where nothing clips."""
+    alone = launcher()("score", bench.reward_model, samples)
+    done = launcher()("score", bench.reward_model, samples, "--reference", bench.model)
+    assert done.code == 0, done.err
+    model = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    reference = AutoModelForCausalLM.from_pretrained(bench.model).eval()
+    given = rows(samples)
+    texts = ([row[name] for row in given] for name in ("prompt", "completion", "finished"))
+    expected = model.score(*texts, reference=reference)
+    assert alone.out != done.out
+    for line, scores in zip(done.out.splitlines(), expected, strict=True):
+        assert json.loads(line)["token_rewards"] == scores.rewards
+    both = launcher()("score", bench.reward_model, samples, "--reference", bench.model, "--policy", bench.model)
+    for line, before in zip(both.out.splitlines(), alone.out.splitlines(), strict=True):  # what is added is taken off
+        assert json.loads(line)["token_rewards"] == pytest.approx(json.loads(before)["token_rewards"], abs=1e-4)
 
 
 def test_candidates_are_scored_like_single_traces(bench, samples):
