@@ -486,6 +486,21 @@ def test_sft_trains_on_the_completion_and_one_end_of_sequence(tiny_model_folder,
     assert math.isfinite(trainer.train().training_loss)
 
 
+@pytest.mark.parametrize(("target", "updates"), [(0.0, 2), (None, 5)])
+def test_the_warm_up_ends_at_its_target(make, target, updates):
+    """Asked after every second update. A run that goes on from there does not warm up further."""
+    options = {"held_out_fraction": 0.25, "monitor_every": 2, "discriminator_warmup_updates": 5, "max_steps": 1}
+    trainer = make(warmup_target_accuracy=target, **options)
+    trainer.train()
+    assert len(trainer.discriminator.held_out) == 3
+    assert trainer.first_step["updates"] == updates
+    assert all(index not in trainer.discriminator.held_out for index, _, _ in trainer.discriminator.replay.rollouts)
+    again = make(warmup_target_accuracy=target, output_dir=trainer.args.output_dir, **options)
+    assert again.warm_up.load() == updates
+    again.train()
+    assert again.first_step["updates"] == updates
+
+
 @pytest.mark.parametrize(("prompts", "rollouts", "batch"), [(6, 3, 48), (5, 2, 8), (4, 4, 16)])
 def test_the_warm_ups_rows_fill_whole_batches(prompts, rollouts, batch):
     """Each demonstration at least `rollouts` times, in runs; the last batch is filled up however small the data is."""

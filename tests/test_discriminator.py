@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from tracereward import discriminator as module
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
-from tracereward.discriminator import LR_WARMUP, Discriminator
+from tracereward.discriminator import LR_WARMUP, Discriminator, ema_decay, gated_updates
 from tracereward.errors import RunFailed
 from tracereward.negatives import Expert, Rollout
 from tracereward.reward_model import TokenRewardModel
@@ -496,6 +496,85 @@ def test_the_learning_rate_after_the_warm_up(make, rollouts):
         discriminator.update(rollouts[:2])
         rates.append(discriminator.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1e-2 / 20, 2e-2 / 20, 3e-2 / 20, 1e-4, 1e-4])
+
+
+def test_the_online_rate_follows_a_warm_up_that_ended_early(make, rollouts):
+    rates = {"discriminator_learning_rate": 1e-2, "discriminator_online_learning_rate": 1e-4}
+    discriminator = make(**rates, discriminator_warmup_updates=30)
+    discriminator.update(rollouts[:2])
+    assert discriminator.optimizer.param_groups[0]["lr"] == 1e-2 / 20
+    discriminator.learn(rollouts[:2])
+    assert discriminator.optimizer.param_groups[0]["lr"] == 1e-4
+
+
+# ---------- gate, averages, held-out demonstrations ----------
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "low", "high", "expected"),
+    [
+        (0.95, None, 0.9, 0),
+        (0.9, None, 0.9, 3),
+        (0.5, 0.6, 0.9, 6),
+        (0.6, 0.6, 0.9, 3),
+        (0.7, 0.6, 0.9, 3),
+        (math.nan, 0.6, 0.9, 3),
+        (0.99, None, None, 3),
+    ],
+)
+def test_the_gate(accuracy, low, high, expected):
+    assert gated_updates(3, accuracy, low, high) == expected
+
+
+def test_the_gate_looks_at_held_out_pairs(make, pairs, rollouts, monkeypatch):
+    """Held-out demonstrations are never in a batch, and the accuracy is counted pair by pair."""
+    discriminator = make(discriminator_gate_high=0.0, discriminator_learning_rate=1e-2)
+    discriminator.held_out = frozenset({0, 1})
+    seen = record(discriminator)
+    discriminator.remember(rollouts)
+    discriminator.update(rollouts)
+    prompts = {tuple(prompt) for batch in seen for prompt, _ in batch}
+    assert tuple(pairs[0].prompt) not in prompts
+    assert tuple(pairs[2].prompt) in prompts
+    wins, total = 0.0, 0
+    for index in (0, 1):
+        (expert,) = discriminator.model.token_rewards([pairs[index].prompt], [pairs[index].completion])
+        for i, completion, _ in rollouts:
+            if i == index and completion != pairs[i].completion:
+                (other,) = discriminator.model.token_rewards([pairs[i].prompt], [completion])
+                wins, total = wins + float(expert.mean() > other.mean()), total + 1
+    assert discriminator.held_out_accuracy() == pytest.approx(wins / total)
+    assert total == 5
+    before = discriminator.updates
+    monkeypatch.setattr(discriminator, "held_out_accuracy", lambda: 0.5)
+    assert discriminator.learn(rollouts) == {"held_out_accuracy": 0.5, "updates": 0.0}
+    assert discriminator.updates == before
+
+
+def test_the_average_of_weights(make, rollouts):
+    """p <- d p + (1 - d) q with d = min(decay, (1 + n) / (10 + n)), and the live weights come back."""
+    discriminator = make(discriminator_ema=0.3, discriminator_learning_rate=1e-2)
+    expected = parameters_of(discriminator)
+    for n in range(1, 8):
+        discriminator.update(rollouts)
+        decay = min(0.3, (1 + n) / (10 + n))
+        live = parameters_of(discriminator)
+        expected = {name: decay * value + (1 - decay) * live[name] for name, value in expected.items()}
+    with discriminator.averaged() as model:
+        inside = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert largest_difference(inside, expected) < 1e-6
+    assert largest_difference(parameters_of(discriminator), live) == 0.0
+    assert largest_difference(expected, live) > 1e-4
+    assert ema_decay(0.99, 1) == 2 / 11
+    assert ema_decay(0.99, 10_000) == 0.99
+
+
+def test_the_heads_weights_stay_short(make, rollouts):
+    discriminator = make(head="token", spectral_norm=True, discriminator_learning_rate=0.1)
+    with torch.no_grad():
+        discriminator.model.head_weight.mul_(100)
+    discriminator.update(rollouts)
+    assert float(discriminator.model.head_weight.norm()) == pytest.approx(1.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("head", ["action", "token"])

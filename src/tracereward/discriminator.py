@@ -275,7 +275,8 @@ class Discriminator:
     def learning_rate(self) -> float:
         """The next update's learning rate."""
         online = self.config.discriminator_online_learning_rate
-        if online is not None and self.updates >= self.config.discriminator_warmup_updates:
+        warmed = self.batches > 0 or self.updates >= self.config.discriminator_warmup_updates  # it may end early
+        if online is not None and warmed:
             return online
         return self.config.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
 

@@ -53,31 +53,41 @@ class WarmUp(TrainerCallback):
             discriminator.remember(pool)
             leaks = {} if trainer.stop.received else self._leaks(pool)
         progress = tqdm(total=total, initial=discriminator.updates, desc="warm-up", disable=trainer.quiet, leave=False)
-        while discriminator.updates < total and not trainer.stop.received:
+        accuracy = self._accuracy()
+        while discriminator.updates < total and not self._reached(accuracy) and not trainer.stop.received:
             # Dropout draws from the global generator: each update has a seed of its own, as it may be the first to run.
             set_seed(config.seed + 500_000 + discriminator.updates, device_specific=True)
             with trainer.accelerator.autocast():
                 row = discriminator.update([])
             done = discriminator.updates
-            reached = False
-            if discriminator.held_out and done % config.monitor_every == 0:
-                row["held_out_accuracy"] = discriminator.held_out_accuracy()
-                target = config.warmup_target_accuracy
-                reached = target is not None and row["held_out_accuracy"] >= target
+            accuracy = self._accuracy()
+            if accuracy is not None:
+                row["held_out_accuracy"] = accuracy
             progress.update()
             if trainer.metrics_file is not None and trainer.is_world_process_zero():
                 named = {f"discriminator/{name}": value for name, value in row.items()}
                 trainer.metrics_file.append({"phase": "warmup", "update": done, **named, **leaks})
                 leaks = {}
-            if done % config.warmup_save_updates == 0 or done == total or reached or trainer.stop.received:
+            last = done == total or self._reached(accuracy) or trainer.stop.received
+            if last or done % config.warmup_save_updates == 0:
                 self.save()
-            if reached:
-                break
         progress.close()
         self.model = None
         trainer.state.num_input_tokens_seen = tokens_seen
         trainer._metrics["train"].clear()  # the warm-up's rollouts are not a training step's
         set_seed(config.seed + 1, device_specific=True)
+
+    def _accuracy(self) -> float | None:
+        """The held-out accuracy, after every `monitor_every`-th update."""
+        discriminator = self.trainer.discriminator
+        if not discriminator.held_out or discriminator.updates == 0:
+            return None
+        return discriminator.held_out_accuracy() if discriminator.updates % self.config.monitor_every == 0 else None
+
+    def _reached(self, accuracy: float | None) -> bool:
+        """Whether the warm-up has done what it was asked for."""
+        target = self.config.warmup_target_accuracy
+        return target is not None and accuracy is not None and accuracy >= target
 
     def log_probs(self, batch: Batch) -> torch.Tensor | None:
         """log pi of the model that drew the pool; None where that is the policy, or the warm-up is over."""
