@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from tracereward.callbacks import Progress
 from tracereward.adversarial_config import AdversarialConfig
+from tracereward.callbacks import Progress
 from tracereward.models import load_tokenizer
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
