@@ -51,6 +51,11 @@ def two_levels(before: dict, after: dict, n: int = 20) -> list[dict]:
     return rows
 
 
+def two_constants(before: dict, after: dict, n: int = 20) -> list[dict]:
+    """n rows of `before`, then n of `after`: without variance any fall is significant, and only its size decides."""
+    return [{"step": index + 1, **(before if index < n else after)} for index in range(2 * n)]
+
+
 def first_alarm(rows: list[dict]) -> Failure | None:
     return next(filter(None, (detect(rows[:end]) for end in range(1, len(rows) + 1))), None)
 
@@ -221,6 +226,39 @@ def test_a_reward_of_smaller_scale_is_no_noisier_for_it(after, alarm):
     assert (token_noise(rows) is not None) == alarm
 
 
+@pytest.mark.parametrize(("before", "after", "alarm"), [(0.75, 0.5, False), (0.75, 0.499, True), (0.25, 0.125, False)])
+def test_diversity_must_fall_by_more_than_a_quarter_or_half(before, after, alarm):
+    """The bounds, max(0.75 - 0.25, 0.375) and max(0, 0.125), are exact in binary."""
+    rows = two_constants({DISTINCT: before, CORRECT: 0.5, REWARD: 0.0}, {DISTINCT: after, CORRECT: 0.5, REWARD: 1.0})
+    assert (mode_collapse(rows) is not None) == alarm
+
+
+@pytest.mark.parametrize(("after", "alarm"), [(0.75, False), (0.749, True)])
+def test_an_auroc_of_1_must_fall_below_three_quarters(after, alarm):
+    rows = two_constants({WITHIN: 1.0, CORRECT: 0.5}, {WITHIN: after, CORRECT: 0.5})
+    assert (decoupling(rows) is not None) == alarm
+
+
+@pytest.mark.parametrize(("correct", "alarm"), [(0.9, False), (0.899, True)])
+def test_nine_right_answers_of_ten_are_enough(correct, alarm):
+    """Eight equal values have exactly their own mean."""
+    rows = two_constants({WITHIN: 0.75, CORRECT: correct}, {WITHIN: 0.5, CORRECT: correct}, 8)
+    assert (decoupling(rows) is not None) == alarm
+
+
+@pytest.mark.parametrize(("after", "alarm"), [(0.009, False), (0.011, True)])
+def test_noise_below_the_floor_is_no_failure_however_much_it_grew(after, alarm):
+    """Six and more than seven times what it was, without a doubt about either mean."""
+    assert (token_noise(two_constants({NOISE: 0.0015}, {NOISE: after})) is not None) == alarm
+
+
+@pytest.mark.parametrize(("spread", "alarm"), [(1.0, False), (0.998, True)])
+def test_noise_must_grow_by_more_than_four_times_the_scale(spread, alarm):
+    """8 / 1^2 is exactly 4 * 0.5 / 0.5^2."""
+    rows = two_constants({NOISE: 0.5, SPREAD: 0.5}, {NOISE: 8.0, SPREAD: spread})
+    assert (token_noise(rows) is not None) == alarm
+
+
 def test_noise_without_answers_needs_no_auroc():
     assert token_noise(two_levels({NOISE: 0.5}, {NOISE: 3.0})) is not None
     assert token_noise(two_levels({NOISE: 3.0}, {NOISE: 0.5})) is None
@@ -271,6 +309,30 @@ def test_two_values_in_a_window_are_enough_for_an_excuse_and_one_is_not(values, 
     assert (decoupling(rows) is not None) == alarm
 
 
+@pytest.mark.parametrize("known", [[0, 7, *range(20, 40)], [*range(20), 20, 31]], ids=["earlier", "recent"])
+def test_windows_of_unequal_counts_have_the_degrees_of_freedom_of_the_smaller(known):
+    """Two answers against twenty: the quantile is that of one degree of freedom, 6.3 and not 1.7."""
+    rows = two_constants({WITHIN: 0.75}, {WITHIN: 0.5})
+    noise = np.random.default_rng(6).normal(size=40) * 0.01
+    old, new = [noise[i] for i in known if i < 20], [noise[i] for i in known if i >= 20]
+    error = math.sqrt(np.var(old, ddof=1) / len(old) + np.var(new, ddof=1) / len(new))
+    needed = stats.t.isf(0.05, 1) * error - np.mean(new) + np.mean(old)
+    for margin, alarm in [(-1e-6, True), (1e-6, False)]:
+        for i in known:
+            rows[i][CORRECT] = 0.5 + noise[i] + (needed + margin) * (i >= 20)
+        assert (decoupling(rows) is not None) == alarm
+
+
+@pytest.mark.parametrize("known", [range(20), range(20, 40)], ids=["earlier", "recent"])
+def test_answers_known_in_one_window_alone_are_not_spoken_of(known):
+    rows = two_constants({WITHIN: 0.75}, {WITHIN: 0.5})
+    for index in known:
+        rows[index][CORRECT] = 0.5
+    failure = decoupling(rows)
+    assert failure is not None
+    assert failure.reason == "AUROC within a prompt fell from 0.75 (steps 1 to 20) to 0.5 (steps 21 to 40)"
+
+
 @pytest.mark.parametrize("n", [8, 10, 20])
 def test_sixteen_rows_are_enough_and_fifteen_are_not(n):
     rows = two_levels(BASE, BASE | {WITHIN: 0.5}, n)
@@ -296,6 +358,25 @@ def test_any_earlier_window_may_be_the_better_one():
     assert failure is not None
     assert "0.8 (steps " in failure.reason
     assert "0.55 (steps 61 to 80)" in failure.reason
+
+
+def test_the_deepest_fall_is_told():
+    """0.65 to 0.55 is a failure too, but 0.8 to 0.55 says more."""
+    levels = [0.65] * 20 + [0.8] * 20 + [0.55] * 20
+    failure = decoupling([{"step": index + 1, CORRECT: 0.5, WITHIN: level} for index, level in enumerate(levels)])
+    assert failure is not None
+    assert "from 0.8 (steps 21 to 40) to 0.55 (steps 41 to 60)" in failure.reason
+
+
+def test_the_last_window_ends_with_the_last_value_of_its_series():
+    """A later row without an AUROC is not in it, and its answers, all wrong, are not counted."""
+    rows = [*two_constants({WITHIN: 0.75, CORRECT: 0.5}, {WITHIN: 0.5, CORRECT: 0.5}), {"step": 41, CORRECT: 0.0}]
+    assert decoupling(rows) == Failure(
+        "decoupling",
+        41,
+        "AUROC within a prompt fell from 0.75 (steps 1 to 20) to 0.5 (steps 21 to 40); correct answers went from 0.5 "
+        "to 0.5",
+    )
 
 
 def test_windows_do_not_overlap():

@@ -131,6 +131,8 @@ def test_token_noise_is_the_population_variance_and_skips_empty_traces():
 def test_centring_subtracts_the_prompts_mean_and_leaves_exact_zeros():
     assert centred([1.0, 2.0, 5.0, 4.0], ["a", "b", "a", "b"]) == [-2.0, -1.0, 2.0, 1.0]
     assert centred([0.1] * 6, ["a"] * 6) == [0.0] * 6
+    with pytest.raises(ValueError, match="shorter"):
+        centred([1.0, 2.0], ["a"])
 
 
 def test_length_and_reward_can_correlate_over_prompts_and_not_inside_them():
@@ -151,6 +153,11 @@ def test_pearson_of_a_constant_is_nan():
     assert math.isnan(pearson([1, 2], [1, 1]))
     assert math.isnan(pearson([1], [2]))
     assert math.isnan(pearson([], []))
+
+
+def test_two_values_lie_on_a_line():
+    assert pearson([1, 2], [3, 5]) == pytest.approx(1)
+    assert pearson([1, 2], [5, 3]) == pytest.approx(-1)
 
 
 @given(pairs=st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=12))

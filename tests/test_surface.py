@@ -203,6 +203,28 @@ def test_features_above_a_quarter_of_the_largest_coefficient_are_named_three_at_
     assert named(1.0, -4.0, 1.01) == [names[1], names[2]]
     assert named(0.9, 4.0, -0.99) == [names[1]]
     assert named(1.0, -2.0, 3.0, 4.0) == [names[3], names[2], names[1]]
+    assert named(3.0, -2.0, 2.5, 4.0, 3.5) == [names[3], names[4], names[0]]  # five are above a quarter
+
+
+def test_coefficients_are_those_of_a_balanced_ridge_regression_on_standardised_features():
+    """Newton's method on sum_i w_i log(1 + exp(-y_i f_i)) + |b|^2 / 2, each class weighing half of all traces."""
+    experts, rollouts = worlds(30, seed=3)
+    longer = [TraceText(trace.prompt, f"{trace.text} Ab!", True) if i % 3 else trace for i, trace in enumerate(experts)]
+    raw = np.array([list(surface_features(t.text, t.finished).values()) for t in [*longer, *rollouts]], dtype=float)
+    scale = raw.std(0)
+    x = np.column_stack([(raw - raw.mean(0)) / np.where(scale > 0, scale, 1), np.ones(150)])
+    y, w = np.repeat([1.0, 0.0], [30, 120]), np.repeat([150 / 60, 150 / 240], [30, 120])
+    ridge = np.diag([1.0] * raw.shape[1] + [0.0])  # none on the intercept
+    b = np.zeros(x.shape[1])
+    for _ in range(30):
+        p = 1 / (1 + np.exp(-x @ b))
+        b -= np.linalg.solve((x.T * (w * p * (1 - p))) @ x + ridge, x.T @ (w * (p - y)) + ridge @ b)
+    largest = np.argsort(-np.abs(b[:-1]))[:3]
+    features = surface_probe(longer, rollouts).features
+    assert [feature.name for feature in features] == [list(LABELS)[index] for index in largest]
+    np.testing.assert_allclose([feature.coefficient for feature in features], b[largest], rtol=0.01)
+    wins = [np.sign(raw[:30, index, None] - raw[None, 30:, index]).mean() / 2 + 0.5 for index in largest]
+    np.testing.assert_allclose([feature.auroc for feature in features], wins)
 
 
 def test_the_settings_are_those_of_the_documentation():
