@@ -12,7 +12,8 @@ from tracereward.errors import InputError
 from tracereward.tasks import TASKS, arithmetic
 from tracereward.tasks.arithmetic import LARGEST, build_model, build_tokenizer, generate, splits
 
-WORLDS = ["misconception", "style"]
+WORLDS = ["misconception", "exposure", "style"]
+ALL = [*WORLDS, "multi-skill"]
 
 
 def value_of(prompt: str) -> int:
@@ -46,6 +47,39 @@ def test_expert_traces_are_right(world):
             assert str(value) == chain  # each line starts from the result before it
             chain = str(result)
         assert TASKS["arithmetic"].verify(row["completion"], row["answer"])
+
+
+def test_exposure_chains_are_long_and_its_corpus_has_short_ones_too():
+    long = generate("exposure", 300, seed=1)
+    assert {row["completion"].count("\n") for row in long} == {6, 7, 8}
+    corpus = generate("exposure", 600, seed=1, mistake_rate=0.8, unique=False)
+    assert {row["completion"].count("\n") for row in corpus} == set(range(2, 9))
+    wrong = sum(not TASKS["arithmetic"].verify(row["completion"], row["answer"]) for row in corpus)
+    assert 200 < wrong < 500
+
+
+def test_multi_skill_experts_are_right_by_each_of_three_strategies():
+    """Each line is true, the last one gives the answer, and every operand is used once."""
+    kinds = {"lines": 0, "pairs": 0, "gather": 0}
+    for row in generate("multi-skill", 900, seed=3):
+        assert row["answer"] == str(value_of(row["prompt"]))
+        *lines, last = row["completion"].split("\n")
+        assert last == f"#### {row['answer']}"
+        assert lines[-1].endswith(f" = {row['answer']}")
+        for line in lines:
+            left, result = line.split(" = ")
+            assert value_of(f"{left} = ?\n") == int(result)
+        operations = re.findall(r"[+-] \d+", row["prompt"])
+        worked = re.findall(r"[+-] \d+", " ".join(line.split(" = ")[0] for line in lines))
+        if worked == operations and any(line.count(" ") == 6 for line in lines):
+            kinds["pairs"] += 1
+        elif worked == operations:
+            kinds["lines"] += 1
+        else:
+            kinds["gather"] += 1
+    # Without two subtractions `gather` may look like `lines`; `pairs` always has a line of two operations.
+    assert abs(kinds["pairs"] / 900 - 1 / 3) < 0.06
+    assert kinds["lines"] > kinds["gather"] > 90
 
 
 def test_text_form():
@@ -144,12 +178,12 @@ def test_splits_default_sizes_fit_both_worlds():
 def test_errors_name_the_mend(monkeypatch):
     with pytest.raises(InputError, match=r"unknown world 'styl': did you mean 'style'\?"):
         generate("styl", 1, seed=0)
-    with pytest.raises(InputError, match="mistake_rate is for the misconception world"):
+    with pytest.raises(InputError, match="for the worlds misconception and exposure: those of style are"):
         generate("style", 1, seed=0, mistake_rate=0.1)
     with pytest.raises(InputError, match=r"mistake_rate is 1\.5: it is a probability"):
         generate("misconception", 1, seed=0, mistake_rate=1.5)
     few = generate("style", 3, seed=0)
-    monkeypatch.setitem(arithmetic._WORLDS, "style", lambda rng, _: rng.choice(few))
+    monkeypatch.setitem(arithmetic.WORLDS, "style", lambda rng, _: rng.choice(few))
     assert len(generate("style", 3, seed=0)) == 3
     with pytest.raises(InputError, match="world 'style' has no more new problems after 3 of 4: ask for fewer"):
         generate("style", 4, seed=0)
@@ -161,9 +195,9 @@ tokenizer = build_tokenizer()
 
 
 @settings(max_examples=50, deadline=None)
-@given(world=st.sampled_from(WORLDS), seed=st.integers(0, 10**6))
+@given(world=st.sampled_from(ALL), seed=st.integers(0, 10**6))
 def test_tokenizer_round_trip(world, seed):
-    for row in generate(world, 5, seed, mistake_rate=0.8 if world == "misconception" else 0):
+    for row in generate(world, 5, seed, mistake_rate=0.8 if world in arithmetic.MISTAKEN else 0):
         text = row["prompt"] + row["completion"]
         encoded = tokenizer(text, return_offsets_mapping=True)
         ids = encoded["input_ids"]
@@ -172,7 +206,7 @@ def test_tokenizer_round_trip(world, seed):
         assert ids == tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"]
         pieces = [text[a:b] for a, b in encoded["offset_mapping"]]
         assert pieces == tokenizer.convert_ids_to_tokens(ids)
-        assert len(ids) < 64
+        assert len(ids) < 128  # the model's positions
 
 
 def test_tokens_by_hand():

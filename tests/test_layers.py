@@ -21,7 +21,7 @@ LAYERS = [
         "adversarial_config bridge config callbacks checkpoints discriminator failures monitor negatives penalties "
         "trainer warmup watch",
     ),
-    ("applications", "distill run run_folder rerank pool report plots quickstart tables arguments"),
+    ("applications", "distill run run_folder rerank pool report plots quickstart studies tables arguments"),
     ("command line", "cli __main__"),
 ]
 # The package itself holds only the version and names that load on first use.

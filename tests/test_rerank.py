@@ -36,7 +36,15 @@ FIVE = candidates(
 
 @pytest.mark.parametrize(
     ("method", "index"),
-    [("vote", 0), ("majority", 0), ("reward", 3), ("logprob", 3), ("reward_logprob", 3), ("shortest", 3)],
+    [
+        ("vote", 0),
+        ("majority", 0),
+        ("reward", 3),
+        ("logprob", 3),
+        ("logprob_vote", 2),
+        ("reward_logprob", 3),
+        ("shortest", 3),
+    ],
 )
 def test_choices_by_hand(method, index):
     assert choose(FIVE, method, same) == index
@@ -141,8 +149,13 @@ def vote(rows, weight):
     totals = {}
     for c in rows:
         if c.answer is not None:
-            totals[c.answer] = totals.get(c.answer, 0.0) + weight(c, [d.reward for d in rows])
+            totals[c.answer] = totals.get(c.answer, 0.0) + weight(c)
     return max(totals, key=totals.get) == "1" if totals else False
+
+
+def standardised(score, rows):
+    values = [score(c) for c in rows]
+    return lambda c: math.exp((score(c) - statistics.fmean(values)) / statistics.pstdev(values))
 
 
 def test_ranking_table_by_brute_force():
@@ -151,11 +164,10 @@ def test_ranking_table_by_brute_force():
     table = {row.method: row for row in ranking_table(asked, same, seed=2)}
     expected = {
         "mean": [sum(c.correct for c in rows) / 5 for rows in asked],
-        "majority": [vote(rows, lambda c, _: 1.0) for rows in asked],
-        "vote": [
-            vote(rows, lambda c, rs: math.exp((c.reward - statistics.fmean(rs)) / statistics.pstdev(rs)))
-            for rows in asked
-        ],
+        "majority": [vote(rows, lambda c: 1.0) for rows in asked],
+        "vote": [vote(rows, standardised(lambda c: c.reward, rows)) for rows in asked],
+        "logprob_vote": [vote(rows, standardised(lambda c: c.logprob, rows)) for rows in asked],
+        "reward_logprob_vote": [vote(rows, standardised(lambda c: c.reward + c.logprob, rows)) for rows in asked],
         "reward": [sorted(rows, key=lambda c: c.reward)[-1].correct for rows in asked],
         "logprob": [sorted(rows, key=lambda c: c.logprob)[-1].correct for rows in asked],
         "reward_logprob": [sorted(rows, key=lambda c: c.reward + c.logprob)[-1].correct for rows in asked],
@@ -167,15 +179,14 @@ def test_ranking_table_by_brute_force():
         assert (table[method].low, table[method].high) == pytest.approx((low, high)), method
     shortest = sum(next(c for c in rows if c.length == min(d.length for d in rows)).correct for rows in asked) / 40
     assert table["shortest"].accuracy == pytest.approx(shortest)
-    order = ["mean", "random", "shortest", "majority", "logprob", "reward", "reward_logprob", "vote", "oracle"]
-    assert list(table) == order
+    assert list(table) == list(METHODS)
     assert table["reward"].label == "reward best-of-5"
     assert table["oracle"].accuracy >= max(row.accuracy for row in table.values())
 
 
 def test_log_prob_is_left_out_where_it_is_not_known():
     asked = questions(3, 2, with_logprob=False)
-    assert not {"logprob", "reward_logprob"} & {row.method for row in ranking_table(asked, same)}
+    assert not {name for name in METHODS if "logprob" in name} & {row.method for row in ranking_table(asked, same)}
     assert set(ranking_aurocs(asked)) == {"reward_auroc", "reward_auroc_within_prompt"}
 
 

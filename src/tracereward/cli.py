@@ -270,6 +270,26 @@ def quickstart(
     run_quickstart(output, world, seed, resume, fast, json_table)
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="recipe, granularity, objective or reranking.")],
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeatable. Default: the study's.")] = None,
+    worlds: Annotated[
+        list[str] | None, typer.Option("--world", help="World; repeatable. Default: the study's.")
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Folder of the pages and of each cell's JSON.")] = Path("docs/studies"),
+    work: Annotated[Path, typer.Option(help="Folder of policies and reward models.")] = Path("runs/studies"),
+    jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
+    quick: Annotated[
+        bool, typer.Option(help="One seed, a tenth of the steps: to try out; the figures mean little.")
+    ] = False,
+) -> None:
+    """Run a study on generated worlds and write its page; cells that are there are not run again."""
+    from tracereward.studies.study import run_study
+
+    run_study(name, worlds, seeds, results, work, jobs, quick)
+
+
 def main() -> None:
     """Entry point: exit 0 when all went well, 1 when a run failed, 2 for bad input or usage, 130 when interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

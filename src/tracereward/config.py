@@ -134,12 +134,18 @@ class RewardConfig(PolicyConfig):
         default="verifier",
         metadata={
             "help": "verifier: 1 for a correct answer, uses gold answers (upper baseline). logprob: mean "
-            "log-prob under the starting policy, frozen (control: what a learned reward must beat)."
+            "log-prob under the starting policy, frozen (control: what a learned reward must beat). logratio: the same "
+            "less the log-prob under --base_model, the model before SFT (control without a discriminator)."
         },
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "For --reward logratio: the causal LM that the starting policy came from."}
     )
 
     def __post_init__(self):
-        check_choice("reward", self.reward, ("verifier", "logprob"))
+        check_choice("reward", self.reward, ("verifier", "logprob", "logratio"))
+        if (self.base_model is None) == (self.reward == "logratio"):
+            raise InputError("--reward logratio needs --base_model, and no other reward uses it")
         super().__post_init__()
 
 

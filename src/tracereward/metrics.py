@@ -52,3 +52,16 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 
         return float(array[0]), float(array[0])
     result = stats.bootstrap((array,), np.mean, n_resamples=resamples, method="percentile", rng=seed)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean over seeds with its 95 % interval, mean +- t(n - 1) s / sqrt(n); the interval is nan for one seed.
+
+    A seed whose value is undefined makes the mean undefined: leaving it out would choose among seeds.
+    """
+    array = np.asarray(values, dtype=float)
+    mean = float(array.mean())
+    if len(array) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
+    return mean, mean - half, mean + half

@@ -9,119 +9,33 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import disable_progress_bar
-from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
-from trl import ModelConfig
 
-from tracereward.adversarial_config import AdversarialConfig
-from tracereward.config import DataArguments, RewardConfig, SupervisedConfig
 from tracereward.errors import InputError, check_choice
-from tracereward.files import atomic_folder, atomic_write_json, read_jsonl, write_jsonl
-from tracereward.metrics import wilson_interval
-from tracereward.models import load_tokenizer
-from tracereward.pool import as_row, rerank_rows, summary
+from tracereward.files import atomic_write_json, read_jsonl, write_jsonl
 from tracereward.report import Table, Trace, write_report
-from tracereward.reward_model import TokenRewardModel
-from tracereward.run import pick_traces, run_grpo, run_sft, run_train
+from tracereward.run import pick_traces
 from tracereward.run_folder import note
-from tracereward.sampling import sample
+from tracereward.scores import TokenScores
+from tracereward.studies import arms
+from tracereward.studies.arms import Site
+from tracereward.studies.worlds import WORLDS
 from tracereward.tables import AUROC_LABELS, print_policies, print_ranking
 from tracereward.tasks import get_task
-from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate, splits
 
-MAX_NEW_TOKENS = 32
-COMMON: dict[str, Any] = {
-    "gradient_checkpointing": False,
-    "report_to": "none",
-    "adam_beta2": 0.98,
-    "max_grad_norm": 1.0,
-    "dataloader_pin_memory": False,
-}
-
-
-@dataclass(frozen=True)
-class World:
-    """Sizes and options of one world."""
-
-    experts: int
-    unlabeled: int
-    mistake_rate: float | None
-    pretraining: dict[str, Any]
-    sft: dict[str, Any]
-    grpo: dict[str, Any]
-    adversarial: dict[str, Any]
-    test: int = 300
-    corpus: int = 10_000
-
-
-GRPO = {
-    "per_device_train_batch_size": 192,
-    "num_generations": 8,
-    "max_completion_length": MAX_NEW_TOKENS,
-    "learning_rate": 3e-4,
-    "lr_scheduler_type": "constant_with_warmup",
-    "warmup_steps": 5,
-    "max_steps": 50,
-    "save_steps": 25,
-}
-ADVERSARIAL = {
-    "reward_form": "logit_plus_logprob",
-    "discriminator_learning_rate": 3e-4,
-    "discriminator_online_learning_rate": 5e-5,
-    "discriminator_prompts": 32,
-    "discriminator_rollouts": 2,
-    "discriminator_warmup_updates": 40,
-    "discriminator_every": 4,
-    "warmup_rollouts": 16,
-}
-WORLDS = {
-    "misconception": World(
-        experts=50,
-        unlabeled=3000,
-        mistake_rate=0.8,
-        pretraining={
-            "max_steps": 900,
-            "learning_rate": 4e-3,
-            "per_device_train_batch_size": 128,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 20,
-            "weight_decay": 0.01,
-        },
-        sft={
-            "max_steps": 60,
-            "learning_rate": 5e-4,
-            "per_device_train_batch_size": 50,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 20,
-            "weight_decay": 0.01,
-        },
-        grpo=GRPO,
-        # So few experts leave none to hold out: with five of them held out, the policy gained nothing over SFT.
-        # SFT memorises them: its rollouts on their prompts equal the demonstrations and teach nothing.
-        adversarial={**ADVERSARIAL, "held_out_fraction": 0.0, "discriminator_model": "base", "warmup_model": "base"},
-    ),
-    "style": World(
-        experts=1500,
-        unlabeled=0,
-        mistake_rate=None,
-        pretraining={},
-        sft={
-            "max_steps": 420,
-            "learning_rate": 4e-3,
-            "per_device_train_batch_size": 96,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 20,
-            "weight_decay": 0.01,
-        },
-        grpo=GRPO,
-        adversarial={**ADVERSARIAL, "discriminator_learning_rate": 2e-4},
-    ),
+SAMPLES = 8  # of the SFT policy for each held-out question
+POLICIES = {
+    "base": "base (pretrained)",
+    "init": "base (untrained)",
+    "sft": "SFT",
+    "sft-continued": "SFT continued (control)",
+    "grpo-logprob": "GRPO on own log-prob (control)",
+    "train": "IRL policy (tracereward)",
 }
 
 
@@ -167,10 +81,11 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
     disable_progress_bar()
     torch.set_num_threads(1)  # a second one gains nothing at this size, and sums would depend on the machine's cores
     start = time.perf_counter()
+    site = Site(output, world, seed, fast)
     stage = Stage(7 if world.pretraining else 6)
-    stage.run("data and an untrained tiny Llama", output / "init", lambda: make_world(output, world, world_name, seed))
-    train_policies(output, world, seed, fast, stage)
-    stage.run("evaluation on held-out questions", output / "results.json", lambda: evaluate(output, seed))
+    stage.run("data and an untrained tiny Llama", output / "init", lambda: arms.make_world(site))
+    train_policies(site, stage)
+    stage.run("evaluation on held-out questions", output / "results.json", lambda: evaluate(site))
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     write_quickstart_report(output, world_name, seed, results)
     if json_table:
@@ -182,156 +97,45 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
     note(f"report: {output / 'report.html'}")
 
 
-def make_world(output: Path, world: World, name: str, seed: int) -> None:
-    """Write the rows and the untrained model, ``init`` last."""
-    parts = splits(name, seed, world.experts, n_validation=0, n_test=world.test, n_unlabeled=world.unlabeled)
-    (output / "data").mkdir(exist_ok=True)
-    for part in ("experts", "test", "unlabeled"):
-        write_jsonl(output / "data" / f"{part}.jsonl", parts[part])
-    if world.mistake_rate is not None:
-        held_out = {row["prompt"] for row in parts["test"]}
-        corpus = generate(
-            name, world.corpus, 5000 + seed, mistake_rate=world.mistake_rate, exclude=held_out, unique=False
-        )
-        write_jsonl(output / "data" / "corpus.jsonl", corpus)
-    tokenizer = build_tokenizer()
-    with atomic_folder(output / "init") as folder:
-        build_model(tokenizer, seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-
-def train_policies(output: Path, world: World, seed: int, fast: bool, stage: Stage) -> None:
-    """Base, SFT, the two controls and the adversarial run, each in a run folder of its own."""
-    data = output / "data"
-    experts = DataArguments(task="arithmetic", dataset_name=str(data / "experts.jsonl"))
-    prompts = DataArguments(task="arithmetic", dataset_name=str(data / "experts.jsonl"))
-    if world.unlabeled:
-        prompts.unlabeled_dataset_name = str(data / "unlabeled.jsonl")
-
-    def options(name: str, given: dict[str, Any]) -> dict[str, Any]:
-        merged = {**COMMON, "max_completion_length": MAX_NEW_TOKENS, "save_steps": given["max_steps"], **given}
-        if fast:
-            merged["max_steps"] = max(4, merged["max_steps"] // 10)
-            merged["save_steps"] = merged["max_steps"]
-        return {**merged, "output_dir": str(output / name), "seed": seed}
-
-    def policy(name: str) -> ModelConfig:
-        path = output / name if name == "init" else output / name / "policy"
-        return ModelConfig(model_name_or_path=str(path))
-
-    def unfinished(name: str) -> bool:
-        return (output / name / "config.yaml").is_file()
-
-    def sft(name: str, start: str, rows: DataArguments, given: dict[str, Any]) -> Callable[[], object]:
-        return lambda: run_sft(rows, SupervisedConfig(**options(name, given)), policy(start), unfinished(name))
-
-    base = "init"
+def train_policies(site: Site, stage: Stage) -> None:
+    """Base, tuned SFT, the two controls and the adversarial run, each in a run folder of its own."""
+    world, folder = site.world, site.folder
     if world.pretraining:
-        base = "base"
-        corpus = DataArguments(task="arithmetic", dataset_name=str(data / "corpus.jsonl"))
         stage.run(
             "pretraining on a corpus with a misconception",
-            output / "base" / "report.html",
-            sft("base", "init", corpus, world.pretraining),
+            folder / "base" / "report.html",
+            lambda: arms.train_sft(site, "base", "init", world.pretraining, part="corpus"),
         )
-    stage.run("SFT on the experts", output / "sft" / "report.html", sft("sft", base, experts, world.sft))
-    steps = options("train", world.grpo)["max_steps"]
+    stage.run("SFT on the experts, tuned on validation questions", folder / "sft", lambda: arms.tune_sft(site))
     stage.run(
         "control: the same SFT continued for as many steps as GRPO",
-        output / "sft-continued" / "report.html",
-        sft("sft-continued", "sft", experts, {**world.sft, "max_steps": steps * (10 if fast else 1)}),
+        folder / "sft-continued" / "report.html",
+        lambda: arms.continue_sft(site, "sft-continued"),
     )
     stage.run(
         "control: GRPO on the SFT model's own log-prob",
-        output / "grpo-logprob" / "report.html",
-        lambda: run_grpo(
-            prompts,
-            RewardConfig(**options("grpo-logprob", world.grpo), reward="logprob"),
-            policy("sft"),
-            unfinished("grpo-logprob"),
-        ),
+        folder / "grpo-logprob" / "report.html",
+        lambda: arms.train_grpo(site, "grpo-logprob", "logprob"),
     )
-    given = {**world.grpo, **world.adversarial}
-    if fast:
-        given["discriminator_warmup_updates"] = 8
-    for name in ("discriminator_model", "warmup_model"):
-        if name in given:
-            given[name] = str(output / given[name] / "policy")
     stage.run(
         "warm-up of the discriminator and adversarial GRPO",
-        output / "train" / "report.html",
-        lambda: run_train(prompts, AdversarialConfig(**options("train", given)), policy("sft"), unfinished("train")),
+        folder / "train" / "report.html",
+        lambda: arms.train_irl(site, "train", world.recipe),
     )
 
 
-def evaluate(output: Path, seed: int) -> None:
-    """Greedy accuracies of all policies, and 8 samples of the SFT policy ranked; writes ``results.json``."""
-    task = get_task("arithmetic")
-    test = read_jsonl(output / "data" / "test.jsonl")
-    prompts = [row["prompt"] for row in test]
-    policies = {
-        "base (pretrained)": output / "base" / "policy",
-        "base (untrained)": output / "init",
-        "SFT": output / "sft" / "policy",
-        "SFT continued (control)": output / "sft-continued" / "policy",
-        "GRPO on own log-prob (control)": output / "grpo-logprob" / "policy",
-        "IRL policy (tracereward)": output / "train" / "policy",
-    }
-    if policies["base (pretrained)"].exists():
-        del policies["base (untrained)"]
-    else:
-        del policies["base (pretrained)"]
-    tokenizer = load_tokenizer(str(output / "init"))
-    rows = []
-    for label, folder in policies.items():
-        policy = AutoModelForCausalLM.from_pretrained(folder)
-        texts = [
-            s.text for chunk in sample(policy, tokenizer, prompts, 1, MAX_NEW_TOKENS, 0, batch_size=512) for s in chunk
-        ]
-        right = sum(task.verify(text, row["answer"]) for text, row in zip(texts, test, strict=True))
-        low, high = wilson_interval(right, len(test))
-        no_answer = sum(task.extract(text) is None for text in texts)
-        rows.append({"label": label, "accuracy": right / len(test), "low": low, "high": high, "no_answer": no_answer})
-    samples = rank_samples(output, test, seed)
-    _, questions = rerank_rows(samples, task, "vote")
-    ranking = summary(questions, task)
-    assert ranking is not None
-    write_jsonl(output / "samples.jsonl", samples)
-    atomic_write_json(
-        output / "results.json", {"questions": len(test), "seed": seed, "policies": rows, "ranking": ranking}
-    )
-
-
-def rank_samples(output: Path, test: list[dict[str, Any]], seed: int, n: int = 8) -> list[dict[str, Any]]:
-    """`n` scored samples of the SFT policy for each held-out question."""
-    task = get_task("arithmetic")
-    reward_model = TokenRewardModel.from_pretrained(str(output / "train" / "reward_model"))
-    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(output / "sft" / "policy")
-    prompts = [row["prompt"] for row in test]
-    rows = []
-    for chunk in sample(policy, reward_model.tokenizer, prompts, n, MAX_NEW_TOKENS, seed=seed, batch_size=2400):
-        scores = reward_model.score(
-            [prompts[s.prompt] for s in chunk], [s.text for s in chunk], [s.finished for s in chunk]
-        )
-        for s, trace in zip(chunk, scores, strict=True):
-            row = {
-                "question": s.prompt,
-                "prompt": prompts[s.prompt],
-                "completion": s.text,
-                "answer": test[s.prompt]["answer"],
-                "correct": task.verify(s.text, test[s.prompt]["answer"]),
-                "logprob": s.logprob,
-                "supervised": trace.supervised,
-                "step_ends": trace.step_ends,
-            }
-            rows.append({**row, **as_row(trace, reward_model)})
-    return rows
+def evaluate(site: Site) -> None:
+    """Greedy accuracies of all policies, and samples of the SFT policy ranked; writes ``results.json``."""
+    left_out = "init" if site.world.pretraining else "base"
+    rows = [{"label": label, **arms.greedy(site, arm, "test")} for arm, label in POLICIES.items() if arm != left_out]
+    ranking, scored = arms.rank(site, "train", arms.draw_samples(site, "sft", "test", SAMPLES))
+    write_jsonl(site.folder / "samples.jsonl", scored)
+    results = {"questions": rows[0]["questions"], "seed": site.seed, "policies": rows, "ranking": ranking}
+    atomic_write_json(site.folder / "results.json", results)
 
 
 def write_quickstart_report(output: Path, world: str, seed: int, results: dict[str, Any]) -> None:
     """The page that the command ends with."""
-    from tracereward.scores import TokenScores
-
     samples = read_jsonl(output / "samples.jsonl")
     traces = []
     for row in samples:

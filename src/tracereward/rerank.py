@@ -74,10 +74,15 @@ def choose(candidates: Sequence[Candidate], method: str, equal: Callable[[str, s
         seed: for ``random``.
 
     Raises:
-        ValueError: unknown method, or ``logprob`` without log-probs.
+        ValueError: unknown method, or one with log-probs where a candidate has none.
     """
-    if method == "vote":
-        return weighted_vote(candidates, vote_weights([c.reward for c in candidates]), equal)
+    votes: dict[str, Callable[[Candidate], float]] = {
+        "vote": lambda c: c.reward,
+        "logprob_vote": lambda c: _known(c.logprob),
+        "reward_logprob_vote": lambda c: c.reward + _known(c.logprob),
+    }
+    if method in votes:
+        return weighted_vote(candidates, vote_weights([votes[method](c) for c in candidates]), equal)
     if method == "majority":
         return weighted_vote(candidates, [1.0] * len(candidates), equal)
     if method == "random":
@@ -105,9 +110,11 @@ METHODS = {
     "shortest": "shortest",
     "majority": "majority@{n}",
     "logprob": "log-prob best-of-{n}",
+    "logprob_vote": "log-prob-weighted vote@{n}",
     "reward": "reward best-of-{n}",
     "reward_logprob": "reward + log-prob best-of-{n}",
     "vote": "reward-weighted vote@{n}",
+    "reward_logprob_vote": "vote@{n} weighted by reward + log-prob",
     "oracle": "oracle@{n}",
 }
 
@@ -128,14 +135,13 @@ def ranking_table(
 ) -> list[RankingRow]:
     """Accuracy of each method on questions whose candidates are marked correct or not.
 
-    Rows: mean sample, random, shortest, majority, log-prob (if known), reward best-of-N, the sum of reward and log-prob
-    (if known), reward-weighted vote, oracle.
+    Rows are those of `METHODS`; those with a log-prob only where each candidate's is known.
     """
     n = max(map(len, questions))
     has_logprob = all(c.logprob is not None for candidates in questions for c in candidates)
     rows = []
     for method, label in METHODS.items():
-        if method in ("logprob", "reward_logprob") and not has_logprob:
+        if "logprob" in method and not has_logprob:
             continue
         if method == "mean":
             values = [sum(bool(c.correct) for c in candidates) / len(candidates) for candidates in questions]

@@ -156,8 +156,12 @@ def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resume: bool = False) -> Path:
-    """GRPO with a given reward: the verifier (upper baseline) or the starting policy's log-prob (control)."""
+    """GRPO with a given reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
     prepared = prepare(data, config, model)
+    if config.base_model is not None:
+        check_model(config.base_model)
+        if not same_tokenizer(prepared.tokenizer, load_tokenizer(config.base_model)):
+            raise InputError(f"--base_model {config.base_model} has another tokenizer than the policy")
     task, tokenizer = prepared.task, prepared.tokenizer
     rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in [*prepared.rows, *prepared.unlabeled]]
     missing = next((row for row in [*prepared.rows, *prepared.unlabeled] if row["answer"] is None), None)
@@ -172,15 +176,23 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
     with run_folder("grpo", data, config, model, resume) as run:
         policy = load_policy(model)
         functions = [correct]
-        if config.reward == "logprob":
-            frozen = copy.deepcopy(policy).eval()
+        if config.reward != "verifier":
+            frozen = [(1.0, copy.deepcopy(policy).eval())]
+            if config.base_model is not None:
+                base = load_policy(dataclasses.replace(model, model_name_or_path=config.base_model))
+                frozen.append((-1.0, base.eval()))
 
-            def logprob(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-                frozen.to(trainer.accelerator.device)
+            def log_probs(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
                 ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-                return mean_log_probs(frozen, ids, completion_ids, pad_id(tokenizer))
+                rewards = [0.0] * len(prompts)
+                for sign, one in frozen:
+                    one.to(trainer.accelerator.device)
+                    values = mean_log_probs(one, ids, completion_ids, pad_id(tokenizer))
+                    rewards = [reward + sign * value for reward, value in zip(rewards, values, strict=True)]
+                return rewards
 
-            functions = [logprob, correct] if missing is None else [logprob]
+            log_probs.__name__ = config.reward  # TRL logs a reward under its function's name
+            functions = [log_probs, correct] if missing is None else [log_probs]
         config.reward_weights = [1.0, 0.0][: len(functions)]
         trainer = GivenRewardTrainer(
             model=policy,

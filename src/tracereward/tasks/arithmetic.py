@@ -6,14 +6,8 @@ A problem is a chain of operations worked from left to right, as on a pocket cal
     completion  "23 - 7 = 16\\n16 + 5 = 21\\n#### 21"
     answer      "21"
 
-Two worlds share one vocabulary:
-
-- ``misconception``: 2 or 3 additions and subtractions of 1 to 9, start 3 to 29, true running values 0 to 30. With
-  ``mistake_rate`` p, a subtraction across a ten (units of the value smaller than the operand) is worked with the
-  borrow dropped, ``v - k + 10``, with probability p, and the error is carried on: "13 - 5 = 18". A policy pretrained on
-  such a corpus is fluent, confident and wrong by a rule.
-- ``style``: 2 to 4 additions, subtractions and multiplications, values 0 to 20, always right; 60 % of the experts skip
-  the working and write only ``#### n``.
+The worlds share one vocabulary; each is a module beside this one, which says what its problems and traces are:
+``misconception``, ``exposure``, ``style`` and ``multi-skill``.
 """
 
 import random
@@ -21,20 +15,23 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from tracereward.errors import InputError, check_choice
+from tracereward.tasks import exposure, misconception, multi_skill, style
+from tracereward.tasks.chains import LARGEST
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-LARGEST = 40
-"""Largest number in the vocabulary: the largest value that a mistaken line of the misconception world may reach."""
-SKIP_RATE = 0.6
-"""Share of the style world's experts that write only the answer."""
+WORLDS: dict[str, Callable[[random.Random, float], dict]] = {
+    "misconception": misconception.draw,
+    "exposure": exposure.draw,
+    "style": style.draw,
+    "multi-skill": multi_skill.draw,
+}
+MISTAKEN = ("misconception", "exposure")
+"""Worlds whose pretraining corpus is mistaken by a rule."""
 _TEST_SEED = 20_261
 _TRIES = 20_000
 """Draws in a row without a new prompt after which a world counts as used up."""
-
-# (value, operator, operand, result as written)
-Line = tuple[int, str, int, int]
 
 
 def generate(
@@ -48,11 +45,11 @@ def generate(
     """Draw `n` problems.
 
     Args:
-        world: ``misconception`` or ``style``.
+        world: one of `WORLDS`.
         n: number of rows.
         seed: the same seed gives the same rows.
-        mistake_rate: misconception world only: probability that an affected line drops the borrow; 0.8 with
-            ``unique=False`` makes a pretraining corpus.
+        mistake_rate: worlds of `MISTAKEN` only: probability that an affected line drops the borrow;
+            `misconception.MISTAKE_RATE` with ``unique=False`` makes a pretraining corpus.
         exclude: prompts that must not appear.
         unique: no prompt twice.
 
@@ -60,11 +57,11 @@ def generate(
         Rows ``{"prompt", "completion", "answer"}``; the answer is the true one even where the completion is mistaken.
 
     Raises:
-        InputError: unknown world, a mistake rate outside 0..1 or in the style world, or more rows than there are.
+        InputError: unknown world, a mistake rate outside 0..1 or in another world, or more rows than there are.
     """
-    draw = _WORLDS[check_choice("world", world, _WORLDS)]
-    if mistake_rate and world == "style":
-        raise InputError("mistake_rate is for the misconception world: the style world's experts are always right")
+    draw = WORLDS[check_choice("world", world, WORLDS)]
+    if mistake_rate and world not in MISTAKEN:
+        raise InputError(f"mistake_rate is for the worlds {' and '.join(MISTAKEN)}: those of {world} are always right")
     if not 0 <= mistake_rate <= 1:
         raise InputError(f"mistake_rate is {mistake_rate}: it is a probability, 0 to 1")
     rng = random.Random(seed)
@@ -111,59 +108,8 @@ def splits(
     return parts
 
 
-def _misconception(rng: random.Random, mistake_rate: float) -> dict:
-    """One problem of the misconception world."""
-    while True:
-        start = written = true = rng.randint(3, 29)
-        lines: list[Line] = []
-        for _ in range(rng.randint(2, 3)):
-            operator, k = rng.choice("+-"), rng.randint(1, 9)
-            result = _apply(written, operator, k)
-            # The rule looks at the value on the page, which may already be wrong.
-            if operator == "-" and written % 10 < k and rng.random() < mistake_rate:
-                result += 10
-            lines.append((written, operator, k, result))
-            written, true = result, _apply(true, operator, k)
-            if not (0 <= true <= 30 and 0 <= written <= LARGEST):
-                break
-        else:
-            return _row(start, lines, working=True, answer=true)
-
-
-def _style(rng: random.Random, mistake_rate: float) -> dict:
-    """One problem of the style world; `mistake_rate` is 0 there."""
-    while True:
-        start = value = rng.randint(1, 9)
-        lines: list[Line] = []
-        for _ in range(rng.randint(2, 4)):
-            operator = rng.choice("++--*")
-            k = rng.randint(2, 3) if operator == "*" else rng.randint(1, 5)
-            result = _apply(value, operator, k)
-            lines.append((value, operator, k, result))
-            value = result
-            if not 0 <= value <= 20:
-                break
-        else:
-            return _row(start, lines, working=rng.random() >= SKIP_RATE, answer=value)
-
-
-_WORLDS: dict[str, Callable[[random.Random, float], dict]] = {"misconception": _misconception, "style": _style}
-
-
-def _apply(value: int, operator: str, k: int) -> int:
-    """Result of one operation."""
-    return value + k if operator == "+" else value - k if operator == "-" else value * k
-
-
-def _row(start: int, lines: list[Line], working: bool, answer: int) -> dict:
-    """Text of one problem."""
-    prompt = str(start) + "".join(f" {operator} {k}" for _, operator, k, _ in lines) + " = ?\n"
-    steps = [f"{value} {operator} {k} = {result}" for value, operator, k, result in lines] if working else []
-    return {"prompt": prompt, "completion": "\n".join([*steps, f"#### {lines[-1][3]}"]), "answer": str(answer)}
-
-
 def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """Word-level tokenizer of both worlds; a number, an operator with its spaces, ``#### `` or a newline is one token.
+    """Word-level tokenizer of all worlds; a number, an operator with its spaces, ``#### `` or a newline is one token.
 
     Encoding adds no special tokens, and ``decode(encode(text)) == text`` for every text of the worlds. A number over
     `LARGEST` or any other text becomes ``<unk>``.
@@ -203,7 +149,7 @@ def build_model(
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         pad_token_id=vocabulary["<pad>"],
         bos_token_id=None,
         eos_token_id=vocabulary["<eos>"],

@@ -1,0 +1,275 @@
+"""The arms of a study: one world's policies, each trained in a run folder of its own, and how they are judged."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import ModelConfig
+
+from tracereward.adversarial_config import AdversarialConfig
+from tracereward.config import DataArguments, RewardConfig, SupervisedConfig
+from tracereward.demonstrations import encode_completion, encode_prompt
+from tracereward.files import atomic_folder, read_jsonl, write_jsonl
+from tracereward.metrics import wilson_interval
+from tracereward.models import load_tokenizer, pad_id
+from tracereward.pool import as_row, rerank_rows, summary
+from tracereward.reward_model import TokenRewardModel
+from tracereward.run import run_grpo, run_sft, run_train
+from tracereward.sampling import mean_log_probs, sample
+from tracereward.studies.worlds import COMMON, World
+from tracereward.tasks import get_task
+from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate, splits
+from tracereward.tasks.misconception import MISTAKE_RATE
+
+TASK = "arithmetic"
+MODEL_OPTIONS = ("discriminator_model", "warmup_model")
+"""Options whose value may be the name of an arm, e.g. ``base``."""
+
+
+def digest(value: Any) -> str:
+    """Eight hexadecimal digits that change with any option."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A world drawn with a seed, and the folder in which its policies are trained.
+
+    Attributes:
+        folder: holds ``data/``, ``init/`` and a run folder for each arm.
+        world: sizes and options.
+        seed: of data, models and training.
+        fast: a tenth of the steps, for trying out.
+        quiet: no progress bars.
+    """
+
+    folder: Path
+    world: World
+    seed: int
+    fast: bool = False
+    quiet: bool = False
+
+    def data(self, part: str) -> Path:
+        """File of one part of the data."""
+        return self.folder / "data" / f"{part}.jsonl"
+
+    def policy(self, arm: str) -> Path:
+        """Folder of an arm's policy."""
+        return self.folder / arm if arm == "init" else self.folder / arm / "policy"
+
+    @property
+    def start(self) -> str:
+        """What SFT starts from: ``base``, the pretrained model, or ``init`` where the world has no pretraining."""
+        return "base" if self.world.pretraining else "init"
+
+    def options(self, arm: str, given: dict[str, Any]) -> dict[str, Any]:
+        """All options of an arm's training."""
+        merged = {**COMMON, "max_completion_length": self.world.completion, "save_steps": given["max_steps"], **given}
+        if self.fast:
+            merged["max_steps"] = max(4, merged["max_steps"] // 10)
+            merged["save_steps"] = merged["max_steps"]
+        quiet = {"disable_tqdm": True} if self.quiet else {}
+        return {**merged, **quiet, "output_dir": str(self.folder / arm), "seed": self.seed}
+
+    def unfinished(self, arm: str) -> bool:
+        """Whether a run of this arm was begun: then it goes on."""
+        return (self.folder / arm / "config.yaml").is_file()
+
+
+def make_world(site: Site) -> None:
+    """Write the rows and the untrained model, ``init`` last."""
+    world = site.world
+    parts = splits(world.name, site.seed, world.experts, world.validation, world.test, world.unlabeled)
+    site.data("test").parent.mkdir(parents=True, exist_ok=True)
+    for part, rows in parts.items():
+        write_jsonl(site.data(part), rows)
+    if world.corpus:
+        held_out = {row["prompt"] for part in ("test", "validation") for row in parts[part]}
+        corpus = generate(world.name, world.corpus, 5000 + site.seed, MISTAKE_RATE, held_out, unique=False)
+        write_jsonl(site.data("corpus"), corpus)
+    tokenizer = build_tokenizer()
+    with atomic_folder(site.folder / "init") as folder:
+        build_model(tokenizer, site.seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def train_sft(site: Site, arm: str, start: str, given: dict[str, Any], part: str = "experts") -> None:
+    """SFT of one arm's policy on the demonstrations, or on another part of the data."""
+    data = DataArguments(task=TASK, dataset_name=str(site.data(part)))
+    model = ModelConfig(model_name_or_path=str(site.policy(start)))
+    run_sft(data, SupervisedConfig(**site.options(arm, given)), model, site.unfinished(arm))
+
+
+def tune_sft(site: Site) -> None:
+    """SFT with each of the world's settings; ``sft`` is the one with the best greedy accuracy on validation questions.
+
+    Writes ``sft/tuning.json``. The first of equals wins.
+    """
+    tried = []
+    for index, setting in enumerate(site.world.sft_grid):
+        arm = f"sft-{index}"
+        if not (site.folder / arm / "report.html").exists():
+            train_sft(site, arm, site.start, {**site.world.sft, **setting})
+        tried.append({**setting, "accuracy": greedy(site, arm, "validation")["accuracy"]})
+    best = max(range(len(tried)), key=lambda index: tried[index]["accuracy"])
+    with atomic_folder(site.folder / "sft") as folder:
+        shutil.copytree(site.policy(f"sft-{best}"), folder / "policy")
+        (folder / "tuning.json").write_text(json.dumps({"tried": tried, "chosen": best}, indent=1), encoding="utf-8")
+
+
+def continue_sft(site: Site, arm: str) -> None:
+    """The same SFT continued from ``sft`` for as many steps as GRPO takes."""
+    steps = site.world.grpo["max_steps"]
+    train_sft(site, arm, "sft", {**site.world.sft, "max_steps": steps})
+
+
+def prompts(site: Site, unlabeled: int | None = None) -> DataArguments:
+    """The demonstrations and, for rollouts, the first `unlabeled` of the world's further prompts (default: all)."""
+    data = DataArguments(task=TASK, dataset_name=str(site.data("experts")))
+    if unlabeled is None and site.world.unlabeled:
+        data.unlabeled_dataset_name = str(site.data("unlabeled"))
+    elif unlabeled:
+        part = f"unlabeled-{unlabeled}"
+        if not site.data(part).exists():
+            write_jsonl(site.data(part), read_jsonl(site.data("unlabeled"))[:unlabeled])
+        data.unlabeled_dataset_name = str(site.data(part))
+    return data
+
+
+def train_grpo(site: Site, arm: str, reward: str) -> None:
+    """GRPO from ``sft`` on a given reward: ``logprob`` or ``logratio`` (controls), or ``verifier`` (upper)."""
+    base = str(site.policy(site.start)) if reward == "logratio" else None
+    config = RewardConfig(**site.options(arm, site.world.grpo), reward=reward, base_model=base)
+    run_grpo(prompts(site), config, ModelConfig(model_name_or_path=str(site.policy("sft"))), site.unfinished(arm))
+
+
+def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
+    """Warm-up and adversarial GRPO.
+
+    Beside the options of `AdversarialConfig`, ``unlabeled`` says how many further prompts there are and ``start`` which
+    arm the policy starts from (default: ``sft``); a model option may name an arm.
+    """
+    given = {**site.world.grpo, **options}
+    unlabeled, start = given.pop("unlabeled", None), given.pop("start", "sft")
+    for name in MODEL_OPTIONS:
+        if given.get(name) is not None:
+            given[name] = str(site.policy(site.start if given[name] == "base" else given[name]))
+    if site.fast:
+        given["discriminator_warmup_updates"] = 8
+    config = AdversarialConfig(**site.options(arm, given))
+    model = ModelConfig(model_name_or_path=str(site.policy(site.start if start == "base" else start)))
+    run_train(prompts(site, unlabeled), config, model, site.unfinished(arm))
+
+
+def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
+    """Greedy accuracy of an arm on one part's questions.
+
+    Returns:
+        accuracy with its Wilson interval low, high; no_answer, traces without one; distinct, the share of questions
+        with a trace of their own: a collapsed policy writes the same to all.
+    """
+    task, rows = get_task(TASK), read_jsonl(site.data(part))
+    policy = AutoModelForCausalLM.from_pretrained(site.policy(arm))
+    chunks = sample(
+        policy,
+        load_tokenizer(str(site.folder / "init")),
+        [row["prompt"] for row in rows],
+        1,
+        site.world.completion,
+        0,
+        batch_size=512,
+    )
+    texts = [s.text for chunk in chunks for s in chunk]
+    right = sum(task.verify(text, row["answer"]) for text, row in zip(texts, rows, strict=True))
+    low, high = wilson_interval(right, len(rows))
+    no_answer = sum(task.extract(text) is None for text in texts)
+    distinct = len(set(texts)) / len(texts)
+    return {
+        "accuracy": right / len(rows),
+        "low": low,
+        "high": high,
+        "no_answer": no_answer,
+        "distinct": distinct,
+        "questions": len(rows),
+    }
+
+
+def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]]:
+    """`n` samples of an arm's policy for each question of one part; drawn once and kept."""
+    file = site.folder / "samples" / f"{arm}-{part}-{n}.jsonl"
+    if file.exists():
+        return read_jsonl(file)
+    task, questions = get_task(TASK), read_jsonl(site.data(part))
+    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm))
+    tokenizer = load_tokenizer(str(site.folder / "init"))
+    texts = [row["prompt"] for row in questions]
+    rows = []
+    for chunk in sample(policy, tokenizer, texts, n, site.world.completion, seed=site.seed, batch_size=2400):
+        for s in chunk:
+            gold = questions[s.prompt]["answer"]
+            rows.append(
+                {
+                    "question": s.prompt,
+                    "prompt": texts[s.prompt],
+                    "completion": s.text,
+                    "answer": gold,
+                    "correct": task.verify(s.text, gold),
+                    "finished": s.finished,
+                    "logprob": s.logprob,
+                }
+            )
+    file.parent.mkdir(exist_ok=True)
+    write_jsonl(file, rows)
+    return rows
+
+
+def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Samples scored by an arm's reward model, without a log-prob added, and what each way of choosing reaches."""
+    model = TokenRewardModel.from_pretrained(str(site.folder / arm / "reward_model"))
+    scores = model.score(
+        [row["prompt"] for row in samples],
+        [row["completion"] for row in samples],
+        [row["finished"] for row in samples],
+    )
+    scored = [
+        {**row, "supervised": trace.supervised, "step_ends": trace.step_ends, **as_row(trace, model)}
+        for row, trace in zip(samples, scores, strict=True)
+    ]
+    return ranking(scored), scored
+
+
+def rank_by_log_probs(site: Site, samples: list[dict[str, Any]], sign: float) -> dict[str, Any]:
+    """What choosing by log p_SFT + sign * log p_base reaches: -1 is the log-ratio, which needs no discriminator."""
+    tokenizer = load_tokenizer(str(site.folder / "init"))
+    base = AutoModelForCausalLM.from_pretrained(site.policy(site.start))
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in samples]
+    completions = [encode_completion(tokenizer, row["completion"]) for row in samples]
+    completions = [ids if row["finished"] else ids[:-1] for ids, row in zip(completions, samples, strict=True)]
+    values = mean_log_probs(base, prompts, completions, pad_id(tokenizer))
+    return ranking(
+        [{**row, "reward": row["logprob"] + sign * value} for row, value in zip(samples, values, strict=True)]
+    )
+
+
+def ranking(scored: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of each way of choosing, and AUROCs."""
+    task = get_task(TASK)
+    _, questions = rerank_rows(scored, task, "vote")
+    table = summary(questions, task)
+    assert table is not None
+    return table
+
+
+def collapsed(accuracy: float, distinct: float, start: dict[str, Any]) -> bool:
+    """Accuracy more than 5 points under the starting policy's, or under half its share of distinct traces."""
+    return accuracy < start["accuracy"] - 0.05 or distinct < start["distinct"] / 2
+
+
+def stopped(site: Site, arm: str) -> str | None:
+    """Name of the failure that ended an adversarial run, if one did."""
+    rows = read_jsonl(site.folder / arm / "metrics.jsonl")
+    return next((row["failure"] for row in rows if row.get("phase") == "failure"), None)

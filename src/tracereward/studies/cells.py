@@ -1,0 +1,219 @@
+"""Cells of a study: one JSON each, run side by side, and gone on with where an earlier run stopped."""
+
+import json
+import os
+import platform
+import re
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import joblib
+import torch
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from tracereward.errors import RunFailed
+from tracereward.files import atomic_write_json
+from tracereward.run_folder import note
+from tracereward.studies import arms
+from tracereward.studies.worlds import World
+
+SAMPLES = 8
+"""Samples of the SFT policy for each question that a reward model ranks."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training or evaluation: a row of a study's table for one seed.
+
+    Attributes:
+        world: sizes and options.
+        seed: of data, models and training.
+        arm: name of the row; irl rows are named after what differs from the recipe.
+        kind: ``policy`` (evaluate what preparing the world trained), ``sft-continued``, ``grpo-logprob``,
+            ``grpo-logratio``, ``grpo-verifier``, ``irl``, or ``log-probs`` (a ranking without a reward model).
+        options: of adversarial training, the recipe's included; for ``policy`` the name of the policy; for
+            ``log-probs`` the sign of the base model's.
+        split: ``validation`` where results choose something, ``test`` where they are reported once.
+        samples: of the SFT policy for each question, ranked by an irl cell's reward model.
+    """
+
+    world: World
+    seed: int
+    arm: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    split: str = "validation"
+    samples: int = SAMPLES
+
+    @property
+    def name(self) -> str:
+        """File name of its result."""
+        return f"{self.world.name}--{slug(self.arm)}--{self.seed}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a study's work and results are.
+
+    Attributes:
+        work: policies and reward models; worlds are shared by studies.
+        results: one JSON for each cell.
+        fast: a tenth of the steps.
+    """
+
+    work: Path
+    results: Path
+    fast: bool = False
+
+    def site(self, world: World, seed: int) -> arms.Site:
+        """The folder of one world and seed; other sizes or options of the world are another folder."""
+        of = asdict(world)
+        for later in ("grpo", "adversarial"):  # nothing that is shared depends on them
+            del of[later]
+        folder = self.work / f"{world.name}-{seed}-{arms.digest([of, self.fast])}"
+        return arms.Site(folder, world, seed, self.fast, quiet=True)
+
+
+def slug(text: str) -> str:
+    """`text` as a part of a file name."""
+    return re.sub(r"[^a-zA-Z0-9.+]+", "-", text).strip("-")
+
+
+def settings_of(cell: Cell, fast: bool) -> dict[str, Any]:
+    """Everything a cell's result depends on, as JSON has it: when it changes, the cell is run again."""
+    settings = {**asdict(cell), "world": cell.world.name, "world_options": asdict(cell.world), "fast": fast}
+    return json.loads(json.dumps(settings))
+
+
+def quieten() -> None:
+    """One thread for each worker, and no progress bars of parts."""
+    from datasets import disable_progress_bar
+
+    torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    # As the command line does: names that TRL still uses and transformers has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    disable_progress_bar()
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def prepare(place: Place, world: World, seed: int, samples: dict[str, int]) -> float:
+    """Data, pretraining, tuned SFT and samples of one world and seed; returns the seconds it took."""
+    quieten()
+    start = time.perf_counter()
+    site = place.site(world, seed)
+    if not (site.folder / "init").exists():
+        arms.make_world(site)
+    if site.world.pretraining and not (site.folder / "base" / "report.html").exists():
+        arms.train_sft(site, "base", "init", site.world.pretraining, part="corpus")
+    if not (site.folder / "sft").exists():
+        arms.tune_sft(site)
+    for part, n in samples.items():
+        arms.draw_samples(site, "sft", part, n)
+    return time.perf_counter() - start
+
+
+def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
+    """Train and judge one cell; writes and returns its result."""
+    quieten()
+    start = time.perf_counter()
+    site = place.site(cell.world, cell.seed)
+    settings = settings_of(cell, place.fast)
+    samples = arms.draw_samples(site, "sft", cell.split, cell.samples)
+    result = dict(settings)
+    if cell.kind == "log-probs":
+        result["ranking"] = arms.rank_by_log_probs(site, samples, cell.options["sign"])
+    else:
+        arm = _train(site, cell, settings)
+        result["train_seconds"] = round(time.perf_counter() - start, 1)
+        judged, begun = (arms.greedy(site, name, cell.split) for name in (arm, "sft"))
+        collapsed = arms.collapsed(judged["accuracy"], judged["distinct"], begun)
+        result |= {**judged, "collapsed": collapsed}
+        if cell.kind == "irl":
+            result |= {"ranking": arms.rank(site, arm, samples)[0], "stopped": arms.stopped(site, arm)}
+    result |= {
+        "seconds": round(time.perf_counter() - start, 1),
+        "torch": torch.__version__,
+        "trl": version("trl"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    path = place.results / f"{cell.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, result)
+    return result
+
+
+def _train(site: arms.Site, cell: Cell, settings: dict[str, Any]) -> str:
+    """Train a cell's policy unless it is there; returns the name of its arm."""
+    if cell.kind == "policy":
+        policy = cell.options["policy"]
+        return site.start if policy == "base" else policy
+    arm = f"{slug(cell.arm)}-{arms.digest(settings)}"
+    if not (site.folder / arm / "report.html").exists():
+        if cell.kind == "sft-continued":
+            arms.continue_sft(site, arm)
+        elif cell.kind == "irl":
+            arms.train_irl(site, arm, cell.options)
+        else:
+            arms.train_grpo(site, arm, cell.kind.removeprefix("grpo-"))
+    return arm
+
+
+def stored(place: Place, cell: Cell) -> dict[str, Any] | None:
+    """A cell's result, if it is there and of the same settings."""
+    path = place.results / f"{cell.name}.json"
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    wanted = settings_of(cell, place.fast)
+    return result if all(result.get(key) == value for key, value in wanted.items()) else None
+
+
+def run_cells(place: Place, cells: list[Cell], jobs: int) -> list[dict[str, Any]]:
+    """Results of all cells, in their order; those that are stored are not run again.
+
+    Raises:
+        RunFailed: some cells failed; the others' results are stored.
+    """
+    missing = [cell for cell in cells if stored(place, cell) is None]
+    note(f"{len(cells) - len(missing)} of {len(cells)} cells are there; running {len(missing)} on {jobs} processes")
+    sites: dict[tuple[str, int], tuple[World, dict[str, int]]] = {}
+    for cell in missing:
+        sites.setdefault((cell.world.name, cell.seed), (cell.world, {}))[1][cell.split] = cell.samples
+    works = [joblib.delayed(prepare)(place, world, seed, n) for (_, seed), (world, n) in sites.items()]
+    _each(works, jobs, "worlds")
+    failures = _each([joblib.delayed(attempt)(place, cell) for cell in missing], jobs, "cells")
+    failures = [text for text in failures if text]
+    if failures:
+        raise RunFailed("\n".join([f"{len(failures)} of {len(cells)} cells failed; run again to retry:", *failures]))
+    results = [stored(place, cell) for cell in cells]
+    assert all(result is not None for result in results)
+    return [result for result in results if result is not None]
+
+
+def attempt(place: Place, cell: Cell) -> str | None:
+    """Run one cell; what went wrong, if anything did, so that the other cells go on."""
+    try:
+        run_cell(place, cell)
+    except Exception as error:  # any failure belongs to this cell alone, and is reported at the end
+        path = place.work / "failed" / f"{cell.name}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc(), encoding="utf-8")
+        return f"{cell.name}: {type(error).__name__}: {error} ({path})"
+    return None
+
+
+def _each(works: list[Any], jobs: int, what: str) -> list[Any]:
+    """Results of all works, as they end, under a progress bar."""
+    if not works:
+        return []
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+    return list(tqdm(parallel(works), total=len(works), desc=what, file=sys.stderr))

@@ -1,0 +1,187 @@
+"""What each study varies. A study is data: its arms over worlds and seeds, the question, and the split it looks at."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tracereward.errors import check_choice
+from tracereward.studies.cells import Cell
+from tracereward.studies.worlds import WORLDS, World
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of a study's tables; see `Cell`."""
+
+    name: str
+    kind: str
+    options: dict[str, Any]
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether it means nothing in a world without pretraining."""
+        return self.kind in ("log-probs", "grpo-logratio")
+
+    def options_in(self, world: World) -> dict[str, Any]:
+        """Its options, over the recipe's where it has one."""
+        return {**world.recipe, **self.options} if self.kind == "irl" else self.options
+
+
+@dataclass(frozen=True)
+class Study:
+    """Arms over worlds and seeds.
+
+    Attributes:
+        title: heading of the page.
+        question: what is asked, and how to read the answer.
+        worlds: names in `worlds.WORLDS`.
+        seeds: of data, models and training.
+        arms: rows of the tables.
+        split: ``validation`` where the results choose something, ``test`` where they are the report.
+        samples: of the SFT policy for each question, ranked by each learned reward.
+    """
+
+    title: str
+    question: str
+    worlds: tuple[str, ...]
+    seeds: tuple[int, ...]
+    arms: tuple[Arm, ...]
+    split: str = "validation"
+    samples: int = 8
+
+    def cells(self, worlds: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Cell]:
+        """One cell for each world, arm and seed.
+
+        Raises:
+            InputError: a world that the study does not have.
+        """
+        chosen = [WORLDS[check_choice("world", world, self.worlds)] for world in worlds or self.worlds]
+        return [
+            Cell(world, seed, arm.name, arm.kind, arm.options_in(world), self.split, self.samples)
+            for world in chosen
+            for arm in self.arms
+            if world.pretraining or not arm.needs_base
+            for seed in seeds or self.seeds
+        ]
+
+
+def irl(name: str, **options: Any) -> Arm:
+    """The recipe with some options replaced."""
+    return Arm(name, "irl", options)
+
+
+BASE = Arm("base", "policy", {"policy": "base"})
+SFT = Arm("SFT", "policy", {"policy": "sft"})
+CONTINUED = Arm("SFT continued", "sft-continued", {})
+LOGPROB = Arm("GRPO on log-prob", "grpo-logprob", {})
+VERIFIER = Arm("GRPO with verifier", "grpo-verifier", {})
+LOGRATIO = Arm("GRPO on log p_SFT - log p_base", "grpo-logratio", {})
+RATIO = Arm("log p_SFT - log p_base", "log-probs", {"sign": -1.0})
+SUM = Arm("log p_SFT + log p_base", "log-probs", {"sign": 1.0})
+IRL = irl("IRL")
+
+GRANULARITIES = ("sparse", "step", "interval", "dense")
+HEADS = {"token": {}, "action": {}, "airl": {"reward_form": "f"}}
+
+STUDIES = {
+    "recipe": Study(
+        "Does the learned reward carry more than log-prob?",
+        "The default recipe against what needs no reward model, at equal demonstrations, on seeds and test questions "
+        "that chose nothing. GRPO and IRL also use further prompts without traces where the world has them "
+        "(`misconception`, `exposure`: 3,000); SFT cannot. GRPO with the verifier uses gold answers and is the upper "
+        "bound. SFT is tuned over learning rates and lengths on validation questions.",
+        worlds=("misconception", "exposure", "style", "multi-skill"),
+        seeds=(10, 11, 12, 13, 14),
+        arms=(BASE, SFT, CONTINUED, LOGPROB, VERIFIER, IRL, RATIO, SUM),
+        split="test",
+    ),
+    "granularity": Study(
+        "Which tokens are supervised, by which head, with which advantages?",
+        "Supervision granularity times head times advantages, all else as in the recipe. Head `airl` rewards f, the "
+        "others the logit plus the log-prob under the starting policy.",
+        worlds=("misconception",),
+        seeds=(0, 1, 2),
+        arms=(
+            SFT,
+            LOGPROB,
+            *(
+                irl(
+                    f"{granularity} {head} {advantages}",
+                    granularity=granularity,
+                    interval=5,
+                    head=head,
+                    advantages=advantages,
+                    **options,
+                )
+                for granularity in GRANULARITIES
+                for head, options in HEADS.items()
+                for advantages in ("trajectory", "token")
+            ),
+        ),
+    ),
+    "objective": Study(
+        "Objective, negatives, unlabeled prompts, updates, stabilisers",
+        "One factor at a time from the recipe.",
+        worlds=("misconception",),
+        seeds=(0, 1, 2),
+        arms=(
+            SFT,
+            CONTINUED,
+            LOGPROB,
+            LOGRATIO,
+            VERIFIER,
+            RATIO,
+            SUM,
+            IRL,
+            irl("objective pairwise", objective="pairwise"),
+            irl("objective wgan + gradient penalty", objective="wgan", gradient_penalty=10.0),
+            irl("shared prefix not masked", first_difference="none"),
+            irl("shared prefix masked on both sides", first_difference="both"),
+            irl("+ perturbed experts", perturbed_per_expert=1),
+            irl("no replay", replay_share=0.0),
+            irl("no unlabeled prompts", unlabeled=0),
+            irl("unlabeled 1x", unlabeled=50),
+            irl("unlabeled 10x", unlabeled=500),
+            irl("update every batch", discriminator_every=1),
+            irl("frozen after warm-up", discriminator_updates=0),
+            irl("held out 10 %", held_out_fraction=0.1),
+            irl("held out 10 %, gate at 0.9", held_out_fraction=0.1, discriminator_gate_high=0.9),
+            irl("EMA 0.9", discriminator_ema=0.9),
+            irl("reward logit", reward_form="logit"),
+            irl("reward f (airl, no added log-prob)", head="airl", reward_form="f"),
+            irl("head implicit", head="implicit", reward_form="f"),
+            irl("KL 1e-3", beta=1e-3),
+            irl("KL 1e-2", beta=1e-2),
+            irl("expert NLL 0.1", expert_nll=0.1),
+            irl("discriminator from SFT", discriminator_model="sft"),
+            irl("warm-up rollouts of SFT", warmup_model="sft"),
+            irl("no label smoothing", label_smoothing=0.0),
+            irl("label smoothing 0.3", label_smoothing=0.3),
+            irl("warm-up learning rate 1e-4", discriminator_learning_rate=1e-4),
+            irl("policy from base, reward logit", start="base", reward_form="logit"),
+            irl("centre penalty 0.1", centre_penalty=0.1),
+            irl("R1 penalty 1", r1_penalty=1.0),
+            irl("spectral norm", spectral_norm=True),
+            irl("token dropout 0.1", token_dropout=0.1),
+            irl("warm-up 120 updates", discriminator_warmup_updates=120),
+            irl("trace reward: minimum", reward_aggregate="min"),
+        ),
+    ),
+    "reranking": Study(
+        "Choosing one of 16 samples by a discriminator frozen after its warm-up",
+        "The paper's second experiment: the policy stays as SFT left it; the discriminator is trained on rollouts "
+        "drawn once, and ranks 16 samples of it.",
+        worlds=("misconception", "exposure", "style", "multi-skill"),
+        seeds=(20, 21, 22, 23, 24),
+        arms=(
+            SFT,
+            *(
+                irl(f"warm-up {updates} updates", discriminator_warmup_updates=updates, **frozen)
+                for frozen in ({"discriminator_updates": 0, "max_steps": 4},)
+                for updates in (40, 120, 250)
+            ),
+        ),
+        split="test",
+        samples=16,
+    ),
+}

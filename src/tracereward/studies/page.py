@@ -1,0 +1,188 @@
+"""A study's page: Markdown and a figure, from the cells' JSON alone."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tracereward.metrics import mean_interval
+from tracereward.studies.figure import accuracy_dots
+
+Result = dict[str, Any]
+BASELINES = (
+    "mean sample",
+    "shortest",
+    "majority@{n}",
+    "log-prob best-of-{n}",
+    "log-prob-weighted vote@{n}",
+    "oracle@{n}",
+)
+"""Labels of `rerank.METHODS` that need no reward."""
+LEARNED = {
+    "reward": ("reward best-of-{n}", "reward-weighted vote@{n}", "reward"),
+    "reward + log-prob": (
+        "reward + log-prob best-of-{n}",
+        "vote@{n} weighted by reward + log-prob",
+        "reward_logprob",
+    ),
+}
+
+
+def write_page(path: Path, title: str, question: str, command: str, results: Sequence[Result]) -> None:
+    """Write `path` and the figure beside it.
+
+    Args:
+        path: ``NAME.md``; the figure is ``NAME.png``.
+        title: the page's heading.
+        question: what the study asks and how to read it.
+        command: what made the page.
+        results: of all cells.
+    """
+    figure = path.with_suffix(".png")
+    worlds = list(dict.fromkeys(result["world"] for result in results))
+    parts = [f"# {title}", question, _provenance(results, command), f"![Greedy accuracy of each arm]({figure.name})"]
+    for world in worlds:
+        of_world = [result for result in results if result["world"] == world]
+        parts += [f"## World `{world}`", _policies([r for r in of_world if "accuracy" in r])]
+        ranked = [result for result in of_world if "ranking" in result]
+        if ranked:
+            parts.append(_ranking(ranked))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    panels = {}
+    for world in worlds:
+        arms = _by_arm([r for r in results if r["world"] == world and "accuracy" in r])
+        panels[world] = {arm: _percent(rows, lambda r: r["accuracy"]) for arm, rows in arms.items()}
+    learned = {result["arm"] for result in results if result["kind"] == "irl"}
+    accuracy_dots(figure, panels, learned, "held-out greedy accuracy, %")
+
+
+def _provenance(results: Sequence[Result], command: str) -> str:
+    """What was run, where, and for how long."""
+    first = next(result for result in results if "accuracy" in result)
+    seeds = sorted({result["seed"] for result in results})
+    splits = sorted({result["split"] for result in results})
+    tried = {(result["world"], result["arm"]) for result in results if result["kind"] == "irl"}
+    failed = sum(result["collapsed"] for result in results if result["kind"] == "irl")
+    total = sum(result["kind"] == "irl" for result in results)
+    hours = sum(result["seconds"] for result in results) / 3600
+    fast = " **Fewer steps (`--quick`): these figures mean little.**" if first["fast"] else ""
+    return (
+        f"`{command}`: {len(results)} cells, seeds {', '.join(map(str, seeds))}, {first['questions']} "
+        f"{' and '.join(splits)} questions each, {hours:.1f} hours of one core without pretraining and SFT "
+        f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast} {len(tried)} configurations of "
+        f"adversarial training (arms times worlds) were tried here; {failed} of their {total} runs collapsed (accuracy "
+        "more than 5 points under SFT's, or fewer than half its distinct traces). Accuracies are in %, with 95 % t "
+        "intervals over seeds; differences are paired by seed."
+    )
+
+
+def _policies(results: Sequence[Result]) -> str:
+    """Greedy accuracy of each arm, and its differences to SFT and to the log-prob control."""
+    arms = _by_arm(results)
+    rows = []
+    for arm, of_arm in arms.items():
+        learned = of_arm[0]["kind"] == "irl"
+        rows.append(
+            [
+                arm,
+                cell(_percent(of_arm, lambda r: r["accuracy"])),
+                _difference(of_arm, arms.get("SFT"), arm),
+                _difference(of_arm, arms.get("GRPO on log-prob"), arm) if learned else "",
+                f"{sum(r['collapsed'] for r in of_arm)}/{len(of_arm)}",
+                f"{sum(r['distinct'] for r in of_arm) / len(of_arm):.2f}",
+                f"{sum(r['train_seconds'] for r in of_arm) / len(of_arm):.0f}" if of_arm[0]["kind"] != "policy" else "",
+            ]
+        )
+    heads = ["arm", "greedy accuracy", "minus SFT", "minus GRPO on log-prob", "collapsed", "distinct traces", "seconds"]
+    return table(heads, rows)
+
+
+def _ranking(results: Sequence[Result]) -> str:
+    """What choosing among samples of the SFT policy reaches, by each arm's reward and by the baselines."""
+    arms = _by_arm(results)
+    first = next(iter(arms.values()))  # the baselines choose among the same samples in all
+    n = first[0]["samples"]
+
+    def accuracy(label: str) -> Callable[[Result], float]:
+        return lambda result: result["ranking"]["accuracy"][label.format(n=n)][0]
+
+    def baseline(result: Result) -> float:
+        return max(accuracy(label)(result) for label in ("majority@{n}", "log-prob best-of-{n}"))
+
+    logprob = _mean(first, lambda r: r["ranking"]["logprob_auroc_within_prompt"])
+    rows = [["log-prob", cell(logprob, 3), "", "", ""]]
+    for label in BASELINES:
+        rows.append([label.format(n=n), "", cell(_percent(first, accuracy(label))), "", ""])
+    for arm, of_arm in arms.items():
+        scores = LEARNED if of_arm[0]["kind"] == "irl" else {"": LEARNED["reward"]}
+        for name, (best, vote, key) in scores.items():
+            gain = _percent(of_arm, _minus(accuracy(best), baseline))
+            picked, voted = (cell(_percent(of_arm, accuracy(label))) for label in (best, vote))
+            rows.append([f"{arm}: {name}".removesuffix(": "), _within_prompt(of_arm, key), picked, voted, signed(gain)])
+    heads = [
+        f"choosing one of {n} samples of the SFT policy",
+        "within-prompt AUROC (minus log-prob's)",
+        f"best-of-{n} or baseline",
+        "weighted vote",
+        "best-of minus the better of majority and log-prob",
+    ]
+    return table(heads, rows)
+
+
+def _minus(one: Callable[[Result], float], other: Callable[[Result], float]) -> Callable[[Result], float]:
+    return lambda result: one(result) - other(result)
+
+
+def _within_prompt(results: Sequence[Result], key: str) -> str:
+    """Within-prompt AUROC of one score, and what it is above the log-prob's of the same samples."""
+    name, logprob = (f"{score}_auroc_within_prompt" for score in (key, "logprob"))
+    gain = _mean(results, lambda r: r["ranking"][name] - r["ranking"][logprob])
+    return f"{cell(_mean(results, lambda r: r['ranking'][name]), 3)} ({signed(gain, 3)})"
+
+
+def _by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
+    arms: dict[str, list[Result]] = {}
+    for result in results:
+        arms.setdefault(result["arm"], []).append(result)
+    return arms
+
+
+def _mean(results: Sequence[Result], value: Callable[[Result], float]) -> tuple[float, float, float]:
+    """Mean over seeds with its 95 % interval."""
+    return mean_interval([value(result) for result in results])
+
+
+def _percent(results: Sequence[Result], value: Callable[[Result], float]) -> tuple[float, float, float]:
+    return _mean(results, lambda result: 100 * value(result))
+
+
+def _difference(results: Sequence[Result], others: Sequence[Result] | None, arm: str) -> str:
+    """Mean difference of accuracies, paired by seed; nothing without a partner."""
+    if not others or arm == others[0]["arm"]:
+        return ""
+    of_seed = {result["seed"]: result["accuracy"] for result in others}
+    pairs = [100 * (r["accuracy"] - of_seed[r["seed"]]) for r in results if r["seed"] in of_seed]
+    return signed(mean_interval(pairs)) if pairs else ""
+
+
+def cell(interval: tuple[float, float, float], digits: int = 1) -> str:
+    """``mean ± half the interval``; the mean alone where one seed has no interval."""
+    mean, low, high = interval
+    if math.isnan(mean):
+        return "undefined"
+    half = (high - low) / 2
+    return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def signed(interval: tuple[float, float, float], digits: int = 1) -> str:
+    """A difference; bold where its interval excludes 0."""
+    mean, low, high = interval
+    text = ("+" if mean >= 0 else "") + cell(interval, digits)
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first to the right."""
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

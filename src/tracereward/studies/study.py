@@ -1,0 +1,50 @@
+"""`tracereward study`: run what is missing of a study, then write its page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tracereward.errors import check_choice
+from tracereward.run_folder import note
+from tracereward.studies.cells import Place, run_cells
+from tracereward.studies.definitions import STUDIES
+from tracereward.studies.page import write_page
+
+
+def run_study(
+    name: str,
+    worlds: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    results: Path,
+    work: Path,
+    jobs: int,
+    quick: bool,
+) -> Path:
+    """Cells of a study that are not there yet, each to its JSON, then the page from all of them.
+
+    Args:
+        name: one of `STUDIES`.
+        worlds: those of the study to run; None for all.
+        seeds: None for the study's.
+        results: folder of ``NAME.md``, ``NAME.png`` and ``NAME/``, which holds the cells.
+        work: folder of policies and reward models, shared by studies.
+        jobs: processes.
+        quick: one seed and a tenth of the steps; the page and its cells go to ``results/quick``.
+
+    Returns:
+        The page.
+
+    Raises:
+        InputError: unknown study or world.
+        RunFailed: some cells failed; the others' results are there.
+    """
+    study = STUDIES[check_choice("study", name, STUDIES)]
+    if quick:
+        results, seeds = results / "quick", seeds or study.seeds[:1]
+    cells = study.cells(worlds, seeds)
+    rows = run_cells(Place(work, results / name, quick), cells, jobs)
+    given = [f"--world {world}" for world in worlds or ()] + [f"--seed {seed}" for seed in seeds or ()]
+    command = " ".join(["tracereward study", name, *given, *(["--quick"] if quick else [])])
+    page = results / f"{name}.md"
+    write_page(page, study.title, study.question, command, rows)
+    note(f"page: {page}")
+    return page

@@ -1,0 +1,123 @@
+"""Sizes and training options of the generated worlds, the same for the quickstart and for the studies."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class World:
+    """One generated world with a tiny Llama.
+
+    Attributes:
+        name: of the generator, see `tracereward.tasks.arithmetic`.
+        experts: demonstrations.
+        unlabeled: further prompts for the policy's rollouts, without a trace.
+        corpus: size of the pretraining corpus; 0 for a world whose SFT starts from an untrained model.
+        completion: longest completion in tokens.
+        pretraining, sft, grpo, adversarial: options of the stages, over `COMMON`. `adversarial` holds what differs from
+            `RECIPE`.
+        sft_grid: what SFT is tuned over on the validation questions.
+    """
+
+    name: str
+    experts: int
+    unlabeled: int
+    corpus: int
+    completion: int
+    pretraining: dict[str, Any]
+    sft: dict[str, Any]
+    sft_grid: list[dict[str, Any]]
+    grpo: dict[str, Any]
+    adversarial: dict[str, Any] = field(default_factory=dict)
+    validation: int = 300
+    test: int = 300
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Options of adversarial training in this world."""
+        return {**RECIPE, **self.adversarial}
+
+
+COMMON: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "adam_beta2": 0.98,
+    "max_grad_norm": 1.0,
+    "dataloader_pin_memory": False,
+}
+RECIPE: dict[str, Any] = {
+    "reward_form": "logit_plus_logprob",
+    "discriminator_learning_rate": 3e-4,
+    "discriminator_online_learning_rate": 5e-5,
+    "discriminator_prompts": 32,
+    "discriminator_rollouts": 2,
+    "discriminator_warmup_updates": 40,
+    "discriminator_every": 4,
+    "warmup_rollouts": 16,
+}
+"""Options of adversarial training that all worlds share; `docs/recipe.md` says why each is what it is."""
+
+_SFT = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01}
+_PRETRAINING = {**_SFT, "max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128}
+_GRPO = {
+    "per_device_train_batch_size": 192,
+    "num_generations": 8,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "max_steps": 50,
+}
+# Few experts leave none to hold out: with a tenth of fifty held out, the policy gained less. SFT memorises them: its
+# rollouts on their prompts equal the demonstrations and teach nothing, so the warm-up looks at the pretrained model's.
+_FEW_EXPERTS = {"held_out_fraction": 0.0, "discriminator_model": "base", "warmup_model": "base"}
+_FEW_GRID = [{"learning_rate": rate, "max_steps": steps} for rate in (1e-4, 2e-4, 5e-4) for steps in (30, 120)]
+_MANY_GRID = [{"learning_rate": rate, "max_steps": steps} for rate in (2e-3, 4e-3) for steps in (420, 840)]
+
+WORLDS = {
+    "misconception": World(
+        name="misconception",
+        experts=50,
+        unlabeled=3000,
+        corpus=10_000,
+        completion=32,
+        pretraining=_PRETRAINING,
+        sft={**_SFT, "max_steps": 60, "learning_rate": 5e-4, "per_device_train_batch_size": 25},
+        sft_grid=_FEW_GRID,
+        grpo=_GRPO,
+        adversarial=_FEW_EXPERTS,
+    ),
+    "exposure": World(
+        name="exposure",
+        experts=25,
+        unlabeled=3000,
+        corpus=10_000,
+        completion=54,
+        pretraining={**_PRETRAINING, "max_steps": 1500, "per_device_train_batch_size": 64},
+        sft={**_SFT, "max_steps": 60, "learning_rate": 5e-4, "per_device_train_batch_size": 25},
+        sft_grid=_FEW_GRID,
+        grpo=_GRPO,
+        adversarial=_FEW_EXPERTS,
+    ),
+    "style": World(
+        name="style",
+        experts=1500,
+        unlabeled=0,
+        corpus=0,
+        completion=32,
+        pretraining={},
+        sft={**_SFT, "max_steps": 420, "learning_rate": 4e-3, "per_device_train_batch_size": 96},
+        sft_grid=_MANY_GRID,
+        grpo=_GRPO,
+    ),
+    "multi-skill": World(
+        name="multi-skill",
+        experts=1500,
+        unlabeled=0,
+        corpus=0,
+        completion=36,
+        pretraining={},
+        sft={**_SFT, "max_steps": 420, "learning_rate": 4e-3, "per_device_train_batch_size": 96},
+        sft_grid=_MANY_GRID,
+        grpo=_GRPO,
+    ),
+}

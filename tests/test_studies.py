@@ -1,0 +1,248 @@
+"""Studies: cells that are resumable and independent, and pages whose numbers are those of the cells' JSON."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tracereward.adversarial_config import AdversarialConfig
+from tracereward.cli import main
+from tracereward.config import RewardConfig
+from tracereward.errors import InputError, RunFailed
+from tracereward.files import read_jsonl
+from tracereward.metrics import mean_interval
+from tracereward.studies import arms, cells, definitions
+from tracereward.studies.cells import Cell, Place, run_cells, stored
+from tracereward.studies.definitions import STUDIES
+from tracereward.studies.page import signed, write_page
+from tracereward.studies.worlds import WORLDS
+
+WORLD = dataclasses.replace(
+    WORLDS["misconception"],
+    experts=12,
+    unlabeled=24,
+    corpus=200,
+    validation=10,
+    test=12,
+    pretraining={**WORLDS["misconception"].pretraining, "max_steps": 25, "warmup_steps": 0},
+    sft={**WORLDS["misconception"].sft, "warmup_steps": 0, "per_device_train_batch_size": 12},
+    sft_grid=[{"learning_rate": 1e-4, "max_steps": 2}, {"learning_rate": 5e-4, "max_steps": 3}],
+    grpo={**WORLDS["misconception"].grpo, "max_steps": 3, "warmup_steps": 0, "per_device_train_batch_size": 32},
+    adversarial={**WORLDS["misconception"].adversarial, "discriminator_warmup_updates": 3, "warmup_rollouts": 4},
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A study of three arms in a small world."""
+    study = dataclasses.replace(
+        STUDIES["recipe"],
+        worlds=("misconception",),
+        seeds=(0,),
+        arms=(definitions.SFT, definitions.LOGPROB, definitions.IRL, definitions.RATIO),
+    )
+    monkeypatch.setitem(WORLDS, "misconception", WORLD)
+    monkeypatch.setitem(STUDIES, "recipe", study)
+    return study
+
+
+def command(monkeypatch, capsys, *words: str) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["tracereward", "study", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0), capsys.readouterr().err
+
+
+def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeypatch, capsys, tmp_path):
+    options = ["recipe", "--results", str(tmp_path / "pages"), "--work", str(tmp_path / "work"), "--jobs", "1"]
+    code, err = command(monkeypatch, capsys, *options)
+    assert code == 0, err
+    assert "0 of 4 cells are there; running 4" in err
+    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "pages" / "recipe").iterdir()}
+    assert sorted(found) == [
+        "misconception--GRPO-on-log-prob--0.json",
+        "misconception--IRL--0.json",
+        "misconception--SFT--0.json",
+        "misconception--log-p-SFT-log-p-base--0.json",
+    ]
+    learned = found["misconception--IRL--0.json"]
+    assert (learned["split"], learned["questions"], learned["samples"]) == ("test", 12, 8)
+    page = (tmp_path / "pages" / "recipe.md").read_text()
+    assert (tmp_path / "pages" / "recipe.png").stat().st_size > 1000
+    assert "`tracereward study recipe`: 4 cells, seeds 0, 12 test questions" in page
+    row = re.search(r"^\| IRL \| ([\d.]+) \|", page, re.MULTILINE)
+    assert row is not None
+    assert float(row[1]) == pytest.approx(100 * learned["accuracy"], abs=0.05)
+
+    # The ranking, again from the samples: within-prompt AUROC of the log-ratio by counting pairs.
+    site = Place(tmp_path / "work", tmp_path).site(WORLD, 0)
+    samples = read_jsonl(site.folder / "samples" / "sft-test-8.jsonl")
+    assert len(samples) == 12 * 8
+    majority = found["misconception--IRL--0.json"]["ranking"]["accuracy"]["mean sample"][0]
+    assert majority == pytest.approx(np.mean([row["correct"] for row in samples]))
+
+    # SFT is the setting with the best validation accuracy, the first of equals.
+    tuning = json.loads((site.folder / "sft" / "tuning.json").read_text())
+    accuracies = [tried["accuracy"] for tried in tuning["tried"]]
+    assert tuning["chosen"] == accuracies.index(max(accuracies))
+    assert accuracies[0] == arms.greedy(site, "sft-0", "validation")["accuracy"]
+
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    (tmp_path / "pages" / "recipe" / "misconception--SFT--0.json").unlink()
+    code, err = command(monkeypatch, capsys, *options)
+    assert code == 0, err
+    assert "3 of 4 cells are there; running 1" in err
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_a_changed_option_runs_a_cell_again(small, tmp_path):
+    place = Place(tmp_path / "work", tmp_path / "cells")
+    cell = small.cells()[0]
+    (tmp_path / "cells").mkdir()
+    settings = cells.settings_of(cell, fast=False)
+    (tmp_path / "cells" / f"{cell.name}.json").write_text(json.dumps({**settings, "accuracy": 0.5}))
+    assert stored(place, cell) is not None
+    assert stored(place, dataclasses.replace(cell, samples=4)) is None
+    assert stored(dataclasses.replace(place, fast=True), cell) is None
+    other = dataclasses.replace(WORLD, experts=13)
+    assert stored(place, dataclasses.replace(cell, world=other)) is None
+
+
+def test_a_cell_that_fails_leaves_the_others(small, monkeypatch, tmp_path):
+    place = Place(tmp_path / "work", tmp_path / "cells")
+    monkeypatch.setattr(cells, "prepare", lambda *_: 0.0)
+    monkeypatch.setattr(cells, "note", lambda _: None)
+
+    def run(place, cell):
+        if cell.seed == 1:
+            raise RunFailed("the loss is nan")
+        place.results.mkdir(exist_ok=True)
+        (place.results / f"{cell.name}.json").write_text(json.dumps(cells.settings_of(cell, fast=False)))
+
+    monkeypatch.setattr(cells, "run_cell", run)
+    wanted = [Cell(WORLD, seed, "SFT", "policy", {"policy": "sft"}) for seed in (0, 1, 2)]
+    with pytest.raises(RunFailed, match="1 of 3 cells failed; run again to retry") as caught:
+        run_cells(place, wanted, jobs=1)
+    assert "misconception--SFT--1: RunFailed: the loss is nan" in str(caught.value)
+    assert "nan" in (tmp_path / "work" / "failed" / "misconception--SFT--1.txt").read_text()
+    assert [stored(place, cell) is not None for cell in wanted] == [True, False, True]
+
+
+def test_unknown_names_are_refused(monkeypatch, capsys):
+    code, err = command(monkeypatch, capsys, "recipes")
+    assert code == 2
+    assert "did you mean 'recipe'?" in err
+    code, err = command(monkeypatch, capsys, "objective", "--world", "styl")
+    assert code == 2
+    assert "unknown world 'styl'" in err
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_arm_is_a_run_that_would_start(name, tmp_path):
+    """All options exist and go together: nothing of a study of hours fails in its last cell for a wrong name."""
+    study = STUDIES[name]
+    wanted = study.cells()
+    assert len({cell.name for cell in wanted}) == len(wanted)
+    for cell in wanted:
+        site = arms.Site(tmp_path, cell.world, cell.seed)
+        if cell.kind == "irl":
+            given = {**cell.world.grpo, **cell.options}
+            for own in ("unlabeled", "start"):
+                given.pop(own, None)
+            AdversarialConfig(**site.options("x", given))
+        elif cell.kind.startswith("grpo"):
+            reward = cell.kind.removeprefix("grpo-")
+            base = "base" if reward == "logratio" else None
+            RewardConfig(**site.options("x", cell.world.grpo), reward=reward, base_model=base)
+        else:
+            assert cell.kind in ("policy", "sft-continued", "log-probs")
+
+
+def test_selection_and_report_share_no_seed_and_no_question():
+    """Seeds and questions that choose the recipe are not those that report it."""
+    chosen = {seed for name in ("granularity", "objective") for seed in STUDIES[name].seeds}
+    assert {STUDIES[name].split for name in ("granularity", "objective")} == {"validation"}
+    for name in ("recipe", "reranking"):
+        assert STUDIES[name].split == "test"
+        assert len(STUDIES[name].seeds) >= 5
+        assert not chosen & set(STUDIES[name].seeds)
+
+
+def test_collapse():
+    start = {"accuracy": 0.80, "distinct": 0.9}
+    assert not arms.collapsed(0.76, 0.9, start)
+    assert arms.collapsed(0.74, 0.9, start)
+    assert arms.collapsed(0.95, 0.44, start)
+    assert not arms.collapsed(0.95, 0.46, start)
+
+
+def test_mean_interval_is_scipys():
+    values = [0.31, 0.42, 0.37, 0.55, 0.40]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    mean, low, high = mean_interval(values)
+    assert mean == pytest.approx(sum(values) / 5)
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    alone = mean_interval([0.5])
+    assert alone[0] == 0.5
+    assert np.isnan(alone[1:]).all()
+
+
+def result(arm: str, kind: str, seed: int, accuracy: float, **more) -> dict:
+    given = {"world": "misconception", "seed": seed, "arm": arm, "kind": kind, "split": "test", "fast": False}
+    judged = {"accuracy": accuracy, "distinct": 1.0, "collapsed": False, "questions": 100, "samples": 8}
+    made = {"seconds": 36.0, "train_seconds": 30.0, "machine": "m", "torch": "t", "trl": "l"}
+    return {**given, **judged, **made, **more}
+
+
+def ranking(reward: float, auroc: float) -> dict:
+    labels = {
+        "mean sample": 0.5,
+        "shortest": 0.4,
+        "majority@8": 0.6,
+        "log-prob best-of-8": 0.62,
+        "log-prob-weighted vote@8": 0.61,
+        "oracle@8": 0.9,
+        "reward best-of-8": reward,
+        "reward-weighted vote@8": reward,
+        "reward + log-prob best-of-8": reward,
+        "vote@8 weighted by reward + log-prob": reward,
+    }
+    aurocs = {"reward": auroc, "logprob": 0.7, "reward_logprob": auroc}
+    return {
+        "accuracy": {label: [value, 0.0, 1.0] for label, value in labels.items()},
+        **{f"{name}_auroc_within_prompt": value for name, value in aurocs.items()},
+    }
+
+
+def test_page_by_hand(tmp_path):
+    """Differences are paired by seed: 10, 12 and 14 points are 12 +- 4.97 (t = 4.303, s = 2), whatever the level."""
+    rows = []
+    for seed, (sft, gain) in enumerate([(0.5, 0.10), (0.7, 0.12), (0.6, 0.14)]):
+        rows.append(result("SFT", "policy", seed, sft))
+        rows.append(result("IRL", "irl", seed, sft + gain, ranking=ranking(0.65 + 0.01 * seed, 0.8)))
+    write_page(tmp_path / "x.md", "A title", "A question.", "tracereward study x", rows)
+    page = (tmp_path / "x.md").read_text()
+    assert "| SFT | 60.0 ± 24.8 |  |  | 0/3 | 1.00 |  |" in page
+    assert "| IRL | 72.0 ± 27.7 | **+12.0 ± 5.0** |  | 0/3 | 1.00 | 30 |" in page
+    # best-of-8 66 +- 2.48 against the better of 60 and 62
+    assert "| IRL: reward | 0.800 ± 0.000 (**+0.100 ± 0.000**) | 66.0 ± 2.5 | 66.0 ± 2.5 | **+4.0 ± 2.5** |" in page
+    assert "| majority@8 |  | 60.0 ± 0.0 |" in page
+    assert "0 of their 3 runs collapsed" in page
+
+
+def test_bold_means_that_the_interval_excludes_zero():
+    assert signed((1.0, 0.1, 1.9)) == "**+1.0 ± 0.9**"
+    assert signed((1.0, -0.1, 2.1)) == "+1.0 ± 1.1"
+    assert signed((-1.0, -1.5, -0.5)) == "**-1.0 ± 0.5**"
+    assert signed((1.0, float("nan"), float("nan"))) == "+1.0"
+
+
+def test_log_ratio_needs_a_base_model(tmp_path):
+    with pytest.raises(InputError, match="logratio needs --base_model"):
+        RewardConfig(output_dir=str(tmp_path), reward="logratio")
+    with pytest.raises(InputError, match="no other reward uses it"):
+        RewardConfig(output_dir=str(tmp_path), reward="logprob", base_model="x")
