@@ -7,7 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig
 
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.cli import main
@@ -15,6 +18,7 @@ from tracereward.config import RewardConfig
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import read_jsonl
 from tracereward.metrics import mean_interval
+from tracereward.run import run_grpo
 from tracereward.studies import arms, cells, definitions
 from tracereward.studies.cells import Cell, Place, run_cells, stored
 from tracereward.studies.definitions import STUDIES
@@ -85,6 +89,25 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     majority = found["misconception--IRL--0.json"]["ranking"]["accuracy"]["mean sample"][0]
     assert majority == pytest.approx(np.mean([row["correct"] for row in samples]))
 
+    # The log-ratio of each sample by a plain forward pass, and its within-prompt AUROC by counting pairs.
+    tokenizer = AutoTokenizer.from_pretrained(site.folder / "init")
+    base = AutoModelForCausalLM.from_pretrained(site.policy("base")).eval()
+    ratios = [row["logprob"] - mean_log_prob(base, tokenizer, row) for row in samples]
+    aurocs = []
+    for first in range(0, len(samples), 8):
+        group = range(first, first + 8)
+        right, wrong = ([ratios[i] for i in group if samples[i]["correct"] is kind] for kind in (True, False))
+        if right and wrong:
+            aurocs.append(np.mean([(r > w) + 0.5 * (r == w) for r in right for w in wrong]))
+    ratio = found["misconception--log-p-SFT-log-p-base--0.json"]["ranking"]["reward_auroc_within_prompt"]
+    assert (ratio is None and not aurocs) or ratio == pytest.approx(np.mean(aurocs))
+
+    # A policy that starts as its own base model has nothing to gain from the log-ratio.
+    config = RewardConfig(**site.options("null", WORLD.grpo), reward="logratio", base_model=str(site.policy("sft")))
+    run_grpo(arms.prompts(site), config, ModelConfig(model_name_or_path=str(site.policy("sft"))))
+    rewards = [row["reward"] for row in read_jsonl(site.folder / "null" / "metrics.jsonl") if "reward" in row]
+    assert rewards == pytest.approx([0.0] * 3, abs=1e-6)
+
     # SFT is the setting with the best validation accuracy, the first of equals.
     tuning = json.loads((site.folder / "sft" / "tuning.json").read_text())
     accuracies = [tried["accuracy"] for tried in tuning["tried"]]
@@ -97,6 +120,14 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     assert code == 0, err
     assert "3 of 4 cells are there; running 1" in err
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def mean_log_prob(model, tokenizer, row) -> float:
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    completion = tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id] * row["finished"]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return float(logits.log_softmax(-1)[range(len(completion)), completion].mean())
 
 
 def test_a_changed_option_runs_a_cell_again(small, tmp_path):
@@ -114,7 +145,6 @@ def test_a_changed_option_runs_a_cell_again(small, tmp_path):
 
 def test_a_cell_that_fails_leaves_the_others(small, monkeypatch, tmp_path):
     place = Place(tmp_path / "work", tmp_path / "cells")
-    monkeypatch.setattr(cells, "prepare", lambda *_: 0.0)
     monkeypatch.setattr(cells, "note", lambda _: None)
 
     def run(place, cell):

@@ -15,6 +15,7 @@ from typing import Any
 
 import joblib
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -105,29 +106,26 @@ def quieten() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def prepare(place: Place, world: World, seed: int, samples: dict[str, int]) -> float:
-    """Data, pretraining, tuned SFT and samples of one world and seed; returns the seconds it took."""
-    quieten()
-    start = time.perf_counter()
-    site = place.site(world, seed)
+def prepare(site: arms.Site) -> None:
+    """Data, pretraining and tuned SFT of one world and seed, unless they are there."""
     if not (site.folder / "init").exists():
         arms.make_world(site)
     if site.world.pretraining and not (site.folder / "base" / "report.html").exists():
         arms.train_sft(site, "base", "init", site.world.pretraining, part="corpus")
     if not (site.folder / "sft").exists():
         arms.tune_sft(site)
-    for part, n in samples.items():
-        arms.draw_samples(site, "sft", part, n)
-    return time.perf_counter() - start
 
 
 def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     """Train and judge one cell; writes and returns its result."""
     quieten()
-    start = time.perf_counter()
     site = place.site(cell.world, cell.seed)
+    site.folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{site.folder}.lock"):
+        prepare(site)
+        samples = arms.draw_samples(site, "sft", cell.split, cell.samples)
+    start = time.perf_counter()
     settings = settings_of(cell, place.fast)
-    samples = arms.draw_samples(site, "sft", cell.split, cell.samples)
     result = dict(settings)
     if cell.kind == "log-probs":
         result["ranking"] = arms.rank_by_log_probs(site, samples, cell.options["sign"])
@@ -185,12 +183,10 @@ def run_cells(place: Place, cells: list[Cell], jobs: int) -> list[dict[str, Any]
     """
     missing = [cell for cell in cells if stored(place, cell) is None]
     note(f"{len(cells) - len(missing)} of {len(cells)} cells are there; running {len(missing)} on {jobs} processes")
-    sites: dict[tuple[str, int], tuple[World, dict[str, int]]] = {}
-    for cell in missing:
-        sites.setdefault((cell.world.name, cell.seed), (cell.world, {}))[1][cell.split] = cell.samples
-    works = [joblib.delayed(prepare)(place, world, seed, n) for (_, seed), (world, n) in sites.items()]
-    _each(works, jobs, "worlds")
-    failures = _each([joblib.delayed(attempt)(place, cell) for cell in missing], jobs, "cells")
+    # Arm by arm, so that the first cells are of different worlds: each is prepared by one process while others wait.
+    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
+    works = parallel([joblib.delayed(attempt)(place, cell) for cell in missing])
+    failures = list(tqdm(works, total=len(missing), desc="cells", file=sys.stderr, disable=not missing))
     failures = [text for text in failures if text]
     if failures:
         raise RunFailed("\n".join([f"{len(failures)} of {len(cells)} cells failed; run again to retry:", *failures]))
@@ -209,11 +205,3 @@ def attempt(place: Place, cell: Cell) -> str | None:
         path.write_text(traceback.format_exc(), encoding="utf-8")
         return f"{cell.name}: {type(error).__name__}: {error} ({path})"
     return None
-
-
-def _each(works: list[Any], jobs: int, what: str) -> list[Any]:
-    """Results of all works, as they end, under a progress bar."""
-    if not works:
-        return []
-    parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
-    return list(tqdm(parallel(works), total=len(works), desc=what, file=sys.stderr))
