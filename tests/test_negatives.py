@@ -192,7 +192,7 @@ def test_replay_fills_the_places_that_fresh_rollouts_leave():
     experts = [Expert([i], [1]) for i in range(9)]
     replay = filled(Rollout(i, [20]) for i in range(5))
     fresh = [Rollout(8, [21])]
-    traces, _ = draw(experts, fresh, replay, Recipe(4, 1, 0.0, 0, "none"), random.Random(0))
+    traces, _ = draw(experts, fresh, replay, Recipe(4, 1, 0.1, 0, "none"), random.Random(0))
     drawn = [(t.group, t.completion) for t in traces if not t.is_expert]
     assert len(drawn) == 4
     assert drawn[0] == (8, [21])
@@ -201,6 +201,17 @@ def test_replay_fills_the_places_that_fresh_rollouts_leave():
         [],
         {"identical_share": 0.0},
     )
+
+
+def test_no_share_for_replay_means_fresh_rollouts_alone_once_there_are_any():
+    """Few of the prompts of a batch have a demonstration: filling up would make of "no replay" nearly all replay."""
+    experts = [Expert([i], [1]) for i in range(9)]
+    replay = filled(Rollout(i, [20]) for i in range(5))
+    fresh = [Rollout(8, [21]), Rollout(3, [21])]
+    traces, _ = draw(experts, fresh, replay, Recipe(4, 1, 0.0, 0, "none"), random.Random(0))
+    assert sorted((t.group, t.completion[0]) for t in traces if not t.is_expert) == [(3, 21), (8, 21)]
+    warm_up, _ = draw(experts, [], replay, Recipe(4, 1, 0.0, 0, "none"), random.Random(0))
+    assert len({t.group for t in warm_up}) == 4
 
 
 def test_the_replay_buffer_keeps_the_newest_and_its_state():

@@ -70,7 +70,10 @@ class DiscriminatorOptions:
     replay_size: int = field(default=4096, metadata={"help": "Rollouts kept for later updates."})
     replay_share: float = field(
         default=0.5,
-        metadata={"help": "Share of an update's demonstrations whose rollouts come from the replay buffer."},
+        metadata={
+            "help": "Share of an update's demonstrations whose rollouts come from the replay buffer: more where there are "
+            "too few fresh ones; 0: none but in the warm-up."
+        },
     )
     discriminator_model: str | None = field(
         default=None, metadata={"help": "Causal LM that the discriminator starts from. Default: the starting policy."}

@@ -148,7 +148,8 @@ class Recipe:
     Attributes:
         prompts: demonstrations in it.
         rollouts: rollouts beside each.
-        replay_share: share of the demonstrations whose rollouts come from the replay buffer.
+        replay_share: share of the demonstrations whose rollouts come from the replay buffer; more where there are too
+            few fresh ones, none for 0.
         perturbed: perturbed copies beside each.
         first_difference: whose shared beginnings are left out: ``rollouts``, ``both`` or ``none``.
     """
@@ -180,7 +181,8 @@ def draw(
     old, new = replay.by_demonstration(), by_demonstration(fresh)
     size = min(recipe.prompts, len(old.keys() | new.keys()))
     from_fresh = rng.sample(sorted(new), min(round(size * (1 - recipe.replay_share)), len(new)))
-    others = sorted(old.keys() - set(from_fresh))
+    # Few fresh rollouts are filled up with older ones, unless none are wanted; a warm-up has only older ones.
+    others = [] if fresh and not recipe.replay_share else sorted(old.keys() - set(from_fresh))
     from_replay = rng.sample(others, min(size - len(from_fresh), len(others)))
     pairs = [(index, new[index]) for index in from_fresh] + [(index, old[index]) for index in from_replay]
 
