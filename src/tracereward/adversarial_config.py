@@ -71,8 +71,8 @@ class DiscriminatorOptions:
     replay_share: float = field(
         default=0.5,
         metadata={
-            "help": "Share of an update's demonstrations whose rollouts come from the replay buffer: more where there are "
-            "too few fresh ones; 0: none but in the warm-up."
+            "help": "Share of an update's demonstrations whose rollouts come from the replay buffer: more where fresh "
+            "ones are too few; 0: none but in the warm-up."
         },
     )
     discriminator_model: str | None = field(
