@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,3 +277,21 @@ def test_log_ratio_needs_a_base_model(tmp_path):
         RewardConfig(output_dir=str(tmp_path), reward="logratio")
     with pytest.raises(InputError, match="no other reward uses it"):
         RewardConfig(output_dir=str(tmp_path), reward="logprob", base_model="x")
+
+
+STUDIED = sorted(path.stem for path in (Path(__file__).parents[1] / "docs" / "studies").glob("*.md"))
+
+
+@pytest.mark.parametrize("name", STUDIED)
+def test_published_pages_say_what_their_cells_say(name, tmp_path):
+    """No figure of a page in the documentation was written by hand, and no cell was left out or run otherwise."""
+    folder = Path(__file__).parents[1] / "docs" / "studies"
+    place = Place(tmp_path, folder / name)
+    study = STUDIES[name]
+    found = [row for row in (stored(place, cell) for cell in study.cells()) if row is not None]
+    assert len(found) == len(list((folder / name).glob("*.json")))
+    page = (folder / f"{name}.md").read_text(encoding="utf-8")
+    command = re.search(r"`(tracereward study [^`]*)`", page)
+    assert command is not None
+    write_page(tmp_path / f"{name}.md", study.title, study.question, command[1], found)
+    assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == page

@@ -1,12 +1,12 @@
 """What each study varies. A study is data: its arms over worlds and seeds, the question, and the split it looks at."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tracereward.errors import check_choice
 from tracereward.studies.cells import Cell
-from tracereward.studies.worlds import WORLDS, World
+from tracereward.studies.worlds import FIRST_RECIPE, RECIPE, WORLDS, World
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Arm:
         """Whether it means nothing in a world without pretraining."""
         return self.kind in ("log-probs", "grpo-logratio")
 
-    def options_in(self, world: World) -> dict[str, Any]:
-        """Its options, over the recipe's where it has one."""
-        return {**world.recipe, **self.options} if self.kind == "irl" else self.options
+    def options_in(self, world: World, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Its options, over the recipe's and the world's where it has them."""
+        return {**recipe, **world.adversarial, **self.options} if self.kind == "irl" else self.options
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Study:
         arms: rows of the tables.
         split: ``validation`` where the results choose something, ``test`` where they are the report.
         samples: of the SFT policy for each question, ranked by each learned reward.
+        recipe: what the arms differ from.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Study:
     arms: tuple[Arm, ...]
     split: str = "validation"
     samples: int = 8
+    recipe: dict[str, Any] = field(default_factory=lambda: RECIPE)
 
     def cells(self, worlds: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Cell]:
         """One cell for each world, arm and seed.
@@ -57,7 +59,7 @@ class Study:
         """
         chosen = [WORLDS[check_choice("world", world, self.worlds)] for world in worlds or self.worlds]
         return [
-            Cell(world, seed, arm.name, arm.kind, arm.options_in(world), self.split, self.samples)
+            Cell(world, seed, arm.name, arm.kind, arm.options_in(world, self.recipe), self.split, self.samples)
             for world in chosen
             for arm in self.arms
             if world.pretraining or not arm.needs_base
@@ -121,9 +123,10 @@ STUDIES = {
     ),
     "objective": Study(
         "Objective, negatives, unlabeled prompts, updates, stabilisers",
-        "One factor at a time from the recipe.",
+        "One factor at a time from a first recipe, then combinations of what helped.",
         worlds=("misconception",),
         seeds=(0, 1, 2),
+        recipe=FIRST_RECIPE,
         arms=(
             SFT,
             CONTINUED,
@@ -165,6 +168,23 @@ STUDIES = {
             irl("token dropout 0.1", token_dropout=0.1),
             irl("warm-up 120 updates", discriminator_warmup_updates=120),
             irl("trace reward: minimum", reward_aggregate="min"),
+            irl("smoothing 0.3 + perturbed", label_smoothing=0.3, perturbed_per_expert=1),
+            irl("smoothing 0.4 + perturbed", label_smoothing=0.4, perturbed_per_expert=1),
+            irl(
+                "smoothing 0.3 + perturbed, masked on both sides",
+                label_smoothing=0.3,
+                perturbed_per_expert=1,
+                first_difference="both",
+            ),
+            irl(
+                "smoothing 0.3 + perturbed, warm-up 1e-4",
+                label_smoothing=0.3,
+                perturbed_per_expert=1,
+                discriminator_learning_rate=1e-4,
+            ),
+            irl("smoothing 0.3 + 2 perturbed", label_smoothing=0.3, perturbed_per_expert=2),
+            irl("perturbed + R1 1", perturbed_per_expert=1, r1_penalty=1.0),
+            irl("smoothing 0.3 + perturbed + R1 1", label_smoothing=0.3, perturbed_per_expert=1, r1_penalty=1.0),
         ),
     ),
     "reranking": Study(

@@ -52,9 +52,9 @@ def write_page(path: Path, title: str, question: str, command: str, results: Seq
     panels = {}
     for world in worlds:
         arms = _by_arm([r for r in results if r["world"] == world and "accuracy" in r])
-        panels[world] = {arm: _percent(rows, lambda r: r["accuracy"]) for arm, rows in arms.items()}
+        panels[world] = {arm: [100 * row["accuracy"] for row in rows] for arm, rows in arms.items()}
     learned = {result["arm"] for result in results if result["kind"] == "irl"}
-    accuracy_dots(figure, panels, learned, "held-out greedy accuracy, %")
+    accuracy_dots(figure, panels, learned, "held-out greedy accuracy, %: seeds and their mean")
 
 
 def _provenance(results: Sequence[Result], command: str) -> str:

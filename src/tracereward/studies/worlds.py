@@ -45,7 +45,7 @@ COMMON: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "dataloader_pin_memory": False,
 }
-RECIPE: dict[str, Any] = {
+FIRST_RECIPE: dict[str, Any] = {
     "reward_form": "logit_plus_logprob",
     "discriminator_learning_rate": 3e-4,
     "discriminator_online_learning_rate": 5e-5,
@@ -55,7 +55,9 @@ RECIPE: dict[str, Any] = {
     "discriminator_every": 4,
     "warmup_rollouts": 16,
 }
-"""Options of adversarial training that all worlds share; `docs/recipe.md` says why each is what it is."""
+"""Options of adversarial training that the studies started from."""
+RECIPE: dict[str, Any] = {**FIRST_RECIPE, "r1_penalty": 1.0}
+"""What they chose, the same in all worlds; `docs/recipe.md` says why each is what it is."""
 
 _SFT = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01}
 _PRETRAINING = {**_SFT, "max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128}
