@@ -257,12 +257,12 @@ def test_page_by_hand(tmp_path):
         rows.append(result("IRL", "irl", seed, sft + gain, ranking=ranking(0.65 + 0.01 * seed, 0.8)))
     write_page(tmp_path / "x.md", "A title", "A question.", "tracereward study x", rows)
     page = (tmp_path / "x.md").read_text()
-    assert "| SFT | 60.0 ± 24.8 |  |  | 0/3 | 1.00 |  |" in page
+    assert "| SFT | 60.0 ± 24.8 |  |  |  | 1.00 |  |" in page
     assert "| IRL | 72.0 ± 27.7 | **+12.0 ± 5.0** |  | 0/3 | 1.00 | 30 |" in page
     # best-of-8 66 +- 2.48 against the better of 60 and 62
     assert "| IRL: reward | 0.800 ± 0.000 (**+0.100 ± 0.000**) | 66.0 ± 2.5 | 66.0 ± 2.5 | **+4.0 ± 2.5** |" in page
     assert "| majority@8 |  | 60.0 ± 0.0 |" in page
-    assert "0 of their 3 runs collapsed" in page
+    assert "Of the 3 adversarial runs on this page 0 collapsed" in page
 
 
 def test_bold_means_that_the_interval_excludes_zero():
@@ -293,5 +293,5 @@ def test_published_pages_say_what_their_cells_say(name, tmp_path):
     page = (folder / f"{name}.md").read_text(encoding="utf-8")
     command = re.search(r"`(tracereward study [^`]*)`", page)
     assert command is not None
-    write_page(tmp_path / f"{name}.md", study.title, study.question, command[1], found)
+    write_page(tmp_path / f"{name}.md", study.title, study.question, command[1], found, folder)
     assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == page

@@ -1,5 +1,6 @@
 """A study's page: Markdown and a figure, from the cells' JSON alone."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,9 @@ LEARNED = {
 }
 
 
-def write_page(path: Path, title: str, question: str, command: str, results: Sequence[Result]) -> None:
+def write_page(
+    path: Path, title: str, question: str, command: str, results: Sequence[Result], studies: Path | None = None
+) -> None:
     """Write `path` and the figure beside it.
 
     Args:
@@ -37,10 +40,16 @@ def write_page(path: Path, title: str, question: str, command: str, results: Seq
         question: what the study asks and how to read it.
         command: what made the page.
         results: of all cells.
+        studies: folder of all studies' cells, for the number of configurations tried. Default: `path`'s.
     """
     figure = path.with_suffix(".png")
     worlds = list(dict.fromkeys(result["world"] for result in results))
-    parts = [f"# {title}", question, _provenance(results, command), f"![Greedy accuracy of each arm]({figure.name})"]
+    parts = [
+        f"# {title}",
+        question,
+        _provenance(results, command, configurations_tried(studies or path.parent)),
+        f"![Greedy accuracy of each arm]({figure.name})",
+    ]
     for world in worlds:
         of_world = [result for result in results if result["world"] == world]
         parts += [f"## World `{world}`", _policies([r for r in of_world if "accuracy" in r])]
@@ -57,12 +66,17 @@ def write_page(path: Path, title: str, question: str, command: str, results: Seq
     accuracy_dots(figure, panels, learned, "held-out greedy accuracy, %: seeds and their mean")
 
 
-def _provenance(results: Sequence[Result], command: str) -> str:
+def configurations_tried(studies: Path) -> int:
+    """How many arms with a learned reward, in how many worlds, were looked at on validation questions."""
+    rows = [json.loads(cell.read_text(encoding="utf-8")) for cell in studies.glob("*/*.json")]
+    return len({(r["world"], r["arm"]) for r in rows if r["kind"] == "irl" and r["split"] == "validation"})
+
+
+def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
     """What was run, where, and for how long."""
     first = next(result for result in results if "accuracy" in result)
     seeds = sorted({result["seed"] for result in results})
     splits = sorted({result["split"] for result in results})
-    tried = {(result["world"], result["arm"]) for result in results if result["kind"] == "irl"}
     failed = sum(result["collapsed"] for result in results if result["kind"] == "irl")
     total = sum(result["kind"] == "irl" for result in results)
     hours = sum(result["seconds"] for result in results) / 3600
@@ -70,8 +84,9 @@ def _provenance(results: Sequence[Result], command: str) -> str:
     return (
         f"`{command}`: {len(results)} cells, seeds {', '.join(map(str, seeds))}, {first['questions']} "
         f"{' and '.join(splits)} questions each, {hours:.1f} hours of one core without pretraining and SFT "
-        f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast} {len(tried)} configurations of "
-        f"adversarial training (arms times worlds) were tried here; {failed} of their {total} runs collapsed (accuracy "
+        f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast} In all studies {tried} "
+        "configurations of adversarial training, arms times worlds, were looked at on validation questions. Of the "
+        f"{total} adversarial runs on this page {failed} collapsed (accuracy "
         "more than 5 points under SFT's, or fewer than half its distinct traces). Accuracies are in %, with 95 % t "
         "intervals over seeds; differences are paired by seed."
     )
@@ -82,16 +97,16 @@ def _policies(results: Sequence[Result]) -> str:
     arms = _by_arm(results)
     rows = []
     for arm, of_arm in arms.items():
-        learned = of_arm[0]["kind"] == "irl"
+        learned, given = (of_arm[0]["kind"] == kind for kind in ("irl", "policy"))
         rows.append(
             [
                 arm,
                 cell(_percent(of_arm, lambda r: r["accuracy"])),
                 _difference(of_arm, arms.get("SFT"), arm),
                 _difference(of_arm, arms.get("GRPO on log-prob"), arm) if learned else "",
-                f"{sum(r['collapsed'] for r in of_arm)}/{len(of_arm)}",
+                "" if given else f"{sum(r['collapsed'] for r in of_arm)}/{len(of_arm)}",
                 f"{sum(r['distinct'] for r in of_arm) / len(of_arm):.2f}",
-                f"{sum(r['train_seconds'] for r in of_arm) / len(of_arm):.0f}" if of_arm[0]["kind"] != "policy" else "",
+                "" if given else f"{sum(r['train_seconds'] for r in of_arm) / len(of_arm):.0f}",
             ]
         )
     heads = ["arm", "greedy accuracy", "minus SFT", "minus GRPO on log-prob", "collapsed", "distinct traces", "seconds"]
