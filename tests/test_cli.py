@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from tiny import launcher, options, rows
 from tracereward import __version__, cli
 from tracereward.files import write_jsonl
+from tracereward.rerank import METHODS
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 from tracereward.tasks import get_task
@@ -500,8 +501,7 @@ def test_rerank_chooses_one_of_each_question(bench, samples, method):
     (line,) = table.out.splitlines()
     accuracies = json.loads(line)["accuracy"]
     assert json.loads(line)["questions"] == len({row["question"] for row in given})
-    label = next(name for name in accuracies if name.startswith(("log-prob" if method == "logprob" else method)[:6])
-                 or (method == "vote" and "vote" in name))  # fmt: skip
+    label = METHODS[method].format(n=4)
     assert accuracies[label][0] == right / 5
     assert accuracies["oracle@4"][0] == 1.0
     assert "oracle@4" in done.err

@@ -296,13 +296,13 @@ def test_a_cut_trace_gets_no_end_of_sequence(tiny_model_folder, tokenizer):
 
 
 def test_nothing_is_truncated(tiny_model_folder, tokenizer):
-    """64 positions: a trace that fills them is scored to its end, one token more is refused with its row."""
+    """128 positions: a trace that fills them is scored to its end, one token more is refused with its row."""
     model = build(tiny_model_folder, tokenizer, "action")
     prompt = "1 + 1 = ?\n"
-    room = 64 - len(encode_prompt(tokenizer, prompt)) - 1
+    room = 128 - len(encode_prompt(tokenizer, prompt)) - 1
     (score,) = model.score([prompt], ["\n" * room])
     assert len(score.rewards) == room + 1
-    message = rf"row 1: 7 prompt and {room + 2} completion tokens, the reward model reads 64.*never cut"
+    message = rf"row 1: 7 prompt and {room + 2} completion tokens, the reward model reads 128.*never cut"
     with pytest.raises(InputError, match=message.replace("7 prompt", r"\d+ prompt")):
         model.score([prompt] * 2, ["\n", "\n" * (room + 1)])
 
