@@ -16,7 +16,7 @@ from trl import ModelConfig
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.cli import main
 from tracereward.config import RewardConfig
-from tracereward.errors import InputError, RunFailed
+from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import read_jsonl
 from tracereward.metrics import mean_interval
 from tracereward.run import run_grpo
@@ -161,6 +161,21 @@ def test_a_cell_that_fails_leaves_the_others(small, monkeypatch, tmp_path):
     assert "misconception--SFT--1: RunFailed: the loss is nan" in str(caught.value)
     assert "nan" in (tmp_path / "work" / "failed" / "misconception--SFT--1.txt").read_text()
     assert [stored(place, cell) is not None for cell in wanted] == [True, False, True]
+
+
+def test_an_interrupt_ends_the_study(small, monkeypatch, tmp_path):
+    """Not the cell alone: the next one would start, and Ctrl-C would have to be pressed for each."""
+    begun = []
+
+    def run(place, cell):
+        begun.append(cell.seed)
+        raise Interrupted("stopped by SIGINT")
+
+    monkeypatch.setattr(cells, "run_cell", run)
+    wanted = [Cell(WORLD, seed, "SFT", "policy", {"policy": "sft"}) for seed in (0, 1, 2)]
+    with pytest.raises(Interrupted):
+        run_cells(Place(tmp_path / "work", tmp_path / "cells"), wanted, jobs=1)
+    assert begun == [0]
 
 
 def test_unknown_names_are_refused(monkeypatch, capsys):

@@ -19,7 +19,7 @@ from filelock import FileLock
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from tracereward.errors import RunFailed
+from tracereward.errors import Interrupted, RunFailed
 from tracereward.files import atomic_write_json
 from tracereward.run_folder import note
 from tracereward.studies import arms
@@ -199,6 +199,8 @@ def attempt(place: Place, cell: Cell) -> str | None:
     """Run one cell; what went wrong, if anything did, so that the other cells go on."""
     try:
         run_cell(place, cell)
+    except Interrupted:
+        raise
     except Exception as error:  # any failure belongs to this cell alone, and is reported at the end
         path = place.work / "failed" / f"{cell.name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
