@@ -87,7 +87,8 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
         f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast} In all studies {tried} "
         "configurations of adversarial training, arms times worlds, were looked at on validation questions. Of the "
         f"{total} adversarial runs on this page {failed} collapsed (accuracy "
-        "more than 5 points under SFT's, or fewer than half its distinct traces). Accuracies are in %, with 95 % t "
+        "more than 5 points under SFT's, or fewer than half its distinct traces). Stopped: a failure rule ended the run "
+        "and put its best checkpoint back, or, without a better one, the SFT policy itself. Accuracies are in %, with 95 % t "
         "intervals over seeds; differences are paired by seed."
     )
 
@@ -105,11 +106,21 @@ def _policies(results: Sequence[Result]) -> str:
                 _difference(of_arm, arms.get("SFT"), arm),
                 _difference(of_arm, arms.get("GRPO on log-prob"), arm) if learned else "",
                 "" if given else f"{sum(r['collapsed'] for r in of_arm)}/{len(of_arm)}",
+                f"{sum(r['stopped'] is not None for r in of_arm)}/{len(of_arm)}" if learned else "",
                 f"{sum(r['distinct'] for r in of_arm) / len(of_arm):.2f}",
                 "" if given else f"{sum(r['train_seconds'] for r in of_arm) / len(of_arm):.0f}",
             ]
         )
-    heads = ["arm", "greedy accuracy", "minus SFT", "minus GRPO on log-prob", "collapsed", "distinct traces", "seconds"]
+    heads = [
+        "arm",
+        "greedy accuracy",
+        "minus SFT",
+        "minus GRPO on log-prob",
+        "collapsed",
+        "stopped",
+        "distinct traces",
+        "seconds",
+    ]
     return table(heads, rows)
 
 

@@ -1,6 +1,6 @@
 """Sizes and training options of the generated worlds, the same for the quickstart and for the studies."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -75,6 +75,18 @@ _FEW_EXPERTS = {"held_out_fraction": 0.0, "discriminator_model": "base", "warmup
 _FEW_GRID = [{"learning_rate": rate, "max_steps": steps} for rate in (1e-4, 2e-4, 5e-4) for steps in (30, 120)]
 _MANY_GRID = [{"learning_rate": rate} for rate in (2e-3, 4e-3)]
 
+_STYLE = World(
+    name="style",
+    experts=1500,
+    unlabeled=0,
+    corpus=0,
+    completion=32,
+    pretraining={},
+    sft={**_SFT, "max_steps": 420, "learning_rate": 4e-3, "per_device_train_batch_size": 96},
+    sft_grid=_MANY_GRID,
+    grpo=_GRPO,
+)
+
 WORLDS = {
     "misconception": World(
         name="misconception",
@@ -100,26 +112,6 @@ WORLDS = {
         grpo=_GRPO,
         adversarial=_FEW_EXPERTS,
     ),
-    "style": World(
-        name="style",
-        experts=1500,
-        unlabeled=0,
-        corpus=0,
-        completion=32,
-        pretraining={},
-        sft={**_SFT, "max_steps": 420, "learning_rate": 4e-3, "per_device_train_batch_size": 96},
-        sft_grid=_MANY_GRID,
-        grpo=_GRPO,
-    ),
-    "multi-skill": World(
-        name="multi-skill",
-        experts=1500,
-        unlabeled=0,
-        corpus=0,
-        completion=36,
-        pretraining={},
-        sft={**_SFT, "max_steps": 420, "learning_rate": 4e-3, "per_device_train_batch_size": 96},
-        sft_grid=_MANY_GRID,
-        grpo=_GRPO,
-    ),
+    "style": _STYLE,
+    "multi-skill": replace(_STYLE, name="multi-skill", completion=36),
 }
