@@ -87,9 +87,9 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
         f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast} In all studies {tried} "
         "configurations of adversarial training, arms times worlds, were looked at on validation questions. Of the "
         f"{total} adversarial runs on this page {failed} collapsed (accuracy "
-        "more than 5 points under SFT's, or fewer than half its distinct traces). Stopped: a failure rule ended the run "
-        "and put its best checkpoint back, or, without a better one, the SFT policy itself. Accuracies are in %, with 95 % t "
-        "intervals over seeds; differences are paired by seed."
+        "more than 5 points under SFT's, or fewer than half its distinct traces). Stopped: a failure rule ended the "
+        "run and put its best checkpoint back, or, without a better one, the SFT policy itself. Accuracies are in %, "
+        "with 95 % t intervals over seeds; differences are paired by seed."
     )
 
 
