@@ -9,7 +9,15 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from tracereward.metrics import auroc, bootstrap_interval, point_biserial, wilson_interval, within_prompt_auroc
+from tracereward.metrics import (
+    auprc,
+    auroc,
+    bootstrap_interval,
+    length_matched_auroc,
+    point_biserial,
+    wilson_interval,
+    within_prompt_auroc,
+)
 
 SCORED = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=1, max_size=25)
 
@@ -145,3 +153,64 @@ def test_bootstrap_is_the_percentiles_of_2000_resampled_means():
 def test_bootstrap_of_equal_values_is_a_point():
     assert bootstrap_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
     assert bootstrap_interval([1.0]) == (1.0, 1.0)
+
+
+@given(rows=SCORED)
+def test_auprc_is_the_mean_precision_at_each_right_trace(rows):
+    """Sum over thresholds of (recall gained) x (precision there); equal scores fall together."""
+    scores, correct = zip(*rows)
+    if not any(correct):
+        assert math.isnan(auprc(scores, correct))
+        return
+    expected = 0.0
+    for threshold in set(scores):
+        gained = sum(c for s, c in rows if s == threshold)
+        taken = [c for s, c in rows if s >= threshold]
+        expected += gained / sum(correct) * sum(taken) / len(taken)
+    assert auprc(scores, correct) == pytest.approx(expected)
+
+
+def test_auprc_written_out():
+    """Right at ranks 1 and 3 of 4: (1/1 + 2/3) / 2. Without order it is the share of right ones."""
+    assert auprc([4, 3, 2, 1], [True, False, True, False]) == pytest.approx((1 + 2 / 3) / 2)
+    assert auprc([1, 1, 1, 1], [True, False, False, False]) == pytest.approx(0.25)
+
+
+def test_a_score_of_length_alone_is_chance_among_traces_of_a_length():
+    """Right traces are short, so that length tells all; inside bins of one length it tells nothing."""
+    lengths = [10] * 8 + [20] * 8
+    correct = [True] * 6 + [False] * 2 + [True] * 2 + [False] * 6
+    shortest = [-length for length in lengths]
+    assert auroc(shortest, correct) == pytest.approx((6 * 6 + 0.5 * (6 * 2 + 2 * 6)) / 64)
+    assert length_matched_auroc(shortest, correct, lengths, bins=2) == pytest.approx(0.5)
+    assert length_matched_auroc([float(c) for c in correct], correct, lengths, bins=2) == 1.0
+
+
+def test_length_bins_are_weighted_by_their_pairs():
+    """Two bins: 1 right and 1 wrong in the right order, 1 pair; 2 and 2 all in the wrong order, 4 pairs."""
+    scores = [2, 1, 0, 0, 1, 2, 3, 4]
+    correct = [True, False, True, True, True, True, False, False]
+    lengths = [1, 1, 1, 1, 9, 9, 9, 9]
+    # Bin 1: right 2, 0, 0 over wrong 1: 1 of 3 pairs. Bin 9: none of 4.
+    assert length_matched_auroc(scores, correct, lengths, bins=2) == pytest.approx(1 / 7)
+    assert math.isnan(length_matched_auroc([1, 2], [True, False], [1, 9], bins=2))
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(1, 12)), min_size=2, max_size=40),
+    bins=st.integers(1, 6),
+)
+def test_length_matched_auroc_counts_pairs_within_bins(rows, bins):
+    """A trace's bin is the number of quantiles of the lengths that it reaches."""
+    lengths = [length for *_, length in rows]
+    edges = [np.quantile(lengths, k / bins) for k in range(1, bins)]
+    wins = pairs = 0.0
+    for s, c, length in rows:
+        for t, d, other in rows:
+            same_bin = sum(length >= edge for edge in edges) == sum(other >= edge for edge in edges)
+            if c and not d and same_bin:
+                pairs += 1
+                wins += (s > t) + 0.5 * (s == t)
+    expected = wins / pairs if pairs else math.nan
+    scores, correct, _ = zip(*rows)
+    assert length_matched_auroc(scores, correct, lengths, bins) == pytest.approx(expected, nan_ok=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy import stats
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
@@ -13,6 +13,33 @@ def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
     if len(set(correct)) < 2:
         return math.nan
     return float(roc_auc_score(np.asarray(correct, dtype=bool), np.asarray(scores, dtype=float)))
+
+
+def auprc(scores: Sequence[float], correct: Sequence[bool]) -> float:
+    """Average precision of correct traces, the area under precision over recall; chance is their share. nan if none."""
+    if not any(correct):
+        return math.nan
+    return float(average_precision_score(np.asarray(correct, dtype=bool), np.asarray(scores, dtype=float)))
+
+
+def length_matched_auroc(
+    scores: Sequence[float], correct: Sequence[bool], lengths: Sequence[float], bins: int = 10
+) -> float:
+    """AUROC among traces of similar length: its mean over `bins` quantile bins, weighted by their pairs.
+
+    A score that only knows how long a trace is has about 0.5. nan if no bin holds correct and wrong traces.
+    """
+    values, labels = np.asarray(scores, dtype=float), np.asarray(correct, dtype=bool)
+    edges = np.quantile(lengths, np.linspace(0, 1, bins + 1)[1:-1])
+    index = np.searchsorted(edges, lengths, side="right")
+    total = pairs = 0.0
+    for b in np.unique(index):
+        here = labels[index == b]
+        weight = float(here.sum()) * float((~here).sum())
+        if weight:
+            total += weight * auroc(values[index == b], here)  # pyright: ignore[reportArgumentType]
+            pairs += weight
+    return total / pairs if pairs else math.nan
 
 
 def within_prompt_auroc(scores: Sequence[float], correct: Sequence[bool], prompts: Sequence) -> float:

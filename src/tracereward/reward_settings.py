@@ -1,10 +1,12 @@
 """What a reward model's folder says of itself: ``tracereward.json``, its check, and the model card."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from tracereward.calibration import Calibration
 from tracereward.errors import InputError, check_choice
+from tracereward.files import atomic_write_json
 from tracereward.heads import HEADS, REWARD_FORMS, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.masks import GRANULARITIES
 from tracereward.models import local_folder
@@ -33,6 +35,7 @@ class RewardSettings:
         task: the recipe whose prompts and answers it was trained on.
         template: ``plain`` or ``chat``.
         base_model: the checkpoint that the backbone started from.
+        calibration: from a trace's reward to the probability that it is correct; None before `tracereward calibrate`.
     """
 
     head: str = "action"
@@ -48,6 +51,7 @@ class RewardSettings:
     task: str = "generic"
     template: str = "plain"
     base_model: str = ""
+    calibration: Calibration | None = None
 
     def __post_init__(self):
         check_choice("head", self.head, HEADS)
@@ -101,8 +105,12 @@ def read_settings(folder: str | Path) -> RewardSettings:
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         known = {field.name for field in fields(RewardSettings)}
+        if stored.get("calibration") is not None:
+            stored["calibration"] = Calibration(**stored["calibration"])
         settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+    except InputError:
+        raise
+    except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     weights = any(folder.glob("*.safetensors"))
     needed = {"config.json": (folder / "config.json").is_file(), "model.safetensors": weights}
@@ -114,6 +122,13 @@ def read_settings(folder: str | Path) -> RewardSettings:
     if missing:
         raise InputError(f"{folder} is not a complete reward model: {', '.join(missing)} missing")
     return settings
+
+
+def write_calibration(folder: str | Path, calibration: Calibration) -> None:
+    """Put a calibration into a reward model's ``tracereward.json``; all else in it stays as it is."""
+    path = Path(folder) / SETTINGS_FILE
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    atomic_write_json(path, {**stored, "calibration": asdict(calibration)})
 
 
 def model_card(settings: RewardSettings, notes: str) -> str:

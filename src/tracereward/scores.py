@@ -1,8 +1,11 @@
 """`TokenScores`: the one record that crosses layers, from scoring to ranking, files, reports and servers."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-AGGREGATES = ("mean", "min", "last")
+AGGREGATES = ("mean", "min", "last", "discounted")
+DISCOUNT = 0.99
+"""gamma of the aggregate ``discounted``."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,10 @@ class TokenScores:
     step_ends: list[bool]
 
     def aggregate(self, how: str = "mean") -> float:
-        """One number for the trace: the `mean` or `min` over tokens, or the `last` token's reward; never the sum.
+        """One number for the trace, never the sum, which would pay for length.
+
+        ``mean`` or ``min`` over tokens, the ``last`` token's reward, or ``discounted``, the mean with weights
+        `DISCOUNT` ** t of token t = 0, 1, ...: what a return from the first token weighs.
 
         Raises:
             ValueError: `how` is not one of `AGGREGATES`.
@@ -37,6 +43,9 @@ class TokenScores:
             return min(self.rewards)
         if how == "last":
             return self.rewards[-1]
+        if how == "discounted":
+            weights = [DISCOUNT**t for t in range(len(self.rewards))]
+            return sum(w * r for w, r in zip(weights, self.rewards, strict=True)) / sum(weights)
         raise ValueError(f"unknown aggregate {how!r}; known: {', '.join(AGGREGATES)}")
 
     def step_rewards(self) -> list[float]:
@@ -48,6 +57,20 @@ class TokenScores:
                 steps.append(sum(self.rewards[start : end + 1]) / (end + 1 - start))
                 start = end + 1
         return steps
+
+    def span_rewards(self, spans: Sequence[tuple[int, int]]) -> list[float]:
+        """The mean reward of the tokens that write a character of each span (start, end) of the text.
+
+        Raises:
+            ValueError: a span without a token.
+        """
+        means = []
+        for start, end in spans:
+            inside = [r for r, (a, b) in zip(self.rewards, self.offsets, strict=True) if a < end and b > start]
+            if not inside:
+                raise ValueError(f"no token between characters {start} and {end}")
+            means.append(sum(inside) / len(inside))
+        return means
 
     def to_dict(self) -> dict:
         """Plain lists, for JSON."""
