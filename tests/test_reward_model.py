@@ -25,6 +25,7 @@ from tracereward.masks import supervision_mask
 from tracereward.models import same_tokenizer
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings, check_reward_model
+from tracereward.scores import TokenScores
 from tracereward.tasks.arithmetic import build_tokenizer
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -279,6 +280,9 @@ def test_scores_by_hand(tiny_model_folder, tokenizer):
     assert score.aggregate("mean") == pytest.approx((6 * score.rewards[0] + 3 * score.rewards[6]) / 9)
     assert score.aggregate("min") == min(score.rewards[0], score.rewards[6])
     assert score.aggregate("last") == score.rewards[6]
+    early, late = sum(0.99**t for t in range(6)), sum(0.99**t for t in range(6, 9))
+    expected = (early * score.rewards[0] + late * score.rewards[6]) / (early + late)
+    assert score.aggregate("discounted") == pytest.approx(expected)
     with pytest.raises(ValueError, match="unknown aggregate 'sum'"):
         score.aggregate("sum")
 
@@ -311,6 +315,68 @@ def test_an_empty_cut_trace_is_refused(tiny_model_folder, tokenizer):
     model = build(tiny_model_folder, tokenizer, "action")
     with pytest.raises(InputError, match="row 0: the completion is empty"):
         model.score(["1 + 1 = ?\n"], [""], finished=[False])
+
+
+# ---------- steps and candidates ----------
+
+
+def test_a_span_has_the_mean_of_the_tokens_that_write_it():
+    """A token of two spans counts in both; one without characters, as the end of sequence, in none."""
+    offsets = [(0, 3), (3, 5), (5, 9), (9, 9)]
+    scores = TokenScores(["abc", "de", "fghi", "<eos>"], offsets, [1.0, 2.0, 4.0, 100.0], [True] * 4, [False] * 4)
+    assert scores.span_rewards([(0, 3), (3, 9), (2, 4), (6, 7)]) == [1.0, 3.0, 1.5, 4.0]
+    for span in ((9, 12), (3, 3)):
+        with pytest.raises(ValueError, match=f"no token between characters {span[0]} and {span[1]}"):
+            scores.span_rewards([span])
+
+
+@pytest.mark.parametrize("head", ["token", "action"])
+def test_steps_have_the_mean_of_their_own_tokens(tiny_model_folder, tokenizer, head):
+    """The newline between two steps belongs to neither, one inside a step to it; the end of sequence to none."""
+    model = build(tiny_model_folder, tokenizer, head)
+    prompt, steps = "13 - 5 + 1 = ?\n", ["13 - 5 = 8", "8 + 1 = 9\n9", "#### 9"]
+    (score,) = model.score([prompt], ["\n".join(steps)])
+    newlines = [t for t, token in enumerate(score.tokens) if token == "\n"]
+    assert len(newlines) == 3
+    parts = [range(newlines[0]), range(newlines[0] + 1, newlines[2]), range(newlines[2] + 1, len(score.tokens) - 1)]
+    expected = [sum(score.rewards[t] for t in part) / len(part) for part in parts]
+    found = model.score_steps([prompt, prompt], [steps, steps[:1]])
+    assert found[0] == pytest.approx(expected, abs=1e-5)
+    (short,) = model.score([prompt], steps[:1])
+    assert found[1] == pytest.approx([sum(short.rewards[:-1]) / (len(short.rewards) - 1)], abs=1e-5)
+
+
+def test_the_first_step_under_the_threshold_is_the_first_error(tiny_model_folder, tokenizer):
+    model = build(tiny_model_folder, tokenizer, "token")
+    prompt, steps = "13 - 5 + 1 = ?\n", ["13 - 5 = 8", "8 + 1 = 9", "#### 9"]
+    (rewards,) = model.score_steps([prompt], [steps])
+    assert len(set(rewards)) == 3
+    for threshold in (*rewards, 0.0, min(rewards) - 1, max(rewards) + 1):
+        under = [n for n, reward in enumerate(rewards) if reward < threshold - 1e-6]
+        assert model.first_error(prompt, steps, threshold - 1e-6) == (under[0] if under else None)
+    assert model.first_error(prompt, steps, min(rewards) - 1) is None
+    assert model.first_error(prompt, steps, max(rewards) + 1) == 0
+
+
+def test_candidates_from_best_to_worst(tiny_model_folder, tokenizer):
+    """By reward; by a vote its winner comes first and the others follow by reward."""
+    model = build(tiny_model_folder, tokenizer, "action", task="arithmetic", aggregate="min")
+    prompt = "13 - 5 = ?\n"
+    texts = ["13 - 5 = 8\n#### 8", "#### 9", "13 - 5 = 8", "#### 8", "13 - 5 = 12\n#### 12", "13 + 5\n#### 8"]
+    rewards = [min(score.rewards) for score in model.score([prompt] * 6, texts)]
+    ranked = model.rerank(prompt, texts)
+    assert [index for index, _ in ranked] == sorted(range(6), key=lambda n: -rewards[n])
+    assert [reward for _, reward in ranked] == pytest.approx(sorted(rewards, reverse=True), abs=1e-5)
+    voted = [index for index, _ in model.rerank(prompt, texts, "majority")]
+    assert voted[0] == 0  # three state 8; all weigh 1, so that the first stands for them
+    assert voted[1:] == [index for index, _ in ranked if index != 0]
+    log_probs = [-3.0, -2.0, -1.0, -0.5, -4.0, -5.0]
+    assert model.rerank(prompt, texts, "logprob", log_probs)[0][0] == 3
+    assert model.rerank(prompt, texts, "shortest")[0][0] == 1
+    with pytest.raises(ValueError, match="no policy log-prob"):
+        model.rerank(prompt, texts, "logprob")
+    with pytest.raises(ValueError, match="unknown method 'oracle'"):
+        model.rerank(prompt, texts, "oracle")
 
 
 # ---------- files ----------

@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tracereward.adversarial_config import AdversarialConfig as AdversarialConfig
     from tracereward.demonstrations import load_demonstrations as load_demonstrations
+    from tracereward.reward_func import as_reward_func as as_reward_func
+    from tracereward.reward_model import RewardModel as RewardModel
     from tracereward.reward_model import TokenRewardModel as TokenRewardModel
     from tracereward.reward_settings import RewardSettings as RewardSettings
     from tracereward.scores import TokenScores as TokenScores
@@ -19,9 +21,11 @@ if TYPE_CHECKING:
 _HOME = {
     "AdversarialConfig": "adversarial_config",
     "AdversarialTrainer": "trainer",
+    "RewardModel": "reward_model",
     "RewardSettings": "reward_settings",
     "TokenRewardModel": "reward_model",
     "TokenScores": "scores",
+    "as_reward_func": "reward_func",
     "get_task": "tasks",
     "load_demonstrations": "demonstrations",
 }

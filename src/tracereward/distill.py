@@ -63,7 +63,7 @@ def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardMo
     """
     found = []
     for where, row in rows:
-        if "candidates" in row:
+        if "candidates" in row or "completion" not in row:
             raise InputError(f"{where}: export needs one completion a row; `tracereward sample` writes such rows")
         raw = {"prompt": row["prompt"], "completion": None, "source": where}
         prompt = render([raw], model.tokenizer, model.settings.template)[0]["prompt"]
@@ -101,14 +101,17 @@ def distill(
     Raises:
         RunFailed: the loss is not finite.
     """
-    settings = dataclasses.replace(teacher.settings, head="token", reward_form="", reference_model="", temperature=1.0)
+    settings = dataclasses.replace(
+        teacher.settings, head="token", reward_form="", reference_model="", temperature=1.0, calibration=None
+    )
     prompts = sorted({example.prompt for example in examples})
     rng = random.Random(seed)
     held = set(rng.sample(prompts, max(1, round(HELD_OUT * len(prompts)))))
     train = [example for example in examples if example.prompt not in held]
     test = [example for example in examples if example.prompt in held]
     if not reads_log_probs(teacher.settings.head):
-        settings = dataclasses.replace(settings, temperature=teacher.settings.temperature)
+        same = {"temperature": teacher.settings.temperature, "calibration": teacher.settings.calibration}
+        settings = dataclasses.replace(settings, **same)
         student = TokenRewardModel(teacher.backbone, teacher.tokenizer, settings)
         return student.eval(), measure(teacher, student, train, test, token_budget)
     torch.manual_seed(seed)

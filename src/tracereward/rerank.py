@@ -5,6 +5,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from scipy.special import expit
+
 from tracereward.metrics import auroc, bootstrap_interval, within_prompt_auroc
 
 
@@ -19,6 +22,7 @@ class Candidate:
         logprob: mean policy log-prob, None if unknown.
         length: tokens or characters; only compared.
         correct: 1 or 0, None if there is no gold answer.
+        model: who wrote it, where a pool holds several models' answers.
     """
 
     text: str
@@ -27,14 +31,19 @@ class Candidate:
     logprob: float | None = None
     length: int = 0
     correct: bool | None = None
+    model: str | None = None
 
 
-def vote_weights(rewards: Sequence[float]) -> list[float]:
-    """exp(z) of rewards standardised within the question, z = (r - mean) / std; all 1 where the rewards are equal.
+def vote_weights(rewards: Sequence[float], temperature: float | None = None) -> list[float]:
+    """exp((r - max) / temperature); without a temperature exp(z), z = (r - mean) / std within the question.
 
-    A mean log-odds of a whole trace differs by little between candidates: without the scale of the question, a sigmoid
-    of it would weigh all alike, which is a majority vote.
+    A mean log-odds of a whole trace differs by little between candidates: without a scale, from the question or fitted
+    on other questions (`fit_vote_temperature`), a softmax of it would weigh all alike, which is a majority vote. All 1
+    where the rewards are equal.
     """
+    if temperature is not None:
+        top = max(rewards)
+        return [math.exp((r - top) / temperature) for r in rewards]
     mean = sum(rewards) / len(rewards)
     std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
     return [math.exp((r - mean) / std) if std > 0 else 1.0 for r in rewards]
@@ -64,38 +73,49 @@ def weighted_vote(
     return max(best, key=lambda i: weights[i])
 
 
-def choose(candidates: Sequence[Candidate], method: str, equal: Callable[[str, str], bool], seed: int = 0) -> int:
+def choose(
+    candidates: Sequence[Candidate],
+    method: str,
+    equal: Callable[[str, str], bool],
+    seed: int = 0,
+    temperature: float | None = None,
+) -> int:
     """Index of the candidate that a method picks.
 
     Args:
         candidates: of one question; at least one.
-        method: one of `METHODS` but ``oracle`` and ``mean``, which pick nothing.
+        method: one of `METHODS` but ``oracle``, ``mean`` and ``model``, which pick nothing by a candidate alone.
         equal: whether two extracted answers are the same.
         seed: for ``random``.
+        temperature: of ``softmax_vote``, see `fit_vote_temperature`.
 
     Raises:
-        ValueError: unknown method, or one with log-probs where a candidate has none.
+        ValueError: unknown method, one with log-probs where a candidate has none, or no temperature.
     """
-    votes: dict[str, Callable[[Candidate], float]] = {
-        "vote": lambda c: c.reward,
-        "logprob_vote": lambda c: _known(c.logprob),
-        "reward_logprob_vote": lambda c: c.reward + _known(c.logprob),
-    }
-    if method in votes:
-        return weighted_vote(candidates, vote_weights([votes[method](c) for c in candidates]), equal)
+    rewards = [c.reward for c in candidates]
     if method == "majority":
         return weighted_vote(candidates, [1.0] * len(candidates), equal)
+    if method == "vote":
+        return weighted_vote(candidates, vote_weights(rewards), equal)
+    if method == "sigmoid_vote":
+        return weighted_vote(candidates, expit(rewards).tolist(), equal)
+    if method == "softmax_vote":
+        if temperature is None:
+            raise ValueError("softmax_vote needs a temperature; fit_vote_temperature gives one")
+        # What states no answer does not vote: its reward must not make the weights of all others vanish.
+        top = max([c.reward for c in candidates if c.answer is not None] or rewards)
+        return weighted_vote(candidates, vote_weights([min(r, top) for r in rewards], temperature), equal)
     if method == "random":
         return random.Random(f"{seed}{len(candidates)}{candidates[0].text}").randrange(len(candidates))
-    keys: dict[str, Callable[[Candidate], float]] = {
-        "reward": lambda c: c.reward,
-        "logprob": lambda c: _known(c.logprob),
-        "reward_logprob": lambda c: c.reward + _known(c.logprob),
-        "shortest": lambda c: -c.length,
-    }
-    if method not in keys:
+    if method in ("reward", "shortest"):
+        scores = rewards if method == "reward" else [-c.length for c in candidates]
+        return max(range(len(candidates)), key=scores.__getitem__)
+    if method not in ("logprob", "logprob_vote", "reward_logprob", "reward_logprob_vote"):
         raise ValueError(f"unknown method {method!r}")
-    return max(range(len(candidates)), key=lambda i: keys[method](candidates[i]))
+    scores = [_known(c.logprob) + (c.reward if method.startswith("reward") else 0.0) for c in candidates]
+    if method.endswith("vote"):
+        return weighted_vote(candidates, vote_weights(scores), equal)
+    return max(range(len(candidates)), key=scores.__getitem__)
 
 
 def _known(logprob: float | None) -> float:
@@ -108,12 +128,15 @@ METHODS = {
     "mean": "mean sample",
     "random": "random",
     "shortest": "shortest",
+    "model": "the model with most right answers to other questions",
     "majority": "majority@{n}",
     "logprob": "log-prob best-of-{n}",
     "logprob_vote": "log-prob-weighted vote@{n}",
     "reward": "reward best-of-{n}",
     "reward_logprob": "reward + log-prob best-of-{n}",
     "vote": "reward-weighted vote@{n}",
+    "sigmoid_vote": "vote@{n} weighted by sigmoid of reward",
+    "softmax_vote": "vote@{n} weighted by softmax of reward",
     "reward_logprob_vote": "vote@{n} weighted by reward + log-prob",
     "oracle": "oracle@{n}",
 }
@@ -130,28 +153,115 @@ class RankingRow:
     high: float
 
 
-def ranking_table(
-    questions: Sequence[Sequence[Candidate]], equal: Callable[[str, str], bool], seed: int = 0
-) -> list[RankingRow]:
-    """Accuracy of each method on questions whose candidates are marked correct or not.
+def outcomes(
+    questions: Sequence[Sequence[Candidate]],
+    method: str,
+    equal: Callable[[str, str], bool],
+    seed: int = 0,
+    temperature: float | None = None,
+) -> list[float]:
+    """For each question whether what a method picks is right, 1 or 0; ``mean`` gives the share that is right."""
+    if method == "mean":
+        return [sum(bool(c.correct) for c in candidates) / len(candidates) for candidates in questions]
+    if method == "oracle":
+        return [float(any(c.correct for c in candidates)) for candidates in questions]
+    if method == "model":
+        picks = [max(range(len(scores)), key=scores.__getitem__) for scores in model_scores(questions)]
+    else:
+        picks = [choose(candidates, method, equal, seed, temperature) for candidates in questions]
+    return [float(bool(candidates[pick].correct)) for candidates, pick in zip(questions, picks, strict=True)]
 
-    Rows are those of `METHODS`; those with a log-prob only where each candidate's is known.
+
+def model_scores(questions: Sequence[Sequence[Candidate]]) -> list[list[float]]:
+    """For each candidate the share of right answers that its model gives to the other questions; 0.5 if to none.
+
+    Needs no reward and no look at the trace: in a pool of several models, who wrote an answer says much about it.
     """
+    right: dict[str | None, int] = {}
+    total: dict[str | None, int] = {}
+    for c in (c for candidates in questions for c in candidates):
+        right[c.model] = right.get(c.model, 0) + bool(c.correct)
+        total[c.model] = total.get(c.model, 0) + 1
+    scores = []
+    for candidates in questions:
+        row = []
+        for c in candidates:
+            same = [other for other in candidates if other.model == c.model]
+            rest = total[c.model] - len(same)
+            row.append((right[c.model] - sum(bool(other.correct) for other in same)) / rest if rest else 0.5)
+        scores.append(row)
+    return scores
+
+
+def methods_for(questions: Sequence[Sequence[Candidate]], temperature: float | None = None) -> list[str]:
+    """Those of `METHODS` for which the candidates have what they need: log-probs, models, a fitted temperature."""
+    flat = [c for candidates in questions for c in candidates]
+    missing = {
+        "logprob": any(c.logprob is None for c in flat),
+        "model": any(c.model is None for c in flat),
+        "softmax": temperature is None,
+    }
+    return [name for name in METHODS if not any(lacks and part in name for part, lacks in missing.items())]
+
+
+def ranking_table(
+    questions: Sequence[Sequence[Candidate]],
+    equal: Callable[[str, str], bool],
+    seed: int = 0,
+    temperature: float | None = None,
+) -> list[RankingRow]:
+    """Accuracy of each of `methods_for` on questions whose candidates are marked correct or not."""
     n = max(map(len, questions))
-    has_logprob = all(c.logprob is not None for candidates in questions for c in candidates)
     rows = []
-    for method, label in METHODS.items():
-        if "logprob" in method and not has_logprob:
-            continue
-        if method == "mean":
-            values = [sum(bool(c.correct) for c in candidates) / len(candidates) for candidates in questions]
-        elif method == "oracle":
-            values = [float(any(c.correct for c in candidates)) for candidates in questions]
-        else:
-            values = [float(bool(cs[choose(cs, method, equal, seed)].correct)) for cs in questions]
+    for method in methods_for(questions, temperature):
+        values = outcomes(questions, method, equal, seed, temperature)
         low, high = bootstrap_interval(values, seed)
-        rows.append(RankingRow(method, label.format(n=n), sum(values) / len(values), low, high))
+        rows.append(RankingRow(method, METHODS[method].format(n=n), sum(values) / len(values), low, high))
     return rows
+
+
+def ranking_curves(
+    questions: Sequence[Sequence[Candidate]],
+    equal: Callable[[str, str], bool],
+    seed: int = 0,
+    temperature: float | None = None,
+    draws: int = 8,
+) -> dict[str, list[tuple[int, float, float, float]]]:
+    """Accuracy of each method from N = 1, 2, 4, ... candidates of each question, with 95 % bootstrap intervals.
+
+    A point is the mean over `draws` random subsets of each question, the same for all methods; questions with fewer
+    than N candidates give all they have. The last N is the most candidates a question has.
+
+    Returns:
+        For each method rows (N, accuracy, low, high).
+    """
+    most = max(map(len, questions))
+    sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
+    curves: dict[str, list[tuple[int, float, float, float]]] = {m: [] for m in methods_for(questions, temperature)}
+    for size in sizes:
+        rng = random.Random(f"{seed}{size}")
+        subsets = [[rng.sample(list(cs), min(size, len(cs))) for cs in questions] for _ in range(draws)]
+        if size == most:  # in their own order, on which ties depend: what `ranking_table` says
+            subsets = [questions]
+        for method, points in curves.items():
+            drawn = [outcomes(subset, method, equal, seed, temperature) for subset in subsets]
+            values = np.mean(drawn, axis=0).tolist()
+            points.append((size, float(np.mean(values)), *bootstrap_interval(values, seed)))
+    return curves
+
+
+TEMPERATURES = [2.0**power for power in range(-8, 4)]
+"""What `fit_vote_temperature` tries, in log-odds."""
+
+
+def fit_vote_temperature(questions: Sequence[Sequence[Candidate]], equal: Callable[[str, str], bool]) -> float:
+    """The temperature with which ``softmax_vote`` is right most often; of equals the highest, nearest a majority vote.
+
+    Fit it on other questions than those it is judged on.
+    """
+    return max(
+        reversed(TEMPERATURES), key=lambda temperature: sum(outcomes(questions, "softmax_vote", equal, 0, temperature))
+    )
 
 
 def ranking_aurocs(questions: Sequence[Sequence[Candidate]]) -> dict[str, float]:

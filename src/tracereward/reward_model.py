@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,17 @@ from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.heads import ActionHead, reads_log_probs
 from tracereward.masks import supervision_mask
 from tracereward.models import load_tokenizer, local_folder, pad_id
+from tracereward.rerank import Candidate, choose
 from tracereward.reward_settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, model_card, read_settings
 from tracereward.scores import TokenScores
 from tracereward.shaping import token_rewards
+from tracereward.shared_prompts import (
+    can_share_prompts,
+    prompt_groups,
+    shared_log_probs,
+    shared_prompt_forward,
+)
+from tracereward.tasks import get_task
 
 
 class TokenRewardModel(nn.Module):
@@ -183,10 +192,16 @@ class TokenRewardModel(nn.Module):
         was_training = self.training
         self.eval()
         rewards: list[Tensor] = [torch.empty(0)] * len(completions)
-        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        for indices in token_budget_batches(lengths, token_budget):
+        shares = reference is None and policy is None and can_share_prompts(self.backbone)
+        groups = prompt_groups(prompts, completions, token_budget, shares)
+        lengths = [len(prompts[group[0]]) + max(len(completions[i]) for i in group) for group in groups]
+        for chosen in token_budget_batches(lengths, token_budget, list(map(len, groups))):
+            indices = [i for group in chosen for i in groups[group]]
             batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
-            values = self(batch)
+            if len(chosen) < len(indices):
+                values = self._values_of_shared(batch, [len(groups[group]) for group in chosen])
+            else:
+                values = self(batch)
             if reference is not None:
                 values = values + completion_log_probs(reference, batch)[0]
             if policy is not None:
@@ -198,6 +213,14 @@ class TokenRewardModel(nn.Module):
                 rewards[index] = shaped[row, : len(completions[index])]
         self.train(was_training)
         return rewards
+
+    def _values_of_shared(self, batch: Batch, sizes: Sequence[int]) -> Tensor:
+        """`forward` where runs of `sizes` rows have the same prompt, which is then read once."""
+        outputs = shared_prompt_forward(self.backbone, batch, sizes)
+        if not reads_log_probs(self.settings.head):
+            return outputs.logits[..., 0].float()
+        log_probs = shared_log_probs(outputs, batch)
+        return log_probs if self.head is None else self.head(log_probs, outputs.hidden)
 
     def score(
         self,
@@ -225,13 +248,67 @@ class TokenRewardModel(nn.Module):
         """
         finished = [True] * len(completions) if finished is None else finished
         prompt_ids, completion_ids = [], []
-        for index, (prompt, completion, ended) in enumerate(zip(prompts, completions, finished, strict=True)):
-            prompt_ids.append(encode_prompt(self.tokenizer, prompt))
-            ids = encode_completion(self.tokenizer, completion)
-            completion_ids.append(ids if ended else ids[:-1])
-            self._check_length(index, len(prompt_ids[-1]), len(completion_ids[-1]))
-        rewards = self.token_rewards(prompt_ids, completion_ids, token_budget, reference, policy)
-        return [self.to_scores(ids, values) for ids, values in zip(completion_ids, rewards, strict=True)]
+        for index, texts in enumerate(zip(prompts, completions, finished, strict=True)):
+            prompt, completion = self.check_length(f"row {index}", *texts)
+            prompt_ids.append(prompt)
+            completion_ids.append(completion)
+        return self.score_ids(prompt_ids, completion_ids, token_budget, reference, policy)
+
+    def score_ids(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *args: Any, **kwargs: Any
+    ) -> list[TokenScores]:
+        """The same of token ids, see `token_rewards`."""
+        rewards = self.token_rewards(prompts, completions, *args, **kwargs)
+        return [self.to_scores(ids, values) for ids, values in zip(completions, rewards, strict=True)]
+
+    def rerank(
+        self, prompt: str, candidates: Sequence[str], method: str = "reward", log_probs: Sequence[float] | None = None
+    ) -> list[tuple[int, float]]:
+        """Candidates of one question from best to worst: pairs of index and trace reward.
+
+        Args:
+            prompt: rendered, as in training.
+            candidates: traces.
+            method: one of `rerank.METHODS` that chooses; what it chooses comes first, the others follow by reward.
+                Votes compare the answers that the recipe of ``settings.task`` extracts.
+            log_probs: mean policy log-probs, for the methods with one.
+        """
+        task, how = get_task(self.settings.task), self.settings.aggregate
+        rewards = [scores.aggregate(how) for scores in self.score([prompt] * len(candidates), candidates)]
+        known = [None] * len(candidates) if log_probs is None else log_probs
+        rows = [
+            Candidate(text, task.extract(text), reward, log_prob, len(text))
+            for text, reward, log_prob in zip(candidates, rewards, known, strict=True)
+        ]
+        first = choose(rows, method, task.equal)
+        order = sorted(range(len(rows)), key=lambda index: (index != first, -rewards[index]))
+        return [(index, rewards[index]) for index in order]
+
+    def first_error(self, prompt: str, steps: Sequence[str], threshold: float = 0.0) -> int | None:
+        """Index of the first step whose mean reward is under `threshold`; None if there is none.
+
+        Args:
+            prompt: rendered, as in training.
+            steps: of one trace, without delimiters.
+            threshold: in log-odds; `tracereward evaluate processbench` fits one on labelled traces.
+        """
+        rewards = self.score_steps([prompt], [steps])[0]
+        return next((index for index, reward in enumerate(rewards) if reward < threshold), None)
+
+    def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Mean token reward of each step of traces that are given step by step.
+
+        Steps are joined by ``settings.step_delimiter``. Characters decide which tokens are a step's, so that a step may
+        itself contain the delimiter.
+        """
+        delimiter = self.settings.step_delimiter
+        scores = self.score(prompts, [delimiter.join(steps) for steps in traces])
+        rewards = []
+        for trace, steps in zip(scores, traces, strict=True):
+            starts = [0, *accumulate(len(step) + len(delimiter) for step in steps)]
+            spans = [(start, start + len(step)) for start, step in zip(starts, steps, strict=False)]
+            rewards.append(trace.span_rewards(spans))
+        return rewards
 
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
         """Token ids and their rewards as a `TokenScores`."""
@@ -244,15 +321,24 @@ class TokenRewardModel(nn.Module):
             tokens[-1] = str(self.tokenizer.eos_token)
         return TokenScores(tokens, offsets, rewards.tolist(), supervised[0].tolist(), ends)
 
-    def _check_length(self, index: int, prompt: int, completion: int) -> None:
+    def check_length(self, where: str, prompt: str, completion: str, finished: bool) -> tuple[list[int], list[int]]:
+        """Token ids of a rendered prompt and a trace that this model can read.
+
+        Raises:
+            InputError: the trace is empty, or longer than the backbone's positions; names `where`.
+        """
         limit = getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        if completion == 0:
-            raise InputError(f"row {index}: the completion is empty")
-        if prompt + completion > limit:
+        prompt_ids, ids = encode_prompt(self.tokenizer, prompt), encode_completion(self.tokenizer, completion)
+        ids = ids if finished else ids[:-1]
+        if not ids:
+            raise InputError(f"{where}: the completion is empty")
+        if len(prompt_ids) + len(ids) > limit:
             raise InputError(
-                f"row {index}: {prompt} prompt and {completion} completion tokens, the reward model reads {limit:.0f}. "
-                "Traces are never cut (the answer would be lost): leave the row out or use a longer backbone."
+                f"{where}: {len(prompt_ids)} prompt and {len(ids)} completion tokens, the reward model reads "
+                f"{limit:.0f}. Traces are never cut (the answer would be lost): leave the row out or use a longer "
+                "backbone."
             )
+        return prompt_ids, ids
 
     def save_pretrained(self, folder: str | Path, notes: str = "") -> None:
         """Write the artefact (see the module's docstring), LoRA merged, whole or not at all.
@@ -269,6 +355,9 @@ class TokenRewardModel(nn.Module):
                 save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, target / HEAD_FILE)
             atomic_write_json(target / SETTINGS_FILE, {"tracereward_version": __version__, **asdict(self.settings)})
             (target / "README.md").write_text(model_card(self.settings, notes), encoding="utf-8")
+
+
+RewardModel = TokenRewardModel
 
 
 def _token_classifier(name: str, **kwargs: Any) -> PreTrainedModel:
