@@ -125,7 +125,7 @@ def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]
     """A small line chart; a value without neighbours is a dot."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _new_figure(4.3, 2.3)
+    figure, axes = new_figure(4.3, 2.3)
     if panel.reference is not None:
         axes.axhline(panel.reference, color=STAND_INS["ink"], alpha=0.55, linewidth=0.8, dashes=(3, 3))
     for series, x, y in drawn:
@@ -149,7 +149,7 @@ def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.set_xlabel(axis)
     label = f"{panel.title} by {axis}"
-    return _to_svg(figure, label)
+    return to_svg(figure, label)
 
 
 def histogram(correct: list[float], wrong: list[float]) -> dict[str, Any] | None:
@@ -167,7 +167,7 @@ def histogram(correct: list[float], wrong: list[float]) -> dict[str, Any] | None
     if high - low < 1e-9:
         low, high = low - 0.5, high + 0.5
     edges = np.linspace(low, high, 29)
-    figure, axes = _new_figure(5.4, 2.9)
+    figure, axes = new_figure(5.4, 2.9)
     tallest = 0.0
     for (name, values), sign in zip(groups.items(), (1, -1)):
         if not values:
@@ -195,11 +195,11 @@ def histogram(correct: list[float], wrong: list[float]) -> dict[str, Any] | None
     axes.set_yticks([tick for tick in axes.get_yticks() if abs(tick) <= 1.02 * tallest])
     axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g} %")
     axes.set_xlabel("reward of the trace (log-odds)")
-    svg = _to_svg(figure, "Histogram of trace rewards, correct traces above and wrong traces below")
+    svg = to_svg(figure, "Histogram of trace rewards, correct traces above and wrong traces below")
     return {"svg": svg, **{name: f"{len(values):,}" for name, values in groups.items()}}
 
 
-def _new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
+def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     """A transparent figure of `width` x `height` inches with faint horizontal lines and no frame."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -216,7 +216,7 @@ def _new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _to_svg(figure: "Figure", label: str) -> Markup:
+def to_svg(figure: "Figure", label: str) -> Markup:
     """The figure as inline SVG: scales with its box, text stays text, colours are CSS variables."""
     import matplotlib
 

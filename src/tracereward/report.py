@@ -81,6 +81,7 @@ def write_report(
     traces: list[Trace],
     command: str,
     config: dict | None = None,
+    figures: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write the report to `path`: one HTML file that needs no network. An older report stays if this one fails.
 
@@ -96,6 +97,7 @@ def write_report(
         traces: shown as token heatmaps on one common colour scale; neighbours with the same question share its heading.
         command: the command that made the run.
         config: the resolved configuration, if it is to be shown.
+        figures: title and svg of further pictures.
     """
     limit = _common_limit(traces)
     warmup = [row for row in metrics if row.get("phase") == "warmup"]
@@ -121,6 +123,7 @@ def write_report(
             if figures
         ],
         histogram=histogram(rewards_correct, rewards_wrong),
+        figures=figures,
         questions=[
             (question, [_trace_view(trace, limit) for trace in group])
             for question, group in groupby(traces, key=lambda trace: trace.question)
@@ -298,17 +301,17 @@ def _digits(value: float) -> str:
 def _table_view(table: Table) -> dict[str, Any]:
     """What the template shows of a table: text cells, and which columns hold numbers."""
     columns = [[row[i] for row in table.rows] for i in range(len(table.columns))]
-    cells = [_column_text(column) for column in columns]
+    cells = [column_text(column) for column in columns]
     return {
         "title": table.title,
-        "columns": list(zip(table.columns, map(_is_numeric, columns))),
+        "columns": list(zip(table.columns, map(is_numeric, columns))),
         "rows": [[column[i] for column in cells] for i in range(len(table.rows))],
         "note": table.note,
         "best": table.best,
     }
 
 
-def _is_numeric(column: list[str | float | int | None]) -> bool:
+def is_numeric(column: list[str | float | int | None]) -> bool:
     """Whether the column's cells are numbers, also written ones such as ``71.3 ± 0.4`` or ``[0.61, 0.69]``."""
     held = [cell for cell in column if cell is not None and cell != ""]
     return bool(held) and all(
@@ -319,7 +322,7 @@ def _is_numeric(column: list[str | float | int | None]) -> bool:
     )
 
 
-def _column_text(column: list[str | float | int | None]) -> list[str]:
+def column_text(column: list[str | float | int | None]) -> list[str]:
     """The cells as text; the floats of a column have the same number of decimals."""
     floats = [abs(cell) for cell in column if isinstance(cell, float) and math.isfinite(cell)]
     largest = max(floats, default=0.0)

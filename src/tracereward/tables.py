@@ -6,6 +6,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tracereward.report import Table as Report
+from tracereward.report import column_text, is_numeric
+
+WIDTH = 120
+"""Columns where there is no terminal to ask."""
 AUROC_LABELS = {"reward": "reward", "logprob": "log-prob", "reward_logprob": "reward + log-prob"}
 
 
@@ -52,3 +57,18 @@ def print_policies(rows: list[dict[str, Any]], questions: int, stdout: bool = Fa
     for row in rows:
         table.add_row(row["label"], percent(row["accuracy"]), interval(row["low"], row["high"]), str(row["no_answer"]))
     Console(file=sys.stdout if stdout else sys.stderr).print(table)
+
+
+def print_tables(tables: list[Report]) -> None:
+    """Print a report's tables on stdout."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
+    for found in tables:
+        columns = [[row[i] for row in found.rows] for i in range(len(found.columns))]
+        table = Table(title=found.title, title_justify="left")
+        for name, column in zip(found.columns, columns, strict=True):
+            table.add_column(name, justify="right" if is_numeric(column) else "left")
+        for cells in zip(*map(column_text, columns), strict=True):
+            table.add_row(*cells)
+        console.print(table)
+        if found.note:
+            console.print(found.note, highlight=False)

@@ -28,6 +28,7 @@ class Task:
         equal: (extracted answer, gold answer) -> whether they are equal.
         completion_field: raw field that holds the trace, for error messages.
         step_delimiter: text that ends a step of a trace.
+        answer_line: how a trace of this kind states its answer.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     equal: Callable[[str, str], bool]
     completion_field: str = "completion"
     step_delimiter: str = "\n"
+    answer_line: str = "#### {}"
 
     def verify(self, completion: str, answer: str) -> bool:
         """Whether the answer that `completion` states equals the gold `answer`; False when it states none."""
@@ -221,19 +223,36 @@ def equal_any(answer: str, gold: str) -> bool:
 
 _NUMBER = (answers.extract_number, answers.equal_math)
 _LETTER = (answers.extract_letter, answers.equal_text)
+_LETTER_LINE = "The answer is ({})."
 
 TASKS: dict[str, Task] = {
     "arithmetic": Task("arithmetic", None, None, generic, *_NUMBER),
     "gsm8k": Task("gsm8k", "openai/gsm8k", "main", gsm8k, *_NUMBER, completion_field="answer"),
     # The traces are long numbered lists, a line a step.
-    "medreason": Task("medreason", "UCSC-VLAA/MedReason", None, medreason, *_LETTER, completion_field="reasoning"),
+    "medreason": Task(
+        "medreason", "UCSC-VLAA/MedReason", None, medreason, *_LETTER, "reasoning", answer_line=_LETTER_LINE
+    ),
     # The traces are single paragraphs: a sentence is a step.
-    "mmlu_pro": Task("mmlu_pro", "TIGER-Lab/MMLU-Pro", None, mmlu_pro, *_LETTER, "trace", step_delimiter=". "),
+    "mmlu_pro": Task("mmlu_pro", "TIGER-Lab/MMLU-Pro", None, mmlu_pro, *_LETTER, "trace", ". ", _LETTER_LINE),
     "strategyqa": Task(
-        "strategyqa", "ChilleD/StrategyQA", None, strategyqa, answers.extract_yes_no, answers.equal_yes_no, "facts"
+        "strategyqa",
+        "ChilleD/StrategyQA",
+        None,
+        strategyqa,
+        answers.extract_yes_no,
+        answers.equal_yes_no,
+        "facts",
+        answer_line="The answer is {}.",
     ),
     "math": Task(
-        "math", "DigitalLearningGmbH/MATH-lighteval", None, math, answers.extract_math, answers.equal_math, "solution"
+        "math",
+        "DigitalLearningGmbH/MATH-lighteval",
+        None,
+        math,
+        answers.extract_math,
+        answers.equal_math,
+        "solution",
+        answer_line="\\boxed{{{}}}",
     ),
     "generic": Task("generic", None, None, generic, answers.extract_any, equal_any),
 }

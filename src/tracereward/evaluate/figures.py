@@ -1,0 +1,75 @@
+"""Figures of an evaluation, drawn as `plots` draws: inline SVG that serves light and dark pages."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from tracereward.plots import STAND_INS, new_figure, to_svg
+
+COLOURS = {"reward": "positive", "log-prob": "curve"}
+"""Lines whose label begins with these; all others are drawn in the ink's colour."""
+
+
+def curve_figure(lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
+    """Accuracy over N on a logarithmic axis, each line named at its end.
+
+    Args:
+        lines: for each label points (N, accuracy, low, high), shares of 1.
+    """
+    figure, axes = new_figure(6.4, 3.6)
+    sizes = sorted({int(point[0]) for points in lines.values() for point in points})
+    ends = sorted((points[-1][1], label) for label, points in lines.items())
+    places: dict[str, float] = {}
+    low, high = min(p[1] for ps in lines.values() for p in ps), max(p[1] for ps in lines.values() for p in ps)
+    gap = 0.062 * ((high - low) or 1.0)
+    for value, label in ends:  # labels that would lie on each other move up
+        places[label] = max([value, *(place + gap for place in places.values())])
+    for label, points in lines.items():
+        name = next((colour for start, colour in COLOURS.items() if label.startswith(start)), "ink")
+        colour = STAND_INS[name]
+        x, y = [point[0] for point in points], [100 * point[1] for point in points]
+        axes.plot(x, y, color=colour, linewidth=1.6 if name != "ink" else 1.0, alpha=1.0 if name != "ink" else 0.6)
+        axes.annotate(
+            label,
+            (x[-1], 100 * places[label]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=STAND_INS["ink"],
+            annotation_clip=False,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.set_xlabel("candidates N")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    return to_svg(figure, "Accuracy of each method over the number of candidates")
+
+
+def reliability_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
+    """Share of right traces over the probability that was said, with the diagonal; a dot's area is its bin's share.
+
+    Args:
+        bins: for each calibration rows with probability, accuracy and count.
+    """
+    figure, axes = new_figure(4.3, 3.6)
+    axes.plot([0, 1], [0, 1], color=STAND_INS["ink"], alpha=0.55, linewidth=0.8, dashes=(3, 3))
+    for (label, rows), name in zip(bins.items(), ("negative", "positive", "curve", "ink"), strict=False):
+        total = sum(row["count"] for row in rows)
+        x, y = [row["probability"] for row in rows], [row["accuracy"] for row in rows]
+        axes.plot(x, y, color=STAND_INS[name], linewidth=1.4)
+        axes.scatter(x, y, [8 + 120 * row["count"] / total for row in rows], color=STAND_INS[name])
+        axes.annotate(
+            "as it is" if label == "none" else label,
+            (x[-1], y[-1]),
+            xytext=(0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=STAND_INS["ink"],
+        )
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.08)
+    axes.set_xlabel("probability that the trace is right")
+    return to_svg(figure, "Share of right traces over the probability that was said")

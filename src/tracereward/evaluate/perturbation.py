@@ -1,0 +1,170 @@
+"""A test of a reward model that needs no labels: does it see an error that was put into a right trace, and where?"""
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from tracereward.demonstrations import render
+from tracereward.errors import InputError, check_choice
+from tracereward.evaluate.localisation import STEP_AGGREGATES, outcome, step_values, summarise
+from tracereward.evaluate.steps import (
+    LABELS,
+    Encoded,
+    encode_steps,
+    position_limit,
+    token_values,
+)
+from tracereward.metrics import auroc, bootstrap_interval
+from tracereward.monitor import perturbation_auroc
+from tracereward.perturb import KINDS, perturb
+from tracereward.report import Table
+from tracereward.reward_model import TokenRewardModel
+from tracereward.scores import TokenScores
+from tracereward.tables import interval, percent
+
+
+def split_steps(text: str, delimiter: str) -> list[tuple[int, int]]:
+    """Characters of each step of a text, without white space around it; blank steps do not count."""
+    spans = []
+    start = 0
+    for piece in text.split(delimiter):
+        if content := piece.strip():
+            first = start + piece.index(content[0])
+            spans.append((first, first + len(content)))
+        start += len(piece) + len(delimiter)
+    return spans
+
+
+def changed_step(spans: Sequence[tuple[int, int]], first_change: int) -> int:
+    """The step that holds the first changed character: where a careful reader meets the error first.
+
+    After a dropped step it is the one that now comes too early, of two exchanged steps the first.
+    """
+    return max((step for step, (start, _) in enumerate(spans) if start <= first_change), default=0)
+
+
+def evaluate_perturbations(
+    model: TokenRewardModel,
+    rows: Sequence[dict[str, Any]],
+    *,
+    policy: PreTrainedModel | None = None,
+    kinds: Sequence[str] = KINDS,
+    aggregate: str = "mean",
+    token_budget: int = 16384,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Corrupt each right trace once with each kind that applies, and compare it with itself.
+
+    Metrics of each kind, for the reward and the policy's log-prob: hit_at_1 and hit_within_1 (the lowest step is the
+    changed one) with their normalised forms, as `localisation.summarise` has them; auroc, the probability that an
+    original scores above a corrupted trace, any pair; win_rate, the same for a trace and its own corrupted copy. A
+    trace's reward is aggregated as the reward model's settings say, its log-prob is the mean over tokens.
+
+    Args:
+        model: the reward model.
+        rows: right traces, with prompt and completion, as `load_demonstrations` gives them.
+        policy: causal LM with the reward model's tokenizer, on its device, for the baseline; None leaves it out.
+        kinds: of `perturb.KINDS`.
+        aggregate: ``mean`` or ``min`` over a step's tokens.
+        token_budget: padded tokens per forward pass.
+        seed: of the places that are changed, and of the bootstraps.
+
+    Returns:
+        JSON-ready: ``traces``, ``left_out`` (originals longer than the models' ``positions``) and ``kinds`` by name,
+        each with ``applied``, ``not_applicable``, ``left_out`` (corrupted ones that are too long) and ``methods``.
+
+    Raises:
+        InputError: unknown kind or aggregate, or no trace that fits.
+    """
+    check_choice("aggregate", aggregate, STEP_AGGREGATES)
+    for kind in kinds:
+        check_choice("perturbation", kind, KINDS)
+    limit = position_limit(model.backbone, policy)
+    delimiter = model.settings.step_delimiter
+    rendered = render(list(rows), model.tokenizer, model.settings.template)
+
+    def encode(row: dict[str, Any], text: str) -> Encoded | None:
+        spans = split_steps(text, delimiter)
+        one = encode_steps(model.tokenizer, row["prompt"], text, spans, row.get("source", "a row"))
+        return one if len(one.prompt) + len(one.completion) <= limit else None
+
+    originals = {i: one for i, row in enumerate(rendered) if (one := encode(row, row["completion"])) is not None}
+    if not originals:
+        raise InputError(f"none of {len(rows)} traces fits into the model's {limit:.0f} positions")
+    encoded = list(originals.values())
+    places = {index: place for place, index in enumerate(originals)}  # of the originals in `encoded`
+    found: dict[str, list[tuple[int, int, int]]] = {}  # per kind: row, place of the copy in `encoded`, changed step
+    counts: dict[str, dict[str, int]] = {}
+    for kind in kinds:
+        found[kind] = []
+        counts[kind] = {"applied": 0, "not_applicable": 0, "left_out": 0}
+        for index, original in originals.items():
+            row = rendered[index]
+            changed = perturb(row["completion"], random.Random(f"{seed} {kind} {index}"), [kind], delimiter)
+            one = None if changed is None else encode(row, changed.text)
+            if changed is None or (one is not None and one.completion == original.completion):
+                counts[kind]["not_applicable"] += 1  # the same tokens: the vocabulary does not know the difference
+            elif one is None:
+                counts[kind]["left_out"] += 1
+            else:
+                counts[kind]["applied"] += 1
+                step = changed_step(split_steps(changed.text, delimiter), changed.first_change)
+                found[kind].append((index, len(encoded), step))
+                encoded.append(one)
+
+    traces: list[dict[str, float]] = [{} for _ in encoded]
+    steps: list[dict[str, list[float]]] = [{} for _ in encoded]
+    for index, values in token_values(model, encoded, policy, token_budget):
+        values.pop("entropy", None)
+        for name, of_tokens in values.items():
+            how = model.settings.aggregate if name == "reward" else "mean"
+            traces[index][name] = TokenScores([], [], of_tokens, [], []).aggregate(how)
+            steps[index][name] = step_values(of_tokens, encoded[index].steps, aggregate)
+
+    def metrics(kind: str, name: str) -> dict[str, Any]:
+        outcomes = [outcome(steps[copy][name], step, None) for _, copy, step in found[kind]]
+        questions = [rendered[index]["prompt"] for index, _, _ in found[kind]]
+        hits = {k: v for k, v in summarise(outcomes, questions, seed).items() if k.startswith("hit")}
+        right = [traces[places[index]][name] for index, _, _ in found[kind]]
+        wrong = [traces[copy][name] for _, copy, _ in found[kind]]
+        pooled = auroc([*right, *wrong], [True] * len(right) + [False] * len(wrong))
+        wins = [perturbation_auroc([a], [b]) for a, b in zip(right, wrong)]
+        return {
+            **hits,
+            "auroc": None if math.isnan(pooled) else pooled,
+            "win_rate": sum(wins) / len(wins),
+            "win_rate_interval": list(bootstrap_interval(wins, seed)),
+        }
+
+    return {
+        "traces": len(originals),
+        "left_out": len(rows) - len(originals),
+        "positions": None if math.isinf(limit) else limit,
+        "aggregate": aggregate,
+        "kinds": {
+            kind: {**counts[kind], "methods": {n: metrics(kind, n) for n in traces[0]} if found[kind] else {}}
+            for kind in kinds
+        },
+    }
+
+
+def step_tables(result: dict[str, Any]) -> list[Table]:
+    """What `evaluate_perturbations` returns, as a table. Shares in percent."""
+    columns = ["error", "traces", "score", "Hit@1", "95 %", "over chance", "AUROC", "above its copy", "95 %"]
+    rows: list[list[str | float | int | None]] = []
+    for kind, of in result["kinds"].items():
+        if not of["methods"]:
+            rows.append([kind, 0, None, None, None, None, None, None, None])
+        for name, values in of["methods"].items():
+            over = values["hit_at_1_normalised"]
+            hits = [percent(values["hit_at_1"]), interval(*values["hit_at_1_interval"])]
+            cells = [*hits, None if over is None else percent(over), values["auroc"]]
+            wins = [percent(values["win_rate"]), interval(*values["win_rate_interval"])]
+            rows.append([kind, of["applied"], LABELS[name], *cells, *wins])
+    note = f"{result['traces']} right traces, each compared with a copy that has one error of the kind"
+    if result["left_out"]:
+        note += f"; {result['left_out']} left out, because longer than {result['positions']} positions"
+    return [Table("Errors that were put in", columns, rows, f"{note}.")]

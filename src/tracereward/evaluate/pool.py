@@ -1,0 +1,267 @@
+"""`tracereward evaluate pool`: how well a reward tells right traces from wrong, and what choosing by it reaches."""
+
+import math
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from scipy.special import expit
+from scipy.stats import pearsonr, spearmanr
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from tracereward.calibration import METHODS as CALIBRATIONS
+from tracereward.calibration import (
+    brier_score,
+    expected_calibration_error,
+    fit_calibration,
+    log_loss,
+    reliability,
+)
+from tracereward.demonstrations import encode_completion, encode_prompt, render
+from tracereward.evaluate.figures import curve_figure, reliability_figure
+from tracereward.evaluate.pool_sets import PoolRow, by_question
+from tracereward.metrics import auprc, auroc, length_matched_auroc, within_prompt_auroc
+from tracereward.models import pad_id
+from tracereward.plots import histogram
+from tracereward.report import Table
+from tracereward.rerank import (
+    METHODS,
+    Candidate,
+    fit_vote_temperature,
+    model_scores,
+    ranking_curves,
+    ranking_table,
+)
+from tracereward.reward_model import TokenRewardModel
+from tracereward.sampling import mean_log_probs
+
+CHUNK = 1024  # candidates scored together, sorted by length
+
+
+def score_pool(
+    model: TokenRewardModel, rows: Sequence[PoolRow], policy: PreTrainedModel | None = None
+) -> tuple[list[list[Candidate]], int]:
+    """Candidates of each question with their rewards, and how many were left out as too long for the model.
+
+    Args:
+        model: the reward model.
+        rows: of a pool.
+        policy: causal LM of the same tokenizer whose mean log-prob stands beside the reward; without it the rows' own.
+    """
+    limit = getattr(model.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    tokenizer = model.tokenizer
+    questions, left_out = [], 0
+    groups = [group for group in by_question(list(rows))]
+    progress = tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr)
+    while groups:
+        taken: list[list[PoolRow]] = []
+        while groups and sum(map(len, taken)) < CHUNK:
+            taken.append(groups.pop(0))
+        flat: list[PoolRow] = []
+        prompts, completions = [], []
+        for row in (row for group in taken for row in group):
+            raw = {"prompt": row.prompt, "completion": None, "answer": None, "source": row.where}
+            text = render([raw], tokenizer, model.settings.template)[0]["prompt"]
+            prompt, completion = encode_prompt(tokenizer, text), encode_completion(tokenizer, row.completion)
+            completion = completion if row.finished else completion[:-1]
+            if completion and len(prompt) + len(completion) <= limit:
+                flat.append(row)
+                prompts.append(prompt)
+                completions.append(completion)
+        rewards = model.token_rewards(prompts, completions)
+        log_probs: Sequence[float | None] = [row.logprob for row in flat]
+        if policy is not None:
+            log_probs = mean_log_probs(policy, prompts, completions, pad_id(tokenizer))
+        how = model.settings.aggregate
+        scored = {
+            id(row): Candidate(
+                row.completion,
+                row.answer,
+                model.to_scores(completion, values).aggregate(how),
+                log_prob,
+                len(completion),
+                row.correct,
+                row.model,
+            )
+            for row, completion, values, log_prob in zip(flat, completions, rewards, log_probs, strict=True)
+        }
+        for group in taken:
+            candidates = [scored[id(row)] for row in group if id(row) in scored]
+            left_out += len(group) - len(candidates)
+            if candidates:
+                questions.append(candidates)
+            progress.update(len(group))
+    progress.close()
+    return questions, left_out
+
+
+def split_questions(
+    questions: Sequence[list[Candidate]], share: float, seed: int
+) -> tuple[list[list[Candidate]], list[list[Candidate]]]:
+    """A share of the questions for fitting, and the others for the report, at random by `seed`."""
+    order = list(range(len(questions)))
+    random.Random(seed).shuffle(order)
+    count = round(share * len(order))
+    fit = set(order[:count])
+    return [questions[i] for i in sorted(fit)], [q for i, q in enumerate(questions) if i not in fit]
+
+
+def evaluate_pool(
+    questions: Sequence[Sequence[Candidate]],
+    fit_questions: Sequence[Sequence[Candidate]],
+    equal: Callable[[str, str], bool],
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything the suite reports, ready for JSON; nan is None.
+
+    Args:
+        questions: judged; their candidates are marked correct or not.
+        fit_questions: others, on which calibrations and the vote's temperature are fitted.
+        equal: whether two answers are the same.
+        seed: of random choices and bootstrap.
+    """
+    flat = [c for candidates in questions for c in candidates]
+    correct = [bool(c.correct) for c in flat]
+    temperature = fit_vote_temperature(fit_questions, equal)
+    table = ranking_table(questions, equal, seed, temperature)
+    rewards = [c.reward for c in flat]
+    lengths = [c.length for c in flat]
+    result = {
+        "questions": len(questions),
+        "candidates": len(flat),
+        "fit_questions": len(fit_questions),
+        "correct": sum(correct) / len(correct),
+        "no_answer": sum(c.answer is None for c in flat),
+        "vote_temperature": temperature,
+        "ranking": [asdict(row) for row in table],
+        "curves": ranking_curves(questions, equal, seed, temperature),
+        "discrimination": _discrimination(questions),
+        "reward_length": {"pearson": _pearson(rewards, lengths), "spearman": _spearman(rewards, lengths)},
+        "calibration": _calibrations(fit_questions, rewards, correct),
+        "rewards": {"correct": _of(rewards, correct, True), "wrong": _of(rewards, correct, False)},
+    }
+    return _without_nan(result)
+
+
+def _discrimination(questions: Sequence[Sequence[Candidate]]) -> dict[str, dict[str, float]]:
+    """AUROCs of the reward and of what needs none: log-prob, length, and who wrote it."""
+    flat = [c for candidates in questions for c in candidates]
+    correct = [bool(c.correct) for c in flat]
+    prompts = [index for index, candidates in enumerate(questions) for _ in candidates]
+    lengths = [c.length for c in flat]
+    scores: dict[str, Sequence[float]] = {"reward": [c.reward for c in flat]}
+    log_probs = [c.logprob for c in flat if c.logprob is not None]
+    if len(log_probs) == len(flat):
+        scores["log-prob"] = log_probs
+        scores["reward + log-prob"] = [c.reward + p for c, p in zip(flat, log_probs, strict=True)]
+    scores["shortest"] = [-length for length in lengths]
+    if all(c.model is not None for c in flat):
+        scores["which model"] = [value for row in model_scores(questions) for value in row]
+    return {
+        name: {
+            "auroc": auroc(values, correct),
+            "auroc_within_prompt": within_prompt_auroc(values, correct, prompts),
+            "auroc_length_matched": length_matched_auroc(values, correct, lengths),
+            "auprc": auprc(values, correct),
+        }
+        for name, values in scores.items()
+    }
+
+
+def _calibrations(
+    fit_questions: Sequence[Sequence[Candidate]], rewards: Sequence[float], correct: Sequence[bool]
+) -> dict[str, dict[str, Any]]:
+    """The log-odds as they are, and after each calibration: errors and reliability on the judged questions."""
+    fit = [c for candidates in fit_questions for c in candidates]
+    fits = {m: fit_calibration([c.reward for c in fit], [bool(c.correct) for c in fit], m) for m in CALIBRATIONS}
+    probabilities: dict[str, Any] = {"none": expit(rewards)}
+    probabilities |= {method: calibration.probabilities(rewards) for method, calibration in fits.items()}
+    return {
+        method: {
+            "ece": expected_calibration_error(p, correct),
+            "brier": brier_score(p, correct),
+            "log_loss": log_loss(p, correct),
+            "bins": [asdict(b) for b in reliability(p, correct)],
+        }
+        for method, p in probabilities.items()
+    }
+
+
+def _pearson(a: Sequence[float], b: Sequence[float]) -> float:
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
+    return float(pearsonr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    if len(set(a)) < 2 or len(set(b)) < 2:
+        return math.nan
+    return float(spearmanr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _of(values: Sequence[float], correct: Sequence[bool], wanted: bool) -> list[float]:
+    return [value for value, is_correct in zip(values, correct, strict=True) if is_correct == wanted]
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with None for nan, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def pool_tables(result: dict[str, Any]) -> list[Table]:
+    """The result as tables: choosing, telling right from wrong, calibration."""
+    percent = [[row["label"], *(100 * row[key] for key in ("accuracy", "low", "high"))] for row in result["ranking"]]
+    note = (
+        f"{result['questions']} questions, {result['candidates']} candidates, of which "
+        f"{100 * result['correct']:.1f} % are right and {result['no_answer']} state no answer."
+    )
+    sources = [[name, *values.values()] for name, values in result["discrimination"].items()]
+    names = {"none": "sigmoid of the reward", "platt": "Platt", "temperature": "temperature", "isotonic": "isotonic"}
+    errors = [
+        [names[method], values["ece"], values["brier"], values["log_loss"]]
+        for method, values in result["calibration"].items()
+    ]
+    length = result["reward_length"]
+    return [
+        Table("Choosing one of the candidates", ["method", "accuracy %", "95 % low", "95 % high"], percent, note),
+        Table(
+            "Telling right from wrong",
+            ["score", "AUROC", "within the prompt", "among traces of a length", "AUPRC"],
+            sources,
+            f"Reward and tokens: Pearson {_digits(length['pearson'])}, Spearman {_digits(length['spearman'])}.",
+        ),
+        Table(
+            "Reward as a probability of being right",
+            ["calibration", "ECE", "Brier", "log loss"],
+            errors,
+            f"Fitted on {result['fit_questions']} other questions.",
+        ),
+    ]
+
+
+def _digits(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.2f}"
+
+
+SHOWN = ("mean", "majority", "shortest", "logprob", "reward", "vote", "reward_logprob", "oracle")
+"""Methods in the figure of accuracy over N, where there are so many that lines would hide each other."""
+
+
+def pool_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Accuracy over N, separation of right and wrong, and reliability."""
+    lines = {METHODS[m].format(n="N"): points for m, points in result["curves"].items() if m in SHOWN}
+    bins = {method: values["bins"] for method, values in result["calibration"].items() if method in ("none", "platt")}
+    separation = histogram(result["rewards"]["correct"], result["rewards"]["wrong"])
+    assert separation is not None  # there are candidates
+    return [
+        {"title": "Accuracy over the number of candidates", "svg": curve_figure(lines)},
+        {"title": "Rewards of right and wrong traces", "svg": separation["svg"]},
+        {"title": "Reliability", "svg": reliability_figure(bins)},
+    ]

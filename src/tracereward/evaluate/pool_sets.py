@@ -1,0 +1,131 @@
+"""Pools: candidates of many questions, ours or other people's, read into one record."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from tracereward.errors import InputError
+from tracereward.reading import read_rows
+from tracereward.tasks import Task
+
+TRACE_FIELDS = ("completion", "candidate", "reasoning", "solution")
+"""Where a row holds the trace. With ``completion`` the field ``answer`` is the gold answer, as `tracereward sample`
+writes it; with the others it is the candidate's own."""
+OWN_ANSWER_FIELDS = ("answer", "pred")
+ID_FIELDS = ("question_id", "qid", "id")
+"""Where a row names its question. In rows with a prompt or question of their own ``id`` may as well be the candidate's:
+there it is not read."""
+
+
+@dataclass(frozen=True)
+class PoolRow:
+    """One candidate.
+
+    Attributes:
+        where: file and line, for messages.
+        question: what its question is known by.
+        prompt: as the recipe words it.
+        completion: the trace. Where it states no answer in the recipe's form but its row has one, that answer stands
+            on a line of its own at the end: reward models were trained on traces that end with one.
+        answer: the candidate's answer; None if it has none.
+        correct: whether that is right.
+        model: who wrote it, if the pool says.
+        logprob: mean log-prob under the policy that wrote it, if the row says.
+        finished: whether the trace ended by itself.
+    """
+
+    where: str
+    question: str
+    prompt: Any
+    completion: str
+    answer: str | None
+    correct: bool
+    model: str | None
+    logprob: float | None
+    finished: bool
+
+
+def read_questions(source: str, task: Task) -> dict[str, dict[str, Any]]:
+    """A set's prompts and gold answers by id; rows without one are known by their position, from 0.
+
+    Raises:
+        InputError: a row that the recipe cannot read, by file and line.
+    """
+    questions = {}
+    for index, (where, row) in enumerate(read_rows(source)):
+        name = next((str(row[field]) for field in ID_FIELDS if row.get(field) is not None), str(index))
+        questions[name] = _example(task, row, where)
+    return questions
+
+
+def read_pool(source: str, task: Task, questions: str | None = None, limit: int | None = None) -> list[PoolRow]:
+    """Candidates in the order of the file.
+
+    Args:
+        source: rows with a trace (`TRACE_FIELDS`), its ``correct`` or a gold answer to check it against, and a
+            ``prompt``, a ``question``, or an id (`ID_FIELDS`) of `questions`.
+        task: words the prompts, and finds and compares answers.
+        questions: file or Hub id of the questions, where rows name them by id only.
+        limit: use the first N rows.
+
+    Raises:
+        InputError: a row without what it needs, by file, line and field; an empty file.
+    """
+    known = read_questions(questions, task) if questions else None
+    rows = [_pool_row(where, row, task, known) for where, row in islice(read_rows(source), limit)]
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    return rows
+
+
+def by_question(rows: list[PoolRow]) -> Iterator[list[PoolRow]]:
+    """Candidates of each question, questions in the order of their first row."""
+    groups: dict[str, list[PoolRow]] = {}
+    for row in rows:
+        groups.setdefault(row.question, []).append(row)
+    yield from groups.values()
+
+
+def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict[str, Any]] | None) -> PoolRow:
+    field = next((name for name in TRACE_FIELDS if isinstance(row.get(name), str)), None)
+    if field is None:
+        raise InputError(f"{where}: no trace; it is looked for in {', '.join(TRACE_FIELDS)}")
+    alone = known is None and (row.get("prompt") or row.get("question") is not None)
+    named = [row[name] for name in ID_FIELDS if row.get(name) is not None and not (alone and name == "id")]
+    name = str(named[0]) if named else None
+    if known is not None:
+        if name is None or name not in known:
+            ids = ", ".join(ID_FIELDS)
+            raise InputError(f"{where}: question {name!r} is not in --questions; ids are read from {ids}")
+        prompt, gold = known[name]["prompt"], known[name]["answer"]
+    elif row.get("prompt"):
+        prompt, gold = row["prompt"], row.get("answer") if field == "completion" else None
+        name = name or str(row.get("question", prompt))
+    elif row.get("question") is not None:
+        prompt, gold = _example(task, {**row, "answer": None}, where)["prompt"], None
+        name = name or str(row["question"])
+    else:
+        raise InputError(f"{where}: no prompt or question; give --questions where rows have only an id")
+    text, extracted = row[field].rstrip(), task.extract(row[field])
+    own = [row.get("extracted")] if field == "completion" else [row.get(name) for name in OWN_ANSWER_FIELDS]
+    stated = next((str(value) for value in own if value is not None and str(value).strip()), extracted)
+    if extracted is None and stated is not None:
+        text = f"{text}\n{task.answer_line.format(stated)}".lstrip()
+    correct = row.get("correct")
+    if not isinstance(correct, bool):
+        if gold is None:
+            raise InputError(f"{where}: neither correct (true or false) nor a gold answer to check against")
+        correct = stated is not None and task.equal(stated, str(gold))
+    return PoolRow(
+        where, str(name), prompt, text, stated, correct, row.get("model"), row.get("logprob"), row.get("finished", True)
+    )
+
+
+def _example(task: Task, row: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return task.example(row)
+    except KeyError as error:
+        raise InputError(f"{where}: field {error} is missing, which recipe {task.name!r} needs") from error
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error

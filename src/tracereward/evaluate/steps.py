@@ -1,0 +1,300 @@
+"""Step-level evaluation of a reward model: does it know where a trace goes wrong, and better than its baselines?"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tracereward.batching import Batch, pack, token_budget_batches
+from tracereward.demonstrations import encode_completion, encode_prompt, render
+from tracereward.errors import InputError, check_choice
+from tracereward.evaluate.localisation import (
+    STEP_AGGREGATES,
+    Outcome,
+    differences,
+    fit_threshold,
+    outcomes,
+    random_outcome,
+    step_values,
+    summarise,
+)
+from tracereward.evaluate.step_sets import StepTrace, join_steps, prompt_of
+from tracereward.models import pad_id
+from tracereward.report import Table
+from tracereward.reward_model import TokenRewardModel
+from tracereward.tables import interval, percent
+from tracereward.tasks import Task, get_task
+
+LABELS = {
+    "reward": "reward",
+    "logprob": "log-prob",
+    "reward_logprob": "reward + log-prob",
+    "logprob_drop": "log-prob drop",
+    "entropy": "entropy",
+    "noise": "random scores",
+    "first_step": "first step",
+    "random": "random",
+    "no_error": "always no error",
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A trace as token ids, and the tokens of each of its steps (indices into `completion`)."""
+
+    prompt: list[int]
+    completion: list[int]
+    steps: list[list[int]]
+
+
+def encode_steps(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, spans: Sequence[tuple[int, int]], where: str
+) -> Encoded:
+    """Token ids, and which tokens belong to which step: those that write one of its characters.
+
+    Character offsets decide, because a step may hold the delimiter. A delimiter's own tokens, and the end-of-sequence
+    token, belong to no step; a token across two steps belongs to both, so that none is without a token.
+
+    Raises:
+        InputError: a step has no token.
+    """
+    ids = encode_completion(tokenizer, text)
+    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    offsets: Any = encoding["offset_mapping"]
+    steps = [[t for t, (a, b) in enumerate(offsets) if a < end and b > start] for start, end in spans]
+    if [] in steps:
+        raise InputError(f"{where}: step {steps.index([])} (from 0) has no token in the reward model's vocabulary")
+    return Encoded(encode_prompt(tokenizer, prompt), ids, steps)
+
+
+def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
+    """Tokens that all the models can read; infinite if none says."""
+    configs: list[Any] = [model.config for model in models if model is not None]
+    limits = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
+    return min((limit for limit in limits if limit), default=math.inf)
+
+
+# ---------- scores ----------
+
+
+@torch.no_grad()
+def log_probs_and_entropies(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """log p(y_t | x, y_<t), and the entropy of p(. | x, y_<t), in nats; each (B, T) float32, 0 on padding."""
+    width = batch.completion_mask.size(1)
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits
+    log_probs = torch.zeros(batch.completion_mask.shape, device=logits.device)
+    entropies = torch.zeros_like(log_probs)
+    for row, length in enumerate(batch.completion_mask.sum(1).tolist()):  # a row at a time: vocabularies are large
+        distribution = logits[row, :length].float().log_softmax(-1)
+        targets = batch.input_ids[row, -width:][:length, None]
+        log_probs[row, :length] = distribution.gather(1, targets)[:, 0]
+        entropies[row, :length] = torch.special.entr(distribution.exp()).sum(-1)
+    return log_probs, entropies
+
+
+def token_values(
+    model: TokenRewardModel, traces: Sequence[Encoded], policy: PreTrainedModel | None, token_budget: int
+) -> Iterator[tuple[int, dict[str, list[float]]]]:
+    """Token values of each trace, longest traces first, with its index: reward and, with a policy, logprob, entropy.
+
+    Entropy is negated: all values are low where something looks wrong. Shows progress on stderr.
+    """
+    if policy is not None:
+        policy.eval()
+    lengths = [len(trace.prompt) + len(trace.completion) for trace in traces]
+    with tqdm(total=len(traces), desc="scored", unit="") as progress:
+        for rows in token_budget_batches(lengths, token_budget):
+            prompts, completions = [traces[i].prompt for i in rows], [traces[i].completion for i in rows]
+            values = {"reward": model.token_rewards(prompts, completions, token_budget)}
+            if policy is not None:
+                batch = pack(prompts, completions, pad_id(model.tokenizer)).to(model.device)
+                log_probs, entropies = log_probs_and_entropies(policy, batch)
+                values |= {"logprob": list(log_probs.cpu()), "entropy": list(-entropies.cpu())}
+            for place, index in enumerate(rows):
+                length = len(traces[index].completion)
+                yield index, {name: rows_of[place][:length].tolist() for name, rows_of in values.items()}
+            progress.update(len(rows))
+
+
+def encode_fitting(
+    model: TokenRewardModel, traces: Sequence[StepTrace], task: Task, limit: float
+) -> tuple[list[StepTrace], list[Encoded]]:
+    """The traces of at most `limit` tokens with their prompts, and their token ids."""
+    kept: list[StepTrace] = []
+    encoded: list[Encoded] = []
+    for trace in traces:
+        row = {"prompt": prompt_of(trace, task), "completion": None, "answer": None, "source": trace.where}
+        prompt = render([row], model.tokenizer, model.settings.template)[0]["prompt"]
+        text, spans = join_steps(trace.steps, model.settings.step_delimiter)
+        one = encode_steps(model.tokenizer, prompt, text, spans, trace.where)
+        if len(one.prompt) + len(one.completion) <= limit:
+            kept.append(trace)
+            encoded.append(one)
+    return kept, encoded
+
+
+def step_scores(
+    model: TokenRewardModel,
+    encoded: Sequence[Encoded],
+    policy: PreTrainedModel | None,
+    aggregate: str,
+    token_budget: int,
+) -> dict[str, list[list[float]]]:
+    """For each method that has scores, the step scores of each trace."""
+    scores: dict[str, list[list[float]]] = {}
+    for index, values in token_values(model, encoded, policy, token_budget):
+        steps = {name: step_values(v, encoded[index].steps, aggregate) for name, v in values.items()}
+        if policy is not None:
+            steps["reward_logprob"] = [a + b for a, b in zip(steps["reward"], steps["logprob"])]
+            steps["logprob_drop"] = differences(steps["logprob"])
+        for name, of_trace in steps.items():
+            scores.setdefault(name, [[] for _ in encoded])[index] = of_trace
+    return {name: scores[name] for name in LABELS if name in scores}
+
+
+# ---------- evaluation ----------
+
+
+def evaluate_steps(
+    model: TokenRewardModel,
+    traces: Sequence[StepTrace],
+    fit_traces: Sequence[StepTrace],
+    *,
+    policy: PreTrainedModel | None = None,
+    task: str | None = None,
+    aggregate: str = "mean",
+    token_budget: int = 16384,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """How well step scores find the first error, for the reward and for what it must beat.
+
+    A step scores the mean (or min) of its tokens' values: the reward as `TokenRewardModel.score` gives it without
+    further models; log-prob and negative next-token entropy under `policy`; also reward + log-prob, the log-prob's
+    difference to the step before, and random numbers, each with a threshold fitted on `fit_traces`. Fitted, random
+    numbers reach a higher F1 than a uniform guess among steps and "no error", whose expectation is the row "random".
+
+    Args:
+        model: the reward model.
+        traces: those that results are about.
+        fit_traces: others, for the thresholds; both erroneous and correct ones.
+        policy: causal LM with the reward model's tokenizer, on its device; None leaves its baselines out.
+        task: recipe whose words the prompts have; the reward model's if None.
+        aggregate: ``mean`` or ``min`` over a step's tokens.
+        token_budget: padded tokens per forward pass.
+        seed: of the bootstraps and of the random numbers.
+
+    Returns:
+        JSON-ready: counts (``left_out`` and ``fit_left_out`` are traces longer than the models' ``positions``),
+        ``methods`` by name, with `summarise`'s metrics and ``threshold``, and ``groups``: both by `StepTrace.group`.
+
+    Raises:
+        InputError: unknown aggregate or task, a trace in both sets, or too few traces that fit.
+    """
+    check_choice("aggregate", aggregate, STEP_AGGREGATES)
+    recipe = get_task(task or model.settings.task)
+    fit_keys = {(trace.question, *trace.steps) for trace in fit_traces}
+    for trace in traces:
+        if (trace.question, *trace.steps) in fit_keys:
+            raise InputError(f"{trace.where}: is also in the set that the threshold is fitted on: use another subset")
+    positions = position_limit(model.backbone, policy)
+    fit_kept, fit_encoded = encode_fitting(model, fit_traces, recipe, positions)
+    kept, encoded = encode_fitting(model, traces, recipe, positions)
+    fit_errors = [trace.first_error for trace in fit_kept]
+    if not 0 < sum(error is not None for error in fit_errors) < len(fit_errors):
+        raise InputError(
+            f"the threshold needs erroneous and correct traces; of {len(fit_traces)} to fit it on, {len(fit_kept)} "
+            f"fit into {positions:.0f} positions, not of both kinds: use another subset, or a longer backbone"
+        )
+    if not kept:
+        raise InputError(f"none of {len(traces)} traces fits into the model's {positions:.0f} positions")
+
+    scores = step_scores(model, [*fit_encoded, *encoded], policy, aggregate, token_budget)
+    draws = [(random.Random(f"{seed} {trace.where}"), len(trace.steps)) for trace in [*fit_kept, *kept]]
+    scores["noise"] = [[rng.random() for _ in range(n)] for rng, n in draws]
+    errors, lengths = [t.first_error for t in kept], [len(t.steps) for t in kept]
+    thresholds = {name: fit_threshold(of[: len(fit_kept)], fit_errors) for name, of in scores.items()}
+    methods = {name: outcomes(of[len(fit_kept) :], errors, thresholds[name]) for name, of in scores.items()}
+    methods["first_step"] = outcomes([[-1.0] + [0.0] * (n - 1) for n in lengths], errors, 0.0)
+    methods["random"] = [random_outcome(n, first_error) for n, first_error in zip(lengths, errors)]
+    methods["no_error"] = outcomes([[0.0] * n for n in lengths], errors, 0.0)
+    return {
+        "task": recipe.name,
+        "aggregate": aggregate,
+        "positions": None if math.isinf(positions) else positions,
+        "left_out": len(traces) - len(kept),
+        "fit_traces": len(fit_kept),
+        "fit_left_out": len(fit_traces) - len(fit_kept),
+        **_results(kept, methods, thresholds, seed),
+        "groups": {
+            group: _results(
+                [trace for trace in kept if trace.group == group],
+                {name: [o for o, t in zip(of, kept) if t.group == group] for name, of in methods.items()},
+                thresholds,
+                seed,
+            )
+            for group in sorted({trace.group for trace in kept})
+        },
+    }
+
+
+def _results(
+    traces: Sequence[StepTrace], methods: dict[str, list[Outcome]], thresholds: dict[str, float], seed: int
+) -> dict[str, Any]:
+    """Counts, and each method's metrics."""
+    questions = [trace.question for trace in traces]
+    erroneous = sum(trace.first_error is not None for trace in traces)
+    return {
+        "traces": len(traces),
+        "erroneous": erroneous,
+        "correct": len(traces) - erroneous,
+        "questions": len(set(questions)),
+        "methods": {
+            name: {**summarise(of, questions, seed), "threshold": thresholds.get(name)} for name, of in methods.items()
+        },
+    }
+
+
+def step_tables(result: dict[str, Any]) -> list[Table]:
+    """What `evaluate_steps` returns, as tables: all traces, and Hit@1 by group. Shares in percent."""
+    columns = ["method", "F1", "95 %", "erroneous", "correct", "Hit@1", "95 %", "Hit@±1", "over chance", "95 %"]
+    rows: list[list[str | float | int | None]] = []
+    for name, of in result["methods"].items():
+        cells = [_percent(of["f1"]), _interval(of["f1_interval"]), _percent(of["acc_error"])]
+        cells += [_percent(of["acc_correct"]), _percent(of["hit_at_1"]), _interval(of["hit_at_1_interval"])]
+        cells += [_percent(of["hit_within_1"]), _percent(of["hit_at_1_normalised"])]
+        rows.append([LABELS[name], *cells, _interval(of["hit_at_1_normalised_interval"])])
+    note = f"{result['traces']} traces, {result['erroneous']} of them with an error, of {result['questions']} questions"
+    note += f"; thresholds fitted on {result['fit_traces']} others. Over chance: (Hit@1 - chance) / (1 - chance)."
+    if result["left_out"] or result["fit_left_out"]:
+        note += f" Left out, because longer than {result['positions']} positions: {result['left_out']}"
+        note += f" and, of those to fit on, {result['fit_left_out']}."
+    names = [name for name, of in result["methods"].items() if of["threshold"] is not None]
+    by_group: list[list[str | float | int | None]] = [
+        [group, of["erroneous"], of["correct"], *(_percent(of["methods"][n]["hit_at_1_normalised"]) for n in names)]
+        for group, of in result["groups"].items()
+    ]
+    heads = ["group", "erroneous", "correct", *(LABELS[name] for name in names)]
+    return [
+        Table("Where is the first error?", columns, rows, note),
+        Table("Hit@1 over chance, by group", heads, by_group),
+    ]
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else percent(value)
+
+
+def _interval(value: list[float] | None) -> str | None:
+    return None if value is None else interval(*value)
