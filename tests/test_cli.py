@@ -6,6 +6,7 @@ input too late would fail to load them.
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,8 @@ from filelock import FileLock
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from tiny import launcher, options, rows
-from tracereward import __version__, cli
+from tiny import launcher, options, rows, trap
+from tracereward import __version__, cli, pool
 from tracereward.files import write_jsonl
 from tracereward.rerank import METHODS
 from tracereward.reward_model import TokenRewardModel
@@ -272,8 +273,12 @@ def test_what_is_not_a_reward_model(command, bench, tmp_path, name):
         ({"prompt": "1 + 2 = ?\n", "completion": ""}, [":2: ", "not empty"]),
         ({"prompt": "1 + 2 = ?\n", "candidates": []}, [":2: ", "candidates"]),
         ({"prompt": "1 + 2 = ?\n", "candidates": ["#### 3", ""]}, [":2: ", "not empty"]),
+        ({"prompt": "1 + 2 = ?\n", "candidates": "#### 3"}, [":2: ", "list of texts"]),
+        ({"prompt": "1 + 2 = ?\n", "completion": ["#### 3"]}, [":2: ", "needs a completion"]),
+        ({"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", " "]}, [":2: ", "steps", "not empty"]),
+        ({"prompt": "1 + 2 = ?\n", "steps": "1 + 2 = 3"}, [":2: ", "steps must be a list"]),
     ],
-    ids=["prompt", "completion", "empty", "no candidates", "empty candidate"],
+    ids=["prompt", "completion", "empty", "no candidates", "empty candidate", "text", "list", "empty step", "no steps"],
 )
 def test_rows_that_cannot_be_scored(command, bench, tmp_path, name, row, parts):
     data = tmp_path / "rows.jsonl"
@@ -286,8 +291,12 @@ def test_rerank_says_what_it_needs(command, bench, tmp_path):
     write_jsonl(data, [{**GOOD, "logprob": -1.0}, GOOD])
     refused(command("rerank", bench.bare_reward, data, "--method", "logprob"), f"{data}:2: ", "logprob")
     refused(command("rerank", bench.bare_reward, data, "--method", "votes"), "method 'votes'", "did you mean 'vote'?")
+    refused(command("rerank", bench.bare_reward, data, "--method", "softmax_vote"), "method 'softmax_vote'", "vote")
+    refused(command("rerank", bench.bare_reward, data, "--aggregate", "men"), "aggregate 'men'", "did you mean 'mean'?")
     refused(command("rerank", bench.bare_reward, data, "--task", "arithmetics"), "did you mean 'arithmetic'?")
     write_jsonl(data, [{"prompt": "1 + 2 = ?\n", "candidates": ["#### 3"]}])
+    refused(command("rerank", bench.bare_reward, data), f"{data}:1: ", "a completion in each row")
+    write_jsonl(data, [{"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"]}])
     refused(command("rerank", bench.bare_reward, data), f"{data}:1: ", "a completion in each row")
     data.write_text("")
     refused(command("rerank", bench.bare_reward, data), data, "no rows")
@@ -339,8 +348,11 @@ def test_wrong_usage(command, argv, message):
 def test_help_and_version(command):
     shown = command("--help")
     assert shown.code == 0
-    for name in ("sft", "train", "grpo", "sample", "score", "rerank", "quickstart"):
+    for name in ("sft", "train", "grpo", "sample", "score", "rerank", "inspect", "calibrate", "evaluate", "quickstart"):
         assert name in shown.out
+    for suite in ("pool", "processbench", "prmbench", "mrben", "perturbation", "policy"):
+        assert suite in command("evaluate", "--help").out
+        assert "--output" in command("evaluate", suite, "--help").out
     assert command("--version").out == f"{__version__}\n"
     for kind, own in (("train", "--granularity"), ("grpo", "--reward"), ("sft", "--validation_fraction")):
         shown = command(kind, "--help")
@@ -453,7 +465,9 @@ def test_candidates_are_scored_like_single_traces(bench, samples):
     assert [row["candidates"] for row in rows(output)] == [row["candidates"] for row in grouped]
     for scores, line in zip(together, alone, strict=True):
         assert scores == {name: json.loads(line)[name] for name in scores}
-    assert set(together[0]) == {"reward", "step_rewards", "tokens", "offsets", "token_rewards"}
+    assert set(together[0]) == {
+        "reward", "aggregates", "step_rewards", "tokens", "offsets", "token_rewards", "supervised", "step_ends",
+    }  # fmt: skip
 
 
 def test_a_trace_of_nothing_but_its_end_is_scored(bench, tmp_path, tokenizer):
@@ -477,7 +491,7 @@ def test_a_run_folder_is_one_process_alone(command, bench, tmp_path):
     assert not (output / "config.yaml").exists()
 
 
-@pytest.mark.parametrize("method", ["reward", "vote", "logprob", "shortest", "majority", "random"])
+@pytest.mark.parametrize("method", ["reward", "vote", "sigmoid_vote", "logprob", "shortest", "majority", "random"])
 def test_rerank_chooses_one_of_each_question(bench, samples, method):
     done = launcher()("rerank", bench.reward_model, samples, "--method", method)
     assert done.code == 0, done.err
@@ -531,3 +545,223 @@ def test_a_token_head_scores_too(bench, tokenizer, samples):
     for line in done.out.splitlines():
         row = json.loads(line)
         assert row["reward"] == min(row["token_rewards"])
+
+
+# Long scoring: interrupted, and with bad rows
+
+
+@pytest.fixture(scope="module")
+def many(bench, tokenizer):
+    """Sixty rows of three candidates, of completions and of steps, mixed, with prompts that several share."""
+    found = []
+    for n, row in enumerate(rows(bench.experts) * 5):
+        lines = row["completion"].split("\n")
+        forms = [{"completion": row["completion"]}, {"steps": lines}, {"candidates": [*lines, row["completion"]][:3]}]
+        found.append({"n": n, "prompt": row["prompt"], **forms[n % 3]})
+    write_jsonl(bench.folder / "sixty.jsonl", found)
+    return bench.folder / "sixty.jsonl"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.9])
+def test_scoring_that_was_killed_goes_on_to_the_same_file(bench, many, tmp_path, share):
+    """Killed in the middle of a line; the rows after it are, to the last digit, those of a run in one piece."""
+    whole = tmp_path / "whole.jsonl"
+    assert launcher()("score", bench.reward_model, many, "-o", whole).code == 0
+    output = tmp_path / "scored.jsonl"
+    size = int(share * whole.stat().st_size)
+    killed = launcher()("score", bench.reward_model, many, "-o", output, trap=trap("size", "", size))
+    assert killed.code == -signal.SIGXFSZ
+    part = tmp_path / "scored.jsonl.part"
+    assert not output.exists()
+    assert 0 < part.stat().st_size <= size
+    assert not part.read_bytes().endswith(b"\n")
+    finished = part.read_bytes().count(b"\n")
+    done = launcher()("score", bench.reward_model, many, "-o", output, "--resume")
+    assert done.code == 0, done.err
+    assert f"going on after {finished} rows" in done.err
+    assert output.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+    again = launcher()("score", bench.reward_model, many, "-o", output, "--resume")
+    assert (again.code, again.err) == (0, f"{output} is finished\n")
+
+
+def test_scoring_goes_on_from_every_row(command, bench, many, tmp_path, monkeypatch):
+    """Chunks of seven, with rows that are left out among them: at a chunk's end, inside one, before the first row.
+
+    A chunk is scored whole or not at all: other neighbours in a batch would change the last digits of a reward.
+    """
+    monkeypatch.setattr(pool, "CHUNK", 7)
+    score_ids, scored = TokenRewardModel.score_ids, []
+
+    def spy(model, prompts, completions, **options):
+        scored.append([tuple(ids) for ids in completions])
+        return score_ids(model, prompts, completions, **options)
+
+    monkeypatch.setattr(TokenRewardModel, "score_ids", spy)
+    given = rows(many)[:30]
+    for n in (3, 4, 11, 20):
+        given[n] = {"n": n, "prompt": "1 + 1 = ?\n", "completion": "\n" * 200}  # longer than 128 positions
+    given.insert(9, {"n": -1, "prompt": "1 + 1 = ?\n"})
+    write_jsonl(tmp_path / "rows.jsonl", given)
+    words = ["score", bench.reward_model, tmp_path / "rows.jsonl", "--skip-bad", "-o"]
+    assert command(*words, tmp_path / "whole.jsonl").code == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 26
+    chunks = list(scored)
+    assert len(chunks) == 5
+    for finished in (0, 1, 5, 6, 12, 13, 25, 26):
+        output = tmp_path / f"{finished}.jsonl"
+        tail = b"" if finished == 26 else lines[finished][:20]
+        output.with_name(output.name + ".part").write_bytes(b"".join(lines[:finished]) + tail)
+        scored.clear()
+        assert command(*words, output, "--resume").code == 0
+        assert output.read_bytes() == whole, finished
+        assert scored == chunks[len(chunks) - len(scored) :], finished
+        assert len(scored) == {0: 5, 1: 5, 5: 4, 6: 4, 12: 3, 13: 3, 25: 1, 26: 0}[finished]
+
+
+def test_resuming_starts_anew_where_nothing_was_written(command, bench, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [GOOD])
+    words = ["score", bench.reward_model, tmp_path / "rows.jsonl"]
+    refused(command(*words, "--resume"), "--resume needs --output")
+    assert command(*words, "-o", tmp_path / "out.jsonl", "--resume").code == 0
+    (row,) = rows(tmp_path / "out.jsonl")
+    assert row["completion"] == GOOD["completion"]
+
+
+def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tmp_path):
+    """Each with its line; without --skip-bad the first of them ends the command, before the model is loaded."""
+    bad = [
+        ({"completion": "#### 3"}, "no prompt"),
+        ({"prompt": "1 + 2 = ?\n"}, "needs a completion"),
+        ({"prompt": "1 + 2 = ?\n", "steps": []}, "steps must be a list"),
+        ({"prompt": "1 + 2 = ?\n", "completion": "\n" * 200}, "the reward model reads 128"),
+        ({"prompt": [{"role": "user", "content": "1 + 2 = ?"}], "completion": "#### 3"}, "use --template chat"),
+    ]
+    given = []
+    for n, (row, _) in enumerate(bad):
+        given += [{"n": n, "prompt": f"{n} + 2 = ?\n", "completion": f"#### {n + 2}"}, row]
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, given)
+    refused(command("score", bench.bare_reward, data), f"{data}:2: no prompt")
+    done = command("score", bench.reward_model, data, "--skip-bad")
+    assert done.code == 0, done.err
+    assert [json.loads(line)["n"] for line in done.out.splitlines()] == list(range(5))
+    said = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
+    assert len(said) == len(bad)
+    for n, (_, message) in enumerate(bad):
+        (line,) = [line for line in said if line.startswith(f"skipped: {data}:{2 * n + 2}: ")]
+        assert message in line
+    write_jsonl(data, [row for row, _ in bad[:2]])
+    refused(
+        command("score", bench.bare_reward, data, "--skip-bad"), "no rows that can be scored", f"{data}:1: no prompt"
+    )
+
+
+def test_steps_are_scored_as_the_trace_that_they_make(bench, experts, tmp_path):
+    """One reward a step, and the numbers of the joined text."""
+    given = [{"prompt": row["prompt"], "steps": row["completion"].split("\n")} for row in experts]
+    write_jsonl(tmp_path / "steps.jsonl", given)
+    done = launcher()("score", bench.reward_model, tmp_path / "steps.jsonl")
+    assert done.code == 0, done.err
+    model = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    expected = model.score([row["prompt"] for row in experts], [row["completion"] for row in experts])
+    for line, row, scores in zip(done.out.splitlines(), given, expected, strict=True):
+        scored = json.loads(line)
+        assert scored["steps"] == row["steps"]
+        assert scored["token_rewards"] == pytest.approx(scores.rewards, abs=1e-5)
+        assert len(scored["step_rewards"]) == len(row["steps"])
+        assert scored["step_rewards"] == pytest.approx(scores.step_rewards(), abs=1e-5)
+        assert scored["step_ends"] == scores.step_ends
+        found = scored["token_rewards"]
+        weights = [0.99**t for t in range(len(found))]
+        assert scored["aggregates"] == {
+            "mean": pytest.approx(sum(found) / len(found)),
+            "min": min(found),
+            "last": found[-1],
+            "discounted": pytest.approx(sum(w * r for w, r in zip(weights, found)) / sum(weights)),
+        }
+
+
+def test_rerank_by_another_aggregate(bench, samples):
+    scored = [json.loads(line) for line in launcher()("score", bench.reward_model, samples).out.splitlines()]
+    chosen = {}
+    for how in ("mean", "min", "last", "discounted"):
+        words = ["rerank", bench.reward_model, samples, "--method", "reward", "--aggregate", how]
+        done = launcher()(*words)
+        assert done.code == 0, done.err
+        chosen[how] = [json.loads(line) for line in done.out.splitlines()]
+        for row in chosen[how]:
+            group = [other for other in scored if other["question"] == row["question"]]
+            best = max(other["aggregates"][how] for other in group)
+            assert row["reward"] == pytest.approx(best, abs=1e-5)
+            assert row["completion"] in [o["completion"] for o in group if abs(o["aggregates"][how] - best) < 1e-5]
+    assert len({json.dumps([row["completion"] for row in rows_]) for rows_ in chosen.values()}) > 1
+
+
+# Looking at traces, and the suites
+
+
+def test_inspect_shows_rows_with_scores_and_scores_those_without(bench, samples, tmp_path):
+    scored = tmp_path / "scored.jsonl"
+    assert launcher()("score", bench.reward_model, samples, "-o", scored).code == 0
+    shown = launcher()("inspect", scored, "--task", "arithmetic", "--colour", "never", "--width", 80)
+    assert shown.code == 0, shown.err
+    anew = launcher()("inspect", samples, "--model", bench.reward_model, "--colour", "never", "--width", 80)
+    assert anew.out == shown.out
+    first = rows(samples)[0]
+    assert first["completion"].split("\n")[0] in shown.out
+    done = launcher()("inspect", samples, "--model", bench.reward_model, "-o", tmp_path / "page.html", "--limit", 3)
+    assert done.code == 0, done.err
+    assert "3 rows" in done.err
+    assert "<html" in (tmp_path / "page.html").read_text()
+    bare = launcher()("inspect", samples)
+    assert bare.code == 2
+    assert f"{samples}:1: no scores; give --model" in bare.err
+
+
+def step_rows(suite, experts) -> list[dict]:
+    """Expert traces in a suite's form, in every other of which one step is wrong."""
+    found = []
+    for n, row in enumerate(experts):
+        steps, wrong = row["completion"].split("\n"), n % 2 == 0
+        right, at = list(steps), n % len(steps)
+        steps[at] = steps[at] + "9" if wrong else steps[at]
+        if suite == "processbench":
+            found.append({"id": n, "generator": "g", "problem": row["prompt"].strip(), "steps": steps,
+                          "final_answer_correct": not wrong, "label": at if wrong else -1})  # fmt: skip
+        elif suite == "prmbench":
+            found.append({"original_question": row["prompt"], "modified_question": row["prompt"],
+                          "original_process": right, "modified_process": steps, "classification": "kind",
+                          "error_steps": [at + 1] if wrong else []})  # fmt: skip
+        else:
+            found.append({"Question": row["prompt"], "Options": "", "Sampled_Model": "m",
+                          "Model_Solution_Steps": [f"Step {k}: {step}" for k, step in enumerate(steps, 1)],
+                          "Model_Solution_Correctness": "incorrect" if wrong else "correct",
+                          "Model_Solution_First_Error_Step": at + 1 if wrong else "N/A"})  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("suite", ["processbench", "prmbench", "mrben"])
+def test_a_step_suite_writes_json_and_a_report(bench, experts, tmp_path, suite):
+    write_jsonl(tmp_path / "rows.jsonl", step_rows(suite, experts))
+    words = ["evaluate", suite, bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "out"]
+    done = launcher()(*words, "--policy", bench.model, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert json.loads((tmp_path / "out" / f"{suite}.json").read_text()) == result
+    assert f"Evaluation: {suite}" in (tmp_path / "out" / f"{suite}.html").read_text()
+    printed = launcher()(*words)
+    assert printed.code == 0, printed.err
+    assert "reward" in printed.out
+
+
+def test_the_suite_of_injected_errors_writes_json_and_a_report(bench, tmp_path):
+    words = ["evaluate", "perturbation", bench.reward_model, bench.experts, "-o", tmp_path / "out", "--json"]
+    done = launcher()(*words)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert json.loads((tmp_path / "out" / "perturbation.json").read_text()) == result
+    assert result["traces"] == len(rows(bench.experts))
+    assert "Evaluation: perturbation" in (tmp_path / "out" / "perturbation.html").read_text()

@@ -186,7 +186,8 @@ def test_mentioned_options_exist():
     """Every ``--option`` in the text of a page is one of some command."""
     group = typer.main.get_command(app)
     known = {"--config", "--resume", "--help", "--version"}
-    known |= {option for name in group.commands for p in group.commands[name].params for option in p.opts}
+    commands = [c for found in group.commands.values() for c in (found, *getattr(found, "commands", {}).values())]
+    known |= {option for command in commands for p in command.params for option in p.opts}
     for cls in (*CONFIGS.values(), GRPOConfig, SFTConfig, ModelConfig):
         known |= {f"--{field.name}" for field in dataclasses.fields(cls)}
     known |= {f"--{field.name}" for field in dataclasses.fields(parse("sft", [])[0])}

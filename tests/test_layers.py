@@ -11,18 +11,23 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tracereward"
 
 # From the bottom up; a module may import from its own layer and from those below.
 LAYERS = [
-    ("maths", "errors masks objectives shaping perturb metrics scores files"),
+    ("maths", "errors masks objectives shaping perturb metrics calibration rerank scores files"),
     (
         "models and data",
-        "alignment batching demonstrations heads reading models reward_model reward_settings sampling surface tasks",
+        "alignment batching demonstrations heads reading models reward_func reward_model reward_settings sampling "
+        "shared_prompts surface tasks",
     ),
     (
         "training",
         "adversarial_config bridge config callbacks checkpoints discriminator failures monitor negatives penalties "
         "trainer warmup watch",
     ),
-    ("applications", "distill run run_folder rerank pool report plots quickstart studies tables arguments"),
-    ("command line", "cli __main__"),
+    (
+        "applications",
+        "distill evaluate run run_folder inspection inspection_terminal pool report plots quickstart studies tables "
+        "arguments",
+    ),
+    ("command line", "cli cli_evaluate cli_reward __main__"),
 ]
 # The package itself holds only the version and names that load on first use.
 RANK = {"__init__": 0} | {name: rank for rank, (_, names) in enumerate(LAYERS) for name in names.split()}

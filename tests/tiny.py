@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -86,8 +87,9 @@ def trap(
 ) -> dict[str, Any]:
     """A signal (by default SIGKILL) at the `count`-th `event` on a file whose path ends with `path`.
 
-    `event` is ``open`` (for writing) or ``rename`` (to that name). With `fill`, instead of a signal, the file at `fill`
-    is grown until its disk has `leave` bytes left.
+    `event` is ``open`` (for writing) or ``rename`` (to that name). It may also be ``size``: the kernel then kills the
+    process with SIGXFSZ as soon as any file that it writes would grow over `count` bytes. With `fill`, instead of a
+    signal, the file at `fill` is grown until its disk has `leave` bytes left.
     """
     return {
         "event": event,
@@ -142,6 +144,11 @@ def run_order(order: dict[str, Any]) -> None:
 
 def set_trap(event: str, path: str, count: int, number: int, fill: str | None, leave: int) -> None:
     """See `trap`."""
+    if event == "size":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would ignore it, and raise OSError
+        return
     left = count
 
     def hook(name: str, args: tuple[Any, ...]) -> None:

@@ -10,6 +10,8 @@ import typer
 import typer.core
 
 from tracereward import __version__
+from tracereward.cli_evaluate import suites
+from tracereward.cli_reward import commands, say
 from tracereward.errors import InputError, Interrupted, RunFailed
 
 
@@ -39,10 +41,6 @@ app = typer.Typer(
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
@@ -60,7 +58,7 @@ def _training(kind: str, argv: list[str]) -> None:
     from tracereward import run
 
     folder = {"sft": run.run_sft, "train": run.run_train, "grpo": run.run_grpo}[kind](data, config, model, resume)
-    _say(f"done: {folder}")
+    say(f"done: {folder}")
     for part in ("policy", "reward_model", "report.html"):
         if (folder / part).exists():
             print(folder / part)
@@ -113,11 +111,11 @@ def sample(
         part = Path(output + ".part")
         size = max(1, batch_size // n)
         if Path(output).is_file() and not part.exists():
-            _say(f"{output} is finished")
+            say(f"{output} is finished")
             return
         if part.is_file():
             done = finished_questions(part, n, size)
-            _say(f"going on after {done} questions")
+            say(f"going on after {done} questions")
     chunks = sample_rows(
         model, data, task, n, max_new_tokens, temperature, top_p, seed, limit, split, template, batch_size, done
     )
@@ -127,130 +125,6 @@ def sample(
                 write_row(file, row)
             file.flush()
             progress.update(len(rows))
-
-
-@app.command()
-def score(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")],
-    data: Annotated[
-        str, typer.Argument(help="JSONL or Parquet rows: prompt and completion, or prompt and candidates.")
-    ],
-    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
-    ] = None,
-) -> None:
-    """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
-    from tqdm.auto import tqdm
-
-    from tracereward.models import check_model
-    from tracereward.pool import best_device, candidate_rows, load_beside, rows_to, score_rows, write_row
-    from tracereward.reward_model import TokenRewardModel
-    from tracereward.reward_settings import check_reward_model
-
-    check_reward_model(model)
-    count = sum(1 for _ in candidate_rows(data))  # all rows are checked before the model is loaded
-    if count == 0:
-        raise InputError(f"{data}: no rows")
-    for other in (reference, policy):
-        if other is not None:
-            check_model(other)
-    reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
-    others = [load_beside(reward_model, other) for other in (reference, policy)]
-    with rows_to(output) as file:
-        for row in tqdm(score_rows(reward_model, candidate_rows(data), *others), desc="scored", total=count, unit=""):
-            write_row(file, row)
-
-
-@app.command()
-def rerank(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")],
-    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion; a question's rows together.")],
-    task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
-    method: Annotated[
-        str, typer.Option(help="vote, reward, reward_logprob, majority, logprob, shortest or random.")
-    ] = "vote",
-    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
-    json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
-) -> None:
-    """Choose among candidates; where answers are known, compare with majority, log-prob, length and oracle."""
-    import json
-
-    from tracereward.errors import check_choice
-    from tracereward.pool import best_device, candidate_rows, rerank_rows, rows_to, score_rows, summary, write_row
-    from tracereward.rerank import METHODS
-    from tracereward.reward_model import TokenRewardModel
-    from tracereward.reward_settings import check_reward_model
-    from tracereward.tasks import get_task
-
-    check_choice("method", method, [name for name in METHODS if name not in ("mean", "oracle")])
-    settings = check_reward_model(model)
-    recipe = get_task(task or settings.task)
-    rows = list(candidate_rows(data))
-    if not rows:
-        raise InputError(f"{data}: no rows")
-    for where, row in rows:
-        if "candidates" in row or ("logprob" in method and row.get("logprob") is None):
-            need = "a completion in each row" if "candidates" in row else f"a logprob in each row for --method {method}"
-            raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
-    reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
-    chosen, questions = rerank_rows(score_rows(reward_model, rows), recipe, method)
-    table = summary(questions, recipe)
-    if output is not None or not json_table:
-        with rows_to(output) as file:
-            for row in chosen:
-                write_row(file, row)
-    if json_table:
-        print(json.dumps(table))
-    elif table is not None:
-        from tracereward.tables import print_ranking
-
-        print_ranking(table)
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the reward model, of any head.")],
-    data: Annotated[str, typer.Option(help="JSONL or Parquet rows to fit on, as `tracereward sample` writes them.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new reward model.")],
-    head: Annotated[str, typer.Option(help="token: a plain token-classification checkpoint.")] = "token",
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 3,
-    learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
-    token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens of one step.")] = 8192,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-) -> None:
-    """Distil a reward model into a token-classification checkpoint, and say how well that fits."""
-    import dataclasses
-    import json
-    import math
-
-    from tracereward.distill import distill, examples_of
-    from tracereward.errors import check_choice
-    from tracereward.models import local_folder
-    from tracereward.pool import best_device, candidate_rows
-    from tracereward.reward_model import TokenRewardModel
-    from tracereward.reward_settings import check_reward_model
-
-    check_choice("head", head, ["token"])
-    check_reward_model(model)
-    if output.exists():
-        raise InputError(f"{output} exists already: choose another --output")
-    rows = list(candidate_rows(data))
-    teacher = TokenRewardModel.from_pretrained(model).to(best_device())
-    examples = examples_of(rows, teacher)
-    student, fit = distill(teacher, local_folder(model), examples, epochs, learning_rate, token_budget, seed)
-    numbers = {k: None if math.isnan(value) else value for k, value in dataclasses.asdict(fit).items()}
-    note = (
-        f"\nDistilled from a reward model with head `{teacher.settings.head}` on {fit.traces} traces: R2 {fit.r2:.3f} "
-        f"on {fit.held_out} traces of held-out prompts; within-prompt AUROC {fit.auroc_before:.3f} before, "
-        f"{fit.auroc_after:.3f} after.\n"
-    )
-    student.save_pretrained(output, note)
-    _say(note.strip())
-    print(json.dumps({"output": str(output), **numbers}))
 
 
 @app.command()
@@ -290,6 +164,10 @@ def study(
     run_study(name, worlds, seeds, results, work, jobs, quick)
 
 
+app.add_typer(commands)
+app.add_typer(suites, name="evaluate")
+
+
 def main() -> None:
     """Entry point: exit 0 when all went well, 1 when a run failed, 2 for bad input or usage, 130 when interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -298,11 +176,11 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        _say(f"tracereward: {error}")
+        say(f"tracereward: {error}")
         sys.exit(2)
     except RunFailed as error:
-        _say(f"\ntracereward: {error}")  # behind a progress bar
+        say(f"\ntracereward: {error}")  # behind a progress bar
         sys.exit(1)
     except Interrupted as error:
-        _say(f"\ntracereward: {error}")
+        say(f"\ntracereward: {error}")
         sys.exit(130)

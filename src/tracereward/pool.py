@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +20,9 @@ from tracereward.models import check_model, load_tokenizer, same_tokenizer
 from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import check_reward_model
 from tracereward.sampling import sample
-from tracereward.scores import TokenScores
+from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.tasks import Task, get_task
 
 CHUNK = 512  # rows scored together: enough to sort by length, few enough to stream
@@ -120,6 +122,18 @@ def sample_rows(
         yield out
 
 
+def finished_rows(part: Path) -> int:
+    """Whole rows in an unfinished output; half a line at its end is removed from it."""
+    whole = end = 0
+    with open(part, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            whole, end = whole + 1, end + len(line)
+    os.truncate(part, end)
+    return whole
+
+
 def finished_questions(part: Path, n: int, chunk: int) -> int:
     """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
     rows = read_jsonl(part)
@@ -130,21 +144,44 @@ def finished_questions(part: Path, n: int, chunk: int) -> int:
     return whole
 
 
-def candidate_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows with prompt and completion, or prompt and candidates (a list of texts).
+def candidate_rows(source: str, split: str = "train", skipped: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """Rows with a prompt and a completion, candidates (a list of texts) or steps (a list of texts, joined later).
+
+    Args:
+        source: file or Hub id.
+        split: of a Hub set.
+        skipped: takes what is wrong with each bad row, which is then left out; None makes the first one fatal.
 
     Raises:
         InputError: a row without them, by file and line.
     """
-    for where, row in read_rows(source):
-        if not row.get("prompt"):
-            raise InputError(f"{where}: no prompt")
-        traces = row.get("candidates", row.get("completion"))
-        traces = traces if isinstance(traces, list) else [traces]
-        ended_at_once = row.get("finished") is True  # a policy's trace of nothing but the end-of-sequence token
-        if not traces or not all(isinstance(trace, str) and (trace or ended_at_once) for trace in traces):
-            raise InputError(f"{where}: needs a completion, or candidates, a list of texts that are not empty")
-        yield where, row
+    for where, row in read_rows(source, split):
+        wrong = _what_is_wrong(row)
+        if wrong is None:
+            yield where, row
+        elif skipped is None:
+            raise InputError(f"{where}: {wrong}")
+        else:
+            skipped.append(f"{where}: {wrong}")
+
+
+def _what_is_wrong(row: dict[str, Any]) -> str | None:
+    """Why a row cannot be scored; None if it can."""
+    if not row.get("prompt"):
+        return "no prompt"
+    if "steps" in row and "completion" not in row and "candidates" not in row:
+        steps = row["steps"]
+        whole = isinstance(steps, list) and steps and all(isinstance(step, str) and step.strip() for step in steps)
+        return None if whole else "steps must be a list of texts that are not empty"
+    traces = row["candidates"] if "candidates" in row else [row.get("completion")]
+    ended_at_once = row.get("finished") is True  # a policy's trace of nothing but the end-of-sequence token
+    if (
+        not isinstance(traces, list)
+        or not traces
+        or not all(isinstance(trace, str) and (trace or ended_at_once) for trace in traces)
+    ):
+        return "needs a completion, or candidates or steps, a list of texts that are not empty"
+    return None
 
 
 def score_rows(
@@ -152,31 +189,57 @@ def score_rows(
     rows: Iterable[tuple[str, dict[str, Any]]],
     reference: PreTrainedModel | None = None,
     policy: PreTrainedModel | None = None,
+    skipped: list[str] | None = None,
+    done: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """The same rows in the same order, with a trace's scores in `scores` (a list of them under `candidates`).
+    """The same rows in the same order with their scores (`as_row`); of several candidates a list of them in `scores`.
 
-    Each has `reward` (the aggregate), `step_rewards`, `tokens`, `offsets` and `token_rewards`. `reference` and `policy`
-    are `TokenRewardModel.score`'s.
+    Rows are read and scored `CHUNK` at a time, so that a million take no more memory than a thousand.
+
+    Args:
+        model: the reward model.
+        rows: as `candidate_rows` yields them.
+        reference: as in `TokenRewardModel.score`.
+        policy: as in `TokenRewardModel.score`.
+        skipped: takes what is wrong with each row too long for the model, which is then left out; None makes it fatal.
+        done: how many rows that can be scored are left out at the start, since an earlier run has scored them. A chunk
+            that it scored in part is scored whole once more: other neighbours would change the last digits.
     """
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK)):
-        prompts, completions, finished = [], [], []
+        kept: list[tuple[dict[str, Any], list[str]]] = []
+        ids: list[tuple[list[int], list[int]]] = []
         for where, row in chunk:
-            rendered = render(
-                [{"prompt": row["prompt"], "completion": None, "answer": None, "source": where}],
-                model.tokenizer,
-                model.settings.template,
-            )[0]["prompt"]
-            traces = row["candidates"] if "candidates" in row else [row["completion"]]
-            prompts += [rendered] * len(traces)
-            completions += traces
-            finished += [bool(row.get("finished", True))] * len(traces)
-        scores = iter(model.score(prompts, completions, finished, reference=reference, policy=policy))
-        for _, row in chunk:
-            if "candidates" in row:
-                yield {**row, "scores": [as_row(next(scores), model) for _ in row["candidates"]]}
-            else:
-                yield {**row, **as_row(next(scores), model)}
+            source = {"prompt": row["prompt"], "completion": None, "answer": None, "source": where}
+            traces = traces_of(row, model.settings.step_delimiter)
+            ended = bool(row.get("finished", True))
+            try:
+                rendered = render([source], model.tokenizer, model.settings.template)[0]["prompt"]
+                encoded = [model.check_length(where, rendered, trace, ended) for trace in traces]
+            except InputError as error:
+                if skipped is None:
+                    raise
+                skipped.append(str(error))
+                continue
+            kept.append((row, traces))
+            ids += encoded
+        if done >= len(kept):
+            done -= len(kept)
+            continue
+        prompts, completions = [prompt for prompt, _ in ids], [completion for _, completion in ids]
+        scores = iter(model.score_ids(prompts, completions, reference=reference, policy=policy))
+        for index, (row, traces) in enumerate(kept):
+            scored = [as_row(next(scores), model) for _ in traces]
+            if index >= done:
+                yield {**row, "scores": scored} if "candidates" in row else {**row, **scored[0]}
+        done = 0
+
+
+def traces_of(row: dict[str, Any], delimiter: str) -> list[str]:
+    """The texts of a row that `candidate_rows` let through."""
+    if "candidates" in row:
+        return row["candidates"]
+    return [row["completion"]] if "completion" in row else [delimiter.join(row["steps"])]
 
 
 def load_beside(model: TokenRewardModel, name: str | None) -> PreTrainedModel | None:
@@ -193,13 +256,20 @@ def load_beside(model: TokenRewardModel, name: str | None) -> PreTrainedModel | 
 
 
 def as_row(scores: TokenScores, model: TokenRewardModel) -> dict[str, Any]:
-    """What `score` writes of one trace."""
+    """What `score` writes of one trace: its reward, the probability that it is right where the model is calibrated,
+    every aggregate, the steps' rewards, and for each token its text, place, reward and whether it ends a step."""
+    reward = scores.aggregate(model.settings.aggregate)
+    calibration = model.settings.calibration
     return {
-        "reward": scores.aggregate(model.settings.aggregate),
+        "reward": reward,
+        **({} if calibration is None else {"probability": calibration.probability(reward)}),
+        "aggregates": {how: scores.aggregate(how) for how in AGGREGATES},
         "step_rewards": scores.step_rewards(),
         "tokens": scores.tokens,
         "offsets": scores.offsets,
         "token_rewards": scores.rewards,
+        "supervised": scores.supervised,
+        "step_ends": scores.step_ends,
     }
 
 
@@ -242,3 +312,38 @@ def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | No
         # JSON has no nan: an AUROC is undefined where all candidates are right, or all wrong.
         **{name: None if math.isnan(value) else value for name, value in ranking_aurocs(questions).items()},
     }
+
+
+def rows_to_inspect(
+    data: str, model: str | None, task: str | None, reference: str | None, policy: str | None, limit: int | None
+) -> list[dict[str, Any]]:
+    """Rows with scores, which `score` wrote or `model` gives now, with their answers found and checked.
+
+    Raises:
+        InputError: rows without scores and no model, or anything that cannot be read.
+    """
+    rows = list(islice(read_rows(data), limit))
+    if not rows:
+        raise InputError(f"{data}: no rows")
+    bare = [where for where, row in rows if "token_rewards" not in row and "scores" not in row]
+    recipe = get_task(task) if task else None
+    scored = [row for _, row in rows]
+    if bare:
+        if model is None:
+            raise InputError(f"{bare[0]}: no scores; give --model, or rows that `tracereward score` wrote")
+        settings = check_reward_model(model)
+        recipe = recipe or get_task(settings.task)
+        checked = list(islice(candidate_rows(data), limit))
+        reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
+        delimiter = reward_model.settings.step_delimiter
+        beside = load_beside(reward_model, reference), load_beside(reward_model, policy)
+        scored = [
+            {**row, "completion": traces_of(row, delimiter)[0]} if "steps" in row else row
+            for row in score_rows(reward_model, checked, *beside)
+        ]
+    for row in scored:
+        if recipe is not None and isinstance(row.get("completion"), str):
+            row.setdefault("extracted", recipe.extract(row["completion"]))
+            if row.get("answer") is not None:
+                row.setdefault("correct", recipe.verify(row["completion"], str(row["answer"])))
+    return scored

@@ -1,0 +1,248 @@
+"""The commands that use a reward model: score, rerank, inspect, calibrate, export. Imports are inside each."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracereward.errors import InputError
+
+commands = typer.Typer()
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")]
+Reference = Annotated[
+    str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
+]
+Policy = Annotated[
+    str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
+]
+
+
+def say(text: str) -> None:
+    """A line for the person who watches; stdout is for data."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@commands.command()
+def score(
+    model: Model,
+    data: Annotated[
+        str, typer.Argument(help="JSONL, Parquet or Hub rows: prompt, and completion, candidates or steps.")
+    ],
+    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "train",
+    reference: Reference = None,
+    policy: Policy = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Report rows that cannot be scored and go on, instead of stopping.")
+    ] = False,
+) -> None:
+    """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
+    from tqdm.auto import tqdm
+
+    from tracereward.models import check_model
+    from tracereward.pool import (
+        best_device,
+        candidate_rows,
+        finished_rows,
+        load_beside,
+        rows_to,
+        score_rows,
+        write_row,
+    )
+    from tracereward.reward_model import TokenRewardModel
+    from tracereward.reward_settings import check_reward_model
+
+    check_reward_model(model)
+    for other in (reference, policy):
+        if other is not None:
+            check_model(other)
+    skipped: list[str] | None = [] if skip_bad else None
+    count = sum(1 for _ in candidate_rows(data, split, skipped))  # all rows are checked before the model is loaded
+    if count == 0:
+        raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
+    done = 0
+    if resume:
+        if output is None:
+            raise InputError("--resume needs --output")
+        part = Path(output + ".part")
+        if Path(output).is_file() and not part.exists():
+            say(f"{output} is finished")
+            return
+        if part.is_file():
+            done = finished_rows(part)
+            say(f"going on after {done} rows")
+    reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
+    others = [load_beside(reward_model, other) for other in (reference, policy)]
+    rows = candidate_rows(data, split, None if skipped is None else [])
+    too_long: list[str] | None = None if skipped is None else []
+    scored = score_rows(reward_model, rows, *others, skipped=too_long, done=done)
+    with rows_to(output, append=resume) as file, tqdm(desc="scored", total=count, initial=done, unit="") as progress:
+        for row in scored:
+            write_row(file, row)
+            progress.update()
+    for text in [*(skipped or ()), *(too_long or ())]:
+        say(f"skipped: {text}")
+
+
+@commands.command()
+def rerank(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion; a question's rows together.")],
+    task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="vote, sigmoid_vote, reward, reward_logprob, reward_logprob_vote, majority, logprob, logprob_vote, "
+            "shortest or random."
+        ),
+    ] = "vote",
+    aggregate: Annotated[
+        str | None, typer.Option(help="Trace reward: mean, min, last or discounted. Default: the reward model's.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
+    json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
+) -> None:
+    """Choose among candidates; where answers are known, compare with majority, log-prob, length and oracle."""
+    import dataclasses
+    import json
+
+    from tracereward.errors import check_choice
+    from tracereward.pool import best_device, candidate_rows, rerank_rows, rows_to, score_rows, summary, write_row
+    from tracereward.rerank import METHODS
+    from tracereward.reward_model import TokenRewardModel
+    from tracereward.reward_settings import check_reward_model
+    from tracereward.scores import AGGREGATES
+    from tracereward.tasks import get_task
+
+    known = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
+    check_choice("method", method, known)
+    if aggregate is not None:
+        check_choice("aggregate", aggregate, AGGREGATES)
+    settings = check_reward_model(model)
+    recipe = get_task(task or settings.task)
+    rows = list(candidate_rows(data))
+    if not rows:
+        raise InputError(f"{data}: no rows")
+    for where, row in rows:
+        if "completion" not in row or ("logprob" in method and row.get("logprob") is None):
+            single = "completion" in row
+            need = f"a logprob in each row for --method {method}" if single else "a completion in each row"
+            raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
+    reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
+    if aggregate is not None:
+        reward_model.settings = dataclasses.replace(settings, aggregate=aggregate)
+    chosen, questions = rerank_rows(score_rows(reward_model, rows), recipe, method)
+    table = summary(questions, recipe)
+    if output is not None or not json_table:
+        with rows_to(output) as file:
+            for row in chosen:
+                write_row(file, row)
+    if json_table:
+        print(json.dumps(table))
+    elif table is not None:
+        from tracereward.tables import print_ranking
+
+        print_ranking(table)
+
+
+@commands.command()
+def inspect(
+    data: Annotated[str, typer.Argument(help="Rows that `tracereward score` wrote, or rows to score with --model.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a reward model, for rows without scores.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file. Default: the terminal.")] = None,
+    task: Annotated[str | None, typer.Option(help="Recipe that finds and checks answers.")] = None,
+    reference: Reference = None,
+    policy: Policy = None,
+    threshold: Annotated[
+        float, typer.Option(help="A step is suspected that is this much, in log-odds, under the mean of the others.")
+    ] = 0.5,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show the first N rows.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page. Default: the file's name.")] = None,
+    colour: Annotated[str, typer.Option(help="Terminal: auto, never, 256 or truecolor.")] = "auto",
+    width: Annotated[int | None, typer.Option(min=20, help="Terminal: columns.")] = None,
+) -> None:
+    """Look at traces token by token: one HTML page that needs no network, or the terminal."""
+    from tracereward.inspection import write_inspection
+    from tracereward.inspection_terminal import print_ansi
+    from tracereward.pool import rows_to_inspect
+
+    rows = rows_to_inspect(data, model, task, reference, policy, limit)
+    if output is None:
+        print_ansi(rows, sys.stdout, width, colour, threshold)
+        return
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: the folder {output.parent} does not exist")
+    command = " ".join(["tracereward", *sys.argv[1:]])
+    write_inspection(output, rows, title or Path(data).name, command, threshold)
+    say(f"{len(rows)} rows: {output}")
+
+
+@commands.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder of the reward model.")],
+    data: Annotated[str, typer.Argument(help="Labelled traces: correct, or a gold answer, in each row.")],
+    questions: Annotated[str | None, typer.Option(help="Questions, where rows name them by id only.")] = None,
+    task: Annotated[str | None, typer.Option(help="Recipe. Default: the reward model's.")] = None,
+    method: Annotated[str, typer.Option(help="platt, temperature or isotonic.")] = "platt",
+) -> None:
+    """Fit the probability that a trace is right to a small labelled set, and keep it with the reward model."""
+    import dataclasses
+    import json
+
+    from tracereward.calibration import METHODS
+    from tracereward.errors import check_choice
+    from tracereward.evaluate.run import run_calibrate
+
+    check_choice("method", method, METHODS)
+    calibration, left_out = run_calibrate(model, data, questions, task, method)
+    if left_out:
+        say(f"{left_out} traces are longer than the reward model reads and were left out")
+    say(f"fitted on {calibration.traces} traces and written to {model}/tracereward.json")
+    print(json.dumps(dataclasses.asdict(calibration)))
+
+
+@commands.command()
+def export(
+    model: Model,
+    data: Annotated[str, typer.Option(help="JSONL or Parquet rows to fit on, as `tracereward sample` writes them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new reward model.")],
+    head: Annotated[str, typer.Option(help="token: a plain token-classification checkpoint.")] = "token",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
+    token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens of one step.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+) -> None:
+    """Distil a reward model into a token-classification checkpoint, and say how well that fits."""
+    import dataclasses
+    import json
+    import math
+
+    from tracereward.distill import distill, examples_of
+    from tracereward.errors import check_choice
+    from tracereward.models import local_folder
+    from tracereward.pool import best_device, candidate_rows
+    from tracereward.reward_model import TokenRewardModel
+    from tracereward.reward_settings import check_reward_model
+
+    check_choice("head", head, ["token"])
+    check_reward_model(model)
+    if output.exists():
+        raise InputError(f"{output} exists already: choose another --output")
+    rows = list(candidate_rows(data))
+    teacher = TokenRewardModel.from_pretrained(model).to(best_device())
+    examples = examples_of(rows, teacher)
+    student, fit = distill(teacher, local_folder(model), examples, epochs, learning_rate, token_budget, seed)
+    numbers = {k: None if math.isnan(value) else value for k, value in dataclasses.asdict(fit).items()}
+    note = (
+        f"\nDistilled from a reward model with head `{teacher.settings.head}` on {fit.traces} traces: R2 {fit.r2:.3f} "
+        f"on {fit.held_out} traces of held-out prompts; within-prompt AUROC {fit.auroc_before:.3f} before, "
+        f"{fit.auroc_after:.3f} after.\n"
+    )
+    student.save_pretrained(output, note)
+    say(note.strip())
+    print(json.dumps({"output": str(output), **numbers}))
