@@ -653,6 +653,11 @@ def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tm
     for n, (_, message) in enumerate(bad):
         (line,) = [line for line in said if line.startswith(f"skipped: {data}:{2 * n + 2}: ")]
         assert message in line
+    data.write_text(data.read_text() + '{"prompt": \n["a list"]\n')
+    broken = command("score", bench.reward_model, data, "--skip-bad")
+    assert broken.out == done.out
+    assert f"skipped: {data}:11: not valid JSON" in broken.err
+    assert f"skipped: {data}:12: a JSON array, not an object" in broken.err
     write_jsonl(data, [row for row, _ in bad[:2]])
     refused(
         command("score", bench.bare_reward, data, "--skip-bad"), "no rows that can be scored", f"{data}:1: no prompt"
@@ -662,6 +667,8 @@ def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tm
 def test_steps_are_scored_as_the_trace_that_they_make(bench, experts, tmp_path):
     """One reward a step, and the numbers of the joined text."""
     given = [{"prompt": row["prompt"], "steps": row["completion"].split("\n")} for row in experts]
+    for row in given[1::2]:  # the delimiter inside a step: two lines are one step
+        row["steps"] = ["\n".join(row["steps"][:2]), *row["steps"][2:]]
     write_jsonl(tmp_path / "steps.jsonl", given)
     done = launcher()("score", bench.reward_model, tmp_path / "steps.jsonl")
     assert done.code == 0, done.err
@@ -671,8 +678,12 @@ def test_steps_are_scored_as_the_trace_that_they_make(bench, experts, tmp_path):
         scored = json.loads(line)
         assert scored["steps"] == row["steps"]
         assert scored["token_rewards"] == pytest.approx(scores.rewards, abs=1e-5)
-        assert len(scored["step_rewards"]) == len(row["steps"])
-        assert scored["step_rewards"] == pytest.approx(scores.step_rewards(), abs=1e-5)
+        means, place = [], 0
+        for step in row["steps"]:  # a step's own tokens: neither the delimiter behind it nor the end of the sequence
+            own = [r for r, (a, b) in zip(scores.rewards, scores.offsets) if place <= a < b <= place + len(step)]
+            means.append(sum(own) / len(own))
+            place += len(step) + 1
+        assert scored["step_rewards"] == pytest.approx(means, abs=1e-5)
         assert scored["step_ends"] == scores.step_ends
         found = scored["token_rewards"]
         weights = [0.99**t for t in range(len(found))]

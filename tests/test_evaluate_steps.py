@@ -13,10 +13,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tracereward.alignment import join_steps
 from tracereward.errors import InputError
 from tracereward.evaluate import perturbation
 from tracereward.evaluate.perturbation import changed_step, evaluate_perturbations, split_steps
-from tracereward.evaluate.step_sets import StepTrace, join_steps, read_step_traces, split_by_question
+from tracereward.evaluate.step_sets import StepTrace, read_step_traces, split_by_question
 from tracereward.evaluate.steps import encode_steps, evaluate_steps, step_scores, step_tables
 from tracereward.reading import read_rows
 from tracereward.report import write_report

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tracereward.alignment import join_steps
 from tracereward.errors import InputError
 from tracereward.evaluate.localisation import f1, outcomes, random_outcome, summarise
 from tracereward.evaluate.step_sets import (
     ORIGINAL,
     StepTrace,
-    join_steps,
     prompt_of,
     read_step_traces,
     split_by_question,

@@ -92,6 +92,21 @@ def step_ends(text: str, offsets: Sequence[tuple[int, int]], delimiter: str = "\
     return ends
 
 
+def join_steps(steps: Sequence[str], delimiter: str) -> tuple[str, list[tuple[int, int]]]:
+    """One text of steps, and the characters of each step.
+
+    A step that already ends with the visible part of the delimiter (the "." of ". ") gets only the rest of it.
+    """
+    visible = delimiter.rstrip()
+    text, spans = "", []
+    for step in steps:
+        if text:
+            text += delimiter[len(visible) :] if visible and text.endswith(visible) else delimiter
+        spans.append((len(text), len(text) + len(step)))
+        text += step
+    return text, spans
+
+
 def containing_tokens(source: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]], ended: bool) -> list[int]:
     """For each source token, the target token that holds its last character.
 

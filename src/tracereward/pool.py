@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from tracereward.alignment import join_steps
 from tracereward.demonstrations import load_demonstrations, render
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import DISK_FULL, read_jsonl
@@ -155,7 +156,7 @@ def candidate_rows(source: str, split: str = "train", skipped: list[str] | None 
     Raises:
         InputError: a row without them, by file and line.
     """
-    for where, row in read_rows(source, split):
+    for where, row in read_rows(source, split, skipped=skipped):
         wrong = _what_is_wrong(row)
         if wrong is None:
             yield where, row
@@ -207,11 +208,11 @@ def score_rows(
     """
     rows = iter(rows)
     while chunk := list(islice(rows, CHUNK)):
-        kept: list[tuple[dict[str, Any], list[str]]] = []
+        kept: list[tuple[dict[str, Any], int, list[tuple[int, int]]]] = []
         ids: list[tuple[list[int], list[int]]] = []
         for where, row in chunk:
             source = {"prompt": row["prompt"], "completion": None, "answer": None, "source": where}
-            traces = traces_of(row, model.settings.step_delimiter)
+            traces, spans = traces_of(row, model.settings.step_delimiter)
             ended = bool(row.get("finished", True))
             try:
                 rendered = render([source], model.tokenizer, model.settings.template)[0]["prompt"]
@@ -221,25 +222,31 @@ def score_rows(
                     raise
                 skipped.append(str(error))
                 continue
-            kept.append((row, traces))
+            kept.append((row, len(traces), spans))
             ids += encoded
         if done >= len(kept):
             done -= len(kept)
             continue
         prompts, completions = [prompt for prompt, _ in ids], [completion for _, completion in ids]
         scores = iter(model.score_ids(prompts, completions, reference=reference, policy=policy))
-        for index, (row, traces) in enumerate(kept):
-            scored = [as_row(next(scores), model) for _ in traces]
+        for index, (row, count, spans) in enumerate(kept):
+            traces = [next(scores) for _ in range(count)]
+            scored = [as_row(trace, model) for trace in traces]
+            if spans:
+                scored[0]["step_rewards"] = traces[0].span_rewards(spans)
             if index >= done:
                 yield {**row, "scores": scored} if "candidates" in row else {**row, **scored[0]}
         done = 0
 
 
-def traces_of(row: dict[str, Any], delimiter: str) -> list[str]:
-    """The texts of a row that `candidate_rows` let through."""
+def traces_of(row: dict[str, Any], delimiter: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The texts of a row that `candidate_rows` let through, and of a row of steps the characters of each."""
     if "candidates" in row:
-        return row["candidates"]
-    return [row["completion"]] if "completion" in row else [delimiter.join(row["steps"])]
+        return row["candidates"], []
+    if "completion" in row:
+        return [row["completion"]], []
+    text, spans = join_steps(row["steps"], delimiter)
+    return [text], spans
 
 
 def load_beside(model: TokenRewardModel, name: str | None) -> PreTrainedModel | None:
@@ -338,7 +345,7 @@ def rows_to_inspect(
         delimiter = reward_model.settings.step_delimiter
         beside = load_beside(reward_model, reference), load_beside(reward_model, policy)
         scored = [
-            {**row, "completion": traces_of(row, delimiter)[0]} if "steps" in row else row
+            {**row, "completion": traces_of(row, delimiter)[0][0]} if "steps" in row else row
             for row in score_rows(reward_model, checked, *beside)
         ]
     for row in scored:

@@ -12,13 +12,17 @@ from tracereward.errors import InputError
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
-def read_rows(source: str, split: str = "train", subset: str | None = None) -> Iterator[tuple[str, dict]]:
+def read_rows(
+    source: str, split: str = "train", subset: str | None = None, skipped: list[str] | None = None
+) -> Iterator[tuple[str, dict]]:
     """Yield ``(location, row)`` of a local file or a Hub data set.
 
     Args:
         source: path that ends in one of `SUFFIXES`, or a Hub id such as ``openai/gsm8k``.
         split: split of a Hub set; a local file has none.
         subset: configuration of a Hub set.
+        skipped: takes what is wrong with each line of a JSON Lines file that is no JSON object, which is then left out;
+            None makes it fatal.
 
     Yields:
         The location is ``path:12``, where 12 counts the lines of a JSON Lines file (blank ones too) or the rows of any
@@ -41,11 +45,15 @@ def read_rows(source: str, split: str = "train", subset: str | None = None) -> I
     elif path.suffix == ".json":
         numbered = _json_rows(path)
     else:
-        numbered = _json_lines(path)
+        numbered = _json_lines(path, skipped)
     for n, row in numbered:
-        if not isinstance(row, dict):
-            raise InputError(f"{source}:{n}: a JSON {_json_type(row)}, not an object with fields")
-        yield f"{source}:{n}", row
+        if isinstance(row, dict):
+            yield f"{source}:{n}", row
+            continue
+        wrong = f"{source}:{n}: a JSON {_json_type(row)}, not an object with fields"
+        if skipped is None:
+            raise InputError(wrong)
+        skipped.append(wrong)
 
 
 def _is_local(source: str, path: Path) -> bool:
@@ -72,19 +80,28 @@ def _json_type(value: object) -> str:
     return {list: "array", str: "string", bool: "boolean"}.get(type(value), "number")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    """Line number and value of every line that is not blank."""
+def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, object]]:
+    """Line number and value of every line that is not blank; lines that are not JSON go to `skipped` if it is given."""
     n = 0
     try:
         open_text = gzip.open if path.suffix == ".gz" else open
         with open_text(path, "rt", encoding="utf-8-sig") as lines:
             for n, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield n, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{n}: not valid JSON: {error.msg} at character {error.pos + 1}") from error
+                if not line.strip():
+                    continue
+                try:
+                    value = json.loads(line)
+                except json.JSONDecodeError as error:
+                    wrong = f"{path}:{n}: not valid JSON: {error.msg} at character {error.pos + 1}"
+                    if skipped is None:
+                        raise InputError(wrong) from error
+                    skipped.append(wrong)
+                    continue
+                yield n, value
     except UnicodeDecodeError as error:  # read in blocks, so the line is only roughly known
         raise InputError(f"{path}: not UTF-8 text after line {n}: {error.reason}") from error
+    except InputError:
+        raise
     except ValueError as error:  # a number of thousands of digits
         raise InputError(f"{path}:{n}: not valid JSON: {error}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tracereward import __version__
-from tracereward.alignment import step_ends, token_offsets
+from tracereward.alignment import join_steps, step_ends, token_offsets
 from tracereward.batching import Batch, completion_log_probs, pack, token_budget_batches
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError
@@ -298,17 +297,12 @@ class TokenRewardModel(nn.Module):
     def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
         """Mean token reward of each step of traces that are given step by step.
 
-        Steps are joined by ``settings.step_delimiter``. Characters decide which tokens are a step's, so that a step may
-        itself contain the delimiter.
+        Steps are joined by ``settings.step_delimiter`` (`alignment.join_steps`). Characters decide which tokens are a
+        step's, so that a step may itself contain the delimiter.
         """
-        delimiter = self.settings.step_delimiter
-        scores = self.score(prompts, [delimiter.join(steps) for steps in traces])
-        rewards = []
-        for trace, steps in zip(scores, traces, strict=True):
-            starts = [0, *accumulate(len(step) + len(delimiter) for step in steps)]
-            spans = [(start, start + len(step)) for start, step in zip(starts, steps, strict=False)]
-            rewards.append(trace.span_rewards(spans))
-        return rewards
+        joined = [join_steps(steps, self.settings.step_delimiter) for steps in traces]
+        scores = self.score(prompts, [text for text, _ in joined])
+        return [trace.span_rewards(spans) for trace, (_, spans) in zip(scores, joined, strict=True)]
 
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
         """Token ids and their rewards as a `TokenScores`."""

@@ -49,11 +49,14 @@ class PoolRow:
 def read_questions(source: str, task: Task) -> dict[str, dict[str, Any]]:
     """A set's prompts and gold answers by id; rows without one are known by their position, from 0.
 
+    Of a set on the Hub the split ``test`` is read, and of the task's own set the task's subset.
+
     Raises:
         InputError: a row that the recipe cannot read, by file and line.
     """
     questions = {}
-    for index, (where, row) in enumerate(read_rows(source)):
+    subset = task.subset if source == task.dataset else None
+    for index, (where, row) in enumerate(read_rows(source, "test", subset)):
         name = next((str(row[field]) for field in ID_FIELDS if row.get(field) is not None), str(index))
         questions[name] = _example(task, row, where)
     return questions

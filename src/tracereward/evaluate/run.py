@@ -43,11 +43,18 @@ def check(model: str, policy: str | None, task: str | None) -> Task:
 
 
 def output_folder(model: str, output: Path | None) -> Path:
-    """Where an evaluation goes: `output`, else ``evaluation`` in the run folder of the model, or here."""
-    if output is not None:
-        return output
+    """Where an evaluation goes: `output`, else ``evaluation`` in the run folder of the model, or here; made if need be.
+
+    Raises:
+        InputError: it cannot be made.
+    """
     beside = Path(model).parent
-    return (beside if (beside / "config.yaml").is_file() else Path()) / "evaluation"
+    folder = output or (beside if (beside / "config.yaml").is_file() else Path()) / "evaluation"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made a folder: {error.strerror}; choose another --output") from error
+    return folder
 
 
 def publish(
@@ -59,7 +66,6 @@ def publish(
     as_json: bool,
 ) -> None:
     """Write ``SUITE.json`` and ``SUITE.html``, and print the tables, or the JSON, on stdout."""
-    folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / f"{suite}.json", result)
     write_report(
         folder / f"{suite}.html",
@@ -99,6 +105,7 @@ def run_pool(
         InputError: anything that cannot be read, or too few questions to fit and to judge on.
     """
     recipe = check(model, policy, task)
+    folder = output_folder(model, output)
     rows = read_pool(data, recipe, questions, limit)
     fit_rows = read_pool(fit, recipe, questions) if fit else []
     reward_model, beside = load(model, policy)
@@ -113,7 +120,7 @@ def run_pool(
     result |= evaluate_pool(judged, fit_questions, recipe.equal, seed)
     if left_out:
         note(f"{left_out} candidates are longer than the reward model reads and were left out")
-    publish(output_folder(model, output), "pool", result, pool_tables(result), pool_figures(result), as_json)
+    publish(folder, "pool", result, pool_tables(result), pool_figures(result), as_json)
 
 
 def run_steps(
@@ -133,6 +140,7 @@ def run_steps(
 ) -> None:
     """`tracereward evaluate processbench`, `prmbench` and `mrben`."""
     recipe = check(model, policy, task)
+    folder = output_folder(model, output)
     traces = read_step_traces(data, suite, split, limit=limit)
     if fit:
         fit_traces = read_step_traces(fit, suite, fit_split)
@@ -143,7 +151,7 @@ def run_steps(
     result |= evaluate_steps(
         reward_model, traces, fit_traces, policy=beside, task=recipe.name, aggregate=aggregate, seed=seed
     )
-    publish(output_folder(model, output), suite, result, step_tables(result), [], as_json)
+    publish(folder, suite, result, step_tables(result), [], as_json)
 
 
 def run_perturbation(
@@ -160,12 +168,12 @@ def run_perturbation(
 ) -> None:
     """`tracereward evaluate perturbation`."""
     recipe = check(model, policy, task)
+    folder = output_folder(model, output)
     subset = recipe.subset if data == recipe.dataset else None
     rows = load_demonstrations(data, recipe, split, subset, limit)
     reward_model, beside = load(model, policy)
     result = {"model": model, "data": data, "policy": policy}
     result |= evaluate_perturbations(reward_model, rows, policy=beside, aggregate=aggregate, seed=seed)
-    folder = output_folder(model, output)
     publish(folder, "perturbation", result, perturbation_tables(result), [], as_json)
 
 
@@ -191,6 +199,7 @@ def run_policy(
     """
     if n > 1 and temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
+    folder = output_folder(policy, output)
     common: dict[str, Any] = {"limit": limit, "split": split, "template": template, "batch_size": batch_size}
     greedy: list[dict[str, Any]] = []
     for chunk in sample_rows(policy, data, task, 1, max_new_tokens, 0.0, **common):
@@ -202,7 +211,7 @@ def run_policy(
     sampled = [row for chunk in drawn for row in chunk]
     result = {"policy": policy, "data": data or get_task(task).dataset, "temperature": temperature, "seed": seed}
     result |= evaluate_policy(greedy, sampled, seed)
-    publish(output_folder(policy, output), "policy", result, policy_tables(result), [], as_json)
+    publish(folder, "policy", result, policy_tables(result), [], as_json)
 
 
 def run_calibrate(

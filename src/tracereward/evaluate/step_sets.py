@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tracereward.errors import InputError, check_choice
@@ -122,21 +122,6 @@ def prompt_of(trace: StepTrace, task: Task) -> str:
         raise InputError(f"{trace.where}: task {task.name!r} needs the field {error}: choose another --task") from error
     except ValueError as error:
         raise InputError(f"{trace.where}: {error}") from error
-
-
-def join_steps(steps: Sequence[str], delimiter: str) -> tuple[str, list[tuple[int, int]]]:
-    """One text of steps, and the characters of each step.
-
-    A step that already ends with the visible part of the delimiter (the "." of ". ") gets only the rest of it.
-    """
-    visible = delimiter.rstrip()
-    text, spans = "", []
-    for step in steps:
-        if text:
-            text += delimiter[len(visible) :] if visible and text.endswith(visible) else delimiter
-        spans.append((len(text), len(text) + len(step)))
-        text += step
-    return text, spans
 
 
 def _processbench(where: str, row: dict) -> Iterator[StepTrace]:

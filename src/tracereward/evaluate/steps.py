@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracereward.alignment import join_steps
 from tracereward.batching import Batch, pack, token_budget_batches
 from tracereward.demonstrations import encode_completion, encode_prompt, render
 from tracereward.errors import InputError, check_choice
@@ -24,7 +25,7 @@ from tracereward.evaluate.localisation import (
     step_values,
     summarise,
 )
-from tracereward.evaluate.step_sets import StepTrace, join_steps, prompt_of
+from tracereward.evaluate.step_sets import StepTrace, prompt_of
 from tracereward.models import pad_id
 from tracereward.report import Table
 from tracereward.reward_model import TokenRewardModel
