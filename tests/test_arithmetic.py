@@ -121,6 +121,39 @@ def test_mistakes_follow_the_rule_and_are_carried_on():
         assert 0 <= result <= LARGEST
 
 
+@pytest.mark.parametrize(("world", "share"), [("exposure", 0.3), ("checked", 0.5)])
+def test_half_remembered_facts_are_always_wrong_in_the_same_way_and_marked(world, share):
+    """With mistake rate 1 each fact has one result; a share of them is wrong, and a mark stands behind just those."""
+    lines = {}
+    for row in generate(world, 3000, seed=3, mistake_rate=1.0, unique=False):
+        written = row["completion"].split("\n")[:-1]
+        for index, line in enumerate(written):
+            left, result = line.rstrip("?").split(" = ")
+            if " - " in left:
+                marked = (written[index + 1] if world == "checked" else line).endswith("?")
+                lines.setdefault(left, set()).add((int(result), marked))
+            else:
+                assert eval(left) == int(result)
+    assert all(len(found) == 1 for found in lines.values())
+    facts = [(eval(left), *found.pop()) for left, found in lines.items()]
+    assert all((result != true) == marked for true, result, marked in facts)
+    wrong = sum(marked for *_, marked in facts) / len(facts)
+    assert abs(wrong - share) < 4 * (share * (1 - share) / len(facts)) ** 0.5
+
+
+@pytest.mark.parametrize("world", ["exposure", "checked"])
+def test_experts_are_never_in_doubt(world):
+    rows = generate(world, 500, seed=3)
+    assert not any("?" in row["completion"] for row in rows)
+    for row in rows:
+        lines = re.findall(r"(\d+ [+-] \d+) = (\d+)", row["completion"])
+        assert all(eval(left) == int(result) for left, result in lines)
+    if world == "checked":
+        assert all(row["completion"].count(" - ") == row["prompt"].count(" - ") for row in rows)
+        checks = [len(row["completion"].split("\n")) - 1 - len(re.findall(r" [+-] ", row["prompt"])) for row in rows]
+        assert checks == [row["prompt"].count(" - ") for row in rows]
+
+
 def test_answers_stay_true_in_a_mistaken_corpus():
     rows = generate("misconception", 1000, seed=5, mistake_rate=0.8, unique=False)
     assert all(row["answer"] == str(value_of(row["prompt"])) for row in rows)
@@ -178,7 +211,7 @@ def test_splits_default_sizes_fit_both_worlds():
 def test_errors_name_the_mend(monkeypatch):
     with pytest.raises(InputError, match=r"unknown world 'styl': did you mean 'style'\?"):
         generate("styl", 1, seed=0)
-    with pytest.raises(InputError, match="for the worlds misconception and exposure: those of style are"):
+    with pytest.raises(InputError, match="for the worlds misconception, checked, exposure: those of style are"):
         generate("style", 1, seed=0, mistake_rate=0.1)
     with pytest.raises(InputError, match=r"mistake_rate is 1\.5: it is a probability"):
         generate("misconception", 1, seed=0, mistake_rate=1.5)
@@ -197,7 +230,7 @@ tokenizer = build_tokenizer()
 @settings(max_examples=50, deadline=None)
 @given(world=st.sampled_from(ALL), seed=st.integers(0, 10**6))
 def test_tokenizer_round_trip(world, seed):
-    for row in generate(world, 5, seed, mistake_rate=0.8 if world in arithmetic.MISTAKEN else 0):
+    for row in generate(world, 5, seed, mistake_rate=arithmetic.MISTAKE_RATES.get(world, 0.0)):
         text = row["prompt"] + row["completion"]
         encoded = tokenizer(text, return_offsets_mapping=True)
         ids = encoded["input_ids"]

@@ -22,8 +22,7 @@ from tracereward.run import run_grpo, run_sft, run_train
 from tracereward.sampling import mean_log_probs, sample
 from tracereward.studies.worlds import COMMON, World
 from tracereward.tasks import get_task
-from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate, splits
-from tracereward.tasks.misconception import MISTAKE_RATE
+from tracereward.tasks.arithmetic import MISTAKE_RATES, build_model, build_tokenizer, generate, splits
 
 TASK = "arithmetic"
 MODEL_OPTIONS = ("discriminator_model", "warmup_model")
@@ -89,7 +88,7 @@ def make_world(site: Site) -> None:
         write_jsonl(site.data(part), rows)
     if world.corpus:
         held_out = {row["prompt"] for part in ("test", "validation") for row in parts[part]}
-        corpus = generate(world.name, world.corpus, 5000 + site.seed, MISTAKE_RATE, held_out, unique=False)
+        corpus = generate(world.name, world.corpus, 5000 + site.seed, MISTAKE_RATES[world.name], held_out, unique=False)
         write_jsonl(site.data("corpus"), corpus)
     tokenizer = build_tokenizer()
     with atomic_folder(site.folder / "init") as folder:

@@ -6,7 +6,7 @@ from typing import Any
 
 from tracereward.errors import check_choice
 from tracereward.studies.cells import Cell
-from tracereward.studies.worlds import FIRST_RECIPE, RECIPE, WORLDS, World
+from tracereward.studies.worlds import FIRST_RECIPE, R1_RECIPE, RECIPE, WORLDS, World
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ RATIO = Arm("log p_SFT - log p_base", "log-probs", {"sign": -1.0})
 SUM = Arm("log p_SFT + log p_base", "log-probs", {"sign": 1.0})
 IRL = irl("IRL")
 
+CONTROLS_AND_IRL = (BASE, SFT, CONTINUED, LOGPROB, VERIFIER, IRL, RATIO, SUM)
 GRANULARITIES = ("sparse", "step", "interval", "dense")
 HEADS = {"token": {}, "action": {}, "airl": {"reward_form": "f"}}
 
@@ -90,11 +91,21 @@ STUDIES = {
         "Does the learned reward carry more than log-prob?",
         "The default recipe against what needs no reward model, at equal demonstrations, on seeds and test questions "
         "that chose nothing. GRPO and IRL also use further prompts without traces where the world has them "
-        "(`misconception`, `exposure`: 3,000); SFT cannot. GRPO with the verifier uses gold answers and is the upper "
-        "bound. SFT is tuned over learning rates and lengths on validation questions.",
-        worlds=("misconception", "exposure", "style", "multi-skill"),
+        "(`exposure`, `checked`: 3,000); SFT cannot. GRPO with the verifier uses gold answers: the "
+        "upper bound. SFT is tuned over learning rates and lengths on validation questions.",
+        worlds=("exposure", "checked", "style", "multi-skill"),
+        seeds=(30, 31, 32, 33, 34),
+        arms=CONTROLS_AND_IRL,
+        split="test",
+    ),
+    "unmarked": Study(
+        "Does the reward help where a mistake leaves no mark?",
+        "As the study of the recipe, in a world where nothing gives a mistaken trace away but the wrong value, and "
+        "with what the studies of objective and granularity chose there (R1 penalty 1, learning rate 3e-4).",
+        worlds=("misconception",),
         seeds=(10, 11, 12, 13, 14),
-        arms=(BASE, SFT, CONTINUED, LOGPROB, VERIFIER, IRL, RATIO, SUM),
+        recipe=R1_RECIPE,
+        arms=CONTROLS_AND_IRL,
         split="test",
     ),
     "granularity": Study(
@@ -103,6 +114,7 @@ STUDIES = {
         "others the logit plus the log-prob under the starting policy.",
         worlds=("misconception",),
         seeds=(0, 1, 2),
+        recipe=R1_RECIPE,
         arms=(
             SFT,
             LOGPROB,
@@ -191,7 +203,7 @@ STUDIES = {
         "Choosing one of 16 samples by a discriminator frozen after its warm-up",
         "The paper's second experiment: the policy stays as SFT left it; the discriminator is trained on rollouts "
         "drawn once, and ranks 16 samples of it.",
-        worlds=("misconception", "exposure", "style", "multi-skill"),
+        worlds=("exposure", "checked", "misconception", "style", "multi-skill"),
         seeds=(20, 21, 22, 23, 24),
         arms=(
             SFT,

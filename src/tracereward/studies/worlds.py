@@ -56,8 +56,17 @@ FIRST_RECIPE: dict[str, Any] = {
     "warmup_rollouts": 16,
 }
 """Options of adversarial training that the studies started from."""
-RECIPE: dict[str, Any] = {**FIRST_RECIPE, "r1_penalty": 1.0}
-"""What they chose, the same in all worlds; `docs/recipe.md` says why each is what it is."""
+R1_RECIPE: dict[str, Any] = {**FIRST_RECIPE, "r1_penalty": 1.0}
+"""What they chose in `misconception`, where no mistake leaves a mark."""
+RECIPE: dict[str, Any] = {
+    **FIRST_RECIPE,
+    "discriminator_learning_rate": 1e-3,
+    "discriminator_online_learning_rate": 2e-4,
+    "discriminator_prompts": 50,
+    "discriminator_rollouts": 4,
+    "perturbed_per_expert": 1,
+}
+"""The default, the same in all worlds; `docs/recipe.md` says why each is what it is."""
 
 _SFT = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01}
 _PRETRAINING = {**_SFT, "max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128}
@@ -69,6 +78,8 @@ _GRPO = {
     "warmup_steps": 5,
     "max_steps": 50,
 }
+# At 3e-4 a third of the policies on a learned reward collapsed: in long chains they ended too early.
+_SLOW_GRPO = {**_GRPO, "learning_rate": 1e-4, "max_steps": 100}
 # Few experts leave none to hold out: with a tenth of fifty held out, the policy gained less. SFT memorises them: its
 # rollouts on their prompts equal the demonstrations and teach nothing, so the warm-up looks at the pretrained model's.
 _FEW_EXPERTS = {"held_out_fraction": 0.0, "discriminator_model": "base", "warmup_model": "base"}
@@ -100,16 +111,28 @@ WORLDS = {
         grpo=_GRPO,
         adversarial=_FEW_EXPERTS,
     ),
-    "exposure": World(
-        name="exposure",
-        experts=25,
+    "checked": World(
+        name="checked",
+        experts=100,
         unlabeled=3000,
         corpus=10_000,
-        completion=54,
-        pretraining={**_PRETRAINING, "max_steps": 1500, "per_device_train_batch_size": 64},
+        completion=46,
+        pretraining={**_PRETRAINING, "max_steps": 1200, "per_device_train_batch_size": 64},
         sft={**_SFT, "max_steps": 60, "learning_rate": 5e-4, "per_device_train_batch_size": 25},
         sft_grid=_FEW_GRID,
-        grpo=_GRPO,
+        grpo=_SLOW_GRPO,
+        adversarial=_FEW_EXPERTS,
+    ),
+    "exposure": World(
+        name="exposure",
+        experts=50,
+        unlabeled=3000,
+        corpus=10_000,
+        completion=62,
+        pretraining={**_PRETRAINING, "max_steps": 3000, "per_device_train_batch_size": 64},
+        sft={**_SFT, "max_steps": 60, "learning_rate": 5e-4, "per_device_train_batch_size": 25},
+        sft_grid=_FEW_GRID,
+        grpo={**_SLOW_GRPO, "per_device_train_batch_size": 96},
         adversarial=_FEW_EXPERTS,
     ),
     "style": _STYLE,

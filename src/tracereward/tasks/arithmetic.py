@@ -7,7 +7,7 @@ A problem is a chain of operations worked from left to right, as on a pocket cal
     answer      "21"
 
 The worlds share one vocabulary; each is a module beside this one, which says what its problems and traces are:
-``misconception``, ``exposure``, ``style`` and ``multi-skill``.
+``misconception``, ``checked``, ``exposure``, ``style`` and ``multi-skill``.
 """
 
 import random
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from tracereward.errors import InputError, check_choice
-from tracereward.tasks import exposure, misconception, multi_skill, style
+from tracereward.tasks import checked, exposure, misconception, multi_skill, style
 from tracereward.tasks.chains import LARGEST
 
 if TYPE_CHECKING:
@@ -23,12 +23,17 @@ if TYPE_CHECKING:
 
 WORLDS: dict[str, Callable[[random.Random, float], dict]] = {
     "misconception": misconception.draw,
+    "checked": checked.draw,
     "exposure": exposure.draw,
     "style": style.draw,
     "multi-skill": multi_skill.draw,
 }
-MISTAKEN = ("misconception", "exposure")
-"""Worlds whose pretraining corpus is mistaken by a rule."""
+MISTAKE_RATES = {
+    "misconception": misconception.MISTAKE_RATE,
+    "checked": checked.MISTAKE_RATE,
+    "exposure": exposure.MISTAKE_RATE,
+}
+"""Worlds whose pretraining corpus is mistaken, and how often: it is what the policy thinks likeliest."""
 _TEST_SEED = 20_261
 _TRIES = 20_000
 """Draws in a row without a new prompt after which a world counts as used up."""
@@ -48,8 +53,8 @@ def generate(
         world: one of `WORLDS`.
         n: number of rows.
         seed: the same seed gives the same rows.
-        mistake_rate: worlds of `MISTAKEN` only: probability that an affected line drops the borrow;
-            `misconception.MISTAKE_RATE` with ``unique=False`` makes a pretraining corpus.
+        mistake_rate: worlds of `MISTAKE_RATES` only: probability that an affected line is mistaken; the world's own
+            rate with ``unique=False`` makes a pretraining corpus.
         exclude: prompts that must not appear.
         unique: no prompt twice.
 
@@ -60,8 +65,9 @@ def generate(
         InputError: unknown world, a mistake rate outside 0..1 or in another world, or more rows than there are.
     """
     draw = WORLDS[check_choice("world", world, WORLDS)]
-    if mistake_rate and world not in MISTAKEN:
-        raise InputError(f"mistake_rate is for the worlds {' and '.join(MISTAKEN)}: those of {world} are always right")
+    if mistake_rate and world not in MISTAKE_RATES:
+        known = ", ".join(MISTAKE_RATES)
+        raise InputError(f"mistake_rate is for the worlds {known}: those of {world} are always right")
     if not 0 <= mistake_rate <= 1:
         raise InputError(f"mistake_rate is {mistake_rate}: it is a probability, 0 to 1")
     rng = random.Random(seed)

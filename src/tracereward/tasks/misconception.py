@@ -1,5 +1,7 @@
 """World ``misconception``: a policy pretrained to be fluent, confident and wrong by a rule; a few experts are right.
 
+Nothing in a mistaken trace gives it away but the wrong value itself.
+
 2 or 3 additions and subtractions of 1 to 9, start 3 to 29, true running values 0 to 30. In the pretraining corpus a
 subtraction across a ten (units of the value smaller than the operand) is worked with the borrow dropped,
 ``v - k + 10``, with probability `MISTAKE_RATE`, and the error is carried on: "13 - 5 = 18".
