@@ -43,17 +43,16 @@ def check(model: str, policy: str | None, task: str | None) -> Task:
 
 
 def output_folder(model: str, output: Path | None) -> Path:
-    """Where an evaluation goes: `output`, else ``evaluation`` in the run folder of the model, or here; made if need be.
+    """Where an evaluation goes: `output`, else ``evaluation`` in the run folder of the model, or here.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: a file is in the way.
     """
     beside = Path(model).parent
     folder = output or (beside if (beside / "config.yaml").is_file() else Path()) / "evaluation"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made a folder: {error.strerror}; choose another --output") from error
+    in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if in_the_way is not None:
+        raise InputError(f"{in_the_way}: is a file, not a folder; choose another --output")
     return folder
 
 
@@ -66,6 +65,7 @@ def publish(
     as_json: bool,
 ) -> None:
     """Write ``SUITE.json`` and ``SUITE.html``, and print the tables, or the JSON, on stdout."""
+    folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / f"{suite}.json", result)
     write_report(
         folder / f"{suite}.html",
