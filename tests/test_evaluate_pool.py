@@ -426,7 +426,7 @@ def test_what_the_commands_refuse(folder, tmp_path, monkeypatch, capsys):
     assert "not a reward model" in run("evaluate", "pool", tmp_path, pool)
     one = written(tmp_path / "one.jsonl", arithmetic_pool(1, seed=1))
     assert "too few questions" in run("evaluate", "pool", model, one, "-o", tmp_path / "out")
-    assert f"{one}: is a file, not a folder" in run("evaluate", "pool", model, pool, "-o", one / "out")
+    assert f"{one}: is a file, not a folder" in run("evaluate", "pool", model, pool, "-o", Path(one) / "out")
     assert "cannot calibrate on 1 right and 3 wrong traces" in run("calibrate", model, one)
     assert not (tmp_path / "out").exists()
 
