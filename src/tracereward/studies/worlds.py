@@ -15,7 +15,7 @@ class World:
         corpus: size of the pretraining corpus; 0 for a world whose SFT starts from an untrained model.
         completion: longest completion in tokens.
         pretraining, sft, grpo, adversarial: options of the stages, over `COMMON`. `adversarial` holds what differs from
-            `RECIPE`.
+            the recipe.
         sft_grid: what SFT is tuned over on the validation questions.
     """
 
@@ -35,7 +35,7 @@ class World:
     @property
     def recipe(self) -> dict[str, Any]:
         """Options of adversarial training in this world."""
-        return {**RECIPE, **self.adversarial}
+        return {**(R1_RECIPE if self.name == "misconception" else RECIPE), **self.adversarial}
 
 
 COMMON: dict[str, Any] = {
@@ -66,7 +66,7 @@ RECIPE: dict[str, Any] = {
     "discriminator_rollouts": 4,
     "perturbed_per_expert": 1,
 }
-"""The default, the same in all worlds; `docs/recipe.md` says why each is what it is."""
+"""The default in all other worlds; `docs/recipe.md` says why each is what it is."""
 
 _SFT = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01}
 _PRETRAINING = {**_SFT, "max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128}
