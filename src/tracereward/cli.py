@@ -130,7 +130,9 @@ def sample(
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/quickstart"),
-    world: Annotated[str, typer.Option(help="misconception, checked, exposure, style or multi-skill.")] = "misconception",
+    world: Annotated[
+        str, typer.Option(help="misconception, checked, exposure, style or multi-skill.")
+    ] = "misconception",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
     fast: Annotated[
