@@ -368,3 +368,4 @@ if __name__ == "__main__":
         if run == "no all-reduce":
             Discriminator._add_up = lambda self, sums: None
         torch.save(train(run, Path(target)), Path(target) / f"{run}.{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()  # else gloo's threads can abort the process that ends last

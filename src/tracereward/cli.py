@@ -58,6 +58,7 @@ def _training(kind: str, argv: list[str]) -> None:
     from tracereward import run
 
     folder = {"sft": run.run_sft, "train": run.run_train, "grpo": run.run_grpo}[kind](data, config, model, resume)
+    run.end_processes()
     say(f"done: {folder}")
     for part in ("policy", "reward_model", "report.html"):
         if (folder / part).exists():
