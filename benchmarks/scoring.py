@@ -1,12 +1,14 @@
 """What scoring text costs beyond the forward pass: `TokenRewardModel.score` against the backbone alone, in one process.
 
-    python benchmarks/scoring.py MODEL_FOLDER [TRACES]
+    python benchmarks/scoring.py MODEL_FOLDER [TRACES [CANDIDATES]]
 
 The raw forward sees the same token ids in the order they come, in batches of 16, padded to the longest of each: what a
-plain loop over the model does. Prints seconds of both, the ratio, and traces a second.
+plain loop over the model does. CANDIDATES traces in a row have the same prompt (default 1), of about 70 words if there
+are several. Prints seconds of both, the ratio, traces and tokens a second, and the most memory that the process held.
 """
 
 import random
+import resource
 import sys
 import time
 
@@ -20,11 +22,13 @@ from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 
 
-def main(folder: str, count: int) -> None:
+def main(folder: str, count: int, candidates: int) -> None:
     tokenizer = load_tokenizer(folder)
     model = TokenRewardModel.from_backbone(folder, RewardSettings(), tokenizer).to(best_device()).eval()
     rng = random.Random(0)
-    prompts = [f"Question: What is {rng.randrange(99)} + {rng.randrange(99)}?\nAnswer:\n" for _ in range(count)]
+    story = " ".join(f"Box {n} holds {rng.randrange(99)} balls." for n in range(14 if candidates > 1 else 0))
+    asked = [f"Question: {story} What is {rng.randrange(99)} + 7?\nAnswer:\n" for _ in range(0, count, candidates)]
+    prompts = [prompt for prompt in asked for _ in range(candidates)][:count]
     texts = ["\n".join(f"{rng.randrange(99)} + 1 = 2" for _ in range(rng.randint(1, 20))) for _ in range(count)]
 
     def raw() -> None:
@@ -43,10 +47,15 @@ def main(folder: str, count: int) -> None:
             if turn:
                 times[name].append(time.perf_counter() - start)
     a, b = (sorted(times[name])[1] for name in ("raw", "score"))
+    tokens = sum(
+        len(encode_prompt(tokenizer, p)) + len(encode_completion(tokenizer, t)) for p, t in zip(prompts, texts)
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"raw forward {a:.2f} s, score {b:.2f} s: ratio {b / a:.2f}; {count / b:.0f} traces a second ({count} traces)"
+        f"raw forward {a:.2f} s, score {b:.2f} s: ratio {b / a:.2f}; {count / b:.1f} traces and {tokens / b:.0f} "
+        f"tokens a second ({count} traces, {tokens} tokens); peak {peak:.1f} GiB"
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 128)
+    main(sys.argv[1], *(int(sys.argv[n]) if len(sys.argv) > n else default for n, default in ((2, 128), (3, 1))))

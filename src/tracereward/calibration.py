@@ -131,7 +131,7 @@ def reliability(probabilities: Sequence[float] | np.ndarray, correct: Sequence[b
 def expected_calibration_error(
     probabilities: Sequence[float] | np.ndarray, correct: Sequence[bool], bins: int = 10
 ) -> float:
-    """sum over bins of (traces in it / all) |accuracy - mean probability| (Naeini et al. 2015)."""
+    """sum over bins of (traces in it / all) * abs(accuracy - mean probability) (Naeini et al. 2015)."""
     found = reliability(probabilities, correct, bins)
     total = sum(b.count for b in found)
     return sum(b.count / total * abs(b.accuracy - b.probability) for b in found)
