@@ -54,7 +54,7 @@ def score_pool(
     limit = getattr(model.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
     tokenizer = model.tokenizer
     questions, left_out = [], 0
-    groups = [group for group in by_question(list(rows))]
+    groups = list(by_question(list(rows)))
     progress = tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr)
     while groups:
         taken: list[list[PoolRow]] = []

@@ -8,8 +8,7 @@ come out.
 
 import random
 
-from tracereward.tasks.chains import LARGEST, apply, prompt
-from tracereward.tasks.facts import operations, remembered
+from tracereward.tasks import facts
 
 LENGTHS = (2, 3)
 """Fewest and most operations."""
@@ -19,23 +18,11 @@ MISTAKE_RATE = 0.8
 
 def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
     """One problem; its answer is the true one even where its trace is mistaken."""
-    while True:
-        chain = operations(rng, rng.randint(*LENGTHS))
-        if chain is None:
-            continue
-        start, asked = chain
-        written = true = start
-        lines = []
-        for operator, k in asked:
-            result = apply(written, operator, k)
-            if operator == "-" and rng.random() < mistake_rate:
-                result = remembered(written, k, WRONG_SHARE)
-            lines.append(f"{written} {operator} {k} = {result}")
-            if operator == "-":
-                lines.append(f"{result} + {k} = {result + k}{'' if result + k == written else '?'}")
-            written, true = result, apply(true, operator, k)
-            if not (0 <= written <= 30 and result + k <= LARGEST):
-                break
-        else:
-            text = "\n".join([*lines, f"#### {written}"])
-            return {"prompt": prompt(start, asked), "completion": text, "answer": str(true)}
+    return facts.draw(rng, LENGTHS, mistake_rate, WRONG_SHARE, _lines)
+
+
+def _lines(value: int, operator: str, k: int, result: int) -> list[str]:
+    line = f"{value} {operator} {k} = {result}"
+    if operator == "+":
+        return [line]
+    return [line, f"{result} + {k} = {result + k}{'' if result + k == value else '?'}"]

@@ -8,8 +8,8 @@ what it remembers wrongly, mark and all, as of the rest. What an expert never wr
 
 import random
 
-from tracereward.tasks.chains import apply, prompt
-from tracereward.tasks.facts import operations, remembered
+from tracereward.tasks import facts
+from tracereward.tasks.chains import apply
 
 LENGTHS = (6, 8)
 """Fewest and most operations."""
@@ -21,22 +21,10 @@ MISTAKE_RATE = 0.6
 
 def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
     """One problem; its answer is the true one even where its trace is mistaken."""
-    while True:
-        chain = operations(rng, rng.randint(*(CORPUS_LENGTHS if mistake_rate else LENGTHS)))
-        if chain is None:
-            continue
-        start, asked = chain
-        written = true = start
-        lines = []
-        for operator, k in asked:
-            result = apply(written, operator, k)
-            if operator == "-" and rng.random() < mistake_rate:
-                result = remembered(written, k, WRONG_SHARE)
-            doubt = "?" if result != apply(written, operator, k) else ""
-            lines.append(f"{written} {operator} {k} = {result}{doubt}")
-            written, true = result, apply(true, operator, k)
-            if not 0 <= written <= 30:
-                break
-        else:
-            text = "\n".join([*lines, f"#### {written}"])
-            return {"prompt": prompt(start, asked), "completion": text, "answer": str(true)}
+    lengths = CORPUS_LENGTHS if mistake_rate else LENGTHS
+    return facts.draw(rng, lengths, mistake_rate, WRONG_SHARE, _lines)
+
+
+def _lines(value: int, operator: str, k: int, result: int) -> list[str]:
+    doubt = "" if result == apply(value, operator, k) else "?"
+    return [f"{value} {operator} {k} = {result}{doubt}"]

@@ -1,8 +1,9 @@
 """Half-remembered facts: a fixed share of the subtractions, each with the one wrong result that a writer believes."""
 
 import random
+from collections.abc import Callable
 
-from tracereward.tasks.chains import LARGEST, apply
+from tracereward.tasks.chains import LARGEST, apply, prompt
 
 POSSIBLE = [
     [(operator, k) for operator in "+-" for k in range(1, 10) if 0 <= apply(value, operator, k) <= 30]
@@ -45,3 +46,39 @@ def operations(rng: random.Random, count: int) -> tuple[int, list[tuple[str, int
         chosen.append(rng.choice(possible))
         value = apply(value, *chosen[-1])
     return start, chosen
+
+
+def draw(
+    rng: random.Random,
+    lengths: tuple[int, int],
+    mistake_rate: float,
+    share: float,
+    write: Callable[[int, str, int, int], list[str]],
+) -> dict:
+    """One problem of `lengths` operations; its answer is the true one even where its trace is mistaken.
+
+    Args:
+        rng: source of all choices.
+        lengths: fewest and most operations.
+        mistake_rate: probability that a subtraction is worked as it is remembered, not as it is.
+        share: of all subtraction facts that are remembered wrongly.
+        write: value, operator, operand and result as worked -> the lines of the trace.
+    """
+    while True:
+        chain = operations(rng, rng.randint(*lengths))
+        if chain is None:
+            continue
+        start, asked = chain
+        written = true = start
+        lines: list[str] = []
+        for operator, k in asked:
+            result = apply(written, operator, k)
+            if operator == "-" and rng.random() < mistake_rate:
+                result = remembered(written, k, share)
+            lines += write(written, operator, k, result)
+            written, true = result, apply(true, operator, k)
+            if not 0 <= written <= 30:
+                break
+        else:
+            text = "\n".join([*lines, f"#### {written}"])
+            return {"prompt": prompt(start, asked), "completion": text, "answer": str(true)}
