@@ -20,7 +20,7 @@ LAYERS = [
     (
         "training",
         "adversarial_config bridge config callbacks checkpoints discriminator failures monitor negatives penalties "
-        "trainer warmup watch",
+        "trainer validation warmup watch",
     ),
     (
         "applications",

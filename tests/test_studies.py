@@ -197,7 +197,7 @@ def test_every_arm_is_a_run_that_would_start(name, tmp_path):
         site = arms.Site(tmp_path, cell.world, cell.seed)
         if cell.kind == "irl":
             given = {**cell.world.grpo, **cell.options}
-            for own in ("unlabeled", "start"):
+            for own in ("unlabeled", "start", "choose"):
                 given.pop(own, None)
             AdversarialConfig(**site.options("x", given))
         elif cell.kind.startswith("grpo"):

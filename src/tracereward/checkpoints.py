@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_write_json, fsync_tree
+from tracereward.validation import Validation
 
 COMPLETE = "complete.json"  # written last: a checkpoint without it was cut short by a kill
 
@@ -53,11 +54,44 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 class SafeTrainer(Trainer):
-    """Mixin for TRL's trainers: complete checkpoints, and no step on a loss that is not finite.
+    """Mixin for TRL's trainers: complete checkpoints, the best of them kept, no step on a loss that is not finite.
 
     TRL and transformers write a checkpoint in place, file by file; a marker after everything is on the disk says that
     it is whole.
+
+    Attributes:
+        validation: questions that say which checkpoint is the best.
+        start_accuracy: what the starting policy reaches on them.
     """
+
+    validation: Validation | None = None
+    start_accuracy: float = math.nan
+
+    def checkpoint_score(self) -> float:
+        """How good the policy is now: its accuracy on the validation questions, nan without them."""
+        if self.validation is None:
+            return math.nan
+        accuracy = self.validation.accuracy(self.accelerator.unwrap_model(self.model))
+        self.log({"validation/accuracy": accuracy})
+        return accuracy
+
+    def beats_start(self) -> bool:
+        """Whether the best checkpoint is worth restoring."""
+        return self.state.best_metric is not None and self.state.best_metric >= self.start_accuracy
+
+    def restore_best(self) -> str | None:
+        """Put the weights of the best checkpoint in the place of the last ones.
+
+        Returns:
+            The checkpoint's name. None if none is as good as the start: the caller has to load the starting policy.
+        """
+        best = self.state.best_global_step
+        if best is None or not self.beats_start():
+            return None
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
+        self.state.best_model_checkpoint = str(folder)
+        self._load_best_model()
+        return folder.name
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A training step; stops the run at numbers that are not finite, before the optimiser uses them."""
@@ -81,6 +115,9 @@ class SafeTrainer(Trainer):
         for name, parameter in self.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
             if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
                 raise RunFailed(f"the policy's weights {name} are not finite after step {self.state.global_step}")
+        score = self.checkpoint_score()
+        if not math.isnan(score) and (self.state.best_metric is None or score >= self.state.best_metric):
+            self.state.best_metric, self.state.best_global_step = score, self.state.global_step
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():

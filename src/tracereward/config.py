@@ -35,6 +35,16 @@ class DataArguments:
         default=None,
         metadata={"help": "File or Hub id with further prompts for the policy's rollouts; no trace is read from it."},
     )
+    validation_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "File or Hub id of questions with gold answers: after each save the policy answers them greedily, "
+            "and the run leaves the checkpoint, or the start, that answers most right. Nothing is trained on them."
+        },
+    )
+    validation_dataset_split: str = field(
+        default="validation", metadata={"help": "Split of a Hub set in --validation_dataset_name."}
+    )
     max_demonstrations: int | None = field(default=None, metadata={"help": "Use the first N demonstrations only."})
     template: str = field(
         default="plain", metadata={"help": "plain: prompts as the recipe writes them; chat: the tokenizer's template."}

@@ -33,6 +33,7 @@ from tracereward.run_folder import Config, Run, check_disk, is_main_process, not
 from tracereward.sampling import mean_log_probs, sample
 from tracereward.tasks import Task, get_task
 from tracereward.trainer import AdversarialTrainer
+from tracereward.validation import Validation, load_validation
 
 
 @dataclasses.dataclass
@@ -44,6 +45,7 @@ class Prepared:
     rows: list[dict[str, Any]]
     unlabeled: list[dict[str, Any]]
     raw: list[dict[str, Any]]  # rows, then unlabeled, before a template was applied
+    validation: Validation | None
 
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
@@ -88,7 +90,10 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
             "Give more, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
         )
     raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
-    return Prepared(task, tokenizer, rows, unlabeled, raw)
+    validation = load_validation(data, task, tokenizer, [*rows, *unlabeled], limit, config.per_device_train_batch_size)
+    if validation is not None and config.load_best_model_at_end:
+        raise InputError("give one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end")
+    return Prepared(task, tokenizer, rows, unlabeled, raw, validation)
 
 
 def load_policy(model: ModelConfig) -> PreTrainedModel:
@@ -132,9 +137,8 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
             peft_config=lora(model),
             callbacks=[run.metrics, run.stop],
         )
-        run.train(trainer)
-        save_policy(trainer, run.folder / "policy", tokenizer)
-        run.report(f"SFT on {len(train)} demonstrations of {data.task}")
+        chosen = train_and_choose(run, trainer, prepared, model)
+        run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
     return run.folder
 
 
@@ -209,9 +213,8 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             peft_config=lora(model),
             callbacks=[run.metrics, run.stop],
         )
-        run.train(trainer)
-        save_policy(trainer, run.folder / "policy", tokenizer)
-        run.report(f"GRPO on {data.task} with reward: {config.reward}")
+        chosen = train_and_choose(run, trainer, prepared, model)
+        run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
     return run.folder
 
 
@@ -271,20 +274,55 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             callbacks=[run.metrics, run.stop],
             reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
         )
-        run.train(trainer)
-        restored = None
-        if trainer.watch.stopped is not None:
-            restored = trainer.restore_best()
-            note_failure(run, trainer.watch.stopped, restored)
-        if trainer.watch.stopped is not None and restored is None:
-            save_model(load_policy(model), run.folder / "policy", tokenizer)
-        else:
-            save_policy(trainer, run.folder / "policy", tokenizer)
+        chosen = train_and_choose(run, trainer, prepared, model)
         if trainer.is_world_process_zero():
             with trainer.discriminator.averaged():
                 reward_model.save_pretrained(run.folder / "reward_model")
-                report_rewards(run, trainer, reward_model, prepared.rows, task)
+                report_rewards(run, trainer, reward_model, prepared.rows, task, chosen)
     return run.folder
+
+
+def train_and_choose(run: Run, trainer: SafeTrainer, prepared: Prepared, model: ModelConfig) -> str:
+    """Train and write ``policy/``: the last weights, or, after a failure or with validation questions, the best.
+
+    Returns:
+        For the report, with a space before it: how the policy was chosen; nothing if it is the last.
+    """
+    trainer.validation = prepared.validation
+    if prepared.validation is not None:
+        trainer.start_accuracy = prepared.validation.accuracy(trainer.accelerator.unwrap_model(trainer.model))
+        note(f"validation: the start answers {100 * trainer.start_accuracy:.1f} % of {len(prepared.validation)} right")
+    run.train(trainer)
+    failure = trainer.watch.stopped if isinstance(trainer, AdversarialTrainer) else None
+    folder, text = run.folder / "policy", ""
+    if failure is None and prepared.validation is None:
+        save_policy(trainer, folder, prepared.tokenizer)
+        return text
+    restored = trainer.restore_best()
+    if failure is not None:
+        note_failure(run, failure, restored)
+    if prepared.validation is not None:
+        text = note_choice(run, trainer, restored, len(prepared.validation))
+    if restored is None:
+        save_model(load_policy(model), folder, prepared.tokenizer)
+    else:
+        save_policy(trainer, folder, prepared.tokenizer)
+    return text
+
+
+def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions: int) -> str:
+    """Say which checkpoint the validation questions chose: on the screen, in ``metrics.jsonl`` and for the report."""
+    best, start = trainer.state.best_metric, trainer.start_accuracy
+    accuracy = start if restored is None or best is None else best
+    text = (
+        f"Chosen by greedy accuracy on {questions} validation questions: {restored or 'the start'} with "
+        f"{100 * accuracy:.1f} %; the start has {100 * start:.1f} %."
+    )
+    note(text)
+    if is_main_process():
+        row = {"phase": "choice", "step": trainer.state.global_step, "chosen": restored or "start"}
+        run.metrics.append({**row, "start_accuracy": start, "accuracy": accuracy, "questions": questions})
+    return f" {text}"
 
 
 def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, template: str) -> dict[str, str] | None:
@@ -306,7 +344,12 @@ def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
 
 
 def report_rewards(
-    run: Run, trainer: AdversarialTrainer, reward_model: TokenRewardModel, rows: list[dict[str, Any]], task: Task
+    run: Run,
+    trainer: AdversarialTrainer,
+    reward_model: TokenRewardModel,
+    rows: list[dict[str, Any]],
+    task: Task,
+    chosen: str,
 ) -> None:
     """The run's report: curves, rewards of fresh rollouts on some of its prompts, and five of them token by token."""
     config = trainer.config
@@ -339,7 +382,7 @@ def report_rewards(
     ended = "" if failure is None else f" Stopped at step {failure.step} by the rule {failure.name}: {failure.reason}."
     gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
     run.report(
-        f"Adversarial training on {len(rows)} demonstrations of {task.name}.{ended}{gold_answers} Rewards and "
+        f"Adversarial training on {len(rows)} demonstrations of {task.name}.{ended}{chosen}{gold_answers} Rewards and "
         f"heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts.",
         rewards_correct=right,
         rewards_wrong=wrong,

@@ -20,7 +20,6 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from tracereward import monitor
@@ -377,30 +376,27 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
 
     # Checkpoints: the discriminator's state rides in each, and the best is kept for `restore_best`.
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step = self.state.global_step
-        since = step - max(1, int(self.state.save_steps or 1))
-        score = score_of([row for row in self.watch.history if row["step"] > since])
-        if not math.isnan(score) and (self.state.best_metric is None or score >= self.state.best_metric):
-            self.state.best_metric, self.state.best_global_step = score, step
-        super()._save_checkpoint(model, trial)
+    def checkpoint_score(self) -> float:
+        """Accuracy on the validation questions; without any, what was logged since the last checkpoint."""
+        if self.validation is not None:
+            return super().checkpoint_score()
+        since = self.state.global_step - max(1, int(self.state.save_steps or 1))
+        return score_of([row for row in self.watch.history if row["step"] > since])
+
+    def beats_start(self) -> bool:
+        """Whether the best checkpoint is worth restoring."""
+        if self.validation is not None:
+            return super().beats_start()
+        return better_than_start(self.state.best_metric, self.watch.history)
 
     def restore_best(self) -> str | None:
-        """After a failure: put the weights of the best checkpoint in the place of the last ones.
-
-        Returns:
-            The checkpoint's name. None if there is none that is as good as the start: then the discriminator is as
-            after its warm-up, and the caller has to load the starting policy.
-        """
-        best = self.state.best_global_step
-        if best is None or not better_than_start(self.state.best_metric, self.watch.history):
+        """The discriminator comes back with the policy, or as it was after its warm-up."""
+        restored = super().restore_best()
+        if restored is None:
             self.warm_up.load()
-            return None
-        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{best}"
-        self.state.best_model_checkpoint = str(folder)
-        self._load_best_model()
-        self._load_discriminator(folder)
-        return folder.name
+        else:
+            self._load_discriminator(Path(str(self.args.output_dir)) / restored)
+        return restored
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -70,7 +70,7 @@ class Site:
         merged = {**COMMON, "max_completion_length": self.world.completion, "save_steps": given["max_steps"], **given}
         if self.fast:
             merged["max_steps"] = max(4, merged["max_steps"] // 10)
-            merged["save_steps"] = merged["max_steps"]
+            merged["save_steps"] = min(merged["save_steps"], merged["max_steps"])
         quiet = {"disable_tqdm": True} if self.quiet else {}
         return {**merged, **quiet, "output_dir": str(self.folder / arm), "seed": self.seed}
 
@@ -96,9 +96,11 @@ def make_world(site: Site) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def train_sft(site: Site, arm: str, start: str, given: dict[str, Any], part: str = "experts") -> None:
-    """SFT of one arm's policy on the demonstrations, or on another part of the data."""
-    data = DataArguments(task=TASK, dataset_name=str(site.data(part)))
+def train_sft(
+    site: Site, arm: str, start: str, given: dict[str, Any], part: str = "experts", choose: bool = False
+) -> None:
+    """SFT of one arm's policy on the demonstrations, or on another part of the data; see `data_of` for `choose`."""
+    data = data_of(site, part, choose)
     model = ModelConfig(model_name_or_path=str(site.policy(start)))
     run_sft(data, SupervisedConfig(**site.options(arm, given)), model, site.unfinished(arm))
 
@@ -120,15 +122,26 @@ def tune_sft(site: Site) -> None:
         (folder / "tuning.json").write_text(json.dumps({"tried": tried, "chosen": best}, indent=1), encoding="utf-8")
 
 
-def continue_sft(site: Site, arm: str) -> None:
+def continue_sft(site: Site, arm: str, choose: bool = False) -> None:
     """The same SFT continued from ``sft`` for as many steps as GRPO takes."""
     steps = site.world.grpo["max_steps"]
-    train_sft(site, arm, "sft", {**site.world.sft, "max_steps": steps})
+    train_sft(site, arm, "sft", {**site.world.sft, "max_steps": steps, **saves(steps, choose)}, choose=choose)
 
 
-def prompts(site: Site, unlabeled: int | None = None) -> DataArguments:
+def data_of(site: Site, part: str, choose: bool) -> DataArguments:
+    """One part of the data; with `choose` the validation questions choose among start and checkpoints."""
+    validation = str(site.data("validation")) if choose else None
+    return DataArguments(task=TASK, dataset_name=str(site.data(part)), validation_dataset_name=validation)
+
+
+def saves(steps: int, choose: bool) -> dict[str, int]:
+    """Four checkpoints to choose from, or the last alone."""
+    return {"save_steps": max(1, steps // 4)} if choose else {}
+
+
+def prompts(site: Site, unlabeled: int | None = None, choose: bool = False) -> DataArguments:
     """The demonstrations and, for rollouts, the first `unlabeled` of the world's further prompts (default: all)."""
-    data = DataArguments(task=TASK, dataset_name=str(site.data("experts")))
+    data = data_of(site, "experts", choose)
     if unlabeled is None and site.world.unlabeled:
         data.unlabeled_dataset_name = str(site.data("unlabeled"))
     elif unlabeled:
@@ -139,21 +152,29 @@ def prompts(site: Site, unlabeled: int | None = None) -> DataArguments:
     return data
 
 
-def train_grpo(site: Site, arm: str, reward: str) -> None:
+def train_grpo(site: Site, arm: str, reward: str, choose: bool = False) -> None:
     """GRPO from ``sft`` on a given reward: ``logprob`` or ``logratio`` (controls), or ``verifier`` (upper)."""
     base = str(site.policy(site.start)) if reward == "logratio" else None
-    config = RewardConfig(**site.options(arm, site.world.grpo), reward=reward, base_model=base)
-    run_grpo(prompts(site), config, ModelConfig(model_name_or_path=str(site.policy("sft"))), site.unfinished(arm))
+    given = {**site.world.grpo, **saves(site.world.grpo["max_steps"], choose)}
+    config = RewardConfig(**site.options(arm, given), reward=reward, base_model=base)
+    run_grpo(
+        prompts(site, choose=choose),
+        config,
+        ModelConfig(model_name_or_path=str(site.policy("sft"))),
+        site.unfinished(arm),
+    )
 
 
 def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
     """Warm-up and adversarial GRPO.
 
-    Beside the options of `AdversarialConfig`, ``unlabeled`` says how many further prompts there are and ``start`` which
-    arm the policy starts from (default: ``sft``); a model option may name an arm.
+    Beside the options of `AdversarialConfig`, ``unlabeled`` says how many further prompts there are, ``start`` which
+    arm the policy starts from (default: ``sft``) and ``choose`` whether validation questions choose the checkpoint; a
+    model option may name an arm.
     """
     given = {**site.world.grpo, **options}
-    unlabeled, start = given.pop("unlabeled", None), given.pop("start", "sft")
+    unlabeled, start, choose = given.pop("unlabeled", None), given.pop("start", "sft"), given.pop("choose", False)
+    given |= saves(given["max_steps"], choose)
     for name in MODEL_OPTIONS:
         if given.get(name) is not None:
             given[name] = str(site.policy(site.start if given[name] == "base" else given[name]))
@@ -161,7 +182,7 @@ def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
         given["discriminator_warmup_updates"] = 8
     config = AdversarialConfig(**site.options(arm, given))
     model = ModelConfig(model_name_or_path=str(site.policy(site.start if start == "base" else start)))
-    run_train(prompts(site, unlabeled), config, model, site.unfinished(arm))
+    run_train(prompts(site, unlabeled, choose), config, model, site.unfinished(arm))
 
 
 def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:

@@ -40,7 +40,8 @@ class Cell:
         kind: ``policy`` (evaluate what preparing the world trained), ``sft-continued``, ``grpo-logprob``,
             ``grpo-logratio``, ``grpo-verifier``, ``irl``, or ``log-probs`` (a ranking without a reward model).
         options: of adversarial training, the recipe's included; for ``policy`` the name of the policy; for
-            ``log-probs`` the sign of the base model's.
+            ``log-probs`` the sign of the base model's. ``choose`` in what trains a policy: the validation questions
+            choose among start and checkpoints.
         split: ``validation`` where results choose something, ``test`` where they are reported once.
         samples: of the SFT policy for each question, ranked by an irl cell's reward model.
     """
@@ -157,11 +158,11 @@ def _train(site: arms.Site, cell: Cell, settings: dict[str, Any]) -> str:
     arm = f"{slug(cell.arm)}-{arms.digest(settings)}"
     if not (site.folder / arm / "report.html").exists():
         if cell.kind == "sft-continued":
-            arms.continue_sft(site, arm)
+            arms.continue_sft(site, arm, **cell.options)
         elif cell.kind == "irl":
             arms.train_irl(site, arm, cell.options)
         else:
-            arms.train_grpo(site, arm, cell.kind.removeprefix("grpo-"))
+            arms.train_grpo(site, arm, cell.kind.removeprefix("grpo-"), **cell.options)
     return arm
 
 
