@@ -132,6 +132,18 @@ def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor |
         ).logits
     finally:
         handle.remove()
-    targets = batch.input_ids[:, -width:]
-    loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten(), reduction="none")
-    return -loss.view_as(targets), captured[0][:, 1:]
+    return token_log_probs(logits[:, :-1], batch.input_ids[:, -width:]), captured[0][:, 1:]
+
+
+def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits) at `targets`, (B, T) float32, of (B, T, V) logits and (B, T) token ids.
+
+    Row by row: a second copy of all logits would be the largest tensor of the forward pass.
+    """
+    rows = [F.cross_entropy(row.float(), ids, reduction="none") for row, ids in zip(logits, targets, strict=True)]
+    return -torch.stack(rows)
+
+
+def scoring_budget(device: torch.device) -> int:
+    """Padded tokens of one forward pass without gradients: few on a CPU, where larger logits only leave its caches."""
+    return 1024 if device.type == "cpu" else 16384

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from tracereward import __version__
 from tracereward.alignment import join_steps, step_ends, token_offsets
-from tracereward.batching import Batch, completion_log_probs, pack, token_budget_batches
+from tracereward.batching import Batch, completion_log_probs, pack, scoring_budget, token_budget_batches
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError
 from tracereward.files import atomic_folder, atomic_write_json
@@ -175,7 +175,7 @@ class TokenRewardModel(nn.Module):
         self,
         prompts: Sequence[Sequence[int]],
         completions: Sequence[Sequence[int]],
-        token_budget: int = 16384,
+        token_budget: int | None = None,
         reference: nn.Module | None = None,
         policy: nn.Module | None = None,
     ) -> list[Tensor]:
@@ -184,10 +184,11 @@ class TokenRewardModel(nn.Module):
         Args:
             prompts: token ids.
             completions: token ids of as many traces.
-            token_budget: padded tokens per forward pass.
+            token_budget: padded tokens per forward pass; as many as suit the device if None.
             reference: causal LM whose log-prob of each token is added to f (``logit_plus_logprob``).
             policy: causal LM whose log-prob is taken off (the logit of the heads ``airl`` and ``implicit``).
         """
+        token_budget = token_budget or scoring_budget(self.device)
         was_training = self.training
         self.eval()
         rewards: list[Tensor] = [torch.empty(0)] * len(completions)
@@ -226,7 +227,7 @@ class TokenRewardModel(nn.Module):
         prompts: Sequence[str],
         completions: Sequence[str],
         finished: Sequence[bool] | None = None,
-        token_budget: int = 16384,
+        token_budget: int | None = None,
         reference: nn.Module | None = None,
         policy: nn.Module | None = None,
     ) -> list[TokenScores]:
@@ -237,7 +238,7 @@ class TokenRewardModel(nn.Module):
             completions: as many traces.
             finished: whether each trace ended by itself (then the end-of-sequence token is scored too, as in
                 training) or was cut off; all ended if None.
-            token_budget: padded tokens per forward pass.
+            token_budget: padded tokens per forward pass; as many as suit the device if None.
             reference: the model that ``settings.reference_model`` names, to get what training rewarded under
                 ``logit_plus_logprob``; without it the rewards are the logits alone.
             policy: the policy, to get the logit of the heads ``airl`` and ``implicit``; without it the rewards are f.

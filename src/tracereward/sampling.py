@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracereward.batching import completion_log_probs, pack, token_budget_batches
+from tracereward.batching import completion_log_probs, pack, scoring_budget, token_budget_batches
 from tracereward.demonstrations import encode_prompt
 from tracereward.models import pad_id
 
@@ -37,13 +37,13 @@ def mean_log_probs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     pad_id: int,
-    token_budget: int = 8192,
+    token_budget: int | None = None,
 ) -> list[float]:
     """Mean log-prob of each completion's tokens under `model`, in nats."""
     model.eval()
     means = [0.0] * len(completions)
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    for rows in token_budget_batches(lengths, token_budget):
+    for rows in token_budget_batches(lengths, token_budget or scoring_budget(model.device)):
         batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
         log_probs, _ = completion_log_probs(model, batch)
         sums = (log_probs * batch.completion_mask).sum(1) / batch.completion_mask.sum(1)

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from tracereward.batching import Batch
+from tracereward.batching import Batch, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ def shared_prompt_forward(model: torch.nn.Module, batch: Batch, sizes: Sequence[
 
 def shared_log_probs(outputs: SharedOutputs, batch: Batch) -> Tensor:
     """log p(y_t | x, y_<t), (B, T) float32: the first from the prompt's last token, the others from the one before."""
-    width = batch.completion_mask.size(1)
-    targets = batch.input_ids[:, -width:]
-    logits = torch.cat([outputs.first[:, None], outputs.logits[:, :-1]], 1)
-    return -F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    targets = batch.input_ids[:, -batch.completion_mask.size(1) :]
+    first = token_log_probs(outputs.first[:, None], targets[:, :1])
+    return torch.cat([first, token_log_probs(outputs.logits[:, :-1], targets[:, 1:])], 1)

@@ -53,7 +53,7 @@ def evaluate_perturbations(
     policy: PreTrainedModel | None = None,
     kinds: Sequence[str] = KINDS,
     aggregate: str = "mean",
-    token_budget: int = 16384,
+    token_budget: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Corrupt each right trace once with each kind that applies, and compare it with itself.
@@ -69,7 +69,7 @@ def evaluate_perturbations(
         policy: causal LM with the reward model's tokenizer, on its device, for the baseline; None leaves it out.
         kinds: of `perturb.KINDS`.
         aggregate: ``mean`` or ``min`` over a step's tokens.
-        token_budget: padded tokens per forward pass.
+        token_budget: padded tokens per forward pass; as many as suit the device if None.
         seed: of the places that are changed, and of the bootstraps.
 
     Returns:

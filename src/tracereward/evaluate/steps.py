@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.alignment import join_steps
-from tracereward.batching import Batch, pack, token_budget_batches
+from tracereward.batching import Batch, pack, scoring_budget, token_budget_batches
 from tracereward.demonstrations import encode_completion, encode_prompt, render
 from tracereward.errors import InputError, check_choice
 from tracereward.evaluate.localisation import (
@@ -106,12 +106,13 @@ def log_probs_and_entropies(model: PreTrainedModel, batch: Batch) -> tuple[Tenso
 
 
 def token_values(
-    model: TokenRewardModel, traces: Sequence[Encoded], policy: PreTrainedModel | None, token_budget: int
+    model: TokenRewardModel, traces: Sequence[Encoded], policy: PreTrainedModel | None, token_budget: int | None = None
 ) -> Iterator[tuple[int, dict[str, list[float]]]]:
     """Token values of each trace, longest traces first, with its index: reward and, with a policy, logprob, entropy.
 
     Entropy is negated: all values are low where something looks wrong. Shows progress on stderr.
     """
+    token_budget = token_budget or scoring_budget(model.device)
     if policy is not None:
         policy.eval()
     lengths = [len(trace.prompt) + len(trace.completion) for trace in traces]
@@ -151,7 +152,7 @@ def step_scores(
     encoded: Sequence[Encoded],
     policy: PreTrainedModel | None,
     aggregate: str,
-    token_budget: int,
+    token_budget: int | None = None,
 ) -> dict[str, list[list[float]]]:
     """For each method that has scores, the step scores of each trace."""
     scores: dict[str, list[list[float]]] = {}
@@ -176,7 +177,7 @@ def evaluate_steps(
     policy: PreTrainedModel | None = None,
     task: str | None = None,
     aggregate: str = "mean",
-    token_budget: int = 16384,
+    token_budget: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """How well step scores find the first error, for the reward and for what it must beat.
@@ -193,7 +194,7 @@ def evaluate_steps(
         policy: causal LM with the reward model's tokenizer, on its device; None leaves its baselines out.
         task: recipe whose words the prompts have; the reward model's if None.
         aggregate: ``mean`` or ``min`` over a step's tokens.
-        token_budget: padded tokens per forward pass.
+        token_budget: padded tokens per forward pass; as many as suit the device if None.
         seed: of the bootstraps and of the random numbers.
 
     Returns:
