@@ -104,6 +104,8 @@ def make(tiny_model_folder, tokenizer, experts, tmp_path_factory):
             "discriminator_learning_rate": 1e-3,
             "warmup_rollouts": 4,
             "held_out_fraction": 0.0,
+            "reward_form": "logit",
+            "perturbed_per_expert": 0,
             "beta_clip": BETA,
             "seed": 3,
             **options,

@@ -19,7 +19,12 @@ from tracereward.negatives import Expert, Rollout
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 
-ALL = {"discriminator_prompts": 99, "discriminator_rollouts": 99, "replay_share": 0.0}
+ALL = {
+    "discriminator_prompts": 99,
+    "discriminator_rollouts": 99,
+    "replay_share": 0.0,
+    "perturbed_per_expert": 0,
+}
 
 
 @pytest.fixture(scope="module")

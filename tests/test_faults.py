@@ -37,6 +37,8 @@ TRAIN = {
     "discriminator_warmup_updates": 6,
     "discriminator_updates": 1,
     "discriminator_prompts": 6,
+    "perturbed_per_expert": 0,
+    "reward_form": "logit",  # an untrained policy's log-probs lie beyond the clip
     "warmup_rollouts": 2,
     "warmup_save_updates": 2,
     "replay_size": 40,  # so small that old rollouts have to leave

@@ -46,6 +46,7 @@ class Layout(NamedTuple):
 
 # Four prompts a batch, on-policy, the discriminator sees the rollouts of demonstrations only.
 TRAJECTORY = {
+    "reward_form": "logit",
     "objective": "bce",
     "gradient_penalty": 1.0,
     "perturbed_per_expert": 1,

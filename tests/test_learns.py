@@ -67,6 +67,7 @@ def test_right_working_comes_to_score_above_fluent_mistakes(tiny_model_folder, t
         discriminator_learning_rate=3e-3,
         discriminator_prompts=32,
         discriminator_rollouts=1,
+        perturbed_per_expert=0,
     )
     experts = [Expert(encode_prompt(tokenizer, p), encode_completion(tokenizer, right), right) for p, right, _ in train]
     discriminator = Discriminator(model, experts, config)

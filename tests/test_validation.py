@@ -109,8 +109,9 @@ def run(tmp_path, tiny_model_folder, monkeypatch):
         elif kind == "grpo":
             folder = run_grpo(data, RewardConfig(**given, num_generations=4, reward="logprob"), model, resume)
         else:
-            warm_up = {"discriminator_warmup_updates": 2, "discriminator_learning_rate": 1e-3, "warmup_rollouts": 2}
-            config = AdversarialConfig(**given, num_generations=4, on_failure="ignore", **warm_up)
+            given |= {"discriminator_warmup_updates": 2, "discriminator_learning_rate": 1e-3, "warmup_rollouts": 2}
+            given["reward_form"] = "logit"  # an untrained policy's log-probs lie beyond the clip
+            config = AdversarialConfig(**given, num_generations=4, on_failure="ignore")
             folder = run_train(data, config, model, resume)
         assert next(values, None) is None
         return folder

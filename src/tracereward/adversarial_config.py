@@ -2,7 +2,8 @@
 
 Deviations of the defaults from arXiv 2510.01857, in one place: head ``action`` instead of ``token`` and granularity
 ``dense`` instead of ``sparse`` (a freshly headed small backbone learns too slowly to be of use), tokens before a
-rollout's first difference from the expert trace left out, at most 60 warm-up updates instead of 250.
+rollout's first difference from the expert trace left out, at most 60 warm-up updates instead of 250. `docs/recipe.md`
+has the evidence for these, for the log-prob that is added to the logit, and for perturbed experts as negatives.
 """
 
 from collections.abc import Sequence
@@ -54,7 +55,7 @@ class DiscriminatorOptions:
         },
     )
     perturbed_per_expert: int = field(
-        default=0,
+        default=1,
         metadata={"help": "Perturbed copies of each expert trace as further negatives, new ones in each update."},
     )
     perturbations: list[str] = field(
@@ -155,7 +156,7 @@ class ShapingOptions:
         metadata={
             "help": "Token reward: logit (the paper's), logit_plus_logprob, which adds the token's log-prob under the "
             "starting policy (the logit alone is maximal where the policy copies the experts' mix), or f (heads airl "
-            "and implicit). Default: f for those two, else logit."
+            "and implicit). Default: logit_plus_logprob for head action, f for airl and implicit, logit for token."
         },
     )
     reward_temperature: float = field(default=1.0, metadata={"help": "Log-odds are divided by it before the clip."})
@@ -222,7 +223,8 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
         for kind in self.perturbations:
             check_choice("perturbation", kind, KINDS)
         if self.reward_form is None:
-            self.reward_form = default_reward_form(self.head)
+            # The action head's logit estimates a ratio to the policy, whose maximum is not the expert.
+            self.reward_form = "logit_plus_logprob" if self.head == "action" else default_reward_form(self.head)
         check_choice("reward_form", self.reward_form, REWARD_FORMS)
         self._check_ranges()
         self._check_combinations()
