@@ -1,39 +1,59 @@
 """What scoring text costs beyond the forward pass: `TokenRewardModel.score` against the backbone alone, in one process.
 
-    python benchmarks/scoring.py MODEL_FOLDER [TRACES [CANDIDATES]]
+    python benchmarks/scoring.py MODEL_FOLDER [--data FILE --task gsm8k] [--traces 128] [--candidates 1] [--bf16]
 
 The raw forward sees the same token ids in the order they come, in batches of 16, padded to the longest of each: what a
-plain loop over the model does. CANDIDATES traces in a row have the same prompt (default 1), of about 70 words if there
-are several. Prints seconds of both, the ratio, traces and tokens a second, and the most memory that the process held.
+plain loop over the model does. Traces are the first rows of `--data`, or generated ones of 1 to 20 lines, of which
+`--candidates` in a row have the same prompt, of about 70 words if there are several. Prints seconds of both, the ratio,
+traces and tokens a second, and the most memory that the process held.
 """
 
+import argparse
 import random
 import resource
-import sys
 import time
 
 import torch
 
 from tracereward.batching import pack
-from tracereward.demonstrations import encode_completion, encode_prompt
+from tracereward.demonstrations import encode_completion, encode_prompt, load_demonstrations
 from tracereward.models import load_tokenizer, pad_id
 from tracereward.pool import best_device
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
+from tracereward.tasks import get_task
 
 
-def main(folder: str, count: int, candidates: int) -> None:
-    tokenizer = load_tokenizer(folder)
-    model = TokenRewardModel.from_backbone(folder, RewardSettings(), tokenizer).to(best_device()).eval()
+def generated(count: int, candidates: int) -> tuple[list[str], list[str]]:
     rng = random.Random(0)
     story = " ".join(f"Box {n} holds {rng.randrange(99)} balls." for n in range(14 if candidates > 1 else 0))
     asked = [f"Question: {story} What is {rng.randrange(99)} + 7?\nAnswer:\n" for _ in range(0, count, candidates)]
-    prompts = [prompt for prompt in asked for _ in range(candidates)][:count]
     texts = ["\n".join(f"{rng.randrange(99)} + 1 = 2" for _ in range(rng.randint(1, 20))) for _ in range(count)]
+    return [prompt for prompt in asked for _ in range(candidates)][:count], texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder")
+    parser.add_argument("--data")
+    parser.add_argument("--task", default="generic")
+    parser.add_argument("--traces", type=int, default=128)
+    parser.add_argument("--candidates", type=int, default=1)
+    parser.add_argument("--bf16", action="store_true")
+    args = parser.parse_args()
+    if args.data:
+        rows = load_demonstrations(args.data, get_task(args.task), limit=args.traces)
+        prompts, texts = ([row[name] for row in rows] for name in ("prompt", "completion"))
+    else:
+        prompts, texts = generated(args.traces, args.candidates)
+    tokenizer = load_tokenizer(args.folder)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    model = TokenRewardModel.from_backbone(args.folder, RewardSettings(), tokenizer, dtype=dtype)
+    model = model.to(best_device()).eval()
 
     def raw() -> None:
         with torch.no_grad():
-            for start in range(0, count, 16):
+            for start in range(0, len(texts), 16):
                 ids = [encode_prompt(tokenizer, p) for p in prompts[start : start + 16]]
                 completions = [encode_completion(tokenizer, t) for t in texts[start : start + 16]]
                 batch = pack(ids, completions, pad_id(tokenizer)).to(model.device)
@@ -52,10 +72,10 @@ def main(folder: str, count: int, candidates: int) -> None:
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"raw forward {a:.2f} s, score {b:.2f} s: ratio {b / a:.2f}; {count / b:.1f} traces and {tokens / b:.0f} "
-        f"tokens a second ({count} traces, {tokens} tokens); peak {peak:.1f} GiB"
+        f"raw forward {a:.2f} s, score {b:.2f} s: {a / b:.2f} times as fast; {len(texts) / b:.1f} traces and "
+        f"{tokens / b:.0f} tokens a second ({len(texts)} traces, {tokens} tokens); peak {peak:.1f} GiB"
     )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(int(sys.argv[n]) if len(sys.argv) > n else default for n, default in ((2, 128), (3, 1))))
+    main()
