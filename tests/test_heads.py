@@ -322,7 +322,9 @@ def configure(tmp_path):
     return lambda **options: AdversarialConfig(output_dir=str(tmp_path), report_to="none", **options)
 
 
-@pytest.mark.parametrize(("head", "form"), [("token", "logit"), ("action", "logit_plus_logprob"), ("airl", "f"), ("implicit", "f")])
+@pytest.mark.parametrize(
+    ("head", "form"), [("token", "logit"), ("action", "logit_plus_logprob"), ("airl", "f"), ("implicit", "f")]
+)
 def test_the_reward_form_of_each_head(configure, head, form):
     assert configure(head=head).reward_form == form
     assert configure(head=head, reward_form="logit").reward_form == "logit"

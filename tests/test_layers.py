@@ -24,10 +24,10 @@ LAYERS = [
     ),
     (
         "applications",
-        "distill evaluate run run_folder inspection inspection_terminal pool report plots quickstart studies tables "
-        "arguments",
+        "distill evaluate run run_folder inspection inspection_terminal pool report plots quickstart "
+        "serving studies tables arguments",
     ),
-    ("command line", "cli cli_evaluate cli_reward __main__"),
+    ("command line", "cli cli_evaluate cli_reward cli_serve __main__"),
 ]
 # The package itself holds only the version and names that load on first use.
 RANK = {"__init__": 0} | {name: rank for rank, (_, names) in enumerate(LAYERS) for name in names.split()}

@@ -12,6 +12,7 @@ import typer.core
 from tracereward import __version__
 from tracereward.cli_evaluate import suites
 from tracereward.cli_reward import commands, say
+from tracereward.cli_serve import server
 from tracereward.errors import InputError, Interrupted, RunFailed
 
 
@@ -131,9 +132,7 @@ def sample(
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/quickstart"),
-    world: Annotated[
-        str, typer.Option(help="misconception, checked, exposure, style or multi-skill.")
-    ] = "misconception",
+    world: Annotated[str, typer.Option(help="exposure, checked, misconception, style or multi-skill.")] = "exposure",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
     fast: Annotated[
@@ -168,6 +167,7 @@ def study(
 
 
 app.add_typer(commands)
+app.add_typer(server)
 app.add_typer(suites, name="evaluate")
 
 

@@ -1,8 +1,9 @@
 """The whole method on the embedded default: generated arithmetic, a tiny Llama built from scratch, two CPU cores.
 
-World ``misconception``: a policy pretrained on a corpus that drops the borrow in subtractions is fluent, confident and
-wrong by a rule; a few dozen experts are right. World ``style``: experts are always right, but most skip the working,
-which the student needs. Everything printed is measured in the run.
+World ``exposure``: a policy pretrained on a corpus of half-remembered facts marks what it doubts and walks on; fifty
+experts are right in chains of six to eight steps. In world ``misconception`` it is fluent, confident and wrong by a
+rule, without a mark. In every stage that trains, validation questions choose between the start and four checkpoints.
+Everything printed is measured in the run.
 """
 
 import json
@@ -102,7 +103,7 @@ def train_policies(site: Site, stage: Stage) -> None:
     world, folder = site.world, site.folder
     if world.pretraining:
         stage.run(
-            "pretraining on a corpus with a misconception",
+            "pretraining on a corpus with mistakes",
             folder / "base" / "report.html",
             lambda: arms.train_sft(site, "base", "init", world.pretraining, part="corpus"),
         )
@@ -110,17 +111,17 @@ def train_policies(site: Site, stage: Stage) -> None:
     stage.run(
         "control: the same SFT continued for as many steps as GRPO",
         folder / "sft-continued" / "report.html",
-        lambda: arms.continue_sft(site, "sft-continued"),
+        lambda: arms.continue_sft(site, "sft-continued", choose=True),
     )
     stage.run(
         "control: GRPO on the SFT model's own log-prob",
         folder / "grpo-logprob" / "report.html",
-        lambda: arms.train_grpo(site, "grpo-logprob", "logprob"),
+        lambda: arms.train_grpo(site, "grpo-logprob", "logprob", choose=True),
     )
     stage.run(
         "warm-up of the discriminator and adversarial GRPO",
         folder / "train" / "report.html",
-        lambda: arms.train_irl(site, "train", world.recipe),
+        lambda: arms.train_irl(site, "train", {**world.recipe, "choose": True}),
     )
 
 

@@ -1,0 +1,88 @@
+"""The command `tracereward serve`. Imports are inside it."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tracereward.cli_reward import Model, say
+from tracereward.errors import InputError
+
+server = typer.Typer()
+API_KEY, UPSTREAM_KEY = "TRACEREWARD_API_KEY", "TRACEREWARD_UPSTREAM_KEY"
+
+
+def key_of(file: Path | None, variable: str) -> str | None:
+    """A key from a file, else from the environment; never from the command line, which every user can list."""
+    if file is None:
+        return os.environ.get(variable) or None
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: the key cannot be read ({error})") from error
+    if not key:
+        raise InputError(f"{file}: the file is empty; it must hold the key")
+    return key
+
+
+@server.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8019,
+    name: Annotated[str | None, typer.Option(help="Model name in answers. Default: the folder's name.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help=f"File with the key that clients must give. Default: ${API_KEY}.")
+    ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(help="Base URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1: adds best-of-N."),
+    ] = None,
+    upstream_key_file: Annotated[
+        Path | None, typer.Option(help=f"File with the key that the upstream wants. Default: ${UPSTREAM_KEY}.")
+    ] = None,
+    upstream_seconds: Annotated[float, typer.Option(min=1, help="Time that the upstream may take.")] = 300.0,
+    samples: Annotated[int, typer.Option(min=1, help="N of best-of-N, where a request does not say.")] = 8,
+    max_bytes: Annotated[int, typer.Option(min=1024, help="Largest body.")] = 4 * 2**20,
+    max_candidates: Annotated[int, typer.Option(min=1, help="Traces of one request.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one request, prompts included.")] = 65_536,
+    max_queue: Annotated[int, typer.Option(min=1, help="Tokens that may wait; more is answered with 429.")] = 1_000_000,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a trace waits for others.")] = 5.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
+) -> None:
+    """Serve scores, reranking and, with --upstream, best-of-N over HTTP."""
+    try:
+        import uvicorn
+
+        from tracereward.serving.app import create_app
+        from tracereward.serving.service import Settings
+    except ImportError as error:
+        raise InputError(f"serve needs more packages ({error.name}): pip install 'tracereward[serve]'") from error
+    from tracereward.pool import best_device
+    from tracereward.reward_model import TokenRewardModel
+    from tracereward.reward_settings import check_reward_model
+
+    check_reward_model(model)
+    if upstream is not None and not upstream.startswith(("http://", "https://")):
+        raise InputError(f"--upstream {upstream}: give the whole address, e.g. http://127.0.0.1:8000/v1")
+    if max_queue < max_tokens:
+        raise InputError(f"--max-queue {max_queue} must be at least --max-tokens {max_tokens}")
+    settings = Settings(
+        name=name or Path(model).name,
+        api_key=key_of(api_key_file, API_KEY),
+        upstream=upstream,
+        upstream_key=key_of(upstream_key_file, UPSTREAM_KEY),
+        upstream_seconds=upstream_seconds,
+        samples=samples,
+        max_bytes=max_bytes,
+        max_candidates=max_candidates,
+        max_tokens=max_tokens,
+        max_queue=max_queue,
+        max_wait=max_wait_ms / 1000,
+        log_prompts=log_prompts,
+    )
+    if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
+        say(f"warning: anyone who reaches {host} can use this server: set ${API_KEY} or --api-key-file")
+    app = create_app(TokenRewardModel.from_pretrained(model).to(best_device()), settings)
+    uvicorn.run(app, host=host, port=port, server_header=False, timeout_graceful_shutdown=60)

@@ -1,0 +1,244 @@
+"""`tracereward serve`: the endpoints."""
+
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from scipy.special import expit
+from starlette.exceptions import HTTPException
+
+from tracereward import __version__
+from tracereward.alignment import join_steps
+from tracereward.errors import InputError
+from tracereward.reward_model import TokenRewardModel
+from tracereward.scores import AGGREGATES, TokenScores
+from tracereward.serving.engine import Busy, ScoringFailed, TooManyTokens
+from tracereward.serving.middleware import Counted, Guard, error
+from tracereward.serving.proxy import Proxy, UpstreamFailed
+from tracereward.serving.schemas import (
+    Class,
+    ClassifyResponse,
+    Document,
+    Pooled,
+    PoolingRequest,
+    PoolingResponse,
+    Ranked,
+    RerankRequest,
+    RerankResponse,
+    Score,
+    ScoreRequest,
+    ScoreResponse,
+    Usage,
+)
+from tracereward.serving.service import ERRORS, Refused, Service, Settings, log, unless_gone
+
+
+def create_app(model: TokenRewardModel, settings: Settings) -> FastAPI:
+    """The application, to be run by an ASGI server."""
+    service = Service(model, settings)
+    proxy = None if settings.upstream is None else Proxy(service)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        service.ready = False
+        await service.engine.stop()
+        if proxy is not None:
+            await proxy.close()
+
+    app = FastAPI(
+        title="tracereward",
+        version=__version__,
+        description="Token-level rewards of reasoning traces, reranking, and best-of-N.",
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(
+        Guard, api_key=settings.api_key, max_bytes=settings.max_bytes, body_seconds=settings.body_seconds
+    )
+    _add_errors(app)
+    app.add_middleware(Counted, seen=service.seen)
+    _add_scoring(app, service)
+    _add_operations(app, service)
+    if proxy is not None:
+        proxy.add_routes(app)
+    return app
+
+
+def _add_scoring(app: FastAPI, service: Service) -> None:
+    settings = service.settings
+
+    @app.post("/v1/score", responses=ERRORS, response_model_exclude_none=True)
+    async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
+        """Token, step and trace rewards of traces of one prompt."""
+        spans: list[tuple[int, int]] = []
+        if body.steps is not None:
+            text, spans = join_steps(body.steps, service.model.settings.step_delimiter)
+            texts = [text]
+        else:
+            texts = body.candidates or [body.completion or ""]
+        service.check(body.model, len(texts))
+        scores, usage = await unless_gone(request, service.score(service.render(body.prompt), texts, body.finished))
+        results = []
+        for index, one in enumerate(scores):
+            reward = service.reward(one)
+            result = Score(
+                index=index,
+                reward=reward,
+                probability=service.probability(reward),
+                aggregates={how: one.aggregate(how) for how in AGGREGATES},
+                step_rewards=one.span_rewards(spans) if spans else one.step_rewards(),
+            )
+            if body.tokens:
+                result.tokens, result.offsets, result.token_rewards = one.tokens, one.offsets, one.rewards
+            results.append(result)
+        return ScoreResponse(model=settings.name, results=results, usage=usage)
+
+    @app.post("/v1/rerank", responses=ERRORS, response_model_exclude_none=True)
+    @app.post("/rerank", responses=ERRORS, response_model_exclude_none=True, include_in_schema=False)
+    async def rerank(body: RerankRequest, request: Request) -> RerankResponse:
+        """Documents as answers to the query, from best to worst."""
+        texts = [document if isinstance(document, str) else document.text for document in body.documents]
+        service.check(body.model, len(texts))
+        scores, usage = await unless_gone(request, service.score(service.render(body.query), texts))
+        rewards = [service.reward(one) for one in scores]
+        order = sorted(range(len(texts)), key=lambda index: -rewards[index])[: body.top_n]
+        results = [
+            Ranked(
+                index=index,
+                relevance_score=service.relevance(rewards[index]),
+                reward=rewards[index],
+                document=Document(text=texts[index]) if body.return_documents else None,
+            )
+            for index in order
+        ]
+        return RerankResponse(id=f"rerank-{uuid.uuid4().hex}", model=settings.name, usage=usage, results=results)
+
+    async def pooled(body: PoolingRequest, request: Request) -> tuple[list[TokenScores], list[int], Usage]:
+        """Scores of each input, and how many of its tokens stand before them."""
+        if body.messages is not None:
+            service.check(body.model, 1)
+            prompt = service.render(body.messages[:-1])
+            scores, usage = await unless_gone(request, service.score(prompt, [body.messages[-1].content]))
+            return scores, [0], usage
+        texts = [body.input] if isinstance(body.input, str) else body.input or []
+        service.check(body.model, len(texts))
+        scores, read, written = await unless_gone(request, service.engine.score_texts(texts, settings.max_tokens))
+        return scores, [1] * len(texts), service.count(len(texts), read, written)
+
+    @app.post("/pooling", responses=ERRORS)
+    async def pooling(body: PoolingRequest, request: Request) -> PoolingResponse:
+        """Token rewards: of the assistant's last message, or of each text. A text's first token, which nothing comes
+        before, has 0."""
+        scores, before, usage = await pooled(body, request)
+        data = [
+            Pooled(index=index, data=[[0.0]] * skipped + [[reward] for reward in one.rewards])
+            for index, (one, skipped) in enumerate(zip(scores, before, strict=True))
+        ]
+        return PoolingResponse(
+            id=f"pool-{uuid.uuid4().hex}", created=int(time.time()), model=settings.name, data=data, usage=usage
+        )
+
+    @app.post("/classify", responses=ERRORS)
+    async def classify(body: PoolingRequest, request: Request) -> ClassifyResponse:
+        """Whether an expert or the policy wrote each text, by the sigmoid of its trace reward."""
+        scores, _, usage = await pooled(body, request)
+        data = []
+        for index, one in enumerate(scores):
+            expert = float(expit(service.reward(one)))
+            label = "expert" if expert > 0.5 else "policy"
+            data.append(Class(index=index, label=label, probs=[1 - expert, expert]))
+        return ClassifyResponse(
+            id=f"classify-{uuid.uuid4().hex}", created=int(time.time()), model=settings.name, data=data, usage=usage
+        )
+
+
+def _add_operations(app: FastAPI, service: Service) -> None:
+    started = int(time.time())
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model that is served."""
+        card = {"id": service.settings.name, "object": "model", "created": started, "owned_by": "tracereward"}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """The process runs."""
+        return {"status": "ok"}
+
+    @app.get("/ready", responses={503: {"description": "Not yet, or no longer."}})
+    async def ready(response: Response) -> dict[str, str]:
+        """The model is loaded and has scored a trace."""
+        if not service.ready:
+            response.status_code = 503
+        return {"status": "ready" if service.ready else "not ready"}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        sizes, service.engine.batch_sizes = service.engine.batch_sizes, []
+        for size in sizes:
+            service.batches.observe(size)
+        return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
+
+    page = files("tracereward.serving") / "page"
+    for path, name, kind in (
+        ("/", "index.html", "text/html; charset=utf-8"),
+        ("/page/page.js", "page.js", "text/javascript; charset=utf-8"),
+        ("/page/page.css", "page.css", "text/css; charset=utf-8"),
+    ):
+        content = (page / name).read_bytes()
+
+        def asset(content: bytes = content, kind: str = kind) -> Response:
+            return Response(content, media_type=kind)
+
+        app.add_api_route(path, asset, include_in_schema=False)
+
+
+def _add_errors(app: FastAPI) -> None:
+    def answer(status: int, message: str, kind: str, code: str | None = None, **more: Any) -> JSONResponse:
+        return JSONResponse(error(message, kind, code, more.get("param")), status, more.get("headers"))
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, e: Refused) -> JSONResponse:
+        return answer(e.status, e.message, "invalid_request_error", e.code, headers=e.headers)
+
+    @app.exception_handler(InputError)
+    async def unusable(_: Request, e: InputError) -> JSONResponse:
+        return answer(400, str(e), "invalid_request_error", "invalid_input")
+
+    @app.exception_handler(TooManyTokens)
+    async def too_many(_: Request, e: TooManyTokens) -> JSONResponse:
+        return answer(413, str(e), "invalid_request_error", "too_many_tokens")
+
+    @app.exception_handler(Busy)
+    async def busy(_: Request, e: Busy) -> JSONResponse:
+        return answer(429, str(e), "rate_limit_error", "busy", headers={"retry-after": str(e.retry_after)})
+
+    @app.exception_handler(ScoringFailed)
+    async def failed(_: Request, e: ScoringFailed) -> JSONResponse:
+        log.error("a trace could not be scored: %s", e)
+        return answer(500, f"a trace could not be scored: {e}", "server_error", "scoring_failed")
+
+    @app.exception_handler(UpstreamFailed)
+    async def upstream(_: Request, e: UpstreamFailed) -> JSONResponse:
+        return JSONResponse(e.body, e.status, e.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, e: RequestValidationError) -> JSONResponse:
+        first = e.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return answer(422, f"{where}: {first['msg']}" if where else first["msg"], "invalid_request_error", param=where)
+
+    @app.exception_handler(HTTPException)
+    async def other(_: Request, e: HTTPException) -> JSONResponse:
+        return answer(e.status_code, str(e.detail), "invalid_request_error", headers=e.headers)

@@ -1,0 +1,54 @@
+"use strict";
+// What a server or a person wrote is set as text, never as markup.
+const byId = (id) => document.getElementById(id);
+const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
+
+function make(tag, className, text) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
+}
+
+function heatmap(result, limit) {
+  const trace = make("p", "trace");
+  result.tokens.forEach((token, i) => {
+    const reward = result.token_rewards[i];
+    const span = make("span", reward > 0 ? "hi" : "lo", token);
+    span.style.setProperty("--a", String((0.75 * Math.min(Math.abs(reward) / limit, 1)).toFixed(3)));
+    span.title = signed(reward);
+    span.tabIndex = 0;
+    span.setAttribute("aria-label", `${token} ${signed(reward)}`);
+    trace.append(span);
+  });
+  return trace;
+}
+
+byId("form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const [status, ranking] = [byId("status"), byId("ranking")];
+  ranking.replaceChildren();
+  const candidates = byId("candidates").value.split(/^---\s*$/m).map((text) => text.trim()).filter(Boolean);
+  if (!candidates.length) { status.textContent = "There is no candidate."; return; }
+  status.textContent = "Scoring …";
+  const headers = { "content-type": "application/json" };
+  if (byId("key").value) headers.authorization = `Bearer ${byId("key").value}`;
+  const prompt = byId("prompt").value + "\n";
+  try {
+    const response = await fetch("/v1/score", { method: "POST", headers, body: JSON.stringify({ prompt, candidates }) });
+    const body = await response.json();
+    if (!response.ok) { status.textContent = body.error.message; return; }
+    const results = body.results.sort((a, b) => b.reward - a.reward);
+    const limit = Math.max(0.5, ...results.flatMap((r) => r.token_rewards.map(Math.abs)));
+    for (const result of results) {
+      const item = make("li");
+      const probability = result.probability === undefined ? "" : `, right with probability ${result.probability.toFixed(2)}`;
+      item.append(make("strong", "", `reward ${signed(result.reward)}${probability}`), make("span", "", ` (candidate ${result.index + 1})`));
+      item.append(heatmap(result, limit));
+      ranking.append(item);
+    }
+    status.textContent = `${results.length} ranked, ${body.usage.total_tokens} tokens.`;
+  } catch (error) {
+    status.textContent = `The server did not answer: ${error.message}`;
+  }
+});

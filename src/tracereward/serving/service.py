@@ -1,0 +1,176 @@
+"""What the endpoints share: settings, the engine, rendering, limits and counters."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from scipy.special import expit
+
+from tracereward.demonstrations import render
+from tracereward.errors import InputError
+from tracereward.reward_model import TokenRewardModel
+from tracereward.scores import TokenScores
+from tracereward.serving.engine import Engine
+from tracereward.serving.schemas import ErrorResponse, Message, Usage
+
+T = TypeVar("T")
+log = logging.getLogger("tracereward.serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the server behaves.
+
+    Attributes:
+        name: of the model, in answers.
+        api_key: needed by every endpoint but the page and the health checks; None for none.
+        upstream: base URL of an OpenAI-compatible server, e.g. ``http://127.0.0.1:8000/v1``; None for no proxy.
+        upstream_key: sent to it.
+        upstream_seconds: that it may take.
+        samples: that are asked of it where a request does not say.
+        max_bytes: of a request's body.
+        body_seconds: in which it must have come.
+        max_candidates: traces of a request, and samples of a proxied one.
+        max_tokens: of all traces of a request together, prompts included.
+        max_queue: tokens that may wait.
+        max_wait: seconds that a trace may wait for others to be scored with.
+        log_prompts: write prompts to the log.
+    """
+
+    name: str
+    api_key: str | None = None
+    upstream: str | None = None
+    upstream_key: str | None = None
+    upstream_seconds: float = 300.0
+    samples: int = 8
+    max_bytes: int = 4 * 2**20
+    body_seconds: float = 30.0
+    max_candidates: int = 64
+    max_tokens: int = 65_536
+    max_queue: int = 1_000_000
+    max_wait: float = 0.005
+    log_prompts: bool = False
+
+
+class Refused(Exception):
+    """A request that is understood and not served."""
+
+    def __init__(self, status: int, message: str, code: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.message, self.code, self.headers = status, message, code, headers
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": text}
+    for status, text in {
+        400: "The request cannot be scored.",
+        401: "No key, or a wrong one.",
+        404: "Another model, or no upstream.",
+        408: "The body came too slowly.",
+        413: "More bytes, candidates or tokens than the limits.",
+        422: "Fields that are missing or of a wrong type.",
+        429: "The queue is full; see Retry-After.",
+        500: "A trace could not be scored.",
+    }.items()
+}
+
+
+class Service:
+    """A reward model, its engine and its counters."""
+
+    def __init__(self, model: TokenRewardModel, settings: Settings):
+        self.model = model
+        self.settings = settings
+        self.engine = Engine(model, settings.max_wait, settings.max_queue)
+        self.ready = False
+        self.registry = CollectorRegistry()
+        named = {"namespace": "tracereward", "registry": self.registry}
+        self.requests = Counter("requests", "Answers, by path and status.", ["path", "status"], **named)
+        self.seconds = Histogram("request_seconds", "Time to the answer.", ["path"], **named)
+        self.traces = Counter("traces", "Traces scored.", **named)
+        self.tokens = Counter("tokens", "Tokens read, prompts included.", **named)
+        self.batches = Histogram("batch_traces", "Traces of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **named)
+        queued = Gauge("queued_tokens", "Tokens that wait.", **named)
+        queued.set_function(lambda: self.engine.queued_tokens)
+
+    def seen(self, path: str, status: int, seconds: float) -> None:
+        """Count an answer."""
+        self.requests.labels(path, status).inc()
+        self.seconds.labels(path).observe(seconds)
+
+    async def start(self) -> None:
+        """Start the engine and score one trace: a model that cannot must not become ready."""
+        await self.engine.start()
+        await self.engine.score(["1 + 1 = ?\n"], ["2"], [True])
+        self.ready = True
+
+    def render(self, prompt: str | list[Message]) -> str:
+        """A prompt as the reward model reads it; `InputError` where it cannot."""
+        given: Any = prompt if isinstance(prompt, str) else [message.model_dump() for message in prompt]
+        template = self.model.settings.template
+        if template == "plain" and not isinstance(given, str):
+            users = [message["content"] for message in given if message["role"] == "user"]
+            if len(users) != 1 or any(message["role"] not in ("user", "system") for message in given):
+                raise InputError("the reward model was trained on plain prompts: give a text, or one user message")
+            given = users[0]
+        row = {"prompt": given, "completion": None, "source": "prompt"}
+        return render([row], self.model.tokenizer, template)[0]["prompt"]
+
+    def check(self, model: str | None, candidates: int) -> None:
+        """Refuse another model's name, and too many candidates."""
+        if model not in (None, self.settings.name):
+            raise Refused(404, f"the model {model!r} is not served here; {self.settings.name!r} is", "model_not_found")
+        if candidates > self.settings.max_candidates:
+            limit = f"{candidates} candidates; the limit is {self.settings.max_candidates} (--max-candidates)"
+            raise Refused(413, limit, "too_many_candidates")
+
+    async def score(self, prompt: str, texts: list[str], finished: bool = True) -> tuple[list[TokenScores], Usage]:
+        """Scores of traces of one rendered prompt."""
+        if self.settings.log_prompts:
+            log.info("prompt %r", prompt)
+        prompts, ended = [prompt] * len(texts), [finished] * len(texts)
+        scores, read, written = await self.engine.score(prompts, texts, ended, self.settings.max_tokens)
+        return scores, self.count(len(texts), read, written)
+
+    def count(self, traces: int, read: int, written: int) -> Usage:
+        """Count what was scored."""
+        self.traces.inc(traces)
+        self.tokens.inc(read + written)
+        return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
+
+    def reward(self, scores: TokenScores) -> float:
+        """The trace reward."""
+        return scores.aggregate(self.model.settings.aggregate)
+
+    def probability(self, reward: float) -> float | None:
+        """That the trace is right, of a calibrated model."""
+        calibration = self.model.settings.calibration
+        return None if calibration is None else calibration.probability(reward)
+
+    def relevance(self, reward: float) -> float:
+        """In [0, 1]: the calibrated probability, else the sigmoid of the reward."""
+        probability = self.probability(reward)
+        return float(expit(reward)) if probability is None else probability
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do `work`; stop it when the client leaves before it is done, so that nothing is scored for nobody."""
+    task = asyncio.ensure_future(work)
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    watch = asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Refused(499, "the client has left", "client_closed_request")
+        return task.result()
+    finally:
+        for one in (task, watch):
+            one.cancel()
