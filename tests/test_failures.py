@@ -95,7 +95,7 @@ def test_without_answers_the_altered_copies_tell(seed):
 HEALTHY_RUNS = {
     "flat": {},
     "reward and answers rise": {"reward": move(0, 1, 0, 200), "correct": move(0.3, 0.7, 0, 200)},
-    "answers fall with the reward": {"reward": move(1, 0, 0, 200), "correct": move(0.7, 0.3, 0, 200)},
+    "answers fall with the reward": {"reward": move(1, 0, 0, 200), "correct": move(0.7, 0.45, 0, 200)},
     "convergence": {
         "reward": move(0, 1, 0, 200),
         "correct": move(0.3, 0.85, 0, 200),
@@ -194,6 +194,14 @@ def test_with_answers_the_altered_copies_are_not_asked():
     [(1.0, 0.39, True), (1.0, 0.41, False), (0.0, 0.39, False), (-1.0, 0.39, False), (1.0, 0.61, False)],
 )
 def test_answers_that_fall_while_the_reward_rises(reward, correct, alarm):
+    assert (decoupling(two_levels(BASE, BASE | {REWARD: reward, CORRECT: correct})) is not None) == alarm
+
+
+@pytest.mark.parametrize(
+    ("reward", "correct", "alarm"), [(0.0, 0.24, True), (-1.0, 0.24, True), (0.0, 0.26, False), (-1.0, 0.26, False)]
+)
+def test_answers_that_fall_to_half_whatever_the_reward(reward, correct, alarm):
+    """From one half: a run whose policy ended its traces early went so from .65 to .04, the reward from .73 to .68."""
     assert (decoupling(two_levels(BASE, BASE | {REWARD: reward, CORRECT: correct})) is not None) == alarm
 
 

@@ -40,6 +40,7 @@ DIVERSITY_FACTOR = 0.5  # groups that were not diverse at the start fail when ha
 AUROC_FALL = 0.05  # less makes no difference to what is learned
 EXCESS_LOST = 0.5  # share of what the AUROC had above 0.5, which is chance
 CORRECT_FALL = 0.1  # ten of a hundred answers: in healthy runs, windows of 20 batches differ by nearly as much
+CORRECT_LOST = 0.5  # of the right answers: no reward that is worth training on does that
 NOISE_FACTOR = 4.0  # in variance: the token rewards swing twice as far
 NOISE_FLOOR = 0.01  # a standard deviation of 0.1 log-odds: under it there is nothing that could steer a policy
 
@@ -109,8 +110,9 @@ def decoupling(history: Sequence[Row], window: int = WINDOW) -> Failure | None:
     or
 
         correct_r < correct_e - 0.1, and lower significantly (`ALARM_LEVEL`),
-        reward_r above reward_e significantly (`RISE_LEVEL`).
+        reward_r above reward_e significantly (`RISE_LEVEL`), or correct_r < 0.5 correct_e, whatever the reward did.
 
+    A policy that ends its traces too early may lose nearly all right answers while the reward falls a little.
     `auroc` is that within the prompt. As a policy nears its experts the AUROC falls to chance, as it should, but then
     correctness has risen. If correctness is not known, `auroc` is that of experts against their altered copies, and
     there is no second part.
@@ -128,10 +130,11 @@ def decoupling(history: Sequence[Row], window: int = WINDOW) -> Failure | None:
             )
             return Failure("decoupling", int(steps[-1]), reason)
     for earlier, recent in _fallen(correct, window, lambda e: e - CORRECT_FALL):
-        if _rose(reward, earlier, recent, RISE_LEVEL):
+        rose = _rose(reward, earlier, recent, RISE_LEVEL)
+        if rose or _mean(correct, recent) < CORRECT_LOST * _mean(correct, earlier):
             reason = (
-                f"correct answers fell from {_change(correct, earlier, recent, steps)}, while the reward rose from "
-                f"{_change(reward, earlier, recent)}"
+                f"correct answers fell from {_change(correct, earlier, recent, steps)}, while the reward "
+                f"{'rose' if rose else 'went'} from {_change(reward, earlier, recent)}"
             )
             return Failure("decoupling", int(steps[-1]), reason)
     return None
