@@ -26,7 +26,7 @@ from tracereward.sampling import sample
 from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.tasks import Task, get_task
 
-CHUNK = 512  # rows scored together: enough to sort by length, few enough to stream
+CHUNK = 256  # rows scored together: enough to sort by length, few enough to see that it goes on
 
 
 @contextmanager

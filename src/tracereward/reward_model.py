@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from tracereward import __version__
 from tracereward.alignment import join_steps, step_ends, token_offsets
-from tracereward.batching import Batch, completion_log_probs, pack, scoring_budget, token_budget_batches
+from tracereward.batching import Batch, completion_log_probs, pack, scoring_budget
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError
 from tracereward.files import atomic_folder, atomic_write_json
@@ -40,12 +40,7 @@ from tracereward.rerank import Candidate, choose
 from tracereward.reward_settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, model_card, read_settings
 from tracereward.scores import TokenScores
 from tracereward.shaping import token_rewards
-from tracereward.shared_prompts import (
-    can_share_prompts,
-    prompt_groups,
-    shared_log_probs,
-    shared_prompt_forward,
-)
+from tracereward.shared_prompts import grouped_batches, shared_log_probs, shared_prompt_forward
 from tracereward.tasks import get_task
 
 
@@ -192,14 +187,11 @@ class TokenRewardModel(nn.Module):
         was_training = self.training
         self.eval()
         rewards: list[Tensor] = [torch.empty(0)] * len(completions)
-        shares = reference is None and policy is None and can_share_prompts(self.backbone)
-        groups = prompt_groups(prompts, completions, token_budget, shares)
-        lengths = [len(prompts[group[0]]) + max(len(completions[i]) for i in group) for group in groups]
-        for chosen in token_budget_batches(lengths, token_budget, list(map(len, groups))):
-            indices = [i for group in chosen for i in groups[group]]
+        shares = reference is None and policy is None
+        for indices, sizes in grouped_batches(self.backbone, prompts, completions, token_budget, shares):
             batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
-            if len(chosen) < len(indices):
-                values = self._values_of_shared(batch, [len(groups[group]) for group in chosen])
+            if len(sizes) < len(indices):
+                values = self._values_of_shared(batch, sizes)
             else:
                 values = self(batch)
             if reference is not None:

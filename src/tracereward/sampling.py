@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracereward.batching import completion_log_probs, pack, scoring_budget, token_budget_batches
+from tracereward.batching import completion_log_probs, pack, scoring_budget
 from tracereward.demonstrations import encode_prompt
 from tracereward.models import pad_id
+from tracereward.shared_prompts import grouped_batches, shared_log_probs, shared_prompt_forward
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,13 @@ def mean_log_probs(
     """Mean log-prob of each completion's tokens under `model`, in nats."""
     model.eval()
     means = [0.0] * len(completions)
-    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-    for rows in token_budget_batches(lengths, token_budget or scoring_budget(model.device)):
+    token_budget = token_budget or scoring_budget(model.device)
+    for rows, sizes in grouped_batches(model, prompts, completions, token_budget, share=True):
         batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
-        log_probs, _ = completion_log_probs(model, batch)
+        if len(sizes) < len(rows):
+            log_probs = shared_log_probs(shared_prompt_forward(model, batch, sizes), batch)
+        else:
+            log_probs, _ = completion_log_probs(model, batch)
         sums = (log_probs * batch.completion_mask).sum(1) / batch.completion_mask.sum(1)
         for index, value in zip(rows, sums.tolist(), strict=True):
             means[index] = value

@@ -1,13 +1,13 @@
 """Candidates of one question: their prompt is read once, and each completion goes on from its keys and values."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tracereward.batching import Batch, token_log_probs
+from tracereward.batching import Batch, token_budget_batches, token_log_probs
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,23 @@ def prompt_groups(
             group.append(index)
         groups.append(group)
     return groups
+
+
+def grouped_batches(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    budget: int,
+    share: bool,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Batches of at most `budget` padded tokens, longest first: indices of rows, and how many in a row share a prompt.
+
+    Where no prompt is shared, or `model` cannot share one, each row is alone.
+    """
+    groups = prompt_groups(prompts, completions, budget, share and can_share_prompts(model))
+    lengths = [len(prompts[group[0]]) + max(len(completions[i]) for i in group) for group in groups]
+    for chosen in token_budget_batches(lengths, budget, list(map(len, groups))):
+        yield [i for place in chosen for i in groups[place]], [len(groups[place]) for place in chosen]
 
 
 def shared_prompt_forward(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> SharedOutputs:

@@ -38,7 +38,7 @@ from tracereward.rerank import (
 from tracereward.reward_model import TokenRewardModel
 from tracereward.sampling import mean_log_probs
 
-CHUNK = 1024  # candidates scored together, sorted by length
+CHUNK = 256  # candidates scored together: enough to sort by length, few enough to see that it goes on
 
 
 def score_pool(
