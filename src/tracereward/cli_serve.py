@@ -1,6 +1,9 @@
 """The command `tracereward serve`. Imports are inside it."""
 
+import logging
 import os
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -56,13 +59,15 @@ def serve(
         import uvicorn
 
         from tracereward.serving.app import create_app
-        from tracereward.serving.service import Settings
+        from tracereward.serving.service import Settings, log
     except ImportError as error:
         raise InputError(f"serve needs more packages ({error.name}): pip install 'tracereward[serve]'") from error
     from tracereward.pool import best_device
     from tracereward.reward_model import TokenRewardModel
     from tracereward.reward_settings import check_reward_model
 
+    # uvicorn raises it again when it has shut down; before that, a container's first process would ignore it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     check_reward_model(model)
     if upstream is not None and not upstream.startswith(("http://", "https://")):
         raise InputError(f"--upstream {upstream}: give the whole address, e.g. http://127.0.0.1:8000/v1")
@@ -85,4 +90,6 @@ def serve(
     if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         say(f"warning: anyone who reaches {host} can use this server: set ${API_KEY} or --api-key-file")
     app = create_app(TokenRewardModel.from_pretrained(model).to(best_device()), settings)
+    logging.basicConfig(format="%(levelname)s:     %(message)s")
+    log.setLevel(logging.INFO)
     uvicorn.run(app, host=host, port=port, server_header=False, timeout_graceful_shutdown=60)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from scipy.special import expit
 from starlette.exceptions import HTTPException
@@ -90,12 +90,16 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         results = []
         for index, one in enumerate(scores):
             reward = service.reward(one)
+            try:
+                steps = one.span_rewards(spans) if spans else one.step_rewards()
+            except ValueError as e:  # the tokenizer has no token for a step's text
+                raise InputError(f"steps: {e}") from e
             result = Score(
                 index=index,
                 reward=reward,
                 probability=service.probability(reward),
                 aggregates={how: one.aggregate(how) for how in AGGREGATES},
-                step_rewards=one.span_rewards(spans) if spans else one.step_rewards(),
+                step_rewards=steps,
             )
             if body.tokens:
                 result.tokens, result.offsets, result.token_rewards = one.tokens, one.offsets, one.rewards
@@ -164,7 +168,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
 def _add_operations(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses={401: ERRORS[401]})
     async def models() -> dict[str, Any]:
         """The model that is served."""
         card = {"id": service.settings.name, "object": "model", "created": started, "owned_by": "tracereward"}
@@ -182,12 +186,9 @@ def _add_operations(app: FastAPI, service: Service) -> None:
             response.status_code = 503
         return {"status": "ready" if service.ready else "not ready"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
     async def metrics() -> Response:
         """Counters for Prometheus."""
-        sizes, service.engine.batch_sizes = service.engine.batch_sizes, []
-        for size in sizes:
-            service.batches.observe(size)
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     page = files("tracereward.serving") / "page"
@@ -210,7 +211,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refused)
     async def refused(_: Request, e: Refused) -> JSONResponse:
-        return answer(e.status, e.message, "invalid_request_error", e.code, headers=e.headers)
+        return answer(e.status, e.message, "invalid_request_error", e.code, param=e.param)
 
     @app.exception_handler(InputError)
     async def unusable(_: Request, e: InputError) -> JSONResponse:
@@ -236,8 +237,11 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, e: RequestValidationError) -> JSONResponse:
         first = e.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        return answer(422, f"{where}: {first['msg']}" if where else first["msg"], "invalid_request_error", param=where)
+        # Without the names that the validator gives the members of a union, such as "constrained-str".
+        parts = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+        where = ".".join(parts[1:])  # the first is "body"
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        return answer(422, message, "invalid_request_error", param=where or None)
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, e: HTTPException) -> JSONResponse:

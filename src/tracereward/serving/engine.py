@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -57,16 +57,23 @@ class Engine:
         model: the reward model, on its device.
         max_wait: seconds.
         max_queue: tokens that may wait; more is `Busy`.
+        on_batch: told how many traces each turn had.
     """
 
-    def __init__(self, model: TokenRewardModel, max_wait: float = 0.005, max_queue: int = 1_000_000):
+    def __init__(
+        self,
+        model: TokenRewardModel,
+        max_wait: float = 0.005,
+        max_queue: int = 1_000_000,
+        on_batch: Callable[[int], object] = lambda traces: None,
+    ):
         self.model = model
         self.max_wait = max_wait
         self.max_queue = max_queue
+        self.on_batch = on_batch
         self.budget = scoring_budget(model.device)
         self.waiting: deque[_Job] = deque()
         self.queued_tokens = 0
-        self.batch_sizes: list[int] = []  # traces of each turn since a reader last took them
         self._arrived = asyncio.Event()
         self._forward = ThreadPoolExecutor(1, "forward")
         self._texts = ThreadPoolExecutor(1, "texts")  # tokenising beside the forward pass
@@ -84,8 +91,7 @@ class Engine:
         self._arrived.set()
         if self._task is not None:
             await self._task
-        self._forward.shutdown()
-        self._texts.shutdown()
+        self._forward.shutdown()  # not _texts: callers whose traces were just scored still need it
 
     async def score(
         self,
@@ -146,9 +152,12 @@ class Engine:
         self._arrived.set()
         try:
             return list(await asyncio.gather(*(job.future for job in jobs)))
-        finally:  # an error of one trace, or a caller who left: nobody waits for the others
+        except BaseException:  # an error of one trace, or a caller who left: nobody waits for the others
             for job in jobs:
                 job.future.cancel()
+            self.waiting = deque(job for job in self.waiting if not job.future.done())
+            self.queued_tokens = sum(job.tokens for job in self.waiting)
+            raise
 
     @property
     def retry_after(self) -> int:
@@ -158,10 +167,12 @@ class Engine:
     def _encode(
         self, prompts: Sequence[str], completions: Sequence[str], finished: Sequence[bool]
     ) -> list[tuple[list[int], list[int]]]:
-        return [
-            self.model.check_length(f"completion {index}", *texts)
-            for index, texts in enumerate(zip(prompts, completions, finished, strict=True))
-        ]
+        ids = []
+        for index, texts in enumerate(zip(prompts, completions, finished, strict=True)):
+            ids.append(self.model.check_length(f"completion {index}", *texts))
+            if not ids[-1][0]:
+                raise InputError(f"prompt {index}: it has no token")
+        return ids
 
     def _cut(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         ids = []
@@ -189,7 +200,7 @@ class Engine:
             results = await loop.run_in_executor(self._forward, self._score, jobs)
             speed = sum(job.tokens for job in jobs) / max(1e-9, time.perf_counter() - start)
             self._rate = 0.7 * self._rate + 0.3 * speed if self._rate else speed
-            self.batch_sizes.append(len(jobs))
+            self.on_batch(len(jobs))
             for job, result in zip(jobs, results, strict=True):
                 if job.future.done():
                     continue

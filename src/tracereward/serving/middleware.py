@@ -22,6 +22,12 @@ STRICT = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'"
 )
 
+DOCS_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' "
+    "https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com; connect-src 'self'; base-uri 'none'"
+)
+"""FastAPI's documentation page loads its scripts from elsewhere."""
+
 
 def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's shape."""
@@ -56,11 +62,14 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
+        begun = False
+
         async def answer(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 extra = dict(HEADERS)
-                if scope["path"] not in DOCS:  # FastAPI's documentation page loads its scripts from elsewhere
-                    extra["content-security-policy"] = STRICT
+                extra["content-security-policy"] = DOCS_POLICY if scope["path"] in DOCS else STRICT
                 present = {name for name, _ in message["headers"]}
                 fresh = [(n.encode(), v.encode()) for n, v in extra.items() if n.encode() not in present]
                 message = {**message, "headers": [*message["headers"], *fresh]}
@@ -81,7 +90,12 @@ class Guard:
                 return {"type": "http.request", "body": body, "more_body": False}
             return await receive()  # what comes now is that the client has left
 
-        await self.app(scope, replay, answer)
+        try:
+            await self.app(scope, replay, answer)
+        except Exception:
+            if not begun:
+                await _respond(answer, _Refused(500, error("the server failed; its log says why", "server_error")))
+            raise  # to be logged
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -96,12 +110,14 @@ class Guard:
     async def _body(self, receive: Receive) -> bytes:
         """The whole body: it is limited, so that it may be held before the application sees it."""
         parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(self.body_seconds):
                 while True:
                     message = await receive()
                     parts.append(message.get("body", b""))
-                    if sum(map(len, parts)) > self.max_bytes:
+                    size += len(parts[-1])
+                    if size > self.max_bytes:
                         raise self._too_large()
                     if not message.get("more_body", False):  # nor when the client has left
                         return b"".join(parts)
@@ -148,7 +164,7 @@ class Counted:
 async def _respond(send: Send, refused: _Refused) -> None:
     body = json.dumps(refused.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))  # what is left of the body is not read
+    headers.append((b"connection", b"close"))  # what is left of a refused body is not read
     if refused.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})

@@ -6,12 +6,12 @@ The upstream is fixed when the server starts; nothing in a request is ever opene
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tracereward.rerank import Candidate, choose
 from tracereward.serving.middleware import error
@@ -19,6 +19,7 @@ from tracereward.serving.schemas import JsonObject, Message, Selection
 from tracereward.serving.service import ERRORS, Refused, Service, unless_gone
 from tracereward.tasks import get_task
 
+T = TypeVar("T", bound=BaseModel)
 DROPPED = ("n", "stream", "stream_options", "best_of", "tracereward")
 """Fields of a request that are the proxy's business, not the upstream's."""
 REFUSED = {"tools": "tool calls", "functions": "function calls", "echo": "an echo of the prompt"}
@@ -100,35 +101,33 @@ class Proxy:
         picked = [{**choices[kept[place]], "index": index} for index, place in enumerate(best)]
         result = {**whole, "choices": picked, "tracereward": told}
         if body.get("stream"):
-            options = body.get("stream_options") or {}
-            events = _events(result, path.startswith("chat"), bool(options.get("include_usage")))
+            options = body.get("stream_options")
+            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+            events = _events(result, path.startswith("chat"), with_usage)
             return StreamingResponse(events, media_type="text/event-stream")
         return JSONResponse(result)
 
     def _read(self, path: str, body: JsonObject) -> tuple[int, Selection, str]:
         """How many answers are wanted, how to choose them, and the reward model's prompt."""
+        if not _can_be_sent(body):
+            raise Refused(422, "the request has a number or a character that JSON cannot hold", "invalid_value")
         for name, what in REFUSED.items():
             if body.get(name):
-                raise Refused(422, f"{name}: {what} cannot be reranked", "unsupported")
+                raise Refused(422, f"{name}: {what} cannot be reranked", "unsupported", name)
         wanted = body.get("n")
         wanted = 1 if wanted is None else wanted
         if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-            raise Refused(422, f"n must be a whole number of at least 1, not {wanted!r}", "invalid_value")
-        try:
-            selection = Selection.model_validate(body.get("tracereward") or {})
-            if path == "completions":
-                prompt = body.get("prompt")
-                if not isinstance(prompt, str) or not prompt:
-                    raise Refused(422, "prompt must be one text", "invalid_value")
-                return wanted, selection, self.service.render(prompt)
-            given = body.get("messages")
-            if not isinstance(given, list) or not given:
-                raise Refused(422, "messages must be a list of at least one", "invalid_value")
-            return wanted, selection, self.service.render([_message(one) for one in given])
-        except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise Refused(422, f"{where}: {first['msg']}", "invalid_value") from e
+            raise Refused(422, f"n must be a whole number of at least 1, not {wanted!r}", "invalid_value", "n")
+        selection = _parsed(Selection, body.get("tracereward") or {}, "tracereward")
+        if path == "completions":
+            prompt = body.get("prompt")
+            if not isinstance(prompt, str) or not prompt:
+                raise Refused(422, "prompt must be one text", "invalid_value", "prompt")
+            return wanted, selection, self.service.render(prompt)
+        given = body.get("messages")
+        if not isinstance(given, list) or not given:
+            raise Refused(422, "messages must be a list of at least one", "invalid_value", "messages")
+        return wanted, selection, self.service.render([_message(one, index) for index, one in enumerate(given)])
 
     async def _rewards(self, prompt: str, texts: list[str], ended: list[bool]) -> list[float]:
         service = self.service
@@ -176,7 +175,7 @@ class Proxy:
             if not (isinstance(body, dict) and isinstance(body.get("error"), dict)):
                 body = error(f"the upstream answered {response.status_code}", "upstream_error", "bad_upstream")
             raise UpstreamFailed(response.status_code if response.status_code >= 400 else 502, body, passed)
-        choices = body.get("choices") if isinstance(body, dict) else None
+        choices = body.get("choices") if isinstance(body, dict) and _can_be_sent(body) else None
         if isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
             assert isinstance(body, dict)
             return body
@@ -184,13 +183,32 @@ class Proxy:
         raise UpstreamFailed(502, error(text, "upstream_error", "bad_upstream"))
 
 
-def _message(given: Any) -> Message:
+def _can_be_sent(body: JsonObject) -> bool:
+    """Python's parser lets NaN, half a surrogate pair and deep nesting pass, which no answer or request can have."""
+    try:
+        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parsed(kind: type[T], given: Any, where: str) -> T:
+    """A part of a request; `Refused` names the field."""
+    try:
+        return kind.model_validate(given)
+    except ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(map(str, (where, *first["loc"])))
+        raise Refused(422, f"{field}: {first['msg']}", "invalid_value", field) from e
+
+
+def _message(given: Any, index: int) -> Message:
     """A message whose content is text, or OpenAI's list of text parts."""
     if isinstance(given, dict) and isinstance(given.get("content"), list):
         parts = [part.get("text") for part in given["content"] if isinstance(part, dict)]
         texts = [part for part in parts if isinstance(part, str)]
         given = {**given, "content": "".join(texts) if len(texts) == len(given["content"]) else None}
-    return Message.model_validate(given)
+    return _parsed(Message, given, f"messages.{index}")
 
 
 def _text(choice: JsonObject) -> str:

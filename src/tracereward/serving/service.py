@@ -59,9 +59,9 @@ class Settings:
 class Refused(Exception):
     """A request that is understood and not served."""
 
-    def __init__(self, status: int, message: str, code: str, headers: dict[str, str] | None = None):
+    def __init__(self, status: int, message: str, code: str, param: str | None = None):
         super().__init__(message)
-        self.status, self.message, self.code, self.headers = status, message, code, headers
+        self.status, self.message, self.code, self.param = status, message, code, param
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -85,7 +85,6 @@ class Service:
     def __init__(self, model: TokenRewardModel, settings: Settings):
         self.model = model
         self.settings = settings
-        self.engine = Engine(model, settings.max_wait, settings.max_queue)
         self.ready = False
         self.registry = CollectorRegistry()
         named = {"namespace": "tracereward", "registry": self.registry}
@@ -94,6 +93,7 @@ class Service:
         self.traces = Counter("traces", "Traces scored.", **named)
         self.tokens = Counter("tokens", "Tokens read, prompts included.", **named)
         self.batches = Histogram("batch_traces", "Traces of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **named)
+        self.engine = Engine(model, settings.max_wait, settings.max_queue, self.batches.observe)
         queued = Gauge("queued_tokens", "Tokens that wait.", **named)
         queued.set_function(lambda: self.engine.queued_tokens)
 

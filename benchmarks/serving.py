@@ -1,0 +1,151 @@
+"""What a server makes of many clients: `tracereward serve` in a process of its own against offline calls, in one run.
+
+    python benchmarks/serving.py [REWARD_MODEL] [--requests 512] [--clients 1 8 64] [--data FILE --task gsm8k]
+
+Each request has one trace, from the rows of `--data` or of the arithmetic world; without a folder the reward model is a
+new tiny one, which measures what is not the forward pass. `--requests` requests are sent by each number of clients in
+turn, each client one at a time over a connection of its own; a first round warms up. "sequential" scores the same
+traces one by one with `model.score` in this process, "offline" all at once. Every answer must be the offline score, or
+the run fails. Prints requests a second, the median and the 99th percentile of their time, the mean number of traces of
+a batch, and the memory of the server before and after.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import re
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import torch
+
+from tracereward.demonstrations import load_demonstrations
+from tracereward.pool import best_device
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
+from tracereward.tasks import get_task
+from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
+
+ATOL = 1e-3  # a batch of another shape sums in another order
+
+
+def save_tiny(folder: Path) -> str:
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, seed=0).save_pretrained(folder / "backbone")
+    settings = RewardSettings(task="arithmetic")
+    TokenRewardModel.from_backbone(str(folder / "backbone"), settings, tokenizer).save_pretrained(folder / "rm")
+    return str(folder / "rm")
+
+
+def start(model: str, log: Path) -> tuple[subprocess.Popen, str]:
+    with log.open("wb") as file:
+        words = [sys.executable, "-m", "tracereward", "serve", model, "--port", "0"]
+        process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+    while process.poll() is None:
+        found = re.search(r"Uvicorn running on (\S+)", log.read_text(errors="replace"))
+        if found:
+            return process, found[1]
+        time.sleep(0.1)
+    raise SystemExit(log.read_text(errors="replace"))
+
+
+def memory(process: subprocess.Popen) -> float:
+    """MiB that the server holds."""
+    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def batches(url: str) -> tuple[float, float]:
+    """Traces and turns so far."""
+    text = httpx.get(f"{url}/metrics", trust_env=False).text
+    found = [re.search(rf"tracereward_batch_traces_{name} (\S+)", text) for name in ("sum", "count")]
+    traces, turns = (float(match[1]) for match in found if match)
+    return traces, turns
+
+
+async def load(url: str, rows: list[tuple[str, str]], clients: int) -> tuple[float, list[float], list[list[float]]]:
+    """Seconds of all, of each request, and the token rewards."""
+    left = iter(range(len(rows)))
+    times, rewards = [0.0] * len(rows), [[]] * len(rows)
+
+    async def client(http: httpx.AsyncClient) -> None:
+        for index in left:  # shared: each takes the next
+            body = {"prompt": rows[index][0], "completion": rows[index][1]}
+            began = time.perf_counter()
+            response = await http.post("/v1/score", json=body)
+            times[index] = time.perf_counter() - began
+            rewards[index] = response.raise_for_status().json()["results"][0]["token_rewards"]
+
+    # One pool of many connections would be slower than the server; the context of each pool takes long to make.
+    context = ssl.create_default_context()
+    async with contextlib.AsyncExitStack() as stack:
+        pools = [httpx.AsyncClient(base_url=url, timeout=300, verify=context, trust_env=False) for _ in range(clients)]
+        for pool in pools:
+            await stack.enter_async_context(pool)
+        began = time.perf_counter()
+        await asyncio.gather(*map(client, pools))
+        return time.perf_counter() - began, times, rewards
+
+
+def line(name: str, seconds: float, times: list[float], more: str = "") -> None:
+    ordered = sorted(times)
+    p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
+    rate, median = len(times) / seconds, statistics.median(times)
+    print(f"{name:12} {rate:8.1f} requests/s   p50 {1e3 * median:7.1f} ms   p99 {1e3 * p99:7.1f} ms{more}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--requests", type=int, default=512)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--data")
+    parser.add_argument("--task", default="generic")
+    args = parser.parse_args()
+    if args.data:
+        found = load_demonstrations(args.data, get_task(args.task), limit=args.requests)
+    else:
+        found = generate("misconception", args.requests, seed=0, unique=False)
+    rows = [(row["prompt"], row["completion"]) for row in found]
+    prompts, texts = zip(*rows)
+    with tempfile.TemporaryDirectory() as folder:
+        name = args.model or save_tiny(Path(folder))
+        process, url = start(name, Path(folder) / "log")
+        try:
+            model = TokenRewardModel.from_pretrained(name).to(best_device())
+            began = time.perf_counter()
+            expected = [torch.tensor(scores.rewards) for scores in model.score(prompts, texts)]
+            offline = time.perf_counter() - began
+            single = []
+            began = time.perf_counter()
+            for prompt, text in rows:
+                at = time.perf_counter()
+                model.score([prompt], [text])
+                single.append(time.perf_counter() - at)
+            line("sequential", time.perf_counter() - began, single)
+            print(f"{'offline':12} {len(rows) / offline:8.1f} traces/s")
+            asyncio.run(load(url, rows, 8))
+            before = memory(process)
+            for clients in args.clients:
+                traces, turns = batches(url)
+                seconds, times, rewards = asyncio.run(load(url, rows, clients))
+                after_traces, after_turns = batches(url)
+                mean = (after_traces - traces) / (after_turns - turns)
+                line(f"{clients} clients", seconds, times, f"   {mean:5.1f} traces a batch")
+                for got, wanted in zip(rewards, expected, strict=True):
+                    torch.testing.assert_close(torch.tensor(got), wanted, atol=ATOL, rtol=0)
+            print(f"every answer is the offline score; server memory {before:.0f} MiB, then {memory(process):.0f} MiB")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()

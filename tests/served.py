@@ -1,0 +1,97 @@
+"""Reward models behind HTTP for the tests: a small one, servers as real processes, and what offline scoring says."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tracereward.reward_model import TokenRewardModel
+from tracereward.reward_settings import RewardSettings
+from tracereward.tasks.arithmetic import build_model, generate
+
+SECONDS = 120  # longest wait for anything: a deadline for a hung test, not a time that is ever waited for
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("TRACEREWARD_")} | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "NO_PROXY": "127.0.0.1",
+}
+
+
+def save_reward_model(folder: Path, tokenizer: Any, **settings: Any) -> Path:
+    """An untrained reward model whose every weight counts: rewards of other traces differ clearly."""
+    backbone = folder.with_name(folder.name + "-backbone")
+    build_model(tokenizer, seed=0).save_pretrained(backbone)
+    given = RewardSettings(**{"head": "action", "beta_clip": 100.0, "task": "arithmetic", **settings})
+    model = TokenRewardModel.from_backbone(str(backbone), given, tokenizer, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.head.b += 5.5  # rewards on both sides of 0
+    model.save_pretrained(folder)
+    return folder
+
+
+def traces(count: int) -> list[tuple[str, str]]:
+    """Prompts and traces of one to several lines."""
+    return [(row["prompt"], row["completion"]) for row in generate("misconception", count, seed=5, mistake_rate=0.5)]
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    """The first true value of `condition`; an error that says what was waited for after the deadline."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
+        time.sleep(0.02)
+    return value
+
+
+class Process:
+    """A server in a process of its own; its output goes to a file."""
+
+    def __init__(self, log: Path, *argv: object):
+        self.log = log
+        with log.open("wb") as file:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", *map(str, argv)], stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT
+            )
+
+    def find(self, pattern: str) -> re.Match[str]:
+        """The first match in the output, which may still have to come."""
+
+        def found() -> re.Match[str] | None:
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            match = re.search(pattern, text)
+            assert match or self.popen.poll() is None, f"the process ended:\n{text[-4000:]}"
+            return match
+
+        return wait_for(found, f"{pattern!r} in {self.log}")
+
+    @property
+    def url(self) -> str:
+        """Where uvicorn listens, as soon as it does."""
+        return self.find(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")[1]
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal; the exit status."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        return self.popen.wait(SECONDS)
+
+
+@contextlib.contextmanager
+def serving(log: Path, model: Path, *argv: object) -> Iterator[Process]:
+    """``tracereward serve MODEL`` at a free port."""
+    process = Process(log, "tracereward", "serve", model, "--port", "0", *argv)
+    try:
+        yield process
+    finally:
+        process.end(signal.SIGKILL)

@@ -1,0 +1,444 @@
+"""Best-of-N over HTTP: OpenAI's client, `tracereward serve`, and a real server behind it that generates."""
+
+import contextlib
+import http.server
+import json
+import signal
+import socket
+import threading
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+import httpx
+from fastapi.testclient import TestClient
+
+from served import Process, save_reward_model, serving, traces, wait_for
+from tracereward.reward_model import TokenRewardModel
+from tracereward.serving.app import create_app
+from tracereward.serving.service import Settings
+from tracereward.tasks.arithmetic import build_model
+
+PROMPT = "1 + 2 = ?\n"
+RIGHT, WRONG, SHORT, OTHER = "1 + 2 = 3\n#### 3", "1 + 2 = 4\n#### 4", "#### 4", traces(1)[0][1]
+CHOICES = [WRONG, RIGHT, OTHER, SHORT]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    return save_reward_model(tmp_path_factory.mktemp("proxy") / "rm", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return TokenRewardModel.from_pretrained(str(folder))
+
+
+@pytest.fixture(scope="module")
+def reward(model):
+    """The offline reward of an answer to `PROMPT`, cut off or ended."""
+
+    def reward(text, finished=False):
+        return model.score([PROMPT], [text], [finished])[0].aggregate()
+
+    return reward
+
+
+# A real upstream
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory, tokenizer):
+    """``transformers serve`` with an untrained Llama: its process, its address, and the model's name there."""
+    folder = tmp_path_factory.mktemp("upstream")
+    policy = build_model(tokenizer, seed=0)
+    policy.generation_config.do_sample = True  # this server takes it from there
+    policy.generation_config.suppress_tokens = tokenizer.all_special_ids  # no sample is empty or ends early
+    policy.save_pretrained(folder / "policy")
+    tokenizer.save_pretrained(folder / "policy")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["transformers.cli.transformers", "serve", folder / "policy", "--port", port, "--device", "cpu"]
+    process = Process(folder / "log", *words)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers():
+        assert process.popen.poll() is None, (folder / "log").read_text()
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+
+    try:
+        yield process, f"{url}/v1", str(folder / "policy"), answers
+    finally:
+        process.end(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def client(generator, folder, tmp_path_factory):
+    """OpenAI's client of ``tracereward serve`` before the upstream."""
+    openai = pytest.importorskip("openai", reason="openai is not installed: the proxy is not tried with its client")
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with serving(log, folder, "--upstream", generator[1], "--samples", 3) as server:
+        client = openai.OpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0, http_client=httpx.Client(trust_env=False)
+        )
+        wait_for(generator[3], "transformers serve")
+        yield client
+
+
+@pytest.fixture
+def ask(client, generator):
+    def ask(selection=None, **options):
+        extra = {} if selection is None else {"tracereward": selection}
+        return client.completions.create(
+            **{"model": generator[2], "prompt": PROMPT, "max_tokens": 12, "seed": 3, "temperature": 1.0, **options},
+            extra_body=extra,
+        )
+
+    return ask
+
+
+def test_the_answer_is_the_sample_with_the_highest_reward(ask, reward):
+    """The scores of all samples are told; the texts' own are recomputed offline."""
+    answer = ask({"n": 5, "method": "reward"}, n=2)
+    told = answer.tracereward
+    assert told["samples"] == len(told["scores"]) == 5
+    rewards = [one["reward"] for one in told["scores"]]
+    assert rewards == sorted(rewards, reverse=True)
+    assert len({round(one, 3) for one in rewards}) > 1  # the samples differ
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    for choice, expected in zip(answer.choices, rewards):
+        assert reward(choice.text, choice.finish_reason != "length") == pytest.approx(expected, abs=1e-4)
+
+
+def test_usage_is_the_sum_of_all_samples(ask):
+    one = ask({"n": 1, "method": "reward"}).usage
+    many = ask({"n": 4, "method": "reward"}).usage
+    assert many.prompt_tokens == 4 * one.prompt_tokens > 0
+    assert (one.completion_tokens, many.completion_tokens) == (12, 48)
+    assert many.total_tokens == many.prompt_tokens + many.completion_tokens
+
+
+def test_the_number_of_samples_is_the_servers_where_a_request_does_not_say(ask):
+    assert ask().tracereward["samples"] == 3
+    assert ask(n=4).tracereward["samples"] == 4
+
+
+def test_a_stream_carries_the_chosen_text_and_ends(ask, reward, client, generator):
+    chunks = list(ask({"n": 3, "method": "reward"}, stream=True, stream_options={"include_usage": True}))
+    choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
+    scores = chunks[-1].tracereward["scores"]
+    finish = choices[-1].finish_reason
+    text = "".join(choice.text for choice in choices)
+    assert reward(text, finish != "length") == pytest.approx(max(one["reward"] for one in scores), abs=1e-4)
+    assert len(scores) == 3
+    [usage] = [chunk.usage for chunk in chunks if chunk.usage]
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens > 0
+    body = {"model": generator[2], "prompt": PROMPT, "max_tokens": 4, "stream": True}
+    raw = httpx.post(f"{client.base_url}completions", json=body, timeout=60, trust_env=False)
+    assert raw.headers["content-type"].startswith("text/event-stream")
+    assert raw.text.endswith("data: [DONE]\n\n")
+
+
+def test_invalid_fields_are_errors_that_openais_client_knows(ask):
+    openai = pytest.importorskip("openai")
+    for options, field in (
+        ({"selection": {"n": 0}}, "tracereward.n"),
+        ({"selection": {"method": "luck"}}, "tracereward.method"),
+        ({"selection": {"upstream": "http://127.0.0.1:9"}}, "tracereward.upstream"),
+        ({"n": 0}, "n"),
+        ({"prompt": ["1", "2"]}, "prompt"),
+        ({"echo": True}, "echo"),
+    ):
+        with pytest.raises(openai.UnprocessableEntityError) as error:
+            ask(**options)
+        assert error.value.body["param"] == field
+        assert error.value.body["type"] == "invalid_request_error"
+        assert field in error.value.message
+    with pytest.raises(openai.APIStatusError) as error:
+        ask({"n": 1000})
+    assert error.value.status_code == 413
+
+
+def test_an_upstream_that_is_killed_is_unreachable(ask, client, generator):
+    """The last test with it."""
+    openai = pytest.importorskip("openai")
+    assert ask().choices
+    assert generator[0].end(signal.SIGKILL) == -signal.SIGKILL
+    with pytest.raises(openai.InternalServerError) as error:
+        ask()
+    assert error.value.status_code == 502
+    assert error.value.body["code"] == "upstream_unreachable"
+    assert str(generator[1]) not in error.value.message
+    assert client.models.list().data[0].id == "rm"  # the server itself is well
+
+
+# Upstreams that a test writes
+
+
+class Upstream(http.server.ThreadingHTTPServer):
+    """Answers each request with what `reply(path, body)` gives: (status, body, headers), bytes as they are."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, reply):
+        self.reply, self.requests, self.headers = reply, [], []
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Upstream
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.requests.append((self.path, body))
+        self.server.headers.append(self.headers)
+        status, content, headers = self.server.reply(self.path, body)
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        with contextlib.suppress(OSError):  # a client that left
+            self.send_response(status)
+            for name, value in {"content-length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+    def log_message(self, format, *args):
+        pass
+
+
+@contextlib.contextmanager
+def behind(model, reply, **settings):
+    """A client of a proxy before an `Upstream`, and the upstream."""
+    upstream = Upstream(reply)
+    threading.Thread(target=upstream.serve_forever, daemon=True).start()
+    try:
+        app = create_app(model, Settings("rm", upstream=upstream.url, **settings))
+        with TestClient(app, raise_server_exceptions=False) as client:
+            yield client, upstream
+    finally:
+        upstream.shutdown()
+        upstream.server_close()
+
+
+def sampler(texts, finish="stop", knows_n=True):
+    """An upstream that answers with `texts` in turn, `n` of them if it knows the field."""
+    lock, given = threading.Lock(), [0]
+
+    def reply(path, body):
+        choices = []
+        with lock:
+            for index in range(body.get("n", 1) if knows_n else 1):
+                text = texts[given[0] % len(texts)]
+                given[0] += 1
+                said = {"message": {"role": "assistant", "content": text}} if "chat" in path else {"text": text}
+                choices.append({"index": index, **said, "finish_reason": finish, "logprobs": None})
+        count = {"prompt_tokens": 3, "completion_tokens": 2 * len(choices), "total_tokens": 3 + 2 * len(choices)}
+        usage = {**count, "details": {"cached": 1}}
+        kind = "chat.completion" if "chat" in path else "text_completion"
+        return 200, {"id": "x-1", "object": kind, "model": body.get("model"), "choices": choices, "usage": usage}, {}
+
+    return reply
+
+
+def completion(client, selection=None, **fields):
+    body = {"model": "policy", "prompt": PROMPT, **fields}
+    return client.post("/v1/completions", json=body if selection is None else {**body, "tracereward": selection})
+
+
+@pytest.mark.parametrize("knows_n", [True, False], ids=["n known", "n ignored"])
+def test_samples_are_asked_for_at_once_or_one_by_one(model, reward, knows_n):
+    """What is the proxy's own is not passed on; all else is, with seeds that differ."""
+    best = max(CHOICES, key=lambda text: reward(text, True))
+    with behind(model, sampler(CHOICES, knows_n=knows_n), upstream_key="its own") as (client, upstream):
+        options = {"seed": 7, "top_p": 0.5, "stop": ["x"], "n": 2, "best_of": 9, "stream": False}
+        response = completion(client, {"n": 4, "method": "reward", "temperature": 0.75}, **options)
+    answer = response.json()
+    requests = [body for _, body in upstream.requests]
+    assert {path for path, _ in upstream.requests} == {"/v1/completions"}
+    assert Counter(body["seed"] for body in requests) == Counter([7] if knows_n else [7, 8, 9, 10])
+    assert [body["n"] for body in requests] == ([4] if knows_n else [4, 1, 1, 1])
+    for body in requests:
+        passed = {"model": "policy", "prompt": PROMPT, "top_p": 0.5, "stop": ["x"], "temperature": 0.75}
+        assert body == {**passed, "n": body["n"], "seed": body["seed"]}
+    assert {headers["authorization"] for headers in upstream.headers} == {"Bearer its own"}
+    assert answer["choices"][0]["text"] == best
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
+    assert [one["reward"] for one in answer["tracereward"]["scores"]] == pytest.approx(
+        sorted((reward(text, True) for text in CHOICES), reverse=True), abs=1e-4
+    )
+    calls = len(requests)
+    assert answer["usage"] == {"prompt_tokens": 3 * calls, "completion_tokens": 8, "total_tokens": 3 * calls + 8}
+    assert (answer["id"], answer["object"], answer["model"]) == ("x-1", "text_completion", "policy")
+
+
+def test_the_clients_key_is_not_the_upstreams(model):
+    with behind(model, sampler(CHOICES), api_key="clients") as (client, upstream):
+        client.headers["authorization"] = "Bearer clients"
+        assert completion(client).status_code == 200
+    assert [headers["authorization"] for headers in upstream.headers] == [None]
+
+
+def test_votes_count_answers(model, reward):
+    """Two of three say 4: a majority chooses the better of these; `shortest` the shortest; texts without an answer
+    are chosen by reward."""
+    texts = [RIGHT, WRONG, SHORT]
+    with behind(model, sampler(texts)) as (client, _):
+        majority = completion(client, {"n": 3, "method": "majority"}).json()
+        shortest = completion(client, {"n": 3, "method": "shortest"}).json()
+        default = completion(client, {"n": 3}).json()
+    assert majority["choices"][0]["text"] in (WRONG, SHORT)
+    assert majority["tracereward"]["scores"][0]["answer"] == "4"
+    assert shortest["choices"][0]["text"] == SHORT
+    assert default["tracereward"]["method"] == "vote"
+    plain = ["1 + 2 = 3", "1 + 2 = 4"]
+    with behind(model, sampler(plain)) as (client, _):
+        answer = completion(client, {"n": 2}).json()
+    assert answer["tracereward"]["method"] == "reward"
+    assert answer["choices"][0]["text"] == max(plain, key=lambda text: reward(text, True))
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_a_sample_that_was_cut_off_has_no_end_to_be_scored(model, reward, finish):
+    with behind(model, sampler([RIGHT], finish)) as (client, _):
+        answer = completion(client, {"n": 1}).json()
+    expected = reward(RIGHT, finish == "stop")
+    assert answer["tracereward"]["scores"][0]["reward"] == pytest.approx(expected, abs=1e-4)
+    assert answer["choices"][0]["finish_reason"] == finish
+
+
+def test_empty_samples_are_left_out(model):
+    with behind(model, sampler(["", RIGHT, ""])) as (client, _):
+        answer = completion(client, {"n": 3}, n=3).json()
+        assert [choice["text"] for choice in answer["choices"]] == [RIGHT]
+        assert answer["tracereward"]["samples"] == 3
+    with behind(model, sampler([""])) as (client, _):
+        response = completion(client)
+    assert response.status_code == 502
+    assert "empty" in response.json()["error"]["message"]
+
+
+def test_chat(model, reward):
+    """Messages, also in parts; whole and as a stream."""
+    parts = [{"type": "text", "text": PROMPT}]
+    messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": parts}]
+    best = max(CHOICES, key=lambda text: reward(text, True))
+    body = {"model": "policy", "messages": messages, "tracereward": {"n": 4, "method": "reward"}}
+    with behind(model, sampler(CHOICES)) as (client, upstream):
+        answer = client.post("/v1/chat/completions", json=body).json()
+        stream = client.post("/v1/chat/completions", json={**body, "stream": True, "n": 2}).text
+        tools = client.post("/v1/chat/completions", json={**body, "tools": [{"type": "function"}]})
+        image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1:9"}}]}]
+        images = client.post("/v1/chat/completions", json={**body, "messages": image})
+        assistant = client.post("/v1/chat/completions", json={**body, "messages": [{"role": "user", "content": None}]})
+    assert [path for path, _ in upstream.requests] == ["/v1/chat/completions"] * 2
+    assert upstream.requests[0][1]["messages"] == messages
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": best}
+    *events, end = stream.removesuffix("\n\n").split("\n\n")
+    assert end == "data: [DONE]"
+    chunks = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    assert [(one["index"], one["delta"].get("content"), one["finish_reason"]) for one in choices[:2]] == [
+        (0, best, None),
+        (0, None, "stop"),
+    ]
+    assert {one["index"] for one in choices} == {0, 1}
+    for response, field in ((tools, "tools"), (images, "messages.0.content"), (assistant, "messages.0.content")):
+        assert response.status_code == 422
+        assert response.json()["error"]["param"] == field
+
+
+def test_an_upstreams_own_error_is_passed_on(model):
+    own = {"error": {"message": "slow down", "type": "rate_limit_error", "param": None, "code": "busy"}}
+    with behind(model, lambda path, body: (429, own, {"retry-after": "7", "set-cookie": "a=b"})) as (client, _):
+        response = completion(client)
+    assert (response.status_code, response.json()) == (429, own)
+    assert response.headers["retry-after"] == "7"
+    assert "set-cookie" not in response.headers
+
+
+BAD = {
+    "not json": (200, b"<html>", {}),
+    "not utf-8": (200, b'{"choices": "\xff"}', {}),
+    "no object": (200, [1], {}),
+    "no choices": (200, {"choices": []}, {}),
+    "choices of text": (200, {"choices": ["a"]}, {}),
+    "not a number": (200, b'{"choices": [{"text": "2", "logprobs": NaN}]}', {}),
+    "half a surrogate": (200, b'{"choices": [{"text": "\\ud800"}]}', {}),
+    "not gzip": (200, b"abc", {"content-encoding": "gzip"}),
+    "elsewhere": (302, b"", {"location": "http://127.0.0.1:9/"}),
+    "shorter than it says": (200, b"{}", {"content-length": "100", "connection": "close"}),
+}
+
+
+@pytest.mark.parametrize("reply", BAD.values(), ids=BAD)
+def test_an_upstreams_garbage_is_502(model, reply):
+    def answer(path, body):
+        return reply
+
+    with behind(model, answer) as (client, _):
+        response = completion(client)
+        assert response.status_code == 502, response.text
+        assert response.json()["error"]["code"] in ("bad_upstream", "upstream_unreachable")
+        assert client.get("/ready").status_code == 200
+
+
+def test_an_upstreams_bare_error_keeps_its_status(model):
+    with behind(model, lambda path, body: (503, b"<html>", {})) as (client, _):
+        response = completion(client)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "bad_upstream"
+
+
+def test_an_upstream_that_is_late_is_504(model):
+    never = threading.Event()
+
+    def reply(path, body):
+        never.wait(60)
+        return 200, {}, {}
+
+    with behind(model, reply, upstream_seconds=0.2) as (client, _):
+        try:
+            response = completion(client)
+        finally:
+            never.set()
+    assert response.status_code == 504
+    assert response.json()["error"]["code"] == "upstream_timeout"
+
+
+def test_an_upstream_that_dies_in_the_middle_of_n_is_an_error(model):
+    """The first answer comes, one of the others fails: no answer of fewer samples than were asked for."""
+    first = sampler([RIGHT], knows_n=False)
+
+    def reply(path, body):
+        return first(path, body) if body["n"] > 1 else (500, b"", {})
+
+    with behind(model, reply) as (client, _):
+        response = completion(client, {"n": 3})
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "bad_upstream"
+
+
+def test_what_cannot_be_sent_is_the_clients_error(model):
+    """Python's parser takes NaN and half a surrogate pair; the upstream never sees them."""
+    with behind(model, sampler([RIGHT])) as (client, upstream):
+        for body in (b'{"prompt": "1", "top_p": NaN}', b'{"prompt": "\\ud800"}', b'{"prompt": "1", "\\ud800": 1}'):
+            response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+            assert response.status_code == 422
+        odd = completion(client, stream=True, stream_options="yes")
+        assert odd.text.endswith("data: [DONE]\n\n")
+    assert len(upstream.requests) == 1
+
+
+def test_a_sample_that_the_reward_model_cannot_read_is_said(model):
+    with behind(model, sampler([" + 1" * 100])) as (client, _):
+        response = completion(client)
+    assert response.status_code == 400
+    assert "reads 128" in response.json()["error"]["message"]
