@@ -49,9 +49,10 @@ class _Job:
 class Engine:
     """Batches the traces of concurrent requests by token budget and scores them in one thread.
 
-    The first trace that arrives waits at most `max_wait` for others. A turn takes what waits, oldest first, up to a few
-    token budgets; `TokenRewardModel.token_rewards` sorts it by length and reads a shared prompt once. If a turn fails
-    (out of memory, or anything else), it is halved until the trace that fails is alone: its mates get their rewards.
+    While one turn is in the model, what arrives waits for the next; `max_wait` lets a trace wait for others also where
+    the model is idle. A turn takes what waits, oldest first, up to a few token budgets;
+    `TokenRewardModel.token_rewards` sorts it by length and reads a shared prompt once. If a turn fails (out of memory, or
+    anything else), it is halved until the trace that fails is alone: its mates get their rewards.
 
     Args:
         model: the reward model, on its device.
@@ -63,7 +64,7 @@ class Engine:
     def __init__(
         self,
         model: TokenRewardModel,
-        max_wait: float = 0.005,
+        max_wait: float = 0.0,
         max_queue: int = 1_000_000,
         on_batch: Callable[[int], object] = lambda traces: None,
     ):

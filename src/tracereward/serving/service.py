@@ -52,7 +52,7 @@ class Settings:
     max_candidates: int = 64
     max_tokens: int = 65_536
     max_queue: int = 1_000_000
-    max_wait: float = 0.005
+    max_wait: float = 0.0
     log_prompts: bool = False
 
 
