@@ -17,13 +17,14 @@ from tracereward.scores import TokenScores
 
 @pytest.fixture
 def small(monkeypatch):
-    """The misconception world with a few steps of each stage."""
-    world = quickstart.WORLDS["misconception"]
+    """The default world with a few steps of each stage."""
+    world = quickstart.WORLDS["exposure"]
     few = {"max_steps": 3, "warmup_steps": 0}
     smaller = dataclasses.replace(
         world,
         experts=12,
         unlabeled=24,
+        validation=20,
         test=20,
         corpus=200,
         pretraining={**world.pretraining, **few, "max_steps": 25},
@@ -31,7 +32,7 @@ def small(monkeypatch):
         grpo={**world.grpo, **few, "per_device_train_batch_size": 32, "save_steps": 3},
         adversarial={**world.adversarial, "discriminator_warmup_updates": 3, "warmup_rollouts": 4},
     )
-    monkeypatch.setitem(quickstart.WORLDS, "misconception", smaller)
+    monkeypatch.setitem(quickstart.WORLDS, "exposure", smaller)
 
 
 def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:

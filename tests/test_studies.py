@@ -212,7 +212,7 @@ def test_selection_and_report_share_no_seed_and_no_question():
     """Seeds and questions that choose the recipe are not those that report it."""
     chosen = {seed for name in ("granularity", "objective") for seed in STUDIES[name].seeds}
     assert {STUDIES[name].split for name in ("granularity", "objective")} == {"validation"}
-    for name in ("recipe", "reranking"):
+    for name in ("recipe", "worlds", "unmarked", "reranking"):
         assert STUDIES[name].split == "test"
         assert len(STUDIES[name].seeds) >= 5
         assert not chosen & set(STUDIES[name].seeds)
@@ -238,6 +238,7 @@ def test_mean_interval_is_scipys():
 
 
 STOPS = (None, "decoupling", None)
+CHOSEN = ("start", "checkpoint-2", "start")
 
 
 def result(arm: str, kind: str, seed: int, accuracy: float, **more) -> dict:
@@ -273,12 +274,20 @@ def test_page_by_hand(tmp_path):
     for seed, (sft, gain) in enumerate([(0.5, 0.10), (0.7, 0.12), (0.6, 0.14)]):
         rows.append(result("SFT", "policy", seed, sft))
         rows.append(
-            result("IRL", "irl", seed, sft + gain, ranking=ranking(0.65 + 0.01 * seed, 0.8), stopped=STOPS[seed])
+            result(
+                "IRL",
+                "irl",
+                seed,
+                sft + gain,
+                ranking=ranking(0.65 + 0.01 * seed, 0.8),
+                stopped=STOPS[seed],
+                chosen=CHOSEN[seed],
+            )
         )
     write_page(tmp_path / "x.md", "A title", "A question.", "tracereward study x", rows)
     page = (tmp_path / "x.md").read_text()
-    assert "| SFT | 60.0 ± 24.8 |  |  |  |  | 1.00 |  |" in page
-    assert "| IRL | 72.0 ± 27.7 | **+12.0 ± 5.0** |  | 0/3 | 1/3 | 1.00 | 30 |" in page
+    assert "| SFT | 60.0 ± 24.8 |  |  |  |  |  | 1.00 |  |" in page
+    assert "| IRL | 72.0 ± 27.7 | **+12.0 ± 5.0** |  | 0/3 | 1/3 | 2/3 | 1.00 | 30 |" in page
     # best-of-8 66 +- 2.48 against the better of 60 and 62
     assert "| IRL: reward | 0.800 ± 0.000 (**+0.100 ± 0.000**) | 66.0 ± 2.5 | 66.0 ± 2.5 | **+4.0 ± 2.5** |" in page
     assert "| majority@8 |  | 60.0 ± 0.0 |" in page

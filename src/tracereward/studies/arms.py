@@ -293,3 +293,9 @@ def stopped(site: Site, arm: str) -> str | None:
     """Name of the failure that ended an adversarial run, if one did."""
     rows = read_jsonl(site.folder / arm / "metrics.jsonl")
     return next((row["failure"] for row in rows if row.get("phase") == "failure"), None)
+
+
+def chosen(site: Site, arm: str) -> str | None:
+    """Which checkpoint the validation questions chose, or ``start``; None of a run that was not chosen from."""
+    rows = read_jsonl(site.folder / arm / "metrics.jsonl")
+    return next((row["chosen"] for row in rows if row.get("phase") == "choice"), None)

@@ -136,6 +136,8 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
         judged, begun = (arms.greedy(site, name, cell.split) for name in (arm, "sft"))
         collapsed = arms.collapsed(judged["accuracy"], judged["distinct"], begun)
         result |= {**judged, "collapsed": collapsed}
+        if cell.options.get("choose"):
+            result["chosen"] = arms.chosen(site, arm)
         if cell.kind == "irl":
             result |= {"ranking": arms.rank(site, arm, samples)[0], "stopped": arms.stopped(site, arm)}
     result |= {

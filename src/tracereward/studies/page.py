@@ -52,7 +52,11 @@ def write_page(
     ]
     for world in worlds:
         of_world = [result for result in results if result["world"] == world]
-        parts += [f"## World `{world}`", _policies([r for r in of_world if "accuracy" in r])]
+        seeds = len({result["seed"] for result in of_world})
+        parts += [
+            f"## World `{world}`, {seeds} seed{'s' * (seeds > 1)}",
+            _policies([r for r in of_world if "accuracy" in r]),
+        ]
         ranked = [result for result in of_world if "ranking" in result]
         if ranked:
             parts.append(_ranking(ranked))
@@ -88,7 +92,8 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
         "configurations of adversarial training, arms times worlds, were looked at on validation questions. Of the "
         f"{total} adversarial runs on this page {failed} collapsed (accuracy "
         "more than 5 points under SFT's, or fewer than half its distinct traces). Stopped: a failure rule ended the "
-        "run and put its best checkpoint back, or, without a better one, the SFT policy itself. Accuracies are in %, "
+        "run and put its best checkpoint back, or, without a better one, the SFT policy itself. Start kept: validation "
+        "questions, where they choose, preferred the start to all checkpoints. Accuracies are in %, "
         "with 95 % t intervals over seeds; differences are paired by seed."
     )
 
@@ -107,6 +112,7 @@ def _policies(results: Sequence[Result]) -> str:
                 _difference(of_arm, arms.get("GRPO on log-prob"), arm) if learned else "",
                 "" if given else f"{sum(r['collapsed'] for r in of_arm)}/{len(of_arm)}",
                 f"{sum(r['stopped'] is not None for r in of_arm)}/{len(of_arm)}" if learned else "",
+                f"{sum(r['chosen'] == 'start' for r in of_arm)}/{len(of_arm)}" if "chosen" in of_arm[0] else "",
                 f"{sum(r['distinct'] for r in of_arm) / len(of_arm):.2f}",
                 "" if given else f"{sum(r['train_seconds'] for r in of_arm) / len(of_arm):.0f}",
             ]
@@ -118,6 +124,7 @@ def _policies(results: Sequence[Result]) -> str:
         "minus GRPO on log-prob",
         "collapsed",
         "stopped",
+        "start kept",
         "distinct traces",
         "seconds",
     ]
