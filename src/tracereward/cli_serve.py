@@ -51,7 +51,7 @@ def serve(
     max_candidates: Annotated[int, typer.Option(min=1, help="Traces of one request.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one request, prompts included.")] = 65_536,
     max_queue: Annotated[int, typer.Option(min=1, help="Tokens that may wait; more is answered with 429.")] = 1_000_000,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long a trace waits for others while the model is idle.")] = 0.0,
+    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long an idle model waits for more traces.")] = 0.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log.")] = False,
 ) -> None:
     """Serve scores, reranking and, with --upstream, best-of-N over HTTP."""

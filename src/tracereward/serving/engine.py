@@ -51,8 +51,8 @@ class Engine:
 
     While one turn is in the model, what arrives waits for the next; `max_wait` lets a trace wait for others also where
     the model is idle. A turn takes what waits, oldest first, up to a few token budgets;
-    `TokenRewardModel.token_rewards` sorts it by length and reads a shared prompt once. If a turn fails (out of memory, or
-    anything else), it is halved until the trace that fails is alone: its mates get their rewards.
+    `TokenRewardModel.token_rewards` sorts it by length and reads a shared prompt once. If a turn fails (out of memory,
+    or anything else), it is halved until the trace that fails is alone: its mates get their rewards.
 
     Args:
         model: the reward model, on its device.
