@@ -111,7 +111,7 @@ STUDIES = {
         split="test",
     ),
     "worlds": Study(
-        "The recipe in worlds that did not choose it",
+        "The recipe in other worlds",
         "As the study of the recipe: `checked`, where the mark stands behind a check that does not come out; `style`, "
         "where experts are right in ways that the student can and cannot follow; `multi-skill`, where they have "
         f"several ways of working of unequal reliability. {_CONTROLS}",
