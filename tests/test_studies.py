@@ -212,7 +212,7 @@ def test_selection_and_report_share_no_seed_and_no_question():
     """Seeds and questions that choose the recipe are not those that report it."""
     chosen = {seed for name in ("granularity", "objective") for seed in STUDIES[name].seeds}
     assert {STUDIES[name].split for name in ("granularity", "objective")} == {"validation"}
-    for name in ("recipe", "worlds", "unmarked", "reranking"):
+    for name in ("recipe", "worlds", "longer", "unmarked", "reranking"):
         assert STUDIES[name].split == "test"
         assert len(STUDIES[name].seeds) >= 5
         assert not chosen & set(STUDIES[name].seeds)

@@ -148,7 +148,7 @@ def quickstart(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="recipe, worlds, unmarked, granularity, objective or reranking.")],
+    name: Annotated[str, typer.Argument(help="recipe, worlds, longer, unmarked, granularity, objective or reranking.")],
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeatable. Default: the study's.")] = None,
     worlds: Annotated[
         list[str] | None, typer.Option("--world", help="World; repeatable. Default: the study's.")
