@@ -24,7 +24,7 @@ LAYERS = [
     ),
     (
         "applications",
-        "distill evaluate run run_folder inspection inspection_terminal pool report plots quickstart "
+        "distill evaluate outcome run run_folder inspection inspection_terminal pool report plots quickstart "
         "serving studies tables arguments",
     ),
     ("command line", "cli cli_evaluate cli_reward cli_serve __main__"),

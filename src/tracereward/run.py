@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
 
 from tracereward.adversarial_config import AdversarialConfig
@@ -23,13 +23,12 @@ from tracereward.demonstrations import (
     split_rows,
 )
 from tracereward.errors import InputError
-from tracereward.failures import Failure
-from tracereward.files import atomic_folder
 from tracereward.models import check_model, load_tokenizer, pad_id, same_tokenizer
+from tracereward.outcome import load_policy, train_and_choose
 from tracereward.report import Trace
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
-from tracereward.run_folder import Config, Run, check_disk, is_main_process, note, run_folder
+from tracereward.run_folder import Config, Run, check_disk, note, run_folder
 from tracereward.sampling import mean_log_probs, sample
 from tracereward.tasks import Task, get_task
 from tracereward.trainer import AdversarialTrainer
@@ -96,16 +95,6 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     return Prepared(task, tokenizer, rows, unlabeled, raw, validation)
 
 
-def load_policy(model: ModelConfig) -> PreTrainedModel:
-    """The starting policy, in float32 unless `dtype` says otherwise."""
-    return AutoModelForCausalLM.from_pretrained(
-        str(model.model_name_or_path),
-        revision=model.model_revision,
-        dtype=model.dtype or "float32",
-        attn_implementation=model.attn_implementation,
-    )
-
-
 def lora(model: ModelConfig) -> LoraConfig | None:
     """The LoRA settings among the options; None without ``use_peft``."""
     config = get_peft_config(model)
@@ -137,7 +126,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
             peft_config=lora(model),
             callbacks=[run.metrics, run.stop],
         )
-        chosen = train_and_choose(run, trainer, prepared, model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
     return run.folder
 
@@ -213,7 +202,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             peft_config=lora(model),
             callbacks=[run.metrics, run.stop],
         )
-        chosen = train_and_choose(run, trainer, prepared, model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
     return run.folder
 
@@ -274,55 +263,12 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             callbacks=[run.metrics, run.stop],
             reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
         )
-        chosen = train_and_choose(run, trainer, prepared, model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
         if trainer.is_world_process_zero():
             with trainer.discriminator.averaged():
                 reward_model.save_pretrained(run.folder / "reward_model")
                 report_rewards(run, trainer, reward_model, prepared.rows, task, chosen)
     return run.folder
-
-
-def train_and_choose(run: Run, trainer: SafeTrainer, prepared: Prepared, model: ModelConfig) -> str:
-    """Train and write ``policy/``: the last weights, or, after a failure or with validation questions, the best.
-
-    Returns:
-        For the report, with a space before it: how the policy was chosen; nothing if it is the last.
-    """
-    trainer.validation = prepared.validation
-    if prepared.validation is not None:
-        trainer.start_accuracy = prepared.validation.accuracy(trainer.accelerator.unwrap_model(trainer.model))
-        note(f"validation: the start answers {100 * trainer.start_accuracy:.1f} % of {len(prepared.validation)} right")
-    run.train(trainer)
-    failure = trainer.watch.stopped if isinstance(trainer, AdversarialTrainer) else None
-    folder, text = run.folder / "policy", ""
-    if failure is None and prepared.validation is None:
-        save_policy(trainer, folder, prepared.tokenizer)
-        return text
-    restored = trainer.restore_best()
-    if failure is not None:
-        note_failure(run, failure, restored)
-    if prepared.validation is not None:
-        text = note_choice(run, trainer, restored, len(prepared.validation))
-    if restored is None:
-        save_model(load_policy(model), folder, prepared.tokenizer)
-    else:
-        save_policy(trainer, folder, prepared.tokenizer)
-    return text
-
-
-def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions: int) -> str:
-    """Say which checkpoint the validation questions chose: on the screen, in ``metrics.jsonl`` and for the report."""
-    best, start = trainer.state.best_metric, trainer.start_accuracy
-    accuracy = start if restored is None or best is None else best
-    text = (
-        f"Chosen by greedy accuracy on {questions} validation questions: {restored or 'the start'} with "
-        f"{100 * accuracy:.1f} %; the start has {100 * start:.1f} %."
-    )
-    note(text)
-    if is_main_process():
-        row = {"phase": "choice", "step": trainer.state.global_step, "chosen": restored or "start"}
-        run.metrics.append({**row, "start_accuracy": start, "accuracy": accuracy, "questions": questions})
-    return f" {text}"
 
 
 def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, template: str) -> dict[str, str] | None:
@@ -332,15 +278,6 @@ def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, templat
     raw = [{**row, "completion": None} for row in prepared.raw]
     rows = [*prepared.rows, *prepared.unlabeled]
     return {row["prompt"]: other["prompt"] for row, other in zip(rows, render(raw, tokenizer, template), strict=True)}
-
-
-def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
-    """Say which failure ended a run, why, and what was restored: on the screen and in ``metrics.jsonl``."""
-    what = restored or "the starting policy and the discriminator of the warm-up"
-    note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason}. Restored: {what}.")
-    if is_main_process():
-        row = {"phase": "failure", "step": failure.step, "failure": failure.name}
-        run.metrics.append({**row, "reason": failure.reason, "restored": what})
 
 
 def report_rewards(
@@ -404,22 +341,3 @@ def pick_traces(traces: list[Trace], count: int = 5) -> list[Trace]:
         rest += wrong + right
     chosen = (pairs + rest)[:count]
     return sorted(chosen, key=lambda t: list(questions).index(t.question))
-
-
-def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the policy as a plain checkpoint, LoRA merged, whole or not at all."""
-    if not trainer.is_world_process_zero():
-        return
-    policy = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(policy, PeftModel):
-        policy = copy.deepcopy(policy).merge_and_unload()
-    save_model(policy, folder, tokenizer)
-
-
-def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a plain checkpoint with its tokenizer, whole or not at all."""
-    if not is_main_process():
-        return
-    with atomic_folder(folder) as target:
-        policy.save_pretrained(target)
-        tokenizer.save_pretrained(target)

@@ -1,0 +1,102 @@
+"""What a training run leaves as its policy: the last, or, after a failure or by validation questions, the best."""
+
+import copy
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import ModelConfig
+
+from tracereward.checkpoints import SafeTrainer
+from tracereward.failures import Failure
+from tracereward.files import atomic_folder
+from tracereward.run_folder import Run, is_main_process, note
+from tracereward.trainer import AdversarialTrainer
+from tracereward.validation import Validation
+
+
+def load_policy(model: ModelConfig) -> PreTrainedModel:
+    """The starting policy, in float32 unless `dtype` says otherwise."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(model.model_name_or_path),
+        revision=model.model_revision,
+        dtype=model.dtype or "float32",
+        attn_implementation=model.attn_implementation,
+    )
+
+
+def train_and_choose(
+    run: Run,
+    trainer: SafeTrainer,
+    validation: Validation | None,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+) -> str:
+    """Train and write ``policy/``: the last weights, or, after a failure or with validation questions, the best.
+
+    Returns:
+        For the report, with a space before it: how the policy was chosen; nothing if it is the last.
+    """
+    trainer.validation = validation
+    if validation is not None:
+        trainer.start_accuracy = validation.accuracy(trainer.accelerator.unwrap_model(trainer.model))
+        note(f"validation: the start answers {100 * trainer.start_accuracy:.1f} % of {len(validation)} right")
+    run.train(trainer)
+    failure = trainer.watch.stopped if isinstance(trainer, AdversarialTrainer) else None
+    folder, text = run.folder / "policy", ""
+    if failure is None and validation is None:
+        save_policy(trainer, folder, tokenizer)
+        return text
+    restored = trainer.restore_best()
+    if failure is not None:
+        note_failure(run, failure, restored)
+    if validation is not None:
+        text = note_choice(run, trainer, restored, len(validation))
+    if restored is None:
+        save_model(load_policy(model), folder, tokenizer)
+    else:
+        save_policy(trainer, folder, tokenizer)
+    return text
+
+
+def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions: int) -> str:
+    """Say which checkpoint the validation questions chose: on the screen, in ``metrics.jsonl`` and for the report."""
+    best, start = trainer.state.best_metric, trainer.start_accuracy
+    accuracy = start if restored is None or best is None else best
+    text = (
+        f"Chosen by greedy accuracy on {questions} validation questions: {restored or 'the start'} with "
+        f"{100 * accuracy:.1f} %; the start has {100 * start:.1f} %."
+    )
+    note(text)
+    if is_main_process():
+        row = {"phase": "choice", "step": trainer.state.global_step, "chosen": restored or "start"}
+        run.metrics.append({**row, "start_accuracy": start, "accuracy": accuracy, "questions": questions})
+    return f" {text}"
+
+
+def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
+    """Say which failure ended a run, why, and what was restored: on the screen and in ``metrics.jsonl``."""
+    what = restored or "the starting policy and the discriminator of the warm-up"
+    note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason}. Restored: {what}.")
+    if is_main_process():
+        row = {"phase": "failure", "step": failure.step, "failure": failure.name}
+        run.metrics.append({**row, "reason": failure.reason, "restored": what})
+
+
+def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the policy as a plain checkpoint, LoRA merged, whole or not at all."""
+    if not trainer.is_world_process_zero():
+        return
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if isinstance(policy, PeftModel):
+        policy = copy.deepcopy(policy).merge_and_unload()
+    save_model(policy, folder, tokenizer)
+
+
+def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a plain checkpoint with its tokenizer, whole or not at all."""
+    if not is_main_process():
+        return
+    with atomic_folder(folder) as target:
+        policy.save_pretrained(target)
+        tokenizer.save_pretrained(target)
