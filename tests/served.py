@@ -25,17 +25,18 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("TRACEREW
 }
 
 
-def save_reward_model(folder: Path, tokenizer: Any, **settings: Any) -> Path:
+def save_reward_model(folder: Path, tokenizer: Any, shape: dict[str, int] | None = None, **settings: Any) -> Path:
     """An untrained reward model whose every weight counts: rewards of other traces differ clearly."""
     backbone = folder.with_name(folder.name + "-backbone")
-    build_model(tokenizer, seed=0).save_pretrained(backbone)
+    build_model(tokenizer, seed=0, **shape or {}).save_pretrained(backbone)
     given = RewardSettings(**{"head": "action", "beta_clip": 100.0, "task": "arithmetic", **settings})
     model = TokenRewardModel.from_backbone(str(backbone), given, tokenizer, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        model.head.b += 5.5  # rewards on both sides of 0
+        if model.head is not None:
+            model.head.b += 5.5  # rewards on both sides of 0
     model.save_pretrained(folder)
     return folder
 

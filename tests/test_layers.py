@@ -15,7 +15,7 @@ LAYERS = [
     (
         "models and data",
         "alignment batching demonstrations heads reading models reward_func reward_model reward_settings sampling "
-        "shared_prompts surface tasks",
+        "scorer shared_prompts surface tasks vllm_scorer",
     ),
     (
         "training",
@@ -25,7 +25,7 @@ LAYERS = [
     (
         "applications",
         "distill evaluate outcome run run_folder inspection inspection_terminal pool report plots quickstart "
-        "serving studies tables arguments",
+        "score_ray serving studies tables arguments",
     ),
     ("command line", "cli cli_evaluate cli_reward cli_serve __main__"),
 ]

@@ -1,13 +1,20 @@
-"""Rollouts by vLLM inside the training process, through TRL; needs vLLM: pytest -m slow tests/test_vllm.py."""
+"""Real vLLM: rollouts inside the training process through TRL, and scoring; pytest -m slow -n 0 tests/test_vllm.py."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import httpx
 import pytest
+import torch
 
+import served
+from served import save_reward_model, traces
+from tracereward.reward_model import TokenRewardModel
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
+from tracereward.vllm_scorer import VllmScorer
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("vllm", reason="vLLM is not installed (pip install '.[vllm]')")
@@ -22,11 +29,14 @@ from tracereward.cli import main
 main()
 """
 
+SHAPE = {"hidden_size": 64, "layers": 2, "heads": 2}  # vLLM's attention has no heads of 16
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+
 
 def test_training_with_vllm_rollouts(tmp_path):
     """Warm-up and two steps; vLLM's log-probs of its samples agree with the policy's: it has the policy's weights."""
     tokenizer = build_tokenizer()
-    build_model(tokenizer, seed=0, hidden_size=64, layers=2, heads=2).save_pretrained(tmp_path / "tiny")
+    build_model(tokenizer, seed=0, **SHAPE).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
     rows = tmp_path / "experts.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in generate("misconception", 16, seed=1)))
@@ -51,13 +61,8 @@ def test_training_with_vllm_rollouts(tmp_path):
         "warmup_rollouts": 4,
     }
     argv = ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "HF_HUB_OFFLINE": "1",
-    }
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *argv], env={**os.environ, **environment}, capture_output=True, text=True
+        [sys.executable, "-c", RUN, *argv], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -66,3 +71,57 @@ def test_training_with_vllm_rollouts(tmp_path):
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)
     assert (tmp_path / "run" / "reward_model" / "tracereward.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    """A token classifier whose rewards differ clearly."""
+    return save_reward_model(tmp_path_factory.mktemp("vllm") / "rm", build_tokenizer(), SHAPE, head="token")
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
+def test_scores_agree_with_transformers(reward_model, dtype, tolerance, monkeypatch):
+    """Trace rewards within the tolerance, as part of the largest; tokens in 16 bits as near as transformers' own."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    prompts, completions = zip(*traces(24), strict=True)
+    exact = TokenRewardModel.from_pretrained(str(reward_model), dtype=torch.float32)
+    rounded = TokenRewardModel.from_pretrained(str(reward_model), dtype=getattr(torch, dtype))
+    scorer = VllmScorer(str(reward_model), dtype)
+    for granularity in ("dense", "step", "sparse"):
+        settings = dataclasses.replace(scorer.settings, granularity=granularity)
+        exact.settings = rounded.settings = scorer.settings = settings
+        expected, own, found = (model.score(prompts, completions) for model in (exact, rounded, scorer))
+        largest = max(abs(reward) for scores in expected for reward in scores.rewards)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.tokens, ours.supervised) == (theirs.tokens, theirs.supervised)
+            if granularity == "dense":
+                assert ours.aggregate() == pytest.approx(theirs.aggregate(), abs=tolerance * largest)
+        allowed = max(tolerance, 1.5 * rms_difference(own, expected))
+        assert rms_difference(found, expected) <= allowed
+
+
+def rms_difference(found, expected):
+    """Of token rewards."""
+    a, b = (torch.tensor([reward for scores in each for reward in scores.rewards]) for each in (found, expected))
+    return float((a - b).square().mean().sqrt())
+
+
+def test_the_command_and_the_server(reward_model, tmp_path, monkeypatch):
+    pairs = traces(8)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))
+    environment = {**os.environ, **ENVIRONMENT}
+    argv = [sys.executable, "-m", "tracereward", "score", reward_model, rows, "--engine"]
+    outputs = [
+        subprocess.run([*map(str, argv), engine], env=environment, capture_output=True, text=True, check=True).stdout
+        for engine in ("transformers", "vllm")
+    ]
+    expected, found = ([json.loads(line) for line in text.splitlines() if line[0] == "{"] for text in outputs)
+    assert [row["reward"] for row in found] == pytest.approx([row["reward"] for row in expected], abs=1e-4)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setitem(served.ENVIRONMENT, name, value)
+    with served.serving(tmp_path / "log.txt", reward_model, "--engine", "vllm") as server:
+        body = {"prompt": pairs[0][0], "completion": pairs[0][1]}
+        answer = httpx.post(f"{server.url}/v1/score", json=body, timeout=60).json()
+    assert answer["results"][0]["reward"] == pytest.approx(expected[0]["reward"], abs=1e-4)

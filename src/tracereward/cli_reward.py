@@ -17,6 +17,7 @@ Reference = Annotated[
 Policy = Annotated[
     str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
 ]
+Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pip install 'tracereward[vllm]').")]
 
 
 def say(text: str) -> None:
@@ -30,8 +31,16 @@ def score(
     data: Annotated[
         str, typer.Argument(help="JSONL, Parquet or Hub rows: prompt, and completion, candidates or steps.")
     ],
-    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="JSONL file; a folder with --engine ray. Default: stdout.")
+    ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "train",
+    engine: Annotated[
+        str, typer.Option(help="transformers, vllm (head token), or ray (many machines; tracereward[ray]).")
+    ] = "transformers",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of --engine ray. Default: the GPUs of the cluster, or one.")
+    ] = None,
     reference: Reference = None,
     policy: Policy = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
@@ -44,20 +53,29 @@ def score(
 
     from tracereward.models import check_model
     from tracereward.pool import (
-        best_device,
         candidate_rows,
+        check_engine,
         finished_rows,
         load_beside,
+        load_scorer,
         rows_to,
         score_rows,
         write_row,
     )
-    from tracereward.reward_model import TokenRewardModel
-    from tracereward.reward_settings import check_reward_model
 
-    check_reward_model(model)
+    if workers is not None and engine != "ray":
+        raise InputError("--workers is of --engine ray")
+    if engine == "ray":
+        from tracereward.score_ray import score_to_folder
+
+        for text in score_to_folder(model, data, output, split, reference, policy, workers, resume, skip_bad):
+            say(f"skipped: {text}")
+        return
+    check_engine(model, engine)
     for other in (reference, policy):
         if other is not None:
+            if engine != "transformers":
+                raise InputError(f"--engine {engine} computes logits alone: leave --reference and --policy out")
             check_model(other)
     skipped: list[str] | None = [] if skip_bad else None
     count = sum(1 for _ in candidate_rows(data, split, skipped))  # all rows are checked before the model is loaded
@@ -74,7 +92,7 @@ def score(
         if part.is_file():
             done = finished_rows(part)
             say(f"going on after {done} rows")
-    reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
+    reward_model = load_scorer(model, engine)
     others = [load_beside(reward_model, other) for other in (reference, policy)]
     rows = candidate_rows(data, split, None if skipped is None else [])
     too_long: list[str] | None = None if skipped is None else []

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tracereward.cli_reward import Model, say
+from tracereward.cli_reward import Engine, Model, say
 from tracereward.errors import InputError
 
 server = typer.Typer()
@@ -32,6 +32,7 @@ def key_of(file: Path | None, variable: str) -> str | None:
 @server.command()
 def serve(
     model: Model,
+    engine: Engine = "transformers",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8019,
     name: Annotated[str | None, typer.Option(help="Model name in answers. Default: the folder's name.")] = None,
@@ -62,13 +63,11 @@ def serve(
         from tracereward.serving.service import Settings, log
     except ImportError as error:
         raise InputError(f"serve needs more packages ({error.name}): pip install 'tracereward[serve]'") from error
-    from tracereward.pool import best_device
-    from tracereward.reward_model import TokenRewardModel
-    from tracereward.reward_settings import check_reward_model
+    from tracereward.pool import check_engine, load_scorer
 
     # uvicorn raises it again when it has shut down; before that, a container's first process would ignore it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    check_reward_model(model)
+    check_engine(model, engine)
     if upstream is not None and not upstream.startswith(("http://", "https://")):
         raise InputError(f"--upstream {upstream}: give the whole address, e.g. http://127.0.0.1:8000/v1")
     if max_queue < max_tokens:
@@ -89,7 +88,7 @@ def serve(
     )
     if settings.api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
         say(f"warning: anyone who reaches {host} can use this server: set ${API_KEY} or --api-key-file")
-    app = create_app(TokenRewardModel.from_pretrained(model).to(best_device()), settings)
+    app = create_app(load_scorer(model, engine), settings)
     logging.basicConfig(format="%(levelname)s:     %(message)s")
     log.setLevel(logging.INFO)
     uvicorn.run(app, host=host, port=port, server_header=False, timeout_graceful_shutdown=60)

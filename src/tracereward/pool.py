@@ -15,17 +15,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tracereward.alignment import join_steps
 from tracereward.demonstrations import load_demonstrations, render
-from tracereward.errors import InputError, RunFailed
+from tracereward.errors import InputError, RunFailed, check_choice
 from tracereward.files import DISK_FULL, read_jsonl
 from tracereward.models import check_model, load_tokenizer, same_tokenizer
 from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import check_reward_model
+from tracereward.reward_settings import RewardSettings, check_reward_model
 from tracereward.sampling import sample
+from tracereward.scorer import Scorer
 from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.tasks import Task, get_task
 
+ENGINES = ("transformers", "vllm")
 CHUNK = 256  # rows scored together: enough to sort by length, few enough to see that it goes on
 
 
@@ -60,6 +62,29 @@ def best_device() -> torch.device:
     """The accelerator, or the CPU."""
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return found or torch.device("cpu")
+
+
+def check_engine(model: str, engine: str) -> RewardSettings:
+    """Settings of a reward model that `engine` can run; loads nothing.
+
+    Raises:
+        InputError: there is no such engine, it is not installed, or it cannot run this model.
+    """
+    check_choice("engine", engine, ENGINES)
+    if engine == "vllm":
+        from tracereward.vllm_scorer import check_vllm
+
+        return check_vllm(model)
+    return check_reward_model(model)
+
+
+def load_scorer(model: str, engine: str) -> Scorer:
+    """A reward model that is ready to score, on the accelerator if there is one."""
+    if engine == "vllm":
+        from tracereward.vllm_scorer import VllmScorer
+
+        return VllmScorer(model)
+    return TokenRewardModel.from_pretrained(model).to(best_device())
 
 
 def sample_rows(
@@ -186,7 +211,7 @@ def _what_is_wrong(row: dict[str, Any]) -> str | None:
 
 
 def score_rows(
-    model: TokenRewardModel,
+    model: Scorer,
     rows: Iterable[tuple[str, dict[str, Any]]],
     reference: PreTrainedModel | None = None,
     policy: PreTrainedModel | None = None,
@@ -200,8 +225,8 @@ def score_rows(
     Args:
         model: the reward model.
         rows: as `candidate_rows` yields them.
-        reference: as in `TokenRewardModel.score`.
-        policy: as in `TokenRewardModel.score`.
+        reference: as in `Scorer.score`.
+        policy: as in `Scorer.score`.
         skipped: takes what is wrong with each row too long for the model, which is then left out; None makes it fatal.
         done: how many rows that can be scored are left out at the start, since an earlier run has scored them. A chunk
             that it scored in part is scored whole once more: other neighbours would change the last digits.
@@ -249,7 +274,7 @@ def traces_of(row: dict[str, Any], delimiter: str) -> tuple[list[str], list[tupl
     return [text], spans
 
 
-def load_beside(model: TokenRewardModel, name: str | None) -> PreTrainedModel | None:
+def load_beside(model: Scorer, name: str | None) -> PreTrainedModel | None:
     """A causal LM whose log-probs enter a reward model's rewards; None for no name.
 
     Raises:
@@ -259,10 +284,10 @@ def load_beside(model: TokenRewardModel, name: str | None) -> PreTrainedModel | 
         return None
     if not same_tokenizer(model.tokenizer, load_tokenizer(name)):
         raise InputError(f"{name} has another tokenizer than the reward model: its log-probs are of other tokens")
-    return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(model.device).eval()  # pyright: ignore[reportArgumentType]
+    return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(best_device()).eval()  # pyright: ignore[reportArgumentType]
 
 
-def as_row(scores: TokenScores, model: TokenRewardModel) -> dict[str, Any]:
+def as_row(scores: TokenScores, model: Scorer) -> dict[str, Any]:
     """What `score` writes of one trace: its reward, the probability that it is right where the model is calibrated,
     every aggregate, the steps' rewards, and for each token its text, place, reward and whether it ends a step."""
     reward = scores.aggregate(model.settings.aggregate)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from tracereward import __version__
 from tracereward.alignment import join_steps
 from tracereward.errors import InputError
-from tracereward.reward_model import TokenRewardModel
+from tracereward.scorer import Scorer
 from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.serving.engine import Busy, ScoringFailed, TooManyTokens
 from tracereward.serving.middleware import Counted, Guard, error
@@ -40,7 +40,7 @@ from tracereward.serving.schemas import (
 from tracereward.serving.service import ERRORS, Refused, Service, Settings, log, unless_gone
 
 
-def create_app(model: TokenRewardModel, settings: Settings) -> FastAPI:
+def create_app(model: Scorer, settings: Settings) -> FastAPI:
     """The application, to be run by an ASGI server."""
     service = Service(model, settings)
     proxy = None if settings.upstream is None else Proxy(service)

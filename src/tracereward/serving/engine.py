@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tracereward.batching import scoring_budget
 from tracereward.errors import InputError
-from tracereward.reward_model import TokenRewardModel
+from tracereward.scorer import Scorer
 from tracereward.scores import TokenScores
 
 BATCHES = 4  # passes in one turn of the worker: sorting by length needs some traces to sort
@@ -63,7 +62,7 @@ class Engine:
 
     def __init__(
         self,
-        model: TokenRewardModel,
+        model: Scorer,
         max_wait: float = 0.0,
         max_queue: int = 1_000_000,
         on_batch: Callable[[int], object] = lambda traces: None,
@@ -72,7 +71,7 @@ class Engine:
         self.max_wait = max_wait
         self.max_queue = max_queue
         self.on_batch = on_batch
-        self.budget = scoring_budget(model.device)
+        self.budget = model.token_budget
         self.waiting: deque[_Job] = deque()
         self.queued_tokens = 0
         self._arrived = asyncio.Event()

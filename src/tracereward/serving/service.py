@@ -12,7 +12,7 @@ from scipy.special import expit
 
 from tracereward.demonstrations import render
 from tracereward.errors import InputError
-from tracereward.reward_model import TokenRewardModel
+from tracereward.scorer import Scorer
 from tracereward.scores import TokenScores
 from tracereward.serving.engine import Engine
 from tracereward.serving.schemas import ErrorResponse, Message, Usage
@@ -82,7 +82,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 class Service:
     """A reward model, its engine and its counters."""
 
-    def __init__(self, model: TokenRewardModel, settings: Settings):
+    def __init__(self, model: Scorer, settings: Settings):
         self.model = model
         self.settings = settings
         self.ready = False
