@@ -137,7 +137,7 @@ def test_command_lines_parse(page, words, monkeypatch, tmp_path):
                 made = [text for _, text in blocks(page, "bash") if f"> {words[place]} <<" in text]
                 given = tmp_path / words[place]
                 text = re.search(r"<<'END'\n(.*?)^END$", "".join(made), flags=re.MULTILINE | re.DOTALL)
-                given.write_text(text[1] if text else "")
+                given.write_text(text[1] if text else "{}\n")
             words = [*words[:place], str(given), *words[place + 1 :]]
         parse(kind, words[1:])
         return

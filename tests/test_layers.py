@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "src" / "tracereward"
 
 # From the bottom up; a module may import from its own layer and from those below.
 LAYERS = [
-    ("maths", "errors masks objectives shaping perturb metrics calibration rerank scores files"),
+    ("maths", "errors masks objectives shaping perturb metrics calibration rerank scores files estimate"),
     (
         "models and data",
         "alignment batching demonstrations heads reading models reward_func reward_model reward_settings sampling "
-        "scorer shared_prompts surface tasks vllm_scorer",
+        "scorer sharding shared_prompts surface tasks vllm_scorer",
     ),
     (
         "training",

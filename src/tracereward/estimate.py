@@ -1,0 +1,310 @@
+"""Memory and traffic of a training step, computed from the models' shapes before anything is started.
+
+Arithmetic, not measurement: allocators, communication buffers and the CUDA context come on top, a fifth of a card at
+least. All sizes are bytes. `docs/scale.md` has the formulae and tables that this module prints.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
+FLOAT32, BFLOAT16 = 4, 2
+ADAM = 2 * FLOAT32  # first and second moment of a trained weight
+LOGIT = BFLOAT16 + 3 * FLOAT32  # a logit; its float32 copy, log-softmax and gradient
+# A rollout's token among Python objects that are pickled and sent: its id (5) twice, its reward (9).
+PICKLED_TOKEN = 5 + 5 + 9
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of a Llama: the numbers of its config.json.
+
+    Attributes:
+        layers: num_hidden_layers.
+        hidden: hidden_size.
+        heads: num_attention_heads.
+        kv_heads: num_key_value_heads.
+        intermediate: intermediate_size.
+        vocabulary: vocab_size.
+        tied: tie_word_embeddings.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def kv(self) -> int:
+        """Width of the keys, and of the values, of a token in a layer."""
+        return self.kv_heads * self.hidden // self.heads
+
+    @property
+    def linears(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the linear maps of a layer: q, k, v, o, gate, up, down."""
+        h, i = self.hidden, self.intermediate
+        return [(h, h), (h, self.kv), (h, self.kv), (h, h), (h, i), (h, i), (i, h)]
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of a layer: its linear maps and two norms."""
+        return sum(a * b for a, b in self.linears) + 2 * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """All weights: layers, the last norm, embeddings, and the LM head where it is not tied to them."""
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return self.layers * self.layer_weights + self.hidden + embeddings
+
+    def adapter(self, rank: int) -> int:
+        """Weights of LoRA on all linear maps of the layers: rank (inputs + outputs) each."""
+        return self.layers * rank * sum(a + b for a, b in self.linears)
+
+
+SHAPES = {
+    "Llama-3.2-3B": Shape(28, 3072, 24, 8, 8192, 128256, tied=True),
+    "Llama-3.1-8B": Shape(32, 4096, 32, 8, 14336, 128256, tied=False),
+    "Llama-3.1-70B": Shape(80, 8192, 64, 8, 28672, 128256, tied=False),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run: models, what of them is trained, how the policy is shared out, and what one GPU computes at a time.
+
+    Attributes:
+        policy: its shape.
+        strategy: one of `STRATEGIES`.
+        gpus: all GPUs of the run.
+        rank: of the policy's LoRA; 0 trains all weights.
+        discriminator: its shape; the policy's if None.
+        discriminator_rank: of its LoRA; the policy's if None.
+        shared_base: two adapters on one base; needs LoRA for both, and no shape of its own.
+        frozen_start: reward form `logit_plus_logprob`: without LoRA a frozen copy of the starting policy.
+        prompt: tokens.
+        completion: tokens.
+        rows: rollouts of a micro-batch on one GPU.
+        accumulation: micro-batches of an optimiser step.
+        sync_each_batch: under FSDP2, sum gradients up after each micro-batch and not once a step.
+        discriminator_budget: tokens in one forward pass of the discriminator.
+        discriminator_updates: in an optimiser step of the policy.
+        discriminator_traces: in an update, of all processes: 16 demonstrations, with 4 rollouts and a perturbed copy.
+        reads_logits: heads `action` and `implicit`; the others have no logits over the vocabulary.
+        checkpointing: of gradients, in both models.
+    """
+
+    policy: Shape
+    strategy: str
+    gpus: int
+    rank: int = 64
+    discriminator: Shape | None = None
+    discriminator_rank: int | None = None
+    shared_base: bool = False
+    frozen_start: bool = True
+    prompt: int = 256
+    completion: int = 1024
+    rows: int = 4
+    accumulation: int = 4
+    sync_each_batch: bool = False
+    discriminator_budget: int = 4096
+    discriminator_updates: int = 1
+    discriminator_traces: int = 16 * 6
+    reads_logits: bool = True
+    checkpointing: bool = True
+
+    def __post_init__(self):
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy {self.strategy!r} is none of {', '.join(STRATEGIES)}")
+        if self.shared_base and not (self.rank and self.critic_rank and self.discriminator is None):
+            raise ValueError("a shared base needs LoRA for both models and one shape")
+
+    @property
+    def critic(self) -> Shape:
+        """The discriminator's shape."""
+        return self.discriminator or self.policy
+
+    @property
+    def critic_rank(self) -> int:
+        """Rank of the discriminator's LoRA; 0 trains all weights."""
+        return self.rank if self.discriminator_rank is None else self.discriminator_rank
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a GPU holds a part of the policy's weights only."""
+        return self.strategy in ("zero3", "fsdp2")
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch of rollouts."""
+        return self.rows * (self.prompt + self.completion)
+
+
+def trained_weights(shape: Shape, rank: int) -> int:
+    """Of a model: its adapter's, or all."""
+    return shape.adapter(rank) if rank else shape.weights
+
+
+def discriminator_weights(setup: Setup) -> int:
+    """Trained weights of the discriminator with its head: a, b, w of head `action`."""
+    return trained_weights(setup.critic, setup.critic_rank) + setup.critic.hidden + 2
+
+
+def kv_cache(shape: Shape, sequences: int, tokens: int, width: int = BFLOAT16) -> int:
+    """Keys and values: sequences * tokens * layers * 2 * kv * width."""
+    return sequences * tokens * shape.layers * 2 * shape.kv * width
+
+
+def activations(shape: Shape, tokens: int, lora: bool, checkpointing: bool, width: int = BFLOAT16) -> int:
+    """What a forward pass keeps for the backward pass, with fused attention.
+
+    A layer keeps a = width (10 h + 4 kv + 4 i) for a token, and 4 (6 h + i) more with LoRA, whose inputs are float32.
+    With checkpointing each layer keeps its input, width h, and one layer at a time the rest.
+    """
+    h, i = shape.hidden, shape.intermediate
+    layer = width * (10 * h + 4 * shape.kv + 4 * i) + (FLOAT32 * (6 * h + i) if lora else 0)
+    return tokens * (shape.layers * h * width + layer if checkpointing else shape.layers * layer)
+
+
+def policy_state(setup: Setup) -> dict[str, float]:
+    """Weights, gradients and AdamW's states of the policy on one GPU.
+
+    DDP and FSDP2 keep trained weights in float32; autocast and FSDP2 compute with bfloat16 copies. DeepSpeed keeps
+    bfloat16 weights and gradients, and a float32 copy with the optimiser. Frozen weights are bfloat16.
+    """
+    gpus, strategy = setup.gpus, setup.strategy
+    trained = trained_weights(setup.policy, setup.rank)
+    frozen = BFLOAT16 * setup.policy.weights if setup.rank else 0
+    if strategy == "ddp":
+        return {
+            "weights": frozen + (FLOAT32 + BFLOAT16) * trained,
+            "gradients": FLOAT32 * trained,
+            "optimiser": ADAM * trained,
+        }
+    if strategy == "fsdp2":
+        late = setup.accumulation > 1 and not setup.sync_each_batch and gpus > 1
+        unsharded = BFLOAT16 * trained if late else 0  # kept whole until the last micro-batch of a step
+        return {
+            "weights": (frozen + FLOAT32 * trained) / gpus,
+            "gradients": FLOAT32 * trained / gpus + unsharded,
+            "optimiser": ADAM * trained / gpus,
+        }
+    return {
+        "weights": (frozen + BFLOAT16 * trained) / (gpus if strategy == "zero3" else 1),
+        "gradients": BFLOAT16 * trained / gpus,
+        "optimiser": (FLOAT32 + ADAM) * trained / gpus,
+    }
+
+
+def gathered(setup: Setup) -> int:
+    """Whole bfloat16 weights on a GPU while a sharded model computes: two layers, the LM head and the last norm."""
+    if not setup.sharded or setup.gpus == 1:
+        return 0
+    shape = setup.policy
+    return BFLOAT16 * (2 * shape.layer_weights + shape.vocabulary * shape.hidden + shape.hidden)
+
+
+def discriminator_state(setup: Setup) -> dict[str, int]:
+    """The discriminator on one GPU; it is on each as a whole, whatever shares out the policy.
+
+    Its trained weights are float32, with autocast's bfloat16 copies; the frozen ones under LoRA are bfloat16, and no
+    others than the policy's with a shared base. Over several GPUs its gradients are copied into one buffer.
+    """
+    trained = discriminator_weights(setup)
+    own_base = bool(setup.critic_rank) and not setup.shared_base
+    return {
+        "weights": (FLOAT32 + BFLOAT16) * trained + (BFLOAT16 * setup.critic.weights if own_base else 0),
+        "gradients": FLOAT32 * trained,
+        "optimiser": ADAM * trained,
+        "all-reduce buffer": FLOAT32 * trained if setup.gpus > 1 else 0,
+    }
+
+
+def memory(setup: Setup) -> dict[str, float]:
+    """Bytes of each part on one GPU, and their peak: all that stays, and the larger of the two updates.
+
+    The rollouts' engine is not in it: vLLM takes the share of the card that it is given.
+    """
+    policy, discriminator = policy_state(setup), discriminator_state(setup)
+    share = setup.completion / (setup.prompt + setup.completion)
+    budget, critic = setup.discriminator_budget, setup.critic
+    logits = LOGIT * budget * share * critic.vocabulary if setup.reads_logits else 0
+    parts = {
+        "policy: weights": policy["weights"],
+        "policy: gradients, optimiser": policy["gradients"] + policy["optimiser"],
+        "policy: gathered layers": gathered(setup),
+        "frozen starting policy": FLOAT32 * setup.policy.weights if setup.frozen_start and not setup.rank else 0,
+        "discriminator: weights": discriminator["weights"],
+        "discriminator: rest of its state": sum(discriminator.values()) - discriminator["weights"],
+    }
+    resident = sum(parts.values())
+    updates = {
+        "policy: update": activations(setup.policy, setup.tokens, bool(setup.rank), setup.checkpointing),
+        "discriminator: update": activations(critic, budget, bool(setup.critic_rank), setup.checkpointing) + logits,
+    }
+    return {**parts, **updates, "peak": resident + max(updates.values())}
+
+
+def all_reduce(size: float, gpus: int) -> float:
+    """Bytes that each of `gpus` sends (and receives) in a ring all-reduce of `size` bytes: 2 (N - 1) / N size."""
+    return 2 * all_gather(size, gpus)
+
+
+def all_gather(size: float, gpus: int) -> float:
+    """The same of an all-gather to `size` bytes on each, or of a reduce-scatter of `size` bytes: (N - 1) / N size."""
+    return (gpus - 1) / gpus * size
+
+
+def traffic(setup: Setup) -> dict[str, float]:
+    """Bytes that one GPU sends in an optimiser step whose rollouts are new, and their sum.
+
+    Weights are gathered, and gradients reduced, in bfloat16, but float32 gradients in DDP; the discriminator's are
+    float32. A sharded policy is gathered in each forward and each backward pass of a micro-batch, in each pass without
+    its adapter that `logit_plus_logprob` adds, and once more to give the weights to a vLLM beside the trainer. With a
+    shared base the discriminator's passes gather it too.
+    """
+    gpus, strategy = setup.gpus, setup.strategy
+    trained, whole = trained_weights(setup.policy, setup.rank), all_gather(BFLOAT16 * setup.policy.weights, gpus)
+    if strategy == "ddp":
+        gradients = all_reduce(FLOAT32 * trained, gpus)
+    else:
+        late = strategy == "fsdp2" and not setup.sync_each_batch
+        gradients = (1 if late else setup.accumulation) * all_gather(BFLOAT16 * trained, gpus)
+    weights = 0.0
+    if setup.sharded:
+        weights = 2 * setup.accumulation * whole
+    elif strategy == "zero2":
+        weights = all_gather(BFLOAT16 * trained, gpus)  # each GPU has stepped its part
+    scored = math.ceil(setup.accumulation * setup.tokens / setup.discriminator_budget)
+    shown = setup.discriminator_traces * (setup.prompt + setup.completion) / gpus
+    passes = 2 * setup.discriminator_updates * math.ceil(shown / setup.discriminator_budget) + scored
+    parts = {
+        "policy: gradients": gradients,
+        "policy: weights": weights,
+        "policy: weights, to score": scored * whole if setup.sharded and setup.rank and setup.frozen_start else 0.0,
+        "policy: weights, for vLLM": whole if setup.sharded else 0.0,
+        "discriminator: weights of the shared base": passes * whole if setup.sharded and setup.shared_base else 0.0,
+        "discriminator: gradients": setup.discriminator_updates
+        * all_reduce(FLOAT32 * discriminator_weights(setup), gpus),
+        "rollouts": all_gather(rollouts(setup), gpus),
+    }
+    return {**parts, "sum": sum(parts.values())}
+
+
+def rollouts(setup: Setup) -> int:
+    """The token ids and rewards of all GPUs' rollouts of a step, as each process gathers them."""
+    return setup.gpus * setup.rows * setup.accumulation * setup.completion * PICKLED_TOKEN
+
+
+def table(columns: Mapping[str, Mapping[str, float]], corner: str, unit: float = 1e9) -> str:
+    """A Markdown table: a column for each mapping, a row for each of their keys, sizes in `unit` bytes."""
+    lines = [f"| {corner} | {' | '.join(columns)} |", "|---" + "|--:" * len(columns) + "|"]
+    for key in dict.fromkeys(chain.from_iterable(columns.values())):
+        sizes = [column[key] / unit for column in columns.values()]
+        shown = (f"{size:,.0f}" if size >= 99.95 else f"{size:.1f}" for size in sizes)
+        lines.append(f"| {key} | {' | '.join(shown)} |")
+    return "\n".join(lines)

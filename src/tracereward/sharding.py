@@ -1,0 +1,69 @@
+"""Models whose weights are spread over processes (FSDP2, DeepSpeed ZeRO-3), beside models that are whole on each.
+
+A forward pass of a spread model is a joint act: all processes gather its weights layer by layer. They must make equally
+many passes, whatever each has to compute; one that is done repeats its last until the others are.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+from transformers.integrations import deepspeed
+
+
+def most(count: int) -> int:
+    """The largest `count` of all processes, each of which must ask."""
+    if not dist.is_initialized():
+        return count
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    counts = torch.tensor(count, device=device)
+    dist.all_reduce(counts, dist.ReduceOp.MAX)
+    return int(counts)
+
+
+def from_main(value: Any) -> Any:
+    """What the main process hands in; every process must ask."""
+    return broadcast_object_list([value])[0] if dist.is_initialized() else value
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+
+
+@contextlib.contextmanager
+def whole_models() -> Iterator[None]:
+    """Models that are loaded here are whole on each process: ZeRO-3 would leave them without weights."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A whole copy of a model that was just loaded, for its log-probs."""
+    if deepspeed.is_deepspeed_zero3_enabled():
+        with whole_models():
+            other = type(model).from_pretrained(model.config._name_or_path, dtype=model.dtype)
+    else:
+        other = copy.deepcopy(model)
+    return other.eval().requires_grad_(False)
+
+
+def is_spread(trainer: Trainer) -> bool:
+    """Whether FSDP or DeepSpeed trains the policy."""
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+
+
+def whole_weights(trainer: Trainer) -> dict[str, Any]:
+    """All of a spread policy's weights, on the main process; every process must ask."""
+    return trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}

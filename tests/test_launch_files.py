@@ -1,0 +1,290 @@
+"""Files that launch runs: accelerate reads them, linters pass, and the Slurm script runs two nodes on one machine."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+from tracereward.arguments import parse
+from tracereward.tasks.arithmetic import generate
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = {path.stem: path for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
+SLURM = ROOT / "deploy" / "slurm"
+MANIFESTS = sorted((ROOT / "deploy").glob("kubernetes*.yaml"))
+
+# accelerate
+
+
+def test_there_is_a_file_for_each_strategy():
+    assert FILES.keys() == {"ddp", "fsdp2", "zero2", "zero3"}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_accelerate_reads(name):
+    config = load_config_from_file(str(FILES[name]))
+    kind = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP}.get(name, DistributedType.DEEPSPEED)
+    assert config.distributed_type == kind
+    assert (config.num_processes, config.num_machines, config.mixed_precision) == (8, 1, "bf16")
+    known = {action.dest for action in launch_command_parser()._actions}
+    options = {**config.fsdp_config, **config.deepspeed_config}
+    assert options.keys() <= known, "the launcher ignores names that it does not know"
+    if name == "fsdp2":
+        assert options["fsdp_version"] == 2
+        assert options["fsdp_reshard_after_forward"] is True
+        assert options["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+        assert options["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    elif name != "ddp":
+        assert options["zero_stage"] == int(name[-1])
+        assert options["zero3_init_flag"] is (name == "zero3")
+        assert options.get("zero3_save_16bit_model", False) is (name == "zero3")
+        assert options["deepspeed_multinode_launcher"] == "standard"  # pdsh would need logins
+
+
+def test_what_reaches_the_processes_of_fsdp2(monkeypatch):
+    """The launcher hands its file on in variables, and accelerate in each process makes its plugin of them."""
+    argv = ["--config_file", str(FILES["fsdp2"]), "--main_process_port", "0", "-m", "tracereward", "train"]
+    arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(argv))
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
+    assert plugin.cpu_ram_efficient_loading is False  # else the discriminator is empty on all ranks but the first
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
+
+
+# Slurm
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "node.sh"])
+def test_shell(script):
+    done = subprocess.run(["bash", "-n", SLURM / script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([shellcheck, SLURM / script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+SRUN = """#!/usr/bin/env bash
+# Both nodes are this machine; as Slurm does, signals go to the tasks and not to what they started.
+while [[ $1 == --* ]]; do shift; done
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" & second=$!
+trap 'kill -TERM $first $second' TERM
+status=0
+for task in $first $second; do
+    code=0
+    wait $task || code=$?
+    while kill -0 $task 2> /dev/null; do
+        code=0
+        wait $task || code=$?
+    done
+    [ $code -eq 0 ] || status=$code
+done
+exit $status
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "$@" >> requeued; fi
+"""
+# A launcher with one process; it notes a signal that is not meant for it.
+ACCELERATE = """#!/usr/bin/env bash
+trap 'touch launcher-was-told' TERM
+sleep "$SECONDS_OF_WORK" &
+printf '%s\\n' "$@" > "launched.$SLURM_NODEID"
+wait $! || exit 1
+"""
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def submit(folder: Path, *argv: str, **variables: str) -> subprocess.Popen:
+    """The batch script as Slurm runs it, on two nodes with one process each."""
+    executable(folder / "bin" / "srun", SRUN)
+    executable(folder / "bin" / "scontrol", SCONTROL)
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "ACCELERATE_CONFIG": str(FILES["ddp"]),
+        **variables,
+    }
+    output = open(folder / "output.txt", "wb")  # noqa: SIM115
+    with output:
+        return subprocess.Popen(
+            ["bash", SLURM / "train.sbatch", *argv], cwd=folder, env=environment, stdout=output, stderr=output
+        )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float, folder: Path) -> None:
+    """Until it holds; the script must not end before."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, (folder / "output.txt").read_text()[-4000:]
+        assert time.monotonic() < end, (folder / "output.txt").read_text()[-4000:]
+        time.sleep(0.1)
+
+
+def test_slurm_starts_a_launcher_on_each_node(tmp_path):
+    executable(tmp_path / "bin" / "accelerate", ACCELERATE)
+    script = submit(tmp_path, "recipe.yaml", "--max_steps", "3", SECONDS_OF_WORK="0")
+    assert script.wait(timeout=30) == 0
+    ranks = []
+    for node in (0, 1):
+        words = (tmp_path / f"launched.{node}").read_text().split()
+        arguments = launch_command_parser().parse_args(words[1:])
+        assert words[0] == "launch"
+        assert (arguments.num_machines, arguments.num_processes) == (2, 2)
+        assert arguments.main_process_ip == "127.0.0.1"
+        assert 20_000 <= arguments.main_process_port < 40_000
+        assert (arguments.module, arguments.training_script) == (True, "tracereward")
+        assert arguments.training_script_args == ["train", "--config", "recipe.yaml", "--resume", "--max_steps", "3"]
+        ranks.append(arguments.machine_rank)
+    assert ranks == [0, 1]
+    assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="pkill is not installed")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["time limit", "preemption"])
+def test_slurm_stops_the_processes_and_requeues_at_the_time_limit(tmp_path, number):
+    executable(tmp_path / "bin" / "accelerate", ACCELERATE)
+    script = submit(tmp_path, "recipe.yaml", SECONDS_OF_WORK="100")
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("launched.*"))) == 2, script, 30, tmp_path)
+        time.sleep(0.5)  # the line after the launcher's start
+        script.send_signal(number)
+        assert script.wait(timeout=30) == 1
+    finally:
+        script.kill()
+    assert not (tmp_path / "launcher-was-told").exists()
+    assert (tmp_path / "requeued").exists() is (number == signal.SIGUSR1)  # after a preemption Slurm itself does it
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="pkill is not installed")
+def test_slurm_trains_stops_and_resumes(tmp_path, tiny_model_folder):
+    """The real launcher and two processes that train; the second submission goes on where the first was stopped."""
+    rows = generate("misconception", 60, seed=1)
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe: dict[str, Any] = {
+        "dataset_name": "traces.jsonl",
+        "model_name_or_path": str(tiny_model_folder),
+        "output_dir": "run",
+        "max_completion_length": 32,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "lr_scheduler_type": "constant",
+        "max_steps": 500,
+        "save_steps": 100,
+        "discriminator_warmup_updates": 2,
+        "warmup_prompts": 8,
+        "warmup_rollouts": 2,
+        "on_failure": "ignore",
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    metrics, checkpoints = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints"
+
+    def steps() -> list[int]:
+        found = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+        return [row["step"] for row in found if row["phase"] == "train"]
+
+    script = submit(tmp_path, "recipe.yaml", **variables)
+    try:
+        wait_for(lambda: len(steps()) >= 3, script, 240, tmp_path)
+        script.send_signal(signal.SIGUSR1)
+        assert script.wait(timeout=120) != 0
+    finally:
+        script.kill()
+    [left] = checkpoints.glob("checkpoint-*")
+    stopped = int(left.name.removeprefix("checkpoint-"))
+    assert (left / "complete.json").is_file()
+    assert (left / "rng_state_1.pth").is_file(), "there was one process only"
+    assert (tmp_path / "requeued").read_text().split() == ["requeue", str(os.getpid())]
+
+    script = submit(tmp_path, "recipe.yaml", "--max_steps", str(stopped + 2), **variables)
+    assert script.wait(timeout=300) == 0, (tmp_path / "output.txt").read_text()[-4000:]
+    assert f"going on from run/checkpoints/checkpoint-{stopped}" in (tmp_path / "output.txt").read_text()
+    assert steps() == list(range(1, stopped + 3))
+    assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
+
+
+# Kubernetes
+
+
+def documents(path: Path) -> dict[str, dict[str, Any]]:
+    """By kind."""
+    return {document["kind"]: document for document in yaml.safe_load_all(path.read_text())}
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_manifest_fits_the_schema(path):
+    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
+    for document in documents(path).values():
+        validator.validate(document, validator.latest_version(), strict=True)
+
+
+def test_pods_of_the_job_find_one_another():
+    kinds = documents(ROOT / "deploy" / "kubernetes-train.yaml")
+    assert kinds.keys() == {"Service", "Job"}
+    service, job = kinds["Service"], kinds["Job"]
+    pod = job["spec"]["template"]
+    [container] = pod["spec"]["containers"]
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
+    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
+    assert job["spec"]["completionMode"] == "Indexed"
+
+    assert container["command"][:2] == ["accelerate", "launch"]
+    rank = {variable["name"]: variable for variable in container["env"]}["NODE_RANK"]
+    assert "job-completion-index" in rank["valueFrom"]["fieldRef"]["fieldPath"]
+    words = [word.replace("$(NODE_RANK)", "1") for word in container["command"][2:] + container["args"]]
+    arguments = launch_command_parser().parse_args(words)
+    pods, gpus = job["spec"]["completions"], container["resources"]["limits"]["nvidia.com/gpu"]
+    assert arguments.num_machines == job["spec"]["parallelism"] == pods
+    assert arguments.num_processes == pods * gpus
+    assert arguments.machine_rank == 1
+    assert arguments.main_process_ip == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    ports = {service["spec"]["ports"][0]["port"], container["ports"][0]["containerPort"]}
+    assert ports == {arguments.main_process_port}
+    assert arguments.training_script == "tracereward"
+    kind, *options = arguments.training_script_args
+    assert parse(kind, [word for word in options if not word.startswith("--config")])[3], "it must resume"
+
+
+def test_volumes_of_the_job():
+    pod = documents(ROOT / "deploy" / "kubernetes-train.yaml")["Job"]["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    created = re.findall(r"--from-file=([\w.]+)=", (ROOT / "deploy" / "kubernetes-train.yaml").read_text())
+    read = [word.split("=/config/")[1] for word in container["command"] + container["args"] if "=/config/" in word]
+    assert sorted(created) == sorted(read)
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
