@@ -7,7 +7,8 @@ new tiny one, which measures what is not the forward pass. `--requests` requests
 turn, each client one at a time over a connection of its own; a first round warms up. "sequential" scores the same
 traces one by one with `model.score` in this process, "offline" all at once. Every answer must be the offline score, or
 the run fails. Prints requests a second, the median and the 99th percentile of their time, the mean number of traces of
-a batch, and the memory of the server before and after.
+a batch, and the memory of the server before and after. With `--minutes`, the last number of clients goes on for that
+long, and the memory is printed every minute.
 """
 
 import argparse
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?")
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--minutes", type=float, default=0.0)
     parser.add_argument("--data")
     parser.add_argument("--task", default="generic")
     args = parser.parse_args()
@@ -141,6 +143,16 @@ def main() -> None:
                 line(f"{clients} clients", seconds, times, f"   {mean:5.1f} traces a batch")
                 for got, wanted in zip(rewards, expected, strict=True):
                     torch.testing.assert_close(torch.tensor(got), wanted, atol=ATOL, rtol=0)
+            ends, shown = time.perf_counter() + 60 * args.minutes, time.perf_counter()
+            answers = 0
+            while time.perf_counter() < ends:
+                _, _, rewards = asyncio.run(load(url, rows, args.clients[-1]))
+                for got, wanted in zip(rewards, expected, strict=True):
+                    torch.testing.assert_close(torch.tensor(got), wanted, atol=ATOL, rtol=0)
+                answers += len(rewards)
+                if time.perf_counter() - shown > 60:
+                    shown += 60
+                    print(f"{answers:8d} more answers; server memory {memory(process):.0f} MiB", flush=True)
             print(f"every answer is the offline score; server memory {before:.0f} MiB, then {memory(process):.0f} MiB")
         finally:
             process.terminate()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from transformers.trainer_callback import PrinterCallback
 
@@ -26,6 +27,7 @@ from tracereward.batching import completion_log_probs, pack
 from tracereward.discriminator import Discriminator
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
+from tracereward.sharding import is_spread, whole_weights
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
 from tracereward.trainer import AdversarialTrainer
@@ -42,6 +44,7 @@ class Layout(NamedTuple):
     processes: int = 1
     token_budget: int = 8192  # of the discriminator's micro-batches
     checkpointing: bool = False  # of gradients, in both models
+    lora: bool = False  # both models
 
 
 # Four prompts a batch, on-policy, the discriminator sees the rollouts of demonstrations only.
@@ -72,6 +75,7 @@ TOKEN = {
     "discriminator_ema": 0.9,
     "expert_prompt_share": 0.6,
 }
+SPREAD = {**TOKEN, "reward_form": "logit_plus_logprob", "max_steps": 10}
 RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
     "trajectory": (TRAJECTORY, Layout(16)),
     "trajectory, accumulated": (TRAJECTORY, Layout(4, accumulation=4, token_budget=250)),
@@ -83,9 +87,14 @@ RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
     "token, micro-batches": (TOKEN, Layout(3, accumulation=4, token_budget=250)),
     # Six rollouts a process: the second prompt's group spans both.
     "token, two processes": (TOKEN, Layout(3, accumulation=2, processes=2)),
+    # In test_sharded, where the weights are spread; the log-probs of the policy and of its start enter both losses.
+    "spread": (SPREAD, Layout(12)),
+    "spread, two processes": (SPREAD, Layout(3, accumulation=2, processes=2)),
+    "spread, LoRA": (SPREAD, Layout(12, lora=True)),
+    "spread, LoRA, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, lora=True)),
     "no all-reduce": ({**TRAJECTORY, "max_steps": 2}, Layout(8, processes=2)),
 }
-TWO_PROCESSES = [name for name, (_, layout) in RUNS.items() if layout.processes == 2]
+TWO_PROCESSES = [name for name, (_, layout) in RUNS.items() if layout.processes == 2 and "spread" not in name]
 
 
 class Scripted(AdversarialTrainer):
@@ -118,9 +127,18 @@ class Scripted(AdversarialTrainer):
         return completions, None
 
 
-def weights(model: torch.nn.Module) -> torch.Tensor:
-    """All parameters, in one row."""
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).double()
+def weights(trainer: AdversarialTrainer) -> dict[str, torch.Tensor]:
+    """All trained parameters of both models, each in one row."""
+    trained = {name for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad}
+    if is_spread(trainer):
+        policy = [parameter for name, parameter in whole_weights(trainer).items() if name in trained]
+    else:
+        policy = [parameter for name, parameter in trainer.policy.named_parameters() if name in trained]
+    models = {"policy": policy, "discriminator": trainer.discriminator.parameters.values()}
+    return {
+        name: torch.cat([torch.zeros(0), *(parameter.detach().flatten().float() for parameter in parameters)]).double()
+        for name, parameters in models.items()
+    }
 
 
 def mutated(trace: list[int], rng: random.Random) -> list[int]:
@@ -134,8 +152,8 @@ def mutated(trace: list[int], rng: random.Random) -> list[int]:
     return ids[:LONGEST]
 
 
-def train(name: str, folder: Path) -> dict[str, Any]:
-    """Train as `RUNS` says.
+def train(name: str, folder: Path, **options: Any) -> dict[str, Any]:
+    """Train as `RUNS` says, with `options` beside.
 
     Returns:
         The number of processes, what each step logged, (prompt, completion) of each rollout of this process in each
@@ -172,33 +190,37 @@ def train(name: str, folder: Path) -> dict[str, Any]:
             "on_failure": "ignore",
             "seed": 3,
             **settings,
+            **options,
         }
     )
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear") if layout.lora else None
     assert config.generation_batch_size == layout.rows * layout.accumulation * layout.processes
     unlabeled = generate("misconception", 8, seed=77) if "expert_prompt_share" in settings else []
+    torch.manual_seed(0)  # LoRA starts at random
     trainer = Scripted(
         model=AutoModelForCausalLM.from_pretrained(model),
         reward_model=TokenRewardModel.from_backbone(
             model,
             RewardSettings(head=config.head, granularity=config.granularity, reward_form=config.reward_form),
             tokenizer,
+            lora,
         ),
         demonstrations=generate("misconception", 12, seed=11),
         args=config,
         task=get_task("arithmetic"),
         processing_class=tokenizer,
         unlabeled=[{**row, "completion": None} for row in unlabeled],
+        peft_config=lora,
     )
     trainer.remove_callback(PrinterCallback)
-    models = {"policy": trainer.policy, "discriminator": trainer.discriminator.model}
-    start = {key: weights(model) for key, model in models.items()}
+    start = {} if options else weights(trainer)
     trainer.train()
     return {
         "processes": trainer.accelerator.num_processes,
         "log": [row for row in trainer.state.log_history if "loss" in row],
         "batches": trainer.batches,
         "start": start,
-        "end": {key: weights(model) for key, model in models.items()},
+        "end": weights(trainer),
     }
 
 

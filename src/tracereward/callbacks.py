@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tracereward.files import read_jsonl, write_jsonl
+from tracereward.sharding import most
 
 
 class MetricsFile(TrainerCallback):
@@ -49,7 +50,7 @@ class StopSignal(TrainerCallback):
 
     def __init__(self, every: int = 1):
         self.every = every
-        self.received = False
+        self.told = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -63,13 +64,17 @@ class StopSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        if self.received:
+        if self.told:
             raise KeyboardInterrupt
-        self.received = True
+        self.told = True
+
+    def received(self) -> bool:
+        """Whether any process was told to stop; every process must ask, so that all stop at the same step."""
+        return most(int(self.told)) > 0
 
     def on_step_end(self, args, state, control, **kwargs):
         """Called by the trainer after each optimiser step."""
-        if self.received and state.global_step < state.max_steps and state.global_step % self.every == 0:
+        if self.received() and state.global_step < state.max_steps and state.global_step % self.every == 0:
             control.should_save = True
             control.should_training_stop = True
 

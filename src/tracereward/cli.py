@@ -60,6 +60,8 @@ def _training(kind: str, argv: list[str]) -> None:
 
     folder = {"sft": run.run_sft, "train": run.run_train, "grpo": run.run_grpo}[kind](data, config, model, resume)
     run.end_processes()
+    if not run.is_main_process():
+        return
     say(f"done: {folder}")
     for part in ("policy", "reward_model", "report.html"):
         if (folder / part).exists():

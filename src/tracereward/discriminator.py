@@ -34,6 +34,7 @@ from tracereward.objectives import (
 )
 from tracereward.penalties import gradient_penalties, r1_penalties
 from tracereward.reward_model import TokenRewardModel
+from tracereward.sharding import most
 
 LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
 HELD_OUT_ROLLOUTS = 256  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
@@ -203,7 +204,9 @@ class Discriminator:
         longest = [max(len(traces[i].prompt) + len(traces[i].completion) for i in unit) for unit in mine]
 
         sums = torch.zeros(7, device=self.model.device)
-        for chosen in token_budget_batches(longest, config.discriminator_token_budget, [len(unit) for unit in mine]):
+        batches = list(token_budget_batches(longest, config.discriminator_token_budget, [len(unit) for unit in mine]))
+        self._keep_pace(len(batches), traces[0])
+        for chosen in batches:
             rows = [index for unit in chosen for index in mine[unit]]
             own = [traces[index] for index in rows]
             batch = self.model.pack([t.prompt for t in own], [t.completion for t in own])
@@ -259,6 +262,14 @@ class Discriminator:
             assert self.policy_log_probs is not None
             values = values - self.policy_log_probs(batch)
         return values, log_probs
+
+    def _keep_pace(self, batches: int, trace: Labelled) -> None:
+        """As many passes of the policy as the process with the most batches will make; see `sharding`."""
+        if not subtracts_policy(self.config.head):
+            return
+        assert self.policy_log_probs is not None
+        for _ in range(most(batches) - batches):
+            self.policy_log_probs(self.model.pack([trace.prompt], [trace.completion]))
 
     def _backward(self, terms: Iterator[Tensor], weight: float) -> Tensor:
         """Gradients of `weight` times the sum of `terms`; returns their value."""

@@ -3,7 +3,7 @@
 import copy
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig
 
@@ -11,6 +11,7 @@ from tracereward.checkpoints import SafeTrainer
 from tracereward.failures import Failure
 from tracereward.files import atomic_folder
 from tracereward.run_folder import Run, is_main_process, note
+from tracereward.sharding import is_spread, whole_models, whole_weights
 from tracereward.trainer import AdversarialTrainer
 from tracereward.validation import Validation
 
@@ -45,7 +46,7 @@ def train_and_choose(
     failure = trainer.watch.stopped if isinstance(trainer, AdversarialTrainer) else None
     folder, text = run.folder / "policy", ""
     if failure is None and validation is None:
-        save_policy(trainer, folder, tokenizer)
+        save_policy(trainer, folder, tokenizer, model)
         return text
     restored = trainer.restore_best()
     if failure is not None:
@@ -53,9 +54,10 @@ def train_and_choose(
     if validation is not None:
         text = note_choice(run, trainer, restored, len(validation))
     if restored is None:
-        save_model(load_policy(model), folder, tokenizer)
+        with whole_models():
+            save_model(load_policy(model), folder, tokenizer)
     else:
-        save_policy(trainer, folder, tokenizer)
+        save_policy(trainer, folder, tokenizer, model)
     return text
 
 
@@ -83,14 +85,21 @@ def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
         run.metrics.append({**row, "reason": failure.reason, "restored": what})
 
 
-def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the policy as a plain checkpoint, LoRA merged, whole or not at all."""
+def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
+    """Write the policy as a plain checkpoint, LoRA merged, whole or not at all; every process must ask."""
+    weights = whole_weights(trainer) if is_spread(trainer) else None
     if not trainer.is_world_process_zero():
         return
     policy = trainer.accelerator.unwrap_model(trainer.model)
-    if isinstance(policy, PeftModel):
-        policy = copy.deepcopy(policy).merge_and_unload()
-    save_model(policy, folder, tokenizer)
+    if weights is not None:
+        with whole_models():
+            fresh = load_policy(model)
+        policy = get_peft_model(fresh, policy.peft_config["default"]) if isinstance(policy, PeftModel) else fresh
+        policy.load_state_dict(weights)
+    elif isinstance(policy, PeftModel):
+        policy = copy.deepcopy(policy)  # merging in place and undoing it would change the weights by rounding
+    whole = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
+    save_model(whole, folder, tokenizer)  # pyright: ignore[reportArgumentType]
 
 
 def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

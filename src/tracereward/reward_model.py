@@ -36,6 +36,7 @@ from tracereward.models import load_tokenizer, local_folder, pad_id
 from tracereward.reward_settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, model_card, read_settings
 from tracereward.scorer import Scorer
 from tracereward.shaping import token_rewards
+from tracereward.sharding import most, whole_models
 from tracereward.shared_prompts import grouped_batches, shared_log_probs, shared_prompt_forward
 
 
@@ -73,10 +74,11 @@ class TokenRewardModel(nn.Module, Scorer):
             peft_config: LoRA settings; None trains all weights.
             **kwargs: for `from_pretrained`, e.g. ``dtype``.
         """
-        if reads_log_probs(settings.head):
-            backbone = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
-        else:
-            backbone = _token_classifier(model_name_or_path, **kwargs)
+        with whole_models():  # it stands beside a policy that may be spread over processes
+            if reads_log_probs(settings.head):
+                backbone = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+            else:
+                backbone = _token_classifier(model_name_or_path, **kwargs)
         backbone.config.pad_token_id = tokenizer.pad_token_id
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
@@ -173,8 +175,11 @@ class TokenRewardModel(nn.Module, Scorer):
         was_training = self.training
         self.eval()
         rewards: list[Tensor] = [torch.empty(0)] * len(completions)
-        shares = reference is None and policy is None
-        for indices, sizes in grouped_batches(self.backbone, prompts, completions, token_budget, shares):
+        alone = reference is None and policy is None
+        batches = list(grouped_batches(self.backbone, prompts, completions, token_budget, alone))
+        if not alone:  # the others may be spread over processes
+            batches += batches[-1:] * (most(len(batches)) - len(batches))
+        for indices, sizes in batches:
             batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
             if len(sizes) < len(indices):
                 values = self._values_of_shared(batch, sizes)

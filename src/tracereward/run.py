@@ -1,6 +1,5 @@
 """The training commands: check everything, train, and leave a run folder that is whole."""
 
-import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
 
 from tracereward.adversarial_config import AdversarialConfig
@@ -28,8 +27,9 @@ from tracereward.outcome import load_policy, train_and_choose
 from tracereward.report import Trace
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
-from tracereward.run_folder import Config, Run, check_disk, note, run_folder
+from tracereward.run_folder import Config, Run, check_disk, is_main_process, note, run_folder
 from tracereward.sampling import mean_log_probs, sample
+from tracereward.sharding import frozen_copy, whole_models
 from tracereward.tasks import Task, get_task
 from tracereward.trainer import AdversarialTrainer
 from tracereward.validation import Validation, load_validation
@@ -176,9 +176,10 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
         policy = load_policy(model)
         functions = [correct]
         if config.reward != "verifier":
-            frozen = [(1.0, copy.deepcopy(policy).eval())]
+            frozen = [(1.0, frozen_copy(policy))]
             if config.base_model is not None:
-                base = load_policy(dataclasses.replace(model, model_name_or_path=config.base_model))
+                with whole_models():
+                    base = load_policy(dataclasses.replace(model, model_name_or_path=config.base_model))
                 frozen.append((-1.0, base.eval()))
 
             def log_probs(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -264,10 +265,12 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
         )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
-        if trainer.is_world_process_zero():
+        if is_main_process():
             with trainer.discriminator.averaged():
                 reward_model.save_pretrained(run.folder / "reward_model")
-                report_rewards(run, trainer, reward_model, prepared.rows, task, chosen)
+                with whole_models():
+                    left = load_policy(dataclasses.replace(model, model_name_or_path=str(run.folder / "policy")))
+                report_rewards(run, trainer, left, reward_model, prepared.rows, task, chosen)
     return run.folder
 
 
@@ -283,6 +286,7 @@ def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, templat
 def report_rewards(
     run: Run,
     trainer: AdversarialTrainer,
+    policy: PreTrainedModel,
     reward_model: TokenRewardModel,
     rows: list[dict[str, Any]],
     task: Task,
@@ -292,8 +296,8 @@ def report_rewards(
     config = trainer.config
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
     gold = {row["prompt"]: row["answer"] for row in rows}
-    policy = trainer.accelerator.unwrap_model(trainer.model)
     assert config.max_completion_length is not None
+    policy.to(reward_model.device)  # pyright: ignore[reportArgumentType]
     samples = [
         s
         for chunk in sample(

@@ -6,6 +6,7 @@ is done, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
 
 import contextlib
 import dataclasses
+import json
 import os
 import shlex
 import shutil
@@ -28,8 +29,16 @@ from tracereward.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.checkpoints import kept, last_complete_checkpoint
 from tracereward.config import DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
 from tracereward.errors import InputError, Interrupted, RunFailed
-from tracereward.files import DISK_FULL, atomic_write_text, read_jsonl, remove_unfinished, require_free_disk
+from tracereward.files import (
+    DISK_FULL,
+    atomic_write_json,
+    atomic_write_text,
+    read_jsonl,
+    remove_unfinished,
+    require_free_disk,
+)
 from tracereward.report import Table, write_report
+from tracereward.sharding import from_main
 from tracereward.trainer import AdversarialTrainer
 
 Config = SupervisedConfig | RewardConfig | AdversarialConfig
@@ -68,10 +77,11 @@ class Run:
         warmed = 0
         if isinstance(trainer, AdversarialTrainer) and self.checkpoint is None:
             warmed = trainer.warm_up.load()
-        self.metrics.rewind(
-            0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),
-            warmed if self.checkpoint is None else sys.maxsize,
-        )
+        if is_main_process():
+            self.metrics.rewind(
+                0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),
+                warmed if self.checkpoint is None else sys.maxsize,
+            )
         Progress.replace_default(trainer, self.kind)
         with self.stop, explain_full_disk(self.folder):
             try:
@@ -81,7 +91,7 @@ class Run:
                     f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: {error}. "
                     f"{kept(self.folder / CHECKPOINTS)}. A lower learning rate usually helps."
                 ) from error
-        if self.stop.received and trainer.state.global_step < trainer.state.max_steps:
+        if self.stop.received() and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
                 "the same command with --resume goes on from there"
@@ -122,6 +132,25 @@ def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfi
 
 def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: ModelConfig, resume: bool) -> Run:
     settings = resolved(data, config, model)
+    checkpoint: Path | InputError | None = None
+    if is_main_process():
+        try:
+            checkpoint = _claim(kind, folder, settings, config, resume)
+        except InputError as error:
+            checkpoint = error
+    checkpoint = from_main(checkpoint)
+    if isinstance(checkpoint, InputError):
+        raise checkpoint
+    config.output_dir = str(folder / CHECKPOINTS)  # what the trainers write while they run
+    if checkpoint is not None:
+        note(f"going on from {checkpoint}")
+    metrics = MetricsFile(folder / "metrics.jsonl", kind)
+    stop = StopSignal(config.rollout_steps if isinstance(config, PolicyConfig) else 1)
+    return Run(kind, folder, metrics, stop, checkpoint, settings)
+
+
+def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, resume: bool) -> Path | None:
+    """Make the folder this run's; returns the checkpoint to go on from."""
     stored = folder / "config.yaml"
     if stored.is_file():
         if not resume:
@@ -133,15 +162,11 @@ def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: M
     checkpoints = folder / CHECKPOINTS
     checkpoint = last_complete_checkpoint(checkpoints) if resume else None
     remove_unfinished(folder)
-    config.output_dir = str(checkpoints)  # what the trainers write while they run
     checkpoints.mkdir(parents=True, exist_ok=True)
+    check_same_batch(checkpoints / "batch.json", config)
     versions = f"# tracereward {__version__} {kind}, torch {torch.__version__}\n"
     atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False))
-    if checkpoint is not None:
-        note(f"going on from {checkpoint}")
-    metrics = MetricsFile(folder / "metrics.jsonl", kind)
-    stop = StopSignal(config.rollout_steps if isinstance(config, PolicyConfig) else 1)
-    return Run(kind, folder, metrics, stop, checkpoint, settings)
+    return checkpoint
 
 
 @contextlib.contextmanager
@@ -195,6 +220,9 @@ MAY_CHANGE = {
     "report_to",
     "disable_tqdm",
     "per_device_eval_batch_size",
+    # As long as the product with the number of processes stays, see `check_same_batch`.
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
 }
 
 
@@ -214,6 +242,23 @@ def check_same_run(stored: dict[str, Any], given: dict[str, Any], folder: Path) 
         raise InputError(
             f"{folder} holds a run with other options ({'; '.join(differing)}): give the same, or another --output_dir"
         )
+
+
+def check_same_batch(path: Path, config: Config) -> None:
+    """Keep the rows of an optimiser step in `path`; a run may go on with other processes, not with another batch.
+
+    Raises:
+        InputError: the run was begun with another number of rows.
+    """
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else rows
+    if before != rows:
+        raise InputError(
+            f"{path.parent.parent} holds a run with {before} rows in an optimiser step, this command has {rows} "
+            f"({config.world_size} processes): change --per_device_train_batch_size or "
+            "--gradient_accumulation_steps so that their product with the processes stays the same"
+        )
+    atomic_write_json(path, {"rows": rows})
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ reward function. A contract test pins what is used.
 """
 
 import contextlib
-import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ from tracereward.shaping import (
     token_advantages,
     whiten,
 )
+from tracereward.sharding import frozen_copy
 from tracereward.tasks import Task
 from tracereward.warmup import DISCRIMINATOR_FILE, WarmUp
 from tracereward.watch import FailureWatch, better_than_start, score_of
@@ -103,7 +103,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
             )
         self._starting_policy = None
         if self.form.adds_reference and peft_config is None:
-            self._starting_policy = copy.deepcopy(model).eval().requires_grad_(False)
+            self._starting_policy = frozen_copy(model)
         self.metrics_file = metrics_file
         self.stop = stop or StopSignal()
         rows = prompt_rows(demonstrations, unlabeled, args.expert_prompt_share)
@@ -367,6 +367,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
     def _expert_rewards(self) -> list[Tensor | None]:
         """Token rewards of the demonstration of each local rollout's prompt; None where it has none."""
         known = sorted({index for index in self._demonstrations if index != NO_DEMONSTRATION})
+        known = known or [0]  # another process may have some, and both score together
         experts = [self.discriminator.experts[index] for index in known]
         rewards = self.token_rewards([e.prompt for e in experts], [e.completion for e in experts])
         if self._whitening is not None:  # on the scale of the rollouts that they stand beside

@@ -16,6 +16,7 @@ from tracereward.checkpoints import save_state
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.negatives import Rollout
 from tracereward.sampling import generate
+from tracereward.sharding import whole_models
 from tracereward.surface import TraceText, leak_warning, surface_probe
 
 DISCRIMINATOR_FILE = "discriminator.pt"  # not in a subfolder with an adapter's name: Trainer would load it as one
@@ -38,7 +39,7 @@ class WarmUp(TrainerCallback):
         """Called by the trainer when the policy is wrapped and placed."""
         if state.global_step == 0:
             self.run()
-            if self.trainer.stop.received:
+            if self.trainer.stop.received():
                 control.should_training_stop = True
 
     def run(self) -> None:
@@ -51,10 +52,10 @@ class WarmUp(TrainerCallback):
         if total and discriminator.updates == 0:
             pool = self._draw(self._rows())
             discriminator.remember(pool)
-            leaks = {} if trainer.stop.received else self._leaks(pool)
+            leaks = {} if trainer.stop.received() else self._leaks(pool)
         progress = tqdm(total=total, initial=discriminator.updates, desc="warm-up", disable=trainer.quiet, leave=False)
         accuracy = self._accuracy()
-        while discriminator.updates < total and not self._reached(accuracy) and not trainer.stop.received:
+        while discriminator.updates < total and not self._reached(accuracy) and not trainer.stop.received():
             # Dropout draws from the global generator: each update has a seed of its own, as it may be the first to run.
             set_seed(config.seed + 500_000 + discriminator.updates, device_specific=True)
             with trainer.accelerator.autocast():
@@ -68,7 +69,7 @@ class WarmUp(TrainerCallback):
                 named = {f"discriminator/{name}": value for name, value in row.items()}
                 trainer.metrics_file.append({"phase": "warmup", "update": done, **named, **leaks})
                 leaks = {}
-            last = done == total or self._reached(accuracy) or trainer.stop.received
+            last = done == total or self._reached(accuracy) or trainer.stop.received()
             if last or done % config.warmup_save_updates == 0:
                 self.save()
         progress.close()
@@ -140,7 +141,7 @@ class WarmUp(TrainerCallback):
         local = size // trainer.accelerator.num_processes
         starts = range(len(pool), len(rows), size)
         for start in tqdm(starts, desc="warm-up rollouts", disable=trainer.quiet, leave=False):
-            if trainer.stop.received:
+            if trainer.stop.received():
                 break
             set_seed(self.config.seed + 1000 + start, device_specific=True)
             begin = start + trainer.accelerator.process_index * local
@@ -176,7 +177,8 @@ class WarmUp(TrainerCallback):
         name = self.config.warmup_model
         if name is None or not self.config.discriminator_warmup_updates:
             return None
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=self.trainer.policy.dtype)
+        with whole_models():
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=self.trainer.policy.dtype)
         return model.to(self.trainer.accelerator.device).eval()
 
     def _leaks(self, pool: list[Rollout]) -> dict[str, Any]:
