@@ -14,8 +14,8 @@ LAYERS = [
     ("maths", "errors masks objectives shaping perturb metrics calibration rerank scores files estimate"),
     (
         "models and data",
-        "alignment batching demonstrations heads reading models reward_func reward_model reward_settings sampling "
-        "scorer sharding shared_prompts surface tasks vllm_scorer",
+        "adapters alignment batching demonstrations heads reading models reward_func reward_model reward_settings "
+        "sampling scorer sharding shared_prompts surface tasks vllm_scorer",
     ),
     (
         "training",

@@ -82,6 +82,13 @@ class DiscriminatorOptions:
     discriminator_use_peft: bool | None = field(
         default=None, metadata={"help": "LoRA for the discriminator (the policy's settings). Default: as the policy."}
     )
+    shared_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Policy and discriminator are two LoRA adapters on one base model (--use_peft true, head action or "
+            "implicit): the discriminator costs its adapter, not a second model."
+        },
+    )
     discriminator_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW learning rate of the warm-up."})
     discriminator_online_learning_rate: float | None = field(
         default=None, metadata={"help": "Its learning rate after the warm-up. Default: the same."}
@@ -192,7 +199,8 @@ class MonitorOptions:
         metadata={"help": "Share of the demonstrations that the discriminator is judged on and never learns from."},
     )
     monitor_every: int = field(
-        default=2, metadata={"help": "Batches of rollouts between two perturbation AUROCs and KL estimates."}
+        default=2,
+        metadata={"help": "Batches of rollouts between two held-out accuracies, perturbation AUROCs and KL estimates."},
     )
     on_failure: str = field(
         default="stop",
@@ -272,6 +280,14 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
             raise InputError("spectral_norm limits the head's weights; head implicit has none")
         if self.expert_nll and not reads_log_probs(self.head):
             raise InputError(f"expert_nll needs a head that is a language model: action or implicit, not {self.head}")
+        if self.shared_base:
+            if not reads_log_probs(self.head):
+                raise InputError(f"shared_base needs a language model as head: action or implicit, not {self.head}")
+            if self.discriminator_model is not None or self.discriminator_use_peft is False:
+                raise InputError(
+                    "shared_base makes the discriminator an adapter on the policy's base model: leave out "
+                    "--discriminator_model and --discriminator_use_peft"
+                )
         if self.reward_form == "f" and not subtracts_policy(self.head):
             raise InputError(f"reward_form f is for the heads airl and implicit; with head {self.head} use logit")
         if not self.held_out_fraction:

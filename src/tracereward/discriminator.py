@@ -78,7 +78,8 @@ class Discriminator:
         self.config = config
         self.held_out = frozenset(held_out)
         self.policy_log_probs = policy_log_probs
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        with model.active():
+            self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if dist.is_initialized():  # the same start on every rank, whatever the seed did
             for parameter in self.parameters.values():
                 dist.broadcast(parameter.data, 0)
@@ -102,22 +103,24 @@ class Discriminator:
         """Take in a batch of the policy's rollouts: remember it, and update after every `discriminator_every`-th.
 
         Returns:
-            Metrics of the last update, with `held_out_accuracy` and the number of `updates`; nothing if the batch was
-            only remembered.
+            Metrics of the last update, with the number of `updates` and, at every `monitor_every`-th of these batches
+            and wherever a gate looks at it, `held_out_accuracy`; nothing if the batch was only remembered.
         """
         config = self.config
         self.remember(fresh)
         self.batches += 1
         if self.batches % config.discriminator_every:
             return {}
-        accuracy = self.held_out_accuracy()
+        gated = config.discriminator_gate_low is not None or config.discriminator_gate_high is not None
+        due = self.batches // config.discriminator_every % config.monitor_every == 0
+        accuracy = self.held_out_accuracy() if self.held_out and (gated or due) else math.nan
         count = gated_updates(
             config.discriminator_updates, accuracy, config.discriminator_gate_low, config.discriminator_gate_high
         )
         metrics: dict[str, float] = {}
         for _ in range(count):
             metrics = self.update(fresh)
-        if self.held_out:
+        if self.held_out and (gated or due):
             metrics["held_out_accuracy"] = accuracy
         if count or config.discriminator_gate_high is not None:
             metrics["updates"] = float(count)
@@ -144,7 +147,8 @@ class Discriminator:
             group["lr"] = self.learning_rate
         self.optimizer.zero_grad()
         self.model.train()
-        sums = self._accumulate(traces)
+        with self.model.active():
+            sums = self._accumulate(traces)
         self._add_up(sums)
         loss, *counts = sums.tolist()
         if not math.isfinite(loss):
@@ -153,6 +157,7 @@ class Discriminator:
         if not math.isfinite(norm):
             raise RunFailed(f"the norm of the discriminator's gradient is {norm} at its update {self.updates + 1}")
         self.optimizer.step()
+        self.optimizer.zero_grad()  # on a shared base model they would count in the norm that the policy's are clipped to
         if self.config.spectral_norm:
             assert self.model.head_weight is not None
             limit_spectral_norm(self.model.head_weight)

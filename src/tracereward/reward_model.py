@@ -6,6 +6,7 @@ or enters it with the a, b and w of ``head.safetensors`` (``action``). Beside it
 that must be the same in training, scoring and serving.
 """
 
+import contextlib
 import copy
 import math
 import re
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tracereward import __version__
+from tracereward.adapters import DISCRIMINATOR, AdapterView
 from tracereward.batching import Batch, completion_log_probs, pack, scoring_budget
 from tracereward.errors import InputError
 from tracereward.files import atomic_folder, atomic_write_json
@@ -45,7 +47,7 @@ class TokenRewardModel(nn.Module, Scorer):
 
     def __init__(
         self,
-        backbone: PreTrainedModel | PeftModel,
+        backbone: PreTrainedModel | PeftModel | AdapterView,
         tokenizer: PreTrainedTokenizerBase,
         settings: RewardSettings,
     ):
@@ -92,6 +94,21 @@ class TokenRewardModel(nn.Module, Scorer):
         return cls(backbone, tokenizer, settings)
 
     @classmethod
+    def beside_policy(
+        cls, policy: PeftModel, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase, peft_config: LoraConfig
+    ) -> "TokenRewardModel":
+        """A discriminator to be trained that shares the policy's base model: a second adapter on it, and the head.
+
+        Args:
+            policy: its LoRA adapter is the active one and stays so.
+            settings: head ``action`` or ``implicit``: the base is a language model.
+            tokenizer: the policy's.
+            peft_config: of the second adapter.
+        """
+        policy.add_adapter(DISCRIMINATOR, copy.deepcopy(peft_config))
+        return cls(AdapterView(policy, DISCRIMINATOR), tokenizer, settings)
+
+    @classmethod
     def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> "TokenRewardModel":
         """Load a finished reward model from a folder or the Hub.
 
@@ -106,6 +123,10 @@ class TokenRewardModel(nn.Module, Scorer):
         if model.head is not None:
             model.head.load_state_dict(load_file(folder / HEAD_FILE))
         return model.eval()
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes whose gradients are wanted: holds a shared base model under this model's adapter."""
+        return self.backbone.active() if isinstance(self.backbone, AdapterView) else contextlib.nullcontext()
 
     @property
     def device(self) -> torch.device:
@@ -179,21 +200,22 @@ class TokenRewardModel(nn.Module, Scorer):
         batches = list(grouped_batches(self.backbone, prompts, completions, token_budget, alone))
         if not alone:  # the others may be spread over processes
             batches += batches[-1:] * (most(len(batches)) - len(batches))
-        for indices, sizes in batches:
-            batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
-            if len(sizes) < len(indices):
-                values = self._values_of_shared(batch, sizes)
-            else:
-                values = self(batch)
-            if reference is not None:
-                values = values + completion_log_probs(reference, batch)[0]
-            if policy is not None:
-                values = values - completion_log_probs(policy, batch)[0]
-            shaped = token_rewards(
-                values, self.supervision(batch), self.settings.beta_clip, self.settings.temperature
-            ).cpu()
-            for row, index in enumerate(indices):
-                rewards[index] = shaped[row, : len(completions[index])]
+        with self.active():
+            for indices, sizes in batches:
+                batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
+                if len(sizes) < len(indices):
+                    values = self._values_of_shared(batch, sizes)
+                else:
+                    values = self(batch)
+                if reference is not None:
+                    values = values + completion_log_probs(reference, batch)[0]
+                if policy is not None:
+                    values = values - completion_log_probs(policy, batch)[0]
+                shaped = token_rewards(
+                    values, self.supervision(batch), self.settings.beta_clip, self.settings.temperature
+                ).cpu()
+                for row, index in enumerate(indices):
+                    rewards[index] = shaped[row, : len(completions[index])]
         self.train(was_training)
         return rewards
 
@@ -211,7 +233,9 @@ class TokenRewardModel(nn.Module, Scorer):
         The live weights are not touched: merging in place and undoing it would change them by rounding.
         """
         backbone = self.backbone
-        if isinstance(backbone, PeftModel):
+        if isinstance(backbone, AdapterView):
+            backbone = backbone.merged()
+        elif isinstance(backbone, PeftModel):
             backbone = copy.deepcopy(backbone).merge_and_unload()
         with atomic_folder(folder) as target:
             backbone.save_pretrained(target)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
 
@@ -242,23 +242,31 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         template=data.template,
         base_model=start,
     )
+    if config.shared_base and not model.use_peft:
+        raise InputError("--shared_base needs --use_peft true: policy and discriminator are two LoRA adapters")
     check_disk(config, model, models=2)
     use_peft = model.use_peft if config.discriminator_use_peft is None else config.discriminator_use_peft
     peft = lora(dataclasses.replace(model, use_peft=True)) if use_peft else None
     with run_folder("train", data, config, model, resume) as run:
         torch.manual_seed(config.seed)  # the head and LoRA start at random
-        reward_model = TokenRewardModel.from_backbone(
-            start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
-        )
+        starting, policy_peft = load_policy(model), lora(model)
+        if config.shared_base:
+            assert peft is not None
+            starting, policy_peft = get_peft_model(starting, peft), None
+            reward_model = TokenRewardModel.beside_policy(starting, settings, tokenizer, peft)
+        else:
+            reward_model = TokenRewardModel.from_backbone(
+                start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
+            )
         trainer = AdversarialTrainer(
-            model=load_policy(model),
+            model=starting,
             reward_model=reward_model,
             demonstrations=prepared.rows,
             args=config,
             task=task,
             processing_class=tokenizer,
             unlabeled=prepared.unlabeled,
-            peft_config=lora(model),
+            peft_config=policy_peft,
             metrics_file=run.metrics,
             stop=run.stop,
             callbacks=[run.metrics, run.stop],

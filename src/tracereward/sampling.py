@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.batching import completion_log_probs, pack, scoring_budget
@@ -138,7 +139,7 @@ def generate(
     return [_until_eos(row, eos) for row in output[:, batch.input_ids.size(1) :].tolist()]
 
 
-def eos_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a completion: the model's generation settings may name more than the tokenizer's one."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [declared] if isinstance(declared, int) else list(declared or [])

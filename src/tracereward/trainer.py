@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import GRPOTrainer
 
 from tracereward import monitor
+from tracereward.adapters import POLICY, AdapterView
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.batching import Batch, completion_log_probs, pack
 from tracereward.bridge import TokenBridge
@@ -44,7 +45,7 @@ from tracereward.shaping import (
     token_advantages,
     whiten,
 )
-from tracereward.sharding import frozen_copy
+from tracereward.sharding import frozen_copy, is_spread
 from tracereward.tasks import Task
 from tracereward.warmup import DISCRIMINATOR_FILE, WarmUp
 from tracereward.watch import FailureWatch, better_than_start, score_of
@@ -57,7 +58,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
     """GRPO on the log-odds of a discriminator that learns to tell the demonstrations from the policy's rollouts.
 
     Args:
-        model: the starting policy.
+        model: the starting policy; with its LoRA adapter if the reward model shares its base.
         reward_model: the starting discriminator; it may have another tokenizer than the policy.
         demonstrations: rows with prompt (rendered text), completion and, for monitoring only, answer.
         args: the run's options.
@@ -78,7 +79,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         reward_model: TokenRewardModel,
         demonstrations: list[dict[str, Any]],
         args: AdversarialConfig,
@@ -102,7 +103,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
                 "reward model's: both need the same tokenizer. Use head token or action with reward_form logit."
             )
         self._starting_policy = None
-        if self.form.adds_reference and peft_config is None:
+        if self.form.adds_reference and peft_config is None and not isinstance(model, PeftModel):
             self._starting_policy = frozen_copy(model)
         self.metrics_file = metrics_file
         self.stop = stop or StopSignal()
@@ -133,7 +134,10 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         ]
         self.demonstration_rows = rows[: len(demonstrations)]
         reward_model.to(self.accelerator.device)
-        if args.gradient_checkpointing:
+        shares_base = isinstance(reward_model.backbone, AdapterView)
+        if shares_base and is_spread(self):
+            raise InputError("shared_base needs the whole base model on each process: DDP, not FSDP or DeepSpeed")
+        if args.gradient_checkpointing and not shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
         self.discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
@@ -292,8 +296,7 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
         """The starting policy: under LoRA the policy without its adapter, else a copy if the reward needs one."""
         policy = self.accelerator.unwrap_model(self.model)
         if isinstance(policy, PeftModel):
-            with self._evaluated(), policy.disable_adapter():
-                yield policy
+            yield AdapterView(policy, None).eval()
         else:
             yield None if self._starting_policy is None else self._starting_policy.to(self.accelerator.device)
 
@@ -301,6 +304,9 @@ class AdversarialTrainer(SafeTrainer, GRPOTrainer):
     def _evaluated(self) -> Iterator[nn.Module]:
         """The policy without dropout."""
         policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(policy, PeftModel):
+            yield AdapterView(policy, POLICY).eval()
+            return
         was_training = policy.training
         policy.eval()
         try:
