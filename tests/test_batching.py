@@ -1,13 +1,17 @@
 """Which sequences share a forward pass, and which tokens are hidden in it."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tracereward.batching import hide_tokens, pack, token_budget_batches
+from tracereward import batching
+from tracereward.batching import completion_log_probs, hide_tokens, pack, token_budget_batches
 
 # ---------- batches ----------
 
@@ -76,3 +80,82 @@ def test_what_is_hidden_depends_on_the_rows_seed_alone(batch):
     assert torch.equal(both[1, 2:], alone[0, 1:])
     assert not torch.equal(both, hide_tokens(batch, 0.5, [3, 5]).attention_mask)
     assert torch.equal(both, hide_tokens(batch, 0.5, [3, 4]).attention_mask)
+
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "attn_implementation": "eager",
+}
+
+
+def models():
+    """One whose logits are the LM head's, and one that caps them behind it."""
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=0.5, query_pre_attn_scalar=8))
+    return [llama.eval(), gemma.eval()]
+
+
+def ragged():
+    rng = torch.Generator().manual_seed(0)
+    return pack(
+        [torch.randint(2, 97, (n,), generator=rng).tolist() for n in (3, 1, 4)],
+        [torch.randint(2, 97, (n,), generator=rng).tolist() for n in (7, 12, 2)],
+        0,
+    )
+
+
+def by_softmax(model, batch):
+    """The definition, over all logits at once, in float64."""
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
+    width = batch.completion_mask.size(1)
+    log_probs = logits[:, -width - 1 : -1].double().log_softmax(-1)
+    return log_probs.gather(2, batch.input_ids[:, -width:, None])[..., 0]
+
+
+@pytest.mark.parametrize("model", models(), ids=["plain", "capped"])
+@pytest.mark.parametrize("logits", [97, 500, 2**23])
+def test_log_probs_gradients_and_their_gradients_by_the_definition(model, logits, monkeypatch):
+    """Of one, of several and of all tokens a chunk; second derivatives too, as the gradient penalties take them."""
+    monkeypatch.setattr(batching, "LOGITS", logits)
+    batch = ragged()
+    found = []
+    for log_probs in (lambda m: completion_log_probs(m, batch)[0].double(), lambda m: by_softmax(m, batch)):
+        twin = copy.deepcopy(model)
+        values = log_probs(twin) * batch.completion_mask
+        weights = list(twin.parameters())
+        first = torch.autograd.grad(values.sum(), weights, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        found.append((values, first, torch.autograd.grad(penalty, weights)))
+    for ours, theirs, scale in zip(*found, (1.0, 10.0, 1e3), strict=True):  # the size of what float32 rounds
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * scale)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most numbers of any tensor over the vocabulary, beside the weights of the head."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (97,) and tensor.shape != (16, 97):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_all_logits_are_never_there_at_once(monkeypatch):
+    """In the forward and in the backward pass; the head is frozen: its gradient has that width too."""
+    monkeypatch.setattr(batching, "LOGITS", 4 * 97)
+    model = models()[0]
+    model.get_output_embeddings().weight.requires_grad_(False)
+    with LargestLogits() as seen:
+        completion_log_probs(model, ragged())[0].sum().backward()
+    assert seen.largest == 4 * 97

@@ -158,6 +158,11 @@ def trajectory_run(make):
         (GRPOTrainer, "_generate_and_score_completions", ["self", "inputs"]),
         (GRPOTrainer, "_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         (GRPOTrainer, "_compute_loss", ["self", "model", "inputs"]),
+        (
+            GRPOTrainer,
+            "_generate_single_turn",
+            ["self", "prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        ),
         (Trainer, "_save_checkpoint", ["self", "model", "trial"]),
         (Trainer, "_save_optimizer_and_scheduler", ["self", "output_dir"]),
         (Trainer, "_load_optimizer_and_scheduler", ["self", "checkpoint"]),

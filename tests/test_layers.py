@@ -20,7 +20,7 @@ LAYERS = [
     (
         "training",
         "adversarial_config bridge config callbacks checkpoints discriminator failures monitor negatives penalties "
-        "trainer validation warmup watch",
+        "rollouts trainer validation warmup watch",
     ),
     (
         "applications",

@@ -1,11 +1,16 @@
 """Token ids to padded batches, and what a causal LM says about the completions in them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS = 2**23  # of one chunk: 32 MiB in float32
+# What some models do to logits behind the LM head (Gemma, Cohere, Granite, Falcon-H1).
+AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "output_multiplier", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,21 @@ def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor |
         log p(y_t | x, y_<t), (B, T) float32, and h_t, (B, T, H).
     """
     width = batch.completion_mask.size(1)
-    captured: list[Tensor] = []
+    targets = batch.input_ids[:, -width:]
     lm_head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    handle = lm_head.register_forward_pre_hook(lambda _, args: captured.append(args[0]))
+    text_config = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    plain = all(getattr(text_config, name, None) in (None, 1.0) for name in AFTER_THE_HEAD)
+    project, patched = lm_head.forward, vars(lm_head).get("forward")
+    hidden, found = [], []
+
+    def log_probs_instead(states: Tensor) -> Tensor:
+        hidden.append(states)
+        if not plain:
+            return project(states)
+        found.append(_chunked_log_probs(project, states[:, :-1], targets, text_config.vocab_size))
+        return states[..., :1]  # in the place of logits, which nobody reads
+
+    lm_head.forward = log_probs_instead  # inside the model's own pass: hooks that gather spread weights still run
     try:
         # width + 1: the state before the first completion token predicts it.
         logits = model(
@@ -131,8 +148,29 @@ def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor |
             logits_to_keep=width + 1,
         ).logits
     finally:
-        handle.remove()
-    return token_log_probs(logits[:, :-1], batch.input_ids[:, -width:]), captured[0][:, 1:]
+        if patched is None:
+            del lm_head.forward
+        else:
+            lm_head.forward = patched
+    return found[0] if plain else token_log_probs(logits[:, :-1], targets), hidden[0][:, 1:]
+
+
+def _chunked_log_probs(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """log softmax(project(states)) at `targets`, (B, T) float32, with at most `LOGITS` logits at a time.
+
+    With gradients the logits of a chunk are computed again in the backward pass.
+    """
+
+    def log_probs(part: Tensor, ids: Tensor) -> Tensor:
+        return -F.cross_entropy(project(part).float(), ids, reduction="none")
+
+    chunk = max(1, LOGITS // vocabulary)
+    parts = list(zip(states.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True))
+    if len(parts) > 1 and torch.is_grad_enabled():
+        chunks = [checkpoint(log_probs, part, ids, use_reentrant=False) for part, ids in parts]
+    else:
+        chunks = [log_probs(part, ids) for part, ids in parts]
+    return torch.cat(chunks).view(targets.shape)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:

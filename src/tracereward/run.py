@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import GRPOTrainer, ModelConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.checkpoints import SafeTrainer
@@ -27,6 +27,7 @@ from tracereward.outcome import load_policy, train_and_choose
 from tracereward.report import Trace
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
+from tracereward.rollouts import RolloutTrainer
 from tracereward.run_folder import Config, Run, check_disk, is_main_process, note, run_folder
 from tracereward.sampling import mean_log_probs, sample
 from tracereward.sharding import frozen_copy, whole_models
@@ -140,10 +141,6 @@ class SupervisedTrainer(SafeTrainer, SFTTrainer):
         self._total_train_tokens = logged[-1] if logged else 0  # TRL would count from 0 again
 
 
-class GivenRewardTrainer(SafeTrainer, GRPOTrainer):
-    """`trl.GRPOTrainer` with whole checkpoints."""
-
-
 def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Rows as SFT trains on them: the same token ids that the discriminator reads and that scoring reads."""
     encoded = []
@@ -194,7 +191,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             log_probs.__name__ = config.reward  # TRL logs a reward under its function's name
             functions = [log_probs, correct] if missing is None else [log_probs]
         config.reward_weights = [1.0, 0.0][: len(functions)]
-        trainer = GivenRewardTrainer(
+        trainer = RolloutTrainer(
             model=policy,
             reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
             args=config,
@@ -278,7 +275,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 reward_model.save_pretrained(run.folder / "reward_model")
                 with whole_models():
                     left = load_policy(dataclasses.replace(model, model_name_or_path=str(run.folder / "policy")))
-                report_rewards(run, trainer, left, reward_model, prepared.rows, task, chosen)
+                    report_rewards(run, trainer, left, reward_model, prepared.rows, task, chosen)
     return run.folder
 
 

@@ -19,7 +19,6 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOTrainer
 
 from tracereward import monitor
 from tracereward.adapters import POLICY, AdapterView
@@ -27,7 +26,7 @@ from tracereward.adversarial_config import AdversarialConfig
 from tracereward.batching import Batch, completion_log_probs, pack
 from tracereward.bridge import TokenBridge
 from tracereward.callbacks import MetricsFile, StopSignal
-from tracereward.checkpoints import SafeTrainer, save_state
+from tracereward.checkpoints import save_state
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.discriminator import Discriminator, held_out_demonstrations
 from tracereward.errors import InputError
@@ -35,6 +34,7 @@ from tracereward.heads import subtracts_policy
 from tracereward.models import pad_id
 from tracereward.negatives import Expert, Rollout, perturbed_pairs
 from tracereward.reward_model import TokenRewardModel
+from tracereward.rollouts import RolloutTrainer
 from tracereward.sampling import eos_ids
 from tracereward.shaping import (
     aggregate,
@@ -54,7 +54,7 @@ NO_DEMONSTRATION = -1
 KL_ROWS = 32  # rollouts of a process that the KL is estimated on
 
 
-class AdversarialTrainer(SafeTrainer, GRPOTrainer):
+class AdversarialTrainer(RolloutTrainer):
     """GRPO on the log-odds of a discriminator that learns to tell the demonstrations from the policy's rollouts.
 
     Args:
