@@ -12,6 +12,7 @@ from itertools import chain
 STRATEGIES = ("ddp", "zero2", "zero3", "fsdp2")
 FLOAT32, BFLOAT16 = 4, 2
 ADAM = 2 * FLOAT32  # first and second moment of a trained weight
+LOGITS = 2**23  # that are there at a time, see `batching`
 LOGIT = BFLOAT16 + 3 * FLOAT32  # a logit; its float32 copy, log-softmax and gradient
 # A rollout's token among Python objects that are pickled and sent: its id (5) twice, its reward (9).
 PICKLED_TOKEN = 5 + 5 + 9
@@ -84,7 +85,7 @@ class Setup:
         rank: of the policy's LoRA; 0 trains all weights.
         discriminator: its shape; the policy's if None.
         discriminator_rank: of its LoRA; the policy's if None.
-        shared_base: two adapters on one base; needs LoRA for both, and no shape of its own.
+        shared_base: two adapters on one base; needs LoRA for both, one shape, and DDP.
         frozen_start: reward form `logit_plus_logprob`: without LoRA a frozen copy of the starting policy.
         prompt: tokens.
         completion: tokens.
@@ -93,7 +94,6 @@ class Setup:
         sync_each_batch: under FSDP2, sum gradients up after each micro-batch and not once a step.
         discriminator_budget: tokens in one forward pass of the discriminator.
         discriminator_updates: in an optimiser step of the policy.
-        discriminator_traces: in an update, of all processes: 16 demonstrations, with 4 rollouts and a perturbed copy.
         reads_logits: heads `action` and `implicit`; the others have no logits over the vocabulary.
         checkpointing: of gradients, in both models.
     """
@@ -113,7 +113,6 @@ class Setup:
     sync_each_batch: bool = False
     discriminator_budget: int = 4096
     discriminator_updates: int = 1
-    discriminator_traces: int = 16 * 6
     reads_logits: bool = True
     checkpointing: bool = True
 
@@ -122,6 +121,8 @@ class Setup:
             raise ValueError(f"strategy {self.strategy!r} is none of {', '.join(STRATEGIES)}")
         if self.shared_base and not (self.rank and self.critic_rank and self.discriminator is None):
             raise ValueError("a shared base needs LoRA for both models and one shape")
+        if self.shared_base and self.strategy != "ddp":
+            raise ValueError("a shared base is whole on each GPU: strategy ddp")
 
     @property
     def critic(self) -> Shape:
@@ -232,7 +233,7 @@ def memory(setup: Setup) -> dict[str, float]:
     policy, discriminator = policy_state(setup), discriminator_state(setup)
     share = setup.completion / (setup.prompt + setup.completion)
     budget, critic = setup.discriminator_budget, setup.critic
-    logits = LOGIT * budget * share * critic.vocabulary if setup.reads_logits else 0
+    logits = LOGIT * min(LOGITS, budget * share * critic.vocabulary) if setup.reads_logits else 0
     parts = {
         "policy: weights": policy["weights"],
         "policy: gradients, optimiser": policy["gradients"] + policy["optimiser"],
@@ -264,8 +265,7 @@ def traffic(setup: Setup) -> dict[str, float]:
 
     Weights are gathered, and gradients reduced, in bfloat16, but float32 gradients in DDP; the discriminator's are
     float32. A sharded policy is gathered in each forward and each backward pass of a micro-batch, in each pass without
-    its adapter that `logit_plus_logprob` adds, and once more to give the weights to a vLLM beside the trainer. With a
-    shared base the discriminator's passes gather it too.
+    its adapter that `logit_plus_logprob` adds, and once more to give the weights to a vLLM beside the trainer.
     """
     gpus, strategy = setup.gpus, setup.strategy
     trained, whole = trained_weights(setup.policy, setup.rank), all_gather(BFLOAT16 * setup.policy.weights, gpus)
@@ -280,14 +280,11 @@ def traffic(setup: Setup) -> dict[str, float]:
     elif strategy == "zero2":
         weights = all_gather(BFLOAT16 * trained, gpus)  # each GPU has stepped its part
     scored = math.ceil(setup.accumulation * setup.tokens / setup.discriminator_budget)
-    shown = setup.discriminator_traces * (setup.prompt + setup.completion) / gpus
-    passes = 2 * setup.discriminator_updates * math.ceil(shown / setup.discriminator_budget) + scored
     parts = {
         "policy: gradients": gradients,
         "policy: weights": weights,
         "policy: weights, to score": scored * whole if setup.sharded and setup.rank and setup.frozen_start else 0.0,
         "policy: weights, for vLLM": whole if setup.sharded else 0.0,
-        "discriminator: weights of the shared base": passes * whole if setup.sharded and setup.shared_base else 0.0,
         "discriminator: gradients": setup.discriminator_updates
         * all_reduce(FLOAT32 * discriminator_weights(setup), gpus),
         "rollouts": all_gather(rollouts(setup), gpus),
