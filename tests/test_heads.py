@@ -345,6 +345,10 @@ def test_the_reward_form_of_each_head(configure, head, form):
             for name in ("warmup_target_accuracy", "discriminator_gate_high", "discriminator_gate_low")
         ),
         ({"discriminator_gate_low": 0.8, "discriminator_gate_high": 0.8}, ["gate_low 0.8 must be under", "high 0.8"]),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "num_generations": 8, "warmup_rollouts": 12},
+            ["warmup_rollouts 12", "multiple"],
+        ),
         ({"discriminator_gate_low": 0.9, "discriminator_gate_high": 0.8}, ["gate_low 0.9 must be under", "high 0.8"]),
         ({"perturbations": ["operator", "nearby_nubmer"]}, ["unknown perturbation", "did you mean 'nearby_number'"]),
         ({"head": "implict"}, ["unknown head", "did you mean 'implicit'"]),

@@ -9,9 +9,11 @@ import sys
 import httpx
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import served
 from served import save_reward_model, traces
+from tiny import free_port
 from tracereward.reward_model import TokenRewardModel
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
 from tracereward.vllm_scorer import VllmScorer
@@ -33,11 +35,30 @@ SHAPE = {"hidden_size": 64, "layers": 2, "heads": 2}  # vLLM's attention has no 
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 
 
-def test_training_with_vllm_rollouts(tmp_path):
-    """Warm-up and two steps; vLLM's log-probs of its samples agree with the policy's: it has the policy's weights."""
+# Weights reach a vLLM server over NCCL, which a machine without a GPU does not have. The sent names are written down.
+RUN_WITHOUT_NCCL = """
+import json, sys
+from trl.generation.vllm_client import VLLMClient
+sent = []
+def update(self, metadata, named_params):
+    sent.append([name for name, _ in named_params])
+    open(sys.argv[sys.argv.index("--output_dir") + 1] + ".sent", "w").write(json.dumps(sent))
+VLLMClient.init_communicator = lambda self, device: None
+VLLMClient.update_named_params = update
+from tracereward.cli import main
+main()
+"""
+
+
+def save_policy(tmp_path):
     tokenizer = build_tokenizer()
     build_model(tokenizer, seed=0, **SHAPE).save_pretrained(tmp_path / "tiny")
     tokenizer.save_pretrained(tmp_path / "tiny")
+
+
+def train(tmp_path, script, **more):
+    """Warm-up and two steps with rollouts by vLLM; what was logged of the steps."""
+    save_policy(tmp_path)
     rows = tmp_path / "experts.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in generate("misconception", 16, seed=1)))
     options = {
@@ -46,9 +67,6 @@ def test_training_with_vllm_rollouts(tmp_path):
         "model_name_or_path": tmp_path / "tiny",
         "output_dir": tmp_path / "run",
         "use_vllm": "true",
-        "vllm_mode": "colocate",
-        "vllm_gpu_memory_utilization": 0.1,
-        "vllm_max_model_length": 64,
         "max_completion_length": 32,
         "per_device_train_batch_size": 32,
         "num_generations": 4,
@@ -59,18 +77,48 @@ def test_training_with_vllm_rollouts(tmp_path):
         "discriminator_warmup_updates": 4,
         "warmup_prompts": 8,
         "warmup_rollouts": 4,
+        **more,
     }
     argv = ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
     done = subprocess.run(
-        [sys.executable, "-c", RUN, *argv], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
+        [sys.executable, "-c", script, *argv], env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in logged if row["phase"] == "warmup"] == [1, 2, 3, 4]
     steps = [row for row in logged if row["phase"] == "train"]
     assert [row["step"] for row in steps] == [1, 2]
-    assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)
     assert (tmp_path / "run" / "reward_model" / "tracereward.json").is_file()
+    return steps
+
+
+def test_training_with_vllm_rollouts(tmp_path):
+    """vLLM's log-probs of its samples agree with the policy's: it has the policy's weights."""
+    options = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.1, "vllm_max_model_length": 64}
+    steps = train(tmp_path, RUN, **options)
+    assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)
+
+
+def test_training_with_a_vllm_server(tmp_path, monkeypatch):
+    """A real server draws the rollouts; the policy stands still, so its first weights are right, and all are sent."""
+    save_policy(tmp_path)
+    for name, value in (ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}).items():
+        monkeypatch.setitem(served.ENVIRONMENT, name, value)
+    port = free_port()
+    argv = [tmp_path / "tiny", "--host", "127.0.0.1", "--port", port, "--dtype", "float32", "--enforce-eager"]
+    argv += ["--max-model-len", 64, "--logprobs-mode", "processed_logprobs"]
+    server = served.Process(tmp_path / "log.txt", "vllm.entrypoints.cli.main", "serve", *argv)
+    try:
+        server.find("Application startup complete")
+        options = {"vllm_mode": "server", "vllm_server_base_url": f"http://127.0.0.1:{port}", "learning_rate": 0.0}
+        steps = train(tmp_path, RUN_WITHOUT_NCCL, **options)
+    finally:
+        server.end()
+    assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)
+    sent = json.loads((tmp_path / "run.sent").read_text())
+    parameters = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "tiny").named_parameters())
+    assert sent
+    assert all(set(names) == set(parameters) for names in sent)
 
 
 @pytest.fixture(scope="module")

@@ -288,6 +288,12 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
                     "shared_base makes the discriminator an adapter on the policy's base model: leave out "
                     "--discriminator_model and --discriminator_use_peft"
                 )
+        group = self.num_generations
+        if self.use_vllm and self.vllm_mode == "server" and group and self.warmup_rollouts % group:
+            raise InputError(
+                f"with --vllm_mode server prompts are asked for num_generations ({group}) completions at a time: "
+                f"warmup_rollouts {self.warmup_rollouts} must be a multiple of it"
+            )
         if self.reward_form == "f" and not subtracts_policy(self.head):
             raise InputError(f"reward_form f is for the heads airl and implicit; with head {self.head} use logit")
         if not self.held_out_fraction:
