@@ -24,7 +24,7 @@ from filelock import FileLock
 from pyarrow import parquet
 
 from tiny import rows
-from tracereward import cli, pool, score_ray
+from tracereward import cli, pool, score_ray, shards
 from tracereward.calibration import Calibration
 from tracereward.errors import RunFailed
 from tracereward.files import write_jsonl
@@ -86,7 +86,7 @@ def here(monkeypatch):
 
     monkeypatch.setattr(score_ray, "_require_ray", lambda: None)
     monkeypatch.setattr(score_ray, "_run", run)
-    monkeypatch.setattr(score_ray, "SHARD_ROWS", ROWS)
+    monkeypatch.setattr(shards, "SHARD_ROWS", ROWS)
     return scored
 
 
@@ -94,7 +94,7 @@ def parts(folder: Path) -> list[Path]:
     return sorted(folder.glob("part-*.parquet"))
 
 
-def shards(folder: Path) -> list[dict[str, Any]]:
+def all_rows(folder: Path) -> list[dict[str, Any]]:
     """All rows of all shards; all files have one schema, and nothing unfinished lies beside them."""
     found = parts(folder)
     assert (
@@ -156,7 +156,7 @@ def test_shards_hold_what_the_default_engine_writes(command, bench, here, tmp_pa
     assert (done.code, done.out) == (0, ""), done.err
     assert "50 rows in 13 shards" in done.err
     expected = rows(tmp_path / "scored.jsonl")
-    found = shards(tmp_path / "scored")
+    found = all_rows(tmp_path / "scored")
     assert [without_nulls(row) for row in found] == [without_nulls(row) for row in expected]
     assert all(("probability" in without_nulls(row)) == (calibrated and "candidates" not in row) for row in expected)
     assert [parquet.read_metadata(part).num_rows for part in parts(tmp_path / "scored")] == [4] * 12 + [2]
@@ -168,7 +168,7 @@ def test_scores_take_the_place_of_older_ones(command, bench, here, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{**row, "reward": "high"} for row in rows(bench.data)[::3]])
     done = command("score", bench.model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored", "--engine", "ray")
     assert done.code == 0, done.err
-    assert all(isinstance(row["reward"], float) for row in shards(tmp_path / "scored"))
+    assert all(isinstance(row["reward"], float) for row in all_rows(tmp_path / "scored"))
 
 
 def test_parquet_in(command, bench, here, tmp_path):
@@ -179,7 +179,7 @@ def test_parquet_in(command, bench, here, tmp_path):
     parquet.write_table(pyarrow.Table.from_pylist(plain), data)
     for source, output in ((data, "a"), (tmp_path / "rows.jsonl", "b")):
         assert command("score", bench.model, source, "-o", tmp_path / output, "--engine", "ray").code == 0
-    assert shards(tmp_path / "a") == shards(tmp_path / "b")
+    assert all_rows(tmp_path / "a") == all_rows(tmp_path / "b")
     manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab"]
     assert manifests[0]["data_sha256"] == manifests[1]["data_sha256"]
 
@@ -247,9 +247,9 @@ def test_other_scores_are_not_gone_on_with(command, bench, here, tmp_path, monke
     shutil.rmtree(model)
     shutil.copytree(bench.model, model)
     refused(command(*words, "--resume", "--reference", bench.folder / "model"), "another --reference", "None")
-    monkeypatch.setattr(score_ray, "SHARD_ROWS", 5)
+    monkeypatch.setattr(shards, "SHARD_ROWS", 5)
     refused(command(*words, "--resume"), "4 rows a shard")
-    monkeypatch.setattr(score_ray, "SHARD_ROWS", ROWS)
+    monkeypatch.setattr(shards, "SHARD_ROWS", ROWS)
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
     manifest = (output / "manifest.json").read_text()
     (output / "manifest.json").write_text(manifest[:-20])
@@ -264,7 +264,7 @@ def test_resume_scores_what_is_missing(command, bench, here, tmp_path):
     """And removes what a killed run had begun. The name of the data may change, and its place."""
     output = tmp_path / "scored"
     assert command("score", bench.model, bench.data, "-o", output, "--engine", "ray").code == 0
-    whole = shards(output)
+    whole = all_rows(output)
     for n in (0, 7, 12):
         (output / f"part-{n:06d}.parquet").unlink()
     (output / ".part-000007.parquet.abc.tmp").write_bytes(b"PAR1")
@@ -279,7 +279,7 @@ def test_resume_scores_what_is_missing(command, bench, here, tmp_path):
     assert "going on after 10 of 13 shards" in done.err
     assert here == [0, 7, 12]
     assert before.items() <= {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in parts(output)}.items()
-    assert shards(output) == whole
+    assert all_rows(output) == whole
     here.clear()
     done = command(*words)
     assert (done.code, here) == (0, [])
@@ -309,7 +309,7 @@ def test_bad_rows_are_reported_by_every_run(command, bench, here, tmp_path):
         assert f"{data}:6: " in said[0]
         assert f"{data}:7: " in said[1]
         assert "50 rows in 13 shards" in done.err
-    assert [row["n"] for row in shards(output)] == list(range(50))
+    assert [row["n"] for row in all_rows(output)] == list(range(50))
 
 
 def test_a_shard_that_ends_its_workers_is_given_up(bench, tmp_path):
@@ -351,8 +351,8 @@ def test_a_full_disk(command, bench, here, tmp_path, monkeypatch):
 
 PROGRAM = f"""
 import sys
-from tracereward import cli, score_ray
-score_ray.SHARD_ROWS = {ROWS}
+from tracereward import cli, score_ray, shards
+shards.SHARD_ROWS = {ROWS}
 sys.argv[0] = "tracereward"
 cli.main()
 """
@@ -431,7 +431,7 @@ def expected(bench, tmp_path_factory):
 
 
 def assert_scored_once(folder: Path, expected: list[dict[str, Any]]) -> None:
-    found = shards(folder)
+    found = all_rows(folder)
     assert [row["n"] for row in found] == list(range(50))
     assert_close([without_nulls(row) for row in found], expected)
 
