@@ -8,11 +8,7 @@ uniform number falls within the rounding error of a boundary.
 """
 
 import functools
-import os
 import random
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +18,12 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from transformers.trainer_callback import PrinterCallback
 
+from sharded import launch
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.batching import completion_log_probs, pack
-from tracereward.discriminator import Discriminator
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
-from tracereward.sharding import is_spread, whole_weights
+from tracereward.sharding import is_spread, local_part, whole_weights
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
 from tracereward.trainer import AdversarialTrainer
@@ -90,6 +86,7 @@ RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
     # In test_sharded, where the weights are spread; the log-probs of the policy and of its start enter both losses.
     "spread": (SPREAD, Layout(12)),
     "spread, two processes": (SPREAD, Layout(3, accumulation=2, processes=2)),
+    "spread, 1 % faster": ({**SPREAD, "learning_rate": 1.01e-3}, Layout(12)),
     "spread, LoRA": (SPREAD, Layout(12, lora=True)),
     "spread, LoRA, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, lora=True)),
     "no all-reduce": ({**TRAJECTORY, "max_steps": 2}, Layout(8, processes=2)),
@@ -152,12 +149,13 @@ def mutated(trace: list[int], rng: random.Random) -> list[int]:
     return ids[:LONGEST]
 
 
-def train(name: str, folder: Path, **options: Any) -> dict[str, Any]:
-    """Train as `RUNS` says, with `options` beside.
+def train(name: str, folder: Path) -> dict[str, Any]:
+    """Train as `RUNS` says.
 
     Returns:
         The number of processes, what each step logged, (prompt, completion) of each rollout of this process in each
-        batch, and both models' weights at the start and at the end.
+        batch, and both models' weights at the start (unless they are spread) and at the end. Of all the policy's
+        parameters, frozen ones too: the part that this process holds, and, on the main process, the whole.
     """
     settings, layout = RUNS[name]
     torch.set_num_threads(1)
@@ -190,7 +188,6 @@ def train(name: str, folder: Path, **options: Any) -> dict[str, Any]:
             "on_failure": "ignore",
             "seed": 3,
             **settings,
-            **options,
         }
     )
     lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear") if layout.lora else None
@@ -213,14 +210,18 @@ def train(name: str, folder: Path, **options: Any) -> dict[str, Any]:
         peft_config=lora,
     )
     trainer.remove_callback(PrinterCallback)
-    start = {} if options else weights(trainer)
+    start = {} if is_spread(trainer) else weights(trainer)
     trainer.train()
+    parameters = dict(trainer.policy.named_parameters())
     return {
         "processes": trainer.accelerator.num_processes,
         "log": [row for row in trainer.state.log_history if "loss" in row],
         "batches": trainer.batches,
         "start": start,
         "end": weights(trainer),
+        "held": {name: local_part(parameter).detach().flatten() for name, parameter in parameters.items()},
+        "whole": {name: tensor.flatten() for name, tensor in whole_weights(trainer).items() if name in parameters},
+        "gathered": sum(parameter.numel() for parameter in parameters.values() if hasattr(parameter, "ds_tensor")),
     }
 
 
@@ -241,22 +242,8 @@ def one(folder):
 @pytest.fixture(scope="module")
 def two(folder):
     """What each of two processes returns, for all runs that ask for two; started together, as imports take longest."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    # `accelerate launch --num_processes 2 --cpu` runs a single process and says nothing.
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(port), __file__, str(folder), *TWO_PROCESSES]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     output = folder / "output.txt"
-    with open(output, "wb") as file:
-        process = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            code: Any = process.wait(timeout=600)
-        except subprocess.TimeoutExpired:
-            process.terminate()  # the launcher ends its processes
-            process.wait()
-            code = "timed out"
+    code = launch("ddp", str(folder), *TWO_PROCESSES, output=output)
     assert code == 0, f"{code}\n{output.read_text(errors='replace')[-6000:]}"
     found = {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)] for name in TWO_PROCESSES}
     assert {run["processes"] for runs in found.values() for run in runs} == {2}
@@ -313,7 +300,7 @@ def assert_same(record_property):
     """The same rollouts, losses, rewards, gradients and final weights."""
 
     def check(settings: str, run: dict[str, Any], other: dict[str, Any]) -> None:
-        assert len(run["log"]) == len(other["log"]) == STEPS
+        assert len(run["log"]) == len(other["log"]) == RUNS[settings][0].get("max_steps", STEPS)
         assert run["batches"] == other["batches"], "other prompts, another order, or other completions"
         found = differences(run, other, LOSSES) | {model: apart(run, other, model) for model in run["end"]}
         record_property("differences", found)
@@ -383,12 +370,3 @@ def test_without_the_all_reduce_the_discriminators_come_apart(two):
     assert apart(first, second, "discriminator") > 0.1
     with pytest.raises(AssertionError, match="the processes' discriminator differ"):
         joined(two["no all-reduce"])
-
-
-if __name__ == "__main__":
-    target, *names = sys.argv[1:]
-    for run in names:
-        if run == "no all-reduce":
-            Discriminator._add_up = lambda self, sums: None
-        torch.save(train(run, Path(target)), Path(target) / f"{run}.{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()  # else gloo's threads can abort the process that ends last

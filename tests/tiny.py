@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -48,17 +49,44 @@ class Launcher:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=folder
         )
 
-    def __call__(self, *argv: object, trap: dict[str, Any] | None = None) -> Result:
-        """Run ``tracereward ARGV``; `trap` as `trap` makes it."""
+    def __call__(self, *argv: object, trap: dict[str, Any] | None = None, scripted: bool = False) -> Result:
+        """Run ``tracereward ARGV``; `trap` as `trap` makes it, `scripted` as in `sharded`."""
+        return self._run(argv, [trap], scripted=scripted)[0]
+
+    def two(
+        self,
+        *argv: object,
+        traps: tuple[dict[str, Any] | None, dict[str, Any] | None] = (None, None),
+        engine: str = "ddp",
+        scripted: bool = False,
+    ) -> list[Result]:
+        """Run ``tracereward ARGV`` in two processes, as a launcher does: when one fails, the other is sent SIGTERM.
+
+        Args:
+            argv: of both.
+            traps: of each.
+            engine: see `sharded`.
+            scripted: see `sharded`.
+        """
+        return self._run(argv, list(traps), engine=engine, scripted=scripted, port=free_port())
+
+    def _run(self, argv: tuple[object, ...], traps: list[dict[str, Any] | None], **given: Any) -> list[Result]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.count += 1
-        out, err = self.folder / f"{self.count}.out", self.folder / f"{self.count}.err"
-        order = {"argv": [str(word) for word in argv], "trap": trap, "out": str(out), "err": str(err)}
-        self.process.stdin.write(json.dumps(order) + "\n")
+        orders, paths = [], []
+        for rank, one in enumerate(traps):
+            out, err = (self.folder / f"{self.count}.{rank}.{name}" for name in ("out", "err"))
+            order = {"argv": [str(word) for word in argv], "trap": one, "out": str(out), "err": str(err)}
+            orders.append({**order, **given, "rank": rank})
+            paths.append((out, err))
+        self.process.stdin.write(json.dumps(orders) + "\n")
         self.process.stdin.flush()
-        status = json.loads(self.process.stdout.readline())
-        return Result(status, out.read_text(encoding="utf-8"), err.read_text(encoding="utf-8"))
+        codes = json.loads(self.process.stdout.readline())
+        return [
+            Result(code, *(path.read_text(encoding="utf-8") for path in pair))
+            for code, pair in zip(codes, paths, strict=True)
+        ]
 
     def close(self) -> None:
         """End the process."""
@@ -84,12 +112,14 @@ def trap(
     number: int = signal.SIGKILL,
     fill: Path | None = None,
     leave: int = 0,
+    other: bool = False,
 ) -> dict[str, Any]:
     """A signal (by default SIGKILL) at the `count`-th `event` on a file whose path ends with `path`.
 
     `event` is ``open`` (for writing) or ``rename`` (to that name). It may also be ``size``: the kernel then kills the
     process with SIGXFSZ as soon as any file that it writes would grow over `count` bytes. With `fill`, instead of a
-    signal, the file at `fill` is grown until its disk has `leave` bytes left.
+    signal, the file at `fill` is grown until its disk has `leave` bytes left. With `other`, the first process of two
+    has the signal sent to the second.
     """
     return {
         "event": event,
@@ -98,11 +128,19 @@ def trap(
         "number": int(number),
         "fill": fill and str(fill),
         "leave": leave,
+        "other": other,
     }
 
 
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
 def serve() -> None:
-    """Read orders from stdin, run each in a fork, answer with its exit status."""
+    """Read lists of orders from stdin, run each order in a fork, answer with their exit statuses."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import tracereward.pool
@@ -110,24 +148,43 @@ def serve() -> None:
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            run_order(order)
-        answers.write(f"{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}\n")
+        children: list[int] = []
+        for order in reversed(json.loads(line)):
+            child = os.fork()
+            if child == 0:
+                run_order(order, *children)
+            children.insert(0, child)
+        codes: dict[int, int] = {}
+        while len(codes) < len(children):
+            child, status = os.wait()
+            codes[child] = os.waitstatus_to_exitcode(status)
+            if codes[child]:
+                for other in set(children) - codes.keys():
+                    os.kill(other, signal.SIGTERM)
+        answers.write(json.dumps([codes[child] for child in children]) + "\n")
         answers.flush()
 
 
-def run_order(order: dict[str, Any]) -> None:
-    """Be the command; does not return."""
+def run_order(order: dict[str, Any], second: int | None = None) -> None:
+    """Be the command; does not return. `second` is the process beside the first."""
+    import sharded
     from tracereward.cli import main
 
     for descriptor, path in ((1, order["out"]), (2, order["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = ["tracereward", *order["argv"]]
+    if "port" in order:
+        rank, port = str(order["rank"]), str(order["port"])
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+        sharded.allow(order["engine"])
+    if order["scripted"]:
+        sharded.script()
     if order["trap"] is not None:
-        set_trap(**order["trap"])
+        told = second if order["trap"].pop("other") else os.getpid()
+        assert told is not None
+        set_trap(**order["trap"], told=told)
     code: Any = 0
     try:
         main()
@@ -142,8 +199,8 @@ def run_order(order: dict[str, Any]) -> None:
     os._exit(0 if code is None else code)
 
 
-def set_trap(event: str, path: str, count: int, number: int, fill: str | None, leave: int) -> None:
-    """See `trap`."""
+def set_trap(event: str, path: str, count: int, number: int, fill: str | None, leave: int, told: int) -> None:
+    """See `trap`; the process `told` gets the signal."""
     if event == "size":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
@@ -164,7 +221,7 @@ def set_trap(event: str, path: str, count: int, number: int, fill: str | None, l
         if not isinstance(target, int) and os.fspath(target).endswith(path):
             left -= 1
             if left == 0 and fill is None:
-                os.kill(os.getpid(), number)
+                os.kill(told, number)
             elif left == 0:
                 fill_disk(Path(fill), leave)
 

@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_write_json, fsync_tree
-from tracereward.sharding import local_part
+from tracereward.sharding import gather_head_for_gradient, local_part
 from tracereward.validation import Validation
 
 COMPLETE = "complete.json"  # written last: a checkpoint without it was cut short by a kill
@@ -94,6 +94,11 @@ class SafeTrainer(Trainer):
         self._load_best_model()
         return folder.name
 
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        gather_head_for_gradient(self.accelerator.unwrap_model(self.model))
+        return prepared
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A training step; stops the run at numbers that are not finite, before the optimiser uses them."""
         step = self.state.global_step + 1
@@ -125,3 +130,4 @@ class SafeTrainer(Trainer):
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             fsync_tree(folder)
             atomic_write_json(folder / COMPLETE, {"step": self.state.global_step})
+        self.accelerator.wait_for_everyone()  # a process that ended now would have the launcher end the others

@@ -11,7 +11,7 @@ from tracereward.checkpoints import SafeTrainer
 from tracereward.failures import Failure
 from tracereward.files import atomic_folder
 from tracereward.run_folder import Run, is_main_process, note
-from tracereward.sharding import is_spread, whole_models, whole_weights
+from tracereward.sharding import gathered, is_spread, whole_models, whole_weights
 from tracereward.trainer import AdversarialTrainer
 from tracereward.validation import Validation
 
@@ -40,7 +40,9 @@ def train_and_choose(
     """
     trainer.validation = validation
     if validation is not None:
-        trainer.start_accuracy = validation.accuracy(trainer.accelerator.unwrap_model(trainer.model))
+        start = trainer.accelerator.unwrap_model(trainer.model)
+        with gathered(start):
+            trainer.start_accuracy = validation.accuracy(start)
         note(f"validation: the start answers {100 * trainer.start_accuracy:.1f} % of {len(validation)} right")
     run.train(trainer)
     failure = trainer.watch.stopped if isinstance(trainer, AdversarialTrainer) else None

@@ -38,7 +38,7 @@ from tracereward.files import (
     require_free_disk,
 )
 from tracereward.report import Table, write_report
-from tracereward.sharding import from_main
+from tracereward.sharding import from_main, lost_another, whole_models
 from tracereward.trainer import AdversarialTrainer
 
 Config = SupervisedConfig | RewardConfig | AdversarialConfig
@@ -72,7 +72,7 @@ class Run:
 
         Raises:
             Interrupted: the user stopped it.
-            RunFailed: numbers that are not finite, or a full disk.
+            RunFailed: numbers that are not finite, a full disk, or another process that is gone.
         """
         warmed = 0
         if isinstance(trainer, AdversarialTrainer) and self.checkpoint is None:
@@ -90,6 +90,14 @@ class Run:
                 raise RunFailed(
                     f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: {error}. "
                     f"{kept(self.folder / CHECKPOINTS)}. A lower learning rate usually helps."
+                ) from error
+            except RuntimeError as error:
+                if not lost_another(error):
+                    raise
+                raise RunFailed(
+                    f"another process of this run ended after step {trainer.state.global_step} of "
+                    f"{trainer.state.max_steps}; what it said, if anything, is above. "
+                    f"{kept(self.folder / CHECKPOINTS)}: the same command with --resume goes on from there."
                 ) from error
         if self.stop.received() and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
@@ -286,7 +294,7 @@ def check_disk(config: Config, model: ModelConfig, models: int) -> None:
 
     What the run folder holds already counts: a run that goes on replaces it.
     """
-    with init_empty_weights():
+    with whole_models(), init_empty_weights():
         shape = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
         )

@@ -33,8 +33,15 @@ def from_main(value: Any) -> Any:
     return broadcast_object_list([value])[0] if dist.is_initialized() else value
 
 
+def lost_another(error: RuntimeError) -> bool:
+    """Whether a joint step failed because another process of the run is gone."""
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and "by peer" in str(error))  # gloo's words
+
+
 def local_part(parameter: Tensor) -> Tensor:
     """What this process holds of a parameter."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3; its parameters are empty but in a forward and backward pass
+        return parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
 
 
@@ -47,6 +54,46 @@ def whole_models() -> Iterator[None]:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = config
+
+
+@contextlib.contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """The weights of a model are whole on each process, also where ZeRO-3 has loaded it and does not yet train it."""
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters  # pyright: ignore[reportMissingImports]
+
+    with GatheredParameters(list(model.parameters())):
+        yield
+
+
+def gather_head_for_gradient(policy: Any) -> None:
+    """Make an LM head's weights whole under ZeRO-3 while autograd adds their gradient to them.
+
+    TRL's fused head (1.16) has them in parts again by then, where DeepSpeed has not yet seen who uses them: in the
+    first pass. A gradient of another shape than its weights is an error. Every process must ask, after DeepSpeed has
+    set its own hooks, which take the gradient away.
+    """
+    if not deepspeed.is_deepspeed_zero3_enabled():
+        return
+    head = policy.get_output_embeddings().weight
+    if not head.requires_grad or head is policy.get_input_embeddings().weight:
+        return
+    gathered_here = False
+
+    def gather(_: Tensor) -> None:
+        nonlocal gathered_here
+        gathered_here = head.numel() == 0
+        if gathered_here:
+            head.all_gather()
+
+    def let_go(_: Tensor) -> None:
+        if gathered_here:
+            head.partition()
+
+    head.register_hook(gather)
+    head.register_post_accumulate_grad_hook(let_go)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
