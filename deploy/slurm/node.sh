@@ -3,19 +3,25 @@
 # `tracereward train`.
 set -euo pipefail
 
+# SIGTERM goes to the processes and not to the launcher, which would kill them after 30 seconds: a step and a checkpoint
+# may take longer.
+launcher='' told=false
+pass_on() {
+    told=true
+    if [ -n "$launcher" ]; then pkill -TERM -P "$launcher" || true; fi
+}
+trap pass_on TERM
+
 accelerate launch --config_file "$ACCELERATE_CONFIG" \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * GPUS))" --machine_rank "$SLURM_NODEID" \
     --main_process_ip "$FIRST_NODE" --main_process_port "$PORT" \
     -m tracereward train "$@" &
 launcher=$!
+if "$told"; then pass_on; fi
 
-# SIGTERM goes to the processes and not to the launcher, which would kill them after 30 seconds: a step and a checkpoint
-# may take longer.
-trap 'pkill -TERM -P "$launcher" || true' TERM
-status=0
-wait "$launcher" || status=$?
-while kill -0 "$launcher" 2> /dev/null; do # a signal ended the wait, not the launcher
-    status=0
+told=true
+while "$told"; do # a signal ends a wait, not the launcher
+    told=false status=0
     wait "$launcher" || status=$?
 done
 exit "$status"
