@@ -14,8 +14,8 @@ LAYERS = [
     ("maths", "errors masks objectives shaping perturb metrics calibration rerank scores files estimate"),
     (
         "models and data",
-        "adapters alignment batching demonstrations heads reading models reward_func reward_model reward_settings "
-        "sampling scorer sharding shared_prompts surface tasks vllm_scorer",
+        "adapters alignment batching demonstrations drawing guide heads reading models reward_func reward_model "
+        "reward_settings sampling scorer sharding shared_prompts surface tasks vllm_scorer",
     ),
     (
         "training",
@@ -24,8 +24,8 @@ LAYERS = [
     ),
     (
         "applications",
-        "distill evaluate outcome run run_folder inspection inspection_terminal pool report plots quickstart "
-        "score_ray serving studies tables arguments",
+        "correct decode distill evaluate guided_rows outcome run run_folder inspection inspection_terminal pool report "
+        "plots quickstart score_ray shards serving studies tables arguments",
     ),
     ("command line", "cli cli_evaluate cli_reward cli_serve __main__"),
 ]

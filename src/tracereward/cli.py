@@ -91,7 +91,9 @@ def sample(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
     task: Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")] = "generic",
-    n: Annotated[int, typer.Option("-n", "--n", min=1, help="Completions of each prompt.")] = 8,
+    n: Annotated[
+        int | None, typer.Option("-n", "--n", min=1, help="Completions of each prompt; 8 if not given.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
@@ -102,28 +104,70 @@ def sample(
     batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
+    guide: Annotated[
+        str | None, typer.Option(help="Let --reward-model guide the decoding: beam, reject or tilt.")
+    ] = None,
+    reward_model: Annotated[str | None, typer.Option(help="Of --guide: folder or Hub id; same tokenizer.")] = None,
+    beam: Annotated[int | None, typer.Option(min=1, help="Of beam: partial traces kept; 4 if not given.")] = None,
+    expansions: Annotated[int | None, typer.Option(min=1, help="Of beam: next steps drawn of each; 4.")] = None,
+    lookahead: Annotated[int | None, typer.Option(min=0, help="Of beam: greedy steps before a score; 0.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Of reject: survivors of the -n traces; 1.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of tilt: weight of the reward; 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Of tilt: next tokens scored; 8.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Of --guide: model whose log-prob is added to the rewards, as for score.")
+    ] = None,
 ) -> None:
     """Draw completions from a policy: one JSON row each."""
     from tqdm.auto import tqdm
 
     from tracereward.pool import finished_questions, rows_to, sample_rows, write_row
 
+    beside = {"beam": beam, "expansions": expansions, "lookahead": lookahead, "keep": keep, "alpha": alpha}
+    beside["top_k"] = top_k
     done = 0
-    if resume:
-        if output is None:
-            raise InputError("--resume needs --output")
-        part = Path(output + ".part")
-        size = max(1, batch_size // n)
-        if Path(output).is_file() and not part.exists():
-            say(f"{output} is finished")
-            return
-        if part.is_file():
-            done = finished_questions(part, n, size)
-            say(f"going on after {done} questions")
-    chunks = sample_rows(
-        model, data, task, n, max_new_tokens, temperature, top_p, seed, limit, split, template, batch_size, done
-    )
-    with tqdm(desc="samples", initial=done * n, unit="") as progress, rows_to(output, append=resume) as file:
+    if guide is not None:
+        from tracereward.guided_rows import guide_options, guided_rows
+
+        if reward_model is None or resume:
+            raise InputError("--guide needs --reward-model" if reward_model is None else "--guide has no --resume")
+        given = guide_options(guide, {"n": n, **beside})
+        chunks = guided_rows(
+            model,
+            reward_model,
+            guide,
+            given,
+            data,
+            task,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            limit,
+            split,
+            template,
+            batch_size,
+            reference,
+        )
+    else:
+        if any(value is not None for value in (reward_model, reference, *beside.values())):
+            raise InputError("--reward-model, --reference and the options of beam, reject and tilt need --guide")
+        n = n or 8
+        if resume:
+            if output is None:
+                raise InputError("--resume needs --output")
+            part = Path(output + ".part")
+            size = max(1, batch_size // n)
+            if Path(output).is_file() and not part.exists():
+                say(f"{output} is finished")
+                return
+            if part.is_file():
+                done = finished_questions(part, n, size)
+                say(f"going on after {done} questions")
+        chunks = sample_rows(
+            model, data, task, n, max_new_tokens, temperature, top_p, seed, limit, split, template, batch_size, done
+        )
+    with tqdm(desc="samples", initial=done * (n or 1), unit="") as progress, rows_to(output, append=resume) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)

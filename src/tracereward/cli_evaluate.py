@@ -126,3 +126,53 @@ def policy_suite(
         output,
         as_json=json_table,
     )
+
+
+@suites.command("guided")
+def guided_suite(
+    policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
+    reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
+    data: Annotated[str | None, typer.Option(help="Questions with gold answers. Default: the task's own set.")] = None,
+    task: Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")] = "generic",
+    budget: Annotated[
+        list[int] | None, typer.Option(min=1, help="Samples of a question; repeatable. Default: 4 and 16.")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="Of tilt: weight of the reward.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=1, help="Of tilt: next tokens scored.")] = 8,
+    threshold: Annotated[float, typer.Option(help="Of self-correction: a step is suspected under it.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    split: Split = "test",
+    template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
+    limit: Limit = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
+    reference: Annotated[
+        str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
+    ] = None,
+    output: Output = None,
+    json_table: Json = False,
+) -> None:
+    """Beam, rejection, tilting and self-correction by a reward, beside best-of-N and votes, with the tokens drawn."""
+    from tracereward.evaluate.guided import run_guided
+
+    run_guided(
+        policy,
+        reward_model,
+        data,
+        task,
+        budget or [4, 16],
+        alpha,
+        top_k,
+        threshold,
+        max_new_tokens,
+        temperature,
+        split,
+        template,
+        limit,
+        seed,
+        batch_size,
+        reference,
+        output,
+        as_json=json_table,
+    )

@@ -1,4 +1,4 @@
-"""The commands that use a reward model: score, rerank, inspect, calibrate, export. Imports are inside each."""
+"""The commands that use a reward model: score, rerank, correct, inspect, ... Imports are inside each."""
 
 import sys
 from pathlib import Path
@@ -164,6 +164,41 @@ def rerank(
         from tracereward.tables import print_ranking
 
         print_ranking(table)
+
+
+@commands.command()
+def correct(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
+    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion, as `tracereward sample` writes.")],
+    reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
+    rounds: Annotated[int, typer.Option(min=1, help="At most as many cuts of each trace.")] = 3,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Continuations drawn from each cut.")] = 4,
+    threshold: Annotated[
+        float, typer.Option(help="A step is suspected whose mean reward, in log-odds, is under it.")
+    ] = 0.0,
+    task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of the continuations.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
+    reference: Reference = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
+) -> None:
+    """Cut traces before their first suspected step, draw on from there, keep what the reward prefers."""
+    from tracereward.guided_rows import corrected_rows, correction_summary
+    from tracereward.pool import rows_to, write_row
+
+    drawing = (max_new_tokens, temperature, top_p, seed, batch_size, reference)
+    chunks = corrected_rows(model, data, reward_model, rounds, k, threshold, task, *drawing)
+    done = []
+    with rows_to(output) as file:
+        for rows in chunks:
+            for row in rows:
+                write_row(file, row)
+            file.flush()
+            done += rows
+    say(correction_summary(done))
 
 
 @commands.command()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.alignment import join_steps
 from tracereward.demonstrations import load_demonstrations, render
@@ -22,7 +22,7 @@ from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings, check_reward_model
-from tracereward.sampling import sample
+from tracereward.sampling import Sample, sample
 from tracereward.scorer import Scorer
 from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.tasks import Task, get_task
@@ -111,9 +111,26 @@ def sample_rows(
     Raises:
         InputError: before the model is loaded, if anything cannot be read.
     """
-    task = get_task(task_name)
     if temperature == 0 and n > 1:
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
+    rows, prompts, tokenizer = load_questions(model, data, task_name, limit, split, template)
+    policy = load_policy(model)
+    size = max(1, batch_size // n)
+    for chunk in sample(
+        policy, tokenizer, prompts, n, max_new_tokens, temperature, top_p, seed, batch_size, first_chunk=done // size
+    ):
+        yield [sample_row(s, rows[s.prompt], get_task(task_name)) for s in chunk]
+
+
+def load_questions(
+    model: str, data: str | None, task_name: str, limit: int | None, split: str, template: str
+) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
+    """The questions to draw completions of, their rendered prompts and the policy's tokenizer; loads no model.
+
+    Raises:
+        InputError: anything cannot be read.
+    """
+    task = get_task(task_name)
     source = data or task.dataset
     if source is None:
         raise InputError(f"task {task.name!r} has no set of its own: give --data, a file or a Hub id")
@@ -122,30 +139,27 @@ def sample_rows(
     check_model(model)
     tokenizer = load_tokenizer(model)
     prompts = [row["prompt"] for row in render([{**row, "completion": None} for row in rows], tokenizer, template)]
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(best_device())  # pyright: ignore[reportArgumentType]
-    size = max(1, batch_size // n)
-    for chunk in sample(
-        policy, tokenizer, prompts, n, max_new_tokens, temperature, top_p, seed, batch_size, first_chunk=done // size
-    ):
-        out = []
-        for s in chunk:
-            row = rows[s.prompt]
-            extracted = task.extract(s.text)
-            correct = None if row["answer"] is None else task.verify(s.text, row["answer"])
-            out.append(
-                {
-                    "question": s.prompt,
-                    "prompt": row["prompt"],
-                    "completion": s.text,
-                    "answer": row["answer"],
-                    "extracted": extracted,
-                    "correct": correct,
-                    "finished": s.finished,
-                    "length": len(s.ids),
-                    "logprob": s.logprob,
-                }
-            )
-        yield out
+    return rows, prompts, tokenizer
+
+
+def load_policy(model: str) -> PreTrainedModel:
+    """A causal LM, on the accelerator if there is one."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(best_device())  # pyright: ignore[reportArgumentType]
+
+
+def sample_row(drawn: Sample, row: dict[str, Any], task: Task) -> dict[str, Any]:
+    """What `sample` writes of one completion of the question in `row`."""
+    return {
+        "question": drawn.prompt,
+        "prompt": row["prompt"],
+        "completion": drawn.text,
+        "answer": row["answer"],
+        "extracted": task.extract(drawn.text),
+        "correct": None if row["answer"] is None else task.verify(drawn.text, row["answer"]),
+        "finished": drawn.finished,
+        "length": len(drawn.ids),
+        "logprob": drawn.logprob,
+    }
 
 
 def finished_rows(part: Path) -> int:

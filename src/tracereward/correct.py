@@ -1,0 +1,92 @@
+"""Self-correction: cut a trace before its first suspected step, draw on from there, keep what the reward prefers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tracereward.decode import best
+from tracereward.guide import Guide, digest
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A trace after self-correction.
+
+    Attributes:
+        ids: its tokens.
+        finished: whether it ended by itself.
+        reward: of it, never lower than `reward_before`.
+        reward_before: of the trace that was given.
+        cuts: of each round that drew, the number of tokens kept before the suspected step.
+        sampled_tokens: all tokens drawn for it, kept or not.
+    """
+
+    ids: list[int]
+    finished: bool
+    reward: float
+    reward_before: float
+    cuts: list[int]
+    sampled_tokens: int
+
+
+def self_correct(
+    guide: Guide,
+    prompts: Sequence[Sequence[int]],
+    traces: Sequence[Sequence[int]],
+    rounds: int = 3,
+    k: int = 4,
+    threshold: float = 0.0,
+) -> list[Correction]:
+    """Correct traces for up to `rounds` rounds.
+
+    In each round the first step whose mean reward is under `threshold` and all behind it are dropped, and `k` traces
+    are drawn on from there. The one of the highest reward takes the trace's place if its reward is higher; otherwise
+    the next round draws again from the same cut. A trace without such a step is left alone, and so is one whose cut
+    leaves no room under the length limit.
+
+    Args:
+        guide: policy and reward model.
+        prompts: token ids.
+        traces: token ids of as many traces, with the end-of-sequence token if they ended.
+        rounds: at most.
+        k: continuations of each round.
+        threshold: in log-odds, as for `Scorer.first_error`.
+
+    Returns:
+        One record a trace.
+    """
+    how = guide.scorer.settings.aggregate
+    current = [list(trace) for trace in traces]
+    scores = guide.score(prompts, current)
+    before = [found.aggregate(how) for found in scores]
+    rewards, drawn = list(before), [0] * len(current)
+    cuts: list[list[int]] = [[] for _ in current]
+    places = [first_error_token(found.step_rewards(), found.step_ends, threshold) for found in scores]
+    for number in range(rounds):
+        rows = [row for row, place in enumerate(places) if place is not None and place < guide.max_new_tokens]
+        if not rows:
+            break
+        owners = [row for row in rows for _ in range(k)]
+        starts = [current[row][: places[row]] for row in owners]
+        streams = [f"{digest(traces[row])} {number} {draw}" for row in rows for draw in range(k)]
+        asked = [prompts[row] for row in owners]
+        grown, counts = guide.grow(asked, starts, streams, by_step=False)
+        found = guide.score(asked, grown)
+        values = [trace.aggregate(how) for trace in found]
+        for index, row in enumerate(rows):
+            mine = range(index * k, index * k + k)
+            drawn[row] += sum(counts[i] for i in mine)
+            cuts[row].append(len(starts[index * k]))
+            top = best(values, mine, 1)[0]
+            if values[top] > rewards[row]:
+                current[row], rewards[row] = grown[top], values[top]
+                places[row] = first_error_token(found[top].step_rewards(), found[top].step_ends, threshold)
+    return [
+        Correction(ids, guide.finished(ids), rewards[row], before[row], cuts[row], drawn[row])
+        for row, ids in enumerate(current)
+    ]
+
+
+def first_error_token(step_rewards: Sequence[float], step_ends: Sequence[bool], threshold: float) -> int | None:
+    """The token that begins the first step whose reward is under `threshold`; None if there is none."""
+    starts = [0, *(token + 1 for token, ends in enumerate(step_ends) if ends)]
+    return next((starts[step] for step, reward in enumerate(step_rewards) if reward < threshold), None)

@@ -1,0 +1,144 @@
+"""`tracereward evaluate guided`: guided decoding and self-correction beside choosing among whole samples, by budget."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tracereward.correct import self_correct
+from tracereward.decode import beam, reject, tilt
+from tracereward.errors import InputError
+from tracereward.evaluate.run import output_folder, publish
+from tracereward.guide import Guide, Guided
+from tracereward.guided_rows import check_template, load_guide
+from tracereward.metrics import bootstrap_interval
+from tracereward.pool import load_questions
+from tracereward.report import Table
+from tracereward.rerank import Candidate, choose
+from tracereward.run_folder import note
+from tracereward.tasks import Task, get_task
+
+ROUNDS = 3
+"""Of self-correction; the budget's other samples are shared out among them."""
+
+
+def beam_shape(budget: int) -> tuple[int, int]:
+    """Width and expansions whose product is at most `budget`: a power of two at most its square root, and the rest."""
+    width = 1 << ((budget.bit_length() - 1) // 2)
+    return width, budget // width
+
+
+def compare(
+    guide: Guide,
+    prompts: Sequence[str],
+    golds: Sequence[str],
+    task: Task,
+    budgets: Sequence[int],
+    alpha: float,
+    top_k: int,
+    threshold: float,
+) -> Iterator[dict[str, Any]]:
+    """Accuracy of each method at each budget, a number N of whole samples.
+
+    greedy: one trace. majority, reward, vote: of N plain samples. beam: width * expansions <= N. reject: N at the
+    start. tilt: the best reward of N tilted traces. self_correct: one plain sample, at most N - 1 continuations in
+    `ROUNDS` rounds or fewer, from budget 2 on.
+
+    Yields:
+        Rows with method, budget (0 for greedy), right (1 or 0 for each question) and sampled_tokens (its mean).
+    """
+    vocabulary = guide.policy.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess]
+
+    def row(method: str, budget: int, picked: Sequence[tuple[str, int]]) -> dict[str, Any]:
+        right = [float(task.verify(text, gold)) for (text, _), gold in zip(picked, golds, strict=True)]
+        tokens = sum(count for _, count in picked) / len(picked)
+        return {"method": method, "budget": budget, "right": right, "sampled_tokens": tokens}
+
+    def first(found: Sequence[Sequence[Guided]]) -> list[tuple[str, int]]:
+        return [(traces[0].text, traces[0].sampled_tokens) for traces in found]
+
+    yield row("greedy", 0, first(tilt(replace(guide, temperature=0.0), prompts, 1, 0.0, 1)))
+    singles = tilt(guide, prompts, 1, 0.0, vocabulary)
+    for budget in budgets:
+        plain = tilt(guide, prompts, budget, 0.0, vocabulary)  # alpha 0 and all words: plain samples
+        for method in ("majority", "reward", "vote"):
+            picked = []
+            for traces in plain:
+                rows = [Candidate(t.text, task.extract(t.text), t.reward, t.logprob, len(t.ids)) for t in traces]
+                pick = traces[choose(rows, method, task.equal, guide.seed)]
+                picked.append((pick.text, pick.sampled_tokens))
+            yield row(method, budget, picked)
+        yield row("beam", budget, first(beam(guide, prompts, *beam_shape(budget))))
+        yield row("reject", budget, first(reject(guide, prompts, budget)))
+        yield row("tilt", budget, first(tilt(guide, prompts, budget, alpha, top_k)))
+        if budget > 1:
+            rounds = min(ROUNDS, budget - 1)
+            given = [traces[0] for traces in singles]
+            asked = guide.encode(prompts)
+            found = self_correct(guide, asked, [t.ids for t in given], rounds, (budget - 1) // rounds, threshold)
+            texts = guide.tokenizer.batch_decode([c.ids for c in found], skip_special_tokens=True)
+            counts = [c.sampled_tokens + t.sampled_tokens for c, t in zip(found, given, strict=True)]
+            yield row("self_correct", budget, list(zip(texts, counts, strict=True)))
+
+
+def guided_table(rows: Sequence[dict[str, Any]], questions: int) -> Table:
+    """The rows of the result as a table."""
+    cells = [
+        [r["budget"], r["method"], *(100 * x for x in (r["accuracy"], *r["interval"])), round(r["sampled_tokens"])]
+        for r in rows
+    ]
+    columns = ["samples", "method", "accuracy %", "low", "high", "drawn tokens of a question"]
+    return Table(f"Guided decoding, {questions} questions", columns, cells)
+
+
+def run_guided(
+    policy: str,
+    reward_model: str,
+    data: str | None,
+    task_name: str,
+    budgets: Sequence[int],
+    alpha: float,
+    top_k: int,
+    threshold: float,
+    max_new_tokens: int,
+    temperature: float,
+    split: str,
+    template: str,
+    limit: int | None,
+    seed: int,
+    batch_size: int,
+    reference: str | None,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """`tracereward evaluate guided`.
+
+    Raises:
+        InputError: a question without a gold answer, temperature 0, or models that do not fit together.
+    """
+    if temperature == 0:
+        raise InputError("at temperature 0 all samples of a question are the same: set --temperature above 0")
+    task = get_task(task_name)
+    folder = output_folder(policy, output)
+    check_template(reward_model, template)
+    rows, prompts, tokenizer = load_questions(policy, data, task_name, limit, split, template)
+    for row in rows:
+        if row["answer"] is None:
+            raise InputError(f"{row['source']}: no gold answer: accuracy cannot be measured")
+    given = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
+    guide = load_guide(policy, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
+    found = []
+    for row in compare(guide, prompts, [r["answer"] for r in rows], task, budgets, alpha, top_k, threshold):
+        right = row.pop("right")
+        found.append({**row, "accuracy": sum(right) / len(right), "interval": bootstrap_interval(right, seed)})
+        note(f"{row['method']} at {row['budget'] or 1}: {100 * found[-1]['accuracy']:.1f} %")
+    result = {"policy": policy, "reward_model": reward_model, "data": data or task.dataset, "questions": len(rows)}
+    result |= {
+        "temperature": temperature,
+        "seed": seed,
+        "alpha": alpha,
+        "top_k": top_k,
+        "threshold": threshold,
+        "reference": reference,
+    }
+    publish(folder, "guided", {**result, "rows": found}, [guided_table(found, len(rows))], [], as_json)
