@@ -124,6 +124,11 @@ class TokenRewardModel(nn.Module, Scorer):
             model.head.load_state_dict(load_file(folder / HEAD_FILE))
         return model.eval()
 
+    @property
+    def shares_base(self) -> bool:
+        """Whether the backbone is an adapter on the policy's base model."""
+        return isinstance(self.backbone, AdapterView)
+
     def active(self) -> contextlib.AbstractContextManager[None]:
         """Around passes whose gradients are wanted: holds a shared base model under this model's adapter."""
         return self.backbone.active() if isinstance(self.backbone, AdapterView) else contextlib.nullcontext()

@@ -134,10 +134,9 @@ class AdversarialTrainer(RolloutTrainer):
         ]
         self.demonstration_rows = rows[: len(demonstrations)]
         reward_model.to(self.accelerator.device)
-        shares_base = isinstance(reward_model.backbone, AdapterView)
-        if shares_base and is_spread(self):
+        if reward_model.shares_base and is_spread(self):
             raise InputError("shared_base needs the whole base model on each process: DDP, not FSDP or DeepSpeed")
-        if args.gradient_checkpointing and not shares_base:
+        if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
         self.discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
