@@ -11,7 +11,6 @@ a batch, and the memory of the server before and after. With `--minutes`, the la
 long, and the memory is printed every minute.
 """
 
-import argparse
 import asyncio
 import contextlib
 import os
@@ -23,9 +22,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import common
 import httpx
 import torch
+from common import Result
 
 from tracereward.demonstrations import load_demonstrations
 from tracereward.pool import best_device
@@ -95,16 +97,17 @@ async def load(url: str, rows: list[tuple[str, str]], clients: int) -> tuple[flo
         return time.perf_counter() - began, times, rewards
 
 
-def line(name: str, seconds: float, times: list[float], more: str = "") -> None:
+def line(name: str, seconds: float, times: list[float], more: str = "") -> dict[str, Any]:
+    """Print and return what a round came to."""
     ordered = sorted(times)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
     rate, median = len(times) / seconds, statistics.median(times)
     print(f"{name:12} {rate:8.1f} requests/s   p50 {1e3 * median:7.1f} ms   p99 {1e3 * p99:7.1f} ms{more}", flush=True)
+    return {"clients": name, "requests/s": rate, "p50, ms": 1e3 * median, "p99, ms": 1e3 * p99}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?")
+    parser = common.parser(__doc__)
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--minutes", type=float, default=0.0)
@@ -131,7 +134,8 @@ def main() -> None:
                 at = time.perf_counter()
                 model.score([prompt], [text])
                 single.append(time.perf_counter() - at)
-            line("sequential", time.perf_counter() - began, single)
+            result = Result("serving", {"requests": len(rows), "offline traces/s": len(rows) / offline})
+            result.rows.append(line("sequential", time.perf_counter() - began, single))
             print(f"{'offline':12} {len(rows) / offline:8.1f} traces/s")
             asyncio.run(load(url, rows, 8))
             before = memory(process)
@@ -140,7 +144,8 @@ def main() -> None:
                 seconds, times, rewards = asyncio.run(load(url, rows, clients))
                 after_traces, after_turns = batches(url)
                 mean = (after_traces - traces) / (after_turns - turns)
-                line(f"{clients} clients", seconds, times, f"   {mean:5.1f} traces a batch")
+                row = line(f"{clients} clients", seconds, times, f"   {mean:5.1f} traces a batch")
+                result.rows.append({**row, "traces a batch": mean})
                 for got, wanted in zip(rewards, expected, strict=True):
                     torch.testing.assert_close(torch.tensor(got), wanted, atol=ATOL, rtol=0)
             ends, shown = time.perf_counter() + 60 * args.minutes, time.perf_counter()
@@ -154,6 +159,8 @@ def main() -> None:
                     shown += 60
                     print(f"{answers:8d} more answers; server memory {memory(process):.0f} MiB", flush=True)
             print(f"every answer is the offline score; server memory {before:.0f} MiB, then {memory(process):.0f} MiB")
+            result.more = {"server memory, MiB": [before, memory(process)]}
+            result.write(args.json)
         finally:
             process.terminate()
             process.wait()

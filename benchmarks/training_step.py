@@ -1,99 +1,128 @@
 """What the discriminator costs: steps of `AdversarialTrainer` against plain `trl.GRPOTrainer`, in turn, in one process.
 
-    python benchmarks/training_step.py [MODEL_FOLDER]
+    python benchmarks/training_step.py [MODEL_FOLDER] [--size tiny|small|gpu] [--json FILE]
 
-Without an argument: the tiny Llama of the quickstart, 24 prompts x 8 completions. Prints the median step of each and
-the ratio.
+Without a folder: a random Llama of 0.1, 3.4 or 218 M parameters ("small" on a CPU, "gpu" with CUDA). A step is 24
+prompts x 8 completions of 32 tokens on a CPU, 32 x 8 of 256 with CUDA, and one update of the discriminator with the
+defaults of `tracereward train` (16 demonstrations, each with 4 rollouts and a perturbed copy; monitors at every second
+step). The policy's learning rate is 0, so that all variants have the same rollouts to do; buffers are full, as behind a
+warm-up. Trainers take turns of three steps: the first is left out, the mean of the others is one measurement.
+
+Prints for each variant the median of its turns and the width of their middle half, its ratio to plain GRPO of the same
+kind, with and without its monitors, and the medians of its parts, which are timed around the methods that do them:
+"rollouts", "policy" (loss, backward pass, optimiser), three of the discriminator, and the rest.
 """
 
+import dataclasses
 import statistics
-import sys
-import tempfile
-import time
 from pathlib import Path
+from typing import Any
 
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, TrainerCallback
-from transformers.utils import logging
-from trl import GRPOConfig, GRPOTrainer
+import common
+from common import Clock, Result, Size, adversarial_trainer, iqr, median, plain_trainer
 
 from tracereward.adversarial_config import AdversarialConfig
-from tracereward.callbacks import Progress
-from tracereward.models import load_tokenizer
-from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import RewardSettings
-from tracereward.tasks import get_task
-from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
-from tracereward.trainer import AdversarialTrainer
 
-STEPS = 12
-SHARED = {
-    "per_device_train_batch_size": 192,
-    "num_generations": 8,
-    "max_completion_length": 32,
-    "max_steps": STEPS,
-    "save_strategy": "no",
-    "gradient_checkpointing": False,
-    "logging_steps": 1,
-    "report_to": "none",
-    "seed": 0,
-}
-
-
-class Times(TrainerCallback):
-    """Wall-clock seconds of each step."""
-
-    def __init__(self):
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.start)
+SIZES = {"tiny": Size(64, 2, 4), "small": Size(256, 4, 4), "gpu": Size(1024, 16, 16)}
+HALF = {"tiny": Size(32, 2, 4), "small": Size(128, 4, 4), "gpu": Size(512, 8, 8)}
+MONITORS = "discriminator: monitors"
+PARTS = (
+    "rollouts",
+    "policy",
+    "discriminator: update",
+    "discriminator: rewards",
+    MONITORS,
+    "rest",
+)
+TURN = 3  # steps; one of the two that count has monitors
+PLAIN, PLAIN_LORA = "plain GRPO", "plain GRPO, LoRA"
+SAME = "same-size discriminator"
+SMALLER, LESS = "sparse, smaller discriminator", "same-size, reward logit, 8 demonstrations"
+# The sparse variant is the paper's: a token head on each trace's last token, whose logit alone is the reward.
+SPARSE: dict[str, Any] = {"granularity": "sparse", "head": "token", "reward_form": "logit"}
+# No pass of the starting policy over the rollouts, and half as many traces in an update.
+LEAN: dict[str, Any] = {"reward_form": "logit", "discriminator_prompts": 8}
 
 
-def main(folder: str, scratch: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    rows = generate("misconception", 200, seed=1)
-    task = get_task("arithmetic")
-    hardware = {} if torch.cuda.is_available() else {"use_cpu": True, "bf16": False}
+def variants(smaller: str) -> dict[str, dict[str, Any] | None]:
+    """Options of each variant's discriminator; None for plain GRPO, which comes before those that it is compared to."""
+    found: dict[str, dict[str, Any] | None] = {
+        PLAIN: None,
+        SAME: {},
+        LESS: LEAN,
+        SMALLER: {**SPARSE, "discriminator": smaller},
+        PLAIN_LORA: None,
+        "LoRA, same-size discriminator": {"peft": True},
+    }
+    if "shared_base" in {field.name for field in dataclasses.fields(AdversarialConfig)}:
+        found["LoRA, shared base"] = {"peft": True, "shared_base": True}
+    return found
 
-    def correct(completions, answer, **_):
-        return [float(task.verify(text, gold)) for text, gold in zip(completions, answer, strict=True)]
 
-    plain_times, adversarial_times = Times(), Times()
-    plain = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder),
-        reward_funcs=correct,
-        args=GRPOConfig(output_dir=str(scratch / "plain"), **SHARED, **hardware),
-        train_dataset=Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in rows]),
-        processing_class=tokenizer,
-        callbacks=[plain_times],
-    )
-    adversarial = AdversarialTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder),
-        reward_model=TokenRewardModel.from_backbone(folder, RewardSettings(), tokenizer),
-        demonstrations=rows,
-        args=AdversarialConfig(output_dir=str(scratch / "adversarial"), discriminator_warmup_updates=0, **SHARED),
-        task=task,
-        processing_class=tokenizer,
-        callbacks=[adversarial_times],
-    )
-    for trainer in (plain, adversarial):
-        Progress.replace_default(trainer, "steps")
-        trainer.train()
-    a, b = (statistics.median(t.seconds[2:]) for t in (plain_times, adversarial_times))
-    print(f"plain GRPO {a:.3f} s a step, adversarial {b:.3f} s: ratio {b / a:.2f} ({STEPS - 2} steps each, medians)")
+def baseline(name: str) -> str:
+    return PLAIN_LORA if "LoRA" in name else PLAIN
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    parser.add_argument("--size", choices=SIZES, default="gpu" if common.GPU else "small")
+    parser.add_argument("--discriminator", help="folder of the smaller discriminator, with a model folder")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="words: variants whose names have one of them")
+    args = parser.parse_args()
+    prompts, group, tokens = (32, 8, 256) if common.GPU else (24, 8, 32)
+    with common.scratch() as name:
+        path = Path(name)
+        folder = args.model or common.save_model(path / "policy", SIZES[args.size])
+        smaller = args.discriminator or folder
+        if not args.model:
+            smaller = common.save_model(path / "smaller", HALF[args.size])
+        rows = common.expert_rows(256, lines=tokens // 12)
+        options = {**common.trainer_options(prompts, group, tokens, path / "run"), "max_steps": TURN}
+        chosen = {
+            name: more
+            for name, more in variants(smaller).items()
+            if not args.only or any(word in name for word in args.only)
+        }
+        trainers, clocks = {}, {}
+        for name, more in chosen.items():
+            if more is None:
+                trainers[name] = plain_trainer(folder, rows, options, peft=name == PLAIN_LORA)
+            else:
+                trainers[name] = adversarial_trainer(folder, rows, options, **more)
+            clocks[name] = Clock(trainers[name])
+        for _ in range(args.turns):
+            for trainer in trainers.values():
+                trainer.train()
+        prompt, demonstration = common.token_lengths(folder, rows)
+        settings = {
+            "policy, M": common.millions(folder),
+            "smaller discriminator, M": common.millions(smaller),
+            "prompts": prompts,
+            "group": group,
+            "tokens": tokens,
+            "prompt tokens": prompt,
+            "demonstration tokens": demonstration,
+            "turns": args.turns,
+        }
+        print(settings)
+        result = Result("training_step", settings)
+        medians: dict[str, float] = {}
+        for name, clock in clocks.items():
+            turns = [clock.steps[start + 1 : start + TURN] for start in range(0, len(clock.steps), TURN)]
+            means = {
+                part: [statistics.mean(step.get(part, 0.0) for step in steps) for steps in turns]
+                for part in ("step", *PARTS)
+            }
+            medians[name] = median(means["step"])
+            row = {"variant": name, "s a step": medians[name], "IQR": iqr(means["step"])}
+            if (plain := medians.get(baseline(name))) is not None:
+                row["ratio"] = medians[name] / plain
+                row["without monitors"] = (medians[name] - median(means[MONITORS])) / plain
+            result.rows.append({**row, **{part: median(means[part]) for part in PARTS}})
+        result.write(args.json)
 
 
 if __name__ == "__main__":
-    logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as name:
-        path = Path(name)
-        if len(sys.argv) == 1:
-            tiny = build_tokenizer()
-            build_model(tiny, seed=0).save_pretrained(path / "tiny")
-            tiny.save_pretrained(path / "tiny")
-        main(sys.argv[1] if len(sys.argv) > 1 else str(path / "tiny"), path)
+    common.quiet()
+    main()
