@@ -556,6 +556,16 @@ def test_the_gate_looks_at_held_out_pairs(make, pairs, rollouts, monkeypatch):
     assert discriminator.updates == before
 
 
+@pytest.mark.parametrize(("gate", "judged"), [(None, [3, 6]), (1.0, [1, 2, 3, 4, 5, 6])])
+def test_the_accuracy_is_taken_when_a_monitor_or_a_gate_wants_it(make, rollouts, monkeypatch, gate, judged):
+    discriminator = make(monitor_every=3, discriminator_gate_high=gate)
+    discriminator.held_out = frozenset({0, 1})
+    monkeypatch.setattr(discriminator, "held_out_accuracy", lambda: 0.5)
+    logged = [discriminator.learn(rollouts) for _ in range(6)]
+    assert [batch for batch, metrics in enumerate(logged, 1) if "held_out_accuracy" in metrics] == judged
+    assert discriminator.updates == 6
+
+
 def test_the_average_of_weights(make, rollouts):
     """p <- d p + (1 - d) q with d = min(decay, (1 + n) / (10 + n)), and the live weights come back."""
     discriminator = make(discriminator_ema=0.3, discriminator_learning_rate=1e-2)

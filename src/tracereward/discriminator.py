@@ -157,8 +157,6 @@ class Discriminator:
         if not math.isfinite(norm):
             raise RunFailed(f"the norm of the discriminator's gradient is {norm} at its update {self.updates + 1}")
         self.optimizer.step()
-        if self.model.shares_base:
-            self.optimizer.zero_grad()  # the policy's gradients would be clipped by the norm of both
         if self.config.spectral_norm:
             assert self.model.head_weight is not None
             limit_spectral_norm(self.model.head_weight)

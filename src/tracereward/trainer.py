@@ -186,6 +186,8 @@ class AdversarialTrainer(RolloutTrainer):
             fresh = gather_object(rollouts)
             with self.accelerator.autocast():  # the discriminator is not prepared: it would train in float32
                 metrics = self.discriminator.learn(fresh)
+            # They take memory, and on a shared base model the policy's would be clipped by the norm of both.
+            self.discriminator.optimizer.zero_grad()
             for name, value in metrics.items():
                 log_metric(f"discriminator/{name}", value)
         self._demonstrations = demonstration
