@@ -153,10 +153,10 @@ def main() -> None:
 
         sys.argv = ["tracereward", *words[1:]]
         cli.main()
-        return
     import torch
 
     from test_invariance import train
+    from tracereward.cli import leave
     from tracereward.discriminator import Discriminator
 
     folder, *names = words
@@ -164,7 +164,7 @@ def main() -> None:
         if name == "no all-reduce":
             Discriminator._add_up = lambda self, sums: None
         torch.save(train(name, Path(folder)), Path(folder) / f"{name}.{os.environ['RANK']}.pt")
-    torch.distributed.destroy_process_group()  # else gloo's threads can abort the process that ends last
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -776,3 +776,29 @@ def test_the_suite_of_injected_errors_writes_json_and_a_report(bench, tmp_path):
     assert json.loads((tmp_path / "out" / "perturbation.json").read_text()) == result
     assert result["traces"] == len(rows(bench.experts))
     assert "Evaluation: perturbation" in (tmp_path / "out" / "perturbation.html").read_text()
+
+
+DISTRIBUTED = """
+import atexit, sys, tempfile
+import torch
+from tracereward.cli import leave
+
+class Late:
+    def __del__(self):
+        print("interpreter shut down")
+
+atexit.register(lambda: print("at exit"))
+late = Late()
+sys.modules["kept"] = late
+if sys.argv[1] == "distributed":
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+leave(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("alone", ["at exit", "interpreter shut down"]), ("distributed", ["at exit"])]
+)
+def test_a_process_of_a_distributed_run_ends_without_the_interpreters_shutdown(kind, said):
+    done = subprocess.run([sys.executable, "-c", DISTRIBUTED, kind], stdout=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stdout.splitlines()) == (3, said)

@@ -1,10 +1,12 @@
 """The command line. Each command imports what it needs inside itself, so that ``--help`` answers at once."""
 
+import atexit
+import contextlib
 import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
@@ -59,7 +61,6 @@ def _training(kind: str, argv: list[str]) -> None:
     from tracereward import run
 
     folder = {"sft": run.run_sft, "train": run.run_train, "grpo": run.run_grpo}[kind](data, config, model, resume)
-    run.end_processes()
     if not run.is_main_process():
         return
     say(f"done: {folder}")
@@ -217,19 +218,45 @@ app.add_typer(server)
 app.add_typer(suites, name="evaluate")
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Entry point: exit 0 when all went well, 1 when a run failed, 2 for bad input or usage, 130 when interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Names that TRL still uses and transformers has renamed: nothing that a user of the commands could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    code: str | int | None = 0
     try:
         app()
+    except SystemExit as error:
+        code = error.code
     except InputError as error:
         say(f"tracereward: {error}")
-        sys.exit(2)
+        code = 2
     except RunFailed as error:
         say(f"\ntracereward: {error}")  # behind a progress bar
-        sys.exit(1)
+        code = 1
     except Interrupted as error:
         say(f"\ntracereward: {error}")
-        sys.exit(130)
+        code = 130
+    leave(code)
+
+
+def leave(code: str | int | None) -> NoReturn:
+    """End the process with this exit status; one of several of a distributed run leaves its process group first.
+
+    Such a process also does without the interpreter's shutdown: threads of gloo's that let go of a tensor meanwhile
+    abort it, and a run that had finished would count as failed (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if (
+        isinstance(code, str)
+        or distributed is None
+        or not (distributed.is_available() and distributed.is_initialized())
+    ):
+        sys.exit(code)
+    if code in (0, None):  # the others of a run that failed may hang
+        distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code or 0)

@@ -103,12 +103,6 @@ def lora(model: ModelConfig) -> LoraConfig | None:
     return config
 
 
-def end_processes() -> None:
-    """Leave the process group of a distributed run; else gloo's threads can abort the process that ends last."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Supervised fine-tuning on the demonstrations; returns the run folder, which holds ``policy/``."""
     prepared = prepare(data, config, model)

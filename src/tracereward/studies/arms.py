@@ -44,6 +44,8 @@ class Site:
         seed: of data, models and training.
         fast: a tenth of the steps, for trying out.
         quiet: no progress bars.
+        experts: how many of the world's demonstrations there are, the first ones; None: all.
+        corrupt: share of them that end in a wrong answer.
     """
 
     folder: Path
@@ -51,14 +53,34 @@ class Site:
     seed: int
     fast: bool = False
     quiet: bool = False
+    experts: int | None = None
+    corrupt: float | None = None
 
     def data(self, part: str) -> Path:
         """File of one part of the data."""
         return self.folder / "data" / f"{part}.jsonl"
 
+    @property
+    def demonstrations(self) -> str:
+        """The part of the data that holds them."""
+        few = "" if self.experts is None else f"-{self.experts}"
+        wrong = "" if self.corrupt is None else f"-corrupt-{self.corrupt:g}"
+        return f"experts{few}{wrong}"
+
+    def run(self, arm: str) -> Path:
+        """Run folder of an arm; what knows no demonstrations is shared by all parts of them."""
+        shared = arm in ("init", "base") or self.demonstrations == "experts"
+        return self.folder / arm if shared else self.folder / self.demonstrations / arm
+
     def policy(self, arm: str) -> Path:
         """Folder of an arm's policy."""
-        return self.folder / arm if arm == "init" else self.folder / arm / "policy"
+        return self.run(arm) if arm == "init" else self.run(arm) / "policy"
+
+    @property
+    def sft(self) -> dict[str, Any]:
+        """The world's options of SFT; a batch is no larger than the demonstrations."""
+        batch = min(self.world.sft["per_device_train_batch_size"], self.experts or self.world.experts)
+        return {**self.world.sft, "per_device_train_batch_size": batch}
 
     @property
     def start(self) -> str:
@@ -72,11 +94,11 @@ class Site:
             merged["max_steps"] = max(4, merged["max_steps"] // 10)
             merged["save_steps"] = min(merged["save_steps"], merged["max_steps"])
         quiet = {"disable_tqdm": True} if self.quiet else {}
-        return {**merged, **quiet, "output_dir": str(self.folder / arm), "seed": self.seed}
+        return {**merged, **quiet, "output_dir": str(self.run(arm)), "seed": self.seed}
 
     def unfinished(self, arm: str) -> bool:
         """Whether a run of this arm was begun: then it goes on."""
-        return (self.folder / arm / "config.yaml").is_file()
+        return (self.run(arm) / "config.yaml").is_file()
 
 
 def make_world(site: Site) -> None:
@@ -96,11 +118,31 @@ def make_world(site: Site) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def choose_demonstrations(site: Site) -> None:
+    """Write the site's part of the demonstrations, unless it is there.
+
+    A corrupt one is of the kind that the pretraining corpus holds, on a problem of its own, and its answer is wrong.
+    """
+    path = site.data(site.demonstrations)
+    if path.exists():
+        return
+    world, task = site.world, get_task(TASK)
+    rows = read_jsonl(site.data("experts"))[: site.experts]
+    count = round((site.corrupt or 0) * len(rows))
+    if count:
+        parts = ("experts", "validation", "test", "unlabeled")
+        used = {row["prompt"] for part in parts if site.data(part).exists() for row in read_jsonl(site.data(part))}
+        drawn = generate(world.name, 10 * count, 9000 + site.seed, MISTAKE_RATES[world.name], used)
+        wrong = [row for row in drawn if not task.verify(row["completion"], row["answer"])]
+        rows[:count] = wrong[:count]
+    write_jsonl(path, rows)
+
+
 def train_sft(
-    site: Site, arm: str, start: str, given: dict[str, Any], part: str = "experts", choose: bool = False
+    site: Site, arm: str, start: str, given: dict[str, Any], part: str | None = None, choose: bool = False
 ) -> None:
     """SFT of one arm's policy on the demonstrations, or on another part of the data; see `data_of` for `choose`."""
-    data = data_of(site, part, choose)
+    data = data_of(site, part or site.demonstrations, choose)
     model = ModelConfig(model_name_or_path=str(site.policy(start)))
     run_sft(data, SupervisedConfig(**site.options(arm, given)), model, site.unfinished(arm))
 
@@ -113,11 +155,11 @@ def tune_sft(site: Site) -> None:
     tried = []
     for index, setting in enumerate(site.world.sft_grid):
         arm = f"sft-{index}"
-        if not (site.folder / arm / "report.html").exists():
-            train_sft(site, arm, site.start, {**site.world.sft, **setting})
+        if not (site.run(arm) / "report.html").exists():
+            train_sft(site, arm, site.start, {**site.sft, **setting})
         tried.append({**setting, "accuracy": greedy(site, arm, "validation")["accuracy"]})
     best = max(range(len(tried)), key=lambda index: tried[index]["accuracy"])
-    with atomic_folder(site.folder / "sft") as folder:
+    with atomic_folder(site.run("sft")) as folder:
         shutil.copytree(site.policy(f"sft-{best}"), folder / "policy")
         (folder / "tuning.json").write_text(json.dumps({"tried": tried, "chosen": best}, indent=1), encoding="utf-8")
 
@@ -125,7 +167,7 @@ def tune_sft(site: Site) -> None:
 def continue_sft(site: Site, arm: str, choose: bool = False) -> None:
     """The same SFT continued from ``sft`` for as many steps as GRPO takes."""
     steps = site.world.grpo["max_steps"]
-    train_sft(site, arm, "sft", {**site.world.sft, "max_steps": steps, **saves(steps, choose)}, choose=choose)
+    train_sft(site, arm, "sft", {**site.sft, "max_steps": steps, **saves(steps, choose)}, choose=choose)
 
 
 def data_of(site: Site, part: str, choose: bool) -> DataArguments:
@@ -141,7 +183,7 @@ def saves(steps: int, choose: bool) -> dict[str, int]:
 
 def prompts(site: Site, unlabeled: int | None = None, choose: bool = False) -> DataArguments:
     """The demonstrations and, for rollouts, the first `unlabeled` of the world's further prompts (default: all)."""
-    data = data_of(site, "experts", choose)
+    data = data_of(site, site.demonstrations, choose)
     if unlabeled is None and site.world.unlabeled:
         data.unlabeled_dataset_name = str(site.data("unlabeled"))
     elif unlabeled:
@@ -220,7 +262,7 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
 
 def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]]:
     """`n` samples of an arm's policy for each question of one part; drawn once and kept."""
-    file = site.folder / "samples" / f"{arm}-{part}-{n}.jsonl"
+    file = site.run("samples") / f"{arm}-{part}-{n}.jsonl"
     if file.exists():
         return read_jsonl(file)
     task, questions = get_task(TASK), read_jsonl(site.data(part))
@@ -242,14 +284,14 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
                     "logprob": s.logprob,
                 }
             )
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(file, rows)
     return rows
 
 
 def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Samples scored by an arm's reward model, without a log-prob added, and what each way of choosing reaches."""
-    model = TokenRewardModel.from_pretrained(str(site.folder / arm / "reward_model"))
+    model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model"))
     scores = model.score(
         [row["prompt"] for row in samples],
         [row["completion"] for row in samples],
@@ -291,11 +333,11 @@ def collapsed(accuracy: float, distinct: float, start: dict[str, Any]) -> bool:
 
 def stopped(site: Site, arm: str) -> str | None:
     """Name of the failure that ended an adversarial run, if one did."""
-    rows = read_jsonl(site.folder / arm / "metrics.jsonl")
+    rows = read_jsonl(site.run(arm) / "metrics.jsonl")
     return next((row["failure"] for row in rows if row.get("phase") == "failure"), None)
 
 
 def chosen(site: Site, arm: str) -> str | None:
     """Which checkpoint the validation questions chose, or ``start``; None of a run that was not chosen from."""
-    rows = read_jsonl(site.folder / arm / "metrics.jsonl")
+    rows = read_jsonl(site.run(arm) / "metrics.jsonl")
     return next((row["chosen"] for row in rows if row.get("phase") == "choice"), None)

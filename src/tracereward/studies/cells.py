@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from tracereward.errors import Interrupted, RunFailed
 from tracereward.files import atomic_write_json
 from tracereward.run_folder import note
-from tracereward.studies import arms
+from tracereward.studies import arms, depth
 from tracereward.studies.worlds import World
 
 SAMPLES = 8
@@ -44,6 +44,7 @@ class Cell:
             choose among start and checkpoints.
         split: ``validation`` where results choose something, ``test`` where they are reported once.
         samples: of the SFT policy for each question, ranked by an irl cell's reward model.
+        experts, corrupt: of the demonstrations, see `arms.Site`.
     """
 
     world: World
@@ -53,6 +54,8 @@ class Cell:
     options: dict[str, Any] = field(default_factory=dict)
     split: str = "validation"
     samples: int = SAMPLES
+    experts: int | None = None
+    corrupt: float | None = None
 
     @property
     def name(self) -> str:
@@ -74,13 +77,13 @@ class Place:
     results: Path
     fast: bool = False
 
-    def site(self, world: World, seed: int) -> arms.Site:
+    def site(self, world: World, seed: int, experts: int | None = None, corrupt: float | None = None) -> arms.Site:
         """The folder of one world and seed; other sizes or options of the world are another folder."""
         of = asdict(world)
         for later in ("grpo", "adversarial"):  # nothing that is shared depends on them
             del of[later]
         folder = self.work / f"{world.name}-{seed}-{arms.digest([of, self.fast])}"
-        return arms.Site(folder, world, seed, self.fast, quiet=True)
+        return arms.Site(folder, world, seed, self.fast, True, experts, corrupt)
 
 
 def slug(text: str) -> str:
@@ -91,6 +94,7 @@ def slug(text: str) -> str:
 def settings_of(cell: Cell, fast: bool) -> dict[str, Any]:
     """Everything a cell's result depends on, as JSON has it: when it changes, the cell is run again."""
     settings = {**asdict(cell), "world": cell.world.name, "world_options": asdict(cell.world), "fast": fast}
+    settings = {name: value for name, value in settings.items() if value is not None}
     return json.loads(json.dumps(settings))
 
 
@@ -113,14 +117,15 @@ def prepare(site: arms.Site) -> None:
         arms.make_world(site)
     if site.world.pretraining and not (site.folder / "base" / "report.html").exists():
         arms.train_sft(site, "base", "init", site.world.pretraining, part="corpus")
-    if not (site.folder / "sft").exists():
+    arms.choose_demonstrations(site)
+    if not site.run("sft").exists():
         arms.tune_sft(site)
 
 
 def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     """Train and judge one cell; writes and returns its result."""
     quieten()
-    site = place.site(cell.world, cell.seed)
+    site = place.site(cell.world, cell.seed, cell.experts, cell.corrupt)
     site.folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{site.folder}.lock"):
         prepare(site)
@@ -139,7 +144,10 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
         if cell.options.get("choose"):
             result["chosen"] = arms.chosen(site, arm)
         if cell.kind == "irl":
-            result |= {"ranking": arms.rank(site, arm, samples)[0], "stopped": arms.stopped(site, arm)}
+            result["ranking"], scored = arms.rank(site, arm, samples)
+            result["stopped"] = arms.stopped(site, arm)
+            if cell.world.name == "hops":
+                result["depth"] = depth.by_depth(site, scored)
     result |= {
         "seconds": round(time.perf_counter() - start, 1),
         "torch": torch.__version__,
@@ -158,7 +166,7 @@ def _train(site: arms.Site, cell: Cell, settings: dict[str, Any]) -> str:
         policy = cell.options["policy"]
         return site.start if policy == "base" else policy
     arm = f"{slug(cell.arm)}-{arms.digest(settings)}"
-    if not (site.folder / arm / "report.html").exists():
+    if not (site.run(arm) / "report.html").exists():
         if cell.kind == "sft-continued":
             arms.continue_sft(site, arm, **cell.options)
         elif cell.kind == "irl":

@@ -1,6 +1,6 @@
 """What each study varies. A study is data: its arms over worlds and seeds, the question, and the split it looks at."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +11,13 @@ from tracereward.studies.worlds import FIRST_RECIPE, R1_RECIPE, RECIPE, WORLDS, 
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of a study's tables; see `Cell`."""
+    """A row of a study's tables, or a point of a line "LINE @ X" of its curves; see `Cell`."""
 
     name: str
     kind: str
     options: dict[str, Any]
+    experts: int | None = None
+    corrupt: float | None = None
 
     @property
     def needs_base(self) -> bool:
@@ -63,7 +65,17 @@ class Study:
         if self.steps is not None:
             chosen = [replace(world, grpo={**world.grpo, "max_steps": self.steps}) for world in chosen]
         return [
-            Cell(world, seed, arm.name, arm.kind, arm.options_in(world, self.recipe), self.split, self.samples)
+            Cell(
+                world,
+                seed,
+                arm.name,
+                arm.kind,
+                arm.options_in(world, self.recipe),
+                self.split,
+                self.samples,
+                arm.experts,
+                arm.corrupt,
+            )
             for world in chosen
             for arm in self.arms
             if world.pretraining or not arm.needs_base
@@ -89,13 +101,32 @@ IRL = irl("IRL")
 CONTROLS_AND_IRL = (BASE, SFT, CONTINUED, LOGPROB, VERIFIER, IRL, RATIO, SUM)
 
 
-def chosen(arms: Sequence[Arm]) -> tuple[Arm, ...]:
+def chosen(arms: Iterable[Arm]) -> tuple[Arm, ...]:
     """The arms, those that train with the validation questions choosing among start and checkpoints."""
     trained = ("irl", "sft-continued", "grpo-logprob", "grpo-verifier")
     return tuple(replace(arm, options={**arm.options, "choose": True}) if arm.kind in trained else arm for arm in arms)
 
 
+def at(arm: Arm, x: str, **demonstrations: Any) -> Arm:
+    """A point of the arm's line."""
+    return replace(arm, name=f"{arm.name} @ {x}", **demonstrations)
+
+
 GRANULARITIES = ("sparse", "step", "interval", "dense")
+SHARES = (10, 25, 50, 75, 100)
+"""Percent of a world's demonstrations."""
+NAIVE: dict[str, Any] = {
+    "head": "token",
+    "reward_form": "logit",
+    "advantages": "token",
+    "label_smoothing": 0.0,
+    "perturbed_per_expert": 0,
+    "replay_share": 0.0,
+    "first_difference": "none",
+    "discriminator_every": 1,
+    "on_failure": "ignore",
+}
+"""Dense rewards with nothing that steadies them: a classifier's logit on every token, its return-to-go as advantage."""
 HEADS = {"token": {}, "action": {}, "airl": {"reward_form": "f"}}
 
 _CONTROLS = (
@@ -118,8 +149,9 @@ STUDIES = {
         "The recipe in other worlds",
         "As the study of the recipe: `checked`, where the mark stands behind a check that does not come out; `style`, "
         "where experts are right in ways that the student can and cannot follow; `multi-skill`, where they have "
-        f"several ways of working of unequal reliability. {_CONTROLS}",
-        worlds=("checked", "style", "multi-skill"),
+        "several ways of working of unequal reliability; `misconception`, where nothing gives a mistake away but the "
+        f"wrong value. {_CONTROLS}",
+        worlds=("checked", "style", "multi-skill", "misconception"),
         seeds=(40, 41, 42, 43, 44),
         arms=chosen(CONTROLS_AND_IRL),
         split="test",
@@ -235,11 +267,96 @@ STUDIES = {
             irl("smoothing 0.3 + perturbed + R1 1", label_smoothing=0.3, perturbed_per_expert=1, r1_penalty=1.0),
         ),
     ),
+    "stability": Study(
+        "What keeps dense rewards from collapsing?",
+        "Naive dense rewards: a new head on the last hidden states, cross-entropy, the logit of each token as its "
+        "reward, the return-to-go as its advantage, updates after every batch, no replay, no smoothing, no perturbed "
+        "experts, no mask, no failure rule. Each stabiliser is added to that alone, and taken from the recipe alone. "
+        "A collapse was defined before the runs.",
+        worlds=("misconception",),
+        seeds=(40, 41, 42, 43, 44, 45, 46, 47),
+        arms=(
+            SFT,
+            IRL,
+            irl("naive", **NAIVE),
+            *(
+                irl(f"naive, {name}", **{**NAIVE, **options})
+                for name, options in {
+                    "head action": {"head": "action"},
+                    "head action, reward logit + log-prob": {"head": "action", "reward_form": "logit_plus_logprob"},
+                    "head airl, reward f": {"head": "airl", "reward_form": "f"},
+                    "trajectory advantages": {"advantages": "trajectory"},
+                    "replay": {"replay_share": 0.5},
+                    "label smoothing": {"label_smoothing": 0.1},
+                    "perturbed experts": {"perturbed_per_expert": 1},
+                    "R1 1": {"r1_penalty": 1.0},
+                    "pairwise": {"objective": "pairwise"},
+                    "wgan + spectral norm": {"objective": "wgan", "spectral_norm": True},
+                    "gate 0.9": {"held_out_fraction": 0.1, "discriminator_gate_high": 0.9},
+                    "EMA 0.9": {"discriminator_ema": 0.9},
+                    "KL 1e-2": {"beta": 1e-2},
+                    "whitened": {"whiten_rewards": True, "scale_rewards": "none"},
+                }.items()
+            ),
+            *(
+                irl(f"recipe, {name}", **options)
+                for name, options in {
+                    "head token": {"head": "token"},
+                    "head implicit, reward f": {"head": "implicit", "reward_form": "f"},
+                    "reward logit": {"reward_form": "logit"},
+                    "token advantages": {"advantages": "token"},
+                    "no replay": {"replay_share": 0.0},
+                    "no label smoothing": {"label_smoothing": 0.0},
+                    "no perturbed experts": {"perturbed_per_expert": 0},
+                    "R1 1": {"r1_penalty": 1.0},
+                }.items()
+            ),
+        ),
+        split="test",
+    ),
+    "scarcity": Study(
+        "How few demonstrations are enough?",
+        "10 to 100 % of the demonstrations, all of them for SFT as for the discriminator, by supervision granularity. "
+        "Everything else is the recipe; validation questions choose among start and checkpoints in every arm.",
+        worlds=("exposure",),
+        seeds=(40, 41, 42),
+        arms=chosen(
+            at(arm, f"{share}", experts=50 * share // 100)
+            for share in SHARES
+            for arm in (SFT, *(irl(f"IRL {granularity}", granularity=granularity) for granularity in GRANULARITIES))
+        ),
+        split="test",
+    ),
+    "corrupt": Study(
+        "How far do wrong experts take the method down?",
+        "0, 10 or 25 % of the demonstrations end in a wrong answer: they are what the pretrained model would write. "
+        "SFT is tuned for each share, and validation questions choose among start and checkpoints in every arm.",
+        worlds=("checked",),
+        seeds=(40, 41, 42, 43, 44),
+        arms=chosen(at(arm, f"{share}", corrupt=share / 100) for share in (0, 10, 25) for arm in (SFT, LOGPROB, IRL)),
+        split="test",
+    ),
+    "multihop": Study(
+        "Does the reward help more where reasoning is longer?",
+        "World `hops`: 2 to 6 facts of the prompt are looked up one after another; what the pretrained policy half "
+        "remembers it reads backwards, sure of itself, and goes on from there. Each hop is a chance to go wrong: their "
+        "number is the difficulty. SFT is tuned over learning rates and lengths on validation questions; "
+        "the same questions choose between the start and four checkpoints where GRPO trains, which also has 3,000 "
+        "prompts without traces. With the verifier it uses gold answers: the upper bound. The frozen reward is trained "
+        "on rollouts drawn once.",
+        worlds=("hops",),
+        seeds=(40, 41, 42, 43, 44),
+        arms=(
+            *chosen((BASE, SFT, LOGPROB, VERIFIER, IRL)),
+            irl("frozen after warm-up", discriminator_updates=0, max_steps=4),
+        ),
+        split="test",
+    ),
     "reranking": Study(
         "Choosing one of 16 samples by a discriminator frozen after its warm-up",
         "The paper's second experiment: the policy stays as SFT left it; the discriminator is trained on rollouts "
         "drawn once, and ranks 16 samples of it.",
-        worlds=("exposure", "checked", "style", "multi-skill"),
+        worlds=("exposure", "checked", "style", "multi-skill", "misconception"),
         seeds=(40, 41, 42, 43, 44),
         arms=(
             SFT,
