@@ -1,5 +1,6 @@
 """A prompt read once for all its completions gives what each sequence gives alone."""
 
+import functools
 import random
 from collections import Counter
 
@@ -28,7 +29,7 @@ from tracereward import reward_model as module
 from tracereward.batching import completion_log_probs
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
-from tracereward.shared_prompts import can_share_prompts, prompt_groups, shared_log_probs, shared_prompt_forward
+from tracereward.shared_prompts import can_share_prompts, prompt_groups, shared_classifier_logits, shared_log_probs
 
 LORA = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -68,14 +69,15 @@ def one_by_one(model, prompts, completions) -> list[torch.Tensor]:
 
 @pytest.fixture
 def shared(monkeypatch):
-    """The group sizes that `shared_prompt_forward` is called with."""
+    """The group sizes that prompts are shared with."""
     sizes = []
 
-    def spy(model, batch, given):
+    def spy(function, model, batch, given):
         sizes.append(list(given))
-        return shared_prompt_forward(model, batch, given)
+        return function(model, batch, given)
 
-    monkeypatch.setattr(module, "shared_prompt_forward", spy)
+    for function in (shared_log_probs, shared_classifier_logits):
+        monkeypatch.setattr(module, function.__name__, functools.partial(spy, function))
     return sizes
 
 
@@ -121,21 +123,20 @@ def test_log_probs_and_states_are_those_of_the_plain_pass(tiny_model_folder, tok
     assert sorted(sizes) == [1, 1, 2, 3, 5, 7]
     with torch.no_grad():
         log_probs, hidden = completion_log_probs(model.backbone, batch)
-        outputs = shared_prompt_forward(model.backbone, batch, sizes)
-        found = shared_log_probs(outputs, batch)
-        logits = model.backbone(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids)
+        found, states = shared_log_probs(model.backbone, batch, sizes)
     real = batch.completion_mask.bool()
-    assert_close([found[real], outputs.hidden[real]], [log_probs[real], hidden[real]])
-    before = -batch.completion_mask.size(1) - 1
-    assert_close([outputs.first], [logits.logits[:, before]])
+    assert_close([found[real], states[real]], [log_probs[real], hidden[real]])
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("other", ["reference", "policy"])
-def test_nothing_is_shared_with_another_model_beside(tiny_model_folder, tokenizer, shared, other):
+def test_another_model_beside_shares_as_well_unless_its_weights_are_spread(
+    tiny_model_folder, tokenizer, shared, other, spread
+):
     model = build(tiny_model_folder, tokenizer, "token")
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
-    rewards = model.token_rewards(*MIXED, **{other: lm})
-    assert not shared
+    rewards = model.token_rewards(*MIXED, **{other: lm}, spread=spread)
+    assert [sorted(sizes) for sizes in shared] == ([] if spread else [[1, 1, 2, 3, 5, 7]] * 2)
     sign = 1 if other == "reference" else -1
     for prompt, completion, reward, value in zip(*MIXED, rewards, one_by_one(model, *MIXED), strict=True):
         with torch.no_grad():

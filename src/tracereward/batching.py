@@ -1,5 +1,6 @@
 """Token ids to padded batches, and what a causal LM says about the completions in them."""
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -107,6 +108,54 @@ def token_budget_batches(
         yield batch
 
 
+@dataclass
+class HeadInput:
+    """What entered an LM head in one pass.
+
+    Attributes:
+        states: (B, T, H).
+        log_probs: of the targets, each from the state before it, (B, T - 1) float32; None until the pass is made, and
+            where the model changes its logits behind the head.
+    """
+
+    states: Tensor
+    log_probs: Tensor | None = None
+
+    def at(self, targets: Tensor, logits: Tensor) -> Tensor:
+        """The log-probs; from the pass's logits where they are needed."""
+        return token_log_probs(logits[:, :-1], targets) if self.log_probs is None else self.log_probs
+
+
+@contextlib.contextmanager
+def log_probs_at_the_head(model: nn.Module, targets: Tensor) -> Iterator[HeadInput]:
+    """Within, a forward pass of a causal LM reads the log-probs of (B, T - 1) `targets` at its LM head, in chunks.
+
+    So the logits of all tokens are never held at once. The model's own pass calls the head: hooks that gather spread
+    weights still run.
+    """
+    lm_head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    text_config = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    plain = all(getattr(text_config, name, None) in (None, 1.0) for name in AFTER_THE_HEAD)
+    project, patched = lm_head.forward, vars(lm_head).get("forward")
+    head = HeadInput(torch.empty(0))
+
+    def log_probs_instead(states: Tensor) -> Tensor:
+        head.states = states
+        if not plain:
+            return project(states)
+        head.log_probs = _chunked_log_probs(project, states[:, :-1], targets, text_config.vocab_size)
+        return states[..., :1]  # in the place of logits, which nobody reads
+
+    lm_head.forward = log_probs_instead
+    try:
+        yield head
+    finally:
+        if patched is None:
+            del lm_head.forward
+        else:
+            lm_head.forward = patched
+
+
 def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Log-probs of the completion tokens under a causal LM, and the final hidden states after each of them.
 
@@ -123,21 +172,7 @@ def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor |
     """
     width = batch.completion_mask.size(1)
     targets = batch.input_ids[:, -width:]
-    lm_head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    text_config = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
-    plain = all(getattr(text_config, name, None) in (None, 1.0) for name in AFTER_THE_HEAD)
-    project, patched = lm_head.forward, vars(lm_head).get("forward")
-    hidden, found = [], []
-
-    def log_probs_instead(states: Tensor) -> Tensor:
-        hidden.append(states)
-        if not plain:
-            return project(states)
-        found.append(_chunked_log_probs(project, states[:, :-1], targets, text_config.vocab_size))
-        return states[..., :1]  # in the place of logits, which nobody reads
-
-    lm_head.forward = log_probs_instead  # inside the model's own pass: hooks that gather spread weights still run
-    try:
+    with log_probs_at_the_head(model, targets) as head:
         # width + 1: the state before the first completion token predicts it.
         logits = model(
             input_ids=batch.input_ids if inputs_embeds is None else None,
@@ -147,12 +182,7 @@ def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor |
             use_cache=False,
             logits_to_keep=width + 1,
         ).logits
-    finally:
-        if patched is None:
-            del lm_head.forward
-        else:
-            lm_head.forward = patched
-    return found[0] if plain else token_log_probs(logits[:, :-1], targets), hidden[0][:, 1:]
+    return head.at(targets, logits), head.states[:, 1:]
 
 
 def _chunked_log_probs(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:

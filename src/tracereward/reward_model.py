@@ -39,7 +39,7 @@ from tracereward.reward_settings import HEAD_FILE, SETTINGS_FILE, RewardSettings
 from tracereward.scorer import Scorer
 from tracereward.shaping import token_rewards
 from tracereward.sharding import most, whole_models
-from tracereward.shared_prompts import grouped_batches, shared_log_probs, shared_prompt_forward
+from tracereward.shared_prompts import can_share_prompts, grouped_batches, shared_classifier_logits, shared_log_probs
 
 
 class TokenRewardModel(nn.Module, Scorer):
@@ -195,27 +195,29 @@ class TokenRewardModel(nn.Module, Scorer):
         token_budget: int | None = None,
         reference: nn.Module | None = None,
         policy: nn.Module | None = None,
+        spread: bool = False,
     ) -> list[Tensor]:
         """See `Scorer.token_rewards`."""
         token_budget = token_budget or self.token_budget
         was_training = self.training
         self.eval()
         rewards: list[Tensor] = [torch.empty(0)] * len(completions)
-        alone = reference is None and policy is None
-        batches = list(grouped_batches(self.backbone, prompts, completions, token_budget, alone))
-        if not alone:  # the others may be spread over processes
+        others = [model for model in (reference, policy) if model is not None]
+        share = not spread and all(can_share_prompts(model) for model in (self.backbone, *others))
+        batches = list(grouped_batches(prompts, completions, token_budget, share))
+        if spread:
             batches += batches[-1:] * (most(len(batches)) - len(batches))
         with self.active():
             for indices, sizes in batches:
                 batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
-                if len(sizes) < len(indices):
-                    values = self._values_of_shared(batch, sizes)
-                else:
-                    values = self(batch)
-                if reference is not None:
-                    values = values + completion_log_probs(reference, batch)[0]
-                if policy is not None:
-                    values = values - completion_log_probs(policy, batch)[0]
+                shared = sizes if len(sizes) < len(indices) else None
+                values = self(batch) if shared is None else self._values_of_shared(batch, shared)
+                for sign, model in ((1, reference), (-1, policy)):
+                    if model is not None:
+                        passed = (
+                            shared_log_probs(model, batch, shared) if shared else completion_log_probs(model, batch)
+                        )
+                        values = values + sign * passed[0]
                 shaped = token_rewards(
                     values, self.supervision(batch), self.settings.beta_clip, self.settings.temperature
                 ).cpu()
@@ -226,11 +228,10 @@ class TokenRewardModel(nn.Module, Scorer):
 
     def _values_of_shared(self, batch: Batch, sizes: Sequence[int]) -> Tensor:
         """`forward` where runs of `sizes` rows have the same prompt, which is then read once."""
-        outputs = shared_prompt_forward(self.backbone, batch, sizes)
         if not reads_log_probs(self.settings.head):
-            return outputs.logits[..., 0].float()
-        log_probs = shared_log_probs(outputs, batch)
-        return log_probs if self.head is None else self.head(log_probs, outputs.hidden)
+            return shared_classifier_logits(self.backbone, batch, sizes)[..., 0].float()
+        log_probs, hidden = shared_log_probs(self.backbone, batch, sizes)
+        return log_probs if self.head is None else self.head(log_probs, hidden)
 
     def save_pretrained(self, folder: str | Path, notes: str = "") -> None:
         """Write the artefact (see the module's docstring), LoRA merged, whole or not at all.

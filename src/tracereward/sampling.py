@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tracereward.batching import completion_log_probs, pack, scoring_budget
 from tracereward.demonstrations import encode_prompt
 from tracereward.models import pad_id
-from tracereward.shared_prompts import grouped_batches, shared_log_probs, shared_prompt_forward
+from tracereward.shared_prompts import can_share_prompts, grouped_batches, shared_log_probs
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ def mean_log_probs(
     model.eval()
     means = [0.0] * len(completions)
     token_budget = token_budget or scoring_budget(model.device)
-    for rows, sizes in grouped_batches(model, prompts, completions, token_budget, share=True):
+    for rows, sizes in grouped_batches(prompts, completions, token_budget, can_share_prompts(model)):
         batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
         if len(sizes) < len(rows):
-            log_probs = shared_log_probs(shared_prompt_forward(model, batch, sizes), batch)
+            log_probs, _ = shared_log_probs(model, batch, sizes)
         else:
             log_probs, _ = completion_log_probs(model, batch)
         sums = (log_probs * batch.completion_mask).sum(1) / batch.completion_mask.sum(1)

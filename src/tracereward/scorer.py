@@ -48,6 +48,7 @@ class Scorer(ABC):
         token_budget: int | None = None,
         reference: nn.Module | None = None,
         policy: nn.Module | None = None,
+        spread: bool = False,
     ) -> list[Tensor]:
         """Clipped, backfilled rewards of token-id pairs: one float32 tensor of len(completion) each, on the CPU.
 
@@ -57,6 +58,7 @@ class Scorer(ABC):
             token_budget: padded tokens per forward pass; `token_budget` if None.
             reference: causal LM whose log-prob of each token is added to f (``logit_plus_logprob``).
             policy: causal LM whose log-prob is taken off (the logit of the heads ``airl`` and ``implicit``).
+            spread: whether weights of these are spread over processes, all of which then make as many passes.
         """
 
     def step_ends(self, completion: Sequence[int]) -> list[bool]:

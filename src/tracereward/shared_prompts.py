@@ -1,28 +1,13 @@
 """Candidates of one question: their prompt is read once, and each completion goes on from its keys and values."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
-from tracereward.batching import Batch, token_budget_batches, token_log_probs
-
-
-@dataclass(frozen=True)
-class SharedOutputs:
-    """What the backbone says of completions that go on from shared prompts.
-
-    Attributes:
-        first: logits after the prompt's last token, (B, V).
-        logits: after each completion token, (B, T, V); (B, T, 1) of a token classifier.
-        hidden: what enters the LM head there, (B, T, H); of a token classifier None.
-    """
-
-    first: Tensor
-    logits: Tensor
-    hidden: Tensor | None
+from tracereward.batching import Batch, log_probs_at_the_head, token_budget_batches, token_log_probs
 
 
 def can_share_prompts(model: torch.nn.Module) -> bool:
@@ -60,7 +45,6 @@ def prompt_groups(
 
 
 def grouped_batches(
-    model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     budget: int,
@@ -68,53 +52,59 @@ def grouped_batches(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Batches of at most `budget` padded tokens, longest first: indices of rows, and how many in a row share a prompt.
 
-    Where no prompt is shared, or `model` cannot share one, each row is alone.
+    Where no prompt is shared each row is alone.
     """
-    groups = prompt_groups(prompts, completions, budget, share and can_share_prompts(model))
+    groups = prompt_groups(prompts, completions, budget, share)
     lengths = [len(prompts[group[0]]) + max(len(completions[i]) for i in group) for group in groups]
     for chosen in token_budget_batches(lengths, budget, list(map(len, groups))):
         yield [i for place in chosen for i in groups[place]], [len(groups[place]) for place in chosen]
 
 
-def shared_prompt_forward(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> SharedOutputs:
-    """Two passes: over one row of each run of `sizes` rows with the same prompt, then over all completions.
-
-    The numbers are those of one pass over all rows, up to rounding.
-    """
-    width = batch.completion_mask.size(1)
-    prompt_width = batch.input_ids.size(1) - width
+def _read_prompts(model: torch.nn.Module, batch: Batch, sizes: Sequence[int], **kwargs: Any) -> tuple[Tensor, Cache]:
+    """One pass over one row of each run of `sizes` rows with the same prompt: logits and cache, for all rows."""
+    prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
     counts = torch.tensor(list(sizes), device=batch.input_ids.device)
     starts = counts.cumsum(0) - counts
     rows = torch.repeat_interleave(torch.arange(len(sizes), device=counts.device), counts)
     cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
-    head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]  # None of a token classifier
-    prompt = model(
+    output = model(
         input_ids=batch.input_ids[starts, :prompt_width],
         attention_mask=batch.attention_mask[starts, :prompt_width],
         position_ids=batch.position_ids[starts, :prompt_width],
         past_key_values=cache,
         use_cache=True,
-        **({} if head is None else {"logits_to_keep": 1}),
+        **kwargs,
     )
     cache.batch_select_indices(rows)
-    captured: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda _, args: captured.append(args[0])) if head is not None else None
-    try:
-        output = model(
-            input_ids=batch.input_ids[:, prompt_width:],
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids[:, prompt_width:],
-            past_key_values=cache,
-            use_cache=True,
-        )
-    finally:
-        if handle is not None:
-            handle.remove()
-    return SharedOutputs(prompt.logits[rows, -1], output.logits, captured[0] if captured else None)
+    return output.logits[rows], cache
 
 
-def shared_log_probs(outputs: SharedOutputs, batch: Batch) -> Tensor:
-    """log p(y_t | x, y_<t), (B, T) float32: the first from the prompt's last token, the others from the one before."""
+def _read_completions(model: torch.nn.Module, batch: Batch, cache: Cache) -> Tensor:
+    """One pass over all completions, which go on from their prompts' cache: its logits."""
+    prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
+    return model(
+        input_ids=batch.input_ids[:, prompt_width:],
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids[:, prompt_width:],
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+
+
+def shared_log_probs(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`completion_log_probs` where runs of `sizes` rows have the same prompt, which is then read once.
+
+    The numbers are those of one pass over all rows, up to rounding.
+    """
     targets = batch.input_ids[:, -batch.completion_mask.size(1) :]
-    first = token_log_probs(outputs.first[:, None], targets[:, :1])
-    return torch.cat([first, token_log_probs(outputs.logits[:, :-1], targets[:, 1:])], 1)
+    logits, cache = _read_prompts(model, batch, sizes, logits_to_keep=1)
+    first = token_log_probs(logits[:, -1:], targets[:, :1])  # from the prompt's last token
+    with log_probs_at_the_head(model, targets[:, 1:]) as head:
+        logits = _read_completions(model, batch, cache)
+    return torch.cat([first, head.at(targets[:, 1:], logits)], 1), head.states
+
+
+def shared_classifier_logits(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> Tensor:
+    """Logits of a token classifier after each completion token, (B, T, 1); prompts as in `shared_log_probs`."""
+    _, cache = _read_prompts(model, batch, sizes)
+    return _read_completions(model, batch, cache)

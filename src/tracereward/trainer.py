@@ -238,6 +238,7 @@ class AdversarialTrainer(RolloutTrainer):
                 self.config.discriminator_token_budget,
                 reference if self.form.adds_reference else None,
                 policy if self.form.subtracts_policy else None,
+                is_spread(self),
             )
 
     def _aggregate(self, rewards: Tensor) -> float:

@@ -86,6 +86,7 @@ class VllmScorer(Scorer):
         token_budget: int | None = None,
         reference: nn.Module | None = None,
         policy: nn.Module | None = None,
+        spread: bool = False,
     ) -> list[Tensor]:
         """See `Scorer.token_rewards`; without the log-probs of other models."""
         if reference is not None or policy is not None:
