@@ -3,10 +3,11 @@
     python benchmarks/training_step.py [MODEL_FOLDER] [--size tiny|small|gpu] [--json FILE]
 
 Without a folder: a random Llama of 0.1, 3.4 or 218 M parameters ("small" on a CPU, "gpu" with CUDA). A step is 24
-prompts x 8 completions of 32 tokens on a CPU, 32 x 8 of 256 with CUDA, and one update of the discriminator with the
-defaults of `tracereward train` (16 demonstrations, each with 4 rollouts and a perturbed copy; monitors at every second
-step). The policy's learning rate is 0, so that all variants have the same rollouts to do; buffers are full, as behind a
-warm-up. Trainers take turns of three steps: the first is left out, the mean of the others is one measurement.
+prompts x 8 completions of 32 tokens on a CPU, 32 x 8 of 256 with CUDA, and the discriminator's part with the defaults
+of `tracereward train` (at every fourth step an update on 16 demonstrations, each with 4 rollouts and a perturbed copy,
+and the monitors). The policy's learning rate is 0, so that all variants have the same rollouts to do; buffers are full,
+as behind a warm-up. Trainers take turns of five steps: the first is left out, the mean of the others is one
+measurement.
 
 Prints for each variant the median of its turns and the width of their middle half, its ratio to plain GRPO of the same
 kind, with and without its monitors, and the medians of its parts, which are timed around the methods that do them:
@@ -34,7 +35,7 @@ PARTS = (
     MONITORS,
     "rest",
 )
-TURN = 3  # steps; one of the two that count has monitors
+TURN = 5  # steps; one of the four that count has an update and monitors
 PLAIN, PLAIN_LORA = "plain GRPO", "plain GRPO, LoRA"
 SAME = "same-size discriminator"
 SMALLER, LESS = "sparse, smaller discriminator", "same-size, reward logit, 8 demonstrations"

@@ -130,6 +130,7 @@ def make(tiny_model_folder, tokenizer, model, experts, folder, **options) -> Adv
             "warmup_rollouts": 4,
             "beta_clip": BETA,
             "monitor_every": 2,
+            "discriminator_every": 1,
             **options,
         }
     )

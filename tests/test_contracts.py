@@ -101,6 +101,7 @@ def make(tiny_model_folder, tokenizer, experts, tmp_path_factory):
             "save_strategy": "no",
             "disable_tqdm": True,
             "discriminator_warmup_updates": 2,
+            "discriminator_every": 1,
             "discriminator_learning_rate": 1e-3,
             "warmup_rollouts": 4,
             "held_out_fraction": 0.0,

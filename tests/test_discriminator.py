@@ -24,6 +24,7 @@ ALL = {
     "discriminator_rollouts": 99,
     "replay_share": 0.0,
     "perturbed_per_expert": 0,
+    "discriminator_every": 1,
 }
 
 

@@ -36,6 +36,7 @@ TRAIN = {
     "discriminator_learning_rate": 1e-3,
     "discriminator_warmup_updates": 6,
     "discriminator_updates": 1,
+    "discriminator_every": 1,
     "discriminator_prompts": 6,
     "perturbed_per_expert": 0,
     "reward_form": "logit",  # an untrained policy's log-probs lie beyond the clip

@@ -180,6 +180,8 @@ def train(name: str, folder: Path) -> dict[str, Any]:
             "disable_tqdm": True,
             "log_level": "error",
             "discriminator_warmup_updates": 3,
+            "discriminator_every": 1,
+            "monitor_every": 2,
             "discriminator_learning_rate": 1e-3,
             "discriminator_prompts": 4,
             "discriminator_rollouts": 2,

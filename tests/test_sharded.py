@@ -126,6 +126,7 @@ COMMON: dict[str, Any] = {
     "lr_scheduler_type": "constant",
     "discriminator_learning_rate": 1e-3,
     "discriminator_warmup_updates": 3,
+    "discriminator_every": 1,
     "discriminator_prompts": 6,
     "warmup_rollouts": 2,
     "replay_size": 40,

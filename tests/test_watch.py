@@ -62,6 +62,7 @@ def run(tmp_path, tiny_model_folder, monkeypatch):
                 "report_to": "none",
                 "disable_tqdm": True,
                 "discriminator_warmup_updates": 2,
+                "discriminator_every": 1,
                 "discriminator_learning_rate": 1e-3,
                 "warmup_rollouts": 2,
                 "reward_form": "logit",  # an untrained policy's log-probs lie beyond the clip

@@ -2,8 +2,9 @@
 
 Deviations of the defaults from arXiv 2510.01857, in one place: head ``action`` instead of ``token`` and granularity
 ``dense`` instead of ``sparse`` (a freshly headed small backbone learns too slowly to be of use), tokens before a
-rollout's first difference from the expert trace left out, at most 60 warm-up updates instead of 250. `docs/recipe.md`
-has the evidence for these, for the log-prob that is added to the logit, and for perturbed experts as negatives.
+rollout's first difference from the expert trace left out, at most 60 warm-up updates instead of 250, then one after
+every fourth batch of rollouts. `docs/recipe.md` has the evidence for these, for the log-prob that is added to the logit,
+and for perturbed experts as negatives.
 """
 
 from collections.abc import Sequence
@@ -106,7 +107,7 @@ class DiscriminatorOptions:
         metadata={"help": "Updates after a batch of rollouts; 0 freezes the discriminator after its warm-up."},
     )
     discriminator_every: int = field(
-        default=1,
+        default=4,
         metadata={"help": "Update after every N-th batch of rollouts only; the others fill the replay buffer."},
     )
     discriminator_gate_high: float | None = field(
@@ -199,7 +200,7 @@ class MonitorOptions:
         metadata={"help": "Share of the demonstrations that the discriminator is judged on and never learns from."},
     )
     monitor_every: int = field(
-        default=2,
+        default=4,
         metadata={"help": "Batches of rollouts between two held-out accuracies, perturbation AUROCs and KL estimates."},
     )
     on_failure: str = field(

@@ -103,8 +103,8 @@ class Discriminator:
         """Take in a batch of the policy's rollouts: remember it, and update after every `discriminator_every`-th.
 
         Returns:
-            Metrics of the last update, with the number of `updates` and, at every `monitor_every`-th of these batches
-            and wherever a gate looks at it, `held_out_accuracy`; nothing if the batch was only remembered.
+            Metrics of the last update, with the number of `updates` and, where `monitor_every` divides the number of
+            batches or a gate looks at it, `held_out_accuracy`; nothing if the batch was only remembered.
         """
         config = self.config
         self.remember(fresh)
@@ -112,7 +112,7 @@ class Discriminator:
         if self.batches % config.discriminator_every:
             return {}
         gated = config.discriminator_gate_low is not None or config.discriminator_gate_high is not None
-        due = self.batches // config.discriminator_every % config.monitor_every == 0
+        due = self.batches % config.monitor_every == 0
         accuracy = self.held_out_accuracy() if self.held_out and (gated or due) else math.nan
         count = gated_updates(
             config.discriminator_updates, accuracy, config.discriminator_gate_low, config.discriminator_gate_high
