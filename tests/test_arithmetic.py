@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tracereward.errors import InputError
-from tracereward.tasks import TASKS, arithmetic
+from tracereward.tasks import TASKS, arithmetic, hops
 from tracereward.tasks.arithmetic import LARGEST, build_model, build_tokenizer, generate, splits
 
 WORLDS = ["misconception", "exposure", "style"]
-ALL = [*WORLDS, "multi-skill"]
+ALL = [*WORLDS, "multi-skill", "hops"]
 
 
 def value_of(prompt: str) -> int:
@@ -154,6 +154,103 @@ def test_experts_are_never_in_doubt(world):
         assert checks == [row["prompt"].count(" - ") for row in rows]
 
 
+def links_of(prompt: str) -> tuple[dict[str, str], str, int]:
+    """Facts, start and hops of a question of ``hops``."""
+    *facts, last = prompt.removesuffix("\n").split("\n")
+    found = re.fullmatch(r"(\d+) \* (\d+) = \?", last)
+    assert found is not None
+    return dict(fact.split(" = ") for fact in facts), found[1], int(found[2])
+
+
+def pairs_of(completion: str) -> list[tuple[str, str]]:
+    """Both numbers of each line but the last."""
+    return [(line.split(" = ")[0], line.split(" = ")[1]) for line in completion.split("\n")[:-1]]
+
+
+def test_facts_are_one_circle_in_random_order():
+    starts = []
+    for row in generate("hops", 400, seed=3):
+        facts, start, depth = links_of(row["prompt"])
+        assert depth == hops.depth_of(row["prompt"])
+        number, seen = start, []
+        while number not in seen:
+            seen.append(number)
+            number = facts[number]
+        assert number == start
+        assert set(seen) == facts.keys()
+        assert len(seen) == 7
+        starts.append(list(facts).index(start))
+    assert {starts.count(place) > 25 for place in range(7)} == {True}  # 57 each, with a spread of 7
+
+
+def test_experts_follow_the_facts_and_no_number_comes_twice():
+    rows = generate("hops", 1000, seed=4)
+    depths = [links_of(row["prompt"])[2] for row in rows]
+    assert set(depths) == {2, 3, 4, 5, 6}
+    assert min(depths.count(depth) for depth in set(depths)) > 150  # 200 each, with a spread of 13
+    for row, depth in zip(rows, depths):
+        facts, number, _ = links_of(row["prompt"])
+        pairs = pairs_of(row["completion"])
+        assert len(pairs) == depth
+        for left, right in pairs:
+            assert (left, facts[left]) == (number, right)
+            number = right
+        assert row["completion"].endswith(f"#### {number}")
+        assert row["answer"] == number
+        assert len({pairs[0][0], *(right for _, right in pairs)}) == depth + 1
+        assert hops.first_wrong_line(row["prompt"], row["completion"]) is None
+
+
+def test_a_mistaken_hop_reads_its_link_backwards_where_three_divides_the_number():
+    """With mistake rate 1 all and only these; the chain goes on from there, and the answer is then never right."""
+    wrong = 0
+    for row in generate("hops", 1000, seed=5, mistake_rate=1.0, unique=False):
+        facts, number, depth = links_of(row["prompt"])
+        pairs, back = pairs_of(row["completion"]), []
+        for left, right in pairs:
+            assert left == number
+            back.append(facts[right] == left)
+            assert back[-1] == (int(left) % 3 == 0)
+            assert back[-1] or facts[left] == right
+            number = right
+        assert row["completion"].endswith(f"#### {number}")
+        assert TASKS["arithmetic"].verify(row["completion"], row["answer"]) == (not any(back))
+        assert hops.first_wrong_line(row["prompt"], row["completion"]) == (back.index(True) if any(back) else None)
+        true = links_of(row["prompt"])[1]
+        for _ in range(depth):
+            true = facts[true]
+        assert row["answer"] == true
+        wrong += any(back)
+    # 14 of 41 numbers are affected: d different ones have one with 1 - C(27, d) / C(41, d), .57 to .93, mean .79.
+    assert abs(wrong / 1000 - 0.79) < 0.052
+
+
+def test_the_mistake_rate_of_hops():
+    """First lines only: whether they are mistaken does not depend on others."""
+    rows = generate("hops", 4000, seed=6, mistake_rate=0.6, unique=False)
+    first = [(links_of(row["prompt"])[0], *pairs_of(row["completion"])[0]) for row in rows]
+    affected = [facts[right] == left for facts, left, right in first if int(left) % 3 == 0]
+    assert abs(len(affected) / 4000 - 14 / 41) < 0.03
+    assert abs(sum(affected) / len(affected) - 0.6) < 0.055
+
+
+def test_the_first_wrong_line_by_hand():
+    """5 leads to 9, 9 to 2, 2 to 5 (a circle of three will do)."""
+    prompt = "9 = 2\n5 = 9\n2 = 5\n5 * 2 = ?\n"
+    for completion, wrong in (
+        ("5 = 9\n9 = 2\n#### 2", None),
+        ("5 = 2\n2 = 5\n#### 5", 0),
+        ("5 = 9\n9 = 5\n#### 5", 1),
+        ("5 = 9\n9 = 2\n#### 9", 2),
+        ("5 = 9\n#### 9", 1),  # stops early
+        ("5 = 9\n9 = 2\n2 = 5\n#### 5", 2),  # goes on too long
+        ("5 = 9\n9 = 2", 2),  # cut off: the line that is missing
+        ("5 = 9\n9 = 2\n#### 2\n#### 2", 3),
+        ("", 0),
+    ):
+        assert hops.first_wrong_line(prompt, completion) == wrong, completion
+
+
 def test_answers_stay_true_in_a_mistaken_corpus():
     rows = generate("misconception", 1000, seed=5, mistake_rate=0.8, unique=False)
     assert all(row["answer"] == str(value_of(row["prompt"])) for row in rows)
@@ -211,7 +308,7 @@ def test_splits_default_sizes_fit_both_worlds():
 def test_errors_name_the_mend(monkeypatch):
     with pytest.raises(InputError, match=r"unknown world 'styl': did you mean 'style'\?"):
         generate("styl", 1, seed=0)
-    with pytest.raises(InputError, match="for the worlds misconception, checked, exposure: those of style are"):
+    with pytest.raises(InputError, match="for the worlds misconception, checked, exposure, hops: those of style are"):
         generate("style", 1, seed=0, mistake_rate=0.1)
     with pytest.raises(InputError, match=r"mistake_rate is 1\.5: it is a probability"):
         generate("misconception", 1, seed=0, mistake_rate=1.5)

@@ -143,6 +143,26 @@ def test_extract_any_takes_the_forms_in_their_order(text, answer):
     assert answers.extract_any(text) == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So the answer is: Osby.", "Osby"),
+        ("The answer is Ann B. Lee, Jr..\nGood.", "Ann B. Lee, Jr."),
+        ("The answer is May 3, 1850.", "May 3, 1850"),
+        ("The answer is **the Lind**.", "the Lind"),
+        ("The answer is Osby. No, the answer is Holm", "Holm"),
+        ("The answer is\nOsby", None),
+        ("The answer is.", None),
+        (r"It is \boxed{Osby}", "Osby"),
+        ("#### Osby.", "Osby"),
+        ("The answer isn't known", None),
+        ("Osby", None),
+    ],
+)
+def test_extract_span(text, answer):
+    assert answers.extract_span(text) == answer
+
+
 def test_own_form_comes_first():
     both = r"#### 5 but \boxed{6}"
     # The whole line: equality will judge it, nothing is guessed.
@@ -233,6 +253,26 @@ def test_equal_yes_no():
     assert answers.equal_yes_no("True", "yes")
     assert answers.equal_yes_no("no.", "false")
     assert not answers.equal_yes_no("yes", "no")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        ("The Lind", "lind.", True),
+        ("Ann B Lee Jr", "Ann B. Lee, Jr.", True),
+        ("U.S.", "US", True),
+        ("6,960", "6960", True),
+        ("a  cat and the dog", "Cat and dog", True),
+        ("theatre", "atre", False),  # only whole words are articles
+        ("Lind river", "Lind", False),
+        ("yes", "no", False),
+        ("The", "the.", True),  # nothing is left of either
+        ("The", "A", False),
+        ("the", "Lind", False),
+    ],
+)
+def test_equal_span(a, b, equal):
+    assert answers.equal_span(a, b) is answers.equal_span(b, a) is equal
 
 
 def test_long_answers_are_compared_as_text_at_once():
@@ -366,6 +406,87 @@ def test_strategyqa_row():
         task.example({**raw, "answer": "yes"})
 
 
+HOTPOT = {
+    "question": "On which river is the town where Ada Holm was born?",
+    "answer": "the Lind.",
+    "context": [
+        ["Ada Holm", ["Ada Holm was a  painter.", " She was born in Osby."]],
+        ["Osby", ["Osby is a town on the Lind.", " It is old."]],
+    ],
+    "supporting_facts": [["Osby", 0], ["Ada Holm", 1]],
+}
+
+
+def on_the_hub(raw: dict) -> dict:
+    """The same row with the Hub's columns."""
+    context = dict(zip(("title", "sentences"), map(list, zip(*raw["context"]))))
+    facts = dict(zip(("title", "sent_id"), map(list, zip(*raw["supporting_facts"]))))
+    return {**raw, "context": context, "supporting_facts": facts}
+
+
+@pytest.mark.parametrize("form", [dict, on_the_hub])
+def test_hotpotqa_row(form):
+    task, raw = TASKS["hotpotqa"], form(HOTPOT)
+    assert task.example(raw) == {
+        "prompt": "Context:\nAda Holm: Ada Holm was a painter. She was born in Osby.\n"
+        "Osby: Osby is a town on the Lind. It is old.\n"
+        "Question: On which river is the town where Ada Holm was born?\n"
+        "End with: The answer is (a few words, yes or no).\nAnswer:\n",
+        "completion": "Osby is a town on the Lind.\nShe was born in Osby.\nThe answer is the Lind.",
+        "answer": "the Lind.",
+    }
+    assert task.verify("The answer is Lind", "the Lind.")
+    assert not task.verify("It must be the Lind.", "the Lind.")
+    for field in ("answer", "supporting_facts"):
+        assert task.example({**raw, field: None})["completion"] is None
+    assert task.example({**raw, "answer": None})["prompt"] == task.example(raw)["prompt"]
+
+
+def test_hotpotqa_facts_that_are_not_there():
+    """A sentence too many is left out, as a few rows of the public set need it; a paragraph too many is an error."""
+    example = TASKS["hotpotqa"].example
+    beyond = example({**HOTPOT, "supporting_facts": [["Osby", 2], ["Ada Holm", 1]]})
+    assert beyond["completion"] == "She was born in Osby.\nThe answer is the Lind."
+    assert example({**HOTPOT, "supporting_facts": [["Osby", 2]]})["completion"] is None
+    with pytest.raises(ValueError, match="names 'Holm', which no paragraph of 'context' has"):
+        example({**HOTPOT, "supporting_facts": [["Holm", 0]]})
+    with pytest.raises(ValueError, match="has '0' where the number of a sentence belongs"):
+        example({**HOTPOT, "supporting_facts": [["Osby", "0"]]})
+    with pytest.raises(ValueError, match=r"field 'context' is neither a list of pairs nor \{'title': \[\.\.\.\]"):
+        example({**HOTPOT, "context": "Osby is a town."})
+    with pytest.raises(ValueError, match="field 'context' is neither"):
+        example({**HOTPOT, "context": {"title": ["Osby"], "sentences": []}})
+    with pytest.raises(ValueError, match="field 'context' must hold a list of sentences for each title"):
+        example({**HOTPOT, "context": [["Osby", "Osby is a town."]]})
+    with pytest.raises(KeyError, match="context"):
+        example({"question": "q", "answer": "a"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"), [("B", "false"), ("a", "true"), ("False", "false"), (True, "true"), ("true.", "true")]
+)
+def test_prontoqa_row(answer, gold):
+    raw = {"context": "Gorps are  loud. Tim is a gorp.", "question": "True or false? Tim is not loud."}
+    proof = {"explanation": ["Tim is a gorp.", "Gorps are loud. "], "options": ["A) True", "B) False"]}
+    task = TASKS["prontoqa"]
+    assert task.example({**raw, **proof, "answer": answer}) == {
+        "prompt": "Context: Gorps are  loud. Tim is a gorp.\nQuestion: True or false? Tim is not loud.\n"
+        "End with: The answer is true. (or false.)\nAnswer:\n",
+        "completion": f"Tim is a gorp.\nGorps are loud.\nThe answer is {gold}.",
+        "answer": gold,
+    }
+    assert task.verify("The answer is FALSE.", gold) == (gold == "false")
+    assert task.example({**raw, "answer": answer, "options": proof["options"]})["completion"] is None
+    assert task.example({**raw, **proof})["completion"] is None
+
+
+@pytest.mark.parametrize("more", [{"answer": "C"}, {"answer": "maybe"}, {"answer": "A", "options": None}])
+def test_prontoqa_answers_are_never_guessed(more):
+    raw = {"context": "c", "question": "q", "options": ["A) True", "B) False", "C) Unknown"], "explanation": ["e"]}
+    with pytest.raises(ValueError, match=f"field 'answer' is '{more['answer']}', neither true or false"):
+        TASKS["prontoqa"].example({**raw, **more})
+
+
 def test_generic_row_is_passed_through():
     messages = [{"role": "user", "content": "hi"}]
     reply = [{"role": "assistant", "content": "The answer is 2."}]
@@ -406,8 +527,12 @@ def test_no_token_spans_prompt_and_completion(pattern, trace):
         "facts": [trace],
         "solution": trace,
         "reasoning": trace,
+        "explanation": trace,
+        "context": [["t", [trace]]],
+        "supporting_facts": [["t", 0]],
     }
-    for name, answer in (("gsm8k", trace), ("math", "3"), ("mmlu_pro", "A"), ("medreason", "A"), ("strategyqa", True)):
+    given = {"gsm8k": trace, "math": "3", "mmlu_pro": "A", "medreason": "A", "strategyqa": True, "hotpotqa": "3"}
+    for name, answer in given.items():
         row = TASKS[name].example({**raw, "trace": trace, "answer": answer})
         pieces = Split(Regex(pattern), "isolated").pre_tokenize_str(row["prompt"] + row["completion"])
         assert len(row["prompt"]) in {start for _, (start, _) in pieces}
@@ -423,6 +548,8 @@ def test_no_token_spans_prompt_and_completion(pattern, trace):
         ("math", "math/traces", 4044),
         ("mmlu_pro", "mmlu_pro/traces_train", 6358),
         ("strategyqa", "strategyqa/train", 2061),
+        ("hotpotqa", "hotpotqa/train100", 100),
+        ("prontoqa", "prontoqa/dev", 500),
     ],
 )
 def test_every_real_demonstration_states_its_gold_answer(task, name, rows):
@@ -434,6 +561,32 @@ def test_every_real_demonstration_states_its_gold_answer(task, name, rows):
         assert "<<" not in e["completion"] or task != "gsm8k"
         assert e["completion"] == e["completion"].strip()
         assert e["prompt"].endswith(":\n")
+
+
+def test_real_hops_are_sentences_of_their_paragraphs():
+    """As many lines as supporting facts, each to be found in the prompt; the Hub's columns give the same."""
+    for raw in real_rows("hotpotqa/train100"):
+        example = TASKS["hotpotqa"].example(raw)
+        *hops, last = example["completion"].split("\n")
+        assert len(hops) == len(raw["supporting_facts"]) >= 2
+        assert all(hop in example["prompt"] for hop in hops)
+        assert last.removeprefix("The answer is ").rstrip(".") == raw["answer"].rstrip(".")
+        assert TASKS["hotpotqa"].example(on_the_hub(raw)) == example
+
+
+def test_real_proofs_end_in_the_statement_or_its_negation():
+    for raw in real_rows("prontoqa/dev"):
+        example = TASKS["prontoqa"].example(raw)
+        *steps, last = example["completion"].split("\n")
+        assert steps == raw["explanation"]
+        asked = raw["question"].removeprefix("Is the following statement true or false? ")
+        assert last == f"The answer is {'true' if steps[-1] == asked else 'false'}."
+
+
+def test_real_answers_of_multi_hop_questions_are_found_in_written_traces():
+    """Traces written by hand for four sets end in "So the answer is: X.": all are right by their own gold answers."""
+    rows = real_rows("ircot_cot/annotated")
+    assert all(TASKS["hotpotqa"].verify(row["cot"], row["answer"]) for row in rows)
 
 
 def test_cut_off_mmlu_pro_traces_are_few():

@@ -22,8 +22,8 @@ class DataArguments:
     task: str = field(
         default="generic",
         metadata={
-            "help": "Recipe that maps a set's fields: arithmetic, gsm8k, math, medreason, mmlu_pro, strategyqa, "
-            "or generic for rows with prompt, completion and optionally answer."
+            "help": "Recipe that maps a set's fields: arithmetic, gsm8k, hotpotqa, math, medreason, mmlu_pro, "
+            "prontoqa, strategyqa, or generic for rows with prompt, completion and optionally answer."
         },
     )
     dataset_name: str | None = field(

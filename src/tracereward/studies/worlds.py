@@ -35,7 +35,7 @@ class World:
     @property
     def recipe(self) -> dict[str, Any]:
         """Options of adversarial training in this world."""
-        return {**(R1_RECIPE if self.name == "misconception" else RECIPE), **self.adversarial}
+        return {**(R1_RECIPE if self.name in UNMARKED else RECIPE), **self.adversarial}
 
 
 COMMON: dict[str, Any] = {
@@ -58,6 +58,8 @@ FIRST_RECIPE: dict[str, Any] = {
 """Options of adversarial training that the studies started from."""
 R1_RECIPE: dict[str, Any] = {**FIRST_RECIPE, "r1_penalty": 1.0}
 """What they chose in `misconception`, where no mistake leaves a mark."""
+UNMARKED = ("misconception", "hops")
+"""Worlds where nothing but a wrong value gives a mistake away: their recipe is that one."""
 RECIPE: dict[str, Any] = {
     **FIRST_RECIPE,
     "discriminator_learning_rate": 1e-3,
@@ -134,6 +136,19 @@ WORLDS = {
         sft_grid=_FEW_GRID,
         grpo={**_SLOW_GRPO, "per_device_train_batch_size": 96},
         adversarial=_FEW_EXPERTS,
+    ),
+    "hops": World(
+        name="hops",
+        experts=50,
+        unlabeled=3000,
+        corpus=20_000,
+        completion=32,
+        pretraining={**_PRETRAINING, "max_steps": 3000, "per_device_train_batch_size": 64},
+        sft={**_SFT, "max_steps": 60, "learning_rate": 5e-4, "per_device_train_batch_size": 25},
+        sft_grid=_FEW_GRID,
+        grpo=_SLOW_GRPO,
+        adversarial=_FEW_EXPERTS,
+        test=500,  # a hundred of each depth
     ),
     "style": _STYLE,
     "multi-skill": replace(_STYLE, name="multi-skill", completion=36),

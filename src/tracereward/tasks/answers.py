@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import string
 import subprocess
 import sys
 import threading
@@ -26,6 +27,7 @@ _STOP = r"(?=[*_\s]*(?:[.,;:!]|\n|$))"
 _LETTER_PHRASE = re.compile(_LEAD + rf"(?:\(([A-Ja-j])\)|([A-J]){_STOP})")
 _YES_NO_PHRASE = re.compile(_LEAD + rf"((?i:yes|no|true|false)){_STOP}")
 _ANY_PHRASE = re.compile(r"\b(?i:the\s+(?:final\s+|correct\s+)?answer\s+is)[\s:]*(\S.*?)\s*(?=\.(?:\s|$)|\n|$)")
+_PHRASE_LEAD = re.compile(r"\b(?i:the\s+(?:final\s+|correct\s+)?answer\s+is)\b[ \t:*_]*")
 _YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
@@ -118,6 +120,18 @@ def extract_any(text: str) -> str | None:
     return phrases[-1].strip("*_$ ").removesuffix(".") or None
 
 
+def extract_span(text: str) -> str | None:
+    r"""Words: all of the line behind the last "the answer is", then ``\boxed{...}``, then ``#### ...``.
+
+    The line and not the clause, as in `extract_any`: names and dates have full stops and commas of their own.
+    """
+    leads = list(_PHRASE_LEAD.finditer(text))
+    if leads:
+        lines = text[leads[-1].end() :].splitlines()
+        return lines[0].strip("*_ \t").removesuffix(".").strip("*_ \t") or None if lines else None
+    return extract_boxed(text) or extract_hashes(text)
+
+
 def plain_text(answer: str) -> str:
     r"""Case-folded answer without ``$``, ``\text{}`` wrappers, repeated spaces and a final full stop."""
     answer = _TEXT_COMMAND.sub(r"\1", answer).replace("\\$", "").replace("$", "")
@@ -133,6 +147,18 @@ def equal_yes_no(answer: str, gold: str) -> bool:
     """Whether two answers say the same; "true" is "yes" and "false" is "no"."""
     answer, gold = plain_text(answer), plain_text(gold)
     return _YES_NO.get(answer, answer) == _YES_NO.get(gold, gold)
+
+
+def normalised(answer: str) -> str:
+    """SQuAD's and HotpotQA's form: lower case, no ASCII punctuation, then no "a", "an", "the" nor repeated spaces."""
+    bare = answer.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", bare).split())
+
+
+def equal_span(answer: str, gold: str) -> bool:
+    """Whether two answers are the same words, by `normalised`; by `plain_text` where that leaves none of either."""
+    left, right = normalised(answer), normalised(gold)
+    return left == right if left or right else equal_text(answer, gold)
 
 
 def number(answer: str) -> tuple[Fraction, bool] | None:

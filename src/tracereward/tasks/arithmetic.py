@@ -6,8 +6,9 @@ A problem is a chain of operations worked from left to right, as on a pocket cal
     completion  "23 - 7 = 16\\n16 + 5 = 21\\n#### 21"
     answer      "21"
 
-The worlds share one vocabulary; each is a module beside this one, which says what its problems and traces are:
-``misconception``, ``checked``, ``exposure``, ``style`` and ``multi-skill``.
+In ``hops`` facts are looked up instead, one after another. The worlds share one vocabulary; each is a module beside
+this one, which says what its problems and traces are: ``misconception``, ``checked``, ``exposure``, ``hops``, ``style``
+and ``multi-skill``.
 """
 
 import random
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from tracereward.errors import InputError, check_choice
-from tracereward.tasks import checked, exposure, misconception, multi_skill, style
+from tracereward.tasks import checked, exposure, hops, misconception, multi_skill, style
 from tracereward.tasks.chains import LARGEST
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ WORLDS: dict[str, Callable[[random.Random, float], dict]] = {
     "misconception": misconception.draw,
     "checked": checked.draw,
     "exposure": exposure.draw,
+    "hops": hops.draw,
     "style": style.draw,
     "multi-skill": multi_skill.draw,
 }
@@ -32,6 +34,7 @@ MISTAKE_RATES = {
     "misconception": misconception.MISTAKE_RATE,
     "checked": checked.MISTAKE_RATE,
     "exposure": exposure.MISTAKE_RATE,
+    "hops": hops.MISTAKE_RATE,
 }
 """Worlds whose pretraining corpus is mistaken, and how often: it is what the policy thinks likeliest."""
 _TEST_SEED = 20_261

@@ -169,17 +169,89 @@ def _choice_prompt(row: dict, options: list[str]) -> str:
 
 
 def strategyqa(row: dict) -> dict:
-    """Fields question, answer (bool), facts (list, or text): the trace is the facts, one a line, and the answer."""
+    """Fields question, answer (bool), facts (list, or text): the trace is the facts, one a line, and the answer.
+
+    The field decomposition of the authors' file is not used: it holds questions that refer to one another by number,
+    and in two rows of three there are more or fewer of them than facts.
+    """
     prompt = f"Question: {_text(row, 'question')}\nEnd with: The answer is yes. (or no.)\nAnswer:\n"
     answer, facts = row.get("answer"), row.get("facts")
     if answer is not None and not isinstance(answer, bool):
         raise ValueError(f"field 'answer' is {type(answer).__name__}, not true or false")
-    facts = [facts] if isinstance(facts, str) else facts or []
-    lines = [" ".join(str(fact).split()) for fact in facts]
-    lines = [line for line in lines if line]
     gold = None if answer is None else "yes" if answer else "no"
-    completion = None if gold is None or not lines else "\n".join([*lines, f"The answer is {gold}."])
-    return {"prompt": prompt, "completion": completion, "answer": gold}
+    return {"prompt": prompt, "completion": _steps_and_answer(facts, gold), "answer": gold}
+
+
+def _steps_and_answer(steps: list | tuple | str | None, answer: str | None) -> str | None:
+    """The steps, one a line, and a line that states the answer; None without any step or without an answer."""
+    steps = [steps] if isinstance(steps, str) else steps or []
+    lines = [line for line in (" ".join(str(step).split()) for step in steps) if line]
+    return None if answer is None or not lines else "\n".join([*lines, f"The answer is {answer.removesuffix('.')}."])
+
+
+def hotpotqa(row: dict) -> dict:
+    """Fields question, context, supporting_facts, answer; the last two as in the authors' files or on the Hub.
+
+    The prompt has all paragraphs, a line each. The trace is the supporting sentences in the order of supporting_facts,
+    one a line, and the answer. A fact whose paragraph has no such sentence is left out: the public set has a few.
+    """
+    paragraphs = _pairs(row, "context", "title", "sentences")
+    texts = {str(title): sentences for title, sentences in paragraphs}
+    if not all(isinstance(sentences, (list, tuple)) for sentences in texts.values()):
+        raise ValueError("field 'context' must hold a list of sentences for each title")
+    listed = [f"{title}: {' '.join(' '.join(map(str, sentences)).split())}" for title, sentences in texts.items()]
+    question = f"Question: {_text(row, 'question')}\nEnd with: The answer is (a few words, yes or no).\nAnswer:\n"
+    answer = _optional_text(row, "answer")
+    hops = []
+    for title, number in _pairs(row, "supporting_facts", "title", "sent_id") if row.get("supporting_facts") else []:
+        if title not in texts:
+            raise ValueError(f"field 'supporting_facts' names {str(title)[:60]!r}, which no paragraph of 'context' has")
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(f"field 'supporting_facts' has {number!r} where the number of a sentence belongs")
+        hops += texts[title][number : number + 1]
+    return {
+        "prompt": "\n".join(["Context:", *listed, question]),
+        "completion": _steps_and_answer(hops, answer),
+        "answer": answer,
+    }
+
+
+def _pairs(row: dict, field: str, first: str, second: str) -> list[tuple]:
+    """Pairs of a field that is a list of them (the authors' files), or two lists of equal length by name (the Hub)."""
+    value = row[field]
+    if isinstance(value, dict):
+        left, right = value.get(first), value.get(second)
+        if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)) and len(left) == len(right):
+            return list(zip(left, right))
+    elif isinstance(value, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
+        return [tuple(pair) for pair in value]
+    raise ValueError(f"field {field!r} is neither a list of pairs nor {{{first!r}: [...], {second!r}: [...]}}")
+
+
+def prontoqa(row: dict) -> dict:
+    """Fields context, question, answer, explanation (list, or text): the trace is the proof, one step a line, and the
+    answer.
+
+    That is true or false, as a truth value, as a word, or as the letter of one of the options ("A) True").
+    """
+    prompt = f"Context: {_text(row, 'context')}\nQuestion: {_text(row, 'question')}\n"
+    gold = None if row.get("answer") is None else _truth(row)
+    return {
+        "prompt": f"{prompt}End with: The answer is true. (or false.)\nAnswer:\n",
+        "completion": _steps_and_answer(row.get("explanation"), gold),
+        "answer": gold,
+    }
+
+
+def _truth(row: dict) -> str:
+    """``true`` or ``false``: the answer of a row, or the option whose letter it is."""
+    answer = _bare(str(row["answer"]))
+    if len(answer) == 1 and row.get("options"):
+        listed = (re.fullmatch(r"\(?([A-Ja-j])[.):]\s*(.*)", str(option).strip()) for option in row["options"])
+        answer = next((_bare(option[2]) for option in listed if option and option[1].casefold() == answer), answer)
+    if answer not in ("true", "false"):
+        raise ValueError(f"field 'answer' is {str(row['answer'])[:60]!r}, neither true or false nor an option that is")
+    return answer
 
 
 def generic(row: dict) -> dict:
@@ -242,6 +314,27 @@ TASKS: dict[str, Task] = {
         answers.extract_yes_no,
         answers.equal_yes_no,
         "facts",
+        answer_line="The answer is {}.",
+    ),
+    "hotpotqa": Task(
+        "hotpotqa",
+        "hotpotqa/hotpot_qa",
+        "distractor",
+        hotpotqa,
+        answers.extract_span,
+        answers.equal_span,
+        "supporting_facts",
+        answer_line="The answer is {}.",
+    ),
+    # The sets on the Hub have questions and answers without the proofs.
+    "prontoqa": Task(
+        "prontoqa",
+        None,
+        None,
+        prontoqa,
+        answers.extract_yes_no,
+        answers.equal_yes_no,
+        "explanation",
         answer_line="The answer is {}.",
     ),
     "math": Task(
