@@ -1,5 +1,6 @@
 """`tracereward sample --guide` and `tracereward correct`: rows, summaries and what they refuse."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -14,9 +15,9 @@ from tiny import launcher, rows
 from tracereward import cli
 from tracereward.correct import self_correct
 from tracereward.decode import beam, reject, tilt
-from tracereward.evaluate.guided import beam_shape, compare
+from tracereward.evaluate.guided import POOL_METHODS, beam_shape, candidates, compare
 from tracereward.files import write_jsonl
-from tracereward.guide import Guide
+from tracereward.guide import Guide, Guided
 from tracereward.guided_rows import correction_summary
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
@@ -177,22 +178,43 @@ def test_the_comparison_is_that_of_the_methods_alone(bench, experts, tokenizer):
     plain = tilt(guide, prompts, 2, 0.0, 99)
     golds = [task.extract(traces[0].text) or "1" for traces in plain]
     table = {(r["method"], r["budget"]): r for r in compare(guide, prompts, golds, task, [1, 2], 1.5, 4, 0.0)}
-    assert len(table) == 1 + 6 + 7
+    assert len(table) == 1 + 12 + 13
     for (method, budget), found in (
         (("beam", 2), beam(guide, prompts, 1, 2)),
         (("reject", 2), reject(guide, prompts, 2)),
         (("tilt", 2), tilt(guide, prompts, 2, 1.5, 4)),
         (("reward", 2), plain),
+        (("logprob", 2), [sorted(traces, key=lambda trace: -trace.logprob) for traces in plain]),
+        (
+            ("reward_logprob", 2),
+            [sorted(traces, key=lambda trace: -trace.reward - trace.logprob) for traces in plain],
+        ),
         (("majority", 1), tilt(guide, prompts, 1, 0.0, 99)),
     ):
         expected = [float(task.verify(traces[0].text, gold)) for traces, gold in zip(found, golds, strict=True)]
         assert table[method, budget]["right"] == expected
         assert table[method, budget]["sampled_tokens"] == sum(traces[0].sampled_tokens for traces in found) / 3
+    verified = [[task.verify(trace.text, gold) for trace in traces] for traces, gold in zip(plain, golds, strict=True)]
+    assert table["oracle", 2]["right"] == [float(any(right)) for right in verified]
     asked = guide.encode(prompts)
     single = [traces[0] for traces in tilt(guide, prompts, 1, 0.0, 99)]
     corrected = self_correct(guide, asked, [trace.ids for trace in single], 1, 1)
     tokens = sum(c.sampled_tokens + s.sampled_tokens for c, s in zip(corrected, single, strict=True)) / 3
     assert table["self_correct", 2]["sampled_tokens"] == tokens
+
+
+def test_a_reward_with_log_prob_in_it_gets_no_second_one(bench, experts, tokenizer):
+    guide = guide_of(bench, tokenizer, max_new_tokens=4)
+    guide = dataclasses.replace(guide, reference=guide.policy)
+    found = compare(guide, [experts[0]["prompt"]], ["1"], get_task("arithmetic"), [1], 0.0, 4, 0.0)
+    assert not {row["method"] for row in found} & {"reward_logprob", "reward_logprob_vote"}
+
+
+def test_baselines_see_candidates_in_an_order_without_the_reward():
+    """Ties of a vote go to the first: over many questions the best by reward stands first no more than by chance."""
+    traces = [Guided(0, [1], text, True, 0.0, reward, 8) for text, reward in (("a", 2.0), ("b", 1.0))]
+    rows = candidates([traces] * 400, ["1"] * 400, get_task("arithmetic"))
+    assert 150 < sum(row[0].reward == 2.0 for row in rows) < 250
 
 
 def test_the_comparison_as_a_command(bench, refused, tmp_path):
@@ -203,7 +225,7 @@ def test_the_comparison_as_a_command(bench, refused, tmp_path):
     result = json.loads(done.out)
     assert result == json.loads((tmp_path / "evaluation" / "guided.json").read_text(encoding="utf-8"))
     assert result["questions"] == 3
-    methods = ["greedy", "majority", "reward", "vote", "beam", "reject", "tilt", "self_correct"]
+    methods = ["greedy", *POOL_METHODS, "beam", "reject", "tilt", "self_correct"]
     assert [row["method"] for row in result["rows"]] == methods
     for row in result["rows"]:
         assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]

@@ -20,7 +20,7 @@ from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import read_jsonl
 from tracereward.metrics import mean_interval
 from tracereward.run import run_grpo
-from tracereward.studies import arms, cells, definitions
+from tracereward.studies import arms, cells, definitions, depth, transfer
 from tracereward.studies.cells import Cell, Place, run_cells, stored
 from tracereward.studies.definitions import STUDIES
 from tracereward.studies.page import signed, write_page
@@ -103,6 +103,14 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     ratio = found["misconception--log-p-SFT-log-p-base--0.json"]["ranking"]["reward_auroc_within_prompt"]
     assert (ratio is None and not aurocs) or ratio == pytest.approx(np.mean(aurocs))
 
+    # Token by token the log-probs have the same means, the end of a finished trace included.
+    by_token = depth.token_log_probs(site, "sft", samples)
+    lengths = [len(tokenizer(row["completion"])["input_ids"]) + row["finished"] for row in samples]
+    assert [len(values) for values in by_token] == lengths
+    policy = AutoModelForCausalLM.from_pretrained(site.policy("sft")).eval()
+    means = [mean_log_prob(policy, tokenizer, row) for row in samples]
+    assert [np.mean(values) for values in by_token] == pytest.approx(means, abs=1e-5)
+
     # A policy that starts as its own base model has nothing to gain from the log-ratio.
     config = RewardConfig(**site.options("null", WORLD.grpo), reward="logratio", base_model=str(site.policy("sft")))
     run_grpo(arms.prompts(site), config, ModelConfig(model_name_or_path=str(site.policy("sft"))))
@@ -129,6 +137,89 @@ def mean_log_prob(model, tokenizer, row) -> float:
     with torch.no_grad():
         logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
     return float(logits.log_softmax(-1)[range(len(completion)), completion].mean())
+
+
+def test_cells_of_hops_are_also_judged_by_depth(tmp_path):
+    """Every question is of one depth, and what holds for all samples is the mean over depths."""
+    world = dataclasses.replace(
+        WORLD, name="hops", pretraining={**WORLD.pretraining, "max_steps": 4}, sft_grid=WORLD.sft_grid[:1]
+    )
+    world = dataclasses.replace(world, grpo={**world.grpo, "max_steps": 2})
+    place = Place(tmp_path / "work", tmp_path / "cells", fast=True)
+    options = {**world.recipe, "discriminator_updates": 0}
+    result = cells.run_cell(place, Cell(world, 0, "IRL", "irl", options, samples=2))
+    assert result == json.loads((tmp_path / "cells" / "hops--IRL--0.json").read_text())
+    [path] = (tmp_path / "work").glob("hops-0-*/samples/sft-validation-2.jsonl")
+    prompts = {row["prompt"] for row in read_jsonl(path)}
+    asked = [int(prompt.split(" * ")[1].split(" ")[0]) for prompt in prompts]
+    questions = {hops: of["ranking"]["questions"] for hops, of in result["depth"].items()}
+    assert questions == {str(hops): asked.count(hops) for hops in sorted(set(asked))}
+    wrong = sum(of["localisation"]["wrong"] for of in result["depth"].values())
+    assert 0 < wrong <= 2 * len(prompts)
+    for label in ("mean sample", "majority@2", "reward best-of-2", "oracle@2"):
+        by_depth = sum(of["ranking"]["accuracy"][label][0] * questions[hops] for hops, of in result["depth"].items())
+        assert by_depth == pytest.approx(result["ranking"]["accuracy"][label][0] * len(prompts))
+
+
+CIRCLE = "9 = 2\n5 = 9\n2 = 5\n5 * {} = ?\n"
+"""5 leads to 9, 9 to 2, 2 to 5."""
+
+
+def trace(hops: int, completion: str, rewards: list[float], log_probs: list[float], correct: bool) -> tuple[dict, list]:
+    """A scored sample and its token log-probs, from one value for each line: tokens differ around it."""
+    lines = completion.split("\n")
+    ends, token_rewards, token_log_probs = [], [], []
+    for line, reward, log_prob in zip(lines, rewards, log_probs, strict=True):
+        tokens = 3 if line.startswith("#") else 4  # 5, =, 9 and the line break, or ####, 9 and the end
+        ends += [False] * (tokens - 1) + [True]
+        spread = [-2.0, 2.0] + [0.0] * (tokens - 2)
+        token_rewards += [reward + by for by in spread]
+        token_log_probs += [log_prob - by for by in spread]
+    row = {"prompt": CIRCLE.format(hops), "completion": completion, "correct": correct, "step_ends": ends}
+    return {**row, "token_rewards": token_rewards, "logprob": -1.0, "reward": sum(rewards)}, token_log_probs
+
+
+def test_localisation_of_the_first_wrong_line_by_hand():
+    """Wrong at the lines 0, 1 and 2 of 3; the reward is lowest at 0, at 0 and 1 alike, and at 2: 5/6 are found."""
+    rows = [
+        trace(2, "5 = 2\n2 = 5\n#### 5", [-1.0, 0.5, 0.5], [-0.5, -0.1, -2.0], correct=False),
+        trace(2, "5 = 9\n9 = 5\n#### 5", [-1.0, -1.0, 0.5], [-0.1, -0.2, -0.1], correct=False),
+        trace(2, "5 = 9\n9 = 2\n#### 9", [0.5, 0.5, -1.0], [-0.1, -0.2, -3.0], correct=False),
+        trace(2, "5 = 9\n9 = 2\n#### 2", [-9.0, 0.5, 0.5], [-0.1, -0.2, -0.1], correct=True),
+        trace(2, "5 = 9\n9 = 2", [-9.0, 0.5], [-0.1, -0.2], correct=False),  # its wrong line is the missing one
+    ]
+    result = depth.localisation([row for row, _ in rows], [values for _, values in rows])
+    assert result["wrong"] == 3
+    assert result["reward"] == pytest.approx(5 / 6)  # 1 + 1/2 + 1
+    assert result["logprob"] == pytest.approx(2 / 3)  # 0 + 1 + 1
+    # The sums: -1.5, .4, -1.5: a tie; -1.1, -1.2, .4; .4, .3, -4.
+    assert result["reward_logprob"] == pytest.approx(2.5 / 3)
+    assert result["chance"] == pytest.approx(1 / 3)
+    assert result["first"] == pytest.approx(1 / 3)
+    none = depth.localisation([rows[3][0]], [rows[3][1]])
+    assert none == dict.fromkeys(("reward", "logprob", "reward_logprob", "chance", "first")) | {"wrong": 0}
+
+
+def test_depths_are_told_apart():
+    """Two samples of each question; the reward picks the right one of two hops and the wrong one of three."""
+    rows = []
+    for question, (hops, right) in enumerate([(2, 0.5), (3, -0.5)]):
+        answer = {2: "2", 3: "5"}[hops]
+        lines = ["5 = 9", "9 = 2", "2 = 5"][:hops]
+        good = trace(hops, "\n".join([*lines, f"#### {answer}"]), [right] * (hops + 1), [-1.0] * (hops + 1), True)
+        bad = trace(hops, "\n".join([*lines, "#### 9"]), [0.0] * (hops + 1), [-1.0] * (hops + 1), False)
+        rows += [({**row, "question": question, "answer": answer}, values) for row, values in (good, bad)]
+    result = depth.summaries([row for row, _ in rows], [values for _, values in rows])
+    assert list(result) == ["2", "3"]
+    for hops, picked in (("2", 1.0), ("3", 0.0)):
+        assert result[hops]["ranking"]["questions"] == 1
+        accuracy = result[hops]["ranking"]["accuracy"]
+        assert (accuracy["reward best-of-2"][0], accuracy["mean sample"][0]) == (picked, 0.5)
+        assert result[hops]["ranking"]["reward_auroc_within_prompt"] == picked
+        assert result[hops]["localisation"]["wrong"] == 1
+    # All lines alike: chance, one of three and one of four.
+    assert result["2"]["localisation"]["reward"] == pytest.approx(1 / 3)
+    assert result["3"]["localisation"]["reward"] == pytest.approx(1 / 4)
 
 
 def test_a_changed_option_runs_a_cell_again(small, tmp_path):
@@ -204,6 +295,9 @@ def test_every_arm_is_a_run_that_would_start(name, tmp_path):
             reward = cell.kind.removeprefix("grpo-")
             base = "base" if reward == "logratio" else None
             RewardConfig(**site.options("x", cell.world.grpo), reward=reward, base_model=base)
+        elif cell.kind in ("calibration", "transfer", *cells.BY_REWARD):
+            given = transfer.of_training(cell.options)
+            AdversarialConfig(**site.options("x", {**cell.world.grpo, **given}))
         else:
             assert cell.kind in ("policy", "sft-continued", "log-probs")
 
@@ -212,7 +306,7 @@ def test_selection_and_report_share_no_seed_and_no_question():
     """Seeds and questions that choose the recipe are not those that report it."""
     chosen = {seed for name in ("granularity", "objective") for seed in STUDIES[name].seeds}
     assert {STUDIES[name].split for name in ("granularity", "objective")} == {"validation"}
-    for name in ("recipe", "worlds", "longer", "unmarked", "reranking"):
+    for name in ("recipe", "worlds", "longer", "unmarked", "multihop", "reranking"):
         assert STUDIES[name].split == "test"
         assert len(STUDIES[name].seeds) >= 5
         assert not chosen & set(STUDIES[name].seeds)
@@ -292,6 +386,39 @@ def test_page_by_hand(tmp_path):
     assert "| IRL: reward | 0.800 ± 0.000 (**+0.100 ± 0.000**) | 66.0 ± 2.5 | 66.0 ± 2.5 | **+4.0 ± 2.5** |" in page
     assert "| majority@8 |  | 60.0 ± 0.0 |" in page
     assert "Of the 3 adversarial runs on this page 0 collapsed" in page
+
+
+def by_hops(reward: float, found: float | None) -> dict:
+    """What `depth.summaries` gives of one depth."""
+    shares = {"reward": found, "logprob": 0.25, "reward_logprob": found, "chance": 0.2, "first": 0.5}
+    if found is None:
+        shares = dict.fromkeys(shares)
+    wrong = 0 if found is None else 30
+    return {"ranking": {**ranking(reward, 0.8), "questions": 20}, "localisation": {"wrong": wrong, **shares}}
+
+
+def test_page_against_depth_by_hand(tmp_path):
+    """At 2 hops 64, 66 and 68 % against the better of 60 and 62; at 3 hops a seed has no wrong trace."""
+    rows = []
+    for seed in range(3):
+        deep = {"2": by_hops(0.64 + 0.02 * seed, 0.6), "3": by_hops(0.5, None if seed == 0 else 0.3)}
+        rows.append(result("IRL", "irl", seed, 0.7, ranking=ranking(0.66, 0.8), stopped=None, depth=deep))
+    write_page(tmp_path / "new" / "x.md", "A title", "A question.", "tracereward study x", rows)
+    page = (tmp_path / "new" / "x.md").read_text()
+    assert "![Gain and localisation against depth](x-depth.png)" in page
+    assert (tmp_path / "new" / "x-depth.png").stat().st_size > 1000
+    line = "| IRL, 2 hops | 20 | 50.0 ± 0.0 | 40.0 ± 0.0 | 60.0 ± 0.0 | 62.0 ± 0.0 | 66.0 ± 5.0 | 66.0 ± 5.0 |"
+    assert f"{line} 90.0 ± 0.0 | +4.0 ± 5.0 | 0.700 ± 0.000 | 0.800 ± 0.000 |" in page
+    assert "| 90.0 ± 0.0 | **-12.0 ± 0.0** | 0.700 ± 0.000 |" in page
+    line = "| IRL, 2 hops | 30 | 20.0 ± 0.0 | 50.0 ± 0.0 | 25.0 ± 0.0 | 60.0 ± 0.0 | 60.0 ± 0.0 | **+35.0 ± 0.0** |"
+    assert line in page
+    undefined = " | ".join(["undefined"] * 5)
+    assert f"| IRL, 3 hops | 20 | {undefined} |" in page
+    # No other study has such a section.
+    other = [result("IRL", "irl", 0, 0.7, ranking=ranking(0.66, 0.8), stopped=None)]
+    write_page(tmp_path / "y.md", "A title", "A question.", "tracereward study y", other)
+    assert "Against depth" not in (tmp_path / "y.md").read_text()
+    assert not (tmp_path / "y-depth.png").exists()
 
 
 def test_bold_means_that_the_interval_excludes_zero():

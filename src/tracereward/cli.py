@@ -179,7 +179,9 @@ def sample(
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/quickstart"),
-    world: Annotated[str, typer.Option(help="exposure, checked, misconception, style or multi-skill.")] = "exposure",
+    world: Annotated[
+        str, typer.Option(help="exposure, checked, hops, misconception, style or multi-skill.")
+    ] = "exposure",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
     fast: Annotated[
@@ -195,7 +197,10 @@ def quickstart(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="recipe, worlds, longer, unmarked, granularity, objective or reranking.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="Study; an unknown name is answered with those there are."),
+    ],
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeatable. Default: the study's.")] = None,
     worlds: Annotated[
         list[str] | None, typer.Option("--world", help="World; repeatable. Default: the study's.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tracereward.decode import best
 from tracereward.guide import Guide, digest
+from tracereward.scores import TokenScores
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ def self_correct(
     rounds: int = 3,
     k: int = 4,
     threshold: float = 0.0,
+    detector: Guide | None = None,
 ) -> list[Correction]:
     """Correct traces for up to `rounds` rounds.
 
@@ -50,6 +52,7 @@ def self_correct(
         rounds: at most.
         k: continuations of each round.
         threshold: in log-odds, as for `Scorer.first_error`.
+        detector: whose step rewards say where to cut, where another than the guide's reward shall; it draws nothing.
 
     Returns:
         One record a trace.
@@ -60,7 +63,14 @@ def self_correct(
     before = [found.aggregate(how) for found in scores]
     rewards, drawn = list(before), [0] * len(current)
     cuts: list[list[int]] = [[] for _ in current]
-    places = [first_error_token(found.step_rewards(), found.step_ends, threshold) for found in scores]
+
+    def suspected(owners: Sequence[int], scores: Sequence[TokenScores]) -> list[int | None]:
+        """Where the current trace of each owner is to be cut; `scores` are the guide's."""
+        if detector is not None:
+            scores = detector.score([prompts[row] for row in owners], [current[row] for row in owners])
+        return [first_error_token(trace.step_rewards(), trace.step_ends, threshold) for trace in scores]
+
+    places = suspected(range(len(current)), scores)
     for number in range(rounds):
         rows = [row for row, place in enumerate(places) if place is not None and place < guide.max_new_tokens]
         if not rows:
@@ -72,6 +82,7 @@ def self_correct(
         grown, counts = guide.grow(asked, starts, streams, by_step=False)
         found = guide.score(asked, grown)
         values = [trace.aggregate(how) for trace in found]
+        better: dict[int, TokenScores] = {}
         for index, row in enumerate(rows):
             mine = range(index * k, index * k + k)
             drawn[row] += sum(counts[i] for i in mine)
@@ -79,7 +90,9 @@ def self_correct(
             top = best(values, mine, 1)[0]
             if values[top] > rewards[row]:
                 current[row], rewards[row] = grown[top], values[top]
-                places[row] = first_error_token(found[top].step_rewards(), found[top].step_ends, threshold)
+                better[row] = found[top]
+        for row, place in zip(better, suspected(list(better), list(better.values())), strict=True):
+            places[row] = place
     return [
         Correction(ids, guide.finished(ids), rewards[row], before[row], cuts[row], drawn[row])
         for row, ids in enumerate(current)

@@ -303,16 +303,20 @@ class Discriminator:
         0 it means the same for every objective. nan without such a pair.
         """
         self.model.eval()
-        wins = total = 0.0
+        groups = []
         for index, rollouts in self.held_out_rollouts.by_demonstration().items():
             expert = self.experts[index]
             different = [rollout.ids for rollout in rollouts if rollout.ids != expert.completion]
-            if not different:
-                continue
-            scores = self._sequence_scores([expert.prompt] * (1 + len(different)), [expert.completion, *different])
-            gaps = scores[0] - scores[1:]
+            if different:
+                groups.append((expert.prompt, [expert.completion, *different]))
+        scores = self._sequence_scores(
+            [prompt for prompt, traces in groups for _ in traces], [ids for _, traces in groups for ids in traces]
+        )
+        wins = total = 0.0
+        for of_prompt in scores.split([len(traces) for _, traces in groups]):
+            gaps = of_prompt[0] - of_prompt[1:]
             wins += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
-            total += len(different)
+            total += len(gaps)
         return wins / total if total else math.nan
 
     def _sequence_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:

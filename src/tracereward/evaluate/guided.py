@@ -1,5 +1,6 @@
 """`tracereward evaluate guided`: guided decoding and self-correction beside choosing among whole samples, by budget."""
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,22 @@ from tracereward.guided_rows import check_template, load_guide
 from tracereward.metrics import bootstrap_interval
 from tracereward.pool import load_questions
 from tracereward.report import Table
-from tracereward.rerank import Candidate, choose
+from tracereward.rerank import Candidate, outcomes
 from tracereward.run_folder import note
 from tracereward.tasks import Task, get_task
 
+POOL_METHODS = (
+    "shortest",
+    "majority",
+    "logprob",
+    "logprob_vote",
+    "reward",
+    "reward_logprob",
+    "vote",
+    "reward_logprob_vote",
+    "oracle",
+)
+"""Those of `rerank.METHODS` that choose among plain samples: a reward must beat the ones without it."""
 ROUNDS = 3
 """Of self-correction; the budget's other samples are shared out among them."""
 
@@ -26,6 +39,21 @@ def beam_shape(budget: int) -> tuple[int, int]:
     """Width and expansions whose product is at most `budget`: a power of two at most its square root, and the rest."""
     width = 1 << ((budget.bit_length() - 1) // 2)
     return width, budget // width
+
+
+def candidates(found: Sequence[Sequence[Guided]], golds: Sequence[str], task: Task) -> list[list[Candidate]]:
+    """The traces of each question as candidates to choose among, in an order that says nothing about them."""
+    rows = [
+        [
+            Candidate(t.text, task.extract(t.text), t.reward, t.logprob, len(t.ids), task.verify(t.text, gold))
+            for t in traces
+        ]
+        for traces, gold in zip(found, golds, strict=True)
+    ]
+    for question, row in enumerate(rows):
+        # Decoding sorts by reward: a vote's ties, which go to the first, would be broken by it.
+        random.Random(question).shuffle(row)
+    return rows
 
 
 def compare(
@@ -40,9 +68,9 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Accuracy of each method at each budget, a number N of whole samples.
 
-    greedy: one trace. majority, reward, vote: of N plain samples. beam: width * expansions <= N. reject: N at the
-    start. tilt: the best reward of N tilted traces. self_correct: one plain sample, at most N - 1 continuations in
-    `ROUNDS` rounds or fewer, from budget 2 on.
+    greedy: one trace. `POOL_METHODS`: of N plain samples; those that add a log-prob only where the guide's reward has
+    none in it. beam: width * expansions <= N. reject: N at the start. tilt: the best reward of N tilted traces.
+    self_correct: one plain sample, at most N - 1 continuations in `ROUNDS` rounds or fewer, from budget 2 on.
 
     Yields:
         Rows with method, budget (0 for greedy), right (1 or 0 for each question) and sampled_tokens (its mean).
@@ -61,13 +89,12 @@ def compare(
     singles = tilt(guide, prompts, 1, 0.0, vocabulary)
     for budget in budgets:
         plain = tilt(guide, prompts, budget, 0.0, vocabulary)  # alpha 0 and all words: plain samples
-        for method in ("majority", "reward", "vote"):
-            picked = []
-            for traces in plain:
-                rows = [Candidate(t.text, task.extract(t.text), t.reward, t.logprob, len(t.ids)) for t in traces]
-                pick = traces[choose(rows, method, task.equal, guide.seed)]
-                picked.append((pick.text, pick.sampled_tokens))
-            yield row(method, budget, picked)
+        questions = candidates(plain, golds, task)
+        drawn = sum(traces[0].sampled_tokens for traces in plain) / len(plain)
+        for method in POOL_METHODS:
+            if guide.reference is None or not method.startswith("reward_logprob"):
+                right = outcomes(questions, method, task.equal, guide.seed)
+                yield {"method": method, "budget": budget, "right": right, "sampled_tokens": drawn}
         yield row("beam", budget, first(beam(guide, prompts, *beam_shape(budget))))
         yield row("reject", budget, first(reject(guide, prompts, budget)))
         yield row("tilt", budget, first(tilt(guide, prompts, budget, alpha, top_k)))

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from tracereward.adversarial_config import AdversarialConfig
 from tracereward.config import DataArguments, RewardConfig, SupervisedConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.files import atomic_folder, read_jsonl, write_jsonl
-from tracereward.metrics import wilson_interval
+from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.models import load_tokenizer, pad_id
 from tracereward.pool import as_row, rerank_rows, summary
 from tracereward.reward_model import TokenRewardModel
 from tracereward.run import run_grpo, run_sft, run_train
 from tracereward.sampling import mean_log_probs, sample
+from tracereward.studies.backbones import write_untrained
 from tracereward.studies.worlds import COMMON, World
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import MISTAKE_RATES, build_model, build_tokenizer, generate, splits
@@ -46,6 +48,7 @@ class Site:
         quiet: no progress bars.
         experts: how many of the world's demonstrations there are, the first ones; None: all.
         corrupt: share of them that end in a wrong answer.
+        backbone: one of `backbones.BUILDERS`, which trains beside the world's Llama on the same data; None: the Llama.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class Site:
     quiet: bool = False
     experts: int | None = None
     corrupt: float | None = None
+    backbone: str | None = None
 
     def data(self, part: str) -> Path:
         """File of one part of the data."""
@@ -70,7 +74,8 @@ class Site:
     def run(self, arm: str) -> Path:
         """Run folder of an arm; what knows no demonstrations is shared by all parts of them."""
         shared = arm in ("init", "base") or self.demonstrations == "experts"
-        return self.folder / arm if shared else self.folder / self.demonstrations / arm
+        home = self.folder if self.backbone is None else self.folder / self.backbone
+        return home / arm if shared else home / self.demonstrations / arm
 
     def policy(self, arm: str) -> Path:
         """Folder of an arm's policy."""
@@ -103,6 +108,9 @@ class Site:
 
 def make_world(site: Site) -> None:
     """Write the rows and the untrained model, ``init`` last."""
+    if site.backbone is not None:  # its rows are the Llama's
+        write_untrained(site.backbone, site.seed, replace(site, backbone=None).run("init"), site.run("init"))
+        return
     world = site.world
     parts = splits(world.name, site.seed, world.experts, world.validation, world.test, world.unlabeled)
     site.data("test").parent.mkdir(parents=True, exist_ok=True)
@@ -238,7 +246,7 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
     policy = AutoModelForCausalLM.from_pretrained(site.policy(arm))
     chunks = sample(
         policy,
-        load_tokenizer(str(site.folder / "init")),
+        load_tokenizer(str(site.run("init"))),
         [row["prompt"] for row in rows],
         1,
         site.world.completion,
@@ -267,7 +275,7 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
         return read_jsonl(file)
     task, questions = get_task(TASK), read_jsonl(site.data(part))
     policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm))
-    tokenizer = load_tokenizer(str(site.folder / "init"))
+    tokenizer = load_tokenizer(str(site.run("init")))
     texts = [row["prompt"] for row in questions]
     rows = []
     for chunk in sample(policy, tokenizer, texts, n, site.world.completion, seed=site.seed, batch_size=2400):
@@ -301,12 +309,13 @@ def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str,
         {**row, "supervised": trace.supervised, "step_ends": trace.step_ends, **as_row(trace, model)}
         for row, trace in zip(samples, scores, strict=True)
     ]
-    return ranking(scored), scored
+    r = point_biserial([row["reward"] for row in scored], [row["correct"] for row in scored])
+    return {**ranking(scored), "reward_r": None if math.isnan(r) else r}, scored
 
 
 def rank_by_log_probs(site: Site, samples: list[dict[str, Any]], sign: float) -> dict[str, Any]:
     """What choosing by log p_SFT + sign * log p_base reaches: -1 is the log-ratio, which needs no discriminator."""
-    tokenizer = load_tokenizer(str(site.folder / "init"))
+    tokenizer = load_tokenizer(str(site.run("init")))
     base = AutoModelForCausalLM.from_pretrained(site.policy(site.start))
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in samples]
     completions = [encode_completion(tokenizer, row["completion"]) for row in samples]

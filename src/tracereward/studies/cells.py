@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,15 @@ from transformers.utils import logging as transformers_logging
 from tracereward.errors import Interrupted, RunFailed
 from tracereward.files import atomic_write_json
 from tracereward.run_folder import note
-from tracereward.studies import arms, depth
+from tracereward.studies import arms, calibration, decoding, depth, self_correction, transfer
+from tracereward.studies.backbones import own, world_of
+from tracereward.studies.frozen import train_frozen
 from tracereward.studies.worlds import World
 
 SAMPLES = 8
 """Samples of the SFT policy for each question that a reward model ranks."""
+BY_REWARD = {"decoding": decoding.measure, "self-correction": self_correction.measure}
+"""Kinds that train a reward model and measure what the SFT policy does with it."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +42,15 @@ class Cell:
         seed: of data, models and training.
         arm: name of the row; irl rows are named after what differs from the recipe.
         kind: ``policy`` (evaluate what preparing the world trained), ``sft-continued``, ``grpo-logprob``,
-            ``grpo-logratio``, ``grpo-verifier``, ``irl``, or ``log-probs`` (a ranking without a reward model).
+            ``grpo-logratio``, ``grpo-verifier``, ``irl``, ``log-probs`` (a ranking without a reward model),
+            ``calibration`` or ``transfer`` (see the modules of these names), or one of `BY_REWARD`.
         options: of adversarial training, the recipe's included; for ``policy`` the name of the policy; for
             ``log-probs`` the sign of the base model's. ``choose`` in what trains a policy: the validation questions
             choose among start and checkpoints.
         split: ``validation`` where results choose something, ``test`` where they are reported once.
         samples: of the SFT policy for each question, ranked by an irl cell's reward model.
         experts, corrupt: of the demonstrations, see `arms.Site`.
+        backbone: see `arms.Site`.
     """
 
     world: World
@@ -56,6 +62,7 @@ class Cell:
     samples: int = SAMPLES
     experts: int | None = None
     corrupt: float | None = None
+    backbone: str | None = None
 
     @property
     def name(self) -> str:
@@ -77,13 +84,20 @@ class Place:
     results: Path
     fast: bool = False
 
-    def site(self, world: World, seed: int, experts: int | None = None, corrupt: float | None = None) -> arms.Site:
+    def site(
+        self,
+        world: World,
+        seed: int,
+        experts: int | None = None,
+        corrupt: float | None = None,
+        backbone: str | None = None,
+    ) -> arms.Site:
         """The folder of one world and seed; other sizes or options of the world are another folder."""
         of = asdict(world)
         for later in ("grpo", "adversarial"):  # nothing that is shared depends on them
             del of[later]
         folder = self.work / f"{world.name}-{seed}-{arms.digest([of, self.fast])}"
-        return arms.Site(folder, world, seed, self.fast, True, experts, corrupt)
+        return arms.Site(folder, world_of(backbone, world), seed, self.fast, True, experts, corrupt, backbone)
 
 
 def slug(text: str) -> str:
@@ -111,30 +125,77 @@ def quieten() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def prepare_base(site: arms.Site) -> None:
+    """Data and pretraining of one world and seed, unless they are there."""
+    if not site.run("init").exists():
+        arms.make_world(site)
+    if site.world.pretraining and not (site.run("base") / "report.html").exists():
+        arms.train_sft(site, "base", "init", site.world.pretraining, part="corpus")
+
+
 def prepare(site: arms.Site) -> None:
     """Data, pretraining and tuned SFT of one world and seed, unless they are there."""
-    if not (site.folder / "init").exists():
-        arms.make_world(site)
-    if site.world.pretraining and not (site.folder / "base" / "report.html").exists():
-        arms.train_sft(site, "base", "init", site.world.pretraining, part="corpus")
+    prepare_base(site)
     arms.choose_demonstrations(site)
     if not site.run("sft").exists():
         arms.tune_sft(site)
 
 
+def lock(site: arms.Site) -> FileLock:
+    """Held while what cells share is made; a backbone does not wait for the world's Llama."""
+    return FileLock(f"{site.folder}{'' if site.backbone is None else f'-{site.backbone}'}.lock")
+
+
+def prepared(site: arms.Site, cell: Cell) -> list[dict[str, Any]]:
+    """Samples of the site's SFT policy, which is trained if it is not there."""
+    write_world(site)
+    with lock(site):
+        prepare(site)
+        return arms.draw_samples(site, "sft", cell.split, cell.samples)
+
+
+def prepare_discriminator(place: Place, cell: Cell) -> None:
+    """Pretrain the backbone that an arm's discriminator starts from, ``BACKBONE/base``, if it is another one."""
+    backbone, _, arm = str(cell.options.get("discriminator_model")).partition("/")
+    if arm != "base":
+        return
+    site = place.site(cell.world, cell.seed, backbone=backbone)
+    write_world(site)
+    with lock(site):
+        prepare_base(site)
+
+
+def write_world(site: arms.Site) -> None:
+    """The data, which a backbone shares with the world's Llama."""
+    site.folder.parent.mkdir(parents=True, exist_ok=True)
+    llama = replace(site, backbone=None)
+    with lock(llama):
+        if not llama.run("init").exists():
+            arms.make_world(llama)
+
+
 def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     """Train and judge one cell; writes and returns its result."""
     quieten()
-    site = place.site(cell.world, cell.seed, cell.experts, cell.corrupt)
-    site.folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{site.folder}.lock"):
-        prepare(site)
-        samples = arms.draw_samples(site, "sft", cell.split, cell.samples)
+    site = place.site(cell.world, cell.seed, cell.experts, cell.corrupt, cell.backbone)
+    samples = prepared(site, cell)
+    prepare_discriminator(place, cell)
     start = time.perf_counter()
     settings = settings_of(cell, place.fast)
     result = dict(settings)
-    if cell.kind == "log-probs":
+    if cell.kind in BY_REWARD:
+        result |= BY_REWARD[cell.kind](lambda seed: reward_of(place, cell, seed), cell.seed, cell.split, cell.samples)
+    elif cell.kind == "log-probs":
         result["ranking"] = arms.rank_by_log_probs(site, samples, cell.options["sign"])
+    elif cell.kind == "calibration":
+        result["questions"] = len({row["question"] for row in samples})
+        result["calibration"] = calibration.run(*reward_of(place, cell, cell.seed), samples)
+    elif cell.kind == "transfer":
+        others = {name: place.site(cell.world, cell.seed, backbone=own(name)) for name in cell.options["policies"]}
+        drawn = {name: prepared(other, cell) for name, other in others.items()}
+        result["questions"] = len({row["question"] for row in samples})
+        _, arm = reward_of(place, replace(cell, options=transfer.of_training(cell.options)), cell.seed)
+        result["transfer"] = transfer.run(site, arm, others, cell.options, drawn)
     else:
         arm = _train(site, cell, settings)
         result["train_seconds"] = round(time.perf_counter() - start, 1)
@@ -158,6 +219,14 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write_json(path, result)
     return result
+
+
+def reward_of(place: Place, cell: Cell, seed: int) -> tuple[arms.Site, str]:
+    """A seed's site, and the arm with the reward model that a cell uses as it is; trained unless it is there."""
+    site = place.site(cell.world, seed, cell.experts, cell.corrupt, cell.backbone)
+    prepared(site, cell)
+    with lock(site):
+        return site, train_frozen(site, cell.options)
 
 
 def _train(site: arms.Site, cell: Cell, settings: dict[str, Any]) -> str:

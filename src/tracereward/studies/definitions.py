@@ -5,19 +5,26 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tracereward.errors import check_choice
-from tracereward.studies.cells import Cell
+from tracereward.studies.backbones import COMPARED, LABELS, own
+from tracereward.studies.cells import BY_REWARD, Cell
+from tracereward.studies.frozen import FROZEN
 from tracereward.studies.worlds import FIRST_RECIPE, R1_RECIPE, RECIPE, WORLDS, World
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of a study's tables, or a point of a line "LINE @ X" of its curves; see `Cell`."""
+    """A row of a study's tables, or a point of a line "LINE @ X" of its curves; see `Cell`.
+
+    It has the first `seeds` of the study's seeds, or all.
+    """
 
     name: str
     kind: str
     options: dict[str, Any]
     experts: int | None = None
     corrupt: float | None = None
+    backbone: str | None = None
+    seeds: int | None = None
 
     @property
     def needs_base(self) -> bool:
@@ -26,7 +33,8 @@ class Arm:
 
     def options_in(self, world: World, recipe: dict[str, Any]) -> dict[str, Any]:
         """Its options, over the recipe's and the world's where it has them."""
-        return {**recipe, **world.adversarial, **self.options} if self.kind == "irl" else self.options
+        learned = self.kind in ("irl", "calibration", "transfer", *BY_REWARD)
+        return {**recipe, **world.adversarial, **self.options} if learned else self.options
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,12 @@ class Study:
                 self.samples,
                 arm.experts,
                 arm.corrupt,
+                arm.backbone,
             )
             for world in chosen
             for arm in self.arms
             if world.pretraining or not arm.needs_base
-            for seed in seeds or self.seeds
+            for seed in seeds or self.seeds[: arm.seeds]
         ]
 
 
@@ -115,6 +124,8 @@ def at(arm: Arm, x: str, **demonstrations: Any) -> Arm:
 GRANULARITIES = ("sparse", "step", "interval", "dense")
 SHARES = (10, 25, 50, 75, 100)
 """Percent of a world's demonstrations."""
+STEADY: dict[str, Any] = {**R1_RECIPE, "perturbed_per_expert": 1}
+"""The recipe of `misconception`, with perturbed experts."""
 NAIVE: dict[str, Any] = {
     "head": "token",
     "reward_form": "logit",
@@ -135,6 +146,7 @@ _CONTROLS = (
     "learning rates and lengths on validation questions; the same questions choose between the start and four "
     "checkpoints in every arm that trains."
 )
+_HEAD: dict[str, Any] = {"updates": 20, "head_learning_rate": 1e-2}
 STUDIES = {
     "recipe": Study(
         "Does the learned reward carry more than log-prob?",
@@ -272,15 +284,17 @@ STUDIES = {
         "Naive dense rewards: a new head on the last hidden states, cross-entropy, the logit of each token as its "
         "reward, the return-to-go as its advantage, updates after every batch, no replay, no smoothing, no perturbed "
         "experts, no mask, no failure rule. Each stabiliser is added to that alone, and taken from the recipe alone. "
-        "A collapse was defined before the runs.",
+        "A collapse was defined before the runs. The first five arms have eight seeds, the others the first three.",
         worlds=("misconception",),
         seeds=(40, 41, 42, 43, 44, 45, 46, 47),
         arms=(
             SFT,
             IRL,
+            *chosen((replace(IRL, name="IRL, validation questions choose"),)),
+            irl("IRL, R1 1, a third of the steps' size", **STEADY),
             irl("naive", **NAIVE),
             *(
-                irl(f"naive, {name}", **{**NAIVE, **options})
+                replace(irl(f"naive, {name}", **{**NAIVE, **options}), seeds=3)
                 for name, options in {
                     "head action": {"head": "action"},
                     "head action, reward logit + log-prob": {"head": "action", "reward_form": "logit_plus_logprob"},
@@ -299,7 +313,7 @@ STUDIES = {
                 }.items()
             ),
             *(
-                irl(f"recipe, {name}", **options)
+                replace(irl(f"recipe, {name}", **options), seeds=3)
                 for name, options in {
                     "head token": {"head": "token"},
                     "head implicit, reward f": {"head": "implicit", "reward_form": "f"},
@@ -316,24 +330,31 @@ STUDIES = {
     ),
     "scarcity": Study(
         "How few demonstrations are enough?",
-        "10 to 100 % of the demonstrations, all of them for SFT as for the discriminator, by supervision granularity. "
-        "Everything else is the recipe; validation questions choose among start and checkpoints in every arm.",
-        worlds=("exposure",),
+        "10 to 100 % of the demonstrations, for SFT, which is tuned for each share, as for the discriminator. Rewards "
+        "of each supervision granularity are frozen after their warm-up and judged as rankings; dense ones also train "
+        "a policy, with the recipe and half of the world's steps, where validation questions choose among start and "
+        "checkpoints.",
+        worlds=("checked",),
         seeds=(40, 41, 42),
-        arms=chosen(
-            at(arm, f"{share}", experts=50 * share // 100)
+        arms=tuple(
+            at(arm, f"{share}", experts=share)
             for share in SHARES
-            for arm in (SFT, *(irl(f"IRL {granularity}", granularity=granularity) for granularity in GRANULARITIES))
+            for arm in (
+                SFT,
+                *chosen((IRL,)),
+                *(irl(f"frozen, {name}", granularity=name, **FROZEN) for name in GRANULARITIES),
+            )
         ),
         split="test",
+        steps=50,
     ),
     "corrupt": Study(
         "How far do wrong experts take the method down?",
         "0, 10 or 25 % of the demonstrations end in a wrong answer: they are what the pretrained model would write. "
         "SFT is tuned for each share, and validation questions choose among start and checkpoints in every arm.",
         worlds=("checked",),
-        seeds=(40, 41, 42, 43, 44),
-        arms=chosen(at(arm, f"{share}", corrupt=share / 100) for share in (0, 10, 25) for arm in (SFT, LOGPROB, IRL)),
+        seeds=(40, 41, 42),
+        arms=chosen(at(arm, f"{share}", corrupt=share / 100) for share in (0, 10, 25) for arm in (SFT, IRL)),
         split="test",
     ),
     "multihop": Study(
@@ -343,14 +364,40 @@ STUDIES = {
         "number is the difficulty. SFT is tuned over learning rates and lengths on validation questions; "
         "the same questions choose between the start and four checkpoints where GRPO trains, which also has 3,000 "
         "prompts without traces. With the verifier it uses gold answers: the upper bound. The frozen reward is trained "
-        "on rollouts drawn once.",
+        "on rollouts drawn once. As in `misconception` nothing but a wrong value gives a mistake away, and options are "
+        "what the study of the objective chose there (R1 penalty 1, learning rate 3e-4).",
         worlds=("hops",),
-        seeds=(40, 41, 42, 43, 44),
+        seeds=(50, 51, 52),
+        recipe=R1_RECIPE,
         arms=(
             *chosen((BASE, SFT, LOGPROB, VERIFIER, IRL)),
             irl("frozen after warm-up", discriminator_updates=0, max_steps=4),
         ),
         split="test",
+    ),
+    "decoding": Study(
+        "Does guided decoding beat choosing among whole samples at equal tokens?",
+        "The policy is SFT's; the reward model guides it or chooses among its samples. Beam: the next steps of each of "
+        "several partial traces are drawn, those of highest reward go on. Reject: the better half of the traces goes "
+        "on, until one is left. Tilt: each token is drawn from p exp(alpha r) over the likeliest few, then the "
+        "best of N such traces is chosen; top-k is the same without the reward in the drawing. Everything that was "
+        "drawn counts, dropped traces and lookahead too.",
+        worlds=("checked",),
+        seeds=(40, 41, 42, 43, 44),
+        arms=(Arm("frozen after warm-up", "decoding", FROZEN),),
+        split="test",
+        samples=32,
+    ),
+    "self-correction": Study(
+        "Does cutting at the first suspected step mend more than it breaks?",
+        "A sample of the SFT policy is cut before its first step whose mean token score is under a threshold, k "
+        "continuations are drawn from there, and the one that the judge prefers takes its place if the judge prefers "
+        "it to what was there, for up to r rounds.",
+        worlds=("checked",),
+        seeds=(40, 41, 42, 43, 44),
+        arms=(Arm("frozen after warm-up", "self-correction", FROZEN),),
+        split="test",
+        samples=16,
     ),
     "reranking": Study(
         "Choosing one of 16 samples by a discriminator frozen after its warm-up",
@@ -368,5 +415,41 @@ STUDIES = {
         ),
         split="test",
         samples=16,
+    ),
+    "calibration": Study(
+        "Why do some backbones give better calibrated rewards than others?",
+        "The frozen reward of the study of reranking, learned alike by backbones of about the same size, on samples of "
+        "each backbone's own SFT policy. The probability that a trace is right is the sigmoid of its reward. Each "
+        "reward model is judged as it was trained, and after its head or all its weights were tuned on the labelled "
+        "first samples of 100 validation questions. Platt scaling and a linear probe of the trace's mean last hidden "
+        "state are fitted on all samples of the other 200.",
+        worlds=("checked",),
+        seeds=(40, 41, 42),
+        arms=tuple(Arm(LABELS[name], "calibration", FROZEN, backbone=own(name)) for name in COMPARED),
+        split="test",
+    ),
+    "transfer": Study(
+        "Does a reward serve other backbones?",
+        "The frozen reward of each backbone of the study of calibration ranks samples of each backbone's SFT policy. "
+        "Between two tokenizers a token's reward goes to the policy's token that holds its last character. Then the "
+        "reward is adapted to the other policy: 20 more updates of the discriminator's head alone, on the first 5 to "
+        "50 of the demonstrations and rollouts of the other pretrained model on their prompts. And full adversarial "
+        "training with a discriminator of a seventh of the policy's parameters, pretrained alike, beside the usual "
+        "one.",
+        worlds=("checked",),
+        seeds=(40, 41, 42),
+        arms=(
+            *chosen((SFT, IRL, irl("IRL, smaller discriminator", discriminator_model="small/base"))),
+            *(
+                Arm(
+                    f"reward of {LABELS[name]}",
+                    "transfer",
+                    {**FROZEN, "policies": list(COMPARED), "demonstrations": [5, 10, 25, 50], **_HEAD},
+                    backbone=own(name),
+                )
+                for name in COMPARED
+            ),
+        ),
+        split="test",
     ),
 }

@@ -1,7 +1,10 @@
-"""A study's figure: one panel a world, one row an arm, a dot for each seed and a bar at their mean."""
+"""A study's figures: accuracies, one panel a world, one row an arm, a dot for each seed and a bar at their mean; and
+lines against depth."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def accuracy_dots(
@@ -35,3 +38,78 @@ def accuracy_dots(
         axis.spines[["top", "right", "left"]].set_visible(False)
     axes[-1].set_xlabel(label, fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+Line = Mapping[int, tuple[float, float, float]]
+"""Mean, low and high at each depth, in %; the interval is nan with one seed."""
+
+
+def depth_lines(path: Path, gains: Mapping[str, Line], found: Mapping[str, Line]) -> None:
+    """Write a PNG of two panels against the number of hops.
+
+    Args:
+        path: of the picture.
+        gains: for each arm what choosing by reward and log-prob reaches above what needs no reward, in points.
+        found: for each score how often its lowest line is the first wrong one; names that begin with "reward" are
+            green, the others grey.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw(left, gains, learned=gains.keys())
+    left.axhline(0, color="black", linewidth=0.6)
+    left.set_ylabel("points", fontsize=8)
+    left.set_title("best-of by reward + log-prob, minus the better of\nmajority and log-prob", loc="left", fontsize=9)
+    _draw(right, found, learned=[name for name in found if name.startswith("reward")])
+    right.set_ylim(0, 102)
+    right.set_ylabel("% of wrong samples", fontsize=8)
+    right.set_title("the lowest line is the first wrong one", loc="left", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def curve_lines(path: Path, label: str, accuracies: Mapping[str, Line], aurocs: Mapping[str, Line]) -> None:
+    """Write a PNG of two panels against a share of demonstrations.
+
+    Args:
+        path: of the picture.
+        label: of the horizontal axes.
+        accuracies: of each arm's policy, in %.
+        aurocs: within-prompt, of each arm's reward + log-prob and of log-prob, in %.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _draw(left, accuracies, learned=[name for name in accuracies if name.startswith("IRL")], label=label)
+    left.set_title("held-out greedy accuracy, %", loc="left", fontsize=9)
+    _draw(right, aurocs, learned=[name for name in aurocs if name != "log-prob"], label=label)
+    right.set_title("within-prompt AUROC of reward + log-prob, %", loc="left", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axis: Any, lines: Mapping[str, Line], learned: Collection[str], label: str = "hops") -> None:
+    """Lines with 95 % bars; learned ones are green, all are told apart by their strokes."""
+    strokes = {learned: iter(("-", "--", ":", "-.", (0, (1, 4)))) for learned in (True, False)}
+    for name, line in lines.items():
+        is_learned = name in learned
+        means = [mean for mean, _, _ in line.values()]
+        halves = [0.0 if math.isnan(high) else (high - low) / 2 for _, low, high in line.values()]
+        axis.errorbar(
+            list(line),
+            means,
+            halves,
+            color="#0b6e4f" if is_learned else "#7a7a7a",
+            linestyle=next(strokes[is_learned], "-"),
+            marker="o",
+            markersize=4,
+            capsize=2,
+            linewidth=1.4,
+            label=name,
+        )
+    axis.set_xlabel(label, fontsize=8)
+    axis.set_xticks(sorted({depth for line in lines.values() for depth in line}))
+    axis.tick_params(labelsize=8)
+    axis.grid(axis="y", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=7, frameon=False)

@@ -1,13 +1,14 @@
 """A study's page: Markdown and a figure, from the cells' JSON alone."""
 
 import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tracereward.metrics import mean_interval
+from tracereward.studies import calibration_page, curve_page, decoding_page, depth_page, transfer_page
 from tracereward.studies.figure import accuracy_dots
+from tracereward.studies.markdown import cell, signed, table
 
 Result = dict[str, Any]
 BASELINES = (
@@ -27,6 +28,14 @@ LEARNED = {
         "reward_logprob",
     ),
 }
+SECTIONS: dict[str, Callable[[Path, Sequence[Result]], list[str]]] = {
+    "calibration": calibration_page.sections,
+    "decoding": decoding_page.decoding_sections,
+    "depth": depth_page.sections,
+    "self_correction": decoding_page.correction_sections,
+    "transfer": transfer_page.sections,
+}
+"""What else a world's cells may hold, and the parts of the page that show it."""
 
 
 def write_page(
@@ -35,36 +44,47 @@ def write_page(
     """Write `path` and the figure beside it.
 
     Args:
-        path: ``NAME.md``; the figure is ``NAME.png``.
+        path: ``NAME.md``; the figure is ``NAME.png``, and where cells have results by depth ``NAME-depth.png``.
         title: the page's heading.
         question: what the study asks and how to read it.
         command: what made the page.
         results: of all cells.
         studies: folder of all studies' cells, for the number of configurations tried. Default: `path`'s.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure = path.with_suffix(".png")
     worlds = list(dict.fromkeys(result["world"] for result in results))
     parts = [
         f"# {title}",
         question,
         _provenance(results, command, configurations_tried(studies or path.parent)),
-        f"![Greedy accuracy of each arm]({figure.name})",
     ]
+    judged = [result for result in results if "accuracy" in result and not curve_page.is_point(result)]
+    if judged:
+        parts.append(f"![Greedy accuracy of each arm]({figure.name})")
     for world in worlds:
         of_world = [result for result in results if result["world"] == world]
         seeds = len({result["seed"] for result in of_world})
-        parts += [
-            f"## World `{world}`, {seeds} seed{'s' * (seeds > 1)}",
-            _policies([r for r in of_world if "accuracy" in r]),
-        ]
-        ranked = [result for result in of_world if "ranking" in result]
+        parts.append(f"## World `{world}`, {seeds} seed{'s' * (seeds > 1)}")
+        points = [result for result in of_world if curve_page.is_point(result)]
+        if points:
+            parts += curve_page.sections(path, points)
+        policies = [result for result in of_world if result in judged]
+        if policies:
+            parts.append(_policies(policies))
+        ranked = [result for result in of_world if "ranking" in result and not curve_page.is_point(result)]
         if ranked:
             parts.append(_ranking(ranked))
-    path.parent.mkdir(parents=True, exist_ok=True)
+        for key, sections in SECTIONS.items():
+            measured = [result for result in of_world if key in result]
+            if measured:
+                parts += sections(path, measured)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    if not judged:
+        return
     panels = {}
     for world in worlds:
-        arms = _by_arm([r for r in results if r["world"] == world and "accuracy" in r])
+        arms = _by_arm([result for result in judged if result["world"] == world])
         panels[world] = {arm: [100 * row["accuracy"] for row in rows] for arm, rows in arms.items()}
     learned = {result["arm"] for result in results if result["kind"] == "irl"}
     accuracy_dots(figure, panels, learned, "held-out greedy accuracy, %: seeds and their mean")
@@ -78,17 +98,22 @@ def configurations_tried(studies: Path) -> int:
 
 def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
     """What was run, where, and for how long."""
-    first = next(result for result in results if "accuracy" in result)
+    first = next((result for result in results if "accuracy" in result), results[0])
     seeds = sorted({result["seed"] for result in results})
     splits = sorted({result["split"] for result in results})
     failed = sum(result["collapsed"] for result in results if result["kind"] == "irl")
     total = sum(result["kind"] == "irl" for result in results)
     hours = sum(result["seconds"] for result in results) / 3600
     fast = " **Fewer steps (`--quick`): these figures mean little.**" if first["fast"] else ""
-    return (
+    made = (
         f"`{command}`: {len(results)} cells, seeds {', '.join(map(str, seeds))}, {first['questions']} "
         f"{' and '.join(splits)} questions each, {hours:.1f} hours of one core without pretraining and SFT "
-        f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast} In all studies {tried} "
+        f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast}"
+    )
+    if not total:
+        return f"{made} Intervals are 95 % t intervals over seeds."
+    return (
+        f"{made} In all studies {tried} "
         "configurations of adversarial training, arms times worlds, were looked at on validation questions. Of the "
         f"{total} adversarial runs on this page {failed} collapsed (accuracy "
         "more than 5 points under SFT's, or fewer than half its distinct traces). Stopped: a failure rule ended the "
@@ -197,25 +222,3 @@ def _difference(results: Sequence[Result], others: Sequence[Result] | None, arm:
     of_seed = {result["seed"]: result["accuracy"] for result in others}
     pairs = [100 * (r["accuracy"] - of_seed[r["seed"]]) for r in results if r["seed"] in of_seed]
     return signed(mean_interval(pairs)) if pairs else ""
-
-
-def cell(interval: tuple[float, float, float], digits: int = 1) -> str:
-    """``mean ± half the interval``; the mean alone where one seed has no interval."""
-    mean, low, high = interval
-    if math.isnan(mean):
-        return "undefined"
-    half = (high - low) / 2
-    return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
-
-
-def signed(interval: tuple[float, float, float], digits: int = 1) -> str:
-    """A difference; bold where its interval excludes 0."""
-    mean, low, high = interval
-    text = ("+" if mean >= 0 else "") + cell(interval, digits)
-    return f"**{text}**" if low > 0 or high < 0 else text
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first to the right."""
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -1,0 +1,128 @@
+"""Tiny backbones of several architectures, and one with another tokenizer, beside the worlds' Llama.
+
+``neox`` has GPT-NeoX's shape (LayerNorm, biases, a plain MLP beside the attention), ``qwen3`` Qwen3's (normalised
+queries and keys, two heads to each key and value); both have as many parameters as the Llama to 2 %. ``digits`` is the
+Llama with a tokenizer that writes numbers digit by digit. ``small`` is a Llama of one layer, half as wide.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from tracereward.files import atomic_folder
+from tracereward.models import load_tokenizer
+from tracereward.studies.worlds import World
+from tracereward.tasks.arithmetic import build_model
+
+LABELS = {
+    "llama": "Llama",
+    "neox": "GPT-NeoX",
+    "qwen3": "Qwen3",
+    "digits": "Llama, digit by digit",
+    "small": "Llama, 32 x 1",
+}
+"""Names of the backbones in tables."""
+COMPARED = ("llama", "neox", "qwen3", "digits")
+"""Those of about the same size."""
+
+
+def own(name: str) -> str | None:
+    """What `arms.Site` calls a backbone: the world's own is None there."""
+    return None if name == "llama" else name
+
+
+def build_digit_tokenizer() -> PreTrainedTokenizerFast:
+    """The worlds' word-level tokenizer with a token for each digit in the place of one for each number."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    words = ["<pad>", "<eos>", "<unk>", "\n", "#### ", " = ", " + ", " - ", " * ", "?", *"0123456789"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" [=+*-] |#### |\n|\?|\d"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_neox(tokenizer: PreTrainedTokenizerBase, seed: int) -> GPTNeoXForCausalLM:
+    """Untrained GPT-NeoX of the size of the worlds' Llama, on the CPU in float32."""
+    config = GPTNeoXConfig(
+        hidden_size=64,
+        intermediate_size=280,  # two matrices where the Llama has three
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        # Usual is a quarter of a head of 64 or more; a quarter of 16 is too little to keep one's place with.
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+        tie_word_embeddings=False,
+        **_ids(tokenizer),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPTNeoXForCausalLM(config)
+
+
+def build_qwen3(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
+    """Untrained Qwen3 of the size of the worlds' Llama, on the CPU in float32."""
+    config = Qwen3Config(
+        hidden_size=64,
+        intermediate_size=213,  # what the fewer keys and values save
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        **_ids(tokenizer),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    vocabulary = tokenizer.get_vocab()
+    special = {"pad_token_id": vocabulary["<pad>"], "bos_token_id": None, "eos_token_id": vocabulary["<eos>"]}
+    return {"vocab_size": len(vocabulary), **special}
+
+
+def _small(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    return build_model(tokenizer, seed, hidden_size=32, layers=1)
+
+
+BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "neox": build_neox,
+    "qwen3": build_qwen3,
+    "digits": build_model,
+    "small": _small,
+}
+
+
+def world_of(backbone: str | None, world: World) -> World:
+    """The world with room for the longer traces of a tokenizer that splits numbers."""
+    return replace(world, completion=world.completion * 4 // 3) if backbone == "digits" else world
+
+
+def write_untrained(backbone: str, seed: int, llama: Path, folder: Path) -> None:
+    """Write an untrained backbone with its tokenizer, which is that of the world's Llama but for ``digits``."""
+    tokenizer = build_digit_tokenizer() if backbone == "digits" else load_tokenizer(str(llama))
+    with atomic_folder(folder) as target:
+        BUILDERS[backbone](tokenizer, seed).save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -1,0 +1,58 @@
+"""A policy's own log-prob in the place of a reward: the control that needs no reward model."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tracereward.batching import completion_log_probs, pack, scoring_budget, token_budget_batches
+from tracereward.models import pad_id
+from tracereward.reward_settings import RewardSettings
+from tracereward.scorer import Scorer
+
+
+class LogProbs(Scorer):
+    """A policy's own log-prob of each token in the place of a reward.
+
+    Args:
+        policy: a causal LM.
+        tokenizer: its tokenizer.
+        settings: of the reward model that it stands in for; steps and aggregate are as there.
+    """
+
+    def __init__(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: RewardSettings):
+        self.policy, self.tokenizer, self.settings = policy, tokenizer, settings
+
+    @property
+    def max_positions(self) -> float:
+        """The reward model that it stands in for sets the limit."""
+        return math.inf
+
+    @property
+    def token_budget(self) -> int:
+        """See `Scorer`."""
+        return scoring_budget(self.policy.device)
+
+    @torch.no_grad()
+    def token_rewards(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        token_budget: int | None = None,
+        reference: nn.Module | None = None,
+        policy: nn.Module | None = None,
+        spread: bool = False,
+    ) -> list[Tensor]:
+        """Log-probs in nats, neither clipped nor backfilled; there is nothing to add to them or take off."""
+        assert reference is None
+        assert policy is None
+        lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
+        found: list[Tensor] = [torch.empty(0)] * len(completions)
+        for rows in token_budget_batches(lengths, token_budget or self.token_budget):
+            batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id(self.tokenizer))
+            values = completion_log_probs(self.policy, batch.to(self.policy.device))[0].cpu()
+            for row, index in enumerate(rows):
+                found[index] = values[row, : len(completions[index])]
+        return found
