@@ -3,8 +3,8 @@
 Deviations of the defaults from arXiv 2510.01857, in one place: head ``action`` instead of ``token`` and granularity
 ``dense`` instead of ``sparse`` (a freshly headed small backbone learns too slowly to be of use), tokens before a
 rollout's first difference from the expert trace left out, at most 60 warm-up updates instead of 250, then one after
-every fourth batch of rollouts. `docs/recipe.md` has the evidence for these, for the log-prob that is added to the logit,
-and for perturbed experts as negatives.
+every fourth batch of rollouts. `docs/recipe.md` has the evidence for these, for the log-prob that is added to the
+logit, and for perturbed experts as negatives.
 """
 
 from collections.abc import Sequence

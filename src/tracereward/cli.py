@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -258,6 +259,7 @@ def leave(code: str | int | None) -> NoReturn:
         or not (distributed.is_available() and distributed.is_initialized())
     ):
         sys.exit(code)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, because another process failed: this one says why
     if code in (0, None):  # the others of a run that failed may hang
         distributed.destroy_process_group()
     atexit._run_exitfuncs()
