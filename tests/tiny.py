@@ -170,6 +170,7 @@ def run_order(order: dict[str, Any], second: int | None = None) -> None:
     import sharded
     from tracereward.cli import main
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests with `&` has it ignored
     for descriptor, path in ((1, order["out"]), (2, order["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
