@@ -16,7 +16,7 @@ from tracereward.files import write_jsonl
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 from tracereward.studies import arms, calibration, calibration_page, cells, transfer, transfer_page
-from tracereward.studies.backbones import BUILDERS, COMPARED, LABELS, build_digit_tokenizer, own, write_untrained
+from tracereward.studies.backbones import BUILDERS, COMPARED, LABELS, own, write_untrained
 from tracereward.studies.definitions import STUDIES
 from tracereward.studies.frozen import FROZEN, once
 from tracereward.studies.page import write_page
@@ -27,12 +27,12 @@ CHECKED = dataclasses.replace(WORLDS["checked"], experts=8, unlabeled=0, corpus=
 
 
 def tokenizer_of(backbone):
-    return build_digit_tokenizer() if backbone == "digits" else build_tokenizer()
+    return build_tokenizer(digits=True) if backbone == "digits" else build_tokenizer()
 
 
 def test_digits_round_trip():
     """Any text of the worlds comes back; a number is as many tokens as it has digits, everything else one as before."""
-    words, digits = build_tokenizer(), build_digit_tokenizer()
+    words, digits = build_tokenizer(), build_tokenizer(digits=True)
     for world in ("checked", "exposure", "style"):
         for row in generate(world, 20, 3):
             text = row["prompt"] + row["completion"]
@@ -86,7 +86,9 @@ def test_a_backbone_has_its_folder_and_shares_the_data(tmp_path):
     assert digits.run("sft") == llama.folder / "digits" / "sft"
     assert llama.run("digits/base") == digits.run("base")  # how an arm names another backbone's pretrained model
     assert (llama.world.completion, digits.world.completion) == (46, 61)
-    longest = max(len(build_digit_tokenizer()(row["completion"])["input_ids"]) for row in generate("checked", 2000, 5))
+    longest = max(
+        len(build_tokenizer(digits=True)(row["completion"])["input_ids"]) for row in generate("checked", 2000, 5)
+    )
     assert longest < 61
     old = cells.settings_of(STUDIES["worlds"].cells(["checked"], [40])[0], fast=False)
     assert "backbone" not in old
@@ -111,7 +113,7 @@ def test_separation_is_cohens_d():
 def test_digits_per_token():
     texts = ["13 - 5 = 8\n#### 8"]  # digits 1, 3, 5, 8, 8
     assert calibration.digits_per_token(build_tokenizer(), texts) == 5 / 4
-    assert calibration.digits_per_token(build_digit_tokenizer(), texts) == 1
+    assert calibration.digits_per_token(build_tokenizer(digits=True), texts) == 1
 
 
 def reward_model(backbone: str = "llama", seed: int = 0) -> TokenRewardModel:

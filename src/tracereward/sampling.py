@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.batching import completion_log_probs, pack, scoring_budget
@@ -34,6 +35,26 @@ class Sample:
 
 
 @torch.no_grad()
+def log_probs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    token_budget: int | None = None,
+) -> list[Tensor]:
+    """Log-prob of each completion's tokens under `model`, in nats: float32 of len(completion) each, on the CPU."""
+    model.eval()
+    found: list[Tensor] = [torch.empty(0)] * len(completions)
+    token_budget = token_budget or scoring_budget(model.device)
+    for rows, sizes in grouped_batches(prompts, completions, token_budget, can_share_prompts(model)):
+        batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
+        shared = len(sizes) < len(rows)
+        values, _ = shared_log_probs(model, batch, sizes) if shared else completion_log_probs(model, batch)
+        for index, row in zip(rows, values.cpu(), strict=True):
+            found[index] = row[: len(completions[index])]
+    return found
+
+
 def mean_log_probs(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -42,19 +63,7 @@ def mean_log_probs(
     token_budget: int | None = None,
 ) -> list[float]:
     """Mean log-prob of each completion's tokens under `model`, in nats."""
-    model.eval()
-    means = [0.0] * len(completions)
-    token_budget = token_budget or scoring_budget(model.device)
-    for rows, sizes in grouped_batches(prompts, completions, token_budget, can_share_prompts(model)):
-        batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
-        if len(sizes) < len(rows):
-            log_probs, _ = shared_log_probs(model, batch, sizes)
-        else:
-            log_probs, _ = completion_log_probs(model, batch)
-        sums = (log_probs * batch.completion_mask).sum(1) / batch.completion_mask.sum(1)
-        for index, value in zip(rows, sums.tolist(), strict=True):
-            means[index] = value
-    return means
+    return [float(row.mean()) for row in log_probs(model, prompts, completions, pad_id, token_budget)]
 
 
 def sample(

@@ -24,7 +24,7 @@ from transformers import (
 from tracereward.files import atomic_folder
 from tracereward.models import load_tokenizer
 from tracereward.studies.worlds import World
-from tracereward.tasks.arithmetic import build_model
+from tracereward.tasks.arithmetic import build_model, build_tokenizer
 
 LABELS = {
     "llama": "Llama",
@@ -41,24 +41,6 @@ COMPARED = ("llama", "neox", "qwen3", "digits")
 def own(name: str) -> str | None:
     """What `arms.Site` calls a backbone: the world's own is None there."""
     return None if name == "llama" else name
-
-
-def build_digit_tokenizer() -> PreTrainedTokenizerFast:
-    """The worlds' word-level tokenizer with a token for each digit in the place of one for each number."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    words = ["<pad>", "<eos>", "<unk>", "\n", "#### ", " = ", " + ", " - ", " * ", "?", *"0123456789"]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" [=+*-] |#### |\n|\?|\d"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_neox(tokenizer: PreTrainedTokenizerBase, seed: int) -> GPTNeoXForCausalLM:
@@ -122,7 +104,7 @@ def world_of(backbone: str | None, world: World) -> World:
 
 def write_untrained(backbone: str, seed: int, llama: Path, folder: Path) -> None:
     """Write an untrained backbone with its tokenizer, which is that of the world's Llama but for ``digits``."""
-    tokenizer = build_digit_tokenizer() if backbone == "digits" else load_tokenizer(str(llama))
+    tokenizer = build_tokenizer(digits=True) if backbone == "digits" else load_tokenizer(str(llama))
     with atomic_folder(folder) as target:
         BUILDERS[backbone](tokenizer, seed).save_pretrained(target)
         tokenizer.save_pretrained(target)

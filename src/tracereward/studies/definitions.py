@@ -408,8 +408,7 @@ STUDIES = {
         arms=(
             SFT,
             *(
-                irl(f"warm-up {updates} updates", discriminator_warmup_updates=updates, **frozen)
-                for frozen in ({"discriminator_updates": 0, "max_steps": 4},)
+                irl(f"warm-up {updates} updates", **{**FROZEN, "discriminator_warmup_updates": updates})
                 for updates in (40, 120)
             ),
         ),

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracereward.batching import completion_log_probs, pack, scoring_budget, token_budget_batches
+from tracereward.batching import scoring_budget
 from tracereward.models import pad_id
 from tracereward.reward_settings import RewardSettings
+from tracereward.sampling import log_probs
 from tracereward.scorer import Scorer
 
 
@@ -35,7 +35,6 @@ class LogProbs(Scorer):
         """See `Scorer`."""
         return scoring_budget(self.policy.device)
 
-    @torch.no_grad()
     def token_rewards(
         self,
         prompts: Sequence[Sequence[int]],
@@ -48,11 +47,4 @@ class LogProbs(Scorer):
         """Log-probs in nats, neither clipped nor backfilled; there is nothing to add to them or take off."""
         assert reference is None
         assert policy is None
-        lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
-        found: list[Tensor] = [torch.empty(0)] * len(completions)
-        for rows in token_budget_batches(lengths, token_budget or self.token_budget):
-            batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id(self.tokenizer))
-            values = completion_log_probs(self.policy, batch.to(self.policy.device))[0].cpu()
-            for row, index in enumerate(rows):
-                found[index] = values[row, : len(completions[index])]
-        return found
+        return log_probs(self.policy, prompts, completions, pad_id(self.tokenizer), token_budget)

@@ -117,8 +117,10 @@ def splits(
     return parts
 
 
-def build_tokenizer() -> "PreTrainedTokenizerFast":
+def build_tokenizer(digits: bool = False) -> "PreTrainedTokenizerFast":
     """Word-level tokenizer of all worlds; a number, an operator with its spaces, ``#### `` or a newline is one token.
+
+    With `digits` a number is as many tokens as it has digits.
 
     Encoding adds no special tokens, and ``decode(encode(text)) == text`` for every text of the worlds. A number over
     `LARGEST` or any other text becomes ``<unk>``.
@@ -126,9 +128,12 @@ def build_tokenizer() -> "PreTrainedTokenizerFast":
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<eos>", "<unk>", "\n", "#### ", " = ", " + ", " - ", " * ", "?", *map(str, range(LARGEST + 1))]
+    numbers = map(str, range(10 if digits else LARGEST + 1))
+    words = ["<pad>", "<eos>", "<unk>", "\n", "#### ", " = ", " + ", " - ", " * ", "?", *numbers]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" [=+*-] |#### |\n|\?|\d+"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r" [=+*-] |#### |\n|\?|\d" + ("" if digits else "+")), behavior="isolated"
+    )
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
