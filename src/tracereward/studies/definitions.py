@@ -1,125 +1,28 @@
-"""What each study varies. A study is data: its arms over worlds and seeds, the question, and the split it looks at."""
+"""The studies. Each is data: its arms over worlds and seeds, the question, and the split it looks at."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-from tracereward.errors import check_choice
 from tracereward.studies.backbones import COMPARED, LABELS, own
-from tracereward.studies.cells import BY_REWARD, Cell
+from tracereward.studies.design import (
+    BASE,
+    CONTINUED,
+    CONTROLS_AND_IRL,
+    IRL,
+    LOGPROB,
+    LOGRATIO,
+    RATIO,
+    SFT,
+    SUM,
+    VERIFIER,
+    Arm,
+    Study,
+    at,
+    chosen,
+    irl,
+)
 from tracereward.studies.frozen import FROZEN
-from tracereward.studies.worlds import FIRST_RECIPE, R1_RECIPE, RECIPE, WORLDS, World
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A row of a study's tables, or a point of a line "LINE @ X" of its curves; see `Cell`.
-
-    It has the first `seeds` of the study's seeds, or all.
-    """
-
-    name: str
-    kind: str
-    options: dict[str, Any]
-    experts: int | None = None
-    corrupt: float | None = None
-    backbone: str | None = None
-    seeds: int | None = None
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether it means nothing in a world without pretraining."""
-        return self.kind in ("log-probs", "grpo-logratio")
-
-    def options_in(self, world: World, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Its options, over the recipe's and the world's where it has them."""
-        learned = self.kind in ("irl", "calibration", "transfer", *BY_REWARD)
-        return {**recipe, **world.adversarial, **self.options} if learned else self.options
-
-
-@dataclass(frozen=True)
-class Study:
-    """Arms over worlds and seeds.
-
-    Attributes:
-        title: heading of the page.
-        question: what is asked, and how to read the answer.
-        worlds: names in `worlds.WORLDS`.
-        seeds: of data, models and training.
-        arms: rows of the tables.
-        split: ``validation`` where the results choose something, ``test`` where they are the report.
-        samples: of the SFT policy for each question, ranked by each learned reward.
-        recipe: what the arms differ from.
-        steps: of GRPO in the place of the world's.
-    """
-
-    title: str
-    question: str
-    worlds: tuple[str, ...]
-    seeds: tuple[int, ...]
-    arms: tuple[Arm, ...]
-    split: str = "validation"
-    samples: int = 8
-    recipe: dict[str, Any] = field(default_factory=lambda: RECIPE)
-    steps: int | None = None
-
-    def cells(self, worlds: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Cell]:
-        """One cell for each world, arm and seed.
-
-        Raises:
-            InputError: a world that the study does not have.
-        """
-        chosen = [WORLDS[check_choice("world", world, self.worlds)] for world in worlds or self.worlds]
-        if self.steps is not None:
-            chosen = [replace(world, grpo={**world.grpo, "max_steps": self.steps}) for world in chosen]
-        return [
-            Cell(
-                world,
-                seed,
-                arm.name,
-                arm.kind,
-                arm.options_in(world, self.recipe),
-                self.split,
-                self.samples,
-                arm.experts,
-                arm.corrupt,
-                arm.backbone,
-            )
-            for world in chosen
-            for arm in self.arms
-            if world.pretraining or not arm.needs_base
-            for seed in seeds or self.seeds[: arm.seeds]
-        ]
-
-
-def irl(name: str, **options: Any) -> Arm:
-    """The recipe with some options replaced."""
-    return Arm(name, "irl", options)
-
-
-BASE = Arm("base", "policy", {"policy": "base"})
-SFT = Arm("SFT", "policy", {"policy": "sft"})
-CONTINUED = Arm("SFT continued", "sft-continued", {})
-LOGPROB = Arm("GRPO on log-prob", "grpo-logprob", {})
-VERIFIER = Arm("GRPO with verifier", "grpo-verifier", {})
-LOGRATIO = Arm("GRPO on log p_SFT - log p_base", "grpo-logratio", {})
-RATIO = Arm("log p_SFT - log p_base", "log-probs", {"sign": -1.0})
-SUM = Arm("log p_SFT + log p_base", "log-probs", {"sign": 1.0})
-IRL = irl("IRL")
-
-CONTROLS_AND_IRL = (BASE, SFT, CONTINUED, LOGPROB, VERIFIER, IRL, RATIO, SUM)
-
-
-def chosen(arms: Iterable[Arm]) -> tuple[Arm, ...]:
-    """The arms, those that train with the validation questions choosing among start and checkpoints."""
-    trained = ("irl", "sft-continued", "grpo-logprob", "grpo-verifier")
-    return tuple(replace(arm, options={**arm.options, "choose": True}) if arm.kind in trained else arm for arm in arms)
-
-
-def at(arm: Arm, x: str, **demonstrations: Any) -> Arm:
-    """A point of the arm's line."""
-    return replace(arm, name=f"{arm.name} @ {x}", **demonstrations)
-
+from tracereward.studies.worlds import FIRST_RECIPE, R1_RECIPE
 
 GRANULARITIES = ("sparse", "step", "interval", "dense")
 SHARES = (10, 25, 50, 75, 100)
@@ -284,7 +187,11 @@ STUDIES = {
         "Naive dense rewards: a new head on the last hidden states, cross-entropy, the logit of each token as its "
         "reward, the return-to-go as its advantage, updates after every batch, no replay, no smoothing, no perturbed "
         "experts, no mask, no failure rule. Each stabiliser is added to that alone, and taken from the recipe alone. "
-        "A collapse was defined before the runs. The first five arms have eight seeds, the others the first three.",
+        "A collapse was defined before the runs. The first five arms have eight seeds, the others the first three. "
+        "The two arms behind the recipe were added when its own runs on these seeds had been seen: in the first, "
+        "validation questions choose among start and checkpoints; the second has what the study of the objective chose "
+        "here on other seeds: R1 penalty 1, learning rates 3e-4 and 5e-5, 32 demonstrations with 2 rollouts in an "
+        "update.",
         worlds=("misconception",),
         seeds=(40, 41, 42, 43, 44, 45, 46, 47),
         arms=(
