@@ -8,6 +8,7 @@ from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tracereward import trainer as trainer_module
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.alignment import token_offsets
 from tracereward.bridge import TokenBridge
@@ -160,6 +161,20 @@ def test_training_across_tokenizers(
     rollout = trainer.discriminator.replay.rollouts[-1]
     assert max(rollout.ids) < len(characters), "the discriminator reads its own tokens"
     assert len(trainer._rewards) == 16
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_the_reward_model_is_told_whether_weights_are_spread(
+    tiny_model_folder, tokenizer, experts, tmp_path, monkeypatch, spread
+):
+    """Or processes with other numbers of passes would wait for one another for ever."""
+    model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(head="action"), tokenizer)
+    trainer = make(tiny_model_folder, tokenizer, model, experts, tmp_path)
+    told = []
+    monkeypatch.setattr(model, "token_rewards", lambda *args: told.append(args[-1]))
+    monkeypatch.setattr(trainer_module, "is_spread", lambda _: spread)
+    trainer.token_rewards([[5]], [[6]])
+    assert told == [spread]
 
 
 @pytest.mark.parametrize(("head", "form"), [("implicit", None), ("airl", None), ("action", "logit_plus_logprob")])

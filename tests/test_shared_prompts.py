@@ -145,6 +145,20 @@ def test_another_model_beside_shares_as_well_unless_its_weights_are_spread(
         assert_close([reward], [value + sign * added])
 
 
+def test_spread_weights_are_read_as_often_by_each_process(tiny_model_folder, tokenizer, monkeypatch):
+    """A process with fewer batches reads its last again: the others' weights are gathered in every pass."""
+    model = build(tiny_model_folder, tokenizer, "action")
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    passes = []
+    lm.register_forward_pre_hook(lambda *_: passes.append(1))
+    alone = model.token_rewards(*MIXED, reference=lm, spread=True, token_budget=60)
+    own = len(passes)
+    monkeypatch.setattr(module, "most", lambda count: count + 2)
+    again = model.token_rewards(*MIXED, reference=lm, spread=True, token_budget=60)
+    assert len(passes) == own + own + 2
+    assert_close(again, alone)
+
+
 # ---------- which models ----------
 
 

@@ -57,7 +57,7 @@ class Stage:
         note(f"[{self.number}/{self.total}] {name}")
         start = time.perf_counter()
         work()
-        self.seconds[name] = round(time.perf_counter() - start, 1)
+        self.seconds[name] = time.perf_counter() - start
 
 
 def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast: bool, json_table: bool) -> None:
@@ -94,7 +94,8 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
     else:
         print_policies(results["policies"], results["questions"], stdout=True)
         print_ranking(results["ranking"], stdout=True)
-    note(f"{time.perf_counter() - start:.0f} s: {stage.seconds}")
+    parts = "".join(f"\n  {seconds:5.0f} s  {name}" for name, seconds in stage.seconds.items())
+    note(f"{time.perf_counter() - start:.0f} s in all{parts}")
     note(f"report: {output / 'report.html'}")
 
 
