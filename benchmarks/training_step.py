@@ -69,9 +69,10 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="gpu" if common.GPU else "small")
     parser.add_argument("--discriminator", help="folder of the smaller discriminator, with a model folder")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--only", nargs="+", help="words: variants whose names have one of them")
+    parser.add_argument("--tokens", type=int, default=256 if common.GPU else 32, help="of each completion")
+    parser.add_argument("--only", nargs="+", choices=list(variants("")), help="variants")
     args = parser.parse_args()
-    prompts, group, tokens = (32, 8, 256) if common.GPU else (24, 8, 32)
+    (prompts, group), tokens = (32, 8) if common.GPU else (24, 8), args.tokens
     with common.scratch() as name:
         path = Path(name)
         folder = args.model or common.save_model(path / "policy", SIZES[args.size])
@@ -80,11 +81,7 @@ def main() -> None:
             smaller = common.save_model(path / "smaller", HALF[args.size])
         rows = common.expert_rows(256, lines=tokens // 12)
         options = {**common.trainer_options(prompts, group, tokens, path / "run"), "max_steps": TURN}
-        chosen = {
-            name: more
-            for name, more in variants(smaller).items()
-            if not args.only or any(word in name for word in args.only)
-        }
+        chosen = {name: more for name, more in variants(smaller).items() if not args.only or name in args.only}
         trainers, clocks = {}, {}
         for name, more in chosen.items():
             if more is None:

@@ -62,9 +62,10 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--updates", type=int, default=250)
     parser.add_argument("--fresh", type=int, default=24)
+    parser.add_argument("--tokens", type=int, default=256 if common.GPU else 32, help="of each completion")
     parser.add_argument("--demonstrations", type=int, nargs="+", default=[50, 512])
     args = parser.parse_args()
-    prompts, group, tokens = (32, 8, 256) if common.GPU else (24, 8, 32)
+    (prompts, group), tokens = (32, 8) if common.GPU else (24, 8), args.tokens
     result = Result("warmup", {"updates": args.updates, "fresh updates measured": args.fresh, "tokens": tokens})
     with common.scratch() as name:
         path = Path(name)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +14,9 @@ from tracereward.batching import completion_log_probs, pack, scoring_budget
 from tracereward.demonstrations import encode_prompt
 from tracereward.models import pad_id
 from tracereward.shared_prompts import can_share_prompts, grouped_batches, shared_log_probs
+
+COMPILE_FROM = 2048
+"""Decoding steps of a whole run from which compiling the step, which takes about a minute, pays on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,16 @@ def sample(
     """
     size = max(1, batch_size // n)
     eos = eos_ids(model, tokenizer)
+    width = None
+    if model.device.type == "cuda" and -(-len(prompts) // size) * max_new_tokens >= COMPILE_FROM:
+        width = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
     for chunk, start in enumerate(range(0, len(prompts), size)):
         if chunk < first_chunk:
             continue
         torch.manual_seed(seed * 1_000_003 + chunk)
-        part = prompts[start : start + size]
-        completions = generate(model, tokenizer, part, n, max_new_tokens, temperature, top_p)
+        part = list(prompts[start : start + size])
+        rows = part if width is None else [*part, *part[-1:] * (size - len(part))]
+        completions = generate(model, tokenizer, rows, n, max_new_tokens, temperature, top_p, width)[: len(part) * n]
         ids = [encode_prompt(tokenizer, prompt) for prompt in part for _ in range(n)]
         log_probs = mean_log_probs(model, ids, completions, pad_id(tokenizer))
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -121,8 +129,12 @@ def generate(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    width: int | None = None,
 ) -> list[list[int]]:
     """`n` completions of each prompt in one call of transformers' `generate`, from torch's global random state.
+
+    With a `width` prompts are padded to it and the cache is static, so that calls with as many rows have the same
+    shapes: transformers compiles the decoding step at the first of them if it can.
 
     Returns:
         len(prompts) * n lists of token ids, up to and with the end-of-sequence token.
@@ -132,20 +144,22 @@ def generate(
     options: dict[str, Any] = {"do_sample": False}
     if temperature:
         options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    if model.device.type == "cuda":
+    if width is not None:
         options["cache_implementation"] = "static"
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     batch = pack(ids, [[]] * len(ids), pad_id(tokenizer)).to(model.device)
+    left = 0 if width is None else width - batch.input_ids.size(1)
+    inputs = F.pad(batch.input_ids, (left, 0), value=pad_id(tokenizer))
     output = model.generate(  # pyright: ignore[reportCallIssue]
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
+        input_ids=inputs,
+        attention_mask=F.pad(batch.attention_mask, (left, 0)),
         max_new_tokens=max_new_tokens,
         num_return_sequences=n,
         eos_token_id=eos,
         pad_token_id=pad_id(tokenizer),
         **options,
     )
-    return [_until_eos(row, eos) for row in output[:, batch.input_ids.size(1) :].tolist()]
+    return [_until_eos(row, eos) for row in output[:, inputs.size(1) :].tolist()]
 
 
 def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -17,7 +17,7 @@ from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.files import atomic_folder, read_jsonl, write_jsonl
 from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.models import load_tokenizer, pad_id
-from tracereward.pool import as_row, rerank_rows, summary
+from tracereward.pool import as_row, best_device, rerank_rows, summary
 from tracereward.reward_model import TokenRewardModel
 from tracereward.run import run_grpo, run_sft, run_train
 from tracereward.sampling import mean_log_probs, sample
@@ -78,7 +78,9 @@ class Site:
         return home / arm if shared else home / self.demonstrations / arm
 
     def policy(self, arm: str) -> Path:
-        """Folder of an arm's policy."""
+        """Folder of an arm's policy, or the Hub id of the world's model."""
+        if arm == "init" and self.world.model is not None:
+            return Path(self.world.model)
         return self.run(arm) if arm == "init" else self.run(arm) / "policy"
 
     @property
@@ -107,7 +109,7 @@ class Site:
 
 
 def make_world(site: Site) -> None:
-    """Write the rows and the untrained model, ``init`` last."""
+    """Write the rows and the untrained model, ``init`` last; of a pretrained model the tokenizer alone."""
     if site.backbone is not None:  # its rows are the Llama's
         write_untrained(site.backbone, site.seed, replace(site, backbone=None).run("init"), site.run("init"))
         return
@@ -120,8 +122,11 @@ def make_world(site: Site) -> None:
         held_out = {row["prompt"] for part in ("test", "validation") for row in parts[part]}
         corpus = generate(world.name, world.corpus, 5000 + site.seed, MISTAKE_RATES[world.name], held_out, unique=False)
         write_jsonl(site.data("corpus"), corpus)
-    tokenizer = build_tokenizer()
     with atomic_folder(site.folder / "init") as folder:
+        if world.model is not None:
+            load_tokenizer(world.model).save_pretrained(folder)
+            return
+        tokenizer = build_tokenizer()
         build_model(tokenizer, site.seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -235,15 +240,22 @@ def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
     run_train(prompts(site, unlabeled, choose), config, model, site.unfinished(arm))
 
 
+def load_policy(site: Site, arm: str) -> PreTrainedModel:
+    """An arm's policy, on the accelerator if there is one."""
+    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm))
+    return policy.to(best_device())  # pyright: ignore[reportArgumentType]
+
+
 def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
     """Greedy accuracy of an arm on one part's questions.
 
     Returns:
         accuracy with its Wilson interval low, high; no_answer, traces without one; distinct, the share of questions
-        with a trace of their own: a collapsed policy writes the same to all.
+        with a trace of their own: a collapsed policy writes the same to all. Where some are of kinds that no
+        demonstration has, accuracy_unseen is of these alone.
     """
     task, rows = get_task(TASK), read_jsonl(site.data(part))
-    policy = AutoModelForCausalLM.from_pretrained(site.policy(arm))
+    policy = load_policy(site, arm)
     chunks = sample(
         policy,
         load_tokenizer(str(site.run("init"))),
@@ -254,17 +266,19 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
         batch_size=512,
     )
     texts = [s.text for chunk in chunks for s in chunk]
-    right = sum(task.verify(text, row["answer"]) for text, row in zip(texts, rows, strict=True))
-    low, high = wilson_interval(right, len(rows))
+    correct = [task.verify(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
+    unseen = [is_right for is_right, row in zip(correct, rows, strict=True) if row.get("unseen")]
+    low, high = wilson_interval(sum(correct), len(rows))
     no_answer = sum(task.extract(text) is None for text in texts)
     distinct = len(set(texts)) / len(texts)
     return {
-        "accuracy": right / len(rows),
+        "accuracy": sum(correct) / len(rows),
         "low": low,
         "high": high,
         "no_answer": no_answer,
         "distinct": distinct,
         "questions": len(rows),
+        **({"accuracy_unseen": sum(unseen) / len(unseen)} if unseen else {}),
     }
 
 
@@ -274,11 +288,12 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
     if file.exists():
         return read_jsonl(file)
     task, questions = get_task(TASK), read_jsonl(site.data(part))
-    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm))
+    policy = load_policy(site, arm)
     tokenizer = load_tokenizer(str(site.run("init")))
     texts = [row["prompt"] for row in questions]
     rows = []
-    for chunk in sample(policy, tokenizer, texts, n, site.world.completion, seed=site.seed, batch_size=2400):
+    size = 2400 if site.world.model is None else 1600
+    for chunk in sample(policy, tokenizer, texts, n, site.world.completion, seed=site.seed, batch_size=size):
         for s in chunk:
             gold = questions[s.prompt]["answer"]
             rows.append(
@@ -299,7 +314,7 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
 
 def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Samples scored by an arm's reward model, without a log-prob added, and what each way of choosing reaches."""
-    model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model"))
+    model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model")).to(best_device())
     scores = model.score(
         [row["prompt"] for row in samples],
         [row["completion"] for row in samples],
@@ -316,7 +331,7 @@ def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str,
 def rank_by_log_probs(site: Site, samples: list[dict[str, Any]], sign: float) -> dict[str, Any]:
     """What choosing by log p_SFT + sign * log p_base reaches: -1 is the log-ratio, which needs no discriminator."""
     tokenizer = load_tokenizer(str(site.run("init")))
-    base = AutoModelForCausalLM.from_pretrained(site.policy(site.start))
+    base = load_policy(site, site.start)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in samples]
     completions = [encode_completion(tokenizer, row["completion"]) for row in samples]
     completions = [ids if row["finished"] else ids[:-1] for ids, row in zip(completions, samples, strict=True)]

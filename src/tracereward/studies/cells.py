@@ -93,7 +93,7 @@ class Place:
         backbone: str | None = None,
     ) -> arms.Site:
         """The folder of one world and seed; other sizes or options of the world are another folder."""
-        of = asdict(world)
+        of = options_of(world)
         for later in ("grpo", "adversarial"):  # nothing that is shared depends on them
             del of[later]
         folder = self.work / f"{world.name}-{seed}-{arms.digest([of, self.fast])}"
@@ -105,9 +105,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-zA-Z0-9.+]+", "-", text).strip("-")
 
 
+def options_of(world: World) -> dict[str, Any]:
+    """All that it has; what it has not, e.g. a pretrained model, is left out."""
+    return {name: value for name, value in asdict(world).items() if value is not None}
+
+
 def settings_of(cell: Cell, fast: bool) -> dict[str, Any]:
     """Everything a cell's result depends on, as JSON has it: when it changes, the cell is run again."""
-    settings = {**asdict(cell), "world": cell.world.name, "world_options": asdict(cell.world), "fast": fast}
+    settings = {**asdict(cell), "world": cell.world.name, "world_options": options_of(cell.world), "fast": fast}
     settings = {name: value for name, value in settings.items() if value is not None}
     return json.loads(json.dumps(settings))
 

@@ -22,7 +22,7 @@ from tracereward.studies.design import (
     irl,
 )
 from tracereward.studies.frozen import FROZEN
-from tracereward.studies.worlds import FIRST_RECIPE, R1_RECIPE
+from tracereward.studies.worlds import FIRST_RECIPE, PRETRAINED_RECIPE, R1_RECIPE
 
 GRANULARITIES = ("sparse", "step", "interval", "dense")
 SHARES = (10, 25, 50, 75, 100)
@@ -262,6 +262,26 @@ STUDIES = {
         worlds=("checked",),
         seeds=(40, 41, 42),
         arms=chosen(at(arm, f"{share}", corrupt=share / 100) for share in (0, 10, 25) for arm in (SFT, IRL)),
+        split="test",
+    ),
+    "smollm2": Study(
+        "A pretrained language model as policy",
+        "SmolLM2-135M-Instruct on generated word problems: 400 demonstrations in eleven stories, 3,000 prompts without "
+        "traces; half of the test are four stories that are in no other part. All weights are trained. SFT is tuned "
+        "over two learning rates on validation questions; all else is what `tracereward train` does by default, and "
+        "the policy after the last step is judged. Made for one GPU.",
+        worlds=("word-problems",),
+        seeds=(40, 41, 42),
+        recipe=PRETRAINED_RECIPE,
+        arms=(
+            BASE,
+            SFT,
+            IRL,
+            LOGPROB,
+            VERIFIER,
+            CONTINUED,
+            irl("frozen after warm-up, 5e-5", **{**FROZEN, "discriminator_learning_rate": 5e-5}),
+        ),
         split="test",
     ),
     "multihop": Study(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from tracereward.pool import best_device
 from tracereward.reward_model import TokenRewardModel
 from tracereward.studies import arms
 
@@ -31,4 +32,4 @@ def once(samples: Sequence[dict[str, Any]], of: Callable[[list[dict[str, Any]]],
 
 def load_frozen(site: arms.Site, arm: str) -> TokenRewardModel:
     """The reward model of an arm."""
-    return TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model"))
+    return TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model")).to(best_device())

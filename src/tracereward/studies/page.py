@@ -168,8 +168,7 @@ def _ranking(results: Sequence[Result]) -> str:
     def baseline(result: Result) -> float:
         return max(accuracy(label)(result) for label in ("majority@{n}", "log-prob best-of-{n}"))
 
-    logprob = _mean(first, lambda r: r["ranking"]["logprob_auroc_within_prompt"])
-    rows = [["log-prob", cell(logprob, 3), "", "", ""]]
+    rows = [["log-prob", _within_prompt(first, "logprob").partition(" (")[0], "", "", ""]]
     for label in BASELINES:
         rows.append([label.format(n=n), "", cell(_percent(first, accuracy(label))), "", ""])
     for arm, of_arm in arms.items():
@@ -193,8 +192,13 @@ def _minus(one: Callable[[Result], float], other: Callable[[Result], float]) -> 
 
 
 def _within_prompt(results: Sequence[Result], key: str) -> str:
-    """Within-prompt AUROC of one score, and what it is above the log-prob's of the same samples."""
+    """Within-prompt AUROC of one score, and what it is above the log-prob's of the same samples.
+
+    Undefined where no question has both right and wrong samples.
+    """
     name, logprob = (f"{score}_auroc_within_prompt" for score in (key, "logprob"))
+    if any(r["ranking"][name] is None for r in results):
+        return "undefined"
     gain = _mean(results, lambda r: r["ranking"][name] - r["ranking"][logprob])
     return f"{cell(_mean(results, lambda r: r['ranking'][name]), 3)} ({signed(gain, 3)})"
 

@@ -6,17 +6,18 @@ from typing import Any
 
 @dataclass(frozen=True)
 class World:
-    """One generated world with a tiny Llama.
+    """One generated world with a tiny Llama, or with a pretrained model.
 
     Attributes:
         name: of the generator, see `tracereward.tasks.arithmetic`.
         experts: demonstrations.
         unlabeled: further prompts for the policy's rollouts, without a trace.
-        corpus: size of the pretraining corpus; 0 for a world whose SFT starts from an untrained model.
+        corpus: size of the pretraining corpus; 0 for a world whose SFT starts from an untrained model, or from `model`.
         completion: longest completion in tokens.
         pretraining, sft, grpo, adversarial: options of the stages, over `COMMON`. `adversarial` holds what differs from
             the recipe.
         sft_grid: what SFT is tuned over on the validation questions.
+        model: folder or Hub id of the pretrained causal LM whose world it is; None: a tiny Llama from scratch.
     """
 
     name: str
@@ -31,6 +32,7 @@ class World:
     adversarial: dict[str, Any] = field(default_factory=dict)
     validation: int = 300
     test: int = 300
+    model: str | None = None
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -69,6 +71,16 @@ RECIPE: dict[str, Any] = {
     "perturbed_per_expert": 1,
 }
 """The default in all other worlds; `docs/recipe.md` says why each is what it is."""
+PRETRAINED_RECIPE: dict[str, Any] = {
+    "discriminator_learning_rate": 1e-5,
+    "discriminator_online_learning_rate": None,
+    "discriminator_prompts": 16,
+    "discriminator_warmup_updates": 60,
+    "warmup_rollouts": 4,
+    "discriminator_token_budget": 4096,
+}
+"""What differs for a pretrained language model, whose learning rates are those of language models: the command's own
+defaults, with fewer rollouts in the warm-up."""
 
 _SFT = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01}
 _PRETRAINING = {**_SFT, "max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128}
@@ -150,6 +162,33 @@ WORLDS = {
         grpo=_SLOW_GRPO,
         adversarial=_FEW_EXPERTS,
         test=500,  # a hundred of each depth
+    ),
+    "word-problems": World(
+        name="word-problems",
+        experts=400,
+        unlabeled=3000,
+        corpus=0,
+        completion=88,
+        pretraining={},
+        sft={**_SFT, "max_steps": 75, "learning_rate": 1e-4, "per_device_train_batch_size": 16, "save_strategy": "no"},
+        sft_grid=[{"learning_rate": rate} for rate in (5e-5, 2e-4)],
+        # A checkpoint holds 3 GB of optimiser states, and the last policy is what is judged.
+        grpo={
+            "save_strategy": "no",
+            # 512 rollouts, in four steps of 128: a small model's decoding takes as long for many rows as for few.
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 8,
+            "steps_per_generation": 32,
+            "num_generations": 8,
+            "learning_rate": 3e-6,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 4,
+            "max_steps": 48,
+        },
+        adversarial=PRETRAINED_RECIPE,
+        validation=200,
+        test=400,
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "style": _STYLE,
     "multi-skill": replace(_STYLE, name="multi-skill", completion=36),

@@ -8,7 +8,7 @@ A problem is a chain of operations worked from left to right, as on a pocket cal
 
 In ``hops`` facts are looked up instead, one after another. The worlds share one vocabulary; each is a module beside
 this one, which says what its problems and traces are: ``misconception``, ``checked``, ``exposure``, ``hops``, ``style``
-and ``multi-skill``.
+and ``multi-skill``. ``word-problems`` is for a pretrained language model and its tokenizer.
 """
 
 import random
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from tracereward.errors import InputError, check_choice
-from tracereward.tasks import checked, exposure, hops, misconception, multi_skill, style
+from tracereward.tasks import checked, exposure, hops, misconception, multi_skill, style, word_problems
 from tracereward.tasks.chains import LARGEST
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ WORLDS: dict[str, Callable[[random.Random, float], dict]] = {
     "hops": hops.draw,
     "style": style.draw,
     "multi-skill": multi_skill.draw,
+    "word-problems": word_problems.draw,
 }
+_UNSEEN: dict[str, Callable[[random.Random, float], dict]] = {"word-problems": word_problems.draw_new}
+"""What half of the test questions are drawn from: kinds of problems that are in no other part."""
 MISTAKE_RATES = {
     "misconception": misconception.MISTAKE_RATE,
     "checked": checked.MISTAKE_RATE,
@@ -49,6 +52,7 @@ def generate(
     mistake_rate: float = 0.0,
     exclude: Iterable[str] = (),
     unique: bool = True,
+    unseen: bool = False,
 ) -> list[dict]:
     """Draw `n` problems.
 
@@ -60,6 +64,7 @@ def generate(
             rate with ``unique=False`` makes a pretraining corpus.
         exclude: prompts that must not appear.
         unique: no prompt twice.
+        unseen: problems of kinds that are in no other part than the test; ``word-problems`` only.
 
     Returns:
         Rows ``{"prompt", "completion", "answer"}``; the answer is the true one even where the completion is mistaken.
@@ -67,7 +72,7 @@ def generate(
     Raises:
         InputError: unknown world, a mistake rate outside 0..1 or in another world, or more rows than there are.
     """
-    draw = WORLDS[check_choice("world", world, WORLDS)]
+    draw = (_UNSEEN if unseen else WORLDS)[check_choice("world", world, WORLDS)]
     if mistake_rate and world not in MISTAKE_RATES:
         known = ", ".join(MISTAKE_RATES)
         raise InputError(f"mistake_rate is for the worlds {known}: those of {world} are always right")
@@ -97,6 +102,7 @@ def splits(
     """Disjoint sets of problems.
 
     The test set depends on `n_test` only, so that all seeds and numbers of experts are measured on the same questions.
+    Half of it is of kinds that no other part has, where the world has such: rows with a field ``unseen``.
 
     Returns:
         ``experts``, ``validation`` and ``test`` rows, and ``unlabeled`` rows, whose completion is None (their answer is
@@ -106,7 +112,10 @@ def splits(
         InputError: unknown world, or more rows than it has.
     """
     sizes = {"experts": n_experts, "validation": n_validation, "unlabeled": n_unlabeled}
-    parts = {"test": generate(world, n_test, _TEST_SEED)}
+    unseen = n_test // 2 if world in _UNSEEN else 0
+    parts = {"test": generate(world, n_test - unseen, _TEST_SEED)}
+    if unseen:
+        parts["test"] += [{**row, "unseen": True} for row in generate(world, unseen, _TEST_SEED, unseen=True)]
     used = {row["prompt"] for row in parts["test"]}
     rows = generate(world, sum(sizes.values()), seed, exclude=used)
     start = 0
