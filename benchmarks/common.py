@@ -25,11 +25,13 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from tracereward.adversarial_config import AdversarialConfig
+from tracereward.config import RewardConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.models import load_tokenizer
 from tracereward.negatives import Rollout
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
+from tracereward.rollouts import RolloutTrainer
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
 from tracereward.trainer import AdversarialTrainer
@@ -98,7 +100,6 @@ def trainer_options(prompts: int, group: int, tokens: int, output: Path) -> dict
         "num_generations": group,
         "max_completion_length": tokens,
         "generation_kwargs": {"min_new_tokens": tokens},
-        "cache_implementation": "static" if GPU else None,
         "learning_rate": 0.0,
         "save_strategy": "no",
         "gradient_checkpointing": False,
@@ -114,17 +115,19 @@ def lora() -> LoraConfig:
     return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def plain_trainer(folder: str, rows: list[dict], options: dict[str, Any], peft: bool = False) -> GRPOTrainer:
-    """`trl.GRPOTrainer` with the verifier as its reward."""
+def plain_trainer(
+    folder: str, rows: list[dict], options: dict[str, Any], peft: bool = False, compiled: bool = False
+) -> GRPOTrainer:
+    """`trl.GRPOTrainer` with the verifier as its reward; `compiled`, the same with `--compile_rollouts`."""
     task = get_task("arithmetic")
 
     def correct(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
         return [float(task.verify(text, gold)) for text, gold in zip(completions, answer, strict=True)]
 
-    trainer = GRPOTrainer(
+    trainer = (RolloutTrainer if compiled else GRPOTrainer)(
         model=AutoModelForCausalLM.from_pretrained(folder),
         reward_funcs=correct,
-        args=GRPOConfig(**options),
+        args=RewardConfig(**options, compile_rollouts=True) if compiled else GRPOConfig(**options),
         train_dataset=Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in rows]),
         processing_class=load_tokenizer(folder),
         peft_config=lora() if peft else None,

@@ -37,6 +37,7 @@ PARTS = (
 )
 TURN = 5  # steps; one of the four that count has an update and monitors
 PLAIN, PLAIN_LORA = "plain GRPO", "plain GRPO, LoRA"
+COMPILED = "plain GRPO, --compile_rollouts"
 SAME = "same-size discriminator"
 SMALLER, LESS = "sparse, smaller discriminator", "same-size, reward logit, 8 demonstrations"
 # The sparse variant is the paper's: a token head on each trace's last token, whose logit alone is the reward.
@@ -49,6 +50,7 @@ def variants(smaller: str) -> dict[str, dict[str, Any] | None]:
     """Options of each variant's discriminator; None for plain GRPO, which comes before those that it is compared to."""
     found: dict[str, dict[str, Any] | None] = {
         PLAIN: None,
+        **({COMPILED: None} if common.GPU else {}),
         SAME: {},
         LESS: LEAN,
         SMALLER: {**SPARSE, "discriminator": smaller},
@@ -85,7 +87,7 @@ def main() -> None:
         trainers, clocks = {}, {}
         for name, more in chosen.items():
             if more is None:
-                trainers[name] = plain_trainer(folder, rows, options, peft=name == PLAIN_LORA)
+                trainers[name] = plain_trainer(folder, rows, options, name == PLAIN_LORA, name == COMPILED)
             else:
                 trainers[name] = adversarial_trainer(folder, rows, options, **more)
             clocks[name] = Clock(trainers[name])

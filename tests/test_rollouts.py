@@ -4,6 +4,8 @@ On a CPU, where transformers compiles only if told to, and with a backend that r
 what CUDA graphs gain is measured in benchmarks/rollouts.py.
 """
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -20,7 +22,7 @@ PROMPTS = ["Question: 3 + 4?\nAnswer:\n", "Question: 1 + 2 + 3 + 4 + 5 + 6?\nAns
 
 @pytest.fixture
 def trainer(tiny_model_folder, tokenizer, tmp_path):
-    def make(compiled):
+    def make(compiled, bf16=False):
         config = RewardConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=4,
@@ -33,6 +35,7 @@ def trainer(tiny_model_folder, tokenizer, tmp_path):
             disable_tqdm=True,
             shuffle_dataset=False,
             gradient_checkpointing=False,
+            bf16=bf16,
         )
         config.compile_rollouts = compiled  # refused without a GPU
         if compiled:
@@ -41,7 +44,7 @@ def trainer(tiny_model_folder, tokenizer, tmp_path):
 
         def reward(completion_ids, **_):
             seen.append(completion_ids)
-            return [0.0] * len(completion_ids)
+            return [float(sum(ids) % 7) for ids in completion_ids]
 
         trainer = RolloutTrainer(
             model=AutoModelForCausalLM.from_pretrained(tiny_model_folder),
@@ -80,6 +83,35 @@ def test_one_compiled_step_draws_the_tokens_of_eager_decoding(trainer):
     assert len(graphs) == 3
     assert graphs[0] > 0, "nothing was compiled"
     assert graphs[2] == graphs[1], "a later batch was compiled again"
+
+
+def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(trainer):
+    """Autocast gives keys and values two dtypes, which a static cache cannot hold: the cast copy draws instead."""
+    made, found = trainer(True, bf16=True)
+    made.args.learning_rate = 0.05  # each batch is drawn by another policy
+    expected = []
+    draw = made._generate_single_turn
+
+    def compared(prompt_ids, *args, **kwargs):
+        state = torch.get_rng_state()
+        drawn = draw(prompt_ids, *args, **kwargs)
+        assert all(p.dtype == torch.float32 for p in made.model.parameters())
+        policy = AutoModelForCausalLM.from_config(made.model.config, dtype=torch.bfloat16).eval()
+        policy.load_state_dict(made.model.state_dict())
+        ids = torch.tensor(prompt_ids)
+        torch.set_rng_state(state)
+        config = made.generation_config
+        output = policy.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        expected.append([list(row) for row in output[:, ids.size(1) :].tolist()])
+        return drawn
+
+    made._generate_single_turn = compared
+    before = copy.deepcopy(made.model.state_dict())
+    made.train()
+    assert any(not torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
+    assert len(found) == 3
+    for drawn, whole in zip(found, expected, strict=True):
+        assert [row[: len(ids)] for row, ids in zip(whole, drawn, strict=True)] == drawn
 
 
 def test_it_is_refused_where_it_would_do_nothing(tmp_path):
