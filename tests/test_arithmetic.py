@@ -1,5 +1,6 @@
 """The arithmetic worlds, judged by Python's own arithmetic on the text, and their tokenizer and model."""
 
+import random
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tracereward.errors import InputError
-from tracereward.tasks import TASKS, arithmetic, hops
+from tracereward.tasks import TASKS, arithmetic, hops, word_problems
 from tracereward.tasks.arithmetic import LARGEST, build_model, build_tokenizer, generate, splits
 
 WORLDS = ["misconception", "exposure", "style"]
@@ -80,6 +81,36 @@ def test_multi_skill_experts_are_right_by_each_of_three_strategies():
     # Without two subtractions `gather` may look like `lines`; `pairs` always has a line of two operations.
     assert abs(kinds["pairs"] / 900 - 1 / 3) < 0.06
     assert kinds["lines"] > kinds["gather"] > 90
+
+
+@pytest.mark.parametrize("draw", [word_problems.draw, word_problems.draw_new])
+def test_solutions_of_word_problems_are_right_and_use_what_the_story_tells(draw):
+    """Each line has one true calculation on numbers that the story or a line before it gave; the last is the answer."""
+    rng = random.Random(5)
+    for _ in range(2000):
+        row = draw(rng)
+        known = set(re.findall(r"\d+", row["prompt"]))
+        *lines, last = row["completion"].split("\n")
+        for line in lines:
+            ((left, result),) = re.findall(r"(\d+ [*/+-] \d+) = (\d+)", line)
+            assert eval(left) == int(result)
+            assert {left.split(" ")[0], left.split(" ")[2]} <= known
+            known.add(result)
+        assert last == f"#### {result}"
+        assert result == row["answer"]
+        assert not re.search(r"[{}]", row["prompt"] + row["completion"])
+
+
+def test_a_quarter_of_the_tests_word_problems_are_stories_that_no_other_part_has():
+    parts = splits("word-problems", 3, 200, 50, 60, 100)
+    stories = {name: {re.sub(r"[A-Z]\w+|\d+", "", row["prompt"]) for row in rows} for name, rows in parts.items()}
+    unseen = {re.sub(r"[A-Z]\w+|\d+", "", row["prompt"]) for row in parts["test"] if row.get("unseen")}
+    assert sum(bool(row.get("unseen")) for row in parts["test"]) == 15
+    assert not any(row.get("unseen") for name in ("experts", "validation", "unlabeled") for row in parts[name])
+    assert not unseen & (stories["experts"] | stories["validation"] | stories["unlabeled"])
+    assert {row["prompt"] for row in parts["test"]}.isdisjoint(row["prompt"] for row in parts["experts"])
+    for name in ("misconception", "style"):
+        assert not any(row.get("unseen") for row in splits(name, 3, 5, 5, 20, 5)["test"])
 
 
 def test_text_form():

@@ -11,16 +11,16 @@ import torch
 
 from test_decode import END, EOS, A, B, C, Scripted, policy, words  # noqa: F401
 from test_studies import WORLD, command
-from tracereward.correct import self_correct
+from tracereward.correct import self_correct, threshold_of
 from tracereward.files import read_jsonl
 from tracereward.guide import Guide
+from tracereward.log_probs import LogProbs
 from tracereward.reward_settings import RewardSettings
 from tracereward.studies import arms, decoding, self_correction
 from tracereward.studies.cells import Place
 from tracereward.studies.decoding_page import correction_sections, decoding_sections
 from tracereward.studies.definitions import STUDIES
 from tracereward.studies.equal_tokens import accuracy_at, margin
-from tracereward.studies.log_probs import LogProbs
 from tracereward.studies.worlds import WORLDS
 
 # ---------- equal tokens ----------
@@ -66,7 +66,7 @@ def test_what_self_correction_did():
 @pytest.mark.parametrize(("share", "suspected"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
 def test_a_threshold_lets_suspect_its_share(share, suspected):
     lowest = [-0.5, -3.0, 1.0, -1.0]
-    assert sum(value < self_correction.threshold_of(lowest, share) for value in lowest) == suspected
+    assert sum(value < threshold_of(lowest, share) for value in lowest) == suspected
 
 
 def test_another_guide_may_suspect(policy, words):  # noqa: F811

@@ -132,6 +132,37 @@ def test_correct_reads_what_sample_writes(bench, tokenizer, tmp_path):
     assert correction_summary(found) in done.err
 
 
+def test_correct_cuts_where_the_policy_is_unsure_in_a_share_of_the_traces(bench, tokenizer, tmp_path):
+    """By hand: log-probs of one forward pass of each trace, each line's mean, the lowest line of half of them."""
+    common = ["--max-new-tokens", 16, "--seed", 3]
+    given = [
+        {"prompt": "1 + 2 = ?\n", "completion": text, "answer": "3"}
+        for text in ("1 + 2 = 3\n#### 3", "2 + 2 = 4\n#### 4", "1 + 1 = 2\n2 + 1 = 3\n#### 3", "7 - 2 = 5\n#### 5")
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", given)
+    policy = AutoModelForCausalLM.from_pretrained(bench.model)
+    lowest, cuts = [], []
+    for row in given:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        trace = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = policy(torch.tensor([prompt + trace])).logits[0].double()
+        values = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(trace) - 1), trace]
+        ends = [i + 1 for i, token in enumerate(trace) if tokenizer.decode([token]) == "\n"]
+        bounds = list(zip([0, *ends], [*ends, len(trace)]))
+        means = [float(values[start:end].mean()) for start, end in bounds]
+        lowest.append(min(means))
+        cuts.append(list(zip((start for start, _ in bounds), means)))
+    threshold = sorted(lowest)[2]
+    expected = [next((start for start, mean in steps if mean < threshold), None) for steps in cuts]
+    assert sum(cut is not None for cut in expected) == 2
+    words = ["correct", bench.model, tmp_path / "rows.jsonl", "--reward-model", bench.reward_model, *common]
+    words += ["--rounds", 1, "-k", 2, "--suspect", "logprob", "--share", 0.5]
+    done = launcher()(*words, "-o", tmp_path / "corrected.jsonl")
+    assert done.code == 0, done.err
+    assert [row["cuts"] for row in rows(tmp_path / "corrected.jsonl")] == [[] if c is None else [c] for c in expected]
+
+
 def test_a_reference_enters_the_rewards(bench, tokenizer, experts, tmp_path):
     words = [
         "sample",
@@ -314,6 +345,9 @@ def test_models_that_do_not_fit(bench, refused):
         ({"prompt": "1 + 1 = ?\n"}, [], "rows.jsonl:1: needs a completion"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--temperature", 0], "-k is 4: at temperature 0"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--task", "arithmetik"], "did you mean 'arithmetic'?"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--suspect", "length"], "suspect"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--suspect", "logprob"], "give --share 0.2"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--share", 0.2, "--threshold", 0], "give one of them"),
     ],
 )
 def test_rows_that_cannot_be_corrected(bench, refused, tmp_path, row, given, message):

@@ -14,8 +14,8 @@ LAYERS = [
     ("maths", "errors masks objectives shaping perturb metrics calibration rerank scores files estimate"),
     (
         "models and data",
-        "adapters alignment batching demonstrations drawing guide heads reading models reward_func reward_model "
-        "reward_settings sampling scorer sharding shared_prompts surface tasks vllm_scorer",
+        "adapters alignment batching demonstrations drawing guide heads log_probs reading models reward_func "
+        "reward_model reward_settings sampling scorer sharding shared_prompts surface tasks vllm_scorer",
     ),
     (
         "training",

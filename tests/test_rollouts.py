@@ -11,7 +11,9 @@ import torch
 from datasets import Dataset
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, CompileConfig
+from trl import GRPOTrainer
 
+from tracereward import sampling
 from tracereward.config import RewardConfig
 from tracereward.demonstrations import encode_prompt
 from tracereward.errors import InputError
@@ -112,6 +114,36 @@ def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(t
     assert len(found) == 3
     for drawn, whole in zip(found, expected, strict=True):
         assert [row[: len(ids)] for row, ids in zip(whole, drawn, strict=True)] == drawn
+
+
+def test_samples_in_chunks_of_one_shape_are_those_of_chunks_as_they_come(tiny_model_folder, tokenizer, monkeypatch):
+    """What a GPU does in a long run: all prompts as wide as the longest, the last chunk filled up, a static cache."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+    expected = list(sampling.sample(model, tokenizer, PROMPTS, 1, 6, 0.0, batch_size=2))
+    shapes, generate = [], model.generate
+
+    def seen(*args, **kwargs):
+        shapes.append((kwargs["input_ids"].shape, kwargs["cache_implementation"]))
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", seen)
+    monkeypatch.setattr(sampling, "_compiles", lambda _, steps: steps == 12)
+    found = list(sampling.sample(model, tokenizer, PROMPTS, 1, 6, 0.0, batch_size=2))
+    longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in PROMPTS)
+    assert shapes == [((2, longest), "static")] * 2
+    assert [[sample.ids for sample in chunk] for chunk in found] == [[s.ids for s in chunk] for chunk in expected]
+
+
+def test_a_policy_in_parts_is_refused(trainer, monkeypatch):
+    whole = GRPOTrainer.__init__
+
+    def spread(self, *args, **kwargs):
+        whole(self, *args, **kwargs)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(GRPOTrainer, "__init__", spread)
+    with pytest.raises(InputError, match="whole on each GPU"):
+        trainer(True)
 
 
 def test_it_is_refused_where_it_would_do_nothing(tmp_path):

@@ -173,9 +173,16 @@ def correct(
     reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
     rounds: Annotated[int, typer.Option(min=1, help="At most as many cuts of each trace.")] = 3,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Continuations drawn from each cut.")] = 4,
+    suspect: Annotated[
+        str, typer.Option(help="Where to cut: where the reward is low, or the policy's own logprob.")
+    ] = "reward",
     threshold: Annotated[
-        float, typer.Option(help="A step is suspected whose mean reward, in log-odds, is under it.")
-    ] = 0.0,
+        float | None,
+        typer.Option(help="A step is suspected whose mean is under it: log-odds of the reward (default: 0), or nats."),
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Instead: the share of traces in which a step is suspected.")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
     temperature: Annotated[float, typer.Option(help="Of the continuations.")] = 1.0,
@@ -190,7 +197,7 @@ def correct(
     from tracereward.pool import rows_to, write_row
 
     drawing = (max_new_tokens, temperature, top_p, seed, batch_size, reference)
-    chunks = corrected_rows(model, data, reward_model, rounds, k, threshold, task, *drawing)
+    chunks = corrected_rows(model, data, reward_model, rounds, k, suspect, threshold, share, task, *drawing)
     done = []
     with rows_to(output) as file:
         for rows in chunks:

@@ -1,5 +1,6 @@
 """Self-correction: cut a trace before its first suspected step, draw on from there, keep what the reward prefers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -97,6 +98,22 @@ def self_correct(
         Correction(ids, guide.finished(ids), rewards[row], before[row], cuts[row], drawn[row])
         for row, ids in enumerate(current)
     ]
+
+
+def lowest_steps(detector: Guide, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]]) -> list[float]:
+    """The mean reward of each trace's lowest step."""
+    return [min(scores.step_rewards()) for scores in detector.score(prompts, traces)]
+
+
+def threshold_of(lowest: Sequence[float], share: float) -> float:
+    """The threshold under which the lowest step of this share of traces lies; infinity for all of them.
+
+    Args:
+        lowest: see `lowest_steps`.
+        share: from 0 to 1.
+    """
+    count = round(share * len(lowest))
+    return math.inf if count >= len(lowest) else sorted(lowest)[count]
 
 
 def first_error_token(step_rewards: Sequence[float], step_ends: Sequence[bool], threshold: float) -> int | None:

@@ -1,16 +1,18 @@
 """Files of questions and traces, through guided decoding and self-correction."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from tracereward import decode
-from tracereward.correct import self_correct
+from tracereward.correct import lowest_steps, self_correct, threshold_of
 from tracereward.demonstrations import render
 from tracereward.errors import InputError, check_choice
 from tracereward.guide import Guide, Guided, check_tokenizers
+from tracereward.log_probs import LogProbs
 from tracereward.models import check_model, load_tokenizer, local_folder, pad_id
 from tracereward.pool import best_device, candidate_rows, load_beside, load_policy, load_questions, sample_row
 from tracereward.reward_model import TokenRewardModel
@@ -24,6 +26,8 @@ OPTIONS = {
     "tilt": {"n": 8, "alpha": 1.0, "top_k": 8},
 }
 """What each method of `decode.GUIDES` is given, and the defaults."""
+SUSPECTS = ("reward", "logprob")
+"""What may say where a trace is to be cut."""
 
 
 def guide_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +157,9 @@ def corrected_rows(
     reward_model: str,
     rounds: int,
     k: int,
-    threshold: float,
+    suspect: str,
+    threshold: float | None,
+    share: float | None,
     task_name: str | None,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -163,6 +169,18 @@ def corrected_rows(
     reference: str | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows with a prompt and a completion, self-corrected; see `correct.self_correct`.
+
+    Args:
+        model: folder or Hub id of the policy, which draws.
+        data: file of the rows.
+        reward_model: folder or Hub id of what judges.
+        rounds, k: see there.
+        suspect: one of `SUSPECTS`: the reward model's reward, or the policy's own log-prob.
+        threshold: of a step's mean, in log-odds for the reward and in nats for the log-prob.
+        share: in its place, of the rows in which a step is to be suspected. Neither: 0 for the reward.
+        task_name: recipe that checks answers; None: the reward model's.
+        max_new_tokens: length limit of a trace.
+        temperature, top_p, seed, batch_size, reference: see `Guide`.
 
     Yields:
         For each chunk its rows: question and answer as given, prompt, completion, extracted, correct and correct_before
@@ -174,6 +192,14 @@ def corrected_rows(
     """
     if temperature == 0 and k > 1:
         raise InputError(f"-k is {k}: at temperature 0 all continuations are the same; use -k 1")
+    check_choice("suspect", suspect, SUSPECTS)
+    if threshold is not None and share is not None:
+        raise InputError("--threshold and --share say the same in two ways: give one of them")
+    if suspect == "logprob" and threshold is None and share is None:
+        raise InputError(
+            "what a low log-prob is depends on the policy: give --share 0.2 to suspect a step in that share of the "
+            "traces, or --threshold, in nats"
+        )
     settings = check_reward_model(reward_model)
     task = get_task(task_name or settings.task)
     rows = list(candidate_rows(data))
@@ -192,10 +218,18 @@ def corrected_rows(
         guide.scorer.check_length(where, prompt, row["completion"], bool(row.get("finished", True)))
         for prompt, (where, row) in zip(prompts, rows, strict=True)
     ]
+    detector = guide
+    if suspect == "logprob":
+        detector = replace(guide, scorer=LogProbs(guide.policy, tokenizer, settings), reference=None)
+    if share is not None:
+        lowest = lowest_steps(detector, [ids for ids, _ in encoded], [ids for _, ids in encoded])
+        threshold = threshold_of(lowest, share)
+    cut_under = threshold or 0.0
     pairs = iter(zip(rows, encoded, strict=True))
     while chunk := list(islice(pairs, max(1, batch_size // k))):
         asked = [prompt for _, (prompt, _) in chunk]
-        found = self_correct(guide, asked, [trace for _, (_, trace) in chunk], rounds, k, threshold)
+        traces = [trace for _, (_, trace) in chunk]
+        found = self_correct(guide, asked, traces, rounds, k, cut_under, None if detector is guide else detector)
         log_probs = mean_log_probs(guide.policy, asked, [c.ids for c in found], pad_id(tokenizer))
         out = []
         for ((_, row), (_, old)), new, log_prob in zip(chunk, found, log_probs, strict=True):

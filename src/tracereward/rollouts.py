@@ -4,9 +4,9 @@ A small model's decoding on a GPU is bound by the launches of its kernels. trans
 cache as CUDA graphs where it may compile, and records again for every other shape; TRL forbids the compiling and pads
 prompts to the longest of each batch. With vLLM none of this is used.
 
-Under bfloat16 autocast the keys of rotary attention come out in float32 and its values in bfloat16, which a static cache
-cannot hold, and each step casts all weights anew. Rollouts are then drawn by a copy of the policy in bfloat16, which gets
-the policy's weights before each batch: what vLLM does.
+Under bfloat16 autocast the keys of rotary attention come out in float32 and its values in bfloat16, which a static
+cache cannot hold, and each step casts all weights anew. Rollouts are then drawn by a copy of the policy in bfloat16,
+which gets the policy's weights before each batch: what vLLM does.
 """
 
 import copy
@@ -48,7 +48,8 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         self.generation_config.max_cache_len = self.prompt_width + self.max_completion_length
         assert self.model is not None
         if config.bf16 and any(weight.dtype == torch.float32 for weight in self.model.parameters()):
-            self.half = copy.deepcopy(self.model).to(torch.bfloat16).requires_grad_(False).eval()
+            self.half = copy.deepcopy(self.model).requires_grad_(False).eval()
+            nn.Module.to(self.half, torch.bfloat16)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         padded, wrapped = self.pad_to_multiple_of, self.model_wrapped

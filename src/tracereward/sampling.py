@@ -101,9 +101,8 @@ def sample(
     """
     size = max(1, batch_size // n)
     eos = eos_ids(model, tokenizer)
-    width = None
-    if model.device.type == "cuda" and -(-len(prompts) // size) * max_new_tokens >= COMPILE_FROM:
-        width = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+    steps = -(-len(prompts) // size) * max_new_tokens
+    width = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) if _compiles(model, steps) else None
     for chunk, start in enumerate(range(0, len(prompts), size)):
         if chunk < first_chunk:
             continue
@@ -118,6 +117,11 @@ def sample(
             Sample(start + row // n, completion, text, completion[-1] in eos, log_prob)
             for row, (completion, text, log_prob) in enumerate(zip(completions, texts, log_probs, strict=True))
         ]
+
+
+def _compiles(model: PreTrainedModel, steps: int) -> bool:
+    """Whether a run of so many decoding steps is compiled."""
+    return model.device.type == "cuda" and steps >= COMPILE_FROM
 
 
 @torch.no_grad()

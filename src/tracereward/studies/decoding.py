@@ -12,12 +12,12 @@ from tracereward.decode import beam, reject, tilt
 from tracereward.evaluate.guided import beam_shape, candidates
 from tracereward.files import atomic_write_json, read_jsonl
 from tracereward.guide import Guide, Guided
+from tracereward.log_probs import LogProbs
 from tracereward.models import load_tokenizer
 from tracereward.rerank import Candidate, ranking_curves
 from tracereward.reward_model import TokenRewardModel
 from tracereward.studies import arms
 from tracereward.studies.equal_tokens import margin
-from tracereward.studies.log_probs import LogProbs
 from tracereward.tasks import get_task
 
 Row = dict[str, Any]

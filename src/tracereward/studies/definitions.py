@@ -267,7 +267,7 @@ STUDIES = {
     "smollm2": Study(
         "A pretrained language model as policy",
         "SmolLM2-135M-Instruct on generated word problems: 400 demonstrations in eleven stories, 3,000 prompts without "
-        "traces; half of the test are four stories that are in no other part. All weights are trained. SFT is tuned "
+        "traces; a quarter of the test are four stories that no other part has. All weights are trained. SFT is tuned "
         "over two learning rates on validation questions; all else is what `tracereward train` does by default, and "
         "the policy after the last step is judged. Made for one GPU.",
         worlds=("word-problems",),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from tracereward.correct import self_correct
+from tracereward.correct import lowest_steps, self_correct, threshold_of
 from tracereward.studies import arms
 from tracereward.studies.decoding import ASKED, Bench, Row, load_bench, points_of
 from tracereward.studies.equal_tokens import margin
@@ -26,17 +26,6 @@ VALIDATION = 8
 """Plain samples of a validation question, for the best-of-N to compare with."""
 SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
 """Of validation traces that a threshold lets suspect; with the last a trace is drawn anew from its beginning."""
-
-
-def threshold_of(lowest: Sequence[float], share: float) -> float:
-    """The threshold under which the lowest step of this share of traces lies; infinity for all of them.
-
-    Args:
-        lowest: of each trace the score of its lowest step.
-        share: from 0 to 1.
-    """
-    count = round(share * len(lowest))
-    return math.inf if count >= len(lowest) else sorted(lowest)[count]
 
 
 def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int, k: int) -> list[Row]:
@@ -101,8 +90,7 @@ def tune(bench: Bench, way: tuple[str, str]) -> Row:
     detector, judge = way
     firsts = [drawn[0] for drawn in bench.samples]
     guide = bench.guides[detector]
-    scores = guide.score(guide.encode(bench.prompts), firsts)
-    lowest = [min(trace.step_rewards()) for trace in scores]
+    lowest = lowest_steps(guide, guide.encode(bench.prompts), firsts)
     plain, tried = points_of(bench.pool_rows(), judge), []
     for share in SHARES:
         threshold = threshold_of(lowest, share)

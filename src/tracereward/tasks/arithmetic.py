@@ -32,7 +32,7 @@ WORLDS: dict[str, Callable[[random.Random, float], dict]] = {
     "word-problems": word_problems.draw,
 }
 _UNSEEN: dict[str, Callable[[random.Random, float], dict]] = {"word-problems": word_problems.draw_new}
-"""What half of the test questions are drawn from: kinds of problems that are in no other part."""
+"""What a quarter of the test questions are drawn from: kinds of problems that are in no other part."""
 MISTAKE_RATES = {
     "misconception": misconception.MISTAKE_RATE,
     "checked": checked.MISTAKE_RATE,
@@ -102,7 +102,7 @@ def splits(
     """Disjoint sets of problems.
 
     The test set depends on `n_test` only, so that all seeds and numbers of experts are measured on the same questions.
-    Half of it is of kinds that no other part has, where the world has such: rows with a field ``unseen``.
+    A quarter is of kinds that no other part has, where the world has such: rows with a field ``unseen``.
 
     Returns:
         ``experts``, ``validation`` and ``test`` rows, and ``unlabeled`` rows, whose completion is None (their answer is
@@ -112,7 +112,7 @@ def splits(
         InputError: unknown world, or more rows than it has.
     """
     sizes = {"experts": n_experts, "validation": n_validation, "unlabeled": n_unlabeled}
-    unseen = n_test // 2 if world in _UNSEEN else 0
+    unseen = n_test // 4 if world in _UNSEEN else 0
     parts = {"test": generate(world, n_test - unseen, _TEST_SEED)}
     if unseen:
         parts["test"] += [{**row, "unseen": True} for row in generate(world, unseen, _TEST_SEED, unseen=True)]
