@@ -20,6 +20,7 @@ from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import read_jsonl
 from tracereward.metrics import mean_interval
 from tracereward.run import run_grpo
+from tracereward.sampling import Sample
 from tracereward.studies import arms, cells, definitions, depth, transfer
 from tracereward.studies.cells import Cell, Place, run_cells, stored
 from tracereward.studies.definitions import STUDIES
@@ -129,6 +130,34 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     assert code == 0, err
     assert "3 of 4 cells are there; running 1" in err
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+
+def test_a_world_of_a_pretrained_model_starts_from_it_and_counts_unseen_stories(
+    monkeypatch, tmp_path, tiny_model_folder
+):
+    """Answers given by hand: right to six questions of eight, of which two are of stories that only the test has."""
+    world = dataclasses.replace(
+        WORLDS["word-problems"], experts=6, unlabeled=6, validation=4, test=8, model=str(tiny_model_folder)
+    )
+    site = Place(tmp_path, tmp_path).site(world, 0)
+    arms.make_world(site)
+    assert not list(site.folder.rglob("*.safetensors"))
+    assert (site.policy("init"), site.start) == (tiny_model_folder, "init")
+    given = AutoTokenizer.from_pretrained(tiny_model_folder).get_vocab()
+    assert AutoTokenizer.from_pretrained(site.run("init")).get_vocab() == given
+    weights = AutoModelForCausalLM.from_pretrained(tiny_model_folder).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in arms.load_policy(site, "init").state_dict().items())
+    rows = read_jsonl(site.data("test"))
+    assert [bool(row.get("unseen")) for row in rows] == [False] * 6 + [True] * 2
+    wrong = {1, 6}
+
+    def answers(policy, tokenizer, prompts, n, *args, **kwargs):
+        texts = [f"#### {'no' if i in wrong else row['answer']}" for i, row in enumerate(rows)]
+        yield [Sample(i, [], text, True, 0.0) for i, text in enumerate(texts)]
+
+    monkeypatch.setattr(arms, "sample", answers)
+    judged = arms.greedy(site, "init", "test")
+    assert (judged["accuracy"], judged["accuracy_unseen"]) == (6 / 8, 1 / 2)
 
 
 def mean_log_prob(model, tokenizer, row) -> float:

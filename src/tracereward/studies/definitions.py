@@ -294,7 +294,7 @@ STUDIES = {
         "on rollouts drawn once. As in `misconception` nothing but a wrong value gives a mistake away, and options are "
         "what the study of the objective chose there (R1 penalty 1, learning rate 3e-4).",
         worlds=("hops",),
-        seeds=(50, 51, 52, 53, 54),
+        seeds=(60, 61, 62, 63, 64),
         recipe=R1_RECIPE,
         arms=(
             *chosen((BASE, SFT, LOGPROB, VERIFIER, IRL)),

@@ -126,6 +126,7 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
 def _policies(results: Sequence[Result]) -> str:
     """Greedy accuracy of each arm, and its differences to SFT and to the log-prob control."""
     arms = _by_arm(results)
+    unseen = ["of unseen kinds"] if all("accuracy_unseen" in result for result in results) else []
     rows = []
     for arm, of_arm in arms.items():
         learned, given = (of_arm[0]["kind"] == kind for kind in ("irl", "policy"))
@@ -133,6 +134,7 @@ def _policies(results: Sequence[Result]) -> str:
             [
                 arm,
                 cell(_percent(of_arm, lambda r: r["accuracy"])),
+                *(cell(_percent(of_arm, lambda r: r["accuracy_unseen"])) for _ in unseen),
                 _difference(of_arm, arms.get("SFT"), arm),
                 _difference(of_arm, arms.get("GRPO on log-prob"), arm) if learned else "",
                 "" if given else f"{sum(r['collapsed'] for r in of_arm)}/{len(of_arm)}",
@@ -145,6 +147,7 @@ def _policies(results: Sequence[Result]) -> str:
     heads = [
         "arm",
         "greedy accuracy",
+        *unseen,
         "minus SFT",
         "minus GRPO on log-prob",
         "collapsed",
