@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, CompileConfig
 from trl import GRPOTrainer
@@ -24,7 +25,7 @@ PROMPTS = ["Question: 3 + 4?\nAnswer:\n", "Question: 1 + 2 + 3 + 4 + 5 + 6?\nAns
 
 @pytest.fixture
 def trainer(tiny_model_folder, tokenizer, tmp_path):
-    def make(compiled, bf16=False):
+    def make(compiled, bf16=False, peft=None):
         config = RewardConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=4,
@@ -54,6 +55,7 @@ def trainer(tiny_model_folder, tokenizer, tmp_path):
             args=config,
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
             processing_class=tokenizer,
+            peft_config=peft,
         )
         return trainer, seen
 
@@ -87,9 +89,10 @@ def test_one_compiled_step_draws_the_tokens_of_eager_decoding(trainer):
     assert graphs[2] == graphs[1], "a later batch was compiled again"
 
 
-def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(trainer):
+@pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")])
+def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(trainer, tiny_model_folder, peft):
     """Autocast gives keys and values two dtypes, which a static cache cannot hold: the cast copy draws instead."""
-    made, found = trainer(True, bf16=True)
+    made, found = trainer(True, bf16=True, peft=peft)
     made.args.learning_rate = 0.05  # each batch is drawn by another policy
     expected = []
     draw = made._generate_single_turn
@@ -98,12 +101,13 @@ def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(t
         state = torch.get_rng_state()
         drawn = draw(prompt_ids, *args, **kwargs)
         assert all(p.dtype == torch.float32 for p in made.model.parameters())
-        policy = AutoModelForCausalLM.from_config(made.model.config, dtype=torch.bfloat16).eval()
+        policy = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
+        policy = (policy if peft is None else get_peft_model(policy, peft)).to(torch.bfloat16).eval()
         policy.load_state_dict(made.model.state_dict())
         ids = torch.tensor(prompt_ids)
         torch.set_rng_state(state)
         config = made.generation_config
-        output = policy.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         expected.append([list(row) for row in output[:, ids.size(1) :].tolist()])
         return drawn
 
