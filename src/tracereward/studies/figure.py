@@ -6,6 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+COLOURS = ("#0b6e4f", "#e07b39", "#3b6fb6", "#8e4a9e", "#b5322e")
+"""Of learned rewards."""
+GREY = "#7a7a7a"
+
 
 def accuracy_dots(
     path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], learned: Collection[str], label: str
@@ -25,7 +29,7 @@ def accuracy_dots(
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, (world, arms) in zip(axes, panels.items(), strict=True):
         for place, (arm, values) in enumerate(arms.items()):
-            colour = "#0b6e4f" if arm in learned else "#7a7a7a"
+            colour = COLOURS[0] if arm in learned else GREY
             axis.plot(values, [place] * len(values), "o", color=colour, markersize=4, alpha=0.45)
             axis.plot([sum(values) / len(values)], [place], "|", color=colour, markersize=11, markeredgewidth=2)
         axis.set_yticks(range(len(arms)), list(arms), fontsize=8)
@@ -51,7 +55,7 @@ def depth_lines(path: Path, gains: Mapping[str, Line], found: Mapping[str, Line]
         path: of the picture.
         gains: for each arm what choosing by reward and log-prob reaches above what needs no reward, in points.
         found: for each score how often its lowest line is the first wrong one; names that begin with "reward" are
-            green, the others grey.
+            coloured, the others grey.
     """
     from matplotlib.figure import Figure
 
@@ -79,28 +83,32 @@ def curve_lines(path: Path, label: str, accuracies: Mapping[str, Line], aurocs: 
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(9.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _draw(left, accuracies, learned=[name for name in accuracies if name.startswith("IRL")], label=label)
     left.set_title("held-out greedy accuracy, %", loc="left", fontsize=9)
     _draw(right, aurocs, learned=[name for name in aurocs if name != "log-prob"], label=label)
+    right.set_ylim(max(0, right.get_ylim()[0]), 100)  # an interval may reach beyond what an AUROC can be
     right.set_title("within-prompt AUROC of reward + log-prob, %", loc="left", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 def _draw(axis: Any, lines: Mapping[str, Line], learned: Collection[str], label: str = "hops") -> None:
-    """Lines with 95 % bars; learned ones are green, all are told apart by their strokes."""
-    strokes = {learned: iter(("-", "--", ":", "-.", (0, (1, 4)))) for learned in (True, False)}
-    for name, line in lines.items():
+    """Lines with 95 % bars, side by side where they would cover each other; what is not learned is grey."""
+    colours = iter(COLOURS)
+    strokes = iter(("-", "--", ":", "-."))
+    depths = sorted({depth for line in lines.values() for depth in line})
+    apart = 0.012 * (depths[-1] - depths[0])
+    for index, (name, line) in enumerate(lines.items()):
         is_learned = name in learned
         means = [mean for mean, _, _ in line.values()]
         halves = [0.0 if math.isnan(high) else (high - low) / 2 for _, low, high in line.values()]
         axis.errorbar(
-            list(line),
+            [depth + apart * (index - (len(lines) - 1) / 2) for depth in line],
             means,
             halves,
-            color="#0b6e4f" if is_learned else "#7a7a7a",
-            linestyle=next(strokes[is_learned], "-"),
+            color=next(colours, GREY) if is_learned else GREY,
+            linestyle="-" if is_learned else next(strokes, "-"),
             marker="o",
             markersize=4,
             capsize=2,
@@ -108,8 +116,11 @@ def _draw(axis: Any, lines: Mapping[str, Line], learned: Collection[str], label:
             label=name,
         )
     axis.set_xlabel(label, fontsize=8)
-    axis.set_xticks(sorted({depth for line in lines.values() for depth in line}))
+    axis.set_xticks(depths)
     axis.tick_params(labelsize=8)
     axis.grid(axis="y", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=7, frameon=False)
+    if len(lines) > 4:
+        axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axis.legend(fontsize=7, frameon=False)
