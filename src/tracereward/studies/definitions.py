@@ -292,9 +292,12 @@ STUDIES = {
         "the same questions choose between the start and four checkpoints where GRPO trains, which also has 3,000 "
         "prompts without traces. With the verifier it uses gold answers: the upper bound. The frozen reward is trained "
         "on rollouts drawn once. As in `misconception` nothing but a wrong value gives a mistake away, and options are "
-        "what the study of the objective chose there (R1 penalty 1, learning rate 3e-4).",
+        "what the study of the objective chose there (R1 penalty 1, learning rate 3e-4). In "
+        "seeds 50, 52 and 54 so small a model never learned to look a fact up (SFT answers 12 or 13 % right), in 51 "
+        "half, and in 53 all but what it half remembers: intervals of accuracies are wide, those of differences are "
+        "not.",
         worlds=("hops",),
-        seeds=(60, 61, 62, 63, 64),
+        seeds=(50, 51, 52, 53, 54),
         recipe=R1_RECIPE,
         arms=(
             *chosen((BASE, SFT, LOGPROB, VERIFIER, IRL)),
