@@ -157,7 +157,8 @@ def test_correct_cuts_where_the_policy_is_unsure_in_a_share_of_the_traces(bench,
     expected = [next((start for start, mean in steps if mean < threshold), None) for steps in cuts]
     assert sum(cut is not None for cut in expected) == 2
     words = ["correct", bench.model, tmp_path / "rows.jsonl", "--reward-model", bench.reward_model, *common]
-    words += ["--rounds", 1, "-k", 2, "--suspect", "logprob", "--share", 0.5]
+    # What the judge adds to its rewards is no part of what suspects.
+    words += ["--rounds", 1, "-k", 2, "--suspect", "logprob", "--share", 0.5, "--reference", bench.model]
     done = launcher()(*words, "-o", tmp_path / "corrected.jsonl")
     assert done.code == 0, done.err
     assert [row["cuts"] for row in rows(tmp_path / "corrected.jsonl")] == [[] if c is None else [c] for c in expected]

@@ -25,7 +25,7 @@ PROMPTS = ["Question: 3 + 4?\nAnswer:\n", "Question: 1 + 2 + 3 + 4 + 5 + 6?\nAns
 
 @pytest.fixture
 def trainer(tiny_model_folder, tokenizer, tmp_path):
-    def make(compiled, bf16=False, peft=None):
+    def make(compiled, bf16=False, peft=None, temperature=1.0):
         config = RewardConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=4,
@@ -39,6 +39,7 @@ def trainer(tiny_model_folder, tokenizer, tmp_path):
             shuffle_dataset=False,
             gradient_checkpointing=False,
             bf16=bf16,
+            temperature=temperature,
         )
         config.compile_rollouts = compiled  # refused without a GPU
         if compiled:
@@ -92,7 +93,8 @@ def test_one_compiled_step_draws_the_tokens_of_eager_decoding(trainer):
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")])
 def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(trainer, tiny_model_folder, peft):
     """Autocast gives keys and values two dtypes, which a static cache cannot hold: the cast copy draws instead."""
-    made, found = trainer(True, bf16=True, peft=peft)
+    # An untrained model's logits are all but equal: at temperature 1 other weights would draw the same tokens.
+    made, found = trainer(True, bf16=True, peft=peft, temperature=0.02)
     made.args.learning_rate = 0.05  # each batch is drawn by another policy
     expected = []
     draw = made._generate_single_turn
@@ -105,6 +107,7 @@ def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(t
         policy = (policy if peft is None else get_peft_model(policy, peft)).to(torch.bfloat16).eval()
         policy.load_state_dict(made.model.state_dict())
         ids = torch.tensor(prompt_ids)
+        assert torch.equal(made.half(ids).logits, policy(ids).logits)
         torch.set_rng_state(state)
         config = made.generation_config
         output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)

@@ -50,6 +50,8 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         if config.bf16 and any(weight.dtype == torch.float32 for weight in self.model.parameters()):
             self.half = copy.deepcopy(self.model).requires_grad_(False).eval()
             nn.Module.to(self.half, torch.bfloat16)
+            for module in self.half.modules():  # TRL's fused forward of the copy would call the policy's own
+                module.__dict__.pop("forward", None)
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         padded, wrapped = self.pad_to_multiple_of, self.model_wrapped
