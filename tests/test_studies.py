@@ -417,6 +417,23 @@ def test_page_by_hand(tmp_path):
     assert "Of the 3 adversarial runs on this page 0 collapsed" in page
 
 
+def test_page_of_unseen_kinds_and_of_samples_that_are_all_wrong(tmp_path):
+    """Unseen kinds have a column where all results have them; 10 and 20 % are 15 +- 63.5 (t = 12.706, s = 7.07)."""
+    rows = [result("SFT", "policy", seed, 0.5, accuracy_unseen=0.1 * (seed + 1)) for seed in (0, 1)]
+    aurocs = dict.fromkeys(ranking(0.5, 0.8), None) | {"accuracy": ranking(0.5, 0.8)["accuracy"]}
+    rows += [result("log p", "log-probs", seed, 0.5, accuracy_unseen=0.5, ranking=aurocs) for seed in (0, 1)]
+    write_page(tmp_path / "x.md", "A title", "A question.", "tracereward study x", rows)
+    page = (tmp_path / "x.md").read_text()
+    assert "| arm | greedy accuracy | of unseen kinds | minus SFT |" in page
+    assert "| SFT | 50.0 ± 0.0 | 15.0 ± 63.5 |" in page
+    assert "| log-prob | undefined |" in page
+    assert "| log p | undefined | 50.0 ± 0.0 |" in page
+    write_page(
+        tmp_path / "y.md", "A title", "A question.", "tracereward study x", [*rows, result("b", "policy", 0, 0.2)]
+    )
+    assert "of unseen kinds" not in (tmp_path / "y.md").read_text()
+
+
 def by_hops(reward: float, found: float | None) -> dict:
     """What `depth.summaries` gives of one depth."""
     shares = {"reward": found, "logprob": 0.25, "reward_logprob": found, "chance": 0.2, "first": 0.5}
