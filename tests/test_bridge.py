@@ -163,6 +163,26 @@ def test_training_across_tokenizers(
     assert len(trainer._rewards) == 16
 
 
+def test_the_perturbation_figure_is_that_of_traces_scored_one_at_a_time(
+    tiny_model_folder, tokenizer, experts, tmp_path
+):
+    """Held-out experts stand in several pairs, each with an altered copy of its own."""
+    model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(head="action"), tokenizer)
+    with torch.no_grad():
+        model.head.w.normal_(generator=torch.Generator().manual_seed(0))
+    trainer = make(tiny_model_folder, tokenizer, model, experts, tmp_path, held_out_fraction=0.5)
+    pairs = trainer.perturbed_pairs
+    prompts = {tuple(prompt) for prompt, _, _ in pairs}
+    assert len(pairs) >= 2 * len(prompts) > 2
+    margins = []
+    for prompt, *both in pairs:
+        expert, altered = (float(model.token_rewards([prompt], [ids])[0].mean()) for ids in both)
+        margins.append(expert - altered)
+    wins = sum(margin > 0 for margin in margins)
+    assert 0 < wins < len(margins), "of one sign, any pairing would give the same figure"
+    assert trainer._perturbation() == {"perturbation_auroc": pytest.approx(wins / len(pairs))}
+
+
 @pytest.mark.parametrize("spread", [False, True])
 def test_the_reward_model_is_told_whether_weights_are_spread(
     tiny_model_folder, tokenizer, experts, tmp_path, monkeypatch, spread

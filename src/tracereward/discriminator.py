@@ -35,9 +35,10 @@ from tracereward.objectives import (
 from tracereward.penalties import gradient_penalties, r1_penalties
 from tracereward.reward_model import TokenRewardModel
 from tracereward.sharding import most
+from tracereward.shared_prompts import can_share_prompts, grouped_batches
 
 LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
-HELD_OUT_ROLLOUTS = 256  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
+HELD_OUT_ROLLOUTS = 128  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
 
 
 def gated_updates(updates: int, accuracy: float, low: float | None, high: float | None) -> int:
@@ -322,11 +323,12 @@ class Discriminator:
     def _sequence_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
         """Mean logit over supervised positions of each completion."""
         scores = torch.zeros(len(prompts))
-        lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        for rows in token_budget_batches(lengths, self.config.discriminator_token_budget):
+        subtracts = subtracts_policy(self.model.settings.head)
+        share = not subtracts and can_share_prompts(self.model.backbone)
+        for rows, sizes in grouped_batches(prompts, completions, self.config.discriminator_token_budget, share):
             batch = self.model.pack([prompts[i] for i in rows], [completions[i] for i in rows])
-            values = self.model(batch)
-            if subtracts_policy(self.model.settings.head):
+            values = self.model(batch, sizes if len(sizes) < len(rows) else None)
+            if subtracts:
                 assert self.policy_log_probs is not None
                 values = values - self.policy_log_probs(batch)
             scores[rows] = sequence_scores(values, self.model.supervision(batch).float()).cpu()

@@ -159,9 +159,19 @@ class TokenRewardModel(nn.Module, Scorer):
         found = [p for name, p in named if re.search(r"\b(score|classifier)\b.*weight$", name)]
         return max(found, key=lambda p: p.requires_grad)  # PEFT keeps the untrained one beside the trained one
 
-    def forward(self, batch: Batch) -> Tensor:
-        """f_t of each completion token, (B, T) float32."""
-        return self.values_and_log_probs(batch)[0]
+    def forward(self, batch: Batch, shared: Sequence[int] | None = None) -> Tensor:
+        """f_t of each completion token, (B, T) float32.
+
+        Args:
+            batch: what the backbone reads.
+            shared: lengths of runs of rows with the same prompt, which is then read once; without gradients only.
+        """
+        if shared is None:
+            return self.values_and_log_probs(batch)[0]
+        if not reads_log_probs(self.settings.head):
+            return shared_classifier_logits(self.backbone, batch, shared)[..., 0].float()
+        log_probs, hidden = shared_log_probs(self.backbone, batch, shared)
+        return log_probs if self.head is None else self.head(log_probs, hidden)
 
     def values_and_log_probs(self, batch: Batch, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """f_t, and log p_phi(y_t) where the head reads it; each (B, T) float32.
@@ -211,7 +221,7 @@ class TokenRewardModel(nn.Module, Scorer):
             for indices, sizes in batches:
                 batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
                 shared = sizes if len(sizes) < len(indices) else None
-                values = self(batch) if shared is None else self._values_of_shared(batch, shared)
+                values = self(batch, shared)
                 for sign, model in ((1, reference), (-1, policy)):
                     if model is not None:
                         passed = (
@@ -225,13 +235,6 @@ class TokenRewardModel(nn.Module, Scorer):
                     rewards[index] = shaped[row, : len(completions[index])]
         self.train(was_training)
         return rewards
-
-    def _values_of_shared(self, batch: Batch, sizes: Sequence[int]) -> Tensor:
-        """`forward` where runs of `sizes` rows have the same prompt, which is then read once."""
-        if not reads_log_probs(self.settings.head):
-            return shared_classifier_logits(self.backbone, batch, sizes)[..., 0].float()
-        log_probs, hidden = shared_log_probs(self.backbone, batch, sizes)
-        return log_probs if self.head is None else self.head(log_probs, hidden)
 
     def save_pretrained(self, folder: str | Path, notes: str = "") -> None:
         """Write the artefact (see the module's docstring), LoRA merged, whole or not at all.

@@ -273,11 +273,14 @@ class AdversarialTrainer(RolloutTrainer):
         """Do experts outscore their perturbed copies? Needs no answers."""
         if not self.perturbed_pairs:
             return {}
-        prompts = [prompt for prompt, _, _ in self.perturbed_pairs]
-        traces = [expert for _, expert, _ in self.perturbed_pairs] + [changed for _, _, changed in self.perturbed_pairs]
-        scores = [self._aggregate(values) for values in self.token_rewards(prompts * 2, traces)]
-        half = len(prompts)
-        return {"perturbation_auroc": monitor.perturbation_auroc(scores[:half], scores[half:])}
+        pairs = [((*prompt,), (*expert,), (*changed,)) for prompt, expert, changed in self.perturbed_pairs]
+        # With few demonstrations an expert stands in several pairs.
+        traces = list(dict.fromkeys((prompt, ids) for prompt, *both in pairs for ids in both))
+        rewards = self.token_rewards([list(prompt) for prompt, _ in traces], [list(ids) for _, ids in traces])
+        scores = dict(zip(traces, map(self._aggregate, rewards), strict=True))
+        experts = [scores[prompt, expert] for prompt, expert, _ in pairs]
+        altered = [scores[prompt, changed] for prompt, _, changed in pairs]
+        return {"perturbation_auroc": monitor.perturbation_auroc(experts, altered)}
 
     @torch.no_grad()
     def _kl(self, prompts: list[str], completion_ids: list[list[int]]) -> dict[str, float]:
