@@ -257,6 +257,8 @@ def test_peak_and_shared_base():
     assert memory(Setup(L8, "ddp", 8, rank=0))["frozen starting policy"] == 4 * L8.weights
     assert memory(Setup(L8, "ddp", 8, rank=0, frozen_start=False))["frozen starting policy"] == 0
     assert memory(Setup(L8, "ddp", 8, reads_logits=False))["discriminator: update"] < own["discriminator: update"]
+    with pytest.raises(ValueError, match="no shard_discriminator"):
+        Setup(L8, "ddp", 8, shared_base=True, shard_discriminator=True)
     with pytest.raises(ValueError, match="shared base needs LoRA"):
         Setup(L8, "ddp", 8, rank=0, shared_base=True)
     with pytest.raises(ValueError, match="whole on each GPU"):
@@ -264,6 +266,27 @@ def test_peak_and_shared_base():
     assert LOGITS == batching.LOGITS
     with pytest.raises(ValueError, match="none of ddp"):
         Setup(L8, "fsdp", 8)
+
+
+@pytest.mark.parametrize("rank", [0, 64])
+def test_a_sharded_discriminator(rank):
+    """As FSDP2 shares out a policy: 16 bytes of a trained weight and 2 of a frozen one, over all GPUs."""
+    gpus = 8
+    share = (gpus - 1) / gpus
+    whole = Setup(L8, "ddp", gpus, rank, discriminator_updates=3, accumulation=2, rows=4, prompt=24, completion=1000)
+    parts = replace(whole, shard_discriminator=True)
+    trained, frozen = (L8.adapter(rank) + L8.hidden + 2, L8.weights) if rank else (L8.weights + L8.hidden + 2, 0)
+    assert sum(discriminator_state(parts).values()) == pytest.approx((2 * frozen + 16 * trained) / gpus)
+    assert policy_state(parts) == policy_state(whole)
+    layers = 2 * L8.layer_weights + L8.vocabulary * L8.hidden + L8.hidden
+    updates = [memory(setup)["discriminator: update"] for setup in (parts, whole)]
+    assert updates[0] - updates[1] == (2 if rank else 6) * layers
+    sent, before = traffic(parts), traffic(whole)
+    assert sent["discriminator: gradients"] == pytest.approx(before["discriminator: gradients"] / 2)
+    # Eight rollouts of 1,024 tokens are two passes of 4,096; an update gathers forwards and backwards.
+    assert sent["discriminator: weights"] == pytest.approx((3 * 2 + 2) * share * (2 * frozen + 4 * trained))
+    assert before["discriminator: weights"] == 0
+    assert memory(replace(parts, gpus=1))["peak"] < memory(replace(whole, gpus=1))["peak"] + 1
 
 
 def test_page():

@@ -23,7 +23,7 @@ from tracereward.adversarial_config import AdversarialConfig
 from tracereward.batching import completion_log_probs, pack
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
-from tracereward.sharding import is_spread, local_part, whole_weights
+from tracereward.sharding import is_spread, local_part, whole, whole_weights
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
 from tracereward.trainer import AdversarialTrainer
@@ -89,9 +89,17 @@ RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
     "spread, 1 % faster": ({**SPREAD, "learning_rate": 1.01e-3}, Layout(12)),
     "spread, LoRA": (SPREAD, Layout(12, lora=True)),
     "spread, LoRA, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, lora=True)),
+    "in parts": ({**SPREAD, "shard_discriminator": True}, Layout(12)),
+    "in parts, two processes": ({**SPREAD, "shard_discriminator": True}, Layout(3, accumulation=2, processes=2)),
+    "in parts, LoRA, two processes": (
+        {**SPREAD, "shard_discriminator": True},
+        Layout(3, accumulation=2, processes=2, checkpointing=True, lora=True),
+    ),
     "no all-reduce": ({**TRAJECTORY, "max_steps": 2}, Layout(8, processes=2)),
 }
-TWO_PROCESSES = [name for name, (_, layout) in RUNS.items() if layout.processes == 2 and "spread" not in name]
+TWO_PROCESSES = [
+    name for name, (_, layout) in RUNS.items() if layout.processes == 2 and not name.startswith(("spread", "in parts"))
+]
 
 
 class Scripted(AdversarialTrainer):
@@ -133,7 +141,7 @@ def weights(trainer: AdversarialTrainer) -> dict[str, torch.Tensor]:
         policy = [parameter for name, parameter in trainer.policy.named_parameters() if name in trained]
     models = {"policy": policy, "discriminator": trainer.discriminator.parameters.values()}
     return {
-        name: torch.cat([torch.zeros(0), *(parameter.detach().flatten().float() for parameter in parameters)]).double()
+        name: torch.cat([torch.zeros(0), *(whole(part.detach()).flatten().float() for part in parameters)]).double()
         for name, parameters in models.items()
     }
 
@@ -155,7 +163,8 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     Returns:
         The number of processes, what each step logged, (prompt, completion) of each rollout of this process in each
         batch, and both models' weights at the start (unless they are spread) and at the end. Of all the policy's
-        parameters, frozen ones too: the part that this process holds, and, on the main process, the whole.
+        parameters, frozen ones too: the part that this process holds, and, on the main process, the whole; of the
+        discriminator's, how many weights this process holds, and of how many.
     """
     settings, layout = RUNS[name]
     torch.set_num_threads(1)
@@ -215,6 +224,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     start = {} if is_spread(trainer) else weights(trainer)
     trainer.train()
     parameters = dict(trainer.policy.named_parameters())
+    critic = dict(trainer.discriminator.model.named_parameters())
     return {
         "processes": trainer.accelerator.num_processes,
         "log": [row for row in trainer.state.log_history if "loss" in row],
@@ -223,6 +233,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
         "end": weights(trainer),
         "held": {name: local_part(parameter).detach().flatten() for name, parameter in parameters.items()},
         "whole": {name: tensor.flatten() for name, tensor in whole_weights(trainer).items() if name in parameters},
+        "critic": {name: (local_part(parameter).numel(), parameter.numel()) for name, parameter in critic.items()},
         "gathered": sum(parameter.numel() for parameter in parameters.values() if hasattr(parameter, "ds_tensor")),
     }
 

@@ -18,11 +18,15 @@ from transformers import AutoModelForCausalLM
 from sharded import ENGINES, launch
 from test_invariance import LOSSES, TOLERANCES, apart, beyond, differences, train
 from tiny import assert_same, launcher, options, rows, trap, weights
+from tracereward.adversarial_config import AdversarialConfig
+from tracereward.errors import InputError
 from tracereward.files import write_jsonl
 from tracereward.reward_model import TokenRewardModel
 from tracereward.tasks.arithmetic import build_model, generate
 
 TRAINED = ("spread", "spread, LoRA")
+IN_PARTS = {"in parts": "spread", "in parts, LoRA": "spread, LoRA"}
+"""Runs whose discriminator is in parts too, and those whose trajectory theirs must be."""
 
 
 def marked(engine: str) -> Any:
@@ -59,20 +63,21 @@ def two(model, tmp_path_factory):
         needs(engine)
         folder = tmp_path_factory.mktemp(engine)
         (folder / "model").symlink_to(model)
-        names = [f"{name}, two processes" for name in TRAINED]
+        trained = (*TRAINED, *IN_PARTS)
+        names = [f"{name}, two processes" for name in trained]
         code = launch(engine, str(folder), *names, output=folder / "output.txt")
         assert code == 0, f"{code}\n{(folder / 'output.txt').read_text(errors='replace')[-6000:]}"
-        found = {name: [torch.load(folder / f"{name}, two processes.{rank}.pt") for rank in (0, 1)] for name in TRAINED}
+        found = {name: [torch.load(folder / f"{name}, two processes.{rank}.pt") for rank in (0, 1)] for name in trained}
         assert {run["processes"] for both in found.values() for run in both} == {2}
         return found
 
     return runs
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", [*TRAINED, *IN_PARTS])
 @pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
 def test_two_processes_give_the_trajectory_of_one(one, two, engine, name, record_property):
-    run, (first, second) = one(name), two(engine)[name]
+    run, (first, second) = one(IN_PARTS.get(name, name)), two(engine)[name]
     assert len(run["log"]) == len(first["log"]) == 10
     both = [a + b for a, b in zip(first["batches"], second["batches"], strict=True)]
     assert run["batches"] == both, "other prompts, another order, or other completions"
@@ -100,6 +105,24 @@ def test_what_each_process_holds_of_the_policy(two, engine, name):
         held = torch.cat(parts)[: len(tensor)] if spread else parts[0]  # ZeRO-3 fills the last part up
         assert torch.equal(held, tensor), name_
         assert spread or torch.equal(*parts), name_
+
+
+@pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
+def test_what_each_process_holds_of_the_discriminator(two, engine):
+    """Half of it where it is in parts, whatever shares out the policy; else all."""
+    for name, (first, second) in two(engine).items():
+        sizes = [sum(held for held, _ in run["critic"].values()) for run in (first, second)]
+        total = sum(size for _, size in first["critic"].values())
+        assert total > 50_000
+        if name in IN_PARTS:
+            assert sum(sizes) == total
+            assert max(sizes) < 0.51 * total
+        else:
+            assert sizes == [total, total]
+
+
+def test_a_discriminator_in_parts_is_whole_on_a_single_process(one):
+    assert torch.equal(one("in parts")["end"]["discriminator"], one("spread")["end"]["discriminator"])
 
 
 def test_the_comparison_can_fail(one):
@@ -135,7 +158,12 @@ COMMON: dict[str, Any] = {
     "report_to": "none",
 }
 LORA = {"use_peft": "true", "lora_target_modules": ["q_proj", "v_proj"], "lora_r": 4, "lora_dropout": 0.0}
-KINDS = {"full": {}, "LoRA": LORA}
+KINDS = {
+    "full": {},
+    "LoRA": LORA,
+    "in parts": {"shard_discriminator": "true"},
+    "in parts, LoRA": {**LORA, "shard_discriminator": "true", "head": "token"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +185,11 @@ def loaded(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
-    """How far two models are apart, relative to how far the first moved from `start`, which has no head."""
+    """How far two models are apart, relative to how far the first moved from `start`, which has no reward's head."""
     assert a.keys() == b.keys()
     before = {name: start.get(name.removeprefix("backbone.")) for name in a}
-    assert sum(tensor is not None for tensor in before.values()) == len(start)
+    missing = start.keys() - {name.removeprefix("backbone.") for name in a}
+    assert missing in (set(), {"lm_head.weight"})  # a token classifier has none
     apart_by = sum(float((a[name] - b[name]).square().sum()) for name in a)
     moved = sum(float((a[name] - tensor).square().sum()) for name, tensor in before.items() if tensor is not None)
     return math.sqrt(apart_by / moved)
@@ -168,6 +197,8 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: dict
 
 COMMANDS = [
     pytest.param("fsdp2", "full", True),
+    pytest.param("ddp", "in parts", True),
+    pytest.param("fsdp2", "in parts, LoRA", False, marks=pytest.mark.slow),
     pytest.param("fsdp2", "LoRA", False, marks=pytest.mark.slow),
     pytest.param("fsdp2", "LoRA", True, marks=pytest.mark.slow),
     pytest.param("zero2", "full", True, marks=pytest.mark.slow),
@@ -208,7 +239,7 @@ def test_what_a_run_leaves_is_what_one_process_leaves(given, model, tmp_path, en
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "LoRA"])
+@pytest.mark.parametrize("kind", ["full", "LoRA", "in parts"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(given, tmp_path, engine, kind):
     """Both processes, from the checkpoint of step 2; to the last bit, with real sampling."""
@@ -226,3 +257,29 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(given, tmp_path, engine
     assert f"going on from {cut}/checkpoints/checkpoint-2" in resumed[0].err
     assert weights(cut / "policy").keys() == weights(whole / "policy").keys()
     assert_same(cut, whole)
+
+
+@pytest.mark.slow
+def test_a_discriminator_in_parts_goes_on_whole(given, tmp_path):
+    """Two processes with half of it each, LoRA on bfloat16; then one with all of it."""
+    words = {**COMMON, **LORA, **given[0], "dtype": "bfloat16", "bf16": "true", "output_dir": tmp_path / "run"}
+    ended = launcher().two("train", *options(**{**words, "shard_discriminator": "true", "max_steps": 4}), engine="ddp")
+    assert [result.code for result in ended] == [0, 0], "".join(result.err[-4000:] for result in ended)
+    alone = launcher()("train", *options(**{**words, "per_device_train_batch_size": 8}), "--resume")
+    assert alone.code == 0, alone.err
+    assert f"going on from {tmp_path}/run/checkpoints/checkpoint-4" in alone.err
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"shared_base": True, "head": "action"}, "one of shard_discriminator and shared_base"),
+        ({"gradient_penalty": 1.0}, "second derivatives"),
+        ({"r1_penalty": 1.0}, "second derivatives"),
+        ({"spectral_norm": True, "head": "token"}, "needs head action"),
+    ],
+)
+def test_what_a_discriminator_in_parts_cannot_do(given, message):
+    with pytest.raises(InputError, match=message):
+        AdversarialConfig(output_dir="x", shard_discriminator=True, report_to="none", **given)

@@ -90,6 +90,13 @@ class DiscriminatorOptions:
             "implicit): the discriminator costs its adapter, not a second model."
         },
     )
+    shard_discriminator: bool = field(
+        default=False,
+        metadata={
+            "help": "Over several processes each holds a part of the discriminator and of its optimiser's state "
+            "(FSDP2), where it is too large to be whole on each."
+        },
+    )
     discriminator_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW learning rate of the warm-up."})
     discriminator_online_learning_rate: float | None = field(
         default=None, metadata={"help": "Its learning rate after the warm-up. Default: the same."}
@@ -288,6 +295,17 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
                 raise InputError(
                     "shared_base makes the discriminator an adapter on the policy's base model: leave out "
                     "--discriminator_model and --discriminator_use_peft"
+                )
+        if self.shard_discriminator:
+            if self.shared_base:
+                raise InputError("give one of shard_discriminator and shared_base: a shared base is whole everywhere")
+            if self.gradient_penalty or self.r1_penalty:
+                raise InputError(
+                    "shard_discriminator: FSDP2 has no second derivatives, which gradient_penalty and r1_penalty need"
+                )
+            if self.spectral_norm and self.head != "action":
+                raise InputError(
+                    "shard_discriminator with spectral_norm needs head action, whose w is whole everywhere"
                 )
         group = self.num_generations
         if self.use_vllm and self.vllm_mode == "server" and group and self.warmup_rollouts % group:

@@ -114,37 +114,35 @@ class HeadInput:
 
     Attributes:
         states: (B, T, H).
-        log_probs: of the targets, each from the state before it, (B, T - 1) float32; None until the pass is made, and
-            where the model changes its logits behind the head.
+        passes_logits: whether the pass's output has logits: the model changes them behind the head.
     """
 
     states: Tensor
-    log_probs: Tensor | None = None
+    passes_logits: bool
 
-    def at(self, targets: Tensor, logits: Tensor) -> Tensor:
-        """The log-probs; from the pass's logits where they are needed."""
-        return token_log_probs(logits[:, :-1], targets) if self.log_probs is None else self.log_probs
+    def at(self, targets: Tensor, output: Tensor) -> Tensor:
+        """The log-probs of the targets, each from the state before it, (B, T - 1) float32, from the pass's output."""
+        return token_log_probs(output[:, :-1], targets) if self.passes_logits else output[..., 0]
 
 
 @contextlib.contextmanager
 def log_probs_at_the_head(model: nn.Module, targets: Tensor) -> Iterator[HeadInput]:
     """Within, a forward pass of a causal LM reads the log-probs of (B, T - 1) `targets` at its LM head, in chunks.
 
-    So the logits of all tokens are never held at once. The model's own pass calls the head: hooks that gather spread
-    weights still run.
+    So the logits of all tokens are never held at once. The model's own pass calls the head, and the log-probs leave it
+    in the place of the logits: hooks that gather spread weights, in the backward pass too, still run.
     """
     lm_head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     text_config = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     plain = all(getattr(text_config, name, None) in (None, 1.0) for name in AFTER_THE_HEAD)
     project, patched = lm_head.forward, vars(lm_head).get("forward")
-    head = HeadInput(torch.empty(0))
+    head = HeadInput(torch.empty(0), passes_logits=not plain)
 
     def log_probs_instead(states: Tensor) -> Tensor:
         head.states = states
         if not plain:
             return project(states)
-        head.log_probs = _chunked_log_probs(project, states[:, :-1], targets, text_config.vocab_size)
-        return states[..., :1]  # in the place of logits, which nobody reads
+        return _chunked_log_probs(project, states[:, :-1], targets, text_config.vocab_size)[..., None].clone()
 
     lm_head.forward = log_probs_instead
     try:

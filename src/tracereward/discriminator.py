@@ -2,7 +2,8 @@
 
 Plain torch, outside `accelerator.prepare`: the accelerated optimiser's step does nothing while gradients accumulate,
 FSDP2 and DeepSpeed refuse a second model, and the reward model must not be sharded with the policy. Across processes
-all ranks choose the same batch, take every world-size-th part of it, and add up their gradients in one flat all-reduce.
+all ranks choose the same batch, take every world-size-th part of it, and add up their gradients: in one flat
+all-reduce, or where `shard_discriminator` leaves each a part of the weights, in FSDP2's reduce-scatters.
 """
 
 import contextlib
@@ -13,8 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.batching import Batch, hide_tokens, token_budget_batches
@@ -34,7 +37,7 @@ from tracereward.objectives import (
 )
 from tracereward.penalties import gradient_penalties, r1_penalties
 from tracereward.reward_model import TokenRewardModel
-from tracereward.sharding import most
+from tracereward.sharding import as_parts, clip_gradients, most, shard, whole
 from tracereward.shared_prompts import can_share_prompts, grouped_batches
 
 LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
@@ -79,11 +82,13 @@ class Discriminator:
         self.config = config
         self.held_out = frozenset(held_out)
         self.policy_log_probs = policy_log_probs
-        with model.active():
-            self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if dist.is_initialized():  # the same start on every rank, whatever the seed did
-            for parameter in self.parameters.values():
+            for parameter in self._trained().values():
                 dist.broadcast(parameter.data, 0)
+        self.in_parts = config.shard_discriminator and dist.is_initialized() and dist.get_world_size() > 1
+        if self.in_parts:
+            shard(model.backbone)
+        self.parameters = self._trained()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.discriminator_learning_rate, weight_decay=0.01
         )
@@ -94,6 +99,10 @@ class Discriminator:
         self.replay = ReplayBuffer(config.replay_size)
         self.held_out_rollouts = ReplayBuffer(HELD_OUT_ROLLOUTS)
         self.perturbed = perturber(model.tokenizer, model.settings.step_delimiter, config.perturbations)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        with self.model.active():
+            return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:
         """Add rollouts of demonstrations' prompts to the replay buffer; those of held-out ones are kept apart."""
@@ -154,7 +163,7 @@ class Discriminator:
         loss, *counts = sums.tolist()
         if not math.isfinite(loss):
             raise RunFailed(f"the discriminator's loss is {loss} at its update {self.updates + 1}")
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0))
+        norm = clip_gradients(self.parameters.values(), 1.0)
         if not math.isfinite(norm):
             raise RunFailed(f"the norm of the discriminator's gradient is {norm} at its update {self.updates + 1}")
         self.optimizer.step()
@@ -209,10 +218,11 @@ class Discriminator:
         longest = [max(len(traces[i].prompt) + len(traces[i].completion) for i in unit) for unit in mine]
 
         sums = torch.zeros(7, device=self.model.device)
-        batches = list(token_budget_batches(longest, config.discriminator_token_budget, [len(unit) for unit in mine]))
-        self._keep_pace(len(batches), traces[0])
-        for chosen in batches:
-            rows = [index for unit in chosen for index in mine[unit]]
+        batches = token_budget_batches(longest, config.discriminator_token_budget, [len(unit) for unit in mine])
+        todo = [([index for unit in chosen for index in mine[unit]], 1.0) for chosen in batches]
+        if self.in_parts or subtracts_policy(config.head):  # as many passes as the others make, see `sharding`
+            todo += [(rows, 0.0) for rows in list(units.values())[:1]] * (most(len(todo)) - len(todo))
+        for rows, share in todo:
             own = [traces[index] for index in rows]
             batch = self.model.pack([t.prompt for t in own], [t.completion for t in own])
             device = batch.input_ids.device
@@ -238,14 +248,14 @@ class Discriminator:
                 assert log_probs is not None
                 nll = -sequence_scores(log_probs, batch.completion_mask.float())
                 loss = loss + config.expert_nll * (nll * of_experts[rows].to(device)).sum()
-            loss.backward()
+            (share * loss).backward()
             positions = own_positions > 0
             right = positions & ((logits > 0) == expert[:, None])
             perturbed = torch.tensor([t.is_perturbed for t in own], device=device)
-            sums[0] += loss.detach()
+            sums[0] += share * loss.detach()
             for place, kind in enumerate((expert, ~expert & ~perturbed, perturbed)):
-                sums[1 + 2 * place] += (kind[:, None] & right).sum()
-                sums[2 + 2 * place] += (kind[:, None] & positions).sum()
+                sums[1 + 2 * place] += share * (kind[:, None] & right).sum()
+                sums[2 + 2 * place] += share * (kind[:, None] & positions).sum()
         counting = [trace for trace in traces if trace.counts]
         if config.gradient_penalty:
             points = [self.random.random() for _ in traces]  # drawn by all ranks alike
@@ -267,14 +277,6 @@ class Discriminator:
             assert self.policy_log_probs is not None
             values = values - self.policy_log_probs(batch)
         return values, log_probs
-
-    def _keep_pace(self, batches: int, trace: Labelled) -> None:
-        """As many passes of the policy as the process with the most batches will make; see `sharding`."""
-        if not subtracts_policy(self.config.head):
-            return
-        assert self.policy_log_probs is not None
-        for _ in range(most(batches) - batches):
-            self.policy_log_probs(self.model.pack([trace.prompt], [trace.completion]))
 
     def _backward(self, terms: Iterator[Tensor], weight: float) -> Tensor:
         """Gradients of `weight` times the sum of `terms`; returns their value."""
@@ -347,26 +349,31 @@ class Discriminator:
     @torch.no_grad()
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            self.parameters[name].copy_(value)
+            self.parameters[name].copy_(as_parts(value, self.parameters[name]))
 
     def _add_up(self, sums: Tensor) -> None:
-        """Sum gradients and `sums` over the processes, in place."""
+        """Sum gradients and `sums` over the processes, in place; those of weights in parts are summed already."""
         if not dist.is_initialized():
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters.values()]
+        parameters = [p for p in self.parameters.values() if not isinstance(p, DTensor)]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
         flat = torch.cat([sums, *(gradient.flatten().float() for gradient in gradients)])
         dist.all_reduce(flat)
         total, *parts = flat.split([len(sums), *(gradient.numel() for gradient in gradients)])
         sums.copy_(total)
-        for parameter, part in zip(self.parameters.values(), parts, strict=True):
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
+    def weights(self) -> dict[str, Tensor]:
+        """All trained weights, whole, on the CPU; every process must ask."""
+        return {name: whole(p.detach()).cpu() for name, p in self.parameters.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on: tensors, numbers and lists only."""
+        """Everything the next update depends on: whole tensors, numbers and lists only; every process must ask."""
         return {
-            "parameters": {name: p.detach().cpu() for name, p in self.parameters.items()},
-            "average": {name: p.cpu() for name, p in self.average.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "parameters": self.weights(),
+            "average": {name: whole(p).cpu() for name, p in self.average.items()},
+            "optimizer": tree_map_only(Tensor, whole, self.optimizer.state_dict()),
             "random": self.random.getstate(),
             "updates": self.updates,
             "batches": self.batches,
@@ -378,8 +385,13 @@ class Discriminator:
         """Continue exactly where `state_dict` was taken."""
         self._copy(state["parameters"])
         for name, average in self.average.items():
-            average.copy_(state["average"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
+            average.copy_(as_parts(state["average"][name], average))
+        moments = {
+            place: {name: as_parts(value, parameter) for name, value in state["optimizer"]["state"][place].items()}
+            for place, parameter in enumerate(self.parameters.values())
+            if place in state["optimizer"]["state"]
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         version, internal, gauss = state["random"]
         self.random.setstate((version, tuple(internal), gauss))
         self.updates = state["updates"]

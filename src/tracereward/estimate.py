@@ -86,6 +86,7 @@ class Setup:
         discriminator: its shape; the policy's if None.
         discriminator_rank: of its LoRA; the policy's if None.
         shared_base: two adapters on one base; needs LoRA for both, one shape, and DDP.
+        shard_discriminator: by FSDP2, each GPU holds a part of it, whatever shares out the policy.
         frozen_start: reward form `logit_plus_logprob`: without LoRA a frozen copy of the starting policy.
         prompt: tokens.
         completion: tokens.
@@ -105,6 +106,7 @@ class Setup:
     discriminator: Shape | None = None
     discriminator_rank: int | None = None
     shared_base: bool = False
+    shard_discriminator: bool = False
     frozen_start: bool = True
     prompt: int = 256
     completion: int = 1024
@@ -121,6 +123,8 @@ class Setup:
             raise ValueError(f"strategy {self.strategy!r} is none of {', '.join(STRATEGIES)}")
         if self.shared_base and not (self.rank and self.critic_rank and self.discriminator is None):
             raise ValueError("a shared base needs LoRA for both models and one shape")
+        if self.shared_base and self.shard_discriminator:
+            raise ValueError("a shared base is whole on each GPU: no shard_discriminator")
         if self.shared_base and self.strategy != "ddp":
             raise ValueError("a shared base is whole on each GPU: strategy ddp")
 
@@ -202,21 +206,37 @@ def policy_state(setup: Setup) -> dict[str, float]:
 
 
 def gathered(setup: Setup) -> int:
-    """Whole bfloat16 weights on a GPU while a sharded model computes: two layers, the LM head and the last norm."""
-    if not setup.sharded or setup.gpus == 1:
-        return 0
-    shape = setup.policy
-    return BFLOAT16 * (2 * shape.layer_weights + shape.vocabulary * shape.hidden + shape.hidden)
+    """Whole bfloat16 weights on a GPU while a sharded policy computes, see `largest_units`."""
+    return BFLOAT16 * largest_units(setup.policy) if setup.sharded and setup.gpus > 1 else 0
 
 
-def discriminator_state(setup: Setup) -> dict[str, int]:
-    """The discriminator on one GPU; it is on each as a whole, whatever shares out the policy.
+def gathered_discriminator(setup: Setup) -> int:
+    """The same of a sharded discriminator: bfloat16 under LoRA, else float32 with autocast's bfloat16 copies."""
+    width = BFLOAT16 if setup.critic_rank else FLOAT32 + BFLOAT16
+    return width * largest_units(setup.critic) if setup.shard_discriminator and setup.gpus > 1 else 0
+
+
+def largest_units(shape: Shape) -> int:
+    """Weights that are whole at a time where layers are gathered: two layers, the LM head and the last norm."""
+    return 2 * shape.layer_weights + shape.vocabulary * shape.hidden + shape.hidden
+
+
+def discriminator_state(setup: Setup) -> dict[str, float]:
+    """The discriminator on one GPU; it is on each as a whole, whatever shares out the policy, unless it is sharded.
 
     Its trained weights are float32, with autocast's bfloat16 copies; the frozen ones under LoRA are bfloat16, and no
     others than the policy's with a shared base. Over several GPUs its gradients are copied into one buffer.
     """
     trained = discriminator_weights(setup)
     own_base = bool(setup.critic_rank) and not setup.shared_base
+    if setup.shard_discriminator:
+        frozen = BFLOAT16 * setup.critic.weights if own_base else 0
+        return {
+            "weights": (frozen + FLOAT32 * trained) / setup.gpus,
+            "gradients": FLOAT32 * trained / setup.gpus,
+            "optimiser": ADAM * trained / setup.gpus,
+            "all-reduce buffer": 0,
+        }
     return {
         "weights": (FLOAT32 + BFLOAT16) * trained + (BFLOAT16 * setup.critic.weights if own_base else 0),
         "gradients": FLOAT32 * trained,
@@ -245,7 +265,9 @@ def memory(setup: Setup) -> dict[str, float]:
     resident = sum(parts.values())
     updates = {
         "policy: update": activations(setup.policy, setup.tokens, bool(setup.rank), setup.checkpointing),
-        "discriminator: update": activations(critic, budget, bool(setup.critic_rank), setup.checkpointing) + logits,
+        "discriminator: update": activations(critic, budget, bool(setup.critic_rank), setup.checkpointing)
+        + logits
+        + gathered_discriminator(setup),
     }
     return {**parts, **updates, "peak": resident + max(updates.values())}
 
@@ -265,7 +287,9 @@ def traffic(setup: Setup) -> dict[str, float]:
 
     Weights are gathered, and gradients reduced, in bfloat16, but float32 gradients in DDP; the discriminator's are
     float32. A sharded policy is gathered in each forward and each backward pass of a micro-batch, in each pass without
-    its adapter that `logit_plus_logprob` adds, and once more to give the weights to a vLLM beside the trainer.
+    its adapter that `logit_plus_logprob` adds, and once more to give the weights to a vLLM beside the trainer. A
+    sharded discriminator is gathered twice in an update of one micro-batch a GPU, and in each pass that scores
+    rollouts; its frozen weights are bfloat16, its trained ones float32.
     """
     gpus, strategy = setup.gpus, setup.strategy
     trained, whole = trained_weights(setup.policy, setup.rank), all_gather(BFLOAT16 * setup.policy.weights, gpus)
@@ -280,13 +304,17 @@ def traffic(setup: Setup) -> dict[str, float]:
     elif strategy == "zero2":
         weights = all_gather(BFLOAT16 * trained, gpus)  # each GPU has stepped its part
     scored = math.ceil(setup.accumulation * setup.tokens / setup.discriminator_budget)
+    learned, updates = FLOAT32 * discriminator_weights(setup), setup.discriminator_updates
+    frozen = BFLOAT16 * setup.critic.weights if setup.critic_rank else 0
     parts = {
         "policy: gradients": gradients,
         "policy: weights": weights,
         "policy: weights, to score": scored * whole if setup.sharded and setup.rank and setup.frozen_start else 0.0,
         "policy: weights, for vLLM": whole if setup.sharded else 0.0,
-        "discriminator: gradients": setup.discriminator_updates
-        * all_reduce(FLOAT32 * discriminator_weights(setup), gpus),
+        "discriminator: gradients": updates * (all_gather if setup.shard_discriminator else all_reduce)(learned, gpus),
+        "discriminator: weights": (2 * updates + scored) * all_gather(frozen + learned, gpus)
+        if setup.shard_discriminator
+        else 0.0,
         "rollouts": all_gather(rollouts(setup), gpus),
     }
     return {**parts, "sum": sum(parts.values())}

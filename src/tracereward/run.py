@@ -1,6 +1,7 @@
 """The training commands: check everything, train, and leave a run folder that is whole."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -241,14 +242,15 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     with run_folder("train", data, config, model, resume) as run:
         torch.manual_seed(config.seed)  # the head and LoRA start at random
         starting, policy_peft = load_policy(model), lora(model)
+        make = functools.partial(
+            TokenRewardModel.from_backbone, start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
+        )
         if config.shared_base:
             assert peft is not None
             starting, policy_peft = get_peft_model(starting, peft), None
             reward_model = TokenRewardModel.beside_policy(starting, settings, tokenizer, peft)
         else:
-            reward_model = TokenRewardModel.from_backbone(
-                start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
-            )
+            reward_model = make()
         trainer = AdversarialTrainer(
             model=starting,
             reward_model=reward_model,
@@ -264,8 +266,13 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
         )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
-        if is_main_process():
-            with trainer.discriminator.averaged():
+        with trainer.discriminator.averaged():
+            weights = trainer.discriminator.weights() if trainer.discriminator.in_parts else None
+            if is_main_process():
+                if weights is not None:
+                    reward_model = make()
+                    reward_model.load_state_dict(weights, strict=False)
+                    reward_model.to(trainer.accelerator.device)
                 reward_model.save_pretrained(run.folder / "reward_model")
                 with whole_models():
                     left = load_policy(dataclasses.replace(model, model_name_or_path=str(run.folder / "policy")))

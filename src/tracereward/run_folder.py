@@ -228,6 +228,7 @@ MAY_CHANGE = {
     "report_to",
     "disable_tqdm",
     "per_device_eval_batch_size",
+    "shard_discriminator",
     # As long as the product with the number of processes stays, see `check_same_batch`.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

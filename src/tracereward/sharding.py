@@ -1,21 +1,26 @@
 """Models whose weights are spread over processes (FSDP2, DeepSpeed ZeRO-3), beside models that are whole on each.
 
+accelerate spreads the policy; `shard` the discriminator, which accelerate does not know.
+
 A forward pass of a spread model is a joint act: all processes gather its weights layer by layer. They must make equally
 many passes, whatever each has to compute; one that is done repeats its last until the others are.
 """
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer
 from transformers.integrations import deepspeed
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 def most(count: int) -> int:
@@ -36,6 +41,50 @@ def from_main(value: Any) -> Any:
 def lost_another(error: RuntimeError) -> bool:
     """Whether a joint step failed because another process of the run is gone."""
     return isinstance(error, dist.DistError) or (dist.is_initialized() and "by peer" in str(error))  # gloo's words
+
+
+def shard(model: torch.nn.Module) -> None:
+    """Leave each process a part of a model's weights (FSDP2); gradients are summed over the processes.
+
+    Each layer is a unit, and all else another: they are gathered one after the other while they compute, and let go
+    behind each pass, so that nothing stale is there when the parts change between two passes without gradients.
+    """
+    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    units = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for unit in [*units, model]:
+        part = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        part.set_gradient_divide_factor(1.0)  # pyright: ignore[reportAttributeAccessIssue]
+        part.set_force_sum_reduction_for_comms(True)  # pyright: ignore[reportAttributeAccessIssue] (gloo has no other)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on each process; every process must ask for one that is in parts."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_parts(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that is whole on each process, in parts where `like` is and has its shape."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
+    """`torch.nn.utils.clip_grad_norm_` of parameters of which some are in parts; returns the norm before."""
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    in_parts = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if not in_parts:
+        return float(torch.nn.utils.clip_grad_norm_(others, limit))
+    gradients = [local_part(parameter.grad) for parameter in [*in_parts, *others]]  # pyright: ignore[reportArgumentType]
+    squares = torch.stack([gradient.float().square().sum() for gradient in gradients])
+    of_parts = squares[: len(in_parts)].sum()
+    dist.all_reduce(of_parts)
+    norm = (of_parts + squares[len(in_parts) :].sum()).sqrt()
+    for gradient in gradients:
+        gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+    return float(norm)
 
 
 def local_part(parameter: Tensor) -> Tensor:

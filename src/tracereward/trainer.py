@@ -238,7 +238,7 @@ class AdversarialTrainer(RolloutTrainer):
                 self.config.discriminator_token_budget,
                 reference if self.form.adds_reference else None,
                 policy if self.form.subtracts_policy else None,
-                is_spread(self),
+                is_spread(self) or self.discriminator.in_parts,
             )
 
     def _aggregate(self, rewards: Tensor) -> float:
@@ -412,8 +412,9 @@ class AdversarialTrainer(RolloutTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        state = self.discriminator.state_dict()
         if self.is_world_process_zero():
-            save_state(Path(output_dir) / DISCRIMINATOR_FILE, self.discriminator.state_dict())
+            save_state(Path(output_dir) / DISCRIMINATOR_FILE, state)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

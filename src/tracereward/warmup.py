@@ -103,8 +103,9 @@ class WarmUp(TrainerCallback):
 
     def save(self) -> None:
         """Write the discriminator's state."""
+        state = self.trainer.discriminator.state_dict()
         if self.trainer.is_world_process_zero():
-            save_state(self.folder / DISCRIMINATOR_FILE, self.trainer.discriminator.state_dict())
+            save_state(self.folder / DISCRIMINATOR_FILE, state)
 
     def load(self) -> int:
         """Continue a warm-up that was interrupted; returns the updates done, 0 if there is nothing to continue."""
