@@ -242,7 +242,7 @@ STUDIES = {
         "a policy, with the recipe and half of the world's steps, where validation questions choose among start and "
         "checkpoints.",
         worlds=("checked",),
-        seeds=(40, 41, 42),
+        seeds=(40, 41, 42, 43, 44),
         arms=tuple(
             at(arm, f"{share}", experts=share)
             for share in SHARES
