@@ -20,7 +20,7 @@ LAYERS = [
     (
         "training",
         "adversarial_config bridge config callbacks checkpoints discriminator failures monitor negatives penalties "
-        "rollouts trainer validation warmup watch",
+        "rollouts trainer update_plan validation warmup watch",
     ),
     (
         "applications",

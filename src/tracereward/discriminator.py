@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 from tracereward.adversarial_config import AdversarialConfig
-from tracereward.batching import Batch, hide_tokens, token_budget_batches
+from tracereward.batching import Batch, hide_tokens
 from tracereward.errors import RunFailed
 from tracereward.heads import subtracts_policy
 from tracereward.masks import after_first_difference, labels_from
@@ -28,9 +28,7 @@ from tracereward.negatives import Expert, Labelled, Recipe, ReplayBuffer, Rollou
 from tracereward.objectives import (
     bce,
     centre,
-    class_weights,
     limit_spectral_norm,
-    pair_weights,
     pairwise,
     sequence_scores,
     wasserstein,
@@ -39,6 +37,7 @@ from tracereward.penalties import gradient_penalties, r1_penalties
 from tracereward.reward_model import TokenRewardModel
 from tracereward.sharding import as_parts, clip_gradients, most, shard, whole
 from tracereward.shared_prompts import can_share_prompts, grouped_batches
+from tracereward.update_plan import Weights, passes, weigh
 
 LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
 HELD_OUT_ROLLOUTS = 128  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
@@ -200,62 +199,17 @@ class Discriminator:
         """
         config = self.config
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        is_expert = torch.tensor([trace.is_expert for trace in traces])
-        counts = torch.tensor([trace.counts for trace in traces])
-        groups = torch.tensor([trace.group for trace in traces])
-        in_pairs = pair_weights(is_expert, counts, groups)
-        weights = in_pairs if config.objective == "pairwise" else class_weights(is_expert, counts)
-        if config.objective == "wgan":
-            weights = 2 * weights  # E[policy] - E[expert], not its half
-        of_experts = (is_expert & counts).float() / (is_expert & counts).sum().clamp(min=1)
-        counted = [index for index in range(len(traces)) if counts[index]]
-        # A pair is compared in one forward pass: where the loss has pairs, a demonstration's traces stay together.
+        weights = weigh(traces, config.objective)
         paired = config.objective == "pairwise" or config.centre_penalty > 0
-        units: dict[int, list[int]] = {}
-        for index in counted:
-            units.setdefault(traces[index].group if paired else index, []).append(index)
-        mine = list(units.values())[rank::world]
-        longest = [max(len(traces[i].prompt) + len(traces[i].completion) for i in unit) for unit in mine]
-
-        sums = torch.zeros(7, device=self.model.device)
-        batches = token_budget_batches(longest, config.discriminator_token_budget, [len(unit) for unit in mine])
-        todo = [([index for unit in chosen for index in mine[unit]], 1.0) for chosen in batches]
+        todo = [(rows, 1.0) for rows in passes(traces, paired, config.discriminator_token_budget, rank, world)]
         if self.in_parts or subtracts_policy(config.head):  # as many passes as the others make, see `sharding`
-            todo += [(rows, 0.0) for rows in list(units.values())[:1]] * (most(len(todo)) - len(todo))
+            first = passes(traces, paired, config.discriminator_token_budget)[:1]
+            todo += [(rows, 0.0) for rows in first] * (most(len(todo)) - len(todo))
+        sums = torch.zeros(7, device=self.model.device)
         for rows, share in todo:
-            own = [traces[index] for index in rows]
-            batch = self.model.pack([t.prompt for t in own], [t.completion for t in own])
-            device = batch.input_ids.device
-            lengths, width = [len(t.completion) for t in own], batch.completion_mask.size(1)
-            differing = after_first_difference(lengths, [t.starts for t in own], width).to(device)
-            labels = labels_from([t.switch for t in own], width).to(device).bool()
-            position_weights = self.model.supervision(batch) * differing
-            logits, log_probs = self._logits(batch, rows)
-            expert = is_expert[rows].to(device)
-            own_positions = position_weights * (labels == expert[:, None])  # not the part before a perturbation
-            scores = sequence_scores(logits, own_positions)
-            if config.objective == "bce":
-                losses = bce(logits, position_weights, labels, config.label_smoothing)
-            elif config.objective == "pairwise":
-                losses = pairwise(scores, expert, groups[rows].to(device))
-            else:
-                losses = wasserstein(scores, expert)
-            loss = (losses * weights[rows].to(device)).sum()
-            if config.centre_penalty:
-                apart = centre(scores, expert, groups[rows].to(device))
-                loss = loss + config.centre_penalty * (apart * in_pairs[rows].to(device)).sum()
-            if config.expert_nll:
-                assert log_probs is not None
-                nll = -sequence_scores(log_probs, batch.completion_mask.float())
-                loss = loss + config.expert_nll * (nll * of_experts[rows].to(device)).sum()
+            loss, counted = self._loss([traces[index] for index in rows], rows, weights.of(rows, self.model.device))
             (share * loss).backward()
-            positions = own_positions > 0
-            right = positions & ((logits > 0) == expert[:, None])
-            perturbed = torch.tensor([t.is_perturbed for t in own], device=device)
-            sums[0] += share * loss.detach()
-            for place, kind in enumerate((expert, ~expert & ~perturbed, perturbed)):
-                sums[1 + 2 * place] += share * (kind[:, None] & right).sum()
-                sums[2 + 2 * place] += share * (kind[:, None] & positions).sum()
+            sums += share * torch.stack([loss.detach(), *counted])
         counting = [trace for trace in traces if trace.counts]
         if config.gradient_penalty:
             points = [self.random.random() for _ in traces]  # drawn by all ranks alike
@@ -265,6 +219,43 @@ class Discriminator:
             terms = r1_penalties(self.model, counting, config.discriminator_token_budget, rank, world)
             sums[0] += self._backward(terms, config.r1_penalty)
         return sums
+
+    def _loss(self, traces: Sequence[Labelled], rows: Sequence[int], weights: Weights) -> tuple[Tensor, list[Tensor]]:
+        """The loss of one pass, and its counts of positions in the order of `_accumulate`.
+
+        Args:
+            traces: of the pass.
+            rows: their places in the update.
+            weights: theirs.
+        """
+        config, expert = self.config, weights.is_expert
+        batch = self.model.pack([trace.prompt for trace in traces], [trace.completion for trace in traces])
+        device, width = batch.input_ids.device, batch.completion_mask.size(1)
+        lengths = [len(trace.completion) for trace in traces]
+        differing = after_first_difference(lengths, [trace.starts for trace in traces], width).to(device)
+        labels = labels_from([trace.switch for trace in traces], width).to(device).bool()
+        position_weights = self.model.supervision(batch) * differing
+        logits, log_probs = self._logits(batch, rows)
+        own_positions = position_weights * (labels == expert[:, None])  # not the part before a perturbation
+        scores = sequence_scores(logits, own_positions)
+        if config.objective == "bce":
+            losses = bce(logits, position_weights, labels, config.label_smoothing)
+        elif config.objective == "pairwise":
+            losses = pairwise(scores, expert, weights.groups)
+        else:
+            losses = wasserstein(scores, expert)
+        loss = (losses * weights.in_loss).sum()
+        if config.centre_penalty:
+            loss = loss + config.centre_penalty * (centre(scores, expert, weights.groups) * weights.in_pairs).sum()
+        if config.expert_nll:
+            assert log_probs is not None
+            nll = -sequence_scores(log_probs, batch.completion_mask.float())
+            loss = loss + config.expert_nll * (nll * weights.of_experts).sum()
+        positions = own_positions > 0
+        right = positions & ((logits > 0) == expert[:, None])
+        perturbed = torch.tensor([trace.is_perturbed for trace in traces], device=device)
+        kinds = (expert, ~expert & ~perturbed, perturbed)
+        return loss, [(kind[:, None] & some).sum() for kind in kinds for some in (right, positions)]
 
     def _logits(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The discriminator's logits of a batch, and log p_phi where the head reads it."""
