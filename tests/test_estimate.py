@@ -278,6 +278,11 @@ def test_a_sharded_discriminator(rank):
     trained, frozen = (L8.adapter(rank) + L8.hidden + 2, L8.weights) if rank else (L8.weights + L8.hidden + 2, 0)
     assert sum(discriminator_state(parts).values()) == pytest.approx((2 * frozen + 16 * trained) / gpus)
     assert policy_state(parts) == policy_state(whole)
+    start = 0 if rank else 4 * L8.weights
+    assert memory(parts)["frozen starting policy"] == pytest.approx(start / gpus)
+    assert memory(whole)["frozen starting policy"] == start
+    assert traffic(parts)["frozen starting policy"] == pytest.approx(2 * share * start)
+    assert traffic(whole)["frozen starting policy"] == 0
     layers = 2 * L8.layer_weights + L8.vocabulary * L8.hidden + L8.hidden
     updates = [memory(setup)["discriminator: update"] for setup in (parts, whole)]
     assert updates[0] - updates[1] == (2 if rank else 6) * layers

@@ -164,7 +164,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
         The number of processes, what each step logged, (prompt, completion) of each rollout of this process in each
         batch, and both models' weights at the start (unless they are spread) and at the end. Of all the policy's
         parameters, frozen ones too: the part that this process holds, and, on the main process, the whole; of the
-        discriminator's, how many weights this process holds, and of how many.
+        discriminator's and of the frozen start's, how many weights this process holds, and of how many.
     """
     settings, layout = RUNS[name]
     torch.set_num_threads(1)
@@ -225,6 +225,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     trainer.train()
     parameters = dict(trainer.policy.named_parameters())
     critic = dict(trainer.discriminator.model.named_parameters())
+    started = [] if trainer._starting_policy is None else list(trainer._starting_policy.parameters())
     return {
         "processes": trainer.accelerator.num_processes,
         "log": [row for row in trainer.state.log_history if "loss" in row],
@@ -234,6 +235,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
         "held": {name: local_part(parameter).detach().flatten() for name, parameter in parameters.items()},
         "whole": {name: tensor.flatten() for name, tensor in whole_weights(trainer).items() if name in parameters},
         "critic": {name: (local_part(parameter).numel(), parameter.numel()) for name, parameter in critic.items()},
+        "started": (sum(local_part(p).numel() for p in started), sum(p.numel() for p in started)),
         "gathered": sum(parameter.numel() for parameter in parameters.values() if hasattr(parameter, "ds_tensor")),
     }
 

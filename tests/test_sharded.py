@@ -108,8 +108,8 @@ def test_what_each_process_holds_of_the_policy(two, engine, name):
 
 
 @pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
-def test_what_each_process_holds_of_the_discriminator(two, engine):
-    """Half of it where it is in parts, whatever shares out the policy; else all."""
+def test_what_each_process_holds_of_the_discriminator_and_of_the_frozen_start(two, engine):
+    """Half of both where they are in parts, whatever shares out the policy; else all."""
     for name, (first, second) in two(engine).items():
         sizes = [sum(held for held, _ in run["critic"].values()) for run in (first, second)]
         total = sum(size for _, size in first["critic"].values())
@@ -119,6 +119,11 @@ def test_what_each_process_holds_of_the_discriminator(two, engine):
             assert max(sizes) < 0.51 * total
         else:
             assert sizes == [total, total]
+        of_start = {run["started"][1] for run in (first, second)}
+        assert of_start == ({0} if "LoRA" in name else {total})  # head implicit: the same model
+        for held, all_of_it in (run["started"] for run in (first, second)):
+            assert held <= (0.51 if name in IN_PARTS else 1) * all_of_it
+            assert held == all_of_it or name in IN_PARTS
 
 
 def test_a_discriminator_in_parts_is_whole_on_a_single_process(one):

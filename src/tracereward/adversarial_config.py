@@ -93,8 +93,8 @@ class DiscriminatorOptions:
     shard_discriminator: bool = field(
         default=False,
         metadata={
-            "help": "Over several processes each holds a part of the discriminator and of its optimiser's state "
-            "(FSDP2), where it is too large to be whole on each."
+            "help": "Over several processes each holds a part of the discriminator, of its optimiser's state and of "
+            "the frozen starting policy (FSDP2), where they are too large to be whole on each."
         },
     )
     discriminator_learning_rate: float = field(default=1e-5, metadata={"help": "AdamW learning rate of the warm-up."})

@@ -86,7 +86,8 @@ class Setup:
         discriminator: its shape; the policy's if None.
         discriminator_rank: of its LoRA; the policy's if None.
         shared_base: two adapters on one base; needs LoRA for both, one shape, and DDP.
-        shard_discriminator: by FSDP2, each GPU holds a part of it, whatever shares out the policy.
+        shard_discriminator: by FSDP2, each GPU holds a part of it and of the frozen start, whatever shares out the
+            policy.
         frozen_start: reward form `logit_plus_logprob`: without LoRA a frozen copy of the starting policy.
         prompt: tokens.
         completion: tokens.
@@ -245,6 +246,11 @@ def discriminator_state(setup: Setup) -> dict[str, float]:
     }
 
 
+def frozen_start(setup: Setup) -> int:
+    """The starting policy in float32, where it is not the policy without its adapter."""
+    return FLOAT32 * setup.policy.weights if setup.frozen_start and not setup.rank else 0
+
+
 def memory(setup: Setup) -> dict[str, float]:
     """Bytes of each part on one GPU, and their peak: all that stays, and the larger of the two updates.
 
@@ -258,7 +264,7 @@ def memory(setup: Setup) -> dict[str, float]:
         "policy: weights": policy["weights"],
         "policy: gradients, optimiser": policy["gradients"] + policy["optimiser"],
         "policy: gathered layers": gathered(setup),
-        "frozen starting policy": FLOAT32 * setup.policy.weights if setup.frozen_start and not setup.rank else 0,
+        "frozen starting policy": frozen_start(setup) / (setup.gpus if setup.shard_discriminator else 1),
         "discriminator: weights": discriminator["weights"],
         "discriminator: rest of its state": sum(discriminator.values()) - discriminator["weights"],
     }
@@ -310,6 +316,7 @@ def traffic(setup: Setup) -> dict[str, float]:
         "policy: gradients": gradients,
         "policy: weights": weights,
         "policy: weights, to score": scored * whole if setup.sharded and setup.rank and setup.frozen_start else 0.0,
+        "frozen starting policy": scored * all_gather(frozen_start(setup), gpus) if setup.shard_discriminator else 0.0,
         "policy: weights, for vLLM": whole if setup.sharded else 0.0,
         "discriminator: gradients": updates * (all_gather if setup.shard_discriminator else all_reduce)(learned, gpus),
         "discriminator: weights": (2 * updates + scored) * all_gather(frozen + learned, gpus)

@@ -45,7 +45,7 @@ from tracereward.shaping import (
     token_advantages,
     whiten,
 )
-from tracereward.sharding import frozen_copy, is_spread
+from tracereward.sharding import frozen_copy, is_spread, shard
 from tracereward.tasks import Task
 from tracereward.warmup import DISCRIMINATOR_FILE, WarmUp
 from tracereward.watch import FailureWatch, better_than_start, score_of
@@ -140,6 +140,10 @@ class AdversarialTrainer(RolloutTrainer):
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
         self.discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
+        if self._starting_policy is not None:
+            self._starting_policy.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
+            if self.discriminator.in_parts:
+                shard(self._starting_policy)
         self.perturbed_pairs = perturbed_pairs(experts, held_out, self.discriminator.perturbed, args.seed)
         self._rewards: list[Tensor] = []
         self._whitening: tuple[Tensor, Tensor] | None = None
@@ -303,7 +307,7 @@ class AdversarialTrainer(RolloutTrainer):
         if isinstance(policy, PeftModel):
             yield AdapterView(policy, None).eval()
         else:
-            yield None if self._starting_policy is None else self._starting_policy.to(self.accelerator.device)
+            yield self._starting_policy
 
     @contextlib.contextmanager
     def _evaluated(self) -> Iterator[nn.Module]:

@@ -286,16 +286,15 @@ STUDIES = {
     ),
     "multihop": Study(
         "Does the reward help more where reasoning is longer?",
-        "World `hops`: 2 to 6 facts of the prompt are looked up one after another; what the pretrained policy half "
-        "remembers it reads backwards, sure of itself, and goes on from there. Each hop is a chance to go wrong: their "
-        "number is the difficulty. SFT is tuned over learning rates and lengths on validation questions; "
-        "the same questions choose between the start and four checkpoints where GRPO trains, which also has 3,000 "
-        "prompts without traces. With the verifier it uses gold answers: the upper bound. The frozen reward is trained "
-        "on rollouts drawn once. As in `misconception` nothing but a wrong value gives a mistake away, and options are "
-        "what the study of the objective chose there (R1 penalty 1, learning rate 3e-4). In "
-        "seeds 50, 52 and 54 so small a model never learned to look a fact up (SFT answers 12 or 13 % right), in 51 "
-        "half, and in 53 all but what it half remembers: intervals of accuracies are wide, those of differences are "
-        "not.",
+        "World `hops`: a question asks 2 to 6 facts, which are known by heart, one after another, each of what the "
+        "last gave. From a third of the numbers the pretrained policy mostly goes one too far, sure of itself, and "
+        "goes on from there. Each hop is a chance to go wrong: their number is the difficulty. SFT is tuned over "
+        "learning rates and lengths on validation questions; the same questions choose between the start and four "
+        "checkpoints where GRPO trains, which also has 3,000 prompts without traces. With the verifier it uses gold "
+        "answers: the upper bound. The frozen reward is trained on rollouts drawn once. As in `misconception` nothing "
+        "but a wrong value gives a mistake away, and options are what the study of the objective chose there (R1 "
+        "penalty 1, learning rate 3e-4). An earlier `hops`, whose facts stood in the prompt, was given up: in most "
+        "seeds so small a model never learned to look them up.",
         worlds=("hops",),
         seeds=(50, 51, 52, 53, 54),
         recipe=R1_RECIPE,
