@@ -308,6 +308,59 @@ def refused(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def ran(monkeypatch, capsys):
+    """`ran(word, ...)` runs the command line in this process; what it said."""
+
+    def run(*argv: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert ended.value.code == 0, captured.err
+        return captured.err
+
+    return run
+
+
+@pytest.mark.parametrize("words", [["--guide", "beam", "--beam", 2, "--expansions", 2], ["--guide", "tilt", "-n", 2]])
+def test_guided_samples_go_on_where_they_were_cut_off(bench, ran, tmp_path, words):
+    """In chunks of one question; a question whose rows may not all be there is drawn again, to the same text."""
+    common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12, "--batch-size", 2]
+    words = ["sample", bench.model, *common, "--reward-model", bench.reward_model, *words, "-o"]
+    ran(*words, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 6
+    for written, done in ((0, 0), (1, 0), (3, 1), (4, 1), (5, 2), (6, 2)):
+        output = tmp_path / f"{written}.jsonl"
+        tail = lines[written][:20] if written < 6 else b""
+        output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + tail)
+        assert f"going on after {done} questions" in ran(*words, output, "--resume")
+        assert output.read_bytes() == whole, written
+    assert "is finished" in ran(*words, tmp_path / "whole.jsonl", "--resume")
+
+
+def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
+    """In chunks of two; the threshold is that of all rows, and the last sentence counts all of them."""
+    data = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12]
+    ran("sample", bench.model, *data, "-n", 2, "-o", tmp_path / "samples.jsonl")
+    words = ["correct", bench.model, tmp_path / "samples.jsonl", "--reward-model", bench.reward_model]
+    words += ["--max-new-tokens", 12, "--share", 0.5, "--batch-size", 4, "-k", 2, "--rounds", 1, "-o"]
+    said = ran(*words, tmp_path / "whole.jsonl").splitlines()[-1]
+    assert "6 traces, " in said
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for written, done in ((1, 0), (2, 2), (5, 4), (6, 6)):
+        output = tmp_path / f"{written}.jsonl"
+        output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + b'{"torn')
+        resumed = ran(*words, output, "--resume").splitlines()
+        assert f"going on after {done} rows" in resumed[0]
+        assert resumed[-1] == said
+        assert output.read_bytes() == whole, written
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -315,7 +368,7 @@ def refused(monkeypatch, capsys):
         (["--guide", "beam", "--alpha", 2], "--alpha is of --guide tilt, not of beam"),
         (["--guide", "beam", "-n", 2], "-n is of --guide reject and tilt, not of beam"),
         (["--guide", "tilt", "--top-k", 2, "--beam", 3], "--beam is of --guide beam, not of tilt"),
-        (["--guide", "reject", "--resume", "-o", "x"], "--guide has no --resume"),
+        (["--guide", "reject", "--resume"], "--resume needs --output"),
         (["--guide", "tilt", "--temperature", 0], "at temperature 0 all draws are the same: --guide tilt would draw 8"),
         (["--guide", "tilt", "--template", "chat"], "was trained on prompts by --template plain, not chat"),
         (["--beam", 3], "need --guide"),

@@ -14,7 +14,7 @@ import typer.core
 
 from tracereward import __version__
 from tracereward.cli_evaluate import suites
-from tracereward.cli_reward import commands, say
+from tracereward.cli_reward import commands, left_of, say
 from tracereward.cli_serve import server
 from tracereward.errors import InputError, Interrupted, RunFailed
 
@@ -129,11 +129,14 @@ def sample(
     beside["top_k"] = top_k
     done = 0
     if guide is not None:
-        from tracereward.guided_rows import guide_options, guided_rows
+        from tracereward.guided_rows import finished_guided, guide_options, guided_rows
 
-        if reward_model is None or resume:
-            raise InputError("--guide needs --reward-model" if reward_model is None else "--guide has no --resume")
+        if reward_model is None:
+            raise InputError("--guide needs --reward-model")
         given = guide_options(guide, {"n": n, **beside})
+        if resume and (part := left_of(output)):
+            done = finished_guided(part, guide, given, batch_size)
+            say(f"going on after {done} questions")
         chunks = guided_rows(
             model,
             reward_model,
@@ -150,22 +153,15 @@ def sample(
             template,
             batch_size,
             reference,
+            done,
         )
     else:
         if any(value is not None for value in (reward_model, reference, *beside.values())):
             raise InputError("--reward-model, --reference and the options of beam, reject and tilt need --guide")
         n = n or 8
-        if resume:
-            if output is None:
-                raise InputError("--resume needs --output")
-            part = Path(output + ".part")
-            size = max(1, batch_size // n)
-            if Path(output).is_file() and not part.exists():
-                say(f"{output} is finished")
-                return
-            if part.is_file():
-                done = finished_questions(part, n, size)
-                say(f"going on after {done} questions")
+        if resume and (part := left_of(output)):
+            done = finished_questions(part, n, max(1, batch_size // n))
+            say(f"going on after {done} questions")
         chunks = sample_rows(
             model, data, task, n, max_new_tokens, temperature, top_p, seed, limit, split, template, batch_size, done
         )

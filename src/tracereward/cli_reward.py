@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,17 @@ Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pi
 def say(text: str) -> None:
     """A line for the person who watches; stdout is for data."""
     print(text, file=sys.stderr, flush=True)
+
+
+def left_of(output: str | None) -> Path | None:
+    """What an interrupted command left of its --output; None if nothing. Ends the command where all of it is there."""
+    if output is None:
+        raise InputError("--resume needs --output")
+    part = Path(output + ".part")
+    if Path(output).is_file() and not part.exists():
+        say(f"{output} is finished")
+        raise typer.Exit
+    return part if part.is_file() else None
 
 
 @commands.command()
@@ -82,16 +93,9 @@ def score(
     if count == 0:
         raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
     done = 0
-    if resume:
-        if output is None:
-            raise InputError("--resume needs --output")
-        part = Path(output + ".part")
-        if Path(output).is_file() and not part.exists():
-            say(f"{output} is finished")
-            return
-        if part.is_file():
-            done = finished_rows(part)
-            say(f"going on after {done} rows")
+    if resume and (part := left_of(output)):
+        done = finished_rows(part)
+        say(f"going on after {done} rows")
     reward_model = load_scorer(model, engine)
     others = [load_beside(reward_model, other) for other in (reference, policy)]
     rows = candidate_rows(data, split, None if skipped is None else [])
@@ -191,15 +195,19 @@ def correct(
     batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
     reference: Reference = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
 ) -> None:
     """Cut traces before their first suspected step, draw on from there, keep what the reward prefers."""
-    from tracereward.guided_rows import corrected_rows, correction_summary
+    from tracereward.guided_rows import corrected_rows, correction_summary, finished_corrections
     from tracereward.pool import rows_to, write_row
 
-    drawing = (max_new_tokens, temperature, top_p, seed, batch_size, reference)
+    done: list[dict[str, Any]] = []
+    if resume and (part := left_of(output)):
+        done = finished_corrections(part, batch_size, k)
+        say(f"going on after {len(done)} rows")
+    drawing = (max_new_tokens, temperature, top_p, seed, batch_size, reference, len(done))
     chunks = corrected_rows(model, data, reward_model, rounds, k, suspect, threshold, share, task, *drawing)
-    done = []
-    with rows_to(output) as file:
+    with rows_to(output, append=resume) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)

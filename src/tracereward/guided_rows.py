@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from tracereward import decode
 from tracereward.correct import lowest_steps, self_correct, threshold_of
 from tracereward.demonstrations import render
 from tracereward.errors import InputError, check_choice
+from tracereward.files import read_jsonl, write_jsonl
 from tracereward.guide import Guide, Guided, check_tokenizers
 from tracereward.log_probs import LogProbs
 from tracereward.models import check_model, load_tokenizer, local_folder, pad_id
@@ -58,6 +60,27 @@ def run_guide(guide: Guide, method: str, prompts: Sequence[str], options: dict[s
 def traces_at_once(method: str, options: dict[str, Any]) -> int:
     """Traces of one prompt that are drawn together."""
     return options["beam"] * options["expansions"] if method == "beam" else options["n"]
+
+
+def chunk_size(method: str, options: dict[str, Any], batch_size: int) -> int:
+    """Questions that are guided together."""
+    return max(1, batch_size // traces_at_once(method, options))
+
+
+def finished_guided(part: Path, method: str, options: dict[str, Any], batch_size: int) -> int:
+    """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
+    rows, size = read_jsonl(part), chunk_size(method, options, batch_size)
+    whole = rows[-1]["question"] // size * size if rows else 0  # a question may have fewer traces than were asked for
+    write_jsonl(part, [row for row in rows if row["question"] < whole])
+    return whole
+
+
+def finished_corrections(part: Path, batch_size: int, k: int) -> list[dict[str, Any]]:
+    """Rows of the whole chunks in an unfinished output; those behind them are removed from it."""
+    rows, size = read_jsonl(part), max(1, batch_size // k)
+    whole = rows[: len(rows) // size * size]
+    write_jsonl(part, whole)
+    return whole
 
 
 def check_template(reward_model: str, template: str) -> None:
@@ -120,8 +143,11 @@ def guided_rows(
     template: str = "plain",
     batch_size: int = 64,
     reference: str | None = None,
+    done: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
     """Guided completions of a set's prompts: rows as `pool.sample_rows` makes them, with reward and sampled_tokens.
+
+    The first `done` questions, whole chunks of them, are left out.
 
     Yields:
         For each chunk of questions its rows; those of a question stand together, by reward from the highest.
@@ -136,8 +162,8 @@ def guided_rows(
     rows, prompts, tokenizer = load_questions(model, data, task_name, limit, split, template)
     given = {"temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size}
     guide = load_guide(model, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
-    size = max(1, batch_size // at_once)
-    for start in range(0, len(prompts), size):
+    size = chunk_size(method, options, batch_size)
+    for start in range(done, len(prompts), size):
         found = run_guide(guide, method, prompts[start : start + size], options)
         yield [
             {
@@ -167,6 +193,7 @@ def corrected_rows(
     seed: int = 0,
     batch_size: int = 64,
     reference: str | None = None,
+    done: int = 0,
 ) -> Iterator[list[dict[str, Any]]]:
     """Rows with a prompt and a completion, self-corrected; see `correct.self_correct`.
 
@@ -181,6 +208,7 @@ def corrected_rows(
         task_name: recipe that checks answers; None: the reward model's.
         max_new_tokens: length limit of a trace.
         temperature, top_p, seed, batch_size, reference: see `Guide`.
+        done: first rows, whole chunks of them, that are left out.
 
     Yields:
         For each chunk its rows: question and answer as given, prompt, completion, extracted, correct and correct_before
@@ -225,7 +253,7 @@ def corrected_rows(
         lowest = lowest_steps(detector, [ids for ids, _ in encoded], [ids for _, ids in encoded])
         threshold = threshold_of(lowest, share)
     cut_under = threshold or 0.0
-    pairs = iter(zip(rows, encoded, strict=True))
+    pairs = iter(list(zip(rows, encoded, strict=True))[done:])
     while chunk := list(islice(pairs, max(1, batch_size // k))):
         asked = [prompt for _, (prompt, _) in chunk]
         traces = [trace for _, (_, trace) in chunk]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from tracereward.alignment import join_steps
 from tracereward.demonstrations import load_demonstrations, render
 from tracereward.errors import InputError, RunFailed, check_choice
-from tracereward.files import DISK_FULL, read_jsonl
+from tracereward.files import DISK_FULL, read_jsonl, write_jsonl
 from tracereward.models import check_model, load_tokenizer, same_tokenizer
 from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
@@ -178,9 +178,7 @@ def finished_questions(part: Path, n: int, chunk: int) -> int:
     """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
     rows = read_jsonl(part)
     whole = len(rows) // (n * chunk) * chunk
-    with open(part, "w", encoding="utf-8") as file:
-        for row in rows[: whole * n]:
-            write_row(file, row)
+    write_jsonl(part, rows[: whole * n])
     return whole
 
 
