@@ -179,8 +179,8 @@ def tune_sft(site: Site) -> None:
 
 def continue_sft(site: Site, arm: str, choose: bool = False) -> None:
     """The same SFT continued from ``sft`` for as many steps as GRPO takes."""
-    steps = site.world.grpo["max_steps"]
-    train_sft(site, arm, "sft", {**site.sft, "max_steps": steps, **saves(steps, choose)}, choose=choose)
+    given = {**site.sft, "max_steps": site.world.grpo["max_steps"]}
+    train_sft(site, arm, "sft", {**given, **saves(given, choose)}, choose=choose)
 
 
 def data_of(site: Site, part: str, choose: bool) -> DataArguments:
@@ -189,9 +189,15 @@ def data_of(site: Site, part: str, choose: bool) -> DataArguments:
     return DataArguments(task=TASK, dataset_name=str(site.data(part)), validation_dataset_name=validation)
 
 
-def saves(steps: int, choose: bool) -> dict[str, int]:
-    """Four checkpoints to choose from, or the last alone."""
-    return {"save_steps": max(1, steps // 4)} if choose else {}
+def saves(given: dict[str, Any], choose: bool) -> dict[str, Any]:
+    """Four checkpoints to choose from, each behind the last step on a batch of rollouts; or the last alone."""
+    if not choose:
+        return {}
+    on_a_batch = max(1, given.get("steps_per_generation", 1) // given.get("gradient_accumulation_steps", 1))
+    return {
+        "save_strategy": "steps",
+        "save_steps": max(1, math.ceil(given["max_steps"] / 4 / on_a_batch)) * on_a_batch,
+    }
 
 
 def prompts(site: Site, unlabeled: int | None = None, choose: bool = False) -> DataArguments:
@@ -210,7 +216,7 @@ def prompts(site: Site, unlabeled: int | None = None, choose: bool = False) -> D
 def train_grpo(site: Site, arm: str, reward: str, choose: bool = False) -> None:
     """GRPO from ``sft`` on a given reward: ``logprob`` or ``logratio`` (controls), or ``verifier`` (upper)."""
     base = str(site.policy(site.start)) if reward == "logratio" else None
-    given = {**site.world.grpo, **saves(site.world.grpo["max_steps"], choose)}
+    given = {**site.world.grpo, **saves(site.world.grpo, choose)}
     config = RewardConfig(**site.options(arm, given), reward=reward, base_model=base)
     run_grpo(
         prompts(site, choose=choose),
@@ -229,7 +235,7 @@ def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
     """
     given = {**site.world.grpo, **options}
     unlabeled, start, choose = given.pop("unlabeled", None), given.pop("start", "sft"), given.pop("choose", False)
-    given |= saves(given["max_steps"], choose)
+    given |= saves(given, choose)
     for name in MODEL_OPTIONS:
         if given.get(name) is not None:
             given[name] = str(site.policy(site.start if given[name] == "base" else given[name]))

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from tracereward.errors import check_choice
+from tracereward.errors import InputError, check_choice
 from tracereward.studies.cells import BY_REWARD, Cell
 from tracereward.studies.worlds import RECIPE, WORLDS, World
+from tracereward.tasks.arithmetic import MISTAKE_RATES
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,16 @@ class Study:
     def cells(self, worlds: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Cell]:
         """One cell for each world, arm and seed.
 
+        Args:
+            worlds: any whose parts the arms need; None for the study's.
+            seeds: None for the study's.
+
         Raises:
-            InputError: a world that the study does not have.
+            InputError: there is no such world, or it lacks a part.
         """
-        chosen = [WORLDS[check_choice("world", world, self.worlds)] for world in worlds or self.worlds]
+        chosen = [WORLDS[check_choice("world", world, WORLDS)] for world in worlds or self.worlds]
+        for world in chosen:
+            self._check(world)
         if self.steps is not None:
             chosen = [replace(world, grpo={**world.grpo, "max_steps": self.steps}) for world in chosen]
         return [
@@ -88,6 +95,14 @@ class Study:
             if world.pretraining or not arm.needs_base
             for seed in seeds or self.seeds[: arm.seeds]
         ]
+
+    def _check(self, world: World) -> None:
+        """Refuse a world that lacks what an arm needs."""
+        if world.model is not None and any(arm.backbone for arm in self.arms):
+            raise InputError(f"world {world.name}: this study pretrains its backbones, and that world has no corpus")
+        if world.name not in MISTAKE_RATES and any(arm.corrupt for arm in self.arms):
+            known = ", ".join(MISTAKE_RATES)
+            raise InputError(f"world {world.name}: this study has wrong experts, which the worlds {known} have")
 
 
 def irl(name: str, **options: Any) -> Arm:

@@ -23,9 +23,10 @@ def run_study(
 
     Args:
         name: one of `STUDIES`.
-        worlds: those of the study to run; None for all.
+        worlds: None for the study's. With others the page and the folder are named after them too.
         seeds: None for the study's.
-        results: folder of ``NAME.md``, ``NAME.png`` and ``NAME/``, which holds the cells.
+        results: folder of ``NAME.md``, ``NAME.png`` and ``NAME/``, which holds the cells; with worlds that are not the
+            study's ``NAME-WORLD``.
         work: folder of policies and reward models, shared by studies.
         jobs: processes.
         quick: one seed and a tenth of the steps; the page and its cells go to ``results/quick``.
@@ -41,10 +42,11 @@ def run_study(
     if quick:
         results, seeds = results / "quick", seeds or study.seeds[:1]
     cells = study.cells(worlds, seeds)
-    rows = run_cells(Place(work, results / name, quick), cells, jobs)
+    stem = "-".join([name, *(world for world in worlds or () if world not in study.worlds)])
+    rows = run_cells(Place(work, results / stem, quick), cells, jobs)
     given = [f"--world {world}" for world in worlds or ()] + [f"--seed {seed}" for seed in seeds or ()]
     command = " ".join(["tracereward study", name, *given, *(["--quick"] if quick else [])])
-    page = results / f"{name}.md"
+    page = results / f"{stem}.md"
     write_page(page, study.title, study.question, command, rows)
     note(f"page: {page}")
     return page
