@@ -185,101 +185,92 @@ def test_experts_are_never_in_doubt(world):
         assert checks == [row["prompt"].count(" - ") for row in rows]
 
 
-def links_of(prompt: str) -> tuple[dict[str, str], str, int]:
-    """Facts, start and hops of a question of ``hops``."""
-    *facts, last = prompt.removesuffix("\n").split("\n")
-    found = re.fullmatch(r"(\d+) \* (\d+) = \?", last)
-    assert found is not None
-    return dict(fact.split(" = ") for fact in facts), found[1], int(found[2])
+def walked(after: dict[int, int], number: int, places: int) -> int:
+    """The number so many places behind another, one place at a time."""
+    for _ in range(places):
+        number = after[number]
+    return number
 
 
-def pairs_of(completion: str) -> list[tuple[str, str]]:
-    """Both numbers of each line but the last."""
-    return [(line.split(" = ")[0], line.split(" = ")[1]) for line in completion.split("\n")[:-1]]
+@pytest.fixture(scope="module")
+def after() -> dict[int, int]:
+    """The number behind each, as experts of ``hops`` know it: from the lines that go one place."""
+    lines = [line for row in generate("hops", 3000, seed=3) for line in parse_lines(row["completion"])]
+    return {number: result for _, number, _, places, result in lines if places == 1}
 
 
-def test_facts_are_one_circle_in_random_order():
-    starts = []
-    for row in generate("hops", 400, seed=3):
-        facts, start, depth = links_of(row["prompt"])
-        assert depth == hops.depth_of(row["prompt"])
-        number, seen = start, []
-        while number not in seen:
-            seen.append(number)
-            number = facts[number]
-        assert number == start
-        assert set(seen) == facts.keys()
-        assert len(seen) == 7
-        starts.append(list(facts).index(start))
-    assert {starts.count(place) > 25 for place in range(7)} == {True}  # 57 each, with a spread of 7
+def test_numbers_stand_in_one_circle(after):
+    number, seen = 0, []
+    while number not in seen:
+        seen.append(number)
+        number = after[number]
+    assert number == 0
+    assert sorted(seen) == list(range(41))
+    assert seen != list(range(41))
 
 
-def test_experts_follow_the_facts_and_no_number_comes_twice():
+def test_experts_go_on_from_each_hop_and_never_go_too_far(after):
     rows = generate("hops", 1000, seed=4)
-    depths = [links_of(row["prompt"])[2] for row in rows]
+    depths = [hops.depth_of(row["prompt"]) for row in rows]
     assert set(depths) == {2, 3, 4, 5, 6}
     assert min(depths.count(depth) for depth in set(depths)) > 150  # 200 each, with a spread of 13
     for row, depth in zip(rows, depths):
-        facts, number, _ = links_of(row["prompt"])
-        pairs = pairs_of(row["completion"])
-        assert len(pairs) == depth
-        for left, right in pairs:
-            assert (left, facts[left]) == (number, right)
-            number = right
+        number, *asked = map(int, row["prompt"].removesuffix(" = ?\n").split(" * "))
+        lines = parse_lines(row["completion"])
+        assert len(lines) == len(asked) == depth
+        assert all(1 <= places <= 9 for places in asked)
+        for (_, left, operator, places, result), wanted in zip(lines, asked):
+            assert (left, operator, places) == (number, "*", wanted)
+            number = walked(after, number, places)
+            assert result == number
         assert row["completion"].endswith(f"#### {number}")
-        assert row["answer"] == number
-        assert len({pairs[0][0], *(right for _, right in pairs)}) == depth + 1
+        assert row["answer"] == str(number)
         assert hops.first_wrong_line(row["prompt"], row["completion"]) is None
 
 
-def test_a_mistaken_hop_reads_its_link_backwards_where_three_divides_the_number():
+def test_a_mistaken_hop_goes_one_place_too_far_from_numbers_that_three_divides(after):
     """With mistake rate 1 all and only these; the chain goes on from there, and the answer is then never right."""
     wrong = 0
     for row in generate("hops", 1000, seed=5, mistake_rate=1.0, unique=False):
-        facts, number, depth = links_of(row["prompt"])
-        pairs, back = pairs_of(row["completion"]), []
-        for left, right in pairs:
-            assert left == number
-            back.append(facts[right] == left)
-            assert back[-1] == (int(left) % 3 == 0)
-            assert back[-1] or facts[left] == right
-            number = right
+        start, *asked = map(int, row["prompt"].removesuffix(" = ?\n").split(" * "))
+        number, far = start, []
+        for (_, left, _, places, result), wanted in zip(parse_lines(row["completion"]), asked, strict=True):
+            assert (left, places) == (number, wanted)
+            far.append(left % 3 == 0)
+            number = walked(after, left, places + far[-1])
+            assert result == number
         assert row["completion"].endswith(f"#### {number}")
-        assert TASKS["arithmetic"].verify(row["completion"], row["answer"]) == (not any(back))
-        assert hops.first_wrong_line(row["prompt"], row["completion"]) == (back.index(True) if any(back) else None)
-        true = links_of(row["prompt"])[1]
-        for _ in range(depth):
-            true = facts[true]
-        assert row["answer"] == true
-        wrong += any(back)
-    # 14 of 41 numbers are affected: d different ones have one with 1 - C(27, d) / C(41, d), .57 to .93, mean .79.
-    assert abs(wrong / 1000 - 0.79) < 0.052
+        assert row["answer"] == str(walked(after, start, sum(asked)))
+        assert TASKS["arithmetic"].verify(row["completion"], row["answer"]) == (not any(far))
+        assert hops.first_wrong_line(row["prompt"], row["completion"]) == (far.index(True) if any(far) else None)
+        wrong += any(far)
+    # 14 of 41 numbers are affected: of d independent ones, one is with 1 - (27 / 41)^d, .57 to .92, mean .77.
+    assert abs(wrong / 1000 - 0.77) < 0.06
 
 
-def test_the_mistake_rate_of_hops():
+def test_the_mistake_rate_of_hops(after):
     """First lines only: whether they are mistaken does not depend on others."""
     rows = generate("hops", 4000, seed=6, mistake_rate=0.6, unique=False)
-    first = [(links_of(row["prompt"])[0], *pairs_of(row["completion"])[0]) for row in rows]
-    affected = [facts[right] == left for facts, left, right in first if int(left) % 3 == 0]
+    first = [parse_lines(row["completion"])[0] for row in rows]
+    affected = [walked(after, left, places) != result for _, left, _, places, result in first if left % 3 == 0]
     assert abs(len(affected) / 4000 - 14 / 41) < 0.03
     assert abs(sum(affected) / len(affected) - 0.6) < 0.055
 
 
 def test_the_first_wrong_line_by_hand():
-    """5 leads to 9, 9 to 2, 2 to 5 (a circle of three will do)."""
-    prompt = "9 = 2\n5 = 9\n2 = 5\n5 * 2 = ?\n"
+    """20 is the second behind 5, and 4 the fourth behind 20."""
     for completion, wrong in (
-        ("5 = 9\n9 = 2\n#### 2", None),
-        ("5 = 2\n2 = 5\n#### 5", 0),
-        ("5 = 9\n9 = 5\n#### 5", 1),
-        ("5 = 9\n9 = 2\n#### 9", 2),
-        ("5 = 9\n#### 9", 1),  # stops early
-        ("5 = 9\n9 = 2\n2 = 5\n#### 5", 2),  # goes on too long
-        ("5 = 9\n9 = 2", 2),  # cut off: the line that is missing
-        ("5 = 9\n9 = 2\n#### 2\n#### 2", 3),
+        ("5 * 2 = 20\n20 * 4 = 4\n#### 4", None),
+        ("5 * 2 = 9\n9 * 4 = 4\n#### 4", 0),
+        ("5 * 2 = 20\n20 * 4 = 34\n#### 34", 1),
+        ("5 * 2 = 20\n20 * 4 = 4\n#### 5", 2),
+        ("5 * 2 = 20\n#### 20", 1),  # stops early
+        ("5 * 2 = 20\n20 * 4 = 4\n4 * 1 = 34\n#### 34", 2),  # goes on too long
+        ("5 * 2 = 20\n20 * 4 = 4", 2),  # cut off: the line that is missing
+        ("5 * 2 = 20\n20 * 4 = 4\n#### 4\n#### 4", 3),
         ("", 0),
     ):
-        assert hops.first_wrong_line(prompt, completion) == wrong, completion
+        assert hops.first_wrong_line("5 * 2 * 4 = ?\n", completion) == wrong, completion
 
 
 def test_answers_stay_true_in_a_mistaken_corpus():

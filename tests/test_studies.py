@@ -171,7 +171,11 @@ def mean_log_prob(model, tokenizer, row) -> float:
 def test_cells_of_hops_are_also_judged_by_depth(tmp_path):
     """Every question is of one depth, and what holds for all samples is the mean over depths."""
     world = dataclasses.replace(
-        WORLD, name="hops", pretraining={**WORLD.pretraining, "max_steps": 4}, sft_grid=WORLD.sft_grid[:1]
+        WORLD,
+        name="hops",
+        completion=44,
+        pretraining={**WORLD.pretraining, "max_steps": 4},
+        sft_grid=WORLD.sft_grid[:1],
     )
     world = dataclasses.replace(world, grpo={**world.grpo, "max_steps": 2})
     place = Place(tmp_path / "work", tmp_path / "cells", fast=True)
@@ -180,7 +184,7 @@ def test_cells_of_hops_are_also_judged_by_depth(tmp_path):
     assert result == json.loads((tmp_path / "cells" / "hops--IRL--0.json").read_text())
     [path] = (tmp_path / "work").glob("hops-0-*/samples/sft-validation-2.jsonl")
     prompts = {row["prompt"] for row in read_jsonl(path)}
-    asked = [int(prompt.split(" * ")[1].split(" ")[0]) for prompt in prompts]
+    asked = [len(prompt.split(" * ")) - 1 for prompt in prompts]
     questions = {hops: of["ranking"]["questions"] for hops, of in result["depth"].items()}
     assert questions == {str(hops): asked.count(hops) for hops in sorted(set(asked))}
     wrong = sum(of["localisation"]["wrong"] for of in result["depth"].values())
@@ -190,8 +194,9 @@ def test_cells_of_hops_are_also_judged_by_depth(tmp_path):
         assert by_depth == pytest.approx(result["ranking"]["accuracy"][label][0] * len(prompts))
 
 
-CIRCLE = "9 = 2\n5 = 9\n2 = 5\n5 * {} = ?\n"
-"""5 leads to 9, 9 to 2, 2 to 5."""
+PROMPTS = {2: "5 * 2 * 4 = ?\n", 3: "5 * 2 * 4 * 1 = ?\n"}
+LINES = ["5 * 2 = 20", "20 * 4 = 4", "4 * 1 = 34"]
+"""What an expert writes there."""
 
 
 def trace(hops: int, completion: str, rewards: list[float], log_probs: list[float], correct: bool) -> tuple[dict, list]:
@@ -199,23 +204,25 @@ def trace(hops: int, completion: str, rewards: list[float], log_probs: list[floa
     lines = completion.split("\n")
     ends, token_rewards, token_log_probs = [], [], []
     for line, reward, log_prob in zip(lines, rewards, log_probs, strict=True):
-        tokens = 3 if line.startswith("#") else 4  # 5, =, 9 and the line break, or ####, 9 and the end
+        tokens = 3 if line.startswith("#") else 6  # 5, *, 2, =, 20 and the line break, or ####, 4 and the end
         ends += [False] * (tokens - 1) + [True]
         spread = [-2.0, 2.0] + [0.0] * (tokens - 2)
         token_rewards += [reward + by for by in spread]
         token_log_probs += [log_prob - by for by in spread]
-    row = {"prompt": CIRCLE.format(hops), "completion": completion, "correct": correct, "step_ends": ends}
+    row = {"prompt": PROMPTS[hops], "completion": completion, "correct": correct, "step_ends": ends}
     return {**row, "token_rewards": token_rewards, "logprob": -1.0, "reward": sum(rewards)}, token_log_probs
 
 
 def test_localisation_of_the_first_wrong_line_by_hand():
     """Wrong at the lines 0, 1 and 2 of 3; the reward is lowest at 0, at 0 and 1 alike, and at 2: 5/6 are found."""
     rows = [
-        trace(2, "5 = 2\n2 = 5\n#### 5", [-1.0, 0.5, 0.5], [-0.5, -0.1, -2.0], correct=False),
-        trace(2, "5 = 9\n9 = 5\n#### 5", [-1.0, -1.0, 0.5], [-0.1, -0.2, -0.1], correct=False),
-        trace(2, "5 = 9\n9 = 2\n#### 9", [0.5, 0.5, -1.0], [-0.1, -0.2, -3.0], correct=False),
-        trace(2, "5 = 9\n9 = 2\n#### 2", [-9.0, 0.5, 0.5], [-0.1, -0.2, -0.1], correct=True),
-        trace(2, "5 = 9\n9 = 2", [-9.0, 0.5], [-0.1, -0.2], correct=False),  # its wrong line is the missing one
+        trace(2, "5 * 2 = 9\n9 * 4 = 4\n#### 5", [-1.0, 0.5, 0.5], [-0.5, -0.1, -2.0], correct=False),
+        trace(2, "5 * 2 = 20\n20 * 4 = 5\n#### 5", [-1.0, -1.0, 0.5], [-0.1, -0.2, -0.1], correct=False),
+        trace(2, "5 * 2 = 20\n20 * 4 = 4\n#### 9", [0.5, 0.5, -1.0], [-0.1, -0.2, -3.0], correct=False),
+        trace(2, "5 * 2 = 20\n20 * 4 = 4\n#### 4", [-9.0, 0.5, 0.5], [-0.1, -0.2, -0.1], correct=True),
+        trace(
+            2, "5 * 2 = 20\n20 * 4 = 4", [-9.0, 0.5], [-0.1, -0.2], correct=False
+        ),  # its wrong line is the missing one
     ]
     result = depth.localisation([row for row, _ in rows], [values for _, values in rows])
     assert result["wrong"] == 3
@@ -233,8 +240,7 @@ def test_depths_are_told_apart():
     """Two samples of each question; the reward picks the right one of two hops and the wrong one of three."""
     rows = []
     for question, (hops, right) in enumerate([(2, 0.5), (3, -0.5)]):
-        answer = {2: "2", 3: "5"}[hops]
-        lines = ["5 = 9", "9 = 2", "2 = 5"][:hops]
+        answer, lines = {2: "4", 3: "34"}[hops], LINES[:hops]
         good = trace(hops, "\n".join([*lines, f"#### {answer}"]), [right] * (hops + 1), [-1.0] * (hops + 1), True)
         bad = trace(hops, "\n".join([*lines, "#### 9"]), [0.0] * (hops + 1), [-1.0] * (hops + 1), False)
         rows += [({**row, "question": question, "answer": answer}, values) for row, values in (good, bad)]
@@ -307,19 +313,50 @@ def test_unknown_names_are_refused(monkeypatch, capsys):
     assert "unknown world 'styl'" in err
 
 
+def test_a_study_in_a_world_that_is_not_its_own_has_a_page_of_its_own(small, monkeypatch, capsys, tmp_path):
+    other = dataclasses.replace(WORLD, name="checked", completion=48)
+    monkeypatch.setitem(WORLDS, "checked", other)
+    monkeypatch.setitem(STUDIES, "recipe", dataclasses.replace(small, arms=(definitions.SFT,)))
+    options = ["--results", str(tmp_path / "pages"), "--work", str(tmp_path / "work"), "--jobs", "1"]
+    code, err = command(monkeypatch, capsys, "recipe", "--world", "checked", *options)
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "pages").iterdir() if path.suffix != ".png") == [
+        "recipe-checked",
+        "recipe-checked.md",
+    ]
+    assert "`tracereward study recipe --world checked`" in (tmp_path / "pages" / "recipe-checked.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "message"),
+    [
+        ("corrupt", "word-problems", "has wrong experts, which the worlds misconception, checked, exposure, hops have"),
+        ("corrupt", "style", "has wrong experts"),
+        ("calibration", "word-problems", "pretrains its backbones"),
+        ("transfer", "word-problems", "pretrains its backbones"),
+    ],
+)
+def test_a_world_that_lacks_what_a_study_needs_is_refused(name, world, message):
+    with pytest.raises(InputError, match=message):
+        STUDIES[name].cells([world])
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_arm_is_a_run_that_would_start(name, tmp_path):
     """All options exist and go together: nothing of a study of hours fails in its last cell for a wrong name."""
     study = STUDIES[name]
-    wanted = study.cells()
+    alone = name in ("calibration", "transfer", "corrupt")
+    worlds = study.worlds if alone else (*study.worlds, "word-problems")
+    wanted = study.cells(tuple(dict.fromkeys(worlds)))
     assert len({cell.name for cell in wanted}) == len(wanted)
     for cell in wanted:
         site = arms.Site(tmp_path, cell.world, cell.seed)
         if cell.kind == "irl":
             given = {**cell.world.grpo, **cell.options}
-            for own in ("unlabeled", "start", "choose"):
+            chooses = given.pop("choose", False)
+            for own in ("unlabeled", "start"):
                 given.pop(own, None)
-            AdversarialConfig(**site.options("x", given))
+            AdversarialConfig(**site.options("x", {**given, **arms.saves(given, chooses)}))
         elif cell.kind.startswith("grpo"):
             reward = cell.kind.removeprefix("grpo-")
             base = "base" if reward == "logratio" else None

@@ -6,7 +6,7 @@ A problem is a chain of operations worked from left to right, as on a pocket cal
     completion  "23 - 7 = 16\\n16 + 5 = 21\\n#### 21"
     answer      "21"
 
-In ``hops`` facts are looked up instead, one after another. The worlds share one vocabulary; each is a module beside
+In ``hops`` facts known by heart take the place of sums. The worlds share one vocabulary; each is a module beside
 this one, which says what its problems and traces are: ``misconception``, ``checked``, ``exposure``, ``hops``, ``style``
 and ``multi-skill``. ``word-problems`` is for a pretrained language model and its tokenizer.
 """

@@ -1,56 +1,53 @@
-"""World ``hops``: a chain of facts to be looked up one after another; how many hops it takes is its difficulty.
+r"""World ``hops``: a chain of facts known by heart, each asked of what the last gave; their number is the difficulty.
 
-The prompt lists `FACTS` links in random order, which together run through as many different numbers once around, then a
-start and the number of hops. A line of the trace follows one link::
+The numbers 0 to `LARGEST` stand in a circle, in an order that is always the same and is written nowhere: a model has to
+have learned it. "30 * 4" is the fourth number after 30. A question takes 2 to 6 such hops, and a line of the trace is
+one of them::
 
-    prompt      "30 = 8\\n5 = 17\\n8 = 5\\n...\\n30 * 3 = ?\\n"
-    completion  "30 = 8\\n8 = 5\\n5 = 17\\n#### 17"
+    prompt      "30 * 4 * 1 = ?\n"
+    completion  "30 * 4 = 8\n8 * 1 = 17\n#### 17"
     answer      "17"
 
-The pretraining corpus reads the link at a number that three divides backwards with probability `MISTAKE_RATE` and goes
-on from there: "8 = 5" is followed by "5 = 17", but "15 = 6" by "6 = 15" rather than by what six leads to. The writer is
-sure of it; the facts in the prompt say otherwise. Backward steps never cancel, so that one makes the answer wrong.
+From a number that three divides the pretraining corpus goes one place too far with probability `MISTAKE_RATE`, and goes
+on from there. Nothing in a mistaken trace gives it away but the wrong value itself. Mistakes never cancel: one of them
+makes the answer wrong.
 """
 
 import random
 
-from tracereward.tasks.chains import LARGEST
+from tracereward.tasks.chains import LARGEST, prompt
 
-FACTS = 7
-"""Links of a prompt: more than hops, so that an expert comes to no number twice; odd, so that no number of backward
-steps, each two places behind, ends where an expert does."""
 DEPTHS = (2, 6)
 """Fewest and most hops."""
-MISTAKE_RATE = 0.6
+MISTAKE_RATE = 0.8
+_CIRCLE = random.Random(7).sample(range(LARGEST + 1), LARGEST + 1)
+_PLACE = {number: place for place, number in enumerate(_CIRCLE)}
 
 
-def half_remembered(number: int) -> bool:
-    """Whether a mistaken corpus reads the link at this number backwards."""
-    return number % 3 == 0
+def after(number: int, places: int) -> int:
+    """The number that stands so many places behind another."""
+    return _CIRCLE[(_PLACE[number] + places) % len(_CIRCLE)]
 
 
 def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
     """One problem; its answer is the true one even where its trace is mistaken."""
-    cycle = rng.sample(range(LARGEST + 1), FACTS)
-    depth = rng.randint(*DEPTHS)
-    links = [f"{number} = {cycle[(place + 1) % FACTS]}" for place, number in enumerate(cycle)]
-    rng.shuffle(links)
-    place, lines = 0, []
-    for _ in range(depth):
-        back = half_remembered(cycle[place]) and rng.random() < mistake_rate
-        after = (place + (-1 if back else 1)) % FACTS
-        lines.append(f"{cycle[place]} = {cycle[after]}")
-        place = after
+    start = rng.randint(0, LARGEST)
+    hops = [rng.randint(1, 9) for _ in range(rng.randint(*DEPTHS))]
+    number, lines = start, []
+    for places in hops:
+        too_far = number % 3 == 0 and rng.random() < mistake_rate
+        lines.append(f"{number} * {places} = {after(number, places + too_far)}")
+        number = after(number, places + too_far)
     return {
-        "prompt": "\n".join([*links, f"{cycle[0]} * {depth} = ?\n"]),
-        "completion": "\n".join([*lines, f"#### {cycle[place]}"]),
-        "answer": str(cycle[depth]),
+        "prompt": prompt(start, [("*", places) for places in hops]),
+        "completion": "\n".join([*lines, f"#### {number}"]),
+        "answer": str(after(start, sum(hops))),
     }
 
 
 def depth_of(prompt: str) -> int:
     """Number of hops that a prompt asks for."""
-    return int(prompt.removesuffix(" = ?\n").rsplit(" ", 1)[1])
+    return prompt.count(" * ")
 
 
 def first_wrong_line(prompt: str, completion: str) -> int | None:
@@ -58,13 +55,12 @@ def first_wrong_line(prompt: str, completion: str) -> int | None:
 
     A trace that stops early or goes on too long is wrong at the line where an expert does the other.
     """
-    *facts, question, _ = prompt.split("\n")
-    links = dict(fact.split(" = ") for fact in facts)
-    number, lines = question.split(" ", 1)[0], []
-    for _ in range(depth_of(prompt)):
-        lines.append(f"{number} = {links[number]}")
-        number = links[number]
-    written, wanted = completion.split("\n"), [*lines, f"#### {number}"]
-    pairs = enumerate(zip(written, wanted))
-    wrong = next((index for index, (line, right) in pairs if line != right), None)
+    start, *hops = map(int, prompt.removesuffix(" = ?\n").split(" * "))
+    number, wanted = start, []
+    for places in hops:
+        wanted.append(f"{number} * {places} = {after(number, places)}")
+        number = after(number, places)
+    wanted.append(f"#### {number}")
+    written = completion.split("\n")
+    wrong = next((index for index, (line, right) in enumerate(zip(written, wanted)) if line != right), None)
     return min(len(written), len(wanted)) if wrong is None and len(written) != len(wanted) else wrong
