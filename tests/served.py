@@ -84,14 +84,13 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) 
 
 
 class Process:
-    """A server in a process of its own; its output goes to a file."""
+    """A server in a process of its own: ``python -m ARGV``, or another `run`; its output goes to a file."""
 
-    def __init__(self, log: Path, *argv: object):
+    def __init__(self, log: Path, *argv: object, run: str = "-m", folder: Path | None = None):
         self.log = log
+        words = [sys.executable, run, *map(str, argv)]
         with log.open("wb") as file:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", *map(str, argv)], stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT
-            )
+            self.popen = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=folder)
 
     def find(self, pattern: str) -> re.Match[str]:
         """The first match in the output, which may still have to come."""
