@@ -177,7 +177,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
 def _add_operations(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
-    @app.get("/v1/models", responses={401: ERRORS[401]})
+    @app.get("/v1/models", responses={status: ERRORS[status] for status in (401, 421)})
     async def models() -> dict[str, Any]:
         """The model that is served."""
         card = {"id": service.settings.name, "object": "model", "created": started, "owned_by": "tracereward"}
