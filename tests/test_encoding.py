@@ -52,6 +52,24 @@ def test_a_shared_prompt_is_tokenised_once_and_nothing_after_the_limit(model):
     assert model.tokenizer.seen == [prompt, *many[:5]]
 
 
+def test_a_text_far_over_the_limit_is_not_tokenised_to_its_end(model):
+    """Limit 100, 200,001 tokens: one piece of 400 characters, 200 tokens, tells. One token over is counted whole."""
+    text = "1" + " + 1" * 100_000
+    for call in (
+        lambda engine: score(engine, [(text, "2")], max_tokens=100),
+        lambda engine: score(engine, [("1", text)], max_tokens=100),
+        lambda engine: engine.score_inputs([text], max_tokens=100),
+    ):
+        model.tokenizer.seen.clear()
+        with pytest.raises(TooManyTokens):
+            running(model, call)
+        assert sum(map(len, model.tokenizer.seen)) <= 401
+    near = "x" * 500 + " + 1" * 50  # 101 tokens: this tokenizer makes one of the long word
+    assert len(running(model, lambda engine: engine.score_inputs([near], max_tokens=101))[0][0].rewards) == 100
+    with pytest.raises(TooManyTokens):
+        running(model, lambda engine: engine.score_inputs([near], max_tokens=100))
+
+
 def test_text_that_waits_to_be_tokenised_counts_towards_the_queue(model):
     """Of 100 tokens one text may take 75, four characters each: the next one finds no place until it is done."""
     expected = offline(model, TRACES[:1])

@@ -6,6 +6,7 @@ from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError
 from tracereward.scorer import Scorer
 
+CHARACTERS = 4  # of a token, about: what text counts for until it is tokenised
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt and a completion."""
 
@@ -39,9 +40,11 @@ def encode_traces(
     total = 0
     for index, (prompt, completion, ended) in enumerate(zip(prompts, completions, finished, strict=True)):
         if prompt not in known:
+            _check_pieces(model, prompt, max_tokens, field)
             known[prompt] = encode_prompt(model.tokenizer, prompt)
             if not known[prompt]:
                 raise InputError(f"prompt {index}: it has no token")
+        _check_pieces(model, completion, max_tokens, field)
         ids = encode_completion(model.tokenizer, completion)
         pairs.append((known[prompt], ids if ended else ids[:-1]))
         total += sum(map(len, pairs[-1]))
@@ -56,7 +59,11 @@ def encode_inputs(model: Scorer, inputs: Sequence[str | list[int]], max_tokens: 
     pairs: list[Pair] = []
     total, vocabulary = 0, len(model.tokenizer)
     for index, given in enumerate(inputs):
-        ids = encode_completion(model.tokenizer, given)[:-1] if isinstance(given, str) else given
+        if isinstance(given, str):
+            _check_pieces(model, given, max_tokens, "input")
+            ids = encode_completion(model.tokenizer, given)[:-1]
+        else:
+            ids = given
         total += len(ids)
         if total > max_tokens:
             raise TooManyTokens("input", max_tokens)
@@ -67,3 +74,18 @@ def encode_inputs(model: Scorer, inputs: Sequence[str | list[int]], max_tokens: 
         pairs.append((ids[:1], ids[1:]))
         model.check_ids(f"input {index}", *pairs[-1])
     return pairs
+
+
+def _check_pieces(model: Scorer, text: str, max_tokens: float, field: str) -> None:
+    """Refuse a text that is far over the limit without tokenising all of it, which can take many seconds.
+
+    It is counted in pieces. They are cut anywhere, which makes a few tokens more: what passes by a tenth is left to the
+    exact count.
+    """
+    size, total = CHARACTERS * max_tokens, 0
+    if len(text) <= size:
+        return
+    for start in range(0, len(text), int(size)):
+        total += len(encode_completion(model.tokenizer, text[start : start + int(size)]))
+        if total > 1.1 * max_tokens:
+            raise TooManyTokens(field, max_tokens)

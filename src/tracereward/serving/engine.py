@@ -14,10 +14,9 @@ from torch import Tensor
 
 from tracereward.scorer import Scorer
 from tracereward.scores import TokenScores
-from tracereward.serving.encoding import Pair, encode_inputs, encode_traces
+from tracereward.serving.encoding import CHARACTERS, Pair, encode_inputs, encode_traces
 
 BATCHES = 4  # passes in one turn of the worker: sorting by length needs some traces to sort
-CHARACTERS = 4  # of a token, about: what text counts for in the queue until it is tokenised
 
 
 class Busy(Exception):
