@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tracereward.reward_model import TokenRewardModel
@@ -18,6 +19,7 @@ from tracereward.reward_settings import RewardSettings
 from tracereward.tasks.arithmetic import build_model, generate
 
 SECONDS = 120  # longest wait for anything: a deadline for a hung test, not a time that is ever waited for
+JSON = {"content-type": "application/json"}
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("TRACEREWARD_")} | {
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -46,6 +48,32 @@ def traces(count: int) -> list[tuple[str, str]]:
     return [(row["prompt"], row["completion"]) for row in generate("misconception", count, seed=5, mistake_rate=0.5)]
 
 
+def client_of(model: Any, **settings: Any) -> Any:
+    """A client of a server in this process; as a context manager it starts and ends the server too."""
+    from fastapi.testclient import TestClient
+
+    from tracereward.serving.app import create_app
+    from tracereward.serving.service import Settings
+
+    return TestClient(create_app(model, Settings("rm", **settings)), raise_server_exceptions=False)
+
+
+def close(values: Any) -> Any:
+    """Rewards that differ by rounding only."""
+    return pytest.approx(values, abs=1e-4)
+
+
+def assert_error(response: Any, status: int, text: str = "", code: str | None = None, param: str | None = None) -> None:
+    """OpenAI's error, and nothing else."""
+    assert response.status_code == status, response.text
+    assert response.json().keys() == {"error"}
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert re.search(text, error["message"]), error["message"]
+    assert isinstance(error["type"], str)
+    assert (error["code"], error["param"]) == (code, param)
+
+
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
     """The first true value of `condition`; an error that says what was waited for after the deadline."""
     deadline = time.monotonic() + seconds
@@ -56,14 +84,13 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) 
 
 
 class Process:
-    """A server in a process of its own; its output goes to a file."""
+    """A server in a process of its own: ``python -m ARGV``, or another `run`; its output goes to a file."""
 
-    def __init__(self, log: Path, *argv: object):
+    def __init__(self, log: Path, *argv: object, run: str = "-m", folder: Path | None = None):
         self.log = log
+        words = [sys.executable, run, *map(str, argv)]
         with log.open("wb") as file:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", *map(str, argv)], stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT
-            )
+            self.popen = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=folder)
 
     def find(self, pattern: str) -> re.Match[str]:
         """The first match in the output, which may still have to come."""

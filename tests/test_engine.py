@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from served import save_reward_model, traces
-from tracereward.errors import InputError
+from tracereward.errors import InputError, TooLong
 from tracereward.reward_model import TokenRewardModel
-from tracereward.serving.engine import Busy, Engine, ScoringFailed, TooManyTokens
+from tracereward.serving.encoding import TooManyTokens
+from tracereward.serving.engine import Busy, Engine, ScoringFailed
 
 TRACES = traces(24)
 
@@ -41,11 +42,11 @@ class Gate:
         self.seen = []  # the completions of each call
         forward = model.token_rewards
 
-        def token_rewards(prompts, completions):
+        def token_rewards(prompts, completions, token_budget):
             self.seen.append([list(ids) for ids in completions])
             self.begun.set()
             assert self.open.wait(20)
-            return forward(prompts, completions)
+            return forward(prompts, completions, token_budget)
 
         monkeypatch.setattr(model, "token_rewards", token_rewards)
 
@@ -96,11 +97,11 @@ def fails_on(model, monkeypatch, completion, error):
     bad = model.check_length("", "", completion, True)[1]
     forward, sizes = model.token_rewards, []
 
-    def token_rewards(prompts, completions):
+    def token_rewards(prompts, completions, token_budget):
         sizes.append(len(completions))
         if bad in [list(ids) for ids in completions]:
             raise error
-        return forward(prompts, completions)
+        return forward(prompts, completions, token_budget)
 
     monkeypatch.setattr(model, "token_rewards", token_rewards)
     return sizes
@@ -152,11 +153,11 @@ def test_a_trace_that_fails_does_not_fail_its_mates(model, expected, monkeypatch
 def test_batches_that_are_too_large_for_the_memory_are_halved_until_they_fit(model, expected, monkeypatch):
     forward, sizes = model.token_rewards, []
 
-    def token_rewards(prompts, completions):
+    def token_rewards(prompts, completions, token_budget):
         sizes.append(len(completions))
         if len(completions) > 3:
             raise RuntimeError("out of memory")
-        return forward(prompts, completions)
+        return forward(prompts, completions, token_budget)
 
     monkeypatch.setattr(model, "token_rewards", token_rewards)
     assert_same(running(model, lambda engine: score(engine, TRACES)), expected)
@@ -166,8 +167,8 @@ def test_batches_that_are_too_large_for_the_memory_are_halved_until_they_fit(mod
 def test_rewards_that_are_not_finite_fail_their_trace_only(model, expected, monkeypatch):
     forward = model.token_rewards
 
-    def token_rewards(prompts, completions):
-        rewards = forward(prompts, completions)
+    def token_rewards(prompts, completions, token_budget):
+        rewards = forward(prompts, completions, token_budget)
         bad = model.check_length("", "", TRACES[2][1], True)[1]
         return [values * torch.nan if list(ids) == bad else values for ids, values in zip(completions, rewards)]
 
@@ -258,11 +259,10 @@ def test_stop_scores_what_waits_and_takes_no_more(model, expected, gate):
 def test_requests_that_cannot_be_scored(model, expected):
     tokens = sum(map(len, model.check_length("", *TRACES[0], True)))
     cases = [
-        (lambda e: score(e, TRACES[:1], max_tokens=tokens - 1), TooManyTokens, f"{tokens} tokens.*{tokens - 1}"),
-        (lambda e: score(e, [TRACES[0], ("1 + 1 = ?\n", "1 + 1 = 2\n" * 40)]), InputError, "completion 1.*reads 128"),
+        (lambda e: score(e, TRACES[:1], max_tokens=tokens - 1), TooManyTokens, f"more than {tokens - 1} tokens"),
+        (lambda e: score(e, [TRACES[0], ("1 + 1 = ?\n", "1 + 1 = 2\n" * 40)]), TooLong, "completion 1.*reads 128"),
         (lambda e: e.score(["1 + 1 = ?\n"], [""], [False]), InputError, "completion 0: the completion is empty"),
         (lambda e: e.score([""], ["2"], [True]), InputError, "prompt 0"),
-        (lambda e: e.score_texts(["1 + 1", "7"]), InputError, "input 1: one token alone"),
     ]
 
     async def work(engine):
@@ -275,14 +275,20 @@ def test_requests_that_cannot_be_scored(model, expected):
     assert_same(running(model, work), expected[:1])
 
 
-def test_texts_are_scored_from_their_second_token(model):
-    """By hand: the first token is the prompt."""
-    text = TRACES[0][0] + TRACES[0][1]
-    ids = model.tokenizer(text)["input_ids"]
-    expected = model.token_rewards([ids[:1]], [ids[1:]])[0].tolist()
-    scores, read, written = running(model, lambda engine: engine.score_texts([text]))
-    assert scores[0].rewards == pytest.approx(expected, abs=1e-4)
-    assert (read, written) == (1, len(ids) - 1)
+def test_the_token_budget_reaches_the_model(model, monkeypatch):
+    seen = []
+    forward = model.token_rewards
+
+    def token_rewards(prompts, completions, token_budget):
+        seen.append((len(prompts), token_budget))
+        return forward(prompts, completions, token_budget)
+
+    monkeypatch.setattr(model, "token_rewards", token_rewards)
+    running(model, lambda engine: score(engine, TRACES[:8]), token_budget=40)
+    assert {budget for _, budget in seen} == {40}
+    assert max(traces for traces, _ in seen) < 8  # a turn is four budgets
+    running(model, lambda engine: score(engine, TRACES[:8]))
+    assert seen[-1] == (8, model.token_budget)
 
 
 async def until(condition):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -18,13 +17,11 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from tracereward.arguments import parse
 from tracereward.tasks.arithmetic import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
 SLURM = ROOT / "deploy" / "slurm"
-MANIFESTS = sorted((ROOT / "deploy").glob("kubernetes*.yaml"))
 
 # accelerate
 
@@ -228,61 +225,3 @@ def test_slurm_trains_stops_and_resumes(tmp_path, tiny_model_folder):
     assert f"going on from run/checkpoints/checkpoint-{stopped}" in (tmp_path / "output.txt").read_text()
     assert steps() == list(range(1, stopped + 3))
     assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()
-
-
-# Kubernetes
-
-
-def documents(path: Path) -> dict[str, dict[str, Any]]:
-    """By kind."""
-    return {document["kind"]: document for document in yaml.safe_load_all(path.read_text())}
-
-
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
-def test_manifest_fits_the_schema(path):
-    validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
-    for document in documents(path).values():
-        validator.validate(document, validator.latest_version(), strict=True)
-
-
-def test_pods_of_the_job_find_one_another():
-    kinds = documents(ROOT / "deploy" / "kubernetes-train.yaml")
-    assert kinds.keys() == {"Service", "Job"}
-    service, job = kinds["Service"], kinds["Job"]
-    pod = job["spec"]["template"]
-    [container] = pod["spec"]["containers"]
-    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
-    assert (service["spec"]["clusterIP"], service["spec"]["publishNotReadyAddresses"]) == ("None", True)
-    assert pod["spec"]["subdomain"] == service["metadata"]["name"]
-    assert job["spec"]["completionMode"] == "Indexed"
-
-    assert container["command"][:2] == ["accelerate", "launch"]
-    rank = {variable["name"]: variable for variable in container["env"]}["NODE_RANK"]
-    assert "job-completion-index" in rank["valueFrom"]["fieldRef"]["fieldPath"]
-    words = [word.replace("$(NODE_RANK)", "1") for word in container["command"][2:] + container["args"]]
-    arguments = launch_command_parser().parse_args(words)
-    pods, gpus = job["spec"]["completions"], container["resources"]["limits"]["nvidia.com/gpu"]
-    assert arguments.num_machines == job["spec"]["parallelism"] == pods
-    assert arguments.num_processes == pods * gpus
-    assert arguments.machine_rank == 1
-    assert arguments.main_process_ip == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
-    ports = {service["spec"]["ports"][0]["port"], container["ports"][0]["containerPort"]}
-    assert ports == {arguments.main_process_port}
-    assert arguments.training_script == "tracereward"
-    kind, *options = arguments.training_script_args
-    assert parse(kind, [word for word in options if not word.startswith("--config")])[3], "it must resume"
-
-
-def test_volumes_of_the_job():
-    pod = documents(ROOT / "deploy" / "kubernetes-train.yaml")["Job"]["spec"]["template"]["spec"]
-    [container] = pod["containers"]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-    created = re.findall(r"--from-file=([\w.]+)=", (ROOT / "deploy" / "kubernetes-train.yaml").read_text())
-    read = [word.split("=/config/")[1] for word in container["command"] + container["args"] if "=/config/" in word]
-    assert sorted(created) == sorted(read)
-    assert pod["securityContext"]["runAsNonRoot"]
-    assert container["securityContext"] == {
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-    }

@@ -114,7 +114,7 @@ def test_half_a_header_stops_nobody(server):
     with contextlib.ExitStack() as stack:
         for index in range(70):
             client = stack.enter_context(socket.create_connection(address(server)))
-            head = b"POST /v1/score HTTP/1.1\r\nhost: x\r\n"
+            head = b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\n"
             client.sendall(head if index < 50 else head + b"content-length: 50\r\n\r\n{")
         for _ in range(5):
             assert is_well(server)
@@ -127,7 +127,9 @@ def test_a_body_of_100_megabytes_is_refused_unread(server, chunked):
     piece, total, sent = b" " * 2**20, 100, 0
     with socket.create_connection(address(server), timeout=60) as client:
         size = b"transfer-encoding: chunked" if chunked else b"content-length: %d" % (total * len(piece))
-        client.sendall(b"POST /v1/score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n%s\r\n\r\n" % size)
+        client.sendall(
+            b"POST /v1/score HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n%s\r\n\r\n" % size
+        )
         with contextlib.suppress(ConnectionError):
             for _ in range(total):
                 client.sendall(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)

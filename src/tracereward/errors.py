@@ -8,6 +8,10 @@ class InputError(ValueError):
     """What the user gave cannot be used: names the file, line or field and the mend. The commands exit with 2."""
 
 
+class TooLong(InputError):
+    """A trace that the model has no positions for."""
+
+
 class RunFailed(RuntimeError):
     """A run that started could not go on: says at which step, and what was kept. The commands exit with 1."""
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from tracereward.alignment import join_steps, step_ends, token_offsets
 from tracereward.batching import Batch
 from tracereward.demonstrations import encode_completion, encode_prompt
-from tracereward.errors import InputError
+from tracereward.errors import InputError, TooLong
 from tracereward.masks import supervision_mask
 from tracereward.rerank import Candidate, choose
 from tracereward.reward_settings import RewardSettings
@@ -170,17 +170,22 @@ class Scorer(ABC):
         """Token ids of a rendered prompt and a trace that this model can read.
 
         Raises:
-            InputError: the trace is empty, or longer than the backbone's positions; names `where`.
+            InputError: the trace is empty; names `where`.
+            TooLong: it is longer than the backbone's positions.
         """
-        limit = self.max_positions
         prompt_ids, ids = encode_prompt(self.tokenizer, prompt), encode_completion(self.tokenizer, completion)
         ids = ids if finished else ids[:-1]
-        if not ids:
+        self.check_ids(where, prompt_ids, ids)
+        return prompt_ids, ids
+
+    def check_ids(self, where: str, prompt: Sequence[int], completion: Sequence[int]) -> None:
+        """Refuse token ids that this model cannot read; see `check_length`."""
+        limit = self.max_positions
+        if not completion:
             raise InputError(f"{where}: the completion is empty")
-        if len(prompt_ids) + len(ids) > limit:
-            raise InputError(
-                f"{where}: {len(prompt_ids)} prompt and {len(ids)} completion tokens, the reward model reads "
+        if len(prompt) + len(completion) > limit:
+            raise TooLong(
+                f"{where}: {len(prompt)} prompt and {len(completion)} completion tokens, the reward model reads "
                 f"{limit:.0f}. Traces are never cut (the answer would be lost): leave the row out or use a longer "
                 "backbone."
             )
-        return prompt_ids, ids

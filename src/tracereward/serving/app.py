@@ -1,5 +1,6 @@
 """`tracereward serve`: the endpoints."""
 
+import base64
 import contextlib
 import time
 import uuid
@@ -7,23 +8,23 @@ from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from scipy.special import expit
-from starlette.exceptions import HTTPException
 
 from tracereward import __version__
 from tracereward.alignment import join_steps
 from tracereward.errors import InputError
 from tracereward.scorer import Scorer
 from tracereward.scores import AGGREGATES, TokenScores
-from tracereward.serving.engine import Busy, ScoringFailed, TooManyTokens
-from tracereward.serving.middleware import Counted, Guard, error
-from tracereward.serving.proxy import Proxy, UpstreamFailed
+from tracereward.serving.errors import add_errors
+from tracereward.serving.middleware import Counted, Guard
+from tracereward.serving.proxy import Proxy
 from tracereward.serving.schemas import (
     Class,
+    ClassifyRequest,
     ClassifyResponse,
     Document,
     Pooled,
@@ -37,7 +38,7 @@ from tracereward.serving.schemas import (
     ScoreResponse,
     Usage,
 )
-from tracereward.serving.service import ERRORS, Refused, Service, Settings, log, unless_gone
+from tracereward.serving.service import ERRORS, Service, Settings, unless_gone
 
 
 def create_app(model: Scorer, settings: Settings) -> FastAPI:
@@ -62,9 +63,13 @@ def create_app(model: Scorer, settings: Settings) -> FastAPI:
     )
     app.state.service = service
     app.add_middleware(
-        Guard, api_key=settings.api_key, max_bytes=settings.max_bytes, body_seconds=settings.body_seconds
+        Guard,
+        api_key=settings.api_key,
+        local_only=settings.local_only,
+        max_bytes=settings.max_bytes,
+        body_seconds=settings.body_seconds,
     )
-    _add_errors(app)
+    add_errors(app)
     app.add_middleware(Counted, seen=service.seen)
     _add_scoring(app, service)
     _add_operations(app, service)
@@ -82,11 +87,14 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         spans: list[tuple[int, int]] = []
         if body.steps is not None:
             text, spans = join_steps(body.steps, service.model.settings.step_delimiter)
-            texts = [text]
+            field, texts = "steps", [text]
+        elif body.candidates is not None:
+            field, texts = "candidates", body.candidates
         else:
-            texts = body.candidates or [body.completion or ""]
-        service.check(body.model, len(texts))
-        scores, usage = await unless_gone(request, service.score(service.render(body.prompt), texts, body.finished))
+            field, texts = "completion", [body.completion or ""]
+        service.check(body.model, len(texts), field)
+        work = service.score(service.render(body.prompt), texts, field, body.finished)
+        scores, usage = await unless_gone(request, work)
         results = []
         for index, one in enumerate(scores):
             reward = service.reward(one)
@@ -107,12 +115,13 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         return ScoreResponse(model=settings.name, results=results, usage=usage)
 
     @app.post("/v1/rerank", responses=ERRORS, response_model_exclude_none=True)
+    @app.post("/v2/rerank", responses=ERRORS, response_model_exclude_none=True, include_in_schema=False)
     @app.post("/rerank", responses=ERRORS, response_model_exclude_none=True, include_in_schema=False)
     async def rerank(body: RerankRequest, request: Request) -> RerankResponse:
         """Documents as answers to the query, from best to worst."""
         texts = [document if isinstance(document, str) else document.text for document in body.documents]
-        service.check(body.model, len(texts))
-        scores, usage = await unless_gone(request, service.score(service.render(body.query), texts))
+        service.check(body.model, len(texts), "documents")
+        scores, usage = await unless_gone(request, service.score(service.render(body.query), texts, "documents"))
         rewards = [service.reward(one) for one in scores]
         order = sorted(range(len(texts)), key=lambda index: -rewards[index])[: body.top_n]
         results = [
@@ -126,35 +135,35 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         ]
         return RerankResponse(id=f"rerank-{uuid.uuid4().hex}", model=settings.name, usage=usage, results=results)
 
-    async def pooled(body: PoolingRequest, request: Request) -> tuple[list[TokenScores], list[int], Usage]:
+    async def pooled(body: ClassifyRequest, request: Request) -> tuple[list[TokenScores], Usage, int]:
         """Scores of each input, and how many of its tokens stand before them."""
         if body.messages is not None:
             service.check(body.model, 1)
             prompt = service.render(body.messages[:-1])
-            scores, usage = await unless_gone(request, service.score(prompt, [body.messages[-1].content]))
-            return scores, [0], usage
-        texts = [body.input] if isinstance(body.input, str) else body.input or []
-        service.check(body.model, len(texts))
-        scores, read, written = await unless_gone(request, service.engine.score_texts(texts, settings.max_tokens))
-        return scores, [1] * len(texts), service.count(len(texts), read, written)
+            work = service.score(prompt, [body.messages[-1].content], "messages")
+            return *await unless_gone(request, work), 0
+        service.check(body.model, len(body.inputs), "input")
+        return *await unless_gone(request, service.score_inputs(body.inputs)), 1
 
     @app.post("/pooling", responses=ERRORS)
     async def pooling(body: PoolingRequest, request: Request) -> PoolingResponse:
         """Token rewards: of the assistant's last message, or of each text. A text's first token, which nothing comes
         before, has 0."""
-        scores, before, usage = await pooled(body, request)
-        data = [
-            Pooled(index=index, data=[[0.0]] * skipped + [[reward] for reward in one.rewards])
-            for index, (one, skipped) in enumerate(zip(scores, before, strict=True))
-        ]
+        scores, usage, before = await pooled(body, request)
+        rows = [[0.0] * before + one.rewards for one in scores]
+        if body.encoding_format == "base64":
+            data = [base64.b64encode(np.asarray(row, "<f4").tobytes()).decode() for row in rows]
+        else:
+            data = [[[reward] for reward in row] for row in rows]
+        pooled_rows = [Pooled(index=index, data=row) for index, row in enumerate(data)]
         return PoolingResponse(
-            id=f"pool-{uuid.uuid4().hex}", created=int(time.time()), model=settings.name, data=data, usage=usage
+            id=f"pool-{uuid.uuid4().hex}", created=int(time.time()), model=settings.name, data=pooled_rows, usage=usage
         )
 
     @app.post("/classify", responses=ERRORS)
-    async def classify(body: PoolingRequest, request: Request) -> ClassifyResponse:
+    async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
         """Whether an expert or the policy wrote each text, by the sigmoid of its trace reward."""
-        scores, _, usage = await pooled(body, request)
+        scores, usage, _ = await pooled(body, request)
         data = []
         for index, one in enumerate(scores):
             expert = float(expit(service.reward(one)))
@@ -168,17 +177,19 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
 def _add_operations(app: FastAPI, service: Service) -> None:
     started = int(time.time())
 
-    @app.get("/v1/models", responses={401: ERRORS[401]})
+    @app.get("/v1/models", responses={status: ERRORS[status] for status in (401, 421)})
     async def models() -> dict[str, Any]:
         """The model that is served."""
         card = {"id": service.settings.name, "object": "model", "created": started, "owned_by": "tracereward"}
         return {"object": "list", "data": [card]}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
         """The process runs."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: {"description": "Not yet, or no longer."}})
     async def ready(response: Response) -> dict[str, str]:
         """The model is loaded and has scored a trace."""
@@ -186,7 +197,7 @@ def _add_operations(app: FastAPI, service: Service) -> None:
             response.status_code = 503
         return {"status": "ready" if service.ready else "not ready"}
 
-    @app.get("/metrics", response_class=PlainTextResponse, responses={401: ERRORS[401]})
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Counters for Prometheus."""
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
@@ -203,46 +214,3 @@ def _add_operations(app: FastAPI, service: Service) -> None:
             return Response(content, media_type=kind)
 
         app.add_api_route(path, asset, include_in_schema=False)
-
-
-def _add_errors(app: FastAPI) -> None:
-    def answer(status: int, message: str, kind: str, code: str | None = None, **more: Any) -> JSONResponse:
-        return JSONResponse(error(message, kind, code, more.get("param")), status, more.get("headers"))
-
-    @app.exception_handler(Refused)
-    async def refused(_: Request, e: Refused) -> JSONResponse:
-        return answer(e.status, e.message, "invalid_request_error", e.code, param=e.param)
-
-    @app.exception_handler(InputError)
-    async def unusable(_: Request, e: InputError) -> JSONResponse:
-        return answer(400, str(e), "invalid_request_error", "invalid_input")
-
-    @app.exception_handler(TooManyTokens)
-    async def too_many(_: Request, e: TooManyTokens) -> JSONResponse:
-        return answer(413, str(e), "invalid_request_error", "too_many_tokens")
-
-    @app.exception_handler(Busy)
-    async def busy(_: Request, e: Busy) -> JSONResponse:
-        return answer(429, str(e), "rate_limit_error", "busy", headers={"retry-after": str(e.retry_after)})
-
-    @app.exception_handler(ScoringFailed)
-    async def failed(_: Request, e: ScoringFailed) -> JSONResponse:
-        log.error("a trace could not be scored: %s", e)
-        return answer(500, f"a trace could not be scored: {e}", "server_error", "scoring_failed")
-
-    @app.exception_handler(UpstreamFailed)
-    async def upstream(_: Request, e: UpstreamFailed) -> JSONResponse:
-        return JSONResponse(e.body, e.status, e.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, e: RequestValidationError) -> JSONResponse:
-        first = e.errors()[0]
-        # Without the names that the validator gives the members of a union, such as "constrained-str".
-        parts = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
-        where = ".".join(parts[1:])  # the first is "body"
-        message = f"{where}: {first['msg']}" if where else first["msg"]
-        return answer(422, message, "invalid_request_error", param=where or None)
-
-    @app.exception_handler(HTTPException)
-    async def other(_: Request, e: HTTPException) -> JSONResponse:
-        return answer(e.status_code, str(e.detail), "invalid_request_error", headers=e.headers)

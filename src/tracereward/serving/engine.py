@@ -7,13 +7,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tracereward.errors import InputError
 from tracereward.scorer import Scorer
 from tracereward.scores import TokenScores
+from tracereward.serving.encoding import CHARACTERS, Pair, encode_inputs, encode_traces
 
 BATCHES = 4  # passes in one turn of the worker: sorting by length needs some traces to sort
 
@@ -56,7 +57,8 @@ class Engine:
     Args:
         model: the reward model, on its device.
         max_wait: seconds.
-        max_queue: tokens that may wait; more is `Busy`.
+        max_queue: tokens that may wait, text that is to be tokenised by its estimate included; more is `Busy`.
+        token_budget: padded tokens of one forward pass; as many as suit the model's device if None.
         on_batch: told how many traces each turn had.
     """
 
@@ -65,15 +67,17 @@ class Engine:
         model: Scorer,
         max_wait: float = 0.0,
         max_queue: int = 1_000_000,
+        token_budget: int | None = None,
         on_batch: Callable[[int], object] = lambda traces: None,
     ):
         self.model = model
         self.max_wait = max_wait
         self.max_queue = max_queue
         self.on_batch = on_batch
-        self.budget = model.token_budget
+        self.budget = token_budget or model.token_budget
         self.waiting: deque[_Job] = deque()
         self.queued_tokens = 0
+        self.queued_text = 0  # tokens, estimated, of what is not tokenised yet
         self._arrived = asyncio.Event()
         self._forward = ThreadPoolExecutor(1, "forward")
         self._texts = ThreadPoolExecutor(1, "texts")  # tokenising beside the forward pass
@@ -98,7 +102,8 @@ class Engine:
         prompts: Sequence[str],
         completions: Sequence[str],
         finished: Sequence[bool],
-        max_tokens: int | None = None,
+        max_tokens: float = math.inf,
+        field: str = "completion",
     ) -> tuple[list[TokenScores], int, int]:
         """Scores of completions given as text, with the tokens of all prompts and of all completions.
 
@@ -109,38 +114,45 @@ class Engine:
             completions: as many.
             finished: whether each ended by itself.
             max_tokens: of all traces together.
+            field: what errors call the completions.
 
         Raises:
-            InputError: a trace is empty or longer than the model's positions.
+            InputError: a trace is empty, or (`TooLong`) longer than the model's positions.
             TooManyTokens: more than `max_tokens`.
             Busy: the queue is full.
             ScoringFailed: a trace could not be scored.
         """
-        loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(self._texts, self._encode, prompts, completions, finished)
-        return await self._scored(ids, max_tokens)
+        text = sum(map(len, {*prompts})) + sum(map(len, completions))
+        work = partial(encode_traces, self.model, prompts, completions, finished, max_tokens, field)
+        return await self._scored(await self._tokenised(text, work))
 
-    async def score_texts(
-        self, texts: Sequence[str], max_tokens: int | None = None
+    async def score_inputs(
+        self, inputs: Sequence[str | list[int]], max_tokens: float = math.inf
     ) -> tuple[list[TokenScores], int, int]:
-        """The same of texts without a prompt: of each token from the second, with the first as the prompt."""
-        loop = asyncio.get_running_loop()
-        ids = await loop.run_in_executor(self._texts, self._cut, texts)
-        return await self._scored(ids, max_tokens)
+        """The same of texts or token ids without a prompt: each token from the second, with the first as the prompt."""
+        work = partial(encode_inputs, self.model, inputs, max_tokens)
+        return await self._scored(await self._tokenised(sum(map(len, inputs)), work))
 
-    async def _scored(
-        self, ids: list[tuple[list[int], list[int]]], max_tokens: int | None
-    ) -> tuple[list[TokenScores], int, int]:
-        loop = asyncio.get_running_loop()
+    async def _tokenised(self, characters: int, work: Callable[[], list[Pair]]) -> list[Pair]:
+        """Do `work` beside the forward pass. Its text counts towards the queue; what finds it empty always may come."""
+        tokens = characters // CHARACTERS
+        if self._closing or (self.queued and self.queued + tokens > self.max_queue):
+            raise Busy(self.retry_after)
+        self.queued_text += tokens
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._texts, work)
+        finally:
+            self.queued_text -= tokens
+
+    async def _scored(self, ids: list[Pair]) -> tuple[list[TokenScores], int, int]:
         read, written = (sum(len(pair[side]) for pair in ids) for side in (0, 1))
-        if max_tokens is not None and read + written > max_tokens:
-            raise TooManyTokens(read + written, max_tokens)
         rewards = await self.score_ids(ids)
         pairs = [(completion, values) for (_, completion), values in zip(ids, rewards, strict=True)]
+        loop = asyncio.get_running_loop()
         scores = await loop.run_in_executor(self._texts, lambda: [self.model.to_scores(*pair) for pair in pairs])
         return scores, read, written
 
-    async def score_ids(self, ids: Sequence[tuple[list[int], list[int]]]) -> list[Tensor]:
+    async def score_ids(self, ids: Sequence[Pair]) -> list[Tensor]:
         """Token rewards of pairs of prompt and completion ids; see `score`."""
         tokens = sum(len(prompt) + len(completion) for prompt, completion in ids)
         if self._closing or self.queued_tokens + tokens > self.max_queue:
@@ -160,28 +172,14 @@ class Engine:
             raise
 
     @property
+    def queued(self) -> int:
+        """Tokens that wait, those of text by its estimate."""
+        return self.queued_tokens + self.queued_text
+
+    @property
     def retry_after(self) -> int:
         """Seconds in which what waits should be done, at the speed of the last turns."""
-        return max(1, math.ceil(self.queued_tokens / self._rate)) if self._rate else 1
-
-    def _encode(
-        self, prompts: Sequence[str], completions: Sequence[str], finished: Sequence[bool]
-    ) -> list[tuple[list[int], list[int]]]:
-        ids = []
-        for index, texts in enumerate(zip(prompts, completions, finished, strict=True)):
-            ids.append(self.model.check_length(f"completion {index}", *texts))
-            if not ids[-1][0]:
-                raise InputError(f"prompt {index}: it has no token")
-        return ids
-
-    def _cut(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        ids = []
-        for index, text in enumerate(texts):
-            _, tokens = self.model.check_length(f"input {index}", "", text, False)
-            if len(tokens) < 2:
-                raise InputError(f"input {index}: one token alone has no reward; give two or more")
-            ids.append((tokens[:1], tokens[1:]))
-        return ids
+        return max(1, math.ceil(self.queued / self._rate)) if self._rate else 1
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -232,8 +230,9 @@ class Engine:
 
     def _score(self, jobs: list[_Job]) -> list[Tensor | Exception]:
         """Rewards of each job, or why it has none; runs in the worker's thread."""
+        prompts, completions = [job.prompt for job in jobs], [job.completion for job in jobs]
         try:
-            rewards = self.model.token_rewards([job.prompt for job in jobs], [job.completion for job in jobs])
+            rewards = self.model.token_rewards(prompts, completions, self.budget)
         except Exception as error:  # whatever it is, it belongs to one trace, or to too many at once
             reason = f"{type(error).__name__}: {error}"
         else:
@@ -247,10 +246,3 @@ class Engine:
             return [ScoringFailed(reason)]
         half = len(jobs) // 2
         return [*self._score(jobs[:half]), *self._score(jobs[half:])]
-
-
-class TooManyTokens(Exception):
-    """A request with more tokens than one may have."""
-
-    def __init__(self, tokens: int, limit: int):
-        super().__init__(f"the request has {tokens} tokens; the limit is {limit} (--max-tokens)")

@@ -3,15 +3,18 @@
 import asyncio
 import hmac
 import json
+import re
 import time
 from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN = {"/", "/health", "/ready"}
-"""Paths that need no key: the page has nothing in it, and a health check has no key to give."""
 DOCS = {"/docs", "/docs/oauth2-redirect", "/redoc"}
+PAGE = {"/", "/page/page.js", "/page/page.css"}
+OPEN = {"/health", "/ready", "/metrics", "/openapi.json", *DOCS, *PAGE}
+"""Paths that need no key: no prompt is in them, and a browser, a health check or Prometheus has no key to give."""
+LOOPBACK = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
 HEADERS = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -35,9 +38,9 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
 
 
 class _Refused(Exception):
-    def __init__(self, status: int, body: dict[str, Any]):
+    def __init__(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None):
         super().__init__(body["error"]["message"])
-        self.status, self.body = status, body
+        self.status, self.body, self.headers = status, body, headers or {}
 
 
 class Guard:
@@ -46,13 +49,16 @@ class Guard:
     Args:
         app: what comes next.
         api_key: None lets everyone in.
+        local_only: refuse another Host than the loopback address. A site that lets its own name point to that address
+            could else have its visitors' browsers read answers (DNS rebinding).
         max_bytes: of a body, also of one that is sent in chunks.
         body_seconds: in which the whole body must have come.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, max_bytes: int, body_seconds: float):
+    def __init__(self, app: ASGIApp, api_key: str | None, local_only: bool, max_bytes: int, body_seconds: float):
         self.app = app
         self.api_key = api_key
+        self.local_only = local_only
         self.max_bytes = max_bytes
         self.body_seconds = body_seconds
 
@@ -62,7 +68,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
 
-        begun = False
+        begun = read = False
+        body = b""
 
         async def answer(message: Message) -> None:
             nonlocal begun
@@ -75,23 +82,23 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *fresh]}
             await send(message)
 
-        try:
-            self._check(scope)
-            body = await self._body(receive)
-        except _Refused as refused:
-            await _respond(answer, refused)
-            return
-        first = True
-
         async def replay() -> Message:
-            nonlocal first
-            if first:
-                first = False
+            nonlocal read
+            if not read:
+                read = True
                 return {"type": "http.request", "body": body, "more_body": False}
             return await receive()  # what comes now is that the client has left
 
         try:
+            self._check(scope)
+            body = await self._body(receive)
             await self.app(scope, replay, answer)
+        except _Refused as refused:
+            await _respond(answer, refused)
+        except asyncio.CancelledError:  # by the server, which ends and has waited as long as it may
+            if not begun:
+                text = error("the server ends, and cut this request off: try again", "server_error", "shutting_down")
+                await _respond(answer, _Refused(503, text, {"retry-after": "1"}))
         except Exception:
             if not begun:
                 await _respond(answer, _Refused(500, error("the server failed; its log says why", "server_error")))
@@ -99,10 +106,14 @@ class Guard:
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self.api_key is not None and scope["path"] not in OPEN and not scope["path"].startswith("/page/"):
-            given = headers.get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {self.api_key}".encode()):
-                raise _Refused(401, error("the API key is missing or wrong", "authentication_error", "invalid_api_key"))
+        if self.local_only and not LOOPBACK.fullmatch(headers.get(b"host", b"")):
+            text = "without a key (--api-key-file) the server answers to localhost and 127.0.0.1 only, not to this Host"
+            raise _Refused(421, error(text, "invalid_request_error", "wrong_host"))
+        if self.api_key is not None and scope["path"] not in OPEN:
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
+                text = error("the API key is missing or wrong", "authentication_error", "invalid_api_key")
+                raise _Refused(401, text, {"www-authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
             raise self._too_large()
@@ -165,7 +176,6 @@ async def _respond(send: Send, refused: _Refused) -> None:
     body = json.dumps(refused.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     headers.append((b"connection", b"close"))  # what is left of a refused body is not read
-    if refused.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+    headers += [(name.encode(), value.encode()) for name, value in refused.headers.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

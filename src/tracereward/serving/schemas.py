@@ -1,10 +1,11 @@
 """What the endpoints take and give. The shapes of `/v1/rerank`, `/pooling` and `/classify` are Jina's and vLLM's."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Text = Annotated[str, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Strict(BaseModel):
@@ -43,7 +44,7 @@ class ScoreRequest(Strict):
     tokens: bool = Field(True, description="Give each token's text, offsets and reward too.")
 
     @model_validator(mode="after")
-    def _one_of(self) -> "ScoreRequest":
+    def _one_of(self) -> Self:
         if sum(value is not None for value in (self.completion, self.candidates, self.steps)) != 1:
             raise ValueError("give one of completion, candidates and steps")
         return self
@@ -113,20 +114,40 @@ class RerankResponse(BaseModel):
     results: list[Ranked]
 
 
-class PoolingRequest(Lenient):
-    """vLLM's request: texts, or a conversation whose last message is the assistant's trace."""
+class ClassifyRequest(Lenient):
+    """vLLM's request: texts or their token ids, or a conversation whose last message is the assistant's trace."""
 
     model: str | None = None
-    input: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[list[TokenId]], Field(min_length=1)]
+        | None
+    ) = None
     messages: Annotated[list[Message], Field(min_length=2)] | None = None
 
     @model_validator(mode="after")
-    def _one_of(self) -> "PoolingRequest":
+    def _one_of(self) -> Self:
         if (self.input is None) == (self.messages is None):
             raise ValueError("give one of input and messages")
         if self.messages is not None and self.messages[-1].role != "assistant":
             raise ValueError("the last message must be the assistant's")
         return self
+
+    @property
+    def inputs(self) -> list[str] | list[list[int]]:
+        """`input` as a list, also where it is one text or the ids of one."""
+        given: Any = self.input
+        return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
+class PoolingRequest(ClassifyRequest):
+    """vLLM's request."""
+
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="base64: of the numbers as little-endian float32, one a token."
+    )
 
 
 class Pooled(BaseModel):
@@ -134,7 +155,7 @@ class Pooled(BaseModel):
 
     index: int
     object: Literal["pooling"] = "pooling"
-    data: list[list[float]]
+    data: list[list[float]] | str
 
 
 class PoolingResponse(BaseModel):

@@ -27,7 +27,8 @@ class Settings:
 
     Attributes:
         name: of the model, in answers.
-        api_key: needed by every endpoint but the page and the health checks; None for none.
+        api_key: needed by every endpoint but those of `middleware.OPEN`; None for none.
+        local_only: answer only requests for a name of this machine's loopback address, see `Guard`.
         upstream: base URL of an OpenAI-compatible server, e.g. ``http://127.0.0.1:8000/v1``; None for no proxy.
         upstream_key: sent to it.
         upstream_seconds: that it may take.
@@ -37,12 +38,14 @@ class Settings:
         max_candidates: traces of a request, and samples of a proxied one.
         max_tokens: of all traces of a request together, prompts included.
         max_queue: tokens that may wait.
+        token_budget: padded tokens of one forward pass; None for the device's.
         max_wait: seconds that a trace may wait for others to be scored with.
-        log_prompts: write prompts to the log.
+        log_prompts: write prompts, and texts without a prompt, to the log.
     """
 
     name: str
     api_key: str | None = None
+    local_only: bool = False
     upstream: str | None = None
     upstream_key: str | None = None
     upstream_seconds: float = 300.0
@@ -52,6 +55,7 @@ class Settings:
     max_candidates: int = 64
     max_tokens: int = 65_536
     max_queue: int = 1_000_000
+    token_budget: int | None = None
     max_wait: float = 0.0
     log_prompts: bool = False
 
@@ -72,9 +76,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         404: "Another model, or no upstream.",
         408: "The body came too slowly.",
         413: "More bytes, candidates or tokens than the limits.",
-        422: "Fields that are missing or of a wrong type.",
+        421: "Another host's name, while the server has no key.",
+        422: "Fields that are missing or of a wrong type, or a trace longer than the model's positions.",
         429: "The queue is full; see Retry-After.",
         500: "A trace could not be scored.",
+        503: "The server ends; see Retry-After.",
     }.items()
 }
 
@@ -93,9 +99,9 @@ class Service:
         self.traces = Counter("traces", "Traces scored.", **named)
         self.tokens = Counter("tokens", "Tokens read, prompts included.", **named)
         self.batches = Histogram("batch_traces", "Traces of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **named)
-        self.engine = Engine(model, settings.max_wait, settings.max_queue, self.batches.observe)
+        self.engine = Engine(model, settings.max_wait, settings.max_queue, settings.token_budget, self.batches.observe)
         queued = Gauge("queued_tokens", "Tokens that wait.", **named)
-        queued.set_function(lambda: self.engine.queued_tokens)
+        queued.set_function(lambda: self.engine.queued)
 
     def seen(self, path: str, status: int, seconds: float) -> None:
         """Count an answer."""
@@ -120,21 +126,35 @@ class Service:
         row = {"prompt": given, "completion": None, "source": "prompt"}
         return render([row], self.model.tokenizer, template)[0]["prompt"]
 
-    def check(self, model: str | None, candidates: int) -> None:
-        """Refuse another model's name, and too many candidates."""
+    def check(self, model: str | None, candidates: int, field: str | None = None) -> None:
+        """Refuse another model's name, and too many candidates in the field."""
         if model not in (None, self.settings.name):
-            raise Refused(404, f"the model {model!r} is not served here; {self.settings.name!r} is", "model_not_found")
+            text = f"the model {model!r} is not served here; {self.settings.name!r} is"
+            raise Refused(404, text, "model_not_found", "model")
         if candidates > self.settings.max_candidates:
             limit = f"{candidates} candidates; the limit is {self.settings.max_candidates} (--max-candidates)"
-            raise Refused(413, limit, "too_many_candidates")
+            raise Refused(413, limit, "too_many_candidates", field)
 
-    async def score(self, prompt: str, texts: list[str], finished: bool = True) -> tuple[list[TokenScores], Usage]:
-        """Scores of traces of one rendered prompt."""
+    def log_prompt(self, prompt: object) -> None:
+        """Write a prompt, or a text without one, to the log where that is wanted."""
         if self.settings.log_prompts:
             log.info("prompt %r", prompt)
+
+    async def score(
+        self, prompt: str, texts: list[str], field: str, finished: bool = True
+    ) -> tuple[list[TokenScores], Usage]:
+        """Scores of traces of one rendered prompt, given in the request's field of that name."""
+        self.log_prompt(prompt)
         prompts, ended = [prompt] * len(texts), [finished] * len(texts)
-        scores, read, written = await self.engine.score(prompts, texts, ended, self.settings.max_tokens)
+        scores, read, written = await self.engine.score(prompts, texts, ended, self.settings.max_tokens, field)
         return scores, self.count(len(texts), read, written)
+
+    async def score_inputs(self, inputs: list[str] | list[list[int]]) -> tuple[list[TokenScores], Usage]:
+        """Scores of texts, or token ids, without a prompt."""
+        for one in inputs:
+            self.log_prompt(one)
+        scores, read, written = await self.engine.score_inputs(inputs, self.settings.max_tokens)
+        return scores, self.count(len(inputs), read, written)
 
     def count(self, traces: int, read: int, written: int) -> Usage:
         """Count what was scored."""

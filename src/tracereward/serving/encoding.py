@@ -1,0 +1,91 @@
+"""Text of requests as token ids, with the limits that only tokens can tell."""
+
+from collections.abc import Sequence
+
+from tracereward.demonstrations import encode_completion, encode_prompt
+from tracereward.errors import InputError
+from tracereward.scorer import Scorer
+
+CHARACTERS = 4  # of a token, about: what text counts for until it is tokenised
+Pair = tuple[list[int], list[int]]
+"""Token ids of a prompt and a completion."""
+
+
+class TooManyTokens(Exception):
+    """A request with more tokens than one may have.
+
+    Attributes:
+        field: of the request, in which the limit was passed.
+    """
+
+    def __init__(self, field: str, limit: float):
+        super().__init__(f"{field}: the request has more than {limit:.0f} tokens, prompts included (--max-tokens)")
+        self.field = field
+
+
+def encode_traces(
+    model: Scorer,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    finished: Sequence[bool],
+    max_tokens: float,
+    field: str,
+) -> list[Pair]:
+    """Token ids of traces, each distinct prompt tokenised once; see `Engine.score`.
+
+    It stops at the limit: a small request with one prompt and many candidates can have a thousand times as many tokens.
+    """
+    known: dict[str, list[int]] = {}
+    pairs: list[Pair] = []
+    total = 0
+    for index, (prompt, completion, ended) in enumerate(zip(prompts, completions, finished, strict=True)):
+        if prompt not in known:
+            _check_pieces(model, prompt, max_tokens, field)
+            known[prompt] = encode_prompt(model.tokenizer, prompt)
+            if not known[prompt]:
+                raise InputError(f"prompt {index}: it has no token")
+        _check_pieces(model, completion, max_tokens, field)
+        ids = encode_completion(model.tokenizer, completion)
+        pairs.append((known[prompt], ids if ended else ids[:-1]))
+        total += sum(map(len, pairs[-1]))
+        if total > max_tokens:
+            raise TooManyTokens(field, max_tokens)
+        model.check_ids(f"{field} {index}", *pairs[-1])
+    return pairs
+
+
+def encode_inputs(model: Scorer, inputs: Sequence[str | list[int]], max_tokens: float) -> list[Pair]:
+    """Token ids of texts, or what was given as ids; the first token is the prompt."""
+    pairs: list[Pair] = []
+    total, vocabulary = 0, len(model.tokenizer)
+    for index, given in enumerate(inputs):
+        if isinstance(given, str):
+            _check_pieces(model, given, max_tokens, "input")
+            ids = encode_completion(model.tokenizer, given)[:-1]
+        else:
+            ids = given
+        total += len(ids)
+        if total > max_tokens:
+            raise TooManyTokens("input", max_tokens)
+        if not all(0 <= one < vocabulary for one in ids):
+            raise InputError(f"input {index}: the model's token ids are 0 to {vocabulary - 1}")
+        if len(ids) < 2:
+            raise InputError(f"input {index}: one token alone has no reward; give two or more")
+        pairs.append((ids[:1], ids[1:]))
+        model.check_ids(f"input {index}", *pairs[-1])
+    return pairs
+
+
+def _check_pieces(model: Scorer, text: str, max_tokens: float, field: str) -> None:
+    """Refuse a text that is far over the limit without tokenising all of it, which can take many seconds.
+
+    It is counted in pieces. They are cut anywhere, which makes a few tokens more: what passes by a tenth is left to the
+    exact count.
+    """
+    size, total = CHARACTERS * max_tokens, 0
+    if len(text) <= size:
+        return
+    for start in range(0, len(text), int(size)):
+        total += len(encode_completion(model.tokenizer, text[start : start + int(size)]))
+        if total > 1.1 * max_tokens:
+            raise TooManyTokens(field, max_tokens)
