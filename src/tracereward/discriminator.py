@@ -10,6 +10,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -356,21 +357,30 @@ class Discriminator:
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def weights(self) -> dict[str, Tensor]:
-        """All trained weights, whole, on the CPU; every process must ask."""
-        return {name: whole(p.detach()).cpu() for name, p in self.parameters.items()}
+        """All trained weights, whole, on the CPU; of those in parts every process must ask, and the first gets them."""
+        return {name: self._whole(p.detach()) for name, p in self.parameters.items()}
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        tensor = whole(tensor)
+        # A machine's memory need not hold what is too large for one process once for each of them.
+        return tensor.cpu() if not self.in_parts or dist.get_rank() == 0 else tensor.new_empty(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on: whole tensors, numbers and lists only; every process must ask."""
+        """Everything the next update depends on: whole tensors, as `weights` gives them, numbers and lists only."""
         return {
             "parameters": self.weights(),
-            "average": {name: whole(p).cpu() for name, p in self.average.items()},
-            "optimizer": tree_map_only(Tensor, whole, self.optimizer.state_dict()),
+            "average": {name: self._whole(p) for name, p in self.average.items()},
+            "optimizer": tree_map_only(Tensor, self._whole, self.optimizer.state_dict()),
             "random": self.random.getstate(),
             "updates": self.updates,
             "batches": self.batches,
             "replay": self.replay.state(),
             "held_out_rollouts": self.held_out_rollouts.state(),
         }
+
+    def load(self, path: Path) -> None:
+        """`load_state_dict` of a file; of weights in parts a process reads its own."""
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=self.in_parts))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""

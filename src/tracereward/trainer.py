@@ -411,7 +411,7 @@ class AdversarialTrainer(RolloutTrainer):
         if restored is None:
             self.warm_up.load()
         else:
-            self._load_discriminator(Path(str(self.args.output_dir)) / restored)
+            self.discriminator.load(Path(str(self.args.output_dir)) / restored / DISCRIMINATOR_FILE)
         return restored
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -423,11 +423,7 @@ class AdversarialTrainer(RolloutTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self._load_discriminator(Path(checkpoint))
-
-    def _load_discriminator(self, folder: Path) -> None:
-        state = torch.load(folder / DISCRIMINATOR_FILE, map_location="cpu", weights_only=True)
-        self.discriminator.load_state_dict(state)
+            self.discriminator.load(Path(checkpoint) / DISCRIMINATOR_FILE)
 
 
 def prompt_rows(

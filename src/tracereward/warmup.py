@@ -111,7 +111,7 @@ class WarmUp(TrainerCallback):
         """Continue a warm-up that was interrupted; returns the updates done, 0 if there is nothing to continue."""
         path = self.folder / DISCRIMINATOR_FILE
         if path.is_file():
-            self.trainer.discriminator.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            self.trainer.discriminator.load(path)
         return self.trainer.discriminator.updates
 
     # The pool
