@@ -21,7 +21,7 @@ from tracereward.scorer import Scorer
 from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.serving.engine import Busy, ScoringFailed, TooManyTokens
 from tracereward.serving.middleware import Counted, Guard, error
-from tracereward.serving.proxy import Proxy, UpstreamFailed
+from tracereward.serving.proxy import Proxy
 from tracereward.serving.schemas import (
     Class,
     ClassifyResponse,
@@ -38,6 +38,7 @@ from tracereward.serving.schemas import (
     Usage,
 )
 from tracereward.serving.service import ERRORS, Refused, Service, Settings, log, unless_gone
+from tracereward.serving.upstream import UpstreamFailed
 
 
 def create_app(model: Scorer, settings: Settings) -> FastAPI:
@@ -67,7 +68,7 @@ def create_app(model: Scorer, settings: Settings) -> FastAPI:
     _add_errors(app)
     app.add_middleware(Counted, seen=service.seen)
     _add_scoring(app, service)
-    _add_operations(app, service)
+    _add_operations(app, service, proxy)
     if proxy is not None:
         proxy.add_routes(app)
     return app
@@ -165,14 +166,15 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         )
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_operations(app: FastAPI, service: Service, proxy: Proxy | None) -> None:
     started = int(time.time())
 
     @app.get("/v1/models", responses={401: ERRORS[401]})
     async def models() -> dict[str, Any]:
-        """The model that is served."""
+        """The model that is served, and those of the upstream."""
         card = {"id": service.settings.name, "object": "model", "created": started, "owned_by": "tracereward"}
-        return {"object": "list", "data": [card]}
+        upstream = [] if proxy is None else await proxy.upstream.models()
+        return {"object": "list", "data": [card, *upstream]}
 
     @app.get("/health")
     async def health() -> dict[str, str]:

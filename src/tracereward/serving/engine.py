@@ -128,6 +128,12 @@ class Engine:
         ids = await loop.run_in_executor(self._texts, self._cut, texts)
         return await self._scored(ids, max_tokens)
 
+    async def prompt_tokens(self, prompt: str) -> int:
+        """Tokens of a rendered prompt; `InputError` where it has none, or leaves no room for a trace."""
+        loop = asyncio.get_running_loop()
+        [(ids, _)] = await loop.run_in_executor(self._texts, self._encode, [prompt], [""], [True])
+        return len(ids)
+
     async def _scored(
         self, ids: list[tuple[list[int], list[int]]], max_tokens: int | None
     ) -> tuple[list[TokenScores], int, int]:

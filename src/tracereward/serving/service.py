@@ -31,6 +31,7 @@ class Settings:
         upstream: base URL of an OpenAI-compatible server, e.g. ``http://127.0.0.1:8000/v1``; None for no proxy.
         upstream_key: sent to it.
         upstream_seconds: that it may take.
+        max_upstream: requests that may be with it at once.
         samples: that are asked of it where a request does not say.
         max_bytes: of a request's body.
         body_seconds: in which it must have come.
@@ -46,6 +47,7 @@ class Settings:
     upstream: str | None = None
     upstream_key: str | None = None
     upstream_seconds: float = 300.0
+    max_upstream: int = 64
     samples: int = 8
     max_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
@@ -120,13 +122,13 @@ class Service:
         row = {"prompt": given, "completion": None, "source": "prompt"}
         return render([row], self.model.tokenizer, template)[0]["prompt"]
 
-    def check(self, model: str | None, candidates: int) -> None:
-        """Refuse another model's name, and too many candidates."""
+    def check(self, model: str | None, candidates: int, field: str | None = None) -> None:
+        """Refuse another model's name, and too many candidates, which `field` asks for."""
         if model not in (None, self.settings.name):
             raise Refused(404, f"the model {model!r} is not served here; {self.settings.name!r} is", "model_not_found")
         if candidates > self.settings.max_candidates:
             limit = f"{candidates} candidates; the limit is {self.settings.max_candidates} (--max-candidates)"
-            raise Refused(413, limit, "too_many_candidates")
+            raise Refused(413, limit, "too_many_candidates", field)
 
     async def score(self, prompt: str, texts: list[str], finished: bool = True) -> tuple[list[TokenScores], Usage]:
         """Scores of traces of one rendered prompt."""
