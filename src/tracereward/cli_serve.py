@@ -46,7 +46,7 @@ def serve(
     upstream_key_file: Annotated[
         Path | None, typer.Option(help=f"File with the key that the upstream wants. Default: ${UPSTREAM_KEY}.")
     ] = None,
-    upstream_seconds: Annotated[float, typer.Option(min=1, help="Time that the upstream may take.")] = 300.0,
+    upstream_seconds: Annotated[float, typer.Option(min=1, help="Time for all samples of a request.")] = 300.0,
     max_upstream: Annotated[
         int, typer.Option(min=1, help="Requests that may be with the upstream at once; more is answered with 429.")
     ] = 64,

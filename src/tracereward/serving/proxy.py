@@ -98,8 +98,10 @@ class Proxy:
         texts = [texts[i] for i in kept]
         rewards = await self._rewards(prompt, texts, [ended[i] for i in kept])
         deadline = time.monotonic() + VOTE_SECONDS
-        vote = asyncio.get_running_loop().run_in_executor
-        candidates, method, first = await vote(self.voting, self._choose, texts, rewards, selection.method, deadline)
+        loop = asyncio.get_running_loop()
+        candidates, method, first = await loop.run_in_executor(
+            self.voting, self._choose, texts, rewards, selection.method, deadline
+        )
         order = sorted(range(len(candidates)), key=lambda place: (place != first, -rewards[place]))
         told = {
             "method": method,

@@ -30,7 +30,7 @@ class Settings:
         api_key: needed by every endpoint but the page and the health checks; None for none.
         upstream: base URL of an OpenAI-compatible server, e.g. ``http://127.0.0.1:8000/v1``; None for no proxy.
         upstream_key: sent to it.
-        upstream_seconds: that it may take.
+        upstream_seconds: that all samples of a request may take.
         max_upstream: requests that may be with it at once.
         samples: that are asked of it where a request does not say.
         max_bytes: of a request's body.
