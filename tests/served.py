@@ -1,11 +1,14 @@
 """Reward models behind HTTP for the tests: a small one, servers as real processes, and what offline scoring says."""
 
 import contextlib
+import http.server
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,3 +126,80 @@ def serving(log: Path, model: Path, *argv: object) -> Iterator[Process]:
         yield process
     finally:
         process.end(signal.SIGKILL)
+
+
+class Upstream(http.server.ThreadingHTTPServer):
+    """Answers each request with what `reply(path, body)` gives: (status, body, headers), bytes as they are.
+
+    An iterator of bytes is sent piece by piece until the client leaves. The body of a GET is None.
+    """
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, reply):
+        self.reply, self.requests, self.headers = reply, [], []
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Upstream
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.requests.append((self.path, body))
+        self.server.headers.append(self.headers)
+        self.answer(body)
+
+    def do_GET(self):
+        self.answer(None)
+
+    def answer(self, body):
+        status, content, headers = self.server.reply(self.path, body)
+        if not isinstance(content, bytes | Iterator):
+            content = json.dumps(content).encode()
+        known = {"content-length": str(len(content))} if isinstance(content, bytes) else {"connection": "close"}
+        with contextlib.suppress(OSError):  # a client that left
+            self.send_response(status)
+            for name, value in {**known, **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            for piece in [content] if isinstance(content, bytes) else content:
+                self.wfile.write(piece)
+
+    def log_message(self, format, *args):
+        pass
+
+
+def sampler(texts, finish="stop", knows_n=True):
+    """An upstream that answers with `texts` in turn, `n` of them if it knows the field."""
+    lock, given = threading.Lock(), [0]
+
+    def reply(path, body):
+        if body is None:
+            return 200, {"object": "list", "data": [{"id": "policy", "object": "model"}]}, {}
+        choices = []
+        with lock:
+            for index in range(body.get("n", 1) if knows_n else 1):
+                text = texts[given[0] % len(texts)]
+                given[0] += 1
+                said = {"message": {"role": "assistant", "content": text}} if "chat" in path else {"text": text}
+                choices.append({"index": index, **said, "finish_reason": finish, "logprobs": None})
+        count = {"prompt_tokens": 3, "completion_tokens": 2 * len(choices), "total_tokens": 3 + 2 * len(choices)}
+        usage = {**count, "details": {"cached": 1}}
+        kind = "chat.completion" if "chat" in path else "text_completion"
+        return 200, {"id": "x-1", "object": kind, "model": body.get("model"), "choices": choices, "usage": usage}, {}
+
+    return reply

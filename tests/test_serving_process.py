@@ -15,7 +15,7 @@ pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are no
 import httpx
 import psutil
 
-from served import ENVIRONMENT, save_reward_model, serving, traces, wait_for
+from served import ENVIRONMENT, Upstream, sampler, save_reward_model, serving, traces, wait_for
 from tracereward.reward_model import TokenRewardModel
 
 TRACES = traces(64)
@@ -173,8 +173,8 @@ def test_sigterm_answers_what_is_in_flight(folder, model, tmp_path):
 # Requests that a machine makes up from the server's own description
 
 
-def fuzz(server, cases):
-    """How many answers of each status came to `cases` valid and as many invalid requests for each operation.
+def fuzz(server, cases, paths=".*"):
+    """How many answers of each status came to `cases` valid and as many invalid requests for each operation at `paths`.
 
     Each must be one that the description has: its status, its content type, its shape.
     """
@@ -189,7 +189,7 @@ def fuzz(server, cases):
     wanted = [not_a_server_error, checks.status_code_conformance, checks.content_type_conformance]
     wanted.append(checks.response_schema_conformance)
     counts: Counter[int] = Counter()
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json").include(path_regex=paths)
     session = requests.Session()
     for result in schema.get_all_operations():
         operation = result.ok()
@@ -211,6 +211,18 @@ def test_made_up_requests_get_described_answers(server):
     assert counts[200] > 25
     assert counts[422] > 25
     assert is_well(server)
+
+
+@pytest.mark.parametrize("cases", [15, pytest.param(1000, marks=pytest.mark.slow)])
+def test_made_up_requests_to_the_proxy_get_described_answers(folder, tmp_path, cases):
+    with (
+        Upstream(sampler(["1 + 2 = 3\n#### 3", "#### 4"])) as upstream,
+        serving(tmp_path / "log", folder, "--upstream", upstream.url) as server,
+    ):
+        counts = fuzz(server, cases, "^/v1/(chat/completions|completions|models)$")
+        assert upstream.requests
+        assert counts[422] > cases
+        assert is_well(server)
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """Best-of-N over HTTP: OpenAI's client, `tracereward serve`, and a real server behind it that generates."""
 
 import contextlib
-import http.server
 import json
 import signal
 import socket
 import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -14,10 +15,13 @@ pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are no
 import httpx
 from fastapi.testclient import TestClient
 
-from served import Process, save_reward_model, serving, traces, wait_for
+from served import SECONDS, Process, Upstream, sampler, save_reward_model, serving, traces, wait_for
 from tracereward.reward_model import TokenRewardModel
+from tracereward.serving import proxy
+from tracereward.serving import upstream as upstreams
 from tracereward.serving.app import create_app
 from tracereward.serving.service import Settings
+from tracereward.tasks import answers
 from tracereward.tasks.arithmetic import build_model
 
 PROMPT = "1 + 2 = ?\n"
@@ -178,73 +182,13 @@ def test_an_upstream_that_is_killed_is_unreachable(ask, client, generator):
 # Upstreams that a test writes
 
 
-class Upstream(http.server.ThreadingHTTPServer):
-    """Answers each request with what `reply(path, body)` gives: (status, body, headers), bytes as they are."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, reply):
-        self.reply, self.requests, self.headers = reply, [], []
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Upstream
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.server.requests.append((self.path, body))
-        self.server.headers.append(self.headers)
-        status, content, headers = self.server.reply(self.path, body)
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        with contextlib.suppress(OSError):  # a client that left
-            self.send_response(status)
-            for name, value in {"content-length": str(len(content)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(content)
-
-    def log_message(self, format, *args):
-        pass
-
-
 @contextlib.contextmanager
 def behind(model, reply, **settings):
     """A client of a proxy before an `Upstream`, and the upstream."""
-    upstream = Upstream(reply)
-    threading.Thread(target=upstream.serve_forever, daemon=True).start()
-    try:
+    with Upstream(reply) as upstream:
         app = create_app(model, Settings("rm", upstream=upstream.url, **settings))
         with TestClient(app, raise_server_exceptions=False) as client:
             yield client, upstream
-    finally:
-        upstream.shutdown()
-        upstream.server_close()
-
-
-def sampler(texts, finish="stop", knows_n=True):
-    """An upstream that answers with `texts` in turn, `n` of them if it knows the field."""
-    lock, given = threading.Lock(), [0]
-
-    def reply(path, body):
-        choices = []
-        with lock:
-            for index in range(body.get("n", 1) if knows_n else 1):
-                text = texts[given[0] % len(texts)]
-                given[0] += 1
-                said = {"message": {"role": "assistant", "content": text}} if "chat" in path else {"text": text}
-                choices.append({"index": index, **said, "finish_reason": finish, "logprobs": None})
-        count = {"prompt_tokens": 3, "completion_tokens": 2 * len(choices), "total_tokens": 3 + 2 * len(choices)}
-        usage = {**count, "details": {"cached": 1}}
-        kind = "chat.completion" if "chat" in path else "text_completion"
-        return 200, {"id": "x-1", "object": kind, "model": body.get("model"), "choices": choices, "usage": usage}, {}
-
-    return reply
 
 
 def completion(client, selection=None, **fields):
@@ -274,7 +218,9 @@ def test_samples_are_asked_for_at_once_or_one_by_one(model, reward, knows_n):
         sorted((reward(text, True) for text in CHOICES), reverse=True), abs=1e-4
     )
     calls = len(requests)
-    assert answer["usage"] == {"prompt_tokens": 3 * calls, "completion_tokens": 8, "total_tokens": 3 * calls + 8}
+    assert answer["usage"] == {"prompt_tokens": 3 * calls, "completion_tokens": 8, "total_tokens": 3 * calls + 8} | {
+        "details": {"cached": calls}
+    }
     assert (answer["id"], answer["object"], answer["model"]) == ("x-1", "text_completion", "policy")
 
 
@@ -374,6 +320,12 @@ BAD = {
     "half a surrogate": (200, b'{"choices": [{"text": "\\ud800"}]}', {}),
     "not gzip": (200, b"abc", {"content-encoding": "gzip"}),
     "elsewhere": (302, b"", {"location": "http://127.0.0.1:9/"}),
+    "nested": (200, b"[" * 200_000 + b"]" * 200_000, {}),
+    "nested deep in a choice": (200, b'{"choices": [{"text": "2", "x": ' + b"[" * 900 + b"]" * 900 + b"}]}", {}),
+    "a nested error": (400, b"[" * 200_000 + b"]" * 200_000, {}),
+    "not a number in an error": (400, b'{"error": {"message": "no", "code": NaN}}', {}),
+    "half a surrogate in an error": (400, b'{"error": {"message": "\\ud800"}}', {}),
+    "no such status": (999, {"error": {"message": "no"}}, {}),
     "shorter than it says": (200, b"{}", {"content-length": "100", "connection": "close"}),
 }
 
@@ -386,15 +338,59 @@ def test_an_upstreams_garbage_is_502(model, reply):
     with behind(model, answer) as (client, _):
         response = completion(client)
         assert response.status_code == 502, response.text
-        assert response.json()["error"]["code"] in ("bad_upstream", "upstream_unreachable")
+        error = response.json()["error"]
+        assert error["message"] == "no" or error["code"] in ("bad_upstream", "upstream_unreachable")
         assert client.get("/ready").status_code == 200
 
 
-def test_an_upstreams_bare_error_keeps_its_status(model):
-    with behind(model, lambda path, body: (503, b"<html>", {})) as (client, _):
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (b"<html>", ("the upstream answered 503", "upstream_error", None, "bad_upstream")),
+        ({"error": {}}, ("the upstream answered 503", "upstream_error", None, "bad_upstream")),
+        ({"error": "no such model"}, ("no such model", "upstream_error", None, None)),
+        ({"detail": "Not Found"}, ("Not Found", "upstream_error", None, None)),
+        ({"detail": [{"loc": ["n"]}]}, ('[{"loc": ["n"]}]', "upstream_error", None, None)),
+        (
+            {"object": "error", "message": "too large", "type": "BadRequestError", "param": "max_tokens", "code": 400},
+            ("too large", "BadRequestError", "max_tokens", "400"),
+        ),
+    ],
+    ids=["page", "empty", "text", "detail", "details", "vLLM's old"],
+)
+def test_an_upstreams_words_are_passed_on_in_openais_shape(model, body, expected):
+    """With its status; a header that HTTP cannot hold is left out."""
+    with behind(model, lambda path, _: (503, body, {"retry-after": "\xff"})) as (client, _):
         response = completion(client)
     assert response.status_code == 503
-    assert response.json()["error"]["code"] == "bad_upstream"
+    assert response.json() == {"error": dict(zip(("message", "type", "param", "code"), expected))}
+
+
+@pytest.mark.parametrize("usage", [[1], "many", None, {"total_tokens": "3"}, {"total_tokens": {"a": {"b": 1}}}])
+def test_a_malformed_usage_is_left_out(model, usage):
+    choice = {"text": RIGHT, "index": 0}
+    with behind(model, lambda path, body: (200, {"choices": [choice], "usage": usage}, {})) as (client, _):
+        response = completion(client, {"n": 1})
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"] == {}
+
+
+def test_usage_has_the_details_summed(model):
+    """By hand; a number that is too long to be added is left out."""
+    usages = [
+        {"total_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 2}, "x": 10**4299},
+        {"total_tokens": 7, "completion_tokens_details": {"reasoning_tokens": 3, "audio_tokens": 1}, "x": 10**4299},
+    ]
+
+    def reply(path, body):
+        return 200, {"choices": [{"text": RIGHT, "index": 0}], "usage": usages[body["n"] == 1]}, {}
+
+    with behind(model, reply) as (client, _):
+        usage = completion(client, {"n": 2}).json()["usage"]
+    assert usage == {
+        "total_tokens": 12,
+        "completion_tokens_details": {"reasoning_tokens": 5, "audio_tokens": 1},
+    }
 
 
 def test_an_upstream_that_is_late_is_504(model):
@@ -411,6 +407,192 @@ def test_an_upstream_that_is_late_is_504(model):
             never.set()
     assert response.status_code == 504
     assert response.json()["error"]["code"] == "upstream_timeout"
+
+
+def test_an_upstream_that_trickles_is_504(model):
+    """The limit is of the whole answer, whose bytes keep coming."""
+    end = threading.Event()
+
+    def pieces():
+        for _ in range(200):
+            yield b" "
+            if end.wait(0.05):
+                break
+        yield json.dumps({"choices": [{"text": RIGHT, "index": 0}]}).encode()
+
+    with behind(model, lambda path, body: (200, pieces(), {}), upstream_seconds=0.5) as (client, _):
+        try:
+            response = completion(client, {"n": 1})
+        finally:
+            end.set()
+    assert response.status_code == 504
+    assert "within 0.5 s (--upstream-seconds)" in response.json()["error"]["message"]
+
+
+def endless(begun, left, end):
+    """What an upstream sends while it generates: begins, and ends when the client leaves."""
+    begun.release()
+    try:
+        while not end.wait(0.02):
+            yield b" "
+    finally:
+        left.release()
+
+
+def test_a_client_that_leaves_takes_its_samples_along(folder, tmp_path):
+    begun, left, end = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
+    body = json.dumps({"prompt": PROMPT}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    head += b"content-length: %d\r\n\r\n" % len(body)
+    with (
+        Upstream(lambda path, body: (200, endless(begun, left, end), {})) as upstream,
+        serving(tmp_path / "log", folder, "--upstream", upstream.url) as server,
+    ):
+        try:
+            with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as client:
+                client.sendall(head + body)
+                assert begun.acquire(timeout=SECONDS)
+            assert left.acquire(timeout=10)
+        finally:
+            end.set()
+
+
+def test_a_failed_sample_ends_its_siblings(model):
+    """One of the others fails once all have begun: the upstream sees the rest of them leave."""
+    begun, left, end = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
+
+    def reply(path, body):
+        if body["n"] > 1:
+            return 200, {"choices": [{"text": RIGHT, "index": 0}]}, {}
+        if body["seed"] < 3:
+            return 200, endless(begun, left, end), {}
+        for _ in range(2):
+            begun.acquire(timeout=SECONDS)
+        return 500, {"error": "out of memory"}, {}
+
+    with behind(model, reply) as (client, _):
+        try:
+            response = completion(client, {"n": 4}, seed=0)
+            assert all(left.acquire(timeout=10) for _ in range(2))
+        finally:
+            end.set()
+    assert (response.status_code, response.json()["error"]["message"]) == (500, "out of memory")
+
+
+def test_more_requests_than_may_be_with_the_upstream_are_429(model):
+    """Before it is asked; once there is a place again, they are answered."""
+    go, sampled = threading.Event(), sampler([RIGHT])
+
+    def reply(path, body):
+        go.wait(SECONDS)
+        return sampled(path, body)
+
+    with behind(model, reply, max_upstream=2) as (client, upstream), ThreadPoolExecutor(3) as pool:
+        try:
+            calls = [pool.submit(completion, client) for _ in range(2)]
+            wait_for(lambda: len(upstream.requests) == 2, "requests with the upstream")
+            refused = pool.submit(completion, client).result(timeout=30)
+        finally:
+            go.set()
+        assert [call.result().status_code for call in calls] == [200, 200]
+        assert len(upstream.requests) == 2
+        assert completion(client).status_code == 200
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "busy"
+    assert "--max-upstream" in refused.json()["error"]["message"]
+    assert int(refused.headers["retry-after"]) >= 1
+
+
+def test_cookies_stay_with_nobody(model):
+    sampled = sampler([RIGHT])
+
+    def reply(path, body):
+        status, answer, _ = sampled(path, body)
+        return status, answer, {"set-cookie": "user=first; path=/"}
+
+    with behind(model, reply) as (client, upstream):
+        answers = [completion(client) for _ in range(2)]
+    assert [headers["cookie"] for headers in upstream.headers] == [None, None]
+    assert not [answer for answer in answers if "set-cookie" in answer.headers]
+
+
+@pytest.mark.parametrize("selection", [{"n": 8}, {"n": 8, "temperature": 0}, None])
+def test_a_greedy_request_is_one_sample(model, selection):
+    """At temperature 0, the request's or the samples' own; with `n` the upstream says what it does with several."""
+    temperature = 1.0 if selection and "temperature" in selection else 0
+    with behind(model, sampler([RIGHT])) as (client, upstream):
+        answer = completion(client, selection, temperature=temperature).json()
+        two = completion(client, selection, temperature=temperature, n=2).json()
+    assert [(body["n"], body["temperature"]) for _, body in upstream.requests] == [(1, 0), (2, 0)]
+    assert (answer["tracereward"]["samples"], two["tracereward"]["samples"]) == (1, 2)
+    assert (len(answer["choices"]), len(two["choices"])) == (1, 2)
+
+
+def test_the_limit_of_tokens_holds_before_and_after_the_upstream(model):
+    """Both are 413, also on a server whose queue holds no more than the limit."""
+    prompt = len(model.tokenizer(PROMPT)["input_ids"])
+    few = 100 // (prompt + 1)
+    with behind(model, sampler([RIGHT]), max_tokens=100, max_queue=100) as (client, upstream):
+        before = completion(client, {"n": few + 1})
+        assert not upstream.requests
+        long = completion(client, prompt="1 + " * 100)
+        assert not upstream.requests
+        after = completion(client, {"n": few})
+        assert len(upstream.requests) == 1
+        assert completion(client, {"n": 2}).status_code == 200
+    for response in (before, long, after):
+        assert response.status_code == 413
+        assert response.json()["error"]["code"] == "too_many_tokens"
+        assert " 100 tokens" in response.json()["error"]["message"]
+        assert "--max-tokens" in response.json()["error"]["message"]
+    assert before.json()["error"]["param"] == "tracereward.n"
+    assert long.json()["error"]["param"] == "prompt"
+
+
+def test_voting_leaves_the_server_well(tmp_path, tokenizer, monkeypatch, caplog):
+    """Comparisons that math-verify never ends: /health answers meanwhile, the vote ends with its time, and nothing that
+    the samples said is logged."""
+    folder = save_reward_model(tmp_path / "rm", tokenizer, task="math")
+    monkeypatch.setattr(answers, "TIME_LIMIT", 2.0)
+    monkeypatch.setattr(proxy, "VOTE_SECONDS", 1.0)
+    assert answers.equal_math("y+1", "1+y")  # the process runs
+    towers = ["5^{9^{9^" + digit + "}}" for digit in "897765"]
+    texts = ["\\boxed{" + tower + "}" for tower in towers]
+    slowest = 0.0
+    with behind(TokenRewardModel.from_pretrained(str(folder)), sampler(texts)) as (client, _):
+        with ThreadPoolExecutor(1) as pool:
+            start = time.monotonic()
+            call = pool.submit(completion, client, {"n": 6, "method": "majority"})
+            while not call.done():
+                asked = time.monotonic()
+                assert client.get("/health").status_code == 200
+                slowest = max(slowest, time.monotonic() - asked)
+        took = time.monotonic() - start
+    assert call.result().json()["tracereward"]["scores"][0]["answer"] == towers[2]  # equal texts are one answer
+    assert slowest < 1.5
+    assert took < 8  # ten pairs of 2 s would be 20 s
+    assert "math-verify stopped after 2 s" in caplog.text
+    assert "9^" not in caplog.text
+
+
+def test_the_upstreams_models_are_listed(model, monkeypatch):
+    """Behind the reward model; it alone where the upstream does not answer, or with something else."""
+    monkeypatch.setattr(upstreams, "MODELS_SECONDS", 0.5)
+    never = threading.Event()
+    listed = {
+        "listed": sampler([RIGHT]),
+        "late": lambda path, body: (never.wait(SECONDS) and 200, b"", {}),
+        "page": lambda path, body: (200, b"<html>", {}),
+        "refused": lambda path, body: (401, {"data": [{"id": "policy"}]}, {}),
+        "text": lambda path, body: (200, {"data": "policy"}, {}),
+        "nested": lambda path, body: (200, b"[" * 200_000, {}),
+    }
+    names = {}
+    for case, reply in listed.items():
+        with behind(model, reply) as (client, _):
+            names[case] = [one["id"] for one in client.get("/v1/models").json()["data"]]
+        never.set()
+    assert names == {case: ["rm", "policy"] if case == "listed" else ["rm"] for case in listed}
 
 
 def test_an_upstream_that_dies_in_the_middle_of_n_is_an_error(model):
@@ -432,13 +614,87 @@ def test_what_cannot_be_sent_is_the_clients_error(model):
         for body in (b'{"prompt": "1", "top_p": NaN}', b'{"prompt": "\\ud800"}', b'{"prompt": "1", "\\ud800": 1}'):
             response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
             assert response.status_code == 422
-        odd = completion(client, stream=True, stream_options="yes")
-        assert odd.text.endswith("data: [DONE]\n\n")
-    assert len(upstream.requests) == 1
+    assert not upstream.requests
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "text"),
+    [
+        ('"stream": "false"', "stream", "valid boolean"),
+        ('"stream_options": "yes"', "stream_options", "dictionary"),
+        ('"temperature": NaN', "temperature", "finite number"),
+        ('"temperature": "hot"', "temperature", "valid number"),
+        ('"seed": "1"', "seed", "valid integer"),
+        ('"n": true', "n", "valid integer"),
+        ('"top_p": NaN', "top_p", "cannot hold"),
+        ('"prompt": ["1", "2"]', "prompt", "one text, not 2"),
+        ('"prompt": []', "prompt", "one text, not 0"),
+        ('"prompt": [1]', "prompt", "valid string"),
+        ('"prompt": ""', "prompt", "at least 1 character"),
+        ('"n": 3, "tracereward": {"n": 2}', "tracereward.n", "n = 3"),
+        ('"tracereward": {"n": 9}', "tracereward.n", "limit is 8"),
+        ('"n": 9', "n", "limit is 8"),
+        ('"tracereward": []', "tracereward", "dictionary"),
+        ('"x": ' + "[" * 900 + "]" * 900, "x", "depth"),
+    ],
+)
+def test_invalid_fields_are_named(model, fields, param, text):
+    with behind(model, sampler([RIGHT]), max_candidates=8) as (client, upstream):
+        body = f'{{"prompt": "1 + 2", {fields}}}'
+        response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == (413 if "limit" in text else 422)
+    assert response.json()["error"]["param"] == param
+    assert text in response.json()["error"]["message"]
+    assert not upstream.requests
+
+
+def test_a_prompt_may_be_a_list_of_one_text(model, reward):
+    with behind(model, sampler([RIGHT])) as (client, upstream):
+        answer = completion(client, {"n": 1}, prompt=[PROMPT]).json()
+    assert upstream.requests[0][1]["prompt"] == [PROMPT]  # as it came
+    assert answer["tracereward"]["scores"][0]["reward"] == pytest.approx(reward(RIGHT, True), abs=1e-4)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_has_all_that_the_choice_has(model, path):
+    """Log-probs, reasoning and whatever else an upstream adds, once; the reason of its end comes last."""
+    others = {"index": 0, "logprobs": {"content": [{"token": "3", "logprob": -0.5}]}, "stop_reason": 7}
+    message = {"role": "assistant", "content": RIGHT, "reasoning_content": "I count."}
+    said = {"message": message} if path.startswith("chat") else {"text": RIGHT}
+    choice = {**others, **said, "finish_reason": "stop"}
+    with behind(model, lambda *_: (200, {"id": "x", "choices": [choice]}, {})) as (client, _):
+        body = {"prompt": PROMPT, "messages": [{"role": "user", "content": PROMPT}], "stream": True}
+        text = client.post(f"/v1/{path}", json={**body, "tracereward": {"n": 1}}).text
+    first, second = (json.loads(line.removeprefix("data: "))["choices"] for line in text.split("\n\n")[:2])
+    piece = {"delta": message} if path.startswith("chat") else {"text": RIGHT}
+    assert first == [{**others, **piece, "finish_reason": None}]
+    empty = {"delta": {}} if path.startswith("chat") else {"text": ""}
+    assert second == [{"index": 0, **empty, "finish_reason": "stop"}]
+
+
+def test_the_description_has_the_proxys_requests_and_answers(model):
+    with behind(model, sampler([RIGHT])) as (client, _):
+        description = client.get("/openapi.json").json()
+    schemas = description["components"]["schemas"]
+    for path, name, own in (("chat/completions", "Chat", "messages"), ("completions", "Completion", "prompt")):
+        operation = description["paths"][f"/v1/{path}"]["post"]
+        reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        schema = schemas[reference.removeprefix("#/components/schemas/")]
+        assert schema["title"] == f"{name}Request"
+        assert schema["required"] == [own]
+        assert schema["properties"].keys() >= {"n", "stream", "tracereward", "temperature", own}
+        assert schema["additionalProperties"] is True
+        assert operation["responses"].keys() >= {"200", "413", "422", "429", "502", "504"}
+        assert "text/event-stream" in operation["responses"]["200"]["content"]
+    assert {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}} in (
+        schemas["ChatMessage"]["properties"]["content"]["anyOf"]
+    )
 
 
 def test_a_sample_that_the_reward_model_cannot_read_is_said(model):
-    with behind(model, sampler([" + 1" * 100])) as (client, _):
-        response = completion(client)
-    assert response.status_code == 400
-    assert "reads 128" in response.json()["error"]["message"]
+    with behind(model, sampler([" + 1" * 100])) as (client, upstream):
+        sampled, asked = completion(client), completion(client, prompt="1 + " * 100)
+        assert len(upstream.requests) == 1  # a prompt that is too long is refused before
+    for response in (sampled, asked):
+        assert response.status_code == 422
+        assert "reads 128" in response.json()["error"]["message"]

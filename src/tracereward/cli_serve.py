@@ -64,7 +64,10 @@ def serve(
     upstream_key_file: Annotated[
         Path | None, typer.Option(help=f"File with the key that the upstream wants. Default: ${UPSTREAM_KEY}.")
     ] = None,
-    upstream_seconds: Annotated[float, typer.Option(min=1, help="Time that the upstream may take.")] = 300.0,
+    upstream_seconds: Annotated[float, typer.Option(min=1, help="Time for all samples of a request.")] = 300.0,
+    max_upstream: Annotated[
+        int, typer.Option(min=1, help="Requests that may be with the upstream at once; more is answered with 429.")
+    ] = 64,
     samples: Annotated[int, typer.Option(min=1, help="N of best-of-N, where a request does not say.")] = 8,
     max_bytes: Annotated[int, typer.Option(min=1024, help="Largest body.")] = 4 * 2**20,
     max_candidates: Annotated[int, typer.Option(min=1, help="Traces of one request.")] = 64,
@@ -103,6 +106,7 @@ def serve(
         upstream=upstream,
         upstream_key=key_of(upstream_key_file, UPSTREAM_KEY),
         upstream_seconds=upstream_seconds,
+        max_upstream=max_upstream,
         samples=samples,
         max_bytes=max_bytes,
         max_candidates=max_candidates,

@@ -72,7 +72,7 @@ def create_app(model: Scorer, settings: Settings) -> FastAPI:
     add_errors(app)
     app.add_middleware(Counted, seen=service.seen)
     _add_scoring(app, service)
-    _add_operations(app, service)
+    _add_operations(app, service, proxy)
     if proxy is not None:
         proxy.add_routes(app)
     return app
@@ -174,14 +174,15 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         )
 
 
-def _add_operations(app: FastAPI, service: Service) -> None:
+def _add_operations(app: FastAPI, service: Service, proxy: Proxy | None) -> None:
     started = int(time.time())
 
     @app.get("/v1/models", responses={status: ERRORS[status] for status in (401, 421)})
     async def models() -> dict[str, Any]:
-        """The model that is served."""
+        """The model that is served, and those of the upstream."""
         card = {"id": service.settings.name, "object": "model", "created": started, "owned_by": "tracereward"}
-        return {"object": "list", "data": [card]}
+        upstream = [] if proxy is None else await proxy.upstream.models()
+        return {"object": "list", "data": [card, *upstream]}
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

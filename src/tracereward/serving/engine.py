@@ -133,6 +133,12 @@ class Engine:
         work = partial(encode_inputs, self.model, inputs, max_tokens)
         return await self._scored(await self._tokenised(sum(map(len, inputs)), work))
 
+    async def prompt_tokens(self, prompt: str, max_tokens: float = math.inf) -> int:
+        """Tokens of a rendered prompt; `InputError` where it has none, or leaves no room for a trace."""
+        work = partial(encode_traces, self.model, [prompt], [""], [True], max_tokens, "prompt")
+        [(ids, _)] = await self._tokenised(len(prompt), work)
+        return len(ids)
+
     async def _tokenised(self, characters: int, work: Callable[[], list[Pair]]) -> list[Pair]:
         """Do `work` beside the forward pass. Its text counts towards the queue; what finds it empty always may come."""
         tokens = characters // CHARACTERS

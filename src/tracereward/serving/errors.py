@@ -11,8 +11,8 @@ from tracereward.errors import InputError, TooLong
 from tracereward.serving.encoding import TooManyTokens
 from tracereward.serving.engine import Busy, ScoringFailed
 from tracereward.serving.middleware import error
-from tracereward.serving.proxy import UpstreamFailed
 from tracereward.serving.service import Refused, log
+from tracereward.serving.upstream import UpstreamFailed
 
 
 def add_errors(app: FastAPI) -> None:

@@ -1,36 +1,34 @@
-"""Best-of-N in front of an OpenAI-compatible server: ask for N samples, choose by reward, answer with the best.
-
-The upstream is fixed when the server starts; nothing in a request is ever opened as an address.
-"""
+"""Best-of-N in front of an OpenAI-compatible server: ask for N samples, choose by reward, answer with the best."""
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from typing import Any, TypeVar
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
 
-import httpx
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel, ValidationError
+from fastapi.responses import JSONResponse, Response
 
 from tracereward.rerank import Candidate, choose
 from tracereward.serving.middleware import error
-from tracereward.serving.schemas import JsonObject, Message, Selection
+from tracereward.serving.schemas import ChatRequest, CompletionRequest, ErrorResponse, JsonObject, Selection
 from tracereward.serving.service import ERRORS, Refused, Service, unless_gone
+from tracereward.serving.upstream import Upstream, UpstreamFailed, can_be_sent
 from tracereward.tasks import get_task
 
-T = TypeVar("T", bound=BaseModel)
 DROPPED = ("n", "stream", "stream_options", "best_of", "tracereward")
 """Fields of a request that are the proxy's business, not the upstream's."""
 REFUSED = {"tools": "tool calls", "functions": "function calls", "echo": "an echo of the prompt"}
-
-
-class UpstreamFailed(Exception):
-    """The upstream did not answer as it should: what the client is told."""
-
-    def __init__(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None):
-        super().__init__(body)
-        self.status, self.body, self.headers = status, body, headers
+VOTE_SECONDS = 5.0
+"""In which the answers of one request are compared, what waits before it included."""
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "As the upstream's own.", "content": {"text/event-stream": {}}},
+    **ERRORS,
+    502: {"model": ErrorResponse, "description": "The upstream cannot be reached, or its answer not used."},
+    504: {"model": ErrorResponse, "description": "The upstream took too long."},
+}
 
 
 class Proxy:
@@ -39,176 +37,123 @@ class Proxy:
     def __init__(self, service: Service):
         self.service = service
         settings = service.settings
-        headers = {} if settings.upstream_key is None else {"authorization": f"Bearer {settings.upstream_key}"}
-        self.client = httpx.AsyncClient(
-            base_url=str(settings.upstream).rstrip("/") + "/",
-            headers=headers,
-            timeout=httpx.Timeout(settings.upstream_seconds, connect=10.0),
-            limits=httpx.Limits(max_connections=None),
-            follow_redirects=False,
-            trust_env=False,
-        )
+        self.upstream = Upstream(str(settings.upstream), settings.upstream_key, settings.upstream_seconds)
+        self.places = asyncio.Semaphore(settings.max_upstream)
         self.task = get_task(service.model.settings.task)
+        self.voting = ThreadPoolExecutor(1, "voting")  # math-verify compares one pair at a time
 
     async def close(self) -> None:
         """Close the connections to the upstream."""
-        await self.client.aclose()
+        self.voting.shutdown(wait=False)
+        await self.upstream.close()
 
     def add_routes(self, app: FastAPI) -> None:
         """Add the two endpoints."""
 
-        @app.post("/v1/chat/completions", responses=ERRORS)
-        async def chat(body: JsonObject, request: Request) -> Response:
+        @app.post("/v1/chat/completions", responses=RESPONSES)
+        async def chat(body: ChatRequest, request: Request) -> Response:
             """OpenAI's chat completion, the best of N samples; the field ``tracereward`` says how it was chosen."""
-            return await unless_gone(request, self.answer("chat/completions", body))
+            return await unless_gone(request, self.answer("chat/completions", body, await request.json()))
 
-        @app.post("/v1/completions", responses=ERRORS)
-        async def completions(body: JsonObject, request: Request) -> Response:
+        @app.post("/v1/completions", responses=RESPONSES)
+        async def completions(body: CompletionRequest, request: Request) -> Response:
             """OpenAI's completion, the best of N samples."""
-            return await unless_gone(request, self.answer("completions", body))
+            return await unless_gone(request, self.answer("completions", body, await request.json()))
 
-    async def answer(self, path: str, body: JsonObject) -> Response:
-        """Sample, score, choose, and answer in the upstream's shape."""
-        wanted, selection, prompt = self._read(path, body)
+    async def answer(self, path: str, body: ChatRequest | CompletionRequest, sent: JsonObject) -> Response:
+        """Sample, score, choose, and answer in the upstream's shape; `sent` is the request as it came."""
+        if self.places.locked():
+            wait = self.service.engine.retry_after
+            text = f"{self.service.settings.max_upstream} requests are with the upstream (--max-upstream): "
+            full = error(f"{text}try again in {wait} s", "rate_limit_error", "busy")
+            raise UpstreamFailed(429, full, {"retry-after": str(wait)})
+        async with self.places:
+            result = await self._best(path, body, sent)
+        if not body.stream:
+            return JSONResponse(result)
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        events = "".join(_events(result, path.startswith("chat"), with_usage))
+        return Response(events, media_type="text/event-stream")
+
+    async def _best(self, path: str, body: ChatRequest | CompletionRequest, sent: JsonObject) -> JsonObject:
+        selection = body.tracereward or Selection(n=None, temperature=None)
+        wanted = body.n or 1
+        temperature = body.temperature if selection.temperature is None else selection.temperature
         samples = selection.n or max(self.service.settings.samples, wanted)
         if samples < wanted:
-            raise Refused(422, f"tracereward.n is {samples}, fewer than the n = {wanted} answers", "invalid_value")
-        self.service.check(None, samples)
-        request = {name: value for name, value in body.items() if name not in DROPPED}
+            text = f"tracereward.n is {samples}, fewer than the n = {wanted} answers"
+            raise Refused(422, text, "invalid_value", "tracereward.n")
+        if temperature == 0:  # samples are all the same, and vLLM refuses several
+            samples = wanted
+        prompt = await self._check(body, sent, samples)
+        request = {name: value for name, value in sent.items() if name not in DROPPED}
         if selection.temperature is not None:
             request["temperature"] = selection.temperature
-        whole, choices = await self._sample(path, request, samples)
+        whole, choices = await self.upstream.sample(path, request, samples)
         texts = [_text(choice) for choice in choices]
         ended = [choice.get("finish_reason") != "length" for choice in choices]
         kept = [index for index, text in enumerate(texts) if text]
         if not kept:
             raise UpstreamFailed(502, error("the upstream's samples are all empty", "upstream_error", "bad_upstream"))
-        rewards = await self._rewards(prompt, [texts[i] for i in kept], [ended[i] for i in kept])
-        candidates = [
-            Candidate(texts[i], self.task.extract(texts[i]), reward, length=len(texts[i]))
-            for i, reward in zip(kept, rewards, strict=True)
-        ]
-        answered = any(candidate.answer is not None for candidate in candidates)
-        method = selection.method or ("vote" if answered else "reward")
-        first = choose(candidates, method, self.task.equal)
-        order = sorted(range(len(candidates)), key=lambda place: (place != first, -candidates[place].reward))
-        best = order[:wanted]
+        texts = [texts[i] for i in kept]
+        rewards = await self._rewards(prompt, texts, [ended[i] for i in kept])
+        deadline = time.monotonic() + VOTE_SECONDS
+        loop = asyncio.get_running_loop()
+        candidates, method, first = await loop.run_in_executor(
+            self.voting, self._choose, texts, rewards, selection.method, deadline
+        )
+        order = sorted(range(len(candidates)), key=lambda place: (place != first, -rewards[place]))
         told = {
             "method": method,
             "samples": len(choices),
-            "scores": [{"reward": candidates[p].reward, "answer": candidates[p].answer} for p in order],
+            "scores": [{"reward": rewards[place], "answer": candidates[place].answer} for place in order],
         }
-        picked = [{**choices[kept[place]], "index": index} for index, place in enumerate(best)]
-        result = {**whole, "choices": picked, "tracereward": told}
-        if body.get("stream"):
-            options = body.get("stream_options")
-            with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-            events = _events(result, path.startswith("chat"), with_usage)
-            return StreamingResponse(events, media_type="text/event-stream")
-        return JSONResponse(result)
+        picked = [{**choices[kept[place]], "index": index} for index, place in enumerate(order[:wanted])]
+        return {**whole, "choices": picked, "tracereward": told}
 
-    def _read(self, path: str, body: JsonObject) -> tuple[int, Selection, str]:
-        """How many answers are wanted, how to choose them, and the reward model's prompt."""
-        if not _can_be_sent(body):
-            raise Refused(422, "the request has a number or a character that JSON cannot hold", "invalid_value")
+    async def _check(self, body: ChatRequest | CompletionRequest, sent: JsonObject, samples: int) -> str:
+        """The reward model's prompt; refuses what can be known to fail before the upstream is asked."""
+        for name, value in sent.items():
+            if not can_be_sent({name: value}):
+                text = f"{name}: a number, a character or a depth that JSON cannot hold"
+                raise Refused(422, text, "invalid_value", name)
         for name, what in REFUSED.items():
-            if body.get(name):
+            if sent.get(name):
                 raise Refused(422, f"{name}: {what} cannot be reranked", "unsupported", name)
-        wanted = body.get("n")
-        wanted = 1 if wanted is None else wanted
-        if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 1:
-            raise Refused(422, f"n must be a whole number of at least 1, not {wanted!r}", "invalid_value", "n")
-        selection = _parsed(Selection, body.get("tracereward") or {}, "tracereward")
-        if path == "completions":
-            prompt = body.get("prompt")
-            if not isinstance(prompt, str) or not prompt:
-                raise Refused(422, "prompt must be one text", "invalid_value", "prompt")
-            return wanted, selection, self.service.render(prompt)
-        given = body.get("messages")
-        if not isinstance(given, list) or not given:
-            raise Refused(422, "messages must be a list of at least one", "invalid_value", "messages")
-        return wanted, selection, self.service.render([_message(one, index) for index, one in enumerate(given)])
+        field = "tracereward.n" if body.tracereward and body.tracereward.n else "n" if body.n else None
+        self.service.check(None, samples, field)
+        prompt = self.service.render(body.prompt if isinstance(body, CompletionRequest) else list(body.messages))
+        self.service.log_prompt(prompt)
+        limit = self.service.settings.max_tokens
+        tokens = await self.service.engine.prompt_tokens(prompt, limit)
+        if samples * (tokens + 1) > limit:
+            text = f"{samples} samples of a prompt of {tokens} tokens: the limit is {limit} tokens (--max-tokens)"
+            raise Refused(413, text, "too_many_tokens", field)
+        return prompt
 
     async def _rewards(self, prompt: str, texts: list[str], ended: list[bool]) -> list[float]:
-        service = self.service
-        scores, read, written = await service.engine.score([prompt] * len(texts), texts, ended)
+        service, prompts = self.service, [prompt] * len(texts)
+        limit = service.settings.max_tokens
+        scores, read, written = await service.engine.score(prompts, texts, ended, limit, "sample")
         service.count(len(texts), read, written)
         return [service.reward(one) for one in scores]
 
-    async def _sample(self, path: str, request: JsonObject, samples: int) -> tuple[JsonObject, list[JsonObject]]:
-        """The first answer of the upstream with usage summed, and `samples` choices of all.
+    def _choose(
+        self, texts: list[str], rewards: list[float], method: str | None, deadline: float
+    ) -> tuple[list[Candidate], str, int]:
+        """The candidates, how one was chosen, and which; runs in a thread, as math-verify takes its time."""
 
-        A server that does not know ``n`` gives one choice; it is then asked for the others, one by one and all at once,
-        each with a seed of its own where the request has one.
-        """
-        whole = await self._post(path, {**request, "n": samples})
-        answers = [whole]
-        missing = samples - len(whole["choices"])
-        if missing > 0:
-            seed = request.get("seed")
-            seeds = [{} if seed is None else {"seed": seed + 1 + index} for index in range(missing)]
-            answers += await asyncio.gather(*(self._post(path, {**request, "n": 1, **one}) for one in seeds))
-        choices = [choice for answer in answers for choice in answer["choices"]][:samples]
-        usage: dict[str, int] = {}
-        for answer in answers:
-            for name, value in (answer.get("usage") or {}).items():
-                if isinstance(value, int):
-                    usage[name] = usage.get(name, 0) + value
-        return {**whole, "usage": usage}, choices
+        @cache
+        def equal(answer: str, other: str) -> bool:
+            return answer == other or (time.monotonic() < deadline and self.task.equal(answer, other))
 
-    async def _post(self, path: str, request: JsonObject) -> JsonObject:
-        try:
-            response = await self.client.post(path, json=request)
-        except httpx.TimeoutException as e:
-            seconds = self.service.settings.upstream_seconds
-            text = f"the upstream did not answer within {seconds:g} s (--upstream-seconds)"
-            raise UpstreamFailed(504, error(text, "upstream_error", "upstream_timeout")) from e
-        except httpx.HTTPError as e:
-            text = f"the upstream cannot be reached ({type(e).__name__})"
-            raise UpstreamFailed(502, error(text, "upstream_error", "upstream_unreachable")) from e
-        try:
-            body = response.json()
-        except ValueError:
-            body = None
-        if response.status_code != 200:
-            passed = {name: response.headers[name] for name in ("retry-after",) if name in response.headers}
-            if not (isinstance(body, dict) and isinstance(body.get("error"), dict)):
-                body = error(f"the upstream answered {response.status_code}", "upstream_error", "bad_upstream")
-            raise UpstreamFailed(response.status_code if response.status_code >= 400 else 502, body, passed)
-        choices = body.get("choices") if isinstance(body, dict) and _can_be_sent(body) else None
-        if isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
-            assert isinstance(body, dict)
-            return body
-        text = "the upstream's answer has no choices"
-        raise UpstreamFailed(502, error(text, "upstream_error", "bad_upstream"))
-
-
-def _can_be_sent(body: JsonObject) -> bool:
-    """Python's parser lets NaN, half a surrogate pair and deep nesting pass, which no answer or request can have."""
-    try:
-        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _parsed(kind: type[T], given: Any, where: str) -> T:
-    """A part of a request; `Refused` names the field."""
-    try:
-        return kind.model_validate(given)
-    except ValidationError as e:
-        first = e.errors()[0]
-        field = ".".join(map(str, (where, *first["loc"])))
-        raise Refused(422, f"{field}: {first['msg']}", "invalid_value", field) from e
-
-
-def _message(given: Any, index: int) -> Message:
-    """A message whose content is text, or OpenAI's list of text parts."""
-    if isinstance(given, dict) and isinstance(given.get("content"), list):
-        parts = [part.get("text") for part in given["content"] if isinstance(part, dict)]
-        texts = [part for part in parts if isinstance(part, str)]
-        given = {**given, "content": "".join(texts) if len(texts) == len(given["content"]) else None}
-    return _parsed(Message, given, f"messages.{index}")
+        candidates = [
+            Candidate(text, self.task.extract(text), reward, length=len(text))
+            for text, reward in zip(texts, rewards, strict=True)
+        ]
+        answered = any(candidate.answer is not None for candidate in candidates)
+        method = method or ("vote" if answered else "reward")
+        return candidates, method, choose(candidates, method, equal)
 
 
 def _text(choice: JsonObject) -> str:
@@ -218,7 +163,7 @@ def _text(choice: JsonObject) -> str:
     return text if isinstance(text, str) else ""
 
 
-async def _events(result: JsonObject, chat: bool, with_usage: bool) -> AsyncIterator[str]:
+def _events(result: JsonObject, chat: bool, with_usage: bool) -> Iterator[str]:
     """The chosen answers as a stream: it can only start after the choice, so each comes in one piece."""
     head = {name: result[name] for name in ("id", "created", "model", "system_fingerprint") if name in result}
     head["object"] = "chat.completion.chunk" if chat else "text_completion"
@@ -227,11 +172,13 @@ async def _events(result: JsonObject, chat: bool, with_usage: bool) -> AsyncIter
         return f"data: {json.dumps({**head, **content})}\n\n"
 
     for choice in result["choices"]:
-        index, text = choice["index"], _text(choice)
-        piece = {"delta": {"role": "assistant", "content": text}} if chat else {"text": text}
-        yield event(choices=[{"index": index, **piece, "finish_reason": None}])
+        message = choice.get("message")
+        said = {"role": "assistant", "content": _text(choice), **(message if isinstance(message, dict) else {})}
+        others = {name: value for name, value in choice.items() if name != "message"}
+        piece = {"delta": said} if chat else {"text": _text(choice)}
+        yield event(choices=[{**others, **piece, "finish_reason": None}])
         end = {"delta": {}} if chat else {"text": ""}
-        yield event(choices=[{"index": index, **end, "finish_reason": choice.get("finish_reason")}])
+        yield event(choices=[{"index": choice["index"], **end, "finish_reason": choice.get("finish_reason")}])
     if with_usage:
         yield event(choices=[], usage=result["usage"])
     yield event(choices=[], tracereward=result["tracereward"])

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
@@ -211,6 +211,71 @@ class Selection(Strict):
     method: Literal["vote", "sigmoid_vote", "reward", "majority", "shortest"] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
         None, description="Of the samples; at 0 they are all the same."
+    )
+
+
+class TextPart(Lenient):
+    """A part of a message; other kinds cannot be read."""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+def _joined(content: Any) -> Any:
+    """The text of a list of text parts; all else as it is, for the validator to judge."""
+    if not isinstance(content, list):
+        return content
+    parts = [part.get("text") for part in content if isinstance(part, dict)]
+    texts = [part for part in parts if isinstance(part, str)]
+    return "".join(texts) if len(texts) == len(content) else content
+
+
+def _only(prompt: Any) -> Any:
+    """The text of a list of one."""
+    if isinstance(prompt, list):
+        if len(prompt) != 1:
+            raise ValueError(f"give one text, not {len(prompt)}")
+        return prompt[0]
+    return prompt
+
+
+class ChatMessage(Message):
+    """A chat message, its content a text or OpenAI's list of text parts."""
+
+    content: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
+
+
+class StreamOptions(Lenient):
+    """OpenAI's."""
+
+    include_usage: bool | None = Field(None, strict=True)
+
+
+class Proxied(BaseModel):
+    """What the proxy reads of a request. All other fields, and these as they are, go to the upstream."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str | None = Field(None, description="The upstream's name of it.")
+    n: Annotated[int, Field(ge=1, strict=True)] | None = Field(None, description="How many of the best come back.")
+    stream: Annotated[bool, Field(strict=True)] | None = None
+    stream_options: StreamOptions | None = None
+    seed: Annotated[int, Field(strict=True)] | None = None
+    temperature: Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)] | None = None
+    tracereward: Selection | None = Field(None, description="How many samples, and how the best is chosen.")
+
+
+class ChatRequest(Proxied):
+    """OpenAI's chat completion."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+
+
+class CompletionRequest(Proxied):
+    """OpenAI's completion."""
+
+    prompt: Annotated[Text, BeforeValidator(_only, json_schema_input_type=Text | list[Text])] = Field(
+        description="One text, or a list of one."
     )
 
 

@@ -31,7 +31,8 @@ class Settings:
         local_only: answer only requests for a name of this machine's loopback address, see `Guard`.
         upstream: base URL of an OpenAI-compatible server, e.g. ``http://127.0.0.1:8000/v1``; None for no proxy.
         upstream_key: sent to it.
-        upstream_seconds: that it may take.
+        upstream_seconds: that all samples of a request may take.
+        max_upstream: requests that may be with it at once.
         samples: that are asked of it where a request does not say.
         max_bytes: of a request's body.
         body_seconds: in which it must have come.
@@ -49,6 +50,7 @@ class Settings:
     upstream: str | None = None
     upstream_key: str | None = None
     upstream_seconds: float = 300.0
+    max_upstream: int = 64
     samples: int = 8
     max_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
@@ -127,7 +129,7 @@ class Service:
         return render([row], self.model.tokenizer, template)[0]["prompt"]
 
     def check(self, model: str | None, candidates: int, field: str | None = None) -> None:
-        """Refuse another model's name, and too many candidates in the field."""
+        """Refuse another model's name, and too many candidates, which `field` asks for."""
         if model not in (None, self.settings.name):
             text = f"the model {model!r} is not served here; {self.settings.name!r} is"
             raise Refused(404, text, "model_not_found", "model")

@@ -1,0 +1,167 @@
+"""The OpenAI-compatible server behind the proxy: its samples, its models, and what a client is told where it fails.
+
+It is fixed when the server starts; nothing in a request is ever opened as an address, and no redirect is followed.
+"""
+
+import asyncio
+import json
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any
+
+import httpx
+
+from tracereward.serving.middleware import error
+from tracereward.serving.schemas import JsonObject
+
+MODELS_SECONDS = 2.0
+"""That the list of the upstream's models may take."""
+DEPTH = 100  # nesting that is kept free for the frames and the fields around what is written later
+
+
+class UpstreamFailed(Exception):
+    """The upstream did not answer as it should: what the client is told."""
+
+    def __init__(self, status: int, body: JsonObject, headers: dict[str, str] | None = None):
+        super().__init__(body)
+        self.status, self.body, self.headers = status, body, headers
+
+
+class Upstream:
+    """A client of the upstream.
+
+    Args:
+        url: its base, e.g. ``http://127.0.0.1:8000/v1``.
+        key: sent to it, None for none.
+        seconds: that all samples of one request may take together.
+    """
+
+    def __init__(self, url: str, key: str | None, seconds: float):
+        self.seconds = seconds
+        self.client = httpx.AsyncClient(
+            base_url=url.rstrip("/") + "/",
+            headers={} if key is None else {"authorization": f"Bearer {key}"},
+            # A jar that takes nothing: what the upstream sets for one client must not go with another's request.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            timeout=httpx.Timeout(None, connect=10.0),  # those limit a read, not an answer
+            limits=httpx.Limits(max_connections=None),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self.client.aclose()
+
+    async def models(self) -> list[JsonObject]:
+        """Its models as it lists them; none where it does not within `MODELS_SECONDS`."""
+        try:
+            async with asyncio.timeout(MODELS_SECONDS):
+                response = await self.client.get("models")
+            body = _read(response)
+        except (TimeoutError, httpx.HTTPError, UpstreamFailed):
+            return []
+        models = body.get("data") if isinstance(body, dict) and response.status_code == 200 else None
+        return [one for one in models if isinstance(one, dict)] if isinstance(models, list) else []
+
+    async def sample(self, path: str, request: JsonObject, samples: int) -> tuple[JsonObject, list[JsonObject]]:
+        """The first answer of the upstream with usage summed, and `samples` choices of all.
+
+        A server that does not know ``n`` gives one choice; it is then asked for the others, one by one and all at once,
+        each with a seed of its own where the request has one. The first that fails ends the others.
+
+        Raises:
+            UpstreamFailed: it refuses, is late, cannot be reached, or answers with something else.
+        """
+        try:
+            async with asyncio.timeout(self.seconds):
+                answers = await self._answers(path, request, samples)
+        except TimeoutError as e:
+            text = f"the upstream did not answer within {self.seconds:g} s (--upstream-seconds)"
+            raise UpstreamFailed(504, error(text, "upstream_error", "upstream_timeout")) from e
+        choices = [choice for answer in answers for choice in answer["choices"]][:samples]
+        return {**answers[0], "usage": _summed([answer.get("usage") for answer in answers])}, choices
+
+    async def _answers(self, path: str, request: JsonObject, samples: int) -> list[JsonObject]:
+        first = await self._post(path, {**request, "n": samples})
+        missing = samples - len(first["choices"])
+        seed = request.get("seed")
+        seeds = [{} if seed is None else {"seed": seed + 1 + index} for index in range(missing)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._post(path, {**request, "n": 1, **one})) for one in seeds]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+        return [first, *(task.result() for task in tasks)]
+
+    async def _post(self, path: str, request: JsonObject) -> JsonObject:
+        try:
+            response = await self.client.post(path, json=request)
+        except httpx.HTTPError as e:
+            text = f"the upstream cannot be reached ({type(e).__name__})"
+            raise UpstreamFailed(502, error(text, "upstream_error", "upstream_unreachable")) from e
+        body = _read(response)
+        if response.status_code != 200:
+            raise _refusal(response, body)
+        choices = body.get("choices") if isinstance(body, dict) else None
+        if isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
+            return body
+        raise _bad("the upstream's answer has no choices")
+
+
+def can_be_sent(body: Any) -> bool:
+    """Python's parser lets NaN, half a surrogate pair and deep nesting pass, which no answer or request can have."""
+    for _ in range(DEPTH):
+        body = [body]
+    try:
+        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _bad(text: str) -> UpstreamFailed:
+    return UpstreamFailed(502, error(text, "upstream_error", "bad_upstream"))
+
+
+def _read(response: httpx.Response) -> Any:
+    """The JSON of an answer, None where it has none, such as a gateway's page."""
+    unusable = _bad(f"the upstream answered {response.status_code} with JSON that cannot be passed on")
+    try:
+        body = response.json()
+    except ValueError:
+        return None
+    except RecursionError as e:
+        raise unusable from e
+    if not can_be_sent(body):
+        raise unusable
+    return body
+
+
+def _refusal(response: httpx.Response, body: Any) -> UpstreamFailed:
+    """The upstream's status and its own words, wherever it has put them, in OpenAI's shape."""
+    said = (body.get("error") or body) if isinstance(body, dict) else {}
+    said = said if isinstance(said, dict) else {"message": said}
+    text = said.get("message") or said.get("detail")
+    if text:
+        kind, param, code = (str(said[key]) if said.get(key) else None for key in ("type", "param", "code"))
+        own = error(text if isinstance(text, str) else json.dumps(text), kind or "upstream_error", code, param)
+    else:
+        own = error(f"the upstream answered {response.status_code}", "upstream_error", "bad_upstream")
+    wait = response.headers.get("retry-after", "")
+    headers = {"retry-after": wait} if wait and wait.isascii() else None
+    return UpstreamFailed(response.status_code if 400 <= response.status_code <= 599 else 502, own, headers)
+
+
+def _summed(usages: list[Any], details: bool = True) -> JsonObject:
+    """Counts of the same name summed, with those of the details one level down; what is no count is left out."""
+    given = [usage for usage in usages if isinstance(usage, dict)]
+    total: JsonObject = {}
+    for name in dict.fromkeys(name for usage in given for name in usage):
+        values = [usage[name] for usage in given if name in usage]
+        # More digits than a sum's may have cannot be written.
+        counts = [value for value in values if type(value) is int and abs(value) < 2**53]
+        if counts:
+            total[name] = sum(counts)
+        elif details and (below := _summed(values, details=False)):
+            total[name] = below
+    return total
