@@ -9,7 +9,7 @@ from typing import Any
 from tracereward.correct import self_correct
 from tracereward.decode import beam, reject, tilt
 from tracereward.errors import InputError
-from tracereward.evaluate.run import output_folder, publish
+from tracereward.evaluate.run import check_answers, output_folder, publish
 from tracereward.guide import Guide, Guided
 from tracereward.guided_rows import check_template, load_guide
 from tracereward.metrics import bootstrap_interval
@@ -149,9 +149,7 @@ def run_guided(
     folder = output_folder(policy, output)
     check_template(reward_model, template)
     rows, prompts, tokenizer = load_questions(policy, data, task_name, limit, split, template)
-    for row in rows:
-        if row["answer"] is None:
-            raise InputError(f"{row['source']}: no gold answer: accuracy cannot be measured")
+    check_answers(rows)
     given = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     guide = load_guide(policy, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
     found = []

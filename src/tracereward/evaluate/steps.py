@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tracereward.alignment import join_steps
 from tracereward.batching import Batch, pack, scoring_budget, token_budget_batches
 from tracereward.demonstrations import encode_completion, encode_prompt, render
-from tracereward.errors import InputError, check_choice
+from tracereward.errors import InputError, RunFailed, check_choice
 from tracereward.evaluate.localisation import (
     STEP_AGGREGATES,
     Outcome,
@@ -47,8 +47,9 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """A trace as token ids, and the tokens of each of its steps (indices into `completion`)."""
+    """A trace as token ids, the tokens of each of its steps (indices into `completion`), and where it was read."""
 
+    where: str
     prompt: list[int]
     completion: list[int]
     steps: list[list[int]]
@@ -71,7 +72,17 @@ def encode_steps(
     steps = [[t for t, (a, b) in enumerate(offsets) if a < end and b > start] for start, end in spans]
     if [] in steps:
         raise InputError(f"{where}: step {steps.index([])} (from 0) has no token in the reward model's vocabulary")
-    return Encoded(encode_prompt(tokenizer, prompt), ids, steps)
+    return Encoded(where, encode_prompt(tokenizer, prompt), ids, steps)
+
+
+def check_finite(where: str, name: str, values: Sequence[float]) -> None:
+    """Refuse what a damaged model gives: a nan would be ranked somewhere.
+
+    Raises:
+        RunFailed: a value is not finite.
+    """
+    if not all(map(math.isfinite, values)):
+        raise RunFailed(f"{where}: the model gives a {name} that is not finite: its weights are damaged")
 
 
 def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
@@ -111,6 +122,9 @@ def token_values(
     """Token values of each trace, longest traces first, with its index: reward and, with a policy, logprob, entropy.
 
     Entropy is negated: all values are low where something looks wrong. Shows progress on stderr.
+
+    Raises:
+        RunFailed: a value is not finite.
     """
     token_budget = token_budget or scoring_budget(model.device)
     if policy is not None:
@@ -126,7 +140,10 @@ def token_values(
                 values |= {"logprob": list(log_probs.cpu()), "entropy": list(-entropies.cpu())}
             for place, index in enumerate(rows):
                 length = len(traces[index].completion)
-                yield index, {name: rows_of[place][:length].tolist() for name, rows_of in values.items()}
+                found = {name: rows_of[place][:length].tolist() for name, rows_of in values.items()}
+                for name, of_tokens in found.items():
+                    check_finite(traces[index].where, LABELS[name], of_tokens)
+                yield index, found
             progress.update(len(rows))
 
 
