@@ -425,6 +425,14 @@ def test_without_right_or_wrong_traces_to_fit_on_only_the_calibrations_are_left_
         assert [figure["title"] for figure in pool_figures(result)][-1] == "Reliability"
 
 
+def test_curves_without_extent_can_be_drawn():
+    """Every method right everywhere, and one candidate of each question: a picture all the same, and no warning."""
+    right = [[replace(c, correct=True) for c in candidates] for candidates in made(12, 1)]
+    for judged in (right, [candidates[:1] for candidates in right]):
+        for figure in pool_figures(evaluate_pool(judged, made(20, 2), same)):
+            assert "<svg" in figure["svg"]
+
+
 def test_one_candidate_is_the_mean_one_whatever_the_method():
     """Exactly: the mean over questions of unequal sizes of each one's share of right candidates."""
     judged = [rows[: 2 + q % 5] for q, rows in enumerate(made(40, 1))]
@@ -549,6 +557,10 @@ def test_what_the_commands_refuse(folder, tmp_path, monkeypatch, capsys):
         found = run(*command, model, long)
         assert f"{long}:1: from here on none of 16 traces can be scored" in found
         assert "128 positions" in found
+    asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in arithmetic_pool(1, seed=2)]
+    listed = written(tmp_path / "listed.jsonl", asked)
+    found = run("evaluate", "pool", model, listed, "-o", tmp_path / "out")
+    assert f"\ntracereward: {listed}:1: the prompt is a list of messages" in found
     for option, value in (("--fit-share", "nan"), ("--seed", -1), ("--limit", 0)):
         assert option in run("evaluate", "pool", model, pool, option, value)
     assert f"{one}: is a file, not a folder" in run("evaluate", "pool", model, pool, "-o", Path(one) / "out")

@@ -56,12 +56,15 @@ def score_pool(
         policy: causal LM of the same tokenizer whose mean log-prob stands beside the reward; without it the rows' own.
 
     Raises:
-        InputError: no trace is left.
+        InputError: a prompt that does not go with the model's template, or no trace is left.
         RunFailed: a reward or a log-prob is not finite.
     """
     limit = position_limit(model.backbone, policy)
     tokenizer = model.tokenizer
     questions, left_out = [], 0
+    raw = [{"prompt": row.prompt, "completion": None, "answer": None, "source": row.where} for row in rows]
+    rendered = render(raw, tokenizer, model.settings.template)
+    texts = {id(row): shown["prompt"] for row, shown in zip(rows, rendered, strict=True)}
     groups = list(by_question(list(rows)))
     progress = tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr)
     while groups:
@@ -71,9 +74,8 @@ def score_pool(
         flat: list[PoolRow] = []
         prompts, completions = [], []
         for row in (row for group in taken for row in group):
-            raw = {"prompt": row.prompt, "completion": None, "answer": None, "source": row.where}
-            text = render([raw], tokenizer, model.settings.template)[0]["prompt"]
-            prompt, completion = encode_prompt(tokenizer, text), encode_completion(tokenizer, row.completion)
+            prompt = encode_prompt(tokenizer, texts[id(row)])
+            completion = encode_completion(tokenizer, row.completion)
             completion = completion if row.finished else completion[:-1]
             if completion and len(prompt) + len(completion) <= limit:
                 flat.append(row)

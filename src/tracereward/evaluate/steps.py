@@ -223,6 +223,11 @@ def evaluate_steps(
     """
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
     recipe = get_task(task or model.settings.task)
+    if not traces or not fit_traces:
+        raise InputError(
+            f"{len(traces)} traces to judge and {len(fit_traces)} to fit the threshold on: use more questions, or fit "
+            "on another subset"
+        )
     fit_keys = {(trace.question, *trace.steps) for trace in fit_traces}
     for trace in traces:
         if (trace.question, *trace.steps) in fit_keys:
@@ -231,13 +236,18 @@ def evaluate_steps(
     fit_kept, fit_encoded = encode_fitting(model, fit_traces, recipe, positions)
     kept, encoded = encode_fitting(model, traces, recipe, positions)
     fit_errors = [trace.first_error for trace in fit_kept]
-    if not 0 < sum(error is not None for error in fit_errors) < len(fit_errors):
+    erroneous = sum(error is not None for error in fit_errors)
+    if not 0 < erroneous < len(fit_errors):
         raise InputError(
-            f"the threshold needs erroneous and correct traces; of {len(fit_traces)} to fit it on, {len(fit_kept)} "
-            f"fit into {positions:.0f} positions, not of both kinds: use another subset, or a longer backbone"
+            f"{fit_traces[0].where}: the threshold needs erroneous and correct traces; from here on {erroneous} and "
+            f"{len(fit_kept) - erroneous} fit into {positions:.0f} positions, {len(fit_traces) - len(fit_kept)} of any "
+            "kind do not: fit on another subset, or use a longer backbone"
         )
     if not kept:
-        raise InputError(f"none of {len(traces)} traces fits into the model's {positions:.0f} positions")
+        raise InputError(
+            f"{traces[0].where}: from here on none of {len(traces)} traces fits into the model's {positions:.0f} "
+            "positions: use a longer backbone"
+        )
 
     scores = step_scores(model, [*fit_encoded, *encoded], policy, aggregate, token_budget)
     draws = [(random.Random(f"{seed} {trace.where}"), len(trace.steps)) for trace in [*fit_kept, *kept]]
