@@ -17,6 +17,7 @@ from tiny import launcher
 from tracereward import cli
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError, RunFailed
+from tracereward.evaluate.figures import curve_figure
 from tracereward.evaluate.pool import evaluate_pool, pool_figures, pool_tables, score_pool, split_questions
 from tracereward.evaluate.pool_sets import by_question, read_pool, read_questions
 from tracereward.files import write_jsonl
@@ -425,12 +426,14 @@ def test_without_right_or_wrong_traces_to_fit_on_only_the_calibrations_are_left_
         assert [figure["title"] for figure in pool_figures(result)][-1] == "Reliability"
 
 
-def test_curves_without_extent_can_be_drawn():
+def test_curves_with_little_extent_or_none_can_be_drawn():
     """Every method right everywhere, and one candidate of each question: a picture all the same, and no warning."""
     right = [[replace(c, correct=True) for c in candidates] for candidates in made(12, 1)]
     for judged in (right, [candidates[:1] for candidates in right]):
         for figure in pool_figures(evaluate_pool(judged, made(20, 2), same)):
             assert "<svg" in figure["svg"]
+    lines = {f"method {k}": [(n, 0.5 + 1e-4 * k, 0.4, 0.6) for n in (1, 2)] for k in range(12)}
+    assert "<svg" in curve_figure(lines)  # labels need more room than the lines
 
 
 def test_one_candidate_is_the_mean_one_whatever_the_method():
@@ -544,25 +547,27 @@ def test_what_the_commands_refuse(folder, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().err
 
     model, pool = folder / "rm", folder / "pool.jsonl"
+    out = ["-o", tmp_path / "out"]
     assert "did you mean 'platt'" in run("calibrate", model, pool, "--method", "plat")
     assert "did you mean 'arithmetic'" in run("evaluate", "pool", model, pool, "--task", "arithmetics")
     assert "no such file" in run("evaluate", "pool", model, pool, "--questions", tmp_path / "none.jsonl")
     assert "not a reward model" in run("evaluate", "pool", tmp_path, pool)
     one = written(tmp_path / "one.jsonl", arithmetic_pool(1, seed=1))
-    assert "too few questions, 1," in run("evaluate", "pool", model, one, "-o", tmp_path / "out")
-    assert f"{pool}:1: its question is judged too, in {pool}:" in run("evaluate", "pool", model, pool, "--fit", pool)
+    assert "too few questions, 1," in run("evaluate", "pool", model, one, *out)
+    found = run("evaluate", "pool", model, pool, "--fit", pool, *out)
+    assert f"{pool}:1: its question is judged too, in {pool}:" in found
     long = [{**row, "completion": "\n" * 140 + "#### 1"} for row in arithmetic_pool(4, seed=2)]
     long = written(tmp_path / "long.jsonl", long)
     for command in (["evaluate", "pool"], ["calibrate"]):
-        found = run(*command, model, long)
+        found = run(*command, model, long, *(out if "pool" in command else []))
         assert f"{long}:1: from here on none of 16 traces can be scored" in found
         assert "128 positions" in found
     asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in arithmetic_pool(1, seed=2)]
     listed = written(tmp_path / "listed.jsonl", asked)
-    found = run("evaluate", "pool", model, listed, "-o", tmp_path / "out")
+    found = run("evaluate", "pool", model, listed, *out)
     assert f"\ntracereward: {listed}:1: the prompt is a list of messages" in found
     for option, value in (("--fit-share", "nan"), ("--seed", -1), ("--limit", 0)):
-        assert option in run("evaluate", "pool", model, pool, option, value)
+        assert option in run("evaluate", "pool", model, pool, option, value, *out)
     assert f"{one}: is a file, not a folder" in run("evaluate", "pool", model, pool, "-o", Path(one) / "out")
     assert f"{one}: cannot calibrate on 1 right and 3 wrong traces" in run("calibrate", model, one)
     assert not (tmp_path / "out").exists()

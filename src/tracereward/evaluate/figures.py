@@ -41,7 +41,9 @@ def curve_figure(lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
             color=STAND_INS["ink"],
             annotation_clip=False,
         )
-    axes.set_ylim(100 * (low - 0.05 * span), 100 * (max(high, *places.values()) + 0.05 * span))
+    bottom = 100 * (low - 0.05 * span)
+    axes.set_ylim(bottom, 100 * (max(high, *places.values()) + 0.05 * span))
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])  # labels may stand above 100 %
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("candidates N")
