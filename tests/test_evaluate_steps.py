@@ -254,8 +254,9 @@ def test_long_traces_are_left_out_with_a_count(model, policy, tokenizer, halves)
 
 def test_what_is_refused(model, halves):
     traces, fit = halves
-    with pytest.raises(InputError, match="rows:0: is also in the set that the threshold is fitted on"):
-        evaluate_steps(model, traces, traces)
+    other = replace(traces[2], where="other:5", steps=["1 + 1 = 2"])  # another trace of the same question
+    with pytest.raises(InputError, match=r"rows:2: its question is also .* fitted on, in other:5"):
+        evaluate_steps(model, traces, [*fit, other])
     wrong = f"{fit[0].where}: the threshold needs erroneous and correct traces; from here on 2 and 0 fit into 128"
     with pytest.raises(InputError, match=wrong):
         evaluate_steps(model, traces, fit[:2])

@@ -219,7 +219,7 @@ def evaluate_steps(
         ``methods`` by name, with `summarise`'s metrics and ``threshold``, and ``groups``: both by `StepTrace.group`.
 
     Raises:
-        InputError: unknown aggregate or task, a trace in both sets, or too few traces that fit.
+        InputError: unknown aggregate or task, a question in both sets, or too few traces that fit.
     """
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
     recipe = get_task(task or model.settings.task)
@@ -228,10 +228,13 @@ def evaluate_steps(
             f"{len(traces)} traces to judge and {len(fit_traces)} to fit the threshold on: use more questions, or fit "
             "on another subset"
         )
-    fit_keys = {(trace.question, *trace.steps) for trace in fit_traces}
+    asked = {trace.question: trace.where for trace in fit_traces}
     for trace in traces:
-        if (trace.question, *trace.steps) in fit_keys:
-            raise InputError(f"{trace.where}: is also in the set that the threshold is fitted on: use another subset")
+        if trace.question in asked:
+            raise InputError(
+                f"{trace.where}: its question is also in the set that the threshold is fitted on, in "
+                f"{asked[trace.question]}: fit on another subset"
+            )
     positions = position_limit(model.backbone, policy)
     fit_kept, fit_encoded = encode_fitting(model, fit_traces, recipe, positions)
     kept, encoded = encode_fitting(model, traces, recipe, positions)
