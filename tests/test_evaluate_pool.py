@@ -162,6 +162,13 @@ def test_a_question_that_is_null_is_none(tmp_path):
     assert "None" not in {row.question for row in pool}
 
 
+def test_correct_may_be_a_number_as_tables_write_it(tmp_path):
+    rows = [{"prompt": "1 + 1 = ?\n", "completion": "#### 2", "correct": value} for value in (1, 0.0, True, False)]
+    pool = read_pool(written(tmp_path / "a.jsonl", rows), ARITHMETIC)
+    assert [row.correct for row in pool] == [True, False, True, False]
+    assert {type(row.correct) for row in pool} == {bool}
+
+
 def test_white_space_at_the_end_is_the_traces(tmp_path):
     """`score` and `rerank` read it too; a line is added behind what is before it."""
     rows = [{"prompt": "1 + 1 = ?\n", "completion": text, "answer": "2"} for text in ("#### 2\n\n", "two \n")]
@@ -199,10 +206,19 @@ def test_bad_rows_with_questions_are_named(tmp_path, row, message):
         ({"prompt": " ", "completion": "x", "correct": True}, "field 'prompt' is empty"),
         ({"prompt": "1?", "completion": "x", "answer": {"a": 1}}, "field 'answer' is dict, not text"),
         ({"prompt": "1?", "completion": "x", "answer": "", "correct": None}, "neither correct (true or false)"),
-        ({"prompt": "1?", "completion": "x", "answer": "1", "correct": "no"}, "field 'correct' is 'no': give true"),
-        ({"prompt": "1?", "completion": "x", "answer": "1", "finished": 0}, "field 'finished' is 0: give true"),
-        ({"prompt": "1?", "completion": "x", "answer": "1", "logprob": "low"}, "field 'logprob' is 'low': give a"),
-        ({"prompt": "1?", "completion": "x", "answer": "1", "logprob": math.nan}, "field 'logprob' is nan: give a"),
+        (
+            {"prompt": "1?", "completion": "x", "answer": "1", "correct": "no"},
+            "correct must be true or false, not",
+        ),
+        ({"prompt": "1?", "completion": "x", "answer": "1", "finished": 0}, "finished must be true or false, not 0"),
+        (
+            {"prompt": "1?", "completion": "x", "answer": "1", "logprob": "low"},
+            "logprob must be a finite number",
+        ),
+        (
+            {"prompt": "1?", "completion": "x", "answer": "1", "logprob": math.nan},
+            "logprob must be a finite number",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, message):

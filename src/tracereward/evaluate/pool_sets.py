@@ -125,17 +125,18 @@ def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict
     if extracted is None and stated is not None:
         text = f"{text.rstrip()}\n{task.answer_line.format(stated)}".lstrip()
     correct, finished, log_prob = row.get("correct"), row.get("finished"), row.get("logprob")
-    for flag, value in (("correct", correct), ("finished", finished)):
-        if value is not None and not isinstance(value, bool):
-            raise InputError(f"{where}: field {flag!r} is {value!r}: give true, false or null")
+    if correct not in (None, 0, 1):  # True is 1
+        raise InputError(f"{where}: correct must be true or false, not {correct!r}")
+    if finished is not None and not isinstance(finished, bool):
+        raise InputError(f"{where}: finished must be true or false, not {finished!r}")
     if log_prob is not None and not (type(log_prob) in (int, float) and math.isfinite(log_prob)):
-        raise InputError(f"{where}: field 'logprob' is {log_prob!r}: give a finite number or null")
+        raise InputError(f"{where}: logprob must be a finite number, not {log_prob!r}")
     if correct is None:
         if gold is None:
             raise InputError(f"{where}: neither correct (true or false) nor a gold answer to check against")
         correct = stated is not None and task.equal(stated, str(gold))
     model = None if row.get("model") is None else str(row["model"])
-    return PoolRow(where, str(name), prompt, text, stated, correct, model, log_prob, finished is not False)
+    return PoolRow(where, str(name), prompt, text, stated, bool(correct), model, log_prob, finished is not False)
 
 
 def _example(task: Task, row: dict[str, Any], where: str) -> dict[str, Any]:
