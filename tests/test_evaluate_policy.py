@@ -141,6 +141,9 @@ def test_what_the_command_refuses(tiny_model_folder, data, tmp_path, monkeypatch
     assert "at temperature 0 all samples" in run(*base, "--data", data, "--temperature", 0)
     unknown = tmp_path / "unknown.jsonl"
     write_jsonl(unknown, [{"prompt": "1 + 1 = ?\n", "answer": "2"}, {"prompt": "1 + 2 = ?\n"}])
-    assert "question 1 (from 0) has no gold answer" in run(*base, "--data", unknown)
+    assert f"{unknown}:2: no gold answer" in run(*base, "--data", unknown)
+    for option, value in (("--temperature", -1), ("--temperature", "nan"), ("--temperature", "inf"), ("--seed", -1)):
+        assert option in run(*base, "--data", data, option, value)
+    assert "--max-new-tokens" in run(tiny_model_folder, "--data", data, "--max-new-tokens", 0)
     assert "no such model folder" in run(tmp_path / "none", "--data", data)
     assert not (tmp_path / "out").exists()

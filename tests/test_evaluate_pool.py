@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from tiny import launcher
 from tracereward import cli
 from tracereward.demonstrations import encode_completion, encode_prompt
-from tracereward.errors import InputError
-from tracereward.evaluate.pool import evaluate_pool, pool_tables, score_pool, split_questions
+from tracereward.errors import InputError, RunFailed
+from tracereward.evaluate.figures import curve_figure
+from tracereward.evaluate.pool import evaluate_pool, pool_figures, pool_tables, score_pool, split_questions
 from tracereward.evaluate.pool_sets import by_question, read_pool, read_questions
 from tracereward.files import write_jsonl
-from tracereward.rerank import Candidate, fit_vote_temperature, outcomes, ranking_table
+from tracereward.metrics import bootstrap_interval
+from tracereward.rerank import TEMPERATURES, Candidate, fit_vote_temperature, outcomes, ranking_table
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings, read_settings
 from tracereward.tasks import get_task
@@ -142,6 +144,39 @@ def test_an_id_beside_a_prompt_is_not_the_questions(tmp_path):
     assert [len(group) for group in by_question(read_pool(written(tmp_path / "c.jsonl", rows), MMLU))] == [2]
 
 
+def test_questions_of_two_files_that_are_numbered_alike_stay_apart(tmp_path):
+    """Rows 0, 1 of one file and 0, 1 of another are four questions, wherever their rows stand."""
+    one, two = (
+        [{"question": q, "prompt": f"{q} + {n} = ?\n", "completion": "#### 1", "answer": "1"} for q in (0, 1)]
+        for n in (5, 6)
+    )
+    pool = read_pool(written(tmp_path / "a.jsonl", [*one, *two, *one]), ARITHMETIC)
+    groups = [[int(row.where.rpartition(":")[2]) for row in group] for group in by_question(pool)]
+    assert groups == [[1, 5], [2, 6], [3], [4]]
+
+
+def test_a_question_that_is_null_is_none(tmp_path):
+    rows = [{"question": None, "prompt": f"{n} + 1 = ?\n", "completion": "#### 1", "answer": "1"} for n in (0, 1, 0, 2)]
+    pool = read_pool(written(tmp_path / "a.jsonl", rows), ARITHMETIC)
+    assert [len(group) for group in by_question(pool)] == [2, 1, 1]
+    assert "None" not in {row.question for row in pool}
+
+
+def test_correct_may_be_a_number_as_tables_write_it(tmp_path):
+    rows = [{"prompt": "1 + 1 = ?\n", "completion": "#### 2", "correct": value} for value in (1, 0.0, True, False)]
+    pool = read_pool(written(tmp_path / "a.jsonl", rows), ARITHMETIC)
+    assert [row.correct for row in pool] == [True, False, True, False]
+    assert {type(row.correct) for row in pool} == {bool}
+
+
+def test_white_space_at_the_end_is_the_traces(tmp_path):
+    """`score` and `rerank` read it too; a line is added behind what is before it."""
+    rows = [{"prompt": "1 + 1 = ?\n", "completion": text, "answer": "2"} for text in ("#### 2\n\n", "two \n")]
+    rows[1]["extracted"] = "2"
+    pool = read_pool(written(tmp_path / "a.jsonl", rows), ARITHMETIC)
+    assert [row.completion for row in pool] == ["#### 2\n\n", "two\n#### 2"]
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -167,6 +202,23 @@ def test_bad_rows_with_questions_are_named(tmp_path, row, message):
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3"}, "neither correct (true or false) nor a gold answer"),
         ({"prompt": "1 + 2 = ?\n", "reasoning": "x", "answer": "3"}, "neither correct (true or false) nor a gold"),
         ({"question": "1?", "solution": "x", "correct": True}, "which recipe 'mmlu_pro' needs"),
+        ({"prompt": 5, "completion": "x", "correct": True}, "field 'prompt' is int, neither text nor a list"),
+        ({"prompt": " ", "completion": "x", "correct": True}, "field 'prompt' is empty"),
+        ({"prompt": "1?", "completion": "x", "answer": {"a": 1}}, "field 'answer' is dict, not text"),
+        ({"prompt": "1?", "completion": "x", "answer": "", "correct": None}, "neither correct (true or false)"),
+        (
+            {"prompt": "1?", "completion": "x", "answer": "1", "correct": "no"},
+            "correct must be true or false, not",
+        ),
+        ({"prompt": "1?", "completion": "x", "answer": "1", "finished": 0}, "finished must be true or false, not 0"),
+        (
+            {"prompt": "1?", "completion": "x", "answer": "1", "logprob": "low"},
+            "logprob must be a finite number",
+        ),
+        (
+            {"prompt": "1?", "completion": "x", "answer": "1", "logprob": math.nan},
+            "logprob must be a finite number",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, message):
@@ -232,7 +284,7 @@ def test_candidates_have_the_rewards_of_score(tmp_path, reward_model, tokenizer,
     assert [(c.text, c.model) for c in flat] == [(row["completion"], row["model"]) for row in order]
     expected = reward_model.score([row["prompt"] for row in order], [row["completion"] for row in order])
     assert [c.reward for c in flat] == pytest.approx([min(scores.rewards) for scores in expected], abs=1e-4)
-    assert [c.length for c in flat] == [len(scores.tokens) for scores in expected]
+    assert [c.length for c in flat] == [len(row["completion"]) for row in order]  # as `rerank` counts
     for c, row in zip(flat, order, strict=True):
         prompt, ids = encode_prompt(tokenizer, row["prompt"]), encode_completion(tokenizer, row["completion"])
         with torch.no_grad():
@@ -253,6 +305,29 @@ def test_what_is_too_long_is_left_out_and_counted(tmp_path, reward_model):
     assert left_out == 6
     kept = [[rows[i]["completion"] for i in group] for group in ((0, 2, 3), (8, 10, 11))]
     assert [[c.text for c in candidates] for candidates in questions] == kept
+
+
+def test_a_policy_that_reads_less_than_the_reward_model_sets_the_limit(tmp_path, reward_model, tiny_model_folder):
+    pool = read_pool(written(tmp_path / "pool.jsonl", arithmetic_pool(3, seed=2)), ARITHMETIC)
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    sizes = [len(encode_prompt(reward_model.tokenizer, row.prompt)) for row in pool]
+    sizes = [n + len(encode_completion(reward_model.tokenizer, row.completion)) for n, row in zip(sizes, pool)]
+    policy.config.max_position_embeddings = sorted(sizes)[5]
+    assert score_pool(reward_model, pool, policy)[1] == sum(size > sorted(sizes)[5] for size in sizes) > 0
+
+
+def test_rewards_and_log_probs_that_are_no_numbers_end_the_run(tmp_path, reward_model, tiny_model_folder):
+    rows = arithmetic_pool(2, seed=2)
+    data = written(tmp_path / "pool.jsonl", rows)
+    pool = read_pool(data, ARITHMETIC)
+    policy = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    broken = TokenRewardModel(policy, reward_model.tokenizer, reward_model.settings)
+    broken.head.w.data[0] = math.nan
+    with pytest.raises(RunFailed, match=f"{data}:1: the model gives a reward that is not finite"):
+        score_pool(broken.eval(), pool)
+    policy.lm_head.weight.data[0] = math.nan
+    with pytest.raises(RunFailed, match=f"{data}:1: the model gives a log-prob that is not finite"):
+        score_pool(reward_model, pool, policy)
 
 
 def test_a_share_of_the_questions_is_for_fitting():
@@ -348,9 +423,44 @@ def test_undefined_numbers_are_null_and_large_rewards_no_error():
     assert tables[0].rows[0][1] == 0.0
 
 
-def test_too_few_to_fit_on_are_refused():
-    with pytest.raises(InputError, match="cannot calibrate on"):
-        evaluate_pool(made(10, 1), made(1, 2), same)
+def test_without_right_or_wrong_traces_to_fit_on_only_the_calibrations_are_left_out():
+    """All else is what it is with a fit; without any information the vote's temperature is the highest."""
+    judged, fit = made(30, 1), made(20, 2)
+    whole = evaluate_pool(judged, fit, same)
+    assert whole["uncalibrated"] is None
+    for right, message in ((False, "0 right and 120 wrong"), (True, "120 right and 0 wrong")):
+        one_kind = [[replace(c, correct=right) for c in candidates] for candidates in fit]
+        result = evaluate_pool(judged, one_kind, same)
+        assert message in result["uncalibrated"]
+        assert result["calibration"] == {"none": whole["calibration"]["none"]}
+        assert result["vote_temperature"] == max(TEMPERATURES)
+        for part in ("correct", "discrimination", "reward_length", "rewards"):
+            assert result[part] == whole[part]
+        *_, table = pool_tables(result)
+        assert [row[0] for row in table.rows] == ["sigmoid of the reward"]
+        assert message in table.note
+        assert [figure["title"] for figure in pool_figures(result)][-1] == "Reliability"
+
+
+def test_curves_with_little_extent_or_none_can_be_drawn():
+    """Every method right everywhere, and one candidate of each question: a picture all the same, and no warning."""
+    right = [[replace(c, correct=True) for c in candidates] for candidates in made(12, 1)]
+    for judged in (right, [candidates[:1] for candidates in right]):
+        for figure in pool_figures(evaluate_pool(judged, made(20, 2), same)):
+            assert "<svg" in figure["svg"]
+    lines = {f"method {k}": [(n, 0.5 + 1e-4 * k, 0.4, 0.6) for n in (1, 2)] for k in range(12)}
+    assert "<svg" in curve_figure(lines)  # labels need more room than the lines
+
+
+def test_one_candidate_is_the_mean_one_whatever_the_method():
+    """Exactly: the mean over questions of unequal sizes of each one's share of right candidates."""
+    judged = [rows[: 2 + q % 5] for q, rows in enumerate(made(40, 1))]
+    shares = [np.mean([c.correct for c in rows]) for rows in judged]
+    curves = evaluate_pool(judged, made(20, 2), same, seed=3)["curves"]
+    assert len(curves) > 10
+    for points in curves.values():
+        assert [point[0] for point in points] == [1, 2, 4, 6]
+        assert points[0] == pytest.approx([1, np.mean(shares), *bootstrap_interval(shares, 3)], abs=1e-12)
 
 
 # ---------- the command ----------
@@ -392,6 +502,39 @@ def test_the_command_splits_the_questions_itself(folder, tmp_path):
     assert "log-prob" not in result["discrimination"]
 
 
+def test_the_command_says_that_it_cannot_calibrate(folder, tmp_path):
+    right = [{**row, "correct": True} for row in arithmetic_pool(8, seed=6)]
+    data = written(tmp_path / "right.jsonl", right)
+    done = launcher()("evaluate", "pool", folder / "rm", data, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    message = "cannot calibrate on 16 right and 0 wrong traces"
+    assert f"{data}: no calibrations: {message}" in done.err
+    assert message in (tmp_path / "out" / "pool.html").read_text()
+
+
+@pytest.mark.parametrize("method", ["platt", "temperature", "isotonic"])
+def test_calibrate_warns_of_a_reward_that_wrong_traces_have_more_of(folder, tmp_path, reward_model, method):
+    """The lower half of the rewards is called right but for one trace: its AUROC counts the pairs it is in."""
+    reward_model.save_pretrained(tmp_path / "rm")
+    rows = arithmetic_pool(16, seed=5)
+    scores = reward_model.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    order = np.argsort([min(one.rewards) for one in scores])
+    for rank, index in enumerate(order):
+        rows[index]["correct"] = bool(rank < 31 or rank == 63)
+    data = written(tmp_path / "labelled.jsonl", rows)
+    done = launcher()("calibrate", tmp_path / "rm", data, "--method", method)
+    assert done.code == 0, done.err
+    fitted = json.loads(done.out)
+    assert f"warning: {data}: the reward does not rise with correctness (AUROC" in done.err
+    assert f"{32 / (32 * 32):.3f} of 32 right and 32 wrong traces" in done.err
+    assert (f"slope {fitted['slope']:.3g}" in done.err) == (method != "isotonic")
+    for row in rows:
+        row["correct"] = not row["correct"]
+    done = launcher()("calibrate", tmp_path / "rm", written(tmp_path / "other.jsonl", rows), "--method", method)
+    assert done.code == 0, done.err
+    assert "warning" not in done.err
+
+
 def test_calibrate_writes_what_score_then_gives(folder, tmp_path, reward_model):
     """The probability of each trace is the fitted sigmoid of its reward; nothing else in the output changes."""
     reward_model.save_pretrained(tmp_path / "rm")
@@ -420,14 +563,29 @@ def test_what_the_commands_refuse(folder, tmp_path, monkeypatch, capsys):
         return capsys.readouterr().err
 
     model, pool = folder / "rm", folder / "pool.jsonl"
+    out = ["-o", tmp_path / "out"]
     assert "did you mean 'platt'" in run("calibrate", model, pool, "--method", "plat")
     assert "did you mean 'arithmetic'" in run("evaluate", "pool", model, pool, "--task", "arithmetics")
     assert "no such file" in run("evaluate", "pool", model, pool, "--questions", tmp_path / "none.jsonl")
     assert "not a reward model" in run("evaluate", "pool", tmp_path, pool)
     one = written(tmp_path / "one.jsonl", arithmetic_pool(1, seed=1))
-    assert "too few questions" in run("evaluate", "pool", model, one, "-o", tmp_path / "out")
+    assert "too few questions, 1," in run("evaluate", "pool", model, one, *out)
+    found = run("evaluate", "pool", model, pool, "--fit", pool, *out)
+    assert f"{pool}:1: its question is judged too, in {pool}:" in found
+    long = [{**row, "completion": "\n" * 140 + "#### 1"} for row in arithmetic_pool(4, seed=2)]
+    long = written(tmp_path / "long.jsonl", long)
+    for command in (["evaluate", "pool"], ["calibrate"]):
+        found = run(*command, model, long, *(out if "pool" in command else []))
+        assert f"{long}:1: from here on none of 16 traces can be scored" in found
+        assert "128 positions" in found
+    asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in arithmetic_pool(1, seed=2)]
+    listed = written(tmp_path / "listed.jsonl", asked)
+    found = run("evaluate", "pool", model, listed, *out)
+    assert f"\ntracereward: {listed}:1: the prompt is a list of messages" in found
+    for option, value in (("--fit-share", "nan"), ("--seed", -1), ("--limit", 0)):
+        assert option in run("evaluate", "pool", model, pool, option, value, *out)
     assert f"{one}: is a file, not a folder" in run("evaluate", "pool", model, pool, "-o", Path(one) / "out")
-    assert "cannot calibrate on 1 right and 3 wrong traces" in run("calibrate", model, one)
+    assert f"{one}: cannot calibrate on 1 right and 3 wrong traces" in run("calibrate", model, one)
     assert not (tmp_path / "out").exists()
 
 

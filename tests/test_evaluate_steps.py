@@ -1,5 +1,6 @@
 """Step-level evaluation: scores against plain forward passes, and results against rewards that know the answer."""
 
+import copy
 import json
 import math
 import random
@@ -13,12 +14,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tiny import launcher
 from tracereward.alignment import join_steps
-from tracereward.errors import InputError
+from tracereward.errors import InputError, RunFailed
 from tracereward.evaluate import perturbation
 from tracereward.evaluate.perturbation import changed_step, evaluate_perturbations, split_steps
 from tracereward.evaluate.step_sets import StepTrace, read_step_traces, split_by_question
 from tracereward.evaluate.steps import encode_steps, evaluate_steps, step_scores, step_tables
+from tracereward.files import write_jsonl
 from tracereward.reading import read_rows
 from tracereward.report import write_report
 from tracereward.reward_model import TokenRewardModel
@@ -251,10 +254,15 @@ def test_long_traces_are_left_out_with_a_count(model, policy, tokenizer, halves)
 
 def test_what_is_refused(model, halves):
     traces, fit = halves
-    with pytest.raises(InputError, match="rows:0: is also in the set that the threshold is fitted on"):
-        evaluate_steps(model, traces, traces)
-    with pytest.raises(InputError, match="needs erroneous and correct traces; of 2 to fit it on, 2 fit into 128"):
+    other = replace(traces[2], where="other:5", steps=["1 + 1 = 2"])  # another trace of the same question
+    with pytest.raises(InputError, match=r"rows:2: its question is also .* fitted on, in other:5"):
+        evaluate_steps(model, traces, [*fit, other])
+    wrong = f"{fit[0].where}: the threshold needs erroneous and correct traces; from here on 2 and 0 fit into 128"
+    with pytest.raises(InputError, match=wrong):
         evaluate_steps(model, traces, fit[:2])
+    for few in (([], fit), (traces, [])):
+        with pytest.raises(InputError, match=f"{len(few[0])} traces to judge and {len(few[1])} to fit"):
+            evaluate_steps(model, *few)
     with pytest.raises(InputError, match="unknown aggregate 'max'"):
         evaluate_steps(model, traces, fit, aggregate="max")
     with pytest.raises(InputError, match="unknown task"):
@@ -263,6 +271,45 @@ def test_what_is_refused(model, halves):
         evaluate_steps(
             model, traces, traces_of([{"prompt": "1?", "completion": "1 + 1 = 2"}] * 9, {})[8:], task="mmlu_pro"
         )
+
+
+def test_a_damaged_model_is_said_to_be_one(model, tokenizer, policy, halves):
+    class Damaged(Blind):
+        def token_rewards(self, prompts, *args, **kwargs):
+            return [of_trace / torch.tensor(0.0) for of_trace in super().token_rewards(prompts, *args, **kwargs)]
+
+    damaged = Damaged(model.backbone, tokenizer, model.settings)
+    with pytest.raises(RunFailed, match=r"rows:\d+: the model gives a reward that is not finite"):
+        evaluate_steps(damaged, *halves)
+    broken = copy.deepcopy(policy)
+    broken.lm_head.weight.data[5] = math.nan
+    with pytest.raises(RunFailed, match=r"rows:\d+: the model gives a log-prob that is not finite"):
+        evaluate_steps(model, *halves, policy=broken)
+
+
+@pytest.mark.parametrize("suite", ["processbench", "perturbation"])
+def test_the_command_prints_names_as_they_are(model, experts, suite, tmp_path):
+    """A closing tag of rich's markup and an emoji's name, both from data; and refuses what it cannot use."""
+    model.save_pretrained(tmp_path / "rm")
+    rows = [*experts]
+    if suite == "processbench":
+        rows = [
+            {"problem": t.question, "steps": t.steps, "label": -1 if t.first_error is None else t.first_error}
+            for t in traces_of(experts, {n: n % 2 for n in range(0, 12, 2)})
+        ]
+        rows = [{**row, "generator": ("[/x]", ":smile:")[n // 2 % 2]} for n, row in enumerate(rows)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    words = ["evaluate", suite, tmp_path / "rm", tmp_path / "rows.jsonl", "-o", tmp_path / "out"]
+    done = launcher()(*words)
+    assert done.code == 0, done.err
+    assert (tmp_path / "out" / f"{suite}.html").is_file()
+    if suite == "processbench":
+        assert "[/x]" in done.out
+        assert ":smile:" in done.out
+    refused = launcher()(*words, "--aggregate", "mena")
+    assert refused.code == 2
+    assert "did you mean 'mean'" in refused.err
+    assert "Loading" not in refused.err
 
 
 def test_tables_show_the_result(model, tokenizer, policy, halves, tmp_path):

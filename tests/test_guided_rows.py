@@ -15,6 +15,7 @@ from tiny import launcher, rows
 from tracereward import cli
 from tracereward.correct import self_correct
 from tracereward.decode import beam, reject, tilt
+from tracereward.errors import RunFailed
 from tracereward.evaluate.guided import POOL_METHODS, beam_shape, candidates, compare
 from tracereward.files import write_jsonl
 from tracereward.guide import Guide, Guided
@@ -240,6 +241,15 @@ def test_a_reward_with_log_prob_in_it_gets_no_second_one(bench, experts, tokeniz
     guide = dataclasses.replace(guide, reference=guide.policy)
     found = compare(guide, [experts[0]["prompt"]], ["1"], get_task("arithmetic"), [1], 0.0, 4, 0.0)
     assert not {row["method"] for row in found} & {"reward_logprob", "reward_logprob_vote"}
+
+
+def test_a_damaged_reward_model_ends_the_comparison(bench, experts, tokenizer):
+    guide = guide_of(bench, tokenizer, max_new_tokens=4)
+    with torch.no_grad():
+        for parameter in guide.scorer.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(RunFailed, match="the model gives a reward that is not finite"):
+        list(compare(guide, [experts[0]["prompt"]], ["1"], get_task("arithmetic"), [1], 0.0, 4, 0.0))
 
 
 def test_baselines_see_candidates_in_an_order_without_the_reward():

@@ -1,5 +1,6 @@
 """The commands `tracereward evaluate SUITE`: each imports what it needs inside itself."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -7,11 +8,20 @@ import typer
 
 suites = typer.Typer(no_args_is_help=True, help="Judge a reward model, or a policy: one suite a command.")
 
+
+def _finite(value: float) -> float:
+    """Typer's ranges let nan through, and open ones infinity."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")]
 TaskName = Annotated[str | None, typer.Option("--task", help="Recipe. Default: the reward model's.")]
 Policy = Annotated[str | None, typer.Option(help="Causal LM whose log-probs stand beside the reward as a baseline.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use N rows.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed.")]
+Temperature = Annotated[float, typer.Option(min=0, callback=_finite, help="Of the samples.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub set.")]
 Aggregate = Annotated[str, typer.Option(help="Step reward: mean or min of its tokens.")]
 Output = Annotated[
@@ -28,7 +38,9 @@ def pool(
     task: TaskName = None,
     policy: Policy = None,
     fit: Annotated[str | None, typer.Option(help="Other candidates to fit on. Default: a share of DATA.")] = None,
-    fit_share: Annotated[float, typer.Option(min=0.05, max=0.95, help="Share of the questions to fit on.")] = 0.5,
+    fit_share: Annotated[
+        float, typer.Option(min=0.05, max=0.95, callback=_finite, help="Share of the questions to fit on.")
+    ] = 0.5,
     limit: Limit = None,
     seed: Seed = 0,
     output: Output = None,
@@ -99,7 +111,7 @@ def policy_suite(
     task: Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")] = "generic",
     n: Annotated[int, typer.Option("-n", "--n", min=0, help="Samples of each question; 0 for greedy alone.")] = 8,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    temperature: Temperature = 1.0,
     split: Split = "test",
     template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
     limit: Limit = None,
@@ -137,11 +149,13 @@ def guided_suite(
     budget: Annotated[
         list[int] | None, typer.Option(min=1, help="Samples of a question; repeatable. Default: 4 and 16.")
     ] = None,
-    alpha: Annotated[float, typer.Option(help="Of tilt: weight of the reward.")] = 1.0,
+    alpha: Annotated[float, typer.Option(callback=_finite, help="Of tilt: weight of the reward.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=1, help="Of tilt: next tokens scored.")] = 8,
-    threshold: Annotated[float, typer.Option(help="Of self-correction: a step is suspected under it.")] = 0.0,
+    threshold: Annotated[
+        float, typer.Option(callback=_finite, help="Of self-correction: a step is suspected under it.")
+    ] = 0.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Of the samples.")] = 1.0,
+    temperature: Temperature = 1.0,
     split: Split = "test",
     template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
     limit: Limit = None,

@@ -24,13 +24,19 @@ def interval(low: float, high: float) -> str:
     return f"[{percent(low)}, {percent(high)}]"
 
 
+def _console(stdout: bool) -> Console:
+    """Prints what data may hold as it is: without rich's markup (a model called ``[/x]``) and emoji."""
+    width = WIDTH if stdout and not sys.stdout.isatty() else None
+    return Console(file=sys.stdout if stdout else sys.stderr, width=width, markup=False, emoji=False)
+
+
 def _auroc(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
 def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
     """Print what `pool.summary` returns."""
-    console = Console(stderr=not stdout)
+    console = _console(stdout)
     table = Table(title=f"Choosing one of the candidates, {summary['questions']} questions", title_justify="left")
     table.add_column("method")
     table.add_column("accuracy %", justify="right")
@@ -56,12 +62,12 @@ def print_policies(rows: list[dict[str, Any]], questions: int, stdout: bool = Fa
     table.add_column("no answer", justify="right")
     for row in rows:
         table.add_row(row["label"], percent(row["accuracy"]), interval(row["low"], row["high"]), str(row["no_answer"]))
-    Console(file=sys.stdout if stdout else sys.stderr).print(table)
+    _console(stdout).print(table)
 
 
 def print_tables(tables: list[Report]) -> None:
     """Print a report's tables on stdout."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
+    console = _console(stdout=True)
     for found in tables:
         columns = [[row[i] for row in found.rows] for i in range(len(found.columns))]
         table = Table(title=found.title, title_justify="left")

@@ -22,7 +22,8 @@ def curve_figure(lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
     ends = sorted((points[-1][1], label) for label, points in lines.items())
     places: dict[str, float] = {}
     low, high = min(p[1] for ps in lines.values() for p in ps), max(p[1] for ps in lines.values() for p in ps)
-    gap = 0.062 * ((high - low) or 1.0)
+    span = max(high - low, 0.05)  # all alike: labels would be far from an axis without extent
+    gap = 0.062 * span
     for value, label in ends:  # labels that would lie on each other move up
         places[label] = max([value, *(place + gap for place in places.values())])
     for label, points in lines.items():
@@ -40,6 +41,9 @@ def curve_figure(lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
             color=STAND_INS["ink"],
             annotation_clip=False,
         )
+    bottom = 100 * (low - 0.05 * span)
+    axes.set_ylim(bottom, 100 * (max(high, *places.values()) + 0.05 * span))
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])  # labels may stand above 100 %
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("candidates N")

@@ -9,7 +9,8 @@ from typing import Any
 from tracereward.correct import self_correct
 from tracereward.decode import beam, reject, tilt
 from tracereward.errors import InputError
-from tracereward.evaluate.run import output_folder, publish
+from tracereward.evaluate.run import check_answers, output_folder, publish
+from tracereward.evaluate.steps import check_finite
 from tracereward.guide import Guide, Guided
 from tracereward.guided_rows import check_template, load_guide
 from tracereward.metrics import bootstrap_interval
@@ -72,6 +73,9 @@ def compare(
     none in it. beam: width * expansions <= N. reject: N at the start. tilt: the best reward of N tilted traces.
     self_correct: one plain sample, at most N - 1 continuations in `ROUNDS` rounds or fewer, from budget 2 on.
 
+    Raises:
+        RunFailed: a reward is not finite.
+
     Yields:
         Rows with method, budget (0 for greedy), right (1 or 0 for each question) and sampled_tokens (its mean).
     """
@@ -87,6 +91,8 @@ def compare(
 
     yield row("greedy", 0, first(tilt(replace(guide, temperature=0.0), prompts, 1, 0.0, 1)))
     singles = tilt(guide, prompts, 1, 0.0, vocabulary)
+    for prompt, traces in zip(prompts, singles, strict=True):
+        check_finite(f"a trace of {prompt!r}", "reward", [traces[0].reward])
     for budget in budgets:
         plain = tilt(guide, prompts, budget, 0.0, vocabulary)  # alpha 0 and all words: plain samples
         questions = candidates(plain, golds, task)
@@ -149,9 +155,7 @@ def run_guided(
     folder = output_folder(policy, output)
     check_template(reward_model, template)
     rows, prompts, tokenizer = load_questions(policy, data, task_name, limit, split, template)
-    for row in rows:
-        if row["answer"] is None:
-            raise InputError(f"{row['source']}: no gold answer: accuracy cannot be measured")
+    check_answers(rows)
     given = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
     guide = load_guide(policy, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
     found = []

@@ -3,7 +3,7 @@
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from tracereward.calibration import METHODS as CALIBRATIONS
 from tracereward.calibration import (
+    Calibration,
     brier_score,
     expected_calibration_error,
     fit_calibration,
@@ -21,9 +22,11 @@ from tracereward.calibration import (
     reliability,
 )
 from tracereward.demonstrations import encode_completion, encode_prompt, render
+from tracereward.errors import InputError
 from tracereward.evaluate.figures import curve_figure, reliability_figure
 from tracereward.evaluate.pool_sets import PoolRow, by_question
-from tracereward.metrics import auprc, auroc, length_matched_auroc, within_prompt_auroc
+from tracereward.evaluate.steps import check_finite, position_limit
+from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, within_prompt_auroc
 from tracereward.models import pad_id
 from tracereward.plots import histogram
 from tracereward.report import Table
@@ -32,6 +35,7 @@ from tracereward.rerank import (
     Candidate,
     fit_vote_temperature,
     model_scores,
+    outcomes,
     ranking_curves,
     ranking_table,
 )
@@ -44,16 +48,23 @@ CHUNK = 256  # candidates scored together: enough to sort by length, few enough 
 def score_pool(
     model: TokenRewardModel, rows: Sequence[PoolRow], policy: PreTrainedModel | None = None
 ) -> tuple[list[list[Candidate]], int]:
-    """Candidates of each question with their rewards, and how many were left out as too long for the model.
+    """Candidates of each question with their rewards, and how many were left out as empty, or too long for a model.
 
     Args:
         model: the reward model.
         rows: of a pool.
         policy: causal LM of the same tokenizer whose mean log-prob stands beside the reward; without it the rows' own.
+
+    Raises:
+        InputError: a prompt that does not go with the model's template, or no trace is left.
+        RunFailed: a reward or a log-prob is not finite.
     """
-    limit = getattr(model.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    limit = position_limit(model.backbone, policy)
     tokenizer = model.tokenizer
     questions, left_out = [], 0
+    raw = [{"prompt": row.prompt, "completion": None, "answer": None, "source": row.where} for row in rows]
+    rendered = render(raw, tokenizer, model.settings.template)
+    texts = {id(row): shown["prompt"] for row, shown in zip(rows, rendered, strict=True)}
     groups = list(by_question(list(rows)))
     progress = tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr)
     while groups:
@@ -63,9 +74,8 @@ def score_pool(
         flat: list[PoolRow] = []
         prompts, completions = [], []
         for row in (row for group in taken for row in group):
-            raw = {"prompt": row.prompt, "completion": None, "answer": None, "source": row.where}
-            text = render([raw], tokenizer, model.settings.template)[0]["prompt"]
-            prompt, completion = encode_prompt(tokenizer, text), encode_completion(tokenizer, row.completion)
+            prompt = encode_prompt(tokenizer, texts[id(row)])
+            completion = encode_completion(tokenizer, row.completion)
             completion = completion if row.finished else completion[:-1]
             if completion and len(prompt) + len(completion) <= limit:
                 flat.append(row)
@@ -75,6 +85,9 @@ def score_pool(
         log_probs: Sequence[float | None] = [row.logprob for row in flat]
         if policy is not None:
             log_probs = mean_log_probs(policy, prompts, completions, pad_id(tokenizer))
+        for row, values, log_prob in zip(flat, rewards, log_probs, strict=True):
+            check_finite(row.where, "reward", values.tolist())
+            check_finite(row.where, "log-prob", [log_prob or 0.0])
         how = model.settings.aggregate
         scored = {
             id(row): Candidate(
@@ -82,7 +95,7 @@ def score_pool(
                 row.answer,
                 model.to_scores(completion, values).aggregate(how),
                 log_prob,
-                len(completion),
+                len(row.completion),
                 row.correct,
                 row.model,
             )
@@ -95,6 +108,11 @@ def score_pool(
                 questions.append(candidates)
             progress.update(len(group))
     progress.close()
+    if not questions:
+        raise InputError(
+            f"{rows[0].where}: from here on none of {len(rows)} traces can be scored: they are empty, or longer with "
+            f"their prompt than the model's {limit:.0f} positions"
+        )
     return questions, left_out
 
 
@@ -122,10 +140,14 @@ def evaluate_pool(
         fit_questions: others, on which calibrations and the vote's temperature are fitted.
         equal: whether two answers are the same.
         seed: of random choices and bootstrap.
+
+    Returns:
+        Among the rest ``uncalibrated``: why there are no calibrations, where `fit_questions` do not give them.
     """
     flat = [c for candidates in questions for c in candidates]
     correct = [bool(c.correct) for c in flat]
     temperature = fit_vote_temperature(fit_questions, equal)
+    fits, uncalibrated = _fits(fit_questions)
     table = ranking_table(questions, equal, seed, temperature)
     rewards = [c.reward for c in flat]
     lengths = [c.length for c in flat]
@@ -137,10 +159,11 @@ def evaluate_pool(
         "no_answer": sum(c.answer is None for c in flat),
         "vote_temperature": temperature,
         "ranking": [asdict(row) for row in table],
-        "curves": ranking_curves(questions, equal, seed, temperature),
+        "curves": _curves(questions, equal, seed, temperature),
         "discrimination": _discrimination(questions),
         "reward_length": {"pearson": _pearson(rewards, lengths), "spearman": _spearman(rewards, lengths)},
-        "calibration": _calibrations(fit_questions, rewards, correct),
+        "calibration": _calibrations(fits, rewards, correct),
+        "uncalibrated": uncalibrated,
         "rewards": {"correct": _of(rewards, correct, True), "wrong": _of(rewards, correct, False)},
     }
     return _without_nan(result)
@@ -171,12 +194,30 @@ def _discrimination(questions: Sequence[Sequence[Candidate]]) -> dict[str, dict[
     }
 
 
+def _curves(
+    questions: Sequence[Sequence[Candidate]], equal: Callable[[str, str], bool], seed: int, temperature: float
+) -> dict[str, list[tuple[int, float, float, float]]]:
+    """`ranking_curves`, but exact at N = 1, where whatever a method prefers it picks one candidate at random."""
+    curves = ranking_curves(questions, equal, seed, temperature)
+    shares = outcomes(questions, "mean", equal)
+    one = (1, sum(shares) / len(shares), *bootstrap_interval(shares, seed))
+    return {method: [one, *points[1:]] for method, points in curves.items()}
+
+
+def _fits(fit_questions: Sequence[Sequence[Candidate]]) -> tuple[dict[str, Calibration], str | None]:
+    """Each calibration; or none, and why."""
+    fit = [c for candidates in fit_questions for c in candidates]
+    rewards, correct = [c.reward for c in fit], [bool(c.correct) for c in fit]
+    try:
+        return {method: fit_calibration(rewards, correct, method) for method in CALIBRATIONS}, None
+    except InputError as error:
+        return {}, str(error)
+
+
 def _calibrations(
-    fit_questions: Sequence[Sequence[Candidate]], rewards: Sequence[float], correct: Sequence[bool]
+    fits: Mapping[str, Calibration], rewards: Sequence[float], correct: Sequence[bool]
 ) -> dict[str, dict[str, Any]]:
     """The log-odds as they are, and after each calibration: errors and reliability on the judged questions."""
-    fit = [c for candidates in fit_questions for c in candidates]
-    fits = {m: fit_calibration([c.reward for c in fit], [bool(c.correct) for c in fit], m) for m in CALIBRATIONS}
     probabilities: dict[str, Any] = {"none": expit(rewards)}
     probabilities |= {method: calibration.probabilities(rewards) for method, calibration in fits.items()}
     return {
@@ -235,13 +276,13 @@ def pool_tables(result: dict[str, Any]) -> list[Table]:
             "Telling right from wrong",
             ["score", "AUROC", "within the prompt", "among traces of a length", "AUPRC"],
             sources,
-            f"Reward and tokens: Pearson {_digits(length['pearson'])}, Spearman {_digits(length['spearman'])}.",
+            f"Reward and characters: Pearson {_digits(length['pearson'])}, Spearman {_digits(length['spearman'])}.",
         ),
         Table(
             "Reward as a probability of being right",
             ["calibration", "ECE", "Brier", "log loss"],
             errors,
-            f"Fitted on {result['fit_questions']} other questions.",
+            result["uncalibrated"] or f"Fitted on {result['fit_questions']} other questions.",
         ),
     ]
 

@@ -1,5 +1,7 @@
 """Pools: candidates of many questions, ours or other people's, read into one record."""
 
+import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -7,7 +9,7 @@ from typing import Any
 
 from tracereward.errors import InputError
 from tracereward.reading import read_rows
-from tracereward.tasks import Task
+from tracereward.tasks import Task, get_task
 
 TRACE_FIELDS = ("completion", "candidate", "reasoning", "solution")
 """Where a row holds the trace. With ``completion`` the field ``answer`` is the gold answer, as `tracereward sample`
@@ -24,7 +26,7 @@ class PoolRow:
 
     Attributes:
         where: file and line, for messages.
-        question: what its question is known by.
+        question: what the row names its question by; two files may give one name to two questions.
         prompt: as the recipe words it.
         completion: the trace. Where it states no answer in the recipe's form but its row has one, that answer stands
             on a line of its own at the end: reward models were trained on traces that end with one.
@@ -44,6 +46,11 @@ class PoolRow:
     model: str | None
     logprob: float | None
     finished: bool
+
+    @property
+    def asked(self) -> str:
+        """The prompt as one text, by which questions of two files are compared."""
+        return json.dumps(self.prompt)
 
 
 def read_questions(source: str, task: Task) -> dict[str, dict[str, Any]]:
@@ -83,10 +90,10 @@ def read_pool(source: str, task: Task, questions: str | None = None, limit: int 
 
 
 def by_question(rows: list[PoolRow]) -> Iterator[list[PoolRow]]:
-    """Candidates of each question, questions in the order of their first row."""
-    groups: dict[str, list[PoolRow]] = {}
+    """Candidates of each question, known by name and prompt as in `rerank`, in the order of their first row."""
+    groups: dict[tuple[str, str], list[PoolRow]] = {}
     for row in rows:
-        groups.setdefault(row.question, []).append(row)
+        groups.setdefault((row.question, row.asked), []).append(row)
     yield from groups.values()
 
 
@@ -103,26 +110,33 @@ def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict
             raise InputError(f"{where}: question {name!r} is not in --questions; ids are read from {ids}")
         prompt, gold = known[name]["prompt"], known[name]["answer"]
     elif row.get("prompt"):
-        prompt, gold = row["prompt"], row.get("answer") if field == "completion" else None
-        name = name or str(row.get("question", prompt))
+        answer = row.get("answer") if field == "completion" else None
+        example = _example(get_task("generic"), {"prompt": row["prompt"], "answer": answer}, where)
+        prompt, gold = example["prompt"], example["answer"]
+        name = name or str(prompt if row.get("question") is None else row["question"])
     elif row.get("question") is not None:
         prompt, gold = _example(task, {**row, "answer": None}, where)["prompt"], None
         name = name or str(row["question"])
     else:
         raise InputError(f"{where}: no prompt or question; give --questions where rows have only an id")
-    text, extracted = row[field].rstrip(), task.extract(row[field])
+    text, extracted = row[field], task.extract(row[field])
     own = [row.get("extracted")] if field == "completion" else [row.get(name) for name in OWN_ANSWER_FIELDS]
     stated = next((str(value) for value in own if value is not None and str(value).strip()), extracted)
     if extracted is None and stated is not None:
-        text = f"{text}\n{task.answer_line.format(stated)}".lstrip()
-    correct = row.get("correct")
-    if not isinstance(correct, bool):
+        text = f"{text.rstrip()}\n{task.answer_line.format(stated)}".lstrip()
+    correct, finished, log_prob = row.get("correct"), row.get("finished"), row.get("logprob")
+    if correct not in (None, 0, 1):  # True is 1
+        raise InputError(f"{where}: correct must be true or false, not {correct!r}")
+    if finished is not None and not isinstance(finished, bool):
+        raise InputError(f"{where}: finished must be true or false, not {finished!r}")
+    if log_prob is not None and not (type(log_prob) in (int, float) and math.isfinite(log_prob)):
+        raise InputError(f"{where}: logprob must be a finite number, not {log_prob!r}")
+    if correct is None:
         if gold is None:
             raise InputError(f"{where}: neither correct (true or false) nor a gold answer to check against")
         correct = stated is not None and task.equal(stated, str(gold))
-    return PoolRow(
-        where, str(name), prompt, text, stated, correct, row.get("model"), row.get("logprob"), row.get("finished", True)
-    )
+    model = None if row.get("model") is None else str(row["model"])
+    return PoolRow(where, str(name), prompt, text, stated, bool(correct), model, log_prob, finished is not False)
 
 
 def _example(task: Task, row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from transformers import PreTrainedModel
 
 from tracereward.calibration import Calibration, fit_calibration
 from tracereward.demonstrations import load_demonstrations
-from tracereward.errors import InputError
+from tracereward.errors import InputError, check_choice
+from tracereward.evaluate.localisation import STEP_AGGREGATES
 from tracereward.evaluate.perturbation import evaluate_perturbations
 from tracereward.evaluate.perturbation import step_tables as perturbation_tables
 from tracereward.evaluate.policy import evaluate_policy, policy_tables
@@ -18,8 +20,9 @@ from tracereward.evaluate.pool_sets import read_pool
 from tracereward.evaluate.step_sets import read_step_traces, split_by_question
 from tracereward.evaluate.steps import evaluate_steps, step_tables
 from tracereward.files import atomic_write_json
+from tracereward.metrics import auroc
 from tracereward.models import check_model, local_folder
-from tracereward.pool import best_device, load_beside, sample_rows
+from tracereward.pool import best_device, load_beside, load_questions, sample_rows
 from tracereward.report import Table, write_report
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import check_reward_model, write_calibration
@@ -40,6 +43,17 @@ def check(model: str, policy: str | None, task: str | None) -> Task:
     if policy is not None:
         check_model(policy)
     return get_task(task or settings.task)
+
+
+def check_answers(rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse questions whose gold answer is not known.
+
+    Raises:
+        InputError: there is one, by file and line.
+    """
+    for row in rows:
+        if row["answer"] is None:
+            raise InputError(f"{row['source']}: no gold answer: accuracy cannot be measured")
 
 
 def output_folder(model: str, output: Path | None) -> Path:
@@ -102,24 +116,31 @@ def run_pool(
     """`tracereward evaluate pool`.
 
     Raises:
-        InputError: anything that cannot be read, or too few questions to fit and to judge on.
+        InputError: anything that cannot be read, too few questions to fit and to judge on, or one that is in both sets.
     """
     recipe = check(model, policy, task)
     folder = output_folder(model, output)
     rows = read_pool(data, recipe, questions, limit)
     fit_rows = read_pool(fit, recipe, questions) if fit else []
+    asked = {row.asked: row.where for row in rows}
+    for row in fit_rows:
+        if row.asked in asked:
+            raise InputError(f"{row.where}: its question is judged too, in {asked[row.asked]}: fit on other questions")
     reward_model, beside = load(model, policy)
     judged, left_out = score_pool(reward_model, rows, beside)
     if fit:
         fit_questions = score_pool(reward_model, fit_rows, beside)[0]
     else:
         fit_questions, judged = split_questions(judged, fit_share, seed)
-    if not judged or not fit_questions:
-        raise InputError(f"{data}: too few questions to fit on some and judge on others")
-    result = {"model": model, "data": data, "policy": policy, "left_out": left_out, "seed": seed}
+        if not judged or not fit_questions:
+            count = len(judged) + len(fit_questions)
+            raise InputError(f"{data}: too few questions, {count}, to fit on some and judge on others: give --fit")
+    result: dict[str, Any] = {"model": model, "data": data, "policy": policy, "left_out": left_out, "seed": seed}
     result |= evaluate_pool(judged, fit_questions, recipe.equal, seed)
     if left_out:
-        note(f"{left_out} candidates are longer than the reward model reads and were left out")
+        note(f"{left_out} candidates are empty or longer than the model reads and were left out")
+    if result["uncalibrated"]:
+        note(f"{fit or data}: no calibrations: {result['uncalibrated']}")
     publish(folder, "pool", result, pool_tables(result), pool_figures(result), as_json)
 
 
@@ -140,6 +161,7 @@ def run_steps(
 ) -> None:
     """`tracereward evaluate processbench`, `prmbench` and `mrben`."""
     recipe = check(model, policy, task)
+    check_choice("aggregate", aggregate, STEP_AGGREGATES)
     folder = output_folder(model, output)
     traces = read_step_traces(data, suite, split, limit=limit)
     if fit:
@@ -168,6 +190,7 @@ def run_perturbation(
 ) -> None:
     """`tracereward evaluate perturbation`."""
     recipe = check(model, policy, task)
+    check_choice("aggregate", aggregate, STEP_AGGREGATES)
     folder = output_folder(model, output)
     subset = recipe.subset if data == recipe.dataset else None
     rows = load_demonstrations(data, recipe, split, subset, limit)
@@ -201,12 +224,8 @@ def run_policy(
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
     folder = output_folder(policy, output)
     common: dict[str, Any] = {"limit": limit, "split": split, "template": template, "batch_size": batch_size}
-    greedy: list[dict[str, Any]] = []
-    for chunk in sample_rows(policy, data, task, 1, max_new_tokens, 0.0, **common):
-        unknown = next((row for row in chunk if row["correct"] is None), None)
-        if unknown is not None:
-            raise InputError(f"question {unknown['question']} (from 0) has no gold answer: accuracy cannot be measured")
-        greedy += chunk
+    check_answers(load_questions(policy, data, task, limit, split, template)[0])
+    greedy = [row for chunk in sample_rows(policy, data, task, 1, max_new_tokens, 0.0, **common) for row in chunk]
     drawn = sample_rows(policy, data, task, n, max_new_tokens, temperature, seed=seed, **common) if n else []
     sampled = [row for chunk in drawn for row in chunk]
     result = {"policy": policy, "data": data or get_task(task).dataset, "temperature": temperature, "seed": seed}
@@ -220,7 +239,10 @@ def run_calibrate(
     """`tracereward calibrate`: fit on labelled traces and store the fit in the model's ``tracereward.json``.
 
     Returns:
-        The calibration, and how many traces were left out as too long.
+        The calibration, and how many traces were left out as empty or too long.
+
+    Raises:
+        InputError: anything that cannot be read, or too few traces of a kind.
     """
     recipe = check(model, None, task)
     folder = Path(model)
@@ -229,6 +251,17 @@ def run_calibrate(
     rows = read_pool(data, recipe, questions)
     groups, left_out = score_pool(load(model, None)[0], rows)
     flat = [c for candidates in groups for c in candidates]
-    calibration = fit_calibration([c.reward for c in flat], [bool(c.correct) for c in flat], method)
+    rewards, correct = [c.reward for c in flat], [bool(c.correct) for c in flat]
+    try:
+        calibration = fit_calibration(rewards, correct, method)
+    except InputError as error:
+        raise InputError(f"{data}: {error}") from error
+    area = auroc(rewards, correct)
+    if area < 0.5 or calibration.slope < 0:
+        slope = "" if method == "isotonic" else f", slope {calibration.slope:.3g}"
+        note(
+            f"warning: {data}: the reward does not rise with correctness (AUROC {area:.3f} of {sum(correct)} right and "
+            f"{len(correct) - sum(correct)} wrong traces{slope}): the probabilities say little about other traces"
+        )
     write_calibration(local_folder(model), calibration)
     return calibration, left_out

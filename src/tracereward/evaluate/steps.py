@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tracereward.alignment import join_steps
 from tracereward.batching import Batch, pack, scoring_budget, token_budget_batches
 from tracereward.demonstrations import encode_completion, encode_prompt, render
-from tracereward.errors import InputError, check_choice
+from tracereward.errors import InputError, RunFailed, check_choice
 from tracereward.evaluate.localisation import (
     STEP_AGGREGATES,
     Outcome,
@@ -47,8 +47,9 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """A trace as token ids, and the tokens of each of its steps (indices into `completion`)."""
+    """A trace as token ids, the tokens of each of its steps (indices into `completion`), and where it was read."""
 
+    where: str
     prompt: list[int]
     completion: list[int]
     steps: list[list[int]]
@@ -71,7 +72,17 @@ def encode_steps(
     steps = [[t for t, (a, b) in enumerate(offsets) if a < end and b > start] for start, end in spans]
     if [] in steps:
         raise InputError(f"{where}: step {steps.index([])} (from 0) has no token in the reward model's vocabulary")
-    return Encoded(encode_prompt(tokenizer, prompt), ids, steps)
+    return Encoded(where, encode_prompt(tokenizer, prompt), ids, steps)
+
+
+def check_finite(where: str, name: str, values: Sequence[float]) -> None:
+    """Refuse what a damaged model gives: a nan would be ranked somewhere.
+
+    Raises:
+        RunFailed: a value is not finite.
+    """
+    if not all(map(math.isfinite, values)):
+        raise RunFailed(f"{where}: the model gives a {name} that is not finite: its weights are damaged")
 
 
 def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
@@ -111,6 +122,9 @@ def token_values(
     """Token values of each trace, longest traces first, with its index: reward and, with a policy, logprob, entropy.
 
     Entropy is negated: all values are low where something looks wrong. Shows progress on stderr.
+
+    Raises:
+        RunFailed: a value is not finite.
     """
     token_budget = token_budget or scoring_budget(model.device)
     if policy is not None:
@@ -126,7 +140,10 @@ def token_values(
                 values |= {"logprob": list(log_probs.cpu()), "entropy": list(-entropies.cpu())}
             for place, index in enumerate(rows):
                 length = len(traces[index].completion)
-                yield index, {name: rows_of[place][:length].tolist() for name, rows_of in values.items()}
+                found = {name: rows_of[place][:length].tolist() for name, rows_of in values.items()}
+                for name, of_tokens in found.items():
+                    check_finite(traces[index].where, LABELS[name], of_tokens)
+                yield index, found
             progress.update(len(rows))
 
 
@@ -202,25 +219,38 @@ def evaluate_steps(
         ``methods`` by name, with `summarise`'s metrics and ``threshold``, and ``groups``: both by `StepTrace.group`.
 
     Raises:
-        InputError: unknown aggregate or task, a trace in both sets, or too few traces that fit.
+        InputError: unknown aggregate or task, a question in both sets, or too few traces that fit.
     """
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
     recipe = get_task(task or model.settings.task)
-    fit_keys = {(trace.question, *trace.steps) for trace in fit_traces}
+    if not traces or not fit_traces:
+        raise InputError(
+            f"{len(traces)} traces to judge and {len(fit_traces)} to fit the threshold on: use more questions, or fit "
+            "on another subset"
+        )
+    asked = {trace.question: trace.where for trace in fit_traces}
     for trace in traces:
-        if (trace.question, *trace.steps) in fit_keys:
-            raise InputError(f"{trace.where}: is also in the set that the threshold is fitted on: use another subset")
+        if trace.question in asked:
+            raise InputError(
+                f"{trace.where}: its question is also in the set that the threshold is fitted on, in "
+                f"{asked[trace.question]}: fit on another subset"
+            )
     positions = position_limit(model.backbone, policy)
     fit_kept, fit_encoded = encode_fitting(model, fit_traces, recipe, positions)
     kept, encoded = encode_fitting(model, traces, recipe, positions)
     fit_errors = [trace.first_error for trace in fit_kept]
-    if not 0 < sum(error is not None for error in fit_errors) < len(fit_errors):
+    erroneous = sum(error is not None for error in fit_errors)
+    if not 0 < erroneous < len(fit_errors):
         raise InputError(
-            f"the threshold needs erroneous and correct traces; of {len(fit_traces)} to fit it on, {len(fit_kept)} "
-            f"fit into {positions:.0f} positions, not of both kinds: use another subset, or a longer backbone"
+            f"{fit_traces[0].where}: the threshold needs erroneous and correct traces; from here on {erroneous} and "
+            f"{len(fit_kept) - erroneous} fit into {positions:.0f} positions, {len(fit_traces) - len(fit_kept)} of any "
+            "kind do not: fit on another subset, or use a longer backbone"
         )
     if not kept:
-        raise InputError(f"none of {len(traces)} traces fits into the model's {positions:.0f} positions")
+        raise InputError(
+            f"{traces[0].where}: from here on none of {len(traces)} traces fits into the model's {positions:.0f} "
+            "positions: use a longer backbone"
+        )
 
     scores = step_scores(model, [*fit_encoded, *encoded], policy, aggregate, token_budget)
     draws = [(random.Random(f"{seed} {trace.where}"), len(trace.steps)) for trace in [*fit_kept, *kept]]
