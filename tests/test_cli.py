@@ -604,21 +604,108 @@ def test_scoring_goes_on_from_every_row(command, bench, many, tmp_path, monkeypa
     given.insert(9, {"n": -1, "prompt": "1 + 1 = ?\n"})
     write_jsonl(tmp_path / "rows.jsonl", given)
     words = ["score", bench.reward_model, tmp_path / "rows.jsonl", "--skip-bad", "-o"]
+    killed = launcher()(*words, tmp_path / "whole.jsonl", trap=trap("rename", "whole.jsonl"))
+    assert killed.code == -signal.SIGKILL
+    made_of = (tmp_path / "whole.jsonl.part.json").read_bytes()
     assert command(*words, tmp_path / "whole.jsonl").code == 0
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     assert len(lines) == 26
     chunks = list(scored)
     assert len(chunks) == 5
+    assert not (tmp_path / "whole.jsonl.part.json").exists()
     for finished in (0, 1, 5, 6, 12, 13, 25, 26):
         output = tmp_path / f"{finished}.jsonl"
         tail = b"" if finished == 26 else lines[finished][:20]
         output.with_name(output.name + ".part").write_bytes(b"".join(lines[:finished]) + tail)
+        output.with_name(output.name + ".part.json").write_bytes(made_of)
         scored.clear()
         assert command(*words, output, "--resume").code == 0
         assert output.read_bytes() == whole, finished
         assert scored == chunks[len(chunks) - len(scored) :], finished
         assert len(scored) == {0: 5, 1: 5, 5: 4, 6: 4, 12: 3, 13: 3, 25: 1, 26: 0}[finished]
+
+
+@pytest.fixture
+def cut_off(bench, tmp_path):
+    """`cut_off(name, word, ...)` kills the command where its output would get its name; the words that resume it."""
+
+    def kill(*argv: object) -> list[object]:
+        words = [*argv, "-o", tmp_path / "out.jsonl"]
+        assert launcher()(*words, trap=trap("rename", "out.jsonl")).code == -signal.SIGKILL
+        return [*words, "--resume"]
+
+    return kill
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        (["--temperature", 0.5], ["--temperature (1.0, now 0.5)"]),
+        (["-n", 1], ["-n (2, now 1)"]),
+        (["--seed", 1], ["--seed (0, now 1)"]),
+        (["--max-new-tokens", 5, "--limit", 3], ["--max-new-tokens (4, now 5)", "--limit (none, now 3)"]),
+        (["--batch-size", 2], ["--batch-size (64, now 2)"]),
+        (["--top-p", 0.9], ["--top-p (1.0, now 0.9)"]),
+        (["--template", "chat"], ["--template (plain, now chat)"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_samples_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path, changed, parts):
+    words = ["sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "-n", 2, "--max-new-tokens", 4]
+    given = cut_off(*words)
+    before = (tmp_path / "out.jsonl.part").read_bytes()
+    refused(command(*given, *changed), tmp_path / "out.jsonl.part", *parts, "Give the same arguments, or remove")
+    assert (tmp_path / "out.jsonl.part").read_bytes() == before
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_samples_of_two_models_or_sets_are_not_joined(command, bench, cut_off, tmp_path):
+    """Known by their content: a copy is the same; what was trained or written again under its old name is not."""
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(bench.model, model)
+    shutil.copy(bench.experts, data)
+    words = ["--task", "arithmetic", "-n", 1, "--max-new-tokens", 4]
+    given = cut_off("sample", model, *words, "--data", data)
+    other = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1
+    other.save_pretrained(model)
+    refused(command(*given), f"model ({model}: the same name, other content)")
+    write_jsonl(data, rows(data)[1:])
+    with_data = ["sample", bench.model, *words, "--data", data, "-o", tmp_path / "out.jsonl", "--resume"]
+    refused(command(*with_data), f"data ({data}: the same name, other content)")
+    with_data[with_data.index(data)] = bench.experts
+    done = command(*with_data)
+    assert (done.code, len(rows(tmp_path / "out.jsonl"))) == (0, 12), done.err
+
+
+def test_scores_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD] * 3)
+    given = cut_off("score", bench.reward_model, data)
+    refused(command(*given, "--reference", bench.model), f"--reference (none, now {bench.model})")
+    refused(command("score", bench.bare_reward, *given[2:]), f"model ({bench.reward_model}, now {bench.bare_reward})")
+    part = tmp_path / "out.jsonl.part"
+    whole = part.read_bytes()
+    for line in (b"garbage\n", b'{"a": 1}\n', b"[" * 200_000 + b"\n", b"\xff\n"):
+        part.write_bytes(whole.splitlines(keepends=True)[0] + line)
+        refused(command(*given), f"{part}:2: not a row that this command wrote", "start anew")
+    part.write_bytes(whole)
+    made_of = part.with_name(part.name + ".json")
+    text = made_of.read_text()
+    for damaged in ("", "{}", "[]", '{"model": 1}', "null"):
+        made_of.write_text(damaged)
+        refused(command(*given), part, "start anew")
+    made_of.unlink()
+    refused(command(*given), part, "out.jsonl.part.json is missing or damaged", "start anew")
+    made_of.write_text(text)
+    write_jsonl(data, [GOOD] * 4)
+    refused(command(*given), "other content")
+    write_jsonl(data, [GOOD] * 3)
+    assert command(*given, "--skip-bad").code == 0  # leaves the rows that are there as they are
+    assert len(rows(tmp_path / "out.jsonl")) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "rows.jsonl"}
 
 
 def test_resuming_starts_anew_where_nothing_was_written(command, bench, tmp_path):

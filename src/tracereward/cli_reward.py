@@ -25,15 +25,20 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def left_of(output: str | None) -> Path | None:
-    """What an interrupted command left of its --output; None if nothing. Ends the command where all of it is there."""
-    if output is None:
+def left_of(output: str | None, origin: dict[str, list[Any]] | None) -> Path | None:
+    """What an interrupted command left of its --output; None if nothing. Ends the command where all of it is there.
+
+    Raises:
+        InputError: see `outputs.unfinished`.
+    """
+    from tracereward.outputs import part_of, unfinished
+
+    if output is None or origin is None:
         raise InputError("--resume needs --output")
-    part = Path(output + ".part")
-    if Path(output).is_file() and not part.exists():
+    if Path(output).is_file() and not part_of(output).exists():
         say(f"{output} is finished")
         raise typer.Exit
-    return part if part.is_file() else None
+    return unfinished(output, origin)
 
 
 @commands.command()
@@ -63,16 +68,8 @@ def score(
     from tqdm.auto import tqdm
 
     from tracereward.models import check_model
-    from tracereward.pool import (
-        candidate_rows,
-        check_engine,
-        finished_rows,
-        load_beside,
-        load_scorer,
-        rows_to,
-        score_rows,
-        write_row,
-    )
+    from tracereward.outputs import check_output, finished_rows, origin_of, rows_to, write_row
+    from tracereward.pool import candidate_rows, check_engine, load_beside, load_scorer, score_rows
 
     if workers is not None and engine != "ray":
         raise InputError("--workers is of --engine ray")
@@ -88,12 +85,15 @@ def score(
             if engine != "transformers":
                 raise InputError(f"--engine {engine} computes logits alone: leave --reference and --policy out")
             check_model(other)
+    check_output(output)
     skipped: list[str] | None = [] if skip_bad else None
     count = sum(1 for _ in candidate_rows(data, split, skipped))  # all rows are checked before the model is loaded
     if count == 0:
         raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
-    done = 0
-    if resume and (part := left_of(output)):
+    models, origin, done = {"model": model, "--reference": reference, "--policy": policy}, None, 0
+    if output is not None:
+        origin = origin_of("score", models, data, split=split, engine=engine)
+    if resume and (part := left_of(output, origin)):
         done = finished_rows(part)
         say(f"going on after {done} rows")
     reward_model = load_scorer(model, engine)
@@ -101,7 +101,8 @@ def score(
     rows = candidate_rows(data, split, None if skipped is None else [])
     too_long: list[str] | None = None if skipped is None else []
     scored = score_rows(reward_model, rows, *others, skipped=too_long, done=done)
-    with rows_to(output, append=resume) as file, tqdm(desc="scored", total=count, initial=done, unit="") as progress:
+    progress = tqdm(desc="scored", total=count, initial=done, unit="")
+    with rows_to(output, append=resume, origin=origin) as file, progress:
         for row in scored:
             write_row(file, row)
             progress.update()
@@ -132,7 +133,8 @@ def rerank(
     import json
 
     from tracereward.errors import check_choice
-    from tracereward.pool import best_device, candidate_rows, rerank_rows, rows_to, score_rows, summary, write_row
+    from tracereward.outputs import rows_to, write_row
+    from tracereward.pool import best_device, candidate_rows, rerank_rows, score_rows, summary
     from tracereward.rerank import METHODS
     from tracereward.reward_model import TokenRewardModel
     from tracereward.reward_settings import check_reward_model
@@ -199,15 +201,21 @@ def correct(
 ) -> None:
     """Cut traces before their first suspected step, draw on from there, keep what the reward prefers."""
     from tracereward.guided_rows import corrected_rows, correction_summary, finished_corrections
-    from tracereward.pool import rows_to, write_row
+    from tracereward.outputs import origin_of, rows_to, write_row
 
     done: list[dict[str, Any]] = []
-    if resume and (part := left_of(output)):
+    origin = None
+    if output is not None:
+        made_of: dict[str, Any] = {"rounds": rounds, "k": k, "suspect": suspect, "threshold": threshold, "share": share}
+        made_of |= {"task": task, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        models = {"model": model, "--reward-model": reward_model, "--reference": reference}
+        origin = origin_of("correct", models, data, seed=seed, **made_of)
+    if resume and (part := left_of(output, origin)):
         done = finished_corrections(part, batch_size, k)
         say(f"going on after {len(done)} rows")
     drawing = (max_new_tokens, temperature, top_p, seed, batch_size, reference, len(done))
     chunks = corrected_rows(model, data, reward_model, rounds, k, suspect, threshold, share, task, *drawing)
-    with rows_to(output, append=resume) as file:
+    with rows_to(output, append=resume, origin=origin) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)

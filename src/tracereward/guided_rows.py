@@ -12,10 +12,11 @@ from tracereward import decode
 from tracereward.correct import lowest_steps, self_correct, threshold_of
 from tracereward.demonstrations import render
 from tracereward.errors import InputError, check_choice
-from tracereward.files import read_jsonl, write_jsonl
+from tracereward.files import write_jsonl
 from tracereward.guide import Guide, Guided, check_tokenizers
 from tracereward.log_probs import LogProbs
 from tracereward.models import check_model, load_tokenizer, local_folder, pad_id
+from tracereward.outputs import whole_rows
 from tracereward.pool import best_device, candidate_rows, load_beside, load_policy, load_questions, sample_row
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import check_reward_model
@@ -69,7 +70,7 @@ def chunk_size(method: str, options: dict[str, Any], batch_size: int) -> int:
 
 def finished_guided(part: Path, method: str, options: dict[str, Any], batch_size: int) -> int:
     """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
-    rows, size = read_jsonl(part), chunk_size(method, options, batch_size)
+    rows, size = whole_rows(part, "question"), chunk_size(method, options, batch_size)
     whole = rows[-1]["question"] // size * size if rows else 0  # a question may have fewer traces than were asked for
     write_jsonl(part, [row for row in rows if row["question"] < whole])
     return whole
@@ -77,7 +78,7 @@ def finished_guided(part: Path, method: str, options: dict[str, Any], batch_size
 
 def finished_corrections(part: Path, batch_size: int, k: int) -> list[dict[str, Any]]:
     """Rows of the whole chunks in an unfinished output; those behind them are removed from it."""
-    rows, size = read_jsonl(part), max(1, batch_size // k)
+    rows, size = whole_rows(part, "sampled_tokens"), max(1, batch_size // k)
     whole = rows[: len(rows) // size * size]
     write_jsonl(part, whole)
     return whole

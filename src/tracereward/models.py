@@ -1,9 +1,10 @@
 """Finding and loading models and tokenizers, with a clear sentence where they cannot be."""
 
 import difflib
+import hashlib
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from tracereward.errors import InputError
@@ -29,6 +30,28 @@ def local_folder(name: str) -> Path:
         return Path(snapshot_download(name))
     except Exception as error:  # the Hub client raises many kinds; each means the same to the user
         raise InputError(f"{name}: neither a local folder nor reachable on the Hub ({_first_line(error)})") from error
+
+
+def model_fingerprint(name: str | None) -> str | None:
+    """SHA-256 of all that is read of a model's folder, which may have been trained again under the same name; of a Hub
+    model the commit.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if name is None:
+        return None
+    if not looks_local(name):
+        try:
+            return Path(hf_hub_download(name, "config.json")).parent.name
+        except Exception as error:
+            raise InputError(f"{name}: not reachable on the Hub ({_first_line(error)})") from error
+    total = hashlib.sha256()
+    for path in sorted(local_folder(name).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin"):
+            with open(path, "rb") as file:
+                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
 
 
 def check_model(name: str, revision: str = "main") -> None:

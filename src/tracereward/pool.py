@@ -2,21 +2,16 @@
 
 import json
 import math
-import os
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import groupby, islice
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.alignment import join_steps
 from tracereward.demonstrations import load_demonstrations, render
-from tracereward.errors import InputError, RunFailed, check_choice
-from tracereward.files import DISK_FULL, read_jsonl, write_jsonl
+from tracereward.errors import InputError, check_choice
 from tracereward.models import check_model, load_tokenizer, same_tokenizer
 from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
@@ -29,33 +24,6 @@ from tracereward.tasks import Task, get_task
 
 ENGINES = ("transformers", "vllm")
 CHUNK = 256  # rows scored together: enough to sort by length, few enough to see that it goes on
-
-
-@contextmanager
-def rows_to(output: str | None, append: bool = False) -> Iterator[TextIO]:
-    """Where rows go: stdout, or a file that appears under its name when all of it is there."""
-    if output in (None, "-"):
-        yield sys.stdout
-        return
-    path = Path(output)
-    if not path.parent.is_dir():
-        raise InputError(f"{output}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise InputError(f"{output}: is a folder; name a file")
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "a" if append else "w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise RunFailed(f"the disk of {path.absolute().parent} is full; what was finished is in {part}") from error
-    part.replace(path)
-
-
-def write_row(file: TextIO, row: dict[str, Any]) -> None:
-    """One JSON object and a newline."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def best_device() -> torch.device:
@@ -160,26 +128,6 @@ def sample_row(drawn: Sample, row: dict[str, Any], task: Task) -> dict[str, Any]
         "length": len(drawn.ids),
         "logprob": drawn.logprob,
     }
-
-
-def finished_rows(part: Path) -> int:
-    """Whole rows in an unfinished output; half a line at its end is removed from it."""
-    whole = end = 0
-    with open(part, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole, end = whole + 1, end + len(line)
-    os.truncate(part, end)
-    return whole
-
-
-def finished_questions(part: Path, n: int, chunk: int) -> int:
-    """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
-    rows = read_jsonl(part)
-    whole = len(rows) // (n * chunk) * chunk
-    write_jsonl(part, rows[: whole * n])
-    return whole
 
 
 def candidate_rows(source: str, split: str = "train", skipped: list[str] | None = None) -> Iterator[tuple[str, dict]]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from tracereward import __version__, shards
 from tracereward.errors import InputError, RunFailed
-from tracereward.models import check_model, looks_local
+from tracereward.models import check_model, looks_local, model_fingerprint
 from tracereward.pool import best_device, candidate_rows, load_beside, score_rows
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import check_reward_model
@@ -111,11 +111,11 @@ def score_to_folder(
             {
                 "tracereward": __version__,
                 "model": model,
-                "model_sha256": shards.model_fingerprint(model),
+                "model_sha256": model_fingerprint(model),
                 "reference": reference,
-                "reference_sha256": shards.model_fingerprint(reference),
+                "reference_sha256": model_fingerprint(reference),
                 "policy": policy,
-                "policy_sha256": shards.model_fingerprint(policy),
+                "policy_sha256": model_fingerprint(policy),
                 "data": data,
                 "data_sha256": fingerprint,
                 "rows": count,

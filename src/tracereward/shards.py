@@ -21,7 +21,6 @@ from pyarrow import parquet
 
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import DISK_FULL, atomic_write_json, fsync_parent, remove_unfinished
-from tracereward.models import local_folder
 from tracereward.pool import CHUNK
 from tracereward.scores import AGGREGATES
 
@@ -160,18 +159,6 @@ def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_f
             f"{chunk[0][0]} and the {len(chunk) - 1} rows after it: {column} does not fit in Parquet, where a column "
             f"has one type ({error}). Mend the rows, or write JSON Lines, with --engine transformers"
         ) from error
-
-
-def model_fingerprint(name: str | None) -> str | None:
-    """SHA-256 of all that scoring reads of a model; its folder may have been trained again under the same name."""
-    if name is None:
-        return None
-    total = hashlib.sha256()
-    for path in sorted(local_folder(name).iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin"):
-            with open(path, "rb") as file:
-                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
