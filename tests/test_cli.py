@@ -4,7 +4,9 @@ Bad input is given to `cli.main` in this process; models in it have no weights, 
 input too late would fail to load them.
 """
 
+import datetime
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -12,18 +14,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 from filelock import FileLock
+from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tiny import launcher, options, rows, trap
 from tracereward import __version__, cli, pool
+from tracereward.calibration import Calibration
+from tracereward.errors import InputError
 from tracereward.files import write_jsonl
 from tracereward.rerank import METHODS
 from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import RewardSettings
+from tracereward.reward_settings import RewardSettings, write_calibration
 from tracereward.tasks import get_task
 
 TINY = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 24, "report_to": "none"}
@@ -277,13 +283,53 @@ def test_what_is_not_a_reward_model(command, bench, tmp_path, name):
         ({"prompt": "1 + 2 = ?\n", "completion": ["#### 3"]}, [":2: ", "needs a completion"]),
         ({"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", " "]}, [":2: ", "steps", "not empty"]),
         ({"prompt": "1 + 2 = ?\n", "steps": "1 + 2 = 3"}, [":2: ", "steps must be a list"]),
+        ({**GOOD, "prompt": 7}, [":2: ", "'prompt' is int, neither text nor a list"]),
+        ({**GOOD, "prompt": [{"role": "user"}]}, [":2: ", "'prompt' is list, neither text nor"]),
+        ({**GOOD, "prompt": [{"role": "user", "content": "1 + 2 = ?"}]}, [":2: ", "trained on plain texts"]),
+        ({**GOOD, "finished": "false"}, [":2: ", "finished must be true or false"]),
+        ({**GOOD, "finished": [True]}, [":2: ", "finished must be true or false"]),
+        ({"prompt": "1", "candidates": ["2", "3"], "finished": [True]}, [":2: ", "for each of the 2 candidates"]),
+        ({**GOOD, "note": "\ud800"}, [":2: ", "field 'note' does not fit in JSON", "surrogates not allowed"]),
+        ({**GOOD, "a": {"b": [float("nan")]}}, [":2: ", "field 'a' does not fit in JSON", "Out of range"]),
     ],
-    ids=["prompt", "completion", "empty", "no candidates", "empty candidate", "text", "list", "empty step", "no steps"],
-)
+    ids=["prompt", "completion", "empty", "no candidates", "empty candidate", "text", "list", "empty step", "no steps",
+         "number", "message", "messages", "finished", "one finished", "finished of candidates", "surrogate", "nan"],
+)  # fmt: skip
 def test_rows_that_cannot_be_scored(command, bench, tmp_path, name, row, parts):
     data = tmp_path / "rows.jsonl"
-    write_jsonl(data, [GOOD, row])
+    data.write_text("".join(json.dumps(row) + "\n" for row in [GOOD, row]))
     refused(command(name, bench.bare_reward, data), data, *parts)
+
+
+def test_values_that_json_cannot_hold(command, bench, tmp_path):
+    data = tmp_path / "rows.parquet"
+    day = {"day": datetime.date(2024, 1, 2)}
+    parquet.write_table(pyarrow.Table.from_pylist([{**GOOD, "day": None}, {**GOOD, **day}]), data)
+    refused(command("score", bench.bare_reward, data), f"{data}:2: field 'day' does not fit in JSON", "date")
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(json.dumps(GOOD) + '\n{"prompt": ' + "[" * 200_000 + "\n")
+    refused(command("score", bench.bare_reward, lines), f"{lines}:2: not valid JSON: nested too deep")
+    whole = tmp_path / "rows.json"
+    whole.write_text("[" * 200_000)
+    refused(command("score", bench.bare_reward, whole), f"{whole}: not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"correct": "false"}, "correct must be true or false, not 'false'"),
+        ({"correct": 2}, "correct must be true or false, not 2"),
+        ({"logprob": "-1"}, "logprob must be a finite number, not '-1'"),
+        ({"logprob": True}, "logprob must be a finite number, not True"),
+        ({"answer": ["3"]}, "answer must be a text or a number, not ['3']"),
+    ],
+)
+def test_facts_that_are_of_another_type(command, bench, tmp_path, fields, message):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD, {**GOOD, **fields}])
+    refused(command("rerank", bench.bare_reward, data), f"{data}:2: {message}")
+    refused(command("inspect", data, "--model", bench.bare_reward), f"{data}:2: {message}")
+    refused(command("correct", bench.bare, data, "--reward-model", bench.bare_reward), f"{data}:2: {message}")
 
 
 def test_rerank_says_what_it_needs(command, bench, tmp_path):
@@ -301,6 +347,7 @@ def test_rerank_says_what_it_needs(command, bench, tmp_path):
     data.write_text("")
     refused(command("rerank", bench.bare_reward, data), data, "no rows")
     refused(command("score", bench.bare_reward, data), data, "no rows")
+    refused(command("score", bench.bare_reward, data, "--engine", "rai"), "'rai'", "Known: transformers, vllm, ray")
 
 
 def test_bad_output_files(command, bench, tmp_path):
@@ -724,7 +771,7 @@ def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tm
         ({"prompt": "1 + 2 = ?\n"}, "needs a completion"),
         ({"prompt": "1 + 2 = ?\n", "steps": []}, "steps must be a list"),
         ({"prompt": "1 + 2 = ?\n", "completion": "\n" * 200}, "the reward model reads 128"),
-        ({"prompt": [{"role": "user", "content": "1 + 2 = ?"}], "completion": "#### 3"}, "use --template chat"),
+        ({"prompt": [{"role": "user", "content": "1 + 2 = ?"}], "completion": "#### 3"}, "trained on plain texts"),
     ]
     given = []
     for n, (row, _) in enumerate(bad):
@@ -749,6 +796,114 @@ def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tm
     refused(
         command("score", bench.bare_reward, data, "--skip-bad"), "no rows that can be scored", f"{data}:1: no prompt"
     )
+
+
+def test_null_is_not_known_and_candidates_may_each_be_cut_off(command, bench, tmp_path):
+    """A trace that was cut off has no end-of-sequence token; one that does not say has one."""
+    rows_ = [{**GOOD, "finished": None}, GOOD, {**GOOD, "finished": False}, {"prompt": GOOD["prompt"],
+             "candidates": [GOOD["completion"]] * 3, "finished": [True, False, None]}]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows_[:3]), tmp_path / "rows.parquet")
+    write_jsonl(tmp_path / "rows.jsonl", rows_)
+    flat = [
+        json.loads(line) for line in command("score", bench.reward_model, tmp_path / "rows.parquet").out.splitlines()
+    ]
+    lines = [
+        json.loads(line) for line in command("score", bench.reward_model, tmp_path / "rows.jsonl").out.splitlines()
+    ]
+    whole = len(flat[1]["tokens"])
+    assert [len(row["tokens"]) for row in flat] == [whole, whole, whole - 1]
+    assert [len(row["tokens"]) for row in lines[:3]] == [whole, whole, whole - 1]
+    assert [len(scores["tokens"]) for scores in lines[3]["scores"]] == [whole, whole - 1, whole]
+
+
+def test_a_reward_that_is_not_finite_ends_scoring(command, bench, tmp_path):
+    model = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    with torch.no_grad():
+        model.head.b.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD])
+    for name in ("score", "rerank"):
+        done = command(name, tmp_path / "model", data)
+        assert (done.code, done.out) == (1, "")
+        assert f"{data}:1: the model gives rewards that are not finite" in done.err
+
+
+def test_a_calibration_is_of_the_reward_alone(command, bench, tmp_path):
+    """It was fitted without the log-probs that --reference and --policy bring."""
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(bench.reward_model, model)
+    write_calibration(model, Calibration("platt", slope=2.0, intercept=0.5, traces=12))
+    write_jsonl(data, [GOOD])
+    alone = command("score", model, data)
+    (row,) = [json.loads(line) for line in alone.out.splitlines()]
+    assert row["probability"] == pytest.approx(1 / (1 + math.exp(-2 * row["reward"] - 0.5)))
+    assert "no probability" not in alone.err
+    beside = command("score", model, data, "--reference", bench.model)
+    (row,) = [json.loads(line) for line in beside.out.splitlines()]
+    assert "probability" not in row
+    assert beside.err.count("no probability: the model is calibrated for its reward without --reference") == 1
+
+
+def test_steps_that_the_tokenizer_does_not_give_back(command, bench, tmp_path):
+    """An unknown character has no text, so that all behind it stand one place further to the left."""
+    data = tmp_path / "rows.jsonl"
+    good = {"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"]}
+    write_jsonl(data, [good, {"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "é3 = 3", "#### 3"]}])
+    refused(command("score", bench.reward_model, data, "-o", tmp_path / "out"), f"{data}:2: step 2: ", "'é3 = 3")
+    done = command("score", bench.reward_model, data, "--skip-bad")
+    assert len(done.out.splitlines()) == 1
+    assert f"skipped: {data}:2: step 2: " in done.err
+    with pytest.raises(InputError, match="trace 0: step 1: "):
+        TokenRewardModel.from_pretrained(str(bench.reward_model)).score_steps(["1"], [["é"]])
+
+
+def test_scored_steps_can_be_looked_at(command, bench, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"], "answer": 3}])
+    assert command("score", bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored.jsonl").code == 0
+    (row,) = rows(tmp_path / "scored.jsonl")
+    assert row["completion"] == "1 + 2 = 3\n#### 3"
+    shown = command("inspect", tmp_path / "scored.jsonl", "--task", "arithmetic", "--colour", "never")
+    assert shown.code == 0, shown.err
+    assert "✓ right" in shown.out
+    anew = command("inspect", tmp_path / "rows.jsonl", "--model", bench.reward_model, "--colour", "never")
+    assert anew.out == shown.out
+
+
+def test_inspect_checks_the_answers_of_candidates(command, bench, tmp_path):
+    row = {"prompt": "1 + 2 = ?\n", "candidates": ["#### 3", "#### 4"], "answer": 3}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert command("score", bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored.jsonl").code == 0
+    shown = command("inspect", tmp_path / "scored.jsonl", "--task", "arithmetic", "--colour", "never")
+    assert [line for line in shown.out.splitlines() if line.startswith("#1") or line.startswith("#2")] == [
+        next(line for line in shown.out.splitlines() if "#1 of 2  ✓ right  answer 3" in line),
+        next(line for line in shown.out.splitlines() if "#2 of 2  ✗ wrong  answer 4" in line),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong", "task"),
+    [(3, "#### 3", "#### 4", "arithmetic"), (2.5, "#### 5/2", "#### 2", "arithmetic"),
+     (True, "The answer is yes.", "The answer is no.", "strategyqa"),
+     (False, "The answer is no.", "The answer is yes.", "strategyqa")],
+)  # fmt: skip
+def test_gold_answers_need_not_be_text(command, bench, tmp_path, answer, right, wrong, task):
+    given = [{"prompt": "1?\n", "completion": text, "answer": answer} for text in (right, wrong)]
+    write_jsonl(tmp_path / "rows.jsonl", given)
+    done = command("rerank", bench.reward_model, tmp_path / "rows.jsonl", "--task", task, "--json")
+    assert done.code == 0, done.err
+    accuracy = json.loads(done.out)["accuracy"]
+    assert (accuracy[METHODS["mean"]][0], accuracy["oracle@2"][0]) == (0.5, 1.0)
+
+
+def test_rows_of_a_question_need_not_stand_together(command, bench, samples, tmp_path):
+    given = rows(samples)
+    write_jsonl(tmp_path / "mixed.jsonl", [row for n in range(4) for row in given[n::4]])
+    words = ["--method", "shortest", "--json"]
+    apart = command("rerank", bench.reward_model, tmp_path / "mixed.jsonl", *words)
+    together = command("rerank", bench.reward_model, samples, *words)
+    assert json.loads(apart.out)["questions"] == 5
+    assert json.loads(apart.out)["accuracy"]["oracle@4"] == json.loads(together.out)["accuracy"]["oracle@4"]
 
 
 def test_steps_are_scored_as_the_trace_that_they_make(bench, experts, tmp_path):

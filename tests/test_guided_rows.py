@@ -351,7 +351,9 @@ def test_rows_of_two_runs_are_not_joined(bench, ran, refused, tmp_path):
     correct = ["correct", bench.model, output, "--reward-model", bench.reward_model, "--max-new-tokens", 4, "-k", 1]
     killed([*correct, "-o"], tmp_path / "corrected.jsonl")
     correct += ["-o", tmp_path / "corrected.jsonl", "--resume"]
-    assert "--rounds (3, now 1); another --threshold (none, now 0.5)" in refused(*correct, "--threshold", 0.5, "--rounds", 1)
+    assert "--rounds (3, now 1); another --threshold (none, now 0.5)" in refused(
+        *correct, "--threshold", 0.5, "--rounds", 1
+    )
     write_jsonl(output, rows(output)[1:])
     assert f"data ({output}: the same name, other content)" in refused(*correct)
 

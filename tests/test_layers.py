@@ -15,7 +15,7 @@ LAYERS = [
     (
         "models and data",
         "adapters alignment batching demonstrations drawing guide heads log_probs reading models reward_func "
-        "reward_model reward_settings sampling scorer sharding shared_prompts surface tasks vllm_scorer",
+        "reward_model reward_settings sampling scorer sharding shared_prompts surface tasks traces vllm_scorer",
     ),
     (
         "training",

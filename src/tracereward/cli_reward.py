@@ -18,6 +18,7 @@ Policy = Annotated[
     str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
 ]
 Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pip install 'tracereward[vllm]').")]
+NO_PROBABILITY = "no probability: the model is calibrated for its reward without --reference and --policy"
 
 
 def say(text: str) -> None:
@@ -67,27 +68,37 @@ def score(
     """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
     from tqdm.auto import tqdm
 
+    from tracereward.errors import check_choice
     from tracereward.models import check_model
     from tracereward.outputs import check_output, finished_rows, origin_of, rows_to, write_row
-    from tracereward.pool import candidate_rows, check_engine, load_beside, load_scorer, score_rows
+    from tracereward.pool import ENGINES, check_engine, load_beside, load_scorer, score_rows
+    from tracereward.traces import candidate_rows
 
+    check_choice("engine", engine, [*ENGINES, "ray"])
     if workers is not None and engine != "ray":
         raise InputError("--workers is of --engine ray")
     if engine == "ray":
+        from tracereward.reward_settings import check_reward_model
         from tracereward.score_ray import score_to_folder
 
+        if check_reward_model(model).calibration is not None and (reference or policy):
+            say(NO_PROBABILITY)
         for text in score_to_folder(model, data, output, split, reference, policy, workers, resume, skip_bad):
             say(f"skipped: {text}")
         return
-    check_engine(model, engine)
+    settings = check_engine(model, engine)
     for other in (reference, policy):
         if other is not None:
             if engine != "transformers":
                 raise InputError(f"--engine {engine} computes logits alone: leave --reference and --policy out")
             check_model(other)
     check_output(output)
+    if settings.calibration is not None and (reference or policy):
+        say(NO_PROBABILITY)
     skipped: list[str] | None = [] if skip_bad else None
-    count = sum(1 for _ in candidate_rows(data, split, skipped))  # all rows are checked before the model is loaded
+    count = sum(
+        1 for _ in candidate_rows(data, split, skipped, settings.template)
+    )  # all rows are checked before the model is loaded
     if count == 0:
         raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
     models, origin, done = {"model": model, "--reference": reference, "--policy": policy}, None, 0
@@ -98,7 +109,7 @@ def score(
         say(f"going on after {done} rows")
     reward_model = load_scorer(model, engine)
     others = [load_beside(reward_model, other) for other in (reference, policy)]
-    rows = candidate_rows(data, split, None if skipped is None else [])
+    rows = candidate_rows(data, split, None if skipped is None else [], settings.template)
     too_long: list[str] | None = None if skipped is None else []
     scored = score_rows(reward_model, rows, *others, skipped=too_long, done=done)
     progress = tqdm(desc="scored", total=count, initial=done, unit="")
@@ -113,7 +124,7 @@ def score(
 @commands.command()
 def rerank(
     model: Model,
-    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion; a question's rows together.")],
+    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion.")],
     task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
     method: Annotated[
         str,
@@ -133,13 +144,14 @@ def rerank(
     import json
 
     from tracereward.errors import check_choice
-    from tracereward.outputs import rows_to, write_row
-    from tracereward.pool import best_device, candidate_rows, rerank_rows, score_rows, summary
+    from tracereward.outputs import check_output, rows_to, write_row
+    from tracereward.pool import best_device, rerank_rows, score_rows, summary
     from tracereward.rerank import METHODS
     from tracereward.reward_model import TokenRewardModel
     from tracereward.reward_settings import check_reward_model
     from tracereward.scores import AGGREGATES
     from tracereward.tasks import get_task
+    from tracereward.traces import candidate_rows, check_facts
 
     known = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
     check_choice("method", method, known)
@@ -147,10 +159,12 @@ def rerank(
         check_choice("aggregate", aggregate, AGGREGATES)
     settings = check_reward_model(model)
     recipe = get_task(task or settings.task)
-    rows = list(candidate_rows(data))
+    check_output(output)
+    rows = list(candidate_rows(data, template=settings.template))
     if not rows:
         raise InputError(f"{data}: no rows")
     for where, row in rows:
+        check_facts(where, row)
         if "completion" not in row or ("logprob" in method and row.get("logprob") is None):
             single = "completion" in row
             need = f"a logprob in each row for --method {method}" if single else "a completion in each row"
@@ -301,9 +315,10 @@ def export(
     from tracereward.distill import distill, examples_of
     from tracereward.errors import check_choice
     from tracereward.models import local_folder
-    from tracereward.pool import best_device, candidate_rows
+    from tracereward.pool import best_device
     from tracereward.reward_model import TokenRewardModel
     from tracereward.reward_settings import check_reward_model
+    from tracereward.traces import candidate_rows
 
     check_choice("head", head, ["token"])
     check_reward_model(model)

@@ -17,11 +17,12 @@ from tracereward.guide import Guide, Guided, check_tokenizers
 from tracereward.log_probs import LogProbs
 from tracereward.models import check_model, load_tokenizer, local_folder, pad_id
 from tracereward.outputs import whole_rows
-from tracereward.pool import best_device, candidate_rows, load_beside, load_policy, load_questions, sample_row
+from tracereward.pool import best_device, load_beside, load_policy, load_questions, sample_row
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import check_reward_model
 from tracereward.sampling import mean_log_probs
 from tracereward.tasks import get_task
+from tracereward.traces import candidate_rows, check_facts, gold_of
 
 OPTIONS = {
     "beam": {"beam": 4, "expansions": 4, "lookahead": 0},
@@ -231,10 +232,11 @@ def corrected_rows(
         )
     settings = check_reward_model(reward_model)
     task = get_task(task_name or settings.task)
-    rows = list(candidate_rows(data))
+    rows = list(candidate_rows(data, template=settings.template))
     if not rows:
         raise InputError(f"{data}: no rows")
     for where, row in rows:
+        check_facts(where, row)
         if "completion" not in row:
             raise InputError(f"{where}: correct needs a completion in each row; `tracereward sample` writes it")
     check_model(model)
@@ -244,7 +246,7 @@ def corrected_rows(
     given = {"temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size}
     guide = load_guide(model, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
     encoded = [
-        guide.scorer.check_length(where, prompt, row["completion"], bool(row.get("finished", True)))
+        guide.scorer.check_length(where, prompt, row["completion"], row.get("finished") is not False)
         for prompt, (where, row) in zip(prompts, rows, strict=True)
     ]
     detector = guide
@@ -264,15 +266,15 @@ def corrected_rows(
         for ((_, row), (_, old)), new, log_prob in zip(chunk, found, log_probs, strict=True):
             # A trace that was left alone keeps its text: its tokens may spell it a little differently.
             text = row["completion"] if new.ids == old else str(tokenizer.decode(new.ids, skip_special_tokens=True))
-            gold = row.get("answer")
+            gold = gold_of(row)
             out.append(
                 {
                     **{name: row[name] for name in ("question", "prompt") if name in row},
                     "completion": text,
-                    "answer": gold,
+                    "answer": row.get("answer"),
                     "extracted": task.extract(text),
-                    "correct_before": None if gold is None else task.verify(row["completion"], str(gold)),
-                    "correct": None if gold is None else task.verify(text, str(gold)),
+                    "correct_before": None if gold is None else task.verify(row["completion"], gold),
+                    "correct": None if gold is None else task.verify(text, gold),
                     "finished": new.finished,
                     "length": len(new.ids),
                     "logprob": log_prob,

@@ -6,12 +6,12 @@ is suspected to be the first error. `inspection_terminal` prints the same.
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tracereward.errors import InputError
 from tracereward.files import atomic_write_text
 from tracereward.report import HEATMAP_CSS, reward_colour
 from tracereward.scores import TokenScores
+from tracereward.traces import is_number
 
 ERROR_MARGIN = 0.5
 """Log-odds. In two quickstart runs it marked the first wrong line of 39 % and 32 % of the traces with one, and a line
@@ -56,7 +57,7 @@ def first_error(step_rewards: Sequence[float], threshold: float = ERROR_MARGIN) 
 
 def largest_drop(step_rewards: Sequence[float]) -> float | None:
     """The largest ``step_rewards[i] - step_rewards[i + 1]``, in log-odds; None for fewer than two steps."""
-    return max((before - after for before, after in pairwise(step_rewards)), default=None)
+    return max((before - after for before, after in itertools.pairwise(step_rewards)), default=None)
 
 
 def visible(text: str) -> str:
@@ -83,7 +84,7 @@ def write_inspection(
         threshold: see `first_error`.
 
     Raises:
-        InputError: a row lacks scores, or its offsets do not fit its completion; named by its number from 1.
+        InputError: a row lacks scores, or they do not fit (see `check_scores`); named by its number from 1.
     """
     questions = questions_of(traces, threshold)
     limit = colour_limit(questions)
@@ -137,26 +138,78 @@ def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[
         InputError: as for `write_inspection`.
     """
     questions: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(_flat(rows), 1):
+    for number, row in enumerate(itertools.chain.from_iterable(map(traces_in, rows)), 1):
         where = f"row {number}"
-        missing = [name for name in _NEEDED if row.get(name) is None]
-        if missing:
-            raise InputError(f"{where}: no {missing[0]}; `tracereward score` writes rows with token rewards")
+        check_scores(where, row)
         prompt = _prompt_text(row["prompt"])
         question = questions.setdefault(prompt, {"prompt": prompt, "answer": _text(row.get("answer")), "traces": []})
-        question["traces"].append({"number": len(question["traces"]) + 1, **_trace(row, where, threshold)})
+        question["traces"].append({"number": len(question["traces"]) + 1, **_trace(row, threshold)})
     return list(questions.values())
 
 
-def _flat(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def traces_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per trace: a row of `candidates` has a list of `scores`."""
-    for row in rows:
-        if "candidates" in row:
-            shared = {name: row[name] for name in ("prompt", "answer", "model") if name in row}
-            for completion, scores in zip(row["candidates"], row.get("scores", [{}] * len(row["candidates"]))):
-                yield {**shared, "completion": completion, **scores}
-        else:
-            yield row
+    if "candidates" not in row:
+        return [row]
+    shared = {name: row[name] for name in ("prompt", "answer", "model") if name in row}
+    scores = row.get("scores") or [{}] * len(row["candidates"])
+    return [{**shared, "completion": text, **found} for text, found in zip(row["candidates"], scores)]
+
+
+def check_scores(where: str, row: dict[str, Any]) -> None:
+    """Refuse a trace whose scores are not what `tracereward score` writes.
+
+    Raises:
+        InputError: names `where` and the field.
+    """
+    missing = [name for name in _NEEDED if row.get(name) is None]
+    if missing:
+        raise InputError(f"{where}: no {missing[0]}; `tracereward score` writes rows with token rewards")
+    for name, (what, fits) in _KINDS.items():
+        value = row.get(name)
+        if value is not None and not fits(value):
+            raise InputError(f"{where}: {name} must be {what}; `tracereward score` writes such rows")
+    for name in ("offsets", "token_rewards", "supervised", "step_ends"):
+        if row.get(name) is not None and len(row[name]) != len(row["tokens"]):
+            raise InputError(f"{where}: {len(row['tokens'])} tokens but {len(row[name])} {name}")
+    text = _text_read(row["tokens"], row["offsets"], row["completion"])
+    if any(not 0 <= start <= end <= len(text) for start, end in row["offsets"]):
+        raise InputError(f"{where}: its offsets do not fit its completion of {len(text)} characters")
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, (list, tuple)) and all(map(fits, values))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(place) is int for place in value)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "prompt": ("a text or a list of messages", lambda value: _is_text(value) or _all(_is_message)(value)),
+    "completion": ("a text", _is_text),
+    "tokens": ("a list of texts", _all(_is_text)),
+    "offsets": ("a list of pairs of whole numbers", _all(_is_span)),
+    "token_rewards": ("a list of numbers", _all(is_number)),
+    "step_rewards": ("a list of numbers", _all(is_number)),
+    "supervised": ("a list of true and false", _all(_is_flag)),
+    "step_ends": ("a list of true and false", _all(_is_flag)),
+    "reward": ("a number", is_number),
+    "logprob": ("a number", is_number),
+    "correct": ("true or false", lambda value: value in (0, 1)),
+}
 
 
 def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
@@ -168,17 +221,12 @@ def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     return visible("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt))
 
 
-def _trace(row: dict[str, Any], where: str, threshold: float) -> dict[str, Any]:
+def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
     """One trace: its facts, and its steps with their tokens."""
     offsets = [(start, end) for start, end in row["offsets"]]
     tokens, rewards = row["tokens"], row["token_rewards"]
     supervised = row.get("supervised")
-    for name in ("offsets", "token_rewards", "supervised", "step_ends"):
-        if row.get(name) is not None and len(row[name]) != len(tokens):
-            raise InputError(f"{where}: {len(tokens)} tokens but {len(row[name])} {name}")
     text = _text_read(tokens, offsets, row["completion"])
-    if any(not 0 <= start <= end <= len(text) for start, end in offsets):
-        raise InputError(f"{where}: its offsets do not fit its completion of {len(text)} characters")
     ends = list(step_ends(text, offsets) if row.get("step_ends") is None else row["step_ends"])
     ends[-1:] = [True] * min(len(ends), 1)  # no token is left out
     means = TokenScores(tokens, offsets, rewards, [], ends).step_rewards()

@@ -91,8 +91,11 @@ def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, ob
                     continue
                 try:
                     value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    wrong = f"{path}:{n}: not valid JSON: {error.msg} at character {error.pos + 1}"
+                except (json.JSONDecodeError, RecursionError) as error:
+                    what = "nested too deep"
+                    if isinstance(error, json.JSONDecodeError):
+                        what = f"{error.msg} at character {error.pos + 1}"
+                    wrong = f"{path}:{n}: not valid JSON: {what}"
                     if skipped is None:
                         raise InputError(wrong) from error
                     skipped.append(wrong)
@@ -119,7 +122,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{mend}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error.reason}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error

@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 from tracereward import __version__, shards
 from tracereward.errors import InputError, RunFailed
 from tracereward.models import check_model, looks_local, model_fingerprint
-from tracereward.pool import best_device, candidate_rows, load_beside, score_rows
+from tracereward.pool import best_device, load_beside, score_rows
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import check_reward_model
+from tracereward.traces import candidate_rows
 
 NEEDS_RAY = "--engine ray needs Ray: pip install 'tracereward[ray]'"
 
@@ -99,8 +100,10 @@ def score_to_folder(
     folder = Path(output).absolute()
     skipped: list[str] | None = [] if skip_bad else None
     with shards.own_folder(folder, resume) as todo:
-        score_fields = shards.score_columns(calibrated=settings.calibration is not None)
-        rows = candidate_rows(data, split, skipped)
+        score_fields = shards.score_columns(
+            calibrated=settings.calibration is not None and reference is None and policy is None
+        )
+        rows = candidate_rows(data, split, skipped, settings.template)
         with shards.room(folder):
             count, fingerprint, schema = shards.cut(rows, folder, todo, score_fields)
         if count == 0:

@@ -23,6 +23,7 @@ from tracereward.errors import InputError, RunFailed
 from tracereward.files import DISK_FULL, atomic_write_json, fsync_parent, remove_unfinished
 from tracereward.pool import CHUNK
 from tracereward.scores import AGGREGATES
+from tracereward.traces import holds_steps
 
 SHARD_ROWS = CHUNK  # what `score` batches together, so that the numbers are the same; lost at most when a worker dies
 ATTEMPTS = 3  # a shard that ends its worker so often (out of memory) would end every worker
@@ -104,10 +105,7 @@ def cut(
     while chunk := list(islice(rows, SHARD_ROWS)):
         lines = []
         for where, row in chunk:
-            try:
-                fingerprint.update(json.dumps(row).encode() + b"\n")
-            except TypeError as error:
-                raise InputError(f"{where}: {error}: neither is it in JSON") from error
+            fingerprint.update(json.dumps(row).encode() + b"\n")
             lines.append(json.dumps([where, row]) + "\n")
         shard = count // SHARD_ROWS
         schema = _widened(schema, chunk, score_fields)
@@ -142,6 +140,8 @@ def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_f
     name = ""
     for _, row in chunk:
         added = {field.name: field for field in (of_many if "candidates" in row else of_one)}
+        if holds_steps(row):
+            added["completion"] = pa.field("completion", pa.string())
         fields |= added
         for name, value in row.items():
             if name not in added:
