@@ -27,6 +27,7 @@ from tracereward import __version__, cli, pool
 from tracereward.calibration import Calibration
 from tracereward.errors import InputError
 from tracereward.files import write_jsonl
+from tracereward.models import check_model
 from tracereward.rerank import METHODS
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings, write_calibration
@@ -57,6 +58,16 @@ def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
         reward_model=folder / "reward_model",
         bare_reward=bare_reward,
     )
+
+
+@pytest.fixture(scope="module")
+def token_reward_model(bench, tokenizer):
+    """A reward model that is a token classifier."""
+    folder = bench.folder / "token_reward_model"
+    settings = RewardSettings(head="token", granularity="step", aggregate="min", task="arithmetic")
+    torch.manual_seed(0)
+    TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -368,6 +379,42 @@ def test_bad_sampling(command, bench, tmp_path):
     refused(command("sample", bench.folder / "bar", *given[2:], bench.experts), f"did you mean {bench.bare}")
 
 
+@pytest.mark.parametrize("option", ["--temperature", "--top-p"])
+@pytest.mark.parametrize("value", [-1, "nan", "inf"])
+def test_what_tokens_cannot_be_drawn_by(command, bench, option, value):
+    data = ["--task", "arithmetic", "--data", bench.experts, option, value]
+    refused(command("sample", bench.bare, *data), f"{option} must be ", value)
+    refused(command("sample", bench.bare, *data, "--guide", "tilt", "--reward-model", bench.bare_reward), option)
+    given = ["--reward-model", bench.bare_reward, option, value]
+    refused(command("correct", bench.bare, bench.experts, *given), f"{option} must be ")
+
+
+def test_top_p_of_none_and_of_more_than_all(command, bench):
+    given = ["sample", bench.bare, "--task", "arithmetic", "--data", bench.experts, "--top-p"]
+    for value in (0, 2):
+        refused(command(*given, value), "--top-p must be over 0 and at most 1", value)
+
+
+def test_only_a_language_model_draws_or_stands_beside(command, bench, token_reward_model, tmp_path):
+    """A token classifier, for one the reward model of a token head, would be given an LM head of random numbers."""
+    bare = tmp_path / "bare"
+    shutil.copytree(token_reward_model, bare)
+    (bare / "model.safetensors").write_bytes(b"")
+    given, kind = ["--task", "arithmetic", "--data", bench.experts], f"{bare}: is a LlamaForTokenClassification"
+    refused(command("sample", bare, *given), kind)
+    refused(command("evaluate", "policy", bare, *given), kind)
+    refused(command("correct", bare, bench.experts, "--reward-model", bench.bare_reward), kind)
+    refused(command("score", bench.bare_reward, bench.experts, "--reference", bare), kind)
+    headless = tmp_path / "headless"
+    shutil.copytree(bench.bare, headless)
+    config = json.loads((headless / "config.json").read_text())
+    (headless / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    refused(command("sample", headless, *given), f"{headless}: is a LlamaModel")
+    for kinds in (None, ["LlamaModel", "LlamaForCausalLM"], ["FSDPLlamaForCausalLM"]):
+        (headless / "config.json").write_text(json.dumps({**config, "architectures": kinds}))
+        check_model(str(headless))
+
+
 # Usage
 
 
@@ -379,9 +426,12 @@ def test_bad_sampling(command, bench, tmp_path):
         (["rerank", "model"], "Missing argument"),
         (["score", "model", "data", "--no-such-option"], "--no-such-option"),
         (["sample", "model", "-n", "0"], "-n"),
+        (["sample", "model", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["sample", "model", "--batch-size", "0"], "--batch-size"),
+        (["sample", "model", "--limit", "0"], "--limit"),
         ([], "Usage"),
     ],
-    ids=["command", "arguments", "argument", "option", "range", "nothing"],
+    ids=["command", "arguments", "argument", "option", "range", "length", "batch", "limit", "nothing"],
 )
 def test_wrong_usage(command, argv, message):
     done = command(*argv)
@@ -582,12 +632,8 @@ def test_a_closed_pipe_is_no_error(bench, experts):
     assert "BrokenPipe" not in notes
 
 
-def test_a_token_head_scores_too(bench, tokenizer, samples):
-    folder = bench.folder / "token_reward_model"
-    settings = RewardSettings(head="token", granularity="step", aggregate="min", task="arithmetic")
-    torch.manual_seed(0)
-    TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
-    done = launcher()("score", folder, samples)
+def test_a_token_head_scores_too(token_reward_model, samples):
+    done = launcher()("score", token_reward_model, samples)
     assert done.code == 0, done.err
     for line in done.out.splitlines():
         row = json.loads(line)

@@ -96,14 +96,14 @@ def sample(
     n: Annotated[
         int | None, typer.Option("-n", "--n", min=1, help="Completions of each prompt; 8 if not given.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Use the first N rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
     template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
-    batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
     guide: Annotated[

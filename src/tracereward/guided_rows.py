@@ -1,5 +1,6 @@
 """Files of questions and traces, through guided decoding and self-correction."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -17,7 +18,7 @@ from tracereward.guide import Guide, Guided, check_tokenizers
 from tracereward.log_probs import LogProbs
 from tracereward.models import check_model, load_tokenizer, local_folder, pad_id
 from tracereward.outputs import whole_rows
-from tracereward.pool import best_device, load_beside, load_policy, load_questions, sample_row
+from tracereward.pool import best_device, check_drawing, load_beside, load_policy, load_questions, sample_row
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import check_reward_model
 from tracereward.sampling import mean_log_probs
@@ -38,7 +39,7 @@ def guide_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The options of a method, defaults filled in; those in `given` that are None were not given.
 
     Raises:
-        InputError: there is no such method, or one of the options belongs to another.
+        InputError: there is no such method, one of the options belongs to another, or has no such value.
     """
     check_choice("guide", method, decode.GUIDES)
     known = OPTIONS[method]
@@ -47,7 +48,12 @@ def guide_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
             owner = " and ".join(other for other, names in OPTIONS.items() if name in names)
             dash = "-" if len(name) == 1 else "--"
             raise InputError(f"{dash}{name.replace('_', '-')} is of --guide {owner}, not of {method}")
-    return {name: default if given.get(name) is None else given[name] for name, default in known.items()}
+    options = {name: default if given.get(name) is None else given[name] for name, default in known.items()}
+    if method == "reject" and options["keep"] > options["n"]:
+        raise InputError(f"--keep {options['keep']}: only -n {options['n']} traces are drawn")
+    if method == "tilt" and not math.isfinite(options["alpha"]):
+        raise InputError(f"--alpha must be a finite number, not {options['alpha']}")
+    return options
 
 
 def run_guide(guide: Guide, method: str, prompts: Sequence[str], options: dict[str, Any]) -> list[list[Guided]]:
@@ -157,6 +163,7 @@ def guided_rows(
     Raises:
         InputError: before a model is loaded, if anything cannot be read or does not fit.
     """
+    check_drawing(temperature, top_p)
     at_once = traces_at_once(method, options)
     if temperature == 0 and at_once > 1:
         raise InputError(f"at temperature 0 all draws are the same: --guide {method} would draw {at_once}")
@@ -220,11 +227,14 @@ def corrected_rows(
         InputError: before a model is loaded, if anything cannot be read; a trace or a prompt with `max_new_tokens` more
             is longer than the reward model reads.
     """
+    check_drawing(temperature, top_p)
     if temperature == 0 and k > 1:
         raise InputError(f"-k is {k}: at temperature 0 all continuations are the same; use -k 1")
     check_choice("suspect", suspect, SUSPECTS)
     if threshold is not None and share is not None:
         raise InputError("--threshold and --share say the same in two ways: give one of them")
+    if threshold is not None and math.isnan(threshold):
+        raise InputError("--threshold must be a number, not nan")
     if suspect == "logprob" and threshold is None and share is None:
         raise InputError(
             "what a low log-prob is depends on the policy: give --share 0.2 to suspect a step in that share of the "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tracereward.errors import InputError
 
@@ -58,7 +59,7 @@ def check_model(name: str, revision: str = "main") -> None:
     """Read a causal LM's configuration, before anything slow starts.
 
     Raises:
-        InputError: it cannot be read; says why.
+        InputError: it cannot be read, or is another kind of model's: transformers would give that a random LM head.
     """
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
@@ -66,9 +67,12 @@ def check_model(name: str, revision: str = "main") -> None:
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name}: not a model folder, config.json is missing")
     try:
-        AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:
         raise InputError(f"{name}: the model's configuration cannot be read ({_first_line(error)})") from error
+    kinds = config.architectures or []
+    if kinds and not any(map(_is_causal, kinds)):
+        raise InputError(f"{name}: is a {', '.join(kinds)}, and a causal language model is needed")
 
 
 def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
@@ -101,6 +105,11 @@ def same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBa
         and policy.eos_token_id == other.eos_token_id
         and policy(probe)["input_ids"] == other(probe)["input_ids"]
     )
+
+
+def _is_causal(architecture: str) -> bool:
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return architecture in known or architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _nearest(path: Path) -> str:

@@ -56,6 +56,18 @@ def load_scorer(model: str, engine: str) -> Scorer:
     return TokenRewardModel.from_pretrained(model).to(best_device())
 
 
+def check_drawing(temperature: float, top_p: float) -> None:
+    """Refuse what tokens cannot be drawn by.
+
+    Raises:
+        InputError: names the option.
+    """
+    if not 0 <= temperature < math.inf:  # nan is not either
+        raise InputError(f"--temperature must be a number from 0, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p must be over 0 and at most 1, not {top_p}")
+
+
 def sample_rows(
     model: str,
     data: str | None,
@@ -80,6 +92,7 @@ def sample_rows(
     Raises:
         InputError: before the model is loaded, if anything cannot be read.
     """
+    check_drawing(temperature, top_p)
     if temperature == 0 and n > 1:
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
     rows, prompts, tokenizer = load_questions(model, data, task_name, limit, split, template)
