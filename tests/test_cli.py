@@ -362,11 +362,24 @@ def test_rerank_says_what_it_needs(command, bench, tmp_path):
 
 
 def test_bad_output_files(command, bench, tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", [GOOD])
-    for name in ("score", "rerank"):
-        given = [name, bench.reward_model, tmp_path / "rows.jsonl", "-o"]
-        refused(command(*given, tmp_path / "no" / "such.jsonl"), "folder", "does not exist")
-        refused(command(*given, tmp_path), "is a folder")
+    """Said before a model is loaded, by an attempt that leaves nothing behind."""
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD, {**GOOD, "prompt": "1 + 3 = ?\n"}])
+    for given in (
+        ["score", bench.bare_reward, data],
+        ["rerank", bench.bare_reward, data],
+        ["inspect", data, "--model", bench.bare_reward],
+        ["correct", bench.bare, data, "--reward-model", bench.bare_reward],
+        ["sample", bench.bare, "--task", "arithmetic", "--data", data],
+    ):
+        refused(command(*given, "-o", tmp_path / "no" / "such.jsonl"), "folder", "does not exist")
+        refused(command(*given, "-o", tmp_path), "is a folder; name a file")
+        refused(command(*given, "-o", "/proc/out"), "/proc/out: cannot be written")
+    refused(command("export", bench.bare_reward, "--data", data, "-o", "/proc/no/out"), "/proc/no/out: ")
+    refused(command("export", bench.bare_reward, "--data", data, "-o", "/proc/out"), "/proc/out: cannot be written")
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "1"}])
+    refused(command("score", bench.bare_reward, tmp_path / "bad.jsonl", "-o", tmp_path / "out"), "needs a completion")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "bad.jsonl"}
 
 
 def test_bad_sampling(command, bench, tmp_path):
@@ -1018,6 +1031,41 @@ def test_inspect_shows_rows_with_scores_and_scores_those_without(bench, samples,
     bare = launcher()("inspect", samples)
     assert bare.code == 2
     assert f"{samples}:1: no scores; give --model" in bare.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token_rewards": ["1", "2", "3"]}, "token_rewards must be a list of numbers"),
+        ({"token_rewards": 1.0}, "token_rewards must be a list of numbers"),
+        ({"token_rewards": [1.0]}, "3 tokens but 1 token_rewards"),
+        ({"step_rewards": ["a"]}, "step_rewards must be a list of numbers"),
+        ({"reward": "high"}, "reward must be a number"),
+        ({"logprob": "-1"}, "logprob must be a number"),
+        ({"correct": "false"}, "correct must be true or false"),
+        ({"offsets": [[0, 1], [1, 2], [2]]}, "offsets must be a list of pairs of whole numbers"),
+        ({"offsets": [[0, 1], [1, 2], ["2", 3]]}, "offsets must be a list of pairs of whole numbers"),
+        ({"offsets": [[0, 1], [1, 2], [2, 9]]}, "its offsets do not fit its completion of 3 characters"),
+        ({"supervised": "yes"}, "supervised must be a list of true and false"),
+        ({"step_ends": [0, 0, 1]}, "step_ends must be a list of true and false"),
+        ({"prompt": 7}, "prompt must be a text or a list of messages"),
+        ({"prompt": [{"role": "user"}]}, "prompt must be a text or a list of messages"),
+        ({"completion": 7}, "completion must be a text"),
+        ({"tokens": [1, 2, 3]}, "tokens must be a list of texts"),
+        ({"completion": None}, "no completion"),
+        ({"candidates": ["abc"], "scores": 7}, "scores must be a list"),
+        ({"candidates": ["abc", "d"], "scores": [{}]}, "scores must be a list"),
+        ({"candidates": ["abc"], "scores": [{}]}, "no tokens"),
+    ],
+)
+def test_scores_that_cannot_be_looked_at(command, tmp_path, fields, message):
+    data, spans = tmp_path / "rows.jsonl", [[0, 1], [1, 2], [2, 3]]
+    good = {"prompt": "q", "completion": "abc", "tokens": [*"abc"], "offsets": spans, "token_rewards": [1.0, 2.0, 3.0]}
+    write_jsonl(data, [good, {**good, **fields}])
+    refused(command("inspect", data), f"{data}:2: {message}")
+    refused(command("inspect", data, "--task", "arithmetic", "-o", tmp_path / "page.html"), f"{data}:2: {message}")
+    assert command("inspect", data, "--limit", 1).code == 0
+    refused(command("inspect", data, "--limit", 1, "--threshold", "nan"), "--threshold must be a finite number")
 
 
 def step_rows(suite, experts) -> list[dict]:

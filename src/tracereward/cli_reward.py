@@ -257,16 +257,22 @@ def inspect(
     width: Annotated[int | None, typer.Option(min=20, help="Terminal: columns.")] = None,
 ) -> None:
     """Look at traces token by token: one HTML page that needs no network, or the terminal."""
+    import math
+
+    from tracereward.errors import check_choice
     from tracereward.inspection import write_inspection
-    from tracereward.inspection_terminal import print_ansi
+    from tracereward.inspection_terminal import COLOURS, print_ansi
+    from tracereward.outputs import check_output
     from tracereward.pool import rows_to_inspect
 
+    if not math.isfinite(threshold):
+        raise InputError(f"--threshold must be a finite number, not {threshold}")
+    check_choice("colour", colour, COLOURS)
+    check_output(None if output is None else str(output))
     rows = rows_to_inspect(data, model, task, reference, policy, limit)
     if output is None:
         print_ansi(rows, sys.stdout, width, colour, threshold)
         return
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: the folder {output.parent} does not exist")
     command = " ".join(["tracereward", *sys.argv[1:]])
     write_inspection(output, rows, title or Path(data).name, command, threshold)
     say(f"{len(rows)} rows: {output}")
@@ -311,20 +317,28 @@ def export(
     import dataclasses
     import json
     import math
+    from contextlib import suppress
 
-    from tracereward.distill import distill, examples_of
+    from tracereward.distill import check_rows, distill, examples_of
     from tracereward.errors import check_choice
     from tracereward.models import local_folder
+    from tracereward.outputs import check_output
     from tracereward.pool import best_device
     from tracereward.reward_model import TokenRewardModel
     from tracereward.reward_settings import check_reward_model
     from tracereward.traces import candidate_rows
 
     check_choice("head", head, ["token"])
-    check_reward_model(model)
+    if not 0 < learning_rate <= 1:  # nan is not either
+        raise InputError(f"--learning-rate must be over 0 and at most 1, not {learning_rate}")
+    settings = check_reward_model(model)
     if output.exists():
         raise InputError(f"{output} exists already: choose another --output")
-    rows = list(candidate_rows(data))
+    with suppress(OSError):  # which check_output then says
+        output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(str(output))
+    rows = list(candidate_rows(data, template=settings.template))
+    check_rows(rows)
     teacher = TokenRewardModel.from_pretrained(model).to(best_device())
     examples = examples_of(rows, teacher)
     student, fit = distill(teacher, local_folder(model), examples, epochs, learning_rate, token_budget, seed)
