@@ -553,9 +553,31 @@ def test_scores_with_the_models_that_a_reward_form_needs(bench, samples, tokeniz
     assert alone.out != done.out
     for line, scores in zip(done.out.splitlines(), expected, strict=True):
         assert json.loads(line)["token_rewards"] == scores.rewards
-    both = launcher()("score", bench.reward_model, samples, "--reference", bench.model, "--policy", bench.model)
-    for line, before in zip(both.out.splitlines(), alone.out.splitlines(), strict=True):  # what is added is taken off
-        assert json.loads(line)["token_rewards"] == pytest.approx(json.loads(before)["token_rewards"], abs=1e-4)
+
+
+def test_the_policy_is_taken_off_where_the_head_says_so(command, bench, samples, tmp_path):
+    """With the reference that is the policy, what is added is taken off; other heads than two have nothing to take."""
+    for name in ("score", "inspect"):
+        words = {"score": [bench.bare_reward, samples], "inspect": [samples, "--model", bench.bare_reward]}[name]
+        refused(command(name, *words, "--policy", bench.model), "--policy is for the heads airl and implicit", "action")
+    folder = tmp_path / "airl"
+    settings = RewardSettings(head="airl", task="arithmetic", beta_clip=100.0)
+    tokenizer = TokenRewardModel.from_pretrained(str(bench.reward_model)).tokenizer
+    TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
+    given = ["score", folder, samples]
+    alone, off, both = (
+        [json.loads(line)["token_rewards"] for line in command(*given, *beside).out.splitlines()]
+        for beside in ([], ["--policy", bench.model], ["--reference", bench.model, "--policy", bench.model])
+    )
+    model = AutoModelForCausalLM.from_pretrained(bench.model)
+    for without, taken, again, row in zip(alone, off, both, rows(samples), strict=True):
+        assert again == pytest.approx(without, abs=1e-4)
+        prompt, trace = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
+        trace += [tokenizer.eos_token_id] * row["finished"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + trace])).logits[0].double()
+        log_probs = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(trace) - 1), trace]
+        assert taken == pytest.approx((torch.tensor(without) - log_probs).tolist(), abs=1e-4)
 
 
 def test_candidates_are_scored_like_single_traces(bench, samples):

@@ -72,13 +72,13 @@ def score(
     from tracereward.models import check_model
     from tracereward.outputs import check_output, finished_rows, origin_of, rows_to, write_row
     from tracereward.pool import ENGINES, check_engine, load_beside, load_scorer, score_rows
+    from tracereward.reward_settings import check_policy, check_reward_model
     from tracereward.traces import candidate_rows
 
     check_choice("engine", engine, [*ENGINES, "ray"])
     if workers is not None and engine != "ray":
         raise InputError("--workers is of --engine ray")
     if engine == "ray":
-        from tracereward.reward_settings import check_reward_model
         from tracereward.score_ray import score_to_folder
 
         if check_reward_model(model).calibration is not None and (reference or policy):
@@ -87,6 +87,7 @@ def score(
             say(f"skipped: {text}")
         return
     settings = check_engine(model, engine)
+    check_policy(settings, policy)
     for other in (reference, policy):
         if other is not None:
             if engine != "transformers":

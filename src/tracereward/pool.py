@@ -16,7 +16,7 @@ from tracereward.models import check_model, load_tokenizer, same_tokenizer
 from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import RewardSettings, check_reward_model
+from tracereward.reward_settings import RewardSettings, check_policy, check_reward_model
 from tracereward.sampling import Sample, sample
 from tracereward.scorer import Scorer
 from tracereward.scores import AGGREGATES, TokenScores
@@ -299,6 +299,10 @@ def rows_to_inspect(
         if model is None:
             raise InputError(f"{bare[0]}: no scores; give --model, or rows that `tracereward score` wrote")
         settings = check_reward_model(model)
+        check_policy(settings, policy)
+        for other in (reference, policy):
+            if other is not None:
+                check_model(other)
         recipe = recipe or get_task(settings.task)
         checked = list(islice(candidate_rows(data, template=settings.template), limit))
         for where, row in checked:

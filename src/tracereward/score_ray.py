@@ -27,7 +27,7 @@ from tracereward.errors import InputError, RunFailed
 from tracereward.models import check_model, looks_local, model_fingerprint
 from tracereward.pool import best_device, load_beside, score_rows
 from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import check_reward_model
+from tracereward.reward_settings import check_policy, check_reward_model
 from tracereward.traces import candidate_rows
 
 NEEDS_RAY = "--engine ray needs Ray: pip install 'tracereward[ray]'"
@@ -92,6 +92,7 @@ def score_to_folder(
     """
     _require_ray()
     settings = check_reward_model(model)
+    check_policy(settings, policy)
     for other in (reference, policy):
         if other is not None:
             check_model(other)
