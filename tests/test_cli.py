@@ -320,6 +320,11 @@ def test_values_that_json_cannot_hold(command, bench, tmp_path):
     lines = tmp_path / "rows.jsonl"
     lines.write_text(json.dumps(GOOD) + '\n{"prompt": ' + "[" * 200_000 + "\n")
     refused(command("score", bench.bare_reward, lines), f"{lines}:2: not valid JSON: nested too deep")
+    half = tmp_path / "half.jsonl"
+    half.write_text(json.dumps({**GOOD, "prompt": "\ud800"}) + "\n")
+    refused(
+        command("sample", bench.bare, "--data", half), f"{half}:1: field 'prompt' does not fit in JSON", "surrogates"
+    )
     whole = tmp_path / "rows.json"
     whole.write_text("[" * 200_000)
     refused(command("score", bench.bare_reward, whole), f"{whole}: not valid JSON")

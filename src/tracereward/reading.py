@@ -56,6 +56,16 @@ def read_rows(
         skipped.append(wrong)
 
 
+def not_json(row: dict) -> str | None:
+    """Why a row cannot be written as JSON: a date of Parquet's, half of a surrogate pair, nan; None if it can."""
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"field {name!r} does not fit in JSON ({error}): leave it out or mend it"
+    return None
+
+
 def _is_local(source: str, path: Path) -> bool:
     """Whether `source` is a file: it exists, or looks like a path. Hub ids are ``name`` or ``owner/name``."""
     looks_like_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1

@@ -1,13 +1,12 @@
 """Rows of traces: read, and each field that a command uses checked once, with the row's place in what is said."""
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
 
 from tracereward.alignment import join_steps
 from tracereward.errors import InputError
-from tracereward.reading import read_rows
+from tracereward.reading import not_json, read_rows
 from tracereward.tasks.recipes import check_messages
 
 
@@ -26,23 +25,13 @@ def candidate_rows(
         InputError: a row without them or that JSON cannot hold, by file and line.
     """
     for where, row in read_rows(source, split, skipped=skipped):
-        wrong = _not_json(row) or _wrong_prompt(row, template) or _wrong_trace(row)
+        wrong = not_json(row) or _wrong_prompt(row, template) or _wrong_trace(row)
         if wrong is None:
             yield where, row
         elif skipped is None:
             raise InputError(f"{where}: {wrong}")
         else:
             skipped.append(f"{where}: {wrong}")
-
-
-def _not_json(row: dict[str, Any]) -> str | None:
-    """Why a row cannot be written again as it was read: a date of Parquet's, half of a surrogate pair, nan."""
-    for name, value in row.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
-        except (TypeError, ValueError, RecursionError) as error:
-            return f"field {name!r} does not fit in JSON ({error}): leave it out or mend it"
-    return None
 
 
 def _wrong_prompt(row: dict[str, Any], template: str | None) -> str | None:
