@@ -25,7 +25,7 @@ LAYERS = [
     (
         "applications",
         "correct decode distill evaluate guided_rows outcome outputs run run_folder inspection inspection_terminal "
-        "pool report plots quickstart score_ray shards serving studies tables arguments",
+        "pool report plots quickstart score_ray scored_rows shards serving studies tables arguments",
     ),
     ("command line", "cli cli_evaluate cli_reward cli_serve __main__"),
 ]

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,15 @@ import jinja2
 from markupsafe import Markup
 
 from tracereward.alignment import step_ends
-from tracereward.errors import InputError
 from tracereward.files import atomic_write_text
 from tracereward.report import HEATMAP_CSS, reward_colour
+from tracereward.scored_rows import check_scores, text_read, traces_in
 from tracereward.scores import TokenScores
-from tracereward.traces import is_number
 
 ERROR_MARGIN = 0.5
 """Log-odds. In two quickstart runs it marked the first wrong line of 39 % and 32 % of the traces with one, and a line
 of 26 % and 2 % of those without; a margin of 1 marks hardly any."""
 _DIGITS = 4  # of the values on the page
-_NEEDED = ("prompt", "completion", "tokens", "offsets", "token_rewards")
 # Control characters but for newline and tab, lone surrogates, and what reorders the text around it.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -84,7 +82,7 @@ def write_inspection(
         threshold: see `first_error`.
 
     Raises:
-        InputError: a row lacks scores, or they do not fit (see `check_scores`); named by its number from 1.
+        InputError: a row lacks scores, or they do not fit (see `scored_rows.check_scores`); named by its number from 1.
     """
     questions = questions_of(traces, threshold)
     limit = colour_limit(questions)
@@ -147,71 +145,6 @@ def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[
     return list(questions.values())
 
 
-def traces_in(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per trace: a row of `candidates` has a list of `scores`."""
-    if "candidates" not in row:
-        return [row]
-    shared = {name: row[name] for name in ("prompt", "answer", "model") if name in row}
-    scores = row.get("scores") or [{}] * len(row["candidates"])
-    return [{**shared, "completion": text, **found} for text, found in zip(row["candidates"], scores)]
-
-
-def check_scores(where: str, row: dict[str, Any]) -> None:
-    """Refuse a trace whose scores are not what `tracereward score` writes.
-
-    Raises:
-        InputError: names `where` and the field.
-    """
-    missing = [name for name in _NEEDED if row.get(name) is None]
-    if missing:
-        raise InputError(f"{where}: no {missing[0]}; `tracereward score` writes rows with token rewards")
-    for name, (what, fits) in _KINDS.items():
-        value = row.get(name)
-        if value is not None and not fits(value):
-            raise InputError(f"{where}: {name} must be {what}; `tracereward score` writes such rows")
-    for name in ("offsets", "token_rewards", "supervised", "step_ends"):
-        if row.get(name) is not None and len(row[name]) != len(row["tokens"]):
-            raise InputError(f"{where}: {len(row['tokens'])} tokens but {len(row[name])} {name}")
-    text = _text_read(row["tokens"], row["offsets"], row["completion"])
-    if any(not 0 <= start <= end <= len(text) for start, end in row["offsets"]):
-        raise InputError(f"{where}: its offsets do not fit its completion of {len(text)} characters")
-
-
-def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda values: isinstance(values, (list, tuple)) and all(map(fits, values))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _is_span(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(place) is int for place in value)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "prompt": ("a text or a list of messages", lambda value: _is_text(value) or _all(_is_message)(value)),
-    "completion": ("a text", _is_text),
-    "tokens": ("a list of texts", _all(_is_text)),
-    "offsets": ("a list of pairs of whole numbers", _all(_is_span)),
-    "token_rewards": ("a list of numbers", _all(is_number)),
-    "step_rewards": ("a list of numbers", _all(is_number)),
-    "supervised": ("a list of true and false", _all(_is_flag)),
-    "step_ends": ("a list of true and false", _all(_is_flag)),
-    "reward": ("a number", is_number),
-    "logprob": ("a number", is_number),
-    "correct": ("true or false", lambda value: value in (0, 1)),
-}
-
-
 def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     """A prompt as text; of a conversation, each message behind its role."""
     if isinstance(prompt, str):
@@ -226,7 +159,7 @@ def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
     offsets = [(start, end) for start, end in row["offsets"]]
     tokens, rewards = row["tokens"], row["token_rewards"]
     supervised = row.get("supervised")
-    text = _text_read(tokens, offsets, row["completion"])
+    text = text_read(tokens, offsets, row["completion"])
     ends = list(step_ends(text, offsets) if row.get("step_ends") is None else row["step_ends"])
     ends[-1:] = [True] * min(len(ends), 1)  # no token is left out
     means = TokenScores(tokens, offsets, rewards, [], ends).step_rewards()
@@ -246,17 +179,6 @@ def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
         "error": first_error(step_rewards, threshold),
         "steps": [{"reward": _finite(value), "tokens": held} for value, held in zip(step_rewards, pieces)],
     }
-
-
-def _text_read(tokens: Sequence[str], offsets: Sequence[tuple[int, int]], completion: str) -> str:
-    """The text that the offsets index: the tokens' own where they tile it, for a tokenizer may have normalised the
-    completion before it cut it; else the completion.
-    """
-    placed = [(token, start, end) for token, (start, end) in zip(tokens, offsets) if end > start]
-    starts = [0, *(end for _, _, end in placed)]
-    if all(start == at and len(token) == end - start for at, (token, start, end) in zip(starts, placed)):
-        return "".join(token for token, _, _ in placed)
-    return completion
 
 
 def _pieces(

@@ -11,13 +11,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from tracereward.demonstrations import load_demonstrations, render
 from tracereward.errors import InputError, RunFailed, check_choice
-from tracereward.inspection import check_scores, traces_in
 from tracereward.models import check_model, load_tokenizer, same_tokenizer
 from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings, check_policy, check_reward_model
 from tracereward.sampling import Sample, sample
+from tracereward.scored_rows import check_scores, traces_in
 from tracereward.scorer import Scorer
 from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.tasks import Task, get_task
