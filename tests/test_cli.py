@@ -4,7 +4,9 @@ Bad input is given to `cli.main` in this process; models in it have no weights, 
 input too late would fail to load them.
 """
 
+import datetime
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -12,18 +14,23 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 import torch
 from filelock import FileLock
+from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tiny import launcher, options, rows, trap
 from tracereward import __version__, cli, pool
+from tracereward.calibration import Calibration
+from tracereward.errors import InputError
 from tracereward.files import write_jsonl
+from tracereward.models import check_model
 from tracereward.rerank import METHODS
 from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import RewardSettings
+from tracereward.reward_settings import RewardSettings, write_calibration
 from tracereward.tasks import get_task
 
 TINY = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 24, "report_to": "none"}
@@ -51,6 +58,16 @@ def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
         reward_model=folder / "reward_model",
         bare_reward=bare_reward,
     )
+
+
+@pytest.fixture(scope="module")
+def token_reward_model(bench, tokenizer):
+    """A reward model that is a token classifier."""
+    folder = bench.folder / "token_reward_model"
+    settings = RewardSettings(head="token", granularity="step", aggregate="min", task="arithmetic")
+    torch.manual_seed(0)
+    TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -277,13 +294,58 @@ def test_what_is_not_a_reward_model(command, bench, tmp_path, name):
         ({"prompt": "1 + 2 = ?\n", "completion": ["#### 3"]}, [":2: ", "needs a completion"]),
         ({"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", " "]}, [":2: ", "steps", "not empty"]),
         ({"prompt": "1 + 2 = ?\n", "steps": "1 + 2 = 3"}, [":2: ", "steps must be a list"]),
+        ({**GOOD, "prompt": 7}, [":2: ", "'prompt' is int, neither text nor a list"]),
+        ({**GOOD, "prompt": [{"role": "user"}]}, [":2: ", "'prompt' is list, neither text nor"]),
+        ({**GOOD, "prompt": [{"role": "user", "content": "1 + 2 = ?"}]}, [":2: ", "trained on plain texts"]),
+        ({**GOOD, "finished": "false"}, [":2: ", "finished must be true or false"]),
+        ({**GOOD, "finished": [True]}, [":2: ", "finished must be true or false"]),
+        ({"prompt": "1", "candidates": ["2", "3"], "finished": [True]}, [":2: ", "for each of the 2 candidates"]),
+        ({**GOOD, "note": "\ud800"}, [":2: ", "field 'note' does not fit in JSON", "surrogates not allowed"]),
+        ({**GOOD, "a": {"b": [float("nan")]}}, [":2: ", "field 'a' does not fit in JSON", "Out of range"]),
     ],
-    ids=["prompt", "completion", "empty", "no candidates", "empty candidate", "text", "list", "empty step", "no steps"],
-)
+    ids=["prompt", "completion", "empty", "no candidates", "empty candidate", "text", "list", "empty step", "no steps",
+         "number", "message", "messages", "finished", "one finished", "finished of candidates", "surrogate", "nan"],
+)  # fmt: skip
 def test_rows_that_cannot_be_scored(command, bench, tmp_path, name, row, parts):
     data = tmp_path / "rows.jsonl"
-    write_jsonl(data, [GOOD, row])
+    data.write_text("".join(json.dumps(row) + "\n" for row in [GOOD, row]))
     refused(command(name, bench.bare_reward, data), data, *parts)
+
+
+def test_values_that_json_cannot_hold(command, bench, tmp_path):
+    data = tmp_path / "rows.parquet"
+    day = {"day": datetime.date(2024, 1, 2)}
+    parquet.write_table(pyarrow.Table.from_pylist([{**GOOD, "day": None}, {**GOOD, **day}]), data)
+    refused(command("score", bench.bare_reward, data), f"{data}:2: field 'day' does not fit in JSON", "date")
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(json.dumps(GOOD) + '\n{"prompt": ' + "[" * 200_000 + "\n")
+    refused(command("score", bench.bare_reward, lines), f"{lines}:2: not valid JSON: nested too deep")
+    half = tmp_path / "half.jsonl"
+    half.write_text(json.dumps({**GOOD, "prompt": "\ud800"}) + "\n")
+    refused(
+        command("sample", bench.bare, "--data", half), f"{half}:1: field 'prompt' does not fit in JSON", "surrogates"
+    )
+    whole = tmp_path / "rows.json"
+    whole.write_text("[" * 200_000)
+    refused(command("score", bench.bare_reward, whole), f"{whole}: not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"correct": "false"}, "correct must be true or false, not 'false'"),
+        ({"correct": 2}, "correct must be true or false, not 2"),
+        ({"logprob": "-1"}, "logprob must be a finite number, not '-1'"),
+        ({"logprob": True}, "logprob must be a finite number, not True"),
+        ({"answer": ["3"]}, "answer must be a text or a number, not ['3']"),
+    ],
+)
+def test_facts_that_are_of_another_type(command, bench, tmp_path, fields, message):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD, {**GOOD, **fields}])
+    refused(command("rerank", bench.bare_reward, data), f"{data}:2: {message}")
+    refused(command("inspect", data, "--model", bench.bare_reward), f"{data}:2: {message}")
+    refused(command("correct", bench.bare, data, "--reward-model", bench.bare_reward), f"{data}:2: {message}")
 
 
 def test_rerank_says_what_it_needs(command, bench, tmp_path):
@@ -301,14 +363,28 @@ def test_rerank_says_what_it_needs(command, bench, tmp_path):
     data.write_text("")
     refused(command("rerank", bench.bare_reward, data), data, "no rows")
     refused(command("score", bench.bare_reward, data), data, "no rows")
+    refused(command("score", bench.bare_reward, data, "--engine", "rai"), "'rai'", "Known: transformers, vllm, ray")
 
 
 def test_bad_output_files(command, bench, tmp_path):
-    write_jsonl(tmp_path / "rows.jsonl", [GOOD])
-    for name in ("score", "rerank"):
-        given = [name, bench.reward_model, tmp_path / "rows.jsonl", "-o"]
-        refused(command(*given, tmp_path / "no" / "such.jsonl"), "folder", "does not exist")
-        refused(command(*given, tmp_path), "is a folder")
+    """Said before a model is loaded, by an attempt that leaves nothing behind."""
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD, {**GOOD, "prompt": "1 + 3 = ?\n"}])
+    for given in (
+        ["score", bench.bare_reward, data],
+        ["rerank", bench.bare_reward, data],
+        ["inspect", data, "--model", bench.bare_reward],
+        ["correct", bench.bare, data, "--reward-model", bench.bare_reward],
+        ["sample", bench.bare, "--task", "arithmetic", "--data", data],
+    ):
+        refused(command(*given, "-o", tmp_path / "no" / "such.jsonl"), "folder", "does not exist")
+        refused(command(*given, "-o", tmp_path), "is a folder; name a file")
+        refused(command(*given, "-o", "/proc/out"), "/proc/out: cannot be written")
+    refused(command("export", bench.bare_reward, "--data", data, "-o", "/proc/no/out"), "/proc/no/out: ")
+    refused(command("export", bench.bare_reward, "--data", data, "-o", "/proc/out"), "/proc/out: cannot be written")
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "1"}])
+    refused(command("score", bench.bare_reward, tmp_path / "bad.jsonl", "-o", tmp_path / "out"), "needs a completion")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "bad.jsonl"}
 
 
 def test_bad_sampling(command, bench, tmp_path):
@@ -319,6 +395,42 @@ def test_bad_sampling(command, bench, tmp_path):
     refused(command(*given, bench.experts, "--resume"), "--output")
     refused(command("sample", bench.bare, "--task", "arithmetic"), "--data")
     refused(command("sample", bench.folder / "bar", *given[2:], bench.experts), f"did you mean {bench.bare}")
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--top-p"])
+@pytest.mark.parametrize("value", [-1, "nan", "inf"])
+def test_what_tokens_cannot_be_drawn_by(command, bench, option, value):
+    data = ["--task", "arithmetic", "--data", bench.experts, option, value]
+    refused(command("sample", bench.bare, *data), f"{option} must be ", value)
+    refused(command("sample", bench.bare, *data, "--guide", "tilt", "--reward-model", bench.bare_reward), option)
+    given = ["--reward-model", bench.bare_reward, option, value]
+    refused(command("correct", bench.bare, bench.experts, *given), f"{option} must be ")
+
+
+def test_top_p_of_none_and_of_more_than_all(command, bench):
+    given = ["sample", bench.bare, "--task", "arithmetic", "--data", bench.experts, "--top-p"]
+    for value in (0, 2):
+        refused(command(*given, value), "--top-p must be over 0 and at most 1", value)
+
+
+def test_only_a_language_model_draws_or_stands_beside(command, bench, token_reward_model, tmp_path):
+    """A token classifier, for one the reward model of a token head, would be given an LM head of random numbers."""
+    bare = tmp_path / "bare"
+    shutil.copytree(token_reward_model, bare)
+    (bare / "model.safetensors").write_bytes(b"")
+    given, kind = ["--task", "arithmetic", "--data", bench.experts], f"{bare}: is a LlamaForTokenClassification"
+    refused(command("sample", bare, *given), kind)
+    refused(command("evaluate", "policy", bare, *given), kind)
+    refused(command("correct", bare, bench.experts, "--reward-model", bench.bare_reward), kind)
+    refused(command("score", bench.bare_reward, bench.experts, "--reference", bare), kind)
+    headless = tmp_path / "headless"
+    shutil.copytree(bench.bare, headless)
+    config = json.loads((headless / "config.json").read_text())
+    (headless / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    refused(command("sample", headless, *given), f"{headless}: is a LlamaModel")
+    for kinds in (None, ["LlamaModel", "LlamaForCausalLM"], ["FSDPLlamaForCausalLM"]):
+        (headless / "config.json").write_text(json.dumps({**config, "architectures": kinds}))
+        check_model(str(headless))
 
 
 # Usage
@@ -332,9 +444,12 @@ def test_bad_sampling(command, bench, tmp_path):
         (["rerank", "model"], "Missing argument"),
         (["score", "model", "data", "--no-such-option"], "--no-such-option"),
         (["sample", "model", "-n", "0"], "-n"),
+        (["sample", "model", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["sample", "model", "--batch-size", "0"], "--batch-size"),
+        (["sample", "model", "--limit", "0"], "--limit"),
         ([], "Usage"),
     ],
-    ids=["command", "arguments", "argument", "option", "range", "nothing"],
+    ids=["command", "arguments", "argument", "option", "range", "length", "batch", "limit", "nothing"],
 )
 def test_wrong_usage(command, argv, message):
     done = command(*argv)
@@ -443,9 +558,31 @@ def test_scores_with_the_models_that_a_reward_form_needs(bench, samples, tokeniz
     assert alone.out != done.out
     for line, scores in zip(done.out.splitlines(), expected, strict=True):
         assert json.loads(line)["token_rewards"] == scores.rewards
-    both = launcher()("score", bench.reward_model, samples, "--reference", bench.model, "--policy", bench.model)
-    for line, before in zip(both.out.splitlines(), alone.out.splitlines(), strict=True):  # what is added is taken off
-        assert json.loads(line)["token_rewards"] == pytest.approx(json.loads(before)["token_rewards"], abs=1e-4)
+
+
+def test_the_policy_is_taken_off_where_the_head_says_so(command, bench, samples, tmp_path):
+    """With the reference that is the policy, what is added is taken off; other heads than two have nothing to take."""
+    for name in ("score", "inspect"):
+        words = {"score": [bench.bare_reward, samples], "inspect": [samples, "--model", bench.bare_reward]}[name]
+        refused(command(name, *words, "--policy", bench.model), "--policy is for the heads airl and implicit", "action")
+    folder = tmp_path / "airl"
+    settings = RewardSettings(head="airl", task="arithmetic", beta_clip=100.0)
+    tokenizer = TokenRewardModel.from_pretrained(str(bench.reward_model)).tokenizer
+    TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
+    given = ["score", folder, samples]
+    alone, off, both = (
+        [json.loads(line)["token_rewards"] for line in command(*given, *beside).out.splitlines()]
+        for beside in ([], ["--policy", bench.model], ["--reference", bench.model, "--policy", bench.model])
+    )
+    model = AutoModelForCausalLM.from_pretrained(bench.model)
+    for without, taken, again, row in zip(alone, off, both, rows(samples), strict=True):
+        assert again == pytest.approx(without, abs=1e-4)
+        prompt, trace = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
+        trace += [tokenizer.eos_token_id] * row["finished"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + trace])).logits[0].double()
+        log_probs = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(trace) - 1), trace]
+        assert taken == pytest.approx((torch.tensor(without) - log_probs).tolist(), abs=1e-4)
 
 
 def test_candidates_are_scored_like_single_traces(bench, samples):
@@ -535,12 +672,8 @@ def test_a_closed_pipe_is_no_error(bench, experts):
     assert "BrokenPipe" not in notes
 
 
-def test_a_token_head_scores_too(bench, tokenizer, samples):
-    folder = bench.folder / "token_reward_model"
-    settings = RewardSettings(head="token", granularity="step", aggregate="min", task="arithmetic")
-    torch.manual_seed(0)
-    TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
-    done = launcher()("score", folder, samples)
+def test_a_token_head_scores_too(token_reward_model, samples):
+    done = launcher()("score", token_reward_model, samples)
     assert done.code == 0, done.err
     for line in done.out.splitlines():
         row = json.loads(line)
@@ -604,21 +737,108 @@ def test_scoring_goes_on_from_every_row(command, bench, many, tmp_path, monkeypa
     given.insert(9, {"n": -1, "prompt": "1 + 1 = ?\n"})
     write_jsonl(tmp_path / "rows.jsonl", given)
     words = ["score", bench.reward_model, tmp_path / "rows.jsonl", "--skip-bad", "-o"]
+    killed = launcher()(*words, tmp_path / "whole.jsonl", trap=trap("rename", "whole.jsonl"))
+    assert killed.code == -signal.SIGKILL
+    made_of = (tmp_path / "whole.jsonl.part.json").read_bytes()
     assert command(*words, tmp_path / "whole.jsonl").code == 0
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     assert len(lines) == 26
     chunks = list(scored)
     assert len(chunks) == 5
+    assert not (tmp_path / "whole.jsonl.part.json").exists()
     for finished in (0, 1, 5, 6, 12, 13, 25, 26):
         output = tmp_path / f"{finished}.jsonl"
         tail = b"" if finished == 26 else lines[finished][:20]
         output.with_name(output.name + ".part").write_bytes(b"".join(lines[:finished]) + tail)
+        output.with_name(output.name + ".part.json").write_bytes(made_of)
         scored.clear()
         assert command(*words, output, "--resume").code == 0
         assert output.read_bytes() == whole, finished
         assert scored == chunks[len(chunks) - len(scored) :], finished
         assert len(scored) == {0: 5, 1: 5, 5: 4, 6: 4, 12: 3, 13: 3, 25: 1, 26: 0}[finished]
+
+
+@pytest.fixture
+def cut_off(bench, tmp_path):
+    """`cut_off(name, word, ...)` kills the command where its output would get its name; the words that resume it."""
+
+    def kill(*argv: object) -> list[object]:
+        words = [*argv, "-o", tmp_path / "out.jsonl"]
+        assert launcher()(*words, trap=trap("rename", "out.jsonl")).code == -signal.SIGKILL
+        return [*words, "--resume"]
+
+    return kill
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        (["--temperature", 0.5], ["--temperature (1.0, now 0.5)"]),
+        (["-n", 1], ["-n (2, now 1)"]),
+        (["--seed", 1], ["--seed (0, now 1)"]),
+        (["--max-new-tokens", 5, "--limit", 3], ["--max-new-tokens (4, now 5)", "--limit (none, now 3)"]),
+        (["--batch-size", 2], ["--batch-size (64, now 2)"]),
+        (["--top-p", 0.9], ["--top-p (1.0, now 0.9)"]),
+        (["--template", "chat"], ["--template (plain, now chat)"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_samples_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path, changed, parts):
+    words = ["sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "-n", 2, "--max-new-tokens", 4]
+    given = cut_off(*words)
+    before = (tmp_path / "out.jsonl.part").read_bytes()
+    refused(command(*given, *changed), tmp_path / "out.jsonl.part", *parts, "Give the same arguments, or remove")
+    assert (tmp_path / "out.jsonl.part").read_bytes() == before
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_samples_of_two_models_or_sets_are_not_joined(command, bench, cut_off, tmp_path):
+    """Known by their content: a copy is the same; what was trained or written again under its old name is not."""
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(bench.model, model)
+    shutil.copy(bench.experts, data)
+    words = ["--task", "arithmetic", "-n", 1, "--max-new-tokens", 4]
+    given = cut_off("sample", model, *words, "--data", data)
+    other = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1
+    other.save_pretrained(model)
+    refused(command(*given), f"model ({model}: the same name, other content)")
+    write_jsonl(data, rows(data)[1:])
+    with_data = ["sample", bench.model, *words, "--data", data, "-o", tmp_path / "out.jsonl", "--resume"]
+    refused(command(*with_data), f"data ({data}: the same name, other content)")
+    with_data[with_data.index(data)] = bench.experts
+    done = command(*with_data)
+    assert (done.code, len(rows(tmp_path / "out.jsonl"))) == (0, 12), done.err
+
+
+def test_scores_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD] * 3)
+    given = cut_off("score", bench.reward_model, data)
+    refused(command(*given, "--reference", bench.model), f"--reference (none, now {bench.model})")
+    refused(command("score", bench.bare_reward, *given[2:]), f"model ({bench.reward_model}, now {bench.bare_reward})")
+    part = tmp_path / "out.jsonl.part"
+    whole = part.read_bytes()
+    for line in (b"garbage\n", b'{"a": 1}\n', b"[" * 200_000 + b"\n", b"\xff\n"):
+        part.write_bytes(whole.splitlines(keepends=True)[0] + line)
+        refused(command(*given), f"{part}:2: not a row that this command wrote", "start anew")
+    part.write_bytes(whole)
+    made_of = part.with_name(part.name + ".json")
+    text = made_of.read_text()
+    for damaged in ("", "{}", "[]", '{"model": 1}', "null"):
+        made_of.write_text(damaged)
+        refused(command(*given), part, "start anew")
+    made_of.unlink()
+    refused(command(*given), part, "out.jsonl.part.json is missing or damaged", "start anew")
+    made_of.write_text(text)
+    write_jsonl(data, [GOOD] * 4)
+    refused(command(*given), "other content")
+    write_jsonl(data, [GOOD] * 3)
+    assert command(*given, "--skip-bad").code == 0  # leaves the rows that are there as they are
+    assert len(rows(tmp_path / "out.jsonl")) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "rows.jsonl"}
 
 
 def test_resuming_starts_anew_where_nothing_was_written(command, bench, tmp_path):
@@ -637,7 +857,7 @@ def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tm
         ({"prompt": "1 + 2 = ?\n"}, "needs a completion"),
         ({"prompt": "1 + 2 = ?\n", "steps": []}, "steps must be a list"),
         ({"prompt": "1 + 2 = ?\n", "completion": "\n" * 200}, "the reward model reads 128"),
-        ({"prompt": [{"role": "user", "content": "1 + 2 = ?"}], "completion": "#### 3"}, "use --template chat"),
+        ({"prompt": [{"role": "user", "content": "1 + 2 = ?"}], "completion": "#### 3"}, "trained on plain texts"),
     ]
     given = []
     for n, (row, _) in enumerate(bad):
@@ -662,6 +882,114 @@ def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tm
     refused(
         command("score", bench.bare_reward, data, "--skip-bad"), "no rows that can be scored", f"{data}:1: no prompt"
     )
+
+
+def test_null_is_not_known_and_candidates_may_each_be_cut_off(command, bench, tmp_path):
+    """A trace that was cut off has no end-of-sequence token; one that does not say has one."""
+    rows_ = [{**GOOD, "finished": None}, GOOD, {**GOOD, "finished": False}, {"prompt": GOOD["prompt"],
+             "candidates": [GOOD["completion"]] * 3, "finished": [True, False, None]}]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows_[:3]), tmp_path / "rows.parquet")
+    write_jsonl(tmp_path / "rows.jsonl", rows_)
+    flat = [
+        json.loads(line) for line in command("score", bench.reward_model, tmp_path / "rows.parquet").out.splitlines()
+    ]
+    lines = [
+        json.loads(line) for line in command("score", bench.reward_model, tmp_path / "rows.jsonl").out.splitlines()
+    ]
+    whole = len(flat[1]["tokens"])
+    assert [len(row["tokens"]) for row in flat] == [whole, whole, whole - 1]
+    assert [len(row["tokens"]) for row in lines[:3]] == [whole, whole, whole - 1]
+    assert [len(scores["tokens"]) for scores in lines[3]["scores"]] == [whole, whole - 1, whole]
+
+
+def test_a_reward_that_is_not_finite_ends_scoring(command, bench, tmp_path):
+    model = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    with torch.no_grad():
+        model.head.b.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD])
+    for name in ("score", "rerank"):
+        done = command(name, tmp_path / "model", data)
+        assert (done.code, done.out) == (1, "")
+        assert f"{data}:1: the model gives rewards that are not finite" in done.err
+
+
+def test_a_calibration_is_of_the_reward_alone(command, bench, tmp_path):
+    """It was fitted without the log-probs that --reference and --policy bring."""
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(bench.reward_model, model)
+    write_calibration(model, Calibration("platt", slope=2.0, intercept=0.5, traces=12))
+    write_jsonl(data, [GOOD])
+    alone = command("score", model, data)
+    (row,) = [json.loads(line) for line in alone.out.splitlines()]
+    assert row["probability"] == pytest.approx(1 / (1 + math.exp(-2 * row["reward"] - 0.5)))
+    assert "no probability" not in alone.err
+    beside = command("score", model, data, "--reference", bench.model)
+    (row,) = [json.loads(line) for line in beside.out.splitlines()]
+    assert "probability" not in row
+    assert beside.err.count("no probability: the model is calibrated for its reward without --reference") == 1
+
+
+def test_steps_that_the_tokenizer_does_not_give_back(command, bench, tmp_path):
+    """An unknown character has no text, so that all behind it stand one place further to the left."""
+    data = tmp_path / "rows.jsonl"
+    good = {"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"]}
+    write_jsonl(data, [good, {"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "é3 = 3", "#### 3"]}])
+    refused(command("score", bench.reward_model, data, "-o", tmp_path / "out"), f"{data}:2: step 2: ", "'é3 = 3")
+    done = command("score", bench.reward_model, data, "--skip-bad")
+    assert len(done.out.splitlines()) == 1
+    assert f"skipped: {data}:2: step 2: " in done.err
+    with pytest.raises(InputError, match="trace 0: step 1: "):
+        TokenRewardModel.from_pretrained(str(bench.reward_model)).score_steps(["1"], [["é"]])
+
+
+def test_scored_steps_can_be_looked_at(command, bench, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"], "answer": 3}])
+    assert command("score", bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored.jsonl").code == 0
+    (row,) = rows(tmp_path / "scored.jsonl")
+    assert row["completion"] == "1 + 2 = 3\n#### 3"
+    shown = command("inspect", tmp_path / "scored.jsonl", "--task", "arithmetic", "--colour", "never")
+    assert shown.code == 0, shown.err
+    assert "✓ right" in shown.out
+    anew = command("inspect", tmp_path / "rows.jsonl", "--model", bench.reward_model, "--colour", "never")
+    assert anew.out == shown.out
+
+
+def test_inspect_checks_the_answers_of_candidates(command, bench, tmp_path):
+    row = {"prompt": "1 + 2 = ?\n", "candidates": ["#### 3", "#### 4"], "answer": 3}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert command("score", bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored.jsonl").code == 0
+    shown = command("inspect", tmp_path / "scored.jsonl", "--task", "arithmetic", "--colour", "never")
+    assert [line for line in shown.out.splitlines() if line.startswith("#1") or line.startswith("#2")] == [
+        next(line for line in shown.out.splitlines() if "#1 of 2  ✓ right  answer 3" in line),
+        next(line for line in shown.out.splitlines() if "#2 of 2  ✗ wrong  answer 4" in line),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong", "task"),
+    [(3, "#### 3", "#### 4", "arithmetic"), (2.5, "#### 5/2", "#### 2", "arithmetic"),
+     (True, "The answer is yes.", "The answer is no.", "strategyqa"),
+     (False, "The answer is no.", "The answer is yes.", "strategyqa")],
+)  # fmt: skip
+def test_gold_answers_need_not_be_text(command, bench, tmp_path, answer, right, wrong, task):
+    given = [{"prompt": "1?\n", "completion": text, "answer": answer} for text in (right, wrong)]
+    write_jsonl(tmp_path / "rows.jsonl", given)
+    done = command("rerank", bench.reward_model, tmp_path / "rows.jsonl", "--task", task, "--json")
+    assert done.code == 0, done.err
+    accuracy = json.loads(done.out)["accuracy"]
+    assert (accuracy[METHODS["mean"]][0], accuracy["oracle@2"][0]) == (0.5, 1.0)
+
+
+def test_rows_of_a_question_need_not_stand_together(command, bench, samples, tmp_path):
+    given = rows(samples)
+    write_jsonl(tmp_path / "mixed.jsonl", [row for n in range(4) for row in given[n::4]])
+    words = ["--method", "shortest", "--json"]
+    apart = command("rerank", bench.reward_model, tmp_path / "mixed.jsonl", *words)
+    together = command("rerank", bench.reward_model, samples, *words)
+    assert json.loads(apart.out)["questions"] == 5
+    assert json.loads(apart.out)["accuracy"]["oracle@4"] == json.loads(together.out)["accuracy"]["oracle@4"]
 
 
 def test_steps_are_scored_as_the_trace_that_they_make(bench, experts, tmp_path):
@@ -730,6 +1058,41 @@ def test_inspect_shows_rows_with_scores_and_scores_those_without(bench, samples,
     bare = launcher()("inspect", samples)
     assert bare.code == 2
     assert f"{samples}:1: no scores; give --model" in bare.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token_rewards": ["1", "2", "3"]}, "token_rewards must be a list of numbers"),
+        ({"token_rewards": 1.0}, "token_rewards must be a list of numbers"),
+        ({"token_rewards": [1.0]}, "3 tokens but 1 token_rewards"),
+        ({"step_rewards": ["a"]}, "step_rewards must be a list of numbers"),
+        ({"reward": "high"}, "reward must be a number"),
+        ({"logprob": "-1"}, "logprob must be a number"),
+        ({"correct": "false"}, "correct must be true or false"),
+        ({"offsets": [[0, 1], [1, 2], [2]]}, "offsets must be a list of pairs of whole numbers"),
+        ({"offsets": [[0, 1], [1, 2], ["2", 3]]}, "offsets must be a list of pairs of whole numbers"),
+        ({"offsets": [[0, 1], [1, 2], [2, 9]]}, "its offsets do not fit its completion of 3 characters"),
+        ({"supervised": "yes"}, "supervised must be a list of true and false"),
+        ({"step_ends": [0, 0, 1]}, "step_ends must be a list of true and false"),
+        ({"prompt": 7}, "prompt must be a text or a list of messages"),
+        ({"prompt": [{"role": "user"}]}, "prompt must be a text or a list of messages"),
+        ({"completion": 7}, "completion must be a text"),
+        ({"tokens": [1, 2, 3]}, "tokens must be a list of texts"),
+        ({"completion": None}, "no completion"),
+        ({"candidates": ["abc"], "scores": 7}, "scores must be a list"),
+        ({"candidates": ["abc", "d"], "scores": [{}]}, "scores must be a list"),
+        ({"candidates": ["abc"], "scores": [{}]}, "no tokens"),
+    ],
+)
+def test_scores_that_cannot_be_looked_at(command, tmp_path, fields, message):
+    data, spans = tmp_path / "rows.jsonl", [[0, 1], [1, 2], [2, 3]]
+    good = {"prompt": "q", "completion": "abc", "tokens": [*"abc"], "offsets": spans, "token_rewards": [1.0, 2.0, 3.0]}
+    write_jsonl(data, [good, {**good, **fields}])
+    refused(command("inspect", data), f"{data}:2: {message}")
+    refused(command("inspect", data, "--task", "arithmetic", "-o", tmp_path / "page.html"), f"{data}:2: {message}")
+    assert command("inspect", data, "--limit", 1).code == 0
+    refused(command("inspect", data, "--limit", 1, "--threshold", "nan"), "--threshold must be a finite number")
 
 
 def step_rows(suite, experts) -> list[dict]:

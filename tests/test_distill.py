@@ -10,8 +10,8 @@ from transformers import AutoModelForTokenClassification
 
 from tracereward.cli import app
 from tracereward.demonstrations import encode_completion, encode_prompt
-from tracereward.distill import Example, distill, examples_of, measure, rewards_of, squared_error
-from tracereward.errors import InputError
+from tracereward.distill import Example, check_rows, distill, examples_of, measure, rewards_of, squared_error
+from tracereward.errors import InputError, RunFailed
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 from tracereward.tasks.arithmetic import generate
@@ -109,17 +109,35 @@ def test_a_token_classifier_is_taken_as_it_is(tiny_model_folder, tokenizer, exam
     assert student.settings.head == "token"
 
 
-def test_rows_of_one_prompt_cannot_be_held_out(tiny_model_folder, tokenizer):
+def test_rows_become_examples(tiny_model_folder, tokenizer):
     model = build(tiny_model_folder, tokenizer, "token")
     rows = [("rows.jsonl:1", {"prompt": "1 + 1 = ?\n", "completion": "1 + 1 = 2\n#### 2", "finished": False})]
     with pytest.raises(InputError, match="at least two prompts"):
-        examples_of(rows, model)
+        check_rows(rows)
     rows.append(("rows.jsonl:2", {"prompt": "2 + 1 = ?\n", "completion": "#### 3", "correct": True}))
+    check_rows(rows)
     cut, ended = examples_of(rows, model)
     assert cut.completion == tuple(encode_completion(tokenizer, "1 + 1 = 2\n#### 2"))[:-1]
     assert (ended.completion, ended.correct) == (tuple(encode_completion(tokenizer, "#### 3")), True)
     with pytest.raises(InputError, match=r"rows\.jsonl:1: export needs one completion"):
-        examples_of([("rows.jsonl:1", {"prompt": "1", "candidates": ["2"]})], model)
+        check_rows([("rows.jsonl:1", {"prompt": "1", "candidates": ["2"]})])
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: correct must be true or false"):
+        check_rows([("rows.jsonl:1", {"prompt": "1", "completion": "2", "correct": "false"})])
+    long = {"prompt": "1 + 1 = ?\n", "completion": "\n" * 200}
+    with pytest.raises(InputError, match=r"rows\.jsonl:3: .* 201 completion tokens, the reward model reads 128"):
+        examples_of([*rows, ("rows.jsonl:3", long)], model)
+
+
+def test_an_absurd_learning_rate_ends_in_a_sentence(tiny_model_folder, tokenizer, examples):
+    """The last step's parameters enter no loss: what they give is looked at."""
+    teacher = build(tiny_model_folder, tokenizer, "action")
+    for epochs in (1, 3):
+        with pytest.raises(RunFailed, match="use a lower --learning-rate"):
+            distill(teacher, tiny_model_folder, examples[:8], epochs=epochs, learning_rate=1e9, token_budget=10**6)
+    with torch.no_grad():
+        teacher.head.b.fill_(torch.nan)
+    with pytest.raises(RunFailed, match="weights may be damaged"):
+        distill(teacher, tiny_model_folder, examples[:8])
 
 
 def test_the_command(tiny_model_folder, tokenizer, tmp_path):
@@ -137,4 +155,12 @@ def test_the_command(tiny_model_folder, tokenizer, tmp_path):
     assert printed["auroc_before"] is None, "all are right: undefined, and JSON has no nan"
     assert "Distilled from a reward model with head `implicit`" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match="exists already"):
+        CliRunner().invoke(app, words, catch_exceptions=False)
+    (tmp_path / "rm" / "model.safetensors").write_bytes(b"")  # cannot be loaded: all below is said before
+    words[5] = str(tmp_path / "more" / "out")
+    for rate in ("0", "-1", "nan", "1e9"):
+        with pytest.raises(InputError, match="--learning-rate must be over 0 and at most 1"):
+            CliRunner().invoke(app, [*words, "--learning-rate", rate], catch_exceptions=False)
+    data.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(InputError, match="at least two prompts"):
         CliRunner().invoke(app, words, catch_exceptions=False)

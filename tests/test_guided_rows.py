@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from test_decode import WORDS, word_tokenizer
-from tiny import launcher, rows
+from tiny import launcher, rows, trap
 from tracereward import cli
 from tracereward.correct import self_correct
 from tracereward.decode import beam, reject, tilt
@@ -334,11 +336,44 @@ def ran(monkeypatch, capsys):
     return run
 
 
+def killed(words: list[object], output: Path) -> bytes:
+    """What a command that was killed before its output got its name says of the rows that it left."""
+    assert launcher()(*words, output, trap=trap("rename", output.name)).code == -signal.SIGKILL
+    return output.with_name(output.name + ".part.json").read_bytes()
+
+
+def test_rows_of_two_runs_are_not_joined(bench, ran, refused, tmp_path):
+    output = tmp_path / "guided.jsonl"
+    common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 4, "--guide", "tilt", "-n", 2]
+    words = ["sample", bench.model, *common, "--reward-model", bench.reward_model]
+    killed([*words, "-o"], output)
+    words += ["-o", output, "--resume"]
+    assert "--alpha (1.0, now 2.0)" in refused(*words, "--alpha", 2)
+    assert "--alpha (1.0, now none)" in refused(*[{"tilt": "reject"}.get(word, word) for word in words])
+    assert f"--reference (none, now {bench.model})" in refused(*words, "--reference", bench.model)
+    said = refused(*[{bench.reward_model: bench.folder / "bare_reward_model"}.get(word, word) for word in words])
+    assert f"--reward-model ({bench.reward_model}, now " in said
+    lines = (tmp_path / "guided.jsonl.part").read_text().splitlines(keepends=True)
+    (tmp_path / "guided.jsonl.part").write_text(lines[0] + '{"prompt": "1"}\n')
+    assert "guided.jsonl.part:2: not a row that this command wrote" in refused(*words)
+    (tmp_path / "guided.jsonl.part").write_text("".join(lines))
+    ran(*words, "--batch-size", 2)  # does not change a row
+    correct = ["correct", bench.model, output, "--reward-model", bench.reward_model, "--max-new-tokens", 4, "-k", 1]
+    killed([*correct, "-o"], tmp_path / "corrected.jsonl")
+    correct += ["-o", tmp_path / "corrected.jsonl", "--resume"]
+    assert "--rounds (3, now 1); another --threshold (none, now 0.5)" in refused(
+        *correct, "--threshold", 0.5, "--rounds", 1
+    )
+    write_jsonl(output, rows(output)[1:])
+    assert f"data ({output}: the same name, other content)" in refused(*correct)
+
+
 @pytest.mark.parametrize("words", [["--guide", "beam", "--beam", 2, "--expansions", 2], ["--guide", "tilt", "-n", 2]])
 def test_guided_samples_go_on_where_they_were_cut_off(bench, ran, tmp_path, words):
     """In chunks of one question; a question whose rows may not all be there is drawn again, to the same text."""
     common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12, "--batch-size", 2]
     words = ["sample", bench.model, *common, "--reward-model", bench.reward_model, *words, "-o"]
+    made_of = killed(words, tmp_path / "whole.jsonl")
     ran(*words, tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -347,6 +382,7 @@ def test_guided_samples_go_on_where_they_were_cut_off(bench, ran, tmp_path, word
         output = tmp_path / f"{written}.jsonl"
         tail = lines[written][:20] if written < 6 else b""
         output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + tail)
+        output.with_name(output.name + ".part.json").write_bytes(made_of)
         assert f"going on after {done} questions" in ran(*words, output, "--resume")
         assert output.read_bytes() == whole, written
     assert "is finished" in ran(*words, tmp_path / "whole.jsonl", "--resume")
@@ -358,6 +394,7 @@ def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
     ran("sample", bench.model, *data, "-n", 2, "-o", tmp_path / "samples.jsonl")
     words = ["correct", bench.model, tmp_path / "samples.jsonl", "--reward-model", bench.reward_model]
     words += ["--max-new-tokens", 12, "--share", 0.5, "--batch-size", 4, "-k", 2, "--rounds", 1, "-o"]
+    made_of = killed(words, tmp_path / "whole.jsonl")
     said = ran(*words, tmp_path / "whole.jsonl").splitlines()[-1]
     assert "6 traces, " in said
     whole = (tmp_path / "whole.jsonl").read_bytes()
@@ -365,6 +402,7 @@ def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
     for written, done in ((1, 0), (2, 2), (5, 4), (6, 6)):
         output = tmp_path / f"{written}.jsonl"
         output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + b'{"torn')
+        output.with_name(output.name + ".part.json").write_bytes(made_of)
         resumed = ran(*words, output, "--resume").splitlines()
         assert f"going on after {done} rows" in resumed[0]
         assert resumed[-1] == said
@@ -378,6 +416,8 @@ def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
         (["--guide", "beam", "--alpha", 2], "--alpha is of --guide tilt, not of beam"),
         (["--guide", "beam", "-n", 2], "-n is of --guide reject and tilt, not of beam"),
         (["--guide", "tilt", "--top-k", 2, "--beam", 3], "--beam is of --guide beam, not of tilt"),
+        (["--guide", "reject", "-n", 2, "--keep", 5], "--keep 5: only -n 2 traces are drawn"),
+        (["--guide", "tilt", "--alpha", "nan"], "--alpha must be a finite number"),
         (["--guide", "reject", "--resume"], "--resume needs --output"),
         (["--guide", "tilt", "--temperature", 0], "at temperature 0 all draws are the same: --guide tilt would draw 8"),
         (["--guide", "tilt", "--template", "chat"], "was trained on prompts by --template plain, not chat"),
@@ -410,6 +450,7 @@ def test_models_that_do_not_fit(bench, refused):
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--temperature", 0], "-k is 4: at temperature 0"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--task", "arithmetik"], "did you mean 'arithmetic'?"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--suspect", "length"], "suspect"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--threshold", "nan"], "--threshold must be a number"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--suspect", "logprob"], "give --share 0.2"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--share", 0.2, "--threshold", 0], "give one of them"),
     ],

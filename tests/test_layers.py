@@ -15,7 +15,7 @@ LAYERS = [
     (
         "models and data",
         "adapters alignment batching demonstrations drawing guide heads log_probs reading models reward_func "
-        "reward_model reward_settings sampling scorer sharding shared_prompts surface tasks vllm_scorer",
+        "reward_model reward_settings sampling scorer sharding shared_prompts surface tasks traces vllm_scorer",
     ),
     (
         "training",
@@ -24,8 +24,8 @@ LAYERS = [
     ),
     (
         "applications",
-        "correct decode distill evaluate guided_rows outcome run run_folder inspection inspection_terminal pool report "
-        "plots quickstart score_ray shards serving studies tables arguments",
+        "correct decode distill evaluate guided_rows outcome outputs run run_folder inspection inspection_terminal "
+        "pool report plots quickstart score_ray scored_rows shards serving studies tables arguments",
     ),
     ("command line", "cli cli_evaluate cli_reward cli_serve __main__"),
 ]

@@ -30,6 +30,7 @@ from tracereward.errors import RunFailed
 from tracereward.files import write_jsonl
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings, write_calibration
+from tracereward.traces import candidate_rows
 
 ROWS = 4
 TOO_LONG = {"prompt": "1 + 1 = ?\n", "completion": "\n" * 200}  # the tiny model has 128 positions
@@ -143,22 +144,27 @@ def test_without_ray(command, bench, tmp_path, monkeypatch):
     assert not (tmp_path / "scored").exists()
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_shards_hold_what_the_default_engine_writes(command, bench, here, tmp_path, monkeypatch, calibrated):
+@pytest.mark.parametrize(
+    ("calibrated", "beside"), [(False, []), (True, []), (True, ["--reference"])], ids=["bare", "calibrated", "beside"]
+)
+def test_shards_hold_what_the_default_engine_writes(command, bench, here, tmp_path, monkeypatch, calibrated, beside):
     """To the last digit, where both batch the same rows: of all kinds, with columns that only some have."""
     model = tmp_path / "model"
     shutil.copytree(bench.model, model)
     if calibrated:
         write_calibration(model, Calibration("platt", 1.0, 0.5))
+    beside = [*beside, model] if beside else []  # a calibration is of the reward alone
     monkeypatch.setattr(pool, "CHUNK", ROWS)
-    assert command("score", model, bench.data, "-o", tmp_path / "scored.jsonl").code == 0
-    done = command("score", model, bench.data, "-o", tmp_path / "scored", "--engine", "ray")
+    assert command("score", model, bench.data, *beside, "-o", tmp_path / "scored.jsonl").code == 0
+    done = command("score", model, bench.data, *beside, "-o", tmp_path / "scored", "--engine", "ray")
     assert (done.code, done.out) == (0, ""), done.err
     assert "50 rows in 13 shards" in done.err
     expected = rows(tmp_path / "scored.jsonl")
     found = all_rows(tmp_path / "scored")
     assert [without_nulls(row) for row in found] == [without_nulls(row) for row in expected]
-    assert all(("probability" in without_nulls(row)) == (calibrated and "candidates" not in row) for row in expected)
+    shown = calibrated and not beside
+    assert all(("probability" in without_nulls(row)) == (shown and "candidates" not in row) for row in expected)
+    assert ("no probability" in done.err) == bool(beside)
     assert [parquet.read_metadata(part).num_rows for part in parts(tmp_path / "scored")] == [4] * 12 + [2]
     assert parquet.read_schema(parts(tmp_path / "scored")[0]).field("share").type == "double"
 
@@ -191,7 +197,7 @@ def test_parquet_in(command, bench, here, tmp_path):
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "n": "three"}, ":49 and the 2 rows after it: column 'n'"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": {}}, ":49 and the 2 rows after it: column 'm'"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": 2**70}, ":49 and the 2 rows after it: column 'm'"),
-        ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": "\ud800"}, ":49 and the 2 rows after it: column 'm'"),
+        ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": "\ud800"}, ":51: field 'm' does not fit in JSON"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "meta": 3}, ":49 and the 2 rows after it: column 'meta'"),
     ],
     ids=["unscorable", "two types", "no fields", "too large", "no text", "a number for an object"],
@@ -426,7 +432,7 @@ def hold_a_worker(folder: Path, driver: subprocess.Popen) -> tuple[int, int]:
 def expected(bench, tmp_path_factory):
     """What the default engine gives."""
     model = TokenRewardModel.from_pretrained(str(bench.model))
-    scored = pool.score_rows(model, pool.candidate_rows(str(bench.data)))
+    scored = pool.score_rows(model, candidate_rows(str(bench.data)))
     return [without_nulls(json.loads(json.dumps(row))) for row in scored]
 
 

@@ -96,14 +96,14 @@ def sample(
     n: Annotated[
         int | None, typer.Option("-n", "--n", min=1, help="Completions of each prompt; 8 if not given.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Use the first N rows.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
     template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
-    batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
     guide: Annotated[
@@ -123,18 +123,24 @@ def sample(
     """Draw completions from a policy: one JSON row each."""
     from tqdm.auto import tqdm
 
-    from tracereward.pool import finished_questions, rows_to, sample_rows, write_row
+    from tracereward.outputs import finished_questions, origin_of, rows_to, write_row
+    from tracereward.pool import sample_rows
 
     beside = {"beam": beam, "expansions": expansions, "lookahead": lookahead, "keep": keep, "alpha": alpha}
     beside["top_k"] = top_k
-    done = 0
+    made_of: dict[str, Any] = {"task": task, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    made_of |= {"top_p": top_p, "seed": seed, "limit": limit, "split": split, "template": template}
+    models = {"model": model, "--reward-model": reward_model, "--reference": reference}
+    origin, done = None, 0
     if guide is not None:
         from tracereward.guided_rows import finished_guided, guide_options, guided_rows
 
         if reward_model is None:
             raise InputError("--guide needs --reward-model")
         given = guide_options(guide, {"n": n, **beside})
-        if resume and (part := left_of(output)):
+        if output is not None:
+            origin = origin_of("sample", models, data, guide=guide, **given, **made_of)
+        if resume and (part := left_of(output, origin)):
             done = finished_guided(part, guide, given, batch_size)
             say(f"going on after {done} questions")
         chunks = guided_rows(
@@ -159,13 +165,16 @@ def sample(
         if any(value is not None for value in (reward_model, reference, *beside.values())):
             raise InputError("--reward-model, --reference and the options of beam, reject and tilt need --guide")
         n = n or 8
-        if resume and (part := left_of(output)):
+        if output is not None:  # a batch has one random seed, so that rows depend on its size
+            origin = origin_of("sample", models, data, n=n, batch_size=batch_size, **made_of)
+        if resume and (part := left_of(output, origin)):
             done = finished_questions(part, n, max(1, batch_size // n))
             say(f"going on after {done} questions")
         chunks = sample_rows(
             model, data, task, n, max_new_tokens, temperature, top_p, seed, limit, split, template, batch_size, done
         )
-    with tqdm(desc="samples", initial=done * (n or 1), unit="") as progress, rows_to(output, append=resume) as file:
+    progress = tqdm(desc="samples", initial=done * (n or 1), unit="")
+    with progress, rows_to(output, append=resume, origin=origin) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)

@@ -18,6 +18,7 @@ Policy = Annotated[
     str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
 ]
 Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pip install 'tracereward[vllm]').")]
+NO_PROBABILITY = "no probability: the model is calibrated for its reward without --reference and --policy"
 
 
 def say(text: str) -> None:
@@ -25,15 +26,20 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def left_of(output: str | None) -> Path | None:
-    """What an interrupted command left of its --output; None if nothing. Ends the command where all of it is there."""
-    if output is None:
+def left_of(output: str | None, origin: dict[str, list[Any]] | None) -> Path | None:
+    """What an interrupted command left of its --output; None if nothing. Ends the command where all of it is there.
+
+    Raises:
+        InputError: see `outputs.unfinished`.
+    """
+    from tracereward.outputs import part_of, unfinished
+
+    if output is None or origin is None:
         raise InputError("--resume needs --output")
-    part = Path(output + ".part")
-    if Path(output).is_file() and not part.exists():
+    if Path(output).is_file() and not part_of(output).exists():
         say(f"{output} is finished")
         raise typer.Exit
-    return part if part.is_file() else None
+    return unfinished(output, origin)
 
 
 @commands.command()
@@ -62,46 +68,53 @@ def score(
     """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
     from tqdm.auto import tqdm
 
+    from tracereward.errors import check_choice
     from tracereward.models import check_model
-    from tracereward.pool import (
-        candidate_rows,
-        check_engine,
-        finished_rows,
-        load_beside,
-        load_scorer,
-        rows_to,
-        score_rows,
-        write_row,
-    )
+    from tracereward.outputs import check_output, finished_rows, origin_of, rows_to, write_row
+    from tracereward.pool import ENGINES, check_engine, load_beside, load_scorer, score_rows
+    from tracereward.reward_settings import check_policy, check_reward_model
+    from tracereward.traces import candidate_rows
 
+    check_choice("engine", engine, [*ENGINES, "ray"])
     if workers is not None and engine != "ray":
         raise InputError("--workers is of --engine ray")
     if engine == "ray":
         from tracereward.score_ray import score_to_folder
 
+        if check_reward_model(model).calibration is not None and (reference or policy):
+            say(NO_PROBABILITY)
         for text in score_to_folder(model, data, output, split, reference, policy, workers, resume, skip_bad):
             say(f"skipped: {text}")
         return
-    check_engine(model, engine)
+    settings = check_engine(model, engine)
+    check_policy(settings, policy)
     for other in (reference, policy):
         if other is not None:
             if engine != "transformers":
                 raise InputError(f"--engine {engine} computes logits alone: leave --reference and --policy out")
             check_model(other)
+    check_output(output)
+    if settings.calibration is not None and (reference or policy):
+        say(NO_PROBABILITY)
     skipped: list[str] | None = [] if skip_bad else None
-    count = sum(1 for _ in candidate_rows(data, split, skipped))  # all rows are checked before the model is loaded
+    count = sum(
+        1 for _ in candidate_rows(data, split, skipped, settings.template)
+    )  # all rows are checked before the model is loaded
     if count == 0:
         raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
-    done = 0
-    if resume and (part := left_of(output)):
+    models, origin, done = {"model": model, "--reference": reference, "--policy": policy}, None, 0
+    if output is not None:
+        origin = origin_of("score", models, data, split=split, engine=engine)
+    if resume and (part := left_of(output, origin)):
         done = finished_rows(part)
         say(f"going on after {done} rows")
     reward_model = load_scorer(model, engine)
     others = [load_beside(reward_model, other) for other in (reference, policy)]
-    rows = candidate_rows(data, split, None if skipped is None else [])
+    rows = candidate_rows(data, split, None if skipped is None else [], settings.template)
     too_long: list[str] | None = None if skipped is None else []
     scored = score_rows(reward_model, rows, *others, skipped=too_long, done=done)
-    with rows_to(output, append=resume) as file, tqdm(desc="scored", total=count, initial=done, unit="") as progress:
+    progress = tqdm(desc="scored", total=count, initial=done, unit="")
+    with rows_to(output, append=resume, origin=origin) as file, progress:
         for row in scored:
             write_row(file, row)
             progress.update()
@@ -112,7 +125,7 @@ def score(
 @commands.command()
 def rerank(
     model: Model,
-    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion; a question's rows together.")],
+    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion.")],
     task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
     method: Annotated[
         str,
@@ -132,12 +145,14 @@ def rerank(
     import json
 
     from tracereward.errors import check_choice
-    from tracereward.pool import best_device, candidate_rows, rerank_rows, rows_to, score_rows, summary, write_row
+    from tracereward.outputs import check_output, rows_to, write_row
+    from tracereward.pool import best_device, rerank_rows, score_rows, summary
     from tracereward.rerank import METHODS
     from tracereward.reward_model import TokenRewardModel
     from tracereward.reward_settings import check_reward_model
     from tracereward.scores import AGGREGATES
     from tracereward.tasks import get_task
+    from tracereward.traces import candidate_rows, check_facts
 
     known = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
     check_choice("method", method, known)
@@ -145,10 +160,12 @@ def rerank(
         check_choice("aggregate", aggregate, AGGREGATES)
     settings = check_reward_model(model)
     recipe = get_task(task or settings.task)
-    rows = list(candidate_rows(data))
+    check_output(output)
+    rows = list(candidate_rows(data, template=settings.template))
     if not rows:
         raise InputError(f"{data}: no rows")
     for where, row in rows:
+        check_facts(where, row)
         if "completion" not in row or ("logprob" in method and row.get("logprob") is None):
             single = "completion" in row
             need = f"a logprob in each row for --method {method}" if single else "a completion in each row"
@@ -199,15 +216,21 @@ def correct(
 ) -> None:
     """Cut traces before their first suspected step, draw on from there, keep what the reward prefers."""
     from tracereward.guided_rows import corrected_rows, correction_summary, finished_corrections
-    from tracereward.pool import rows_to, write_row
+    from tracereward.outputs import origin_of, rows_to, write_row
 
     done: list[dict[str, Any]] = []
-    if resume and (part := left_of(output)):
+    origin = None
+    if output is not None:
+        made_of: dict[str, Any] = {"rounds": rounds, "k": k, "suspect": suspect, "threshold": threshold, "share": share}
+        made_of |= {"task": task, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        models = {"model": model, "--reward-model": reward_model, "--reference": reference}
+        origin = origin_of("correct", models, data, seed=seed, **made_of)
+    if resume and (part := left_of(output, origin)):
         done = finished_corrections(part, batch_size, k)
         say(f"going on after {len(done)} rows")
     drawing = (max_new_tokens, temperature, top_p, seed, batch_size, reference, len(done))
     chunks = corrected_rows(model, data, reward_model, rounds, k, suspect, threshold, share, task, *drawing)
-    with rows_to(output, append=resume) as file:
+    with rows_to(output, append=resume, origin=origin) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)
@@ -235,16 +258,22 @@ def inspect(
     width: Annotated[int | None, typer.Option(min=20, help="Terminal: columns.")] = None,
 ) -> None:
     """Look at traces token by token: one HTML page that needs no network, or the terminal."""
+    import math
+
+    from tracereward.errors import check_choice
     from tracereward.inspection import write_inspection
-    from tracereward.inspection_terminal import print_ansi
+    from tracereward.inspection_terminal import COLOURS, print_ansi
+    from tracereward.outputs import check_output
     from tracereward.pool import rows_to_inspect
 
+    if not math.isfinite(threshold):
+        raise InputError(f"--threshold must be a finite number, not {threshold}")
+    check_choice("colour", colour, COLOURS)
+    check_output(None if output is None else str(output))
     rows = rows_to_inspect(data, model, task, reference, policy, limit)
     if output is None:
         print_ansi(rows, sys.stdout, width, colour, threshold)
         return
-    if not output.parent.is_dir():
-        raise InputError(f"{output}: the folder {output.parent} does not exist")
     command = " ".join(["tracereward", *sys.argv[1:]])
     write_inspection(output, rows, title or Path(data).name, command, threshold)
     say(f"{len(rows)} rows: {output}")
@@ -289,19 +318,28 @@ def export(
     import dataclasses
     import json
     import math
+    from contextlib import suppress
 
-    from tracereward.distill import distill, examples_of
+    from tracereward.distill import check_rows, distill, examples_of
     from tracereward.errors import check_choice
     from tracereward.models import local_folder
-    from tracereward.pool import best_device, candidate_rows
+    from tracereward.outputs import check_output
+    from tracereward.pool import best_device
     from tracereward.reward_model import TokenRewardModel
     from tracereward.reward_settings import check_reward_model
+    from tracereward.traces import candidate_rows
 
     check_choice("head", head, ["token"])
-    check_reward_model(model)
+    if not 0 < learning_rate <= 1:  # nan is not either
+        raise InputError(f"--learning-rate must be over 0 and at most 1, not {learning_rate}")
+    settings = check_reward_model(model)
     if output.exists():
         raise InputError(f"{output} exists already: choose another --output")
-    rows = list(candidate_rows(data))
+    with suppress(OSError):  # which check_output then says
+        output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(str(output))
+    rows = list(candidate_rows(data, template=settings.template))
+    check_rows(rows)
     teacher = TokenRewardModel.from_pretrained(model).to(best_device())
     examples = examples_of(rows, teacher)
     student, fit = distill(teacher, local_folder(model), examples, epochs, learning_rate, token_budget, seed)

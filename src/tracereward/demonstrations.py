@@ -8,7 +8,7 @@ import random
 from typing import TYPE_CHECKING
 
 from tracereward.errors import InputError, check_choice
-from tracereward.reading import read_rows
+from tracereward.reading import not_json, read_rows
 from tracereward.tasks import Task
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def load_demonstrations(
             raise InputError(f"{location}: field {error} is missing for task {task.name!r}; fields: {has}") from error
         except ValueError as error:
             raise InputError(f"{location}: {error}") from error
+        if wrong := not_json(row):  # half of a surrogate pair is no text that a tokenizer takes
+            raise InputError(f"{location}: {wrong}")
         if require_completion and row["completion"] is None:
             raise InputError(
                 f"{location}: no completion: field {task.completion_field!r} is missing or empty for task {task.name!r}"

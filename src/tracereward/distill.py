@@ -5,6 +5,7 @@ this package, or log-probs. The fit is measured on prompts that it did not see, 
 """
 
 import dataclasses
+import json
 import math
 import random
 from collections.abc import Iterable, Sequence
@@ -18,11 +19,12 @@ from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
 from tracereward.batching import token_budget_batches
-from tracereward.demonstrations import encode_completion, encode_prompt, render
+from tracereward.demonstrations import render
 from tracereward.errors import InputError, RunFailed
 from tracereward.heads import reads_log_probs
 from tracereward.metrics import within_prompt_auroc
 from tracereward.reward_model import TokenRewardModel
+from tracereward.traces import check_facts
 
 HELD_OUT = 0.2  # of the prompts
 
@@ -55,23 +57,39 @@ class Fit:
     held_out: int
 
 
-def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardModel) -> list[Example]:
-    """Rows with prompt, completion, and optionally finished and correct, in the model's tokens.
+def check_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Refuse rows that cannot be fitted on, whatever the model.
 
     Raises:
-        InputError: fewer than two prompts, of which one is held out.
+        InputError: a row has not one completion, or fields of another type; fewer than two prompts, of which one is
+            held out.
     """
-    found = []
+    prompts = set()
     for where, row in rows:
         if "candidates" in row or "completion" not in row:
             raise InputError(f"{where}: export needs one completion a row; `tracereward sample` writes such rows")
+        check_facts(where, row)
+        prompts.add(json.dumps(row["prompt"]))
+    if len(prompts) < 2:
+        raise InputError("export fits on some prompts and measures on others: give rows of at least two prompts")
+
+
+def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardModel) -> list[Example]:
+    """Rows with prompt, completion, and optionally finished and correct, in the model's tokens.
+
+    Args:
+        rows: that `check_rows` let through.
+        model: the reward model.
+
+    Raises:
+        InputError: a trace is longer than the model reads.
+    """
+    found = []
+    for where, row in rows:
         raw = {"prompt": row["prompt"], "completion": None, "source": where}
         prompt = render([raw], model.tokenizer, model.settings.template)[0]["prompt"]
-        ids = encode_completion(model.tokenizer, row["completion"])
-        ids = ids if row.get("finished", True) else ids[:-1]
-        found.append(Example(tuple(encode_prompt(model.tokenizer, prompt)), tuple(ids), row.get("correct")))
-    if len({example.prompt for example in found}) < 2:
-        raise InputError("export fits on some prompts and measures on others: give rows of at least two prompts")
+        ids = model.check_length(where, prompt, row["completion"], row.get("finished") is not False)
+        found.append(Example(tuple(ids[0]), tuple(ids[1]), row.get("correct")))
     return found
 
 
@@ -99,7 +117,7 @@ def distill(
         seed: of the split, the order and the new head.
 
     Raises:
-        RunFailed: the loss is not finite.
+        RunFailed: the loss, or a reward of either model, is not finite.
     """
     settings = dataclasses.replace(
         teacher.settings, head="token", reward_form="", reference_model="", temperature=1.0, calibration=None
@@ -150,8 +168,15 @@ def squared_error(student: TokenRewardModel, examples: Sequence[Example], target
 
 
 def rewards_of(model: TokenRewardModel, examples: Sequence[Example], token_budget: int) -> list[Tensor]:
-    """Token rewards of each example."""
-    return model.token_rewards([e.prompt for e in examples], [e.completion for e in examples], token_budget)
+    """Token rewards of each example.
+
+    Raises:
+        RunFailed: one is not finite.
+    """
+    rewards = model.token_rewards([e.prompt for e in examples], [e.completion for e in examples], token_budget)
+    if not all(bool(values.isfinite().all()) for values in rewards):
+        raise RunFailed("the model gives rewards that are not finite: its weights may be damaged")
+    return rewards
 
 
 def measure(
@@ -162,7 +187,11 @@ def measure(
     token_budget: int,
 ) -> Fit:
     """Compare the two on held-out traces."""
-    before, after = rewards_of(teacher, test, token_budget), rewards_of(student, test, token_budget)
+    before = rewards_of(teacher, test, token_budget)
+    try:
+        after = rewards_of(student, test, token_budget)
+    except RunFailed as error:
+        raise RunFailed("the fitted model gives rewards that are not finite: use a lower --learning-rate") from error
     masks = []
     for example, values in zip(test, before, strict=True):
         masks.append(torch.tensor(teacher.to_scores(example.completion, values).supervised))

@@ -1,5 +1,6 @@
 """Files of questions and traces, through guided decoding and self-correction."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -12,15 +13,17 @@ from tracereward import decode
 from tracereward.correct import lowest_steps, self_correct, threshold_of
 from tracereward.demonstrations import render
 from tracereward.errors import InputError, check_choice
-from tracereward.files import read_jsonl, write_jsonl
+from tracereward.files import write_jsonl
 from tracereward.guide import Guide, Guided, check_tokenizers
 from tracereward.log_probs import LogProbs
 from tracereward.models import check_model, load_tokenizer, local_folder, pad_id
-from tracereward.pool import best_device, candidate_rows, load_beside, load_policy, load_questions, sample_row
+from tracereward.outputs import whole_rows
+from tracereward.pool import best_device, check_drawing, load_beside, load_policy, load_questions, sample_row
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import check_reward_model
 from tracereward.sampling import mean_log_probs
 from tracereward.tasks import get_task
+from tracereward.traces import candidate_rows, check_facts, gold_of
 
 OPTIONS = {
     "beam": {"beam": 4, "expansions": 4, "lookahead": 0},
@@ -36,7 +39,7 @@ def guide_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
     """The options of a method, defaults filled in; those in `given` that are None were not given.
 
     Raises:
-        InputError: there is no such method, or one of the options belongs to another.
+        InputError: there is no such method, one of the options belongs to another, or has no such value.
     """
     check_choice("guide", method, decode.GUIDES)
     known = OPTIONS[method]
@@ -45,7 +48,12 @@ def guide_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
             owner = " and ".join(other for other, names in OPTIONS.items() if name in names)
             dash = "-" if len(name) == 1 else "--"
             raise InputError(f"{dash}{name.replace('_', '-')} is of --guide {owner}, not of {method}")
-    return {name: default if given.get(name) is None else given[name] for name, default in known.items()}
+    options = {name: default if given.get(name) is None else given[name] for name, default in known.items()}
+    if method == "reject" and options["keep"] > options["n"]:
+        raise InputError(f"--keep {options['keep']}: only -n {options['n']} traces are drawn")
+    if method == "tilt" and not math.isfinite(options["alpha"]):
+        raise InputError(f"--alpha must be a finite number, not {options['alpha']}")
+    return options
 
 
 def run_guide(guide: Guide, method: str, prompts: Sequence[str], options: dict[str, Any]) -> list[list[Guided]]:
@@ -69,7 +77,7 @@ def chunk_size(method: str, options: dict[str, Any], batch_size: int) -> int:
 
 def finished_guided(part: Path, method: str, options: dict[str, Any], batch_size: int) -> int:
     """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
-    rows, size = read_jsonl(part), chunk_size(method, options, batch_size)
+    rows, size = whole_rows(part, "question"), chunk_size(method, options, batch_size)
     whole = rows[-1]["question"] // size * size if rows else 0  # a question may have fewer traces than were asked for
     write_jsonl(part, [row for row in rows if row["question"] < whole])
     return whole
@@ -77,7 +85,7 @@ def finished_guided(part: Path, method: str, options: dict[str, Any], batch_size
 
 def finished_corrections(part: Path, batch_size: int, k: int) -> list[dict[str, Any]]:
     """Rows of the whole chunks in an unfinished output; those behind them are removed from it."""
-    rows, size = read_jsonl(part), max(1, batch_size // k)
+    rows, size = whole_rows(part, "sampled_tokens"), max(1, batch_size // k)
     whole = rows[: len(rows) // size * size]
     write_jsonl(part, whole)
     return whole
@@ -155,6 +163,7 @@ def guided_rows(
     Raises:
         InputError: before a model is loaded, if anything cannot be read or does not fit.
     """
+    check_drawing(temperature, top_p)
     at_once = traces_at_once(method, options)
     if temperature == 0 and at_once > 1:
         raise InputError(f"at temperature 0 all draws are the same: --guide {method} would draw {at_once}")
@@ -218,11 +227,14 @@ def corrected_rows(
         InputError: before a model is loaded, if anything cannot be read; a trace or a prompt with `max_new_tokens` more
             is longer than the reward model reads.
     """
+    check_drawing(temperature, top_p)
     if temperature == 0 and k > 1:
         raise InputError(f"-k is {k}: at temperature 0 all continuations are the same; use -k 1")
     check_choice("suspect", suspect, SUSPECTS)
     if threshold is not None and share is not None:
         raise InputError("--threshold and --share say the same in two ways: give one of them")
+    if threshold is not None and math.isnan(threshold):
+        raise InputError("--threshold must be a number, not nan")
     if suspect == "logprob" and threshold is None and share is None:
         raise InputError(
             "what a low log-prob is depends on the policy: give --share 0.2 to suspect a step in that share of the "
@@ -230,10 +242,11 @@ def corrected_rows(
         )
     settings = check_reward_model(reward_model)
     task = get_task(task_name or settings.task)
-    rows = list(candidate_rows(data))
+    rows = list(candidate_rows(data, template=settings.template))
     if not rows:
         raise InputError(f"{data}: no rows")
     for where, row in rows:
+        check_facts(where, row)
         if "completion" not in row:
             raise InputError(f"{where}: correct needs a completion in each row; `tracereward sample` writes it")
     check_model(model)
@@ -243,7 +256,7 @@ def corrected_rows(
     given = {"temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size}
     guide = load_guide(model, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
     encoded = [
-        guide.scorer.check_length(where, prompt, row["completion"], bool(row.get("finished", True)))
+        guide.scorer.check_length(where, prompt, row["completion"], row.get("finished") is not False)
         for prompt, (where, row) in zip(prompts, rows, strict=True)
     ]
     detector = guide
@@ -263,15 +276,15 @@ def corrected_rows(
         for ((_, row), (_, old)), new, log_prob in zip(chunk, found, log_probs, strict=True):
             # A trace that was left alone keeps its text: its tokens may spell it a little differently.
             text = row["completion"] if new.ids == old else str(tokenizer.decode(new.ids, skip_special_tokens=True))
-            gold = row.get("answer")
+            gold = gold_of(row)
             out.append(
                 {
                     **{name: row[name] for name in ("question", "prompt") if name in row},
                     "completion": text,
-                    "answer": gold,
+                    "answer": row.get("answer"),
                     "extracted": task.extract(text),
-                    "correct_before": None if gold is None else task.verify(row["completion"], str(gold)),
-                    "correct": None if gold is None else task.verify(text, str(gold)),
+                    "correct_before": None if gold is None else task.verify(row["completion"], gold),
+                    "correct": None if gold is None else task.verify(text, gold),
                     "finished": new.finished,
                     "length": len(new.ids),
                     "logprob": log_prob,

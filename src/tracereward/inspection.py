@@ -6,12 +6,12 @@ is suspected to be the first error. `inspection_terminal` prints the same.
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ import jinja2
 from markupsafe import Markup
 
 from tracereward.alignment import step_ends
-from tracereward.errors import InputError
 from tracereward.files import atomic_write_text
 from tracereward.report import HEATMAP_CSS, reward_colour
+from tracereward.scored_rows import check_scores, text_read, traces_in
 from tracereward.scores import TokenScores
 
 ERROR_MARGIN = 0.5
 """Log-odds. In two quickstart runs it marked the first wrong line of 39 % and 32 % of the traces with one, and a line
 of 26 % and 2 % of those without; a margin of 1 marks hardly any."""
 _DIGITS = 4  # of the values on the page
-_NEEDED = ("prompt", "completion", "tokens", "offsets", "token_rewards")
 # Control characters but for newline and tab, lone surrogates, and what reorders the text around it.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -56,7 +55,7 @@ def first_error(step_rewards: Sequence[float], threshold: float = ERROR_MARGIN) 
 
 def largest_drop(step_rewards: Sequence[float]) -> float | None:
     """The largest ``step_rewards[i] - step_rewards[i + 1]``, in log-odds; None for fewer than two steps."""
-    return max((before - after for before, after in pairwise(step_rewards)), default=None)
+    return max((before - after for before, after in itertools.pairwise(step_rewards)), default=None)
 
 
 def visible(text: str) -> str:
@@ -83,7 +82,7 @@ def write_inspection(
         threshold: see `first_error`.
 
     Raises:
-        InputError: a row lacks scores, or its offsets do not fit its completion; named by its number from 1.
+        InputError: a row lacks scores, or they do not fit (see `scored_rows.check_scores`); named by its number from 1.
     """
     questions = questions_of(traces, threshold)
     limit = colour_limit(questions)
@@ -137,26 +136,13 @@ def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[
         InputError: as for `write_inspection`.
     """
     questions: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(_flat(rows), 1):
+    for number, row in enumerate(itertools.chain.from_iterable(map(traces_in, rows)), 1):
         where = f"row {number}"
-        missing = [name for name in _NEEDED if row.get(name) is None]
-        if missing:
-            raise InputError(f"{where}: no {missing[0]}; `tracereward score` writes rows with token rewards")
+        check_scores(where, row)
         prompt = _prompt_text(row["prompt"])
         question = questions.setdefault(prompt, {"prompt": prompt, "answer": _text(row.get("answer")), "traces": []})
-        question["traces"].append({"number": len(question["traces"]) + 1, **_trace(row, where, threshold)})
+        question["traces"].append({"number": len(question["traces"]) + 1, **_trace(row, threshold)})
     return list(questions.values())
-
-
-def _flat(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row per trace: a row of `candidates` has a list of `scores`."""
-    for row in rows:
-        if "candidates" in row:
-            shared = {name: row[name] for name in ("prompt", "answer", "model") if name in row}
-            for completion, scores in zip(row["candidates"], row.get("scores", [{}] * len(row["candidates"]))):
-                yield {**shared, "completion": completion, **scores}
-        else:
-            yield row
 
 
 def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
@@ -168,17 +154,12 @@ def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     return visible("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt))
 
 
-def _trace(row: dict[str, Any], where: str, threshold: float) -> dict[str, Any]:
+def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
     """One trace: its facts, and its steps with their tokens."""
     offsets = [(start, end) for start, end in row["offsets"]]
     tokens, rewards = row["tokens"], row["token_rewards"]
     supervised = row.get("supervised")
-    for name in ("offsets", "token_rewards", "supervised", "step_ends"):
-        if row.get(name) is not None and len(row[name]) != len(tokens):
-            raise InputError(f"{where}: {len(tokens)} tokens but {len(row[name])} {name}")
-    text = _text_read(tokens, offsets, row["completion"])
-    if any(not 0 <= start <= end <= len(text) for start, end in offsets):
-        raise InputError(f"{where}: its offsets do not fit its completion of {len(text)} characters")
+    text = text_read(tokens, offsets, row["completion"])
     ends = list(step_ends(text, offsets) if row.get("step_ends") is None else row["step_ends"])
     ends[-1:] = [True] * min(len(ends), 1)  # no token is left out
     means = TokenScores(tokens, offsets, rewards, [], ends).step_rewards()
@@ -198,17 +179,6 @@ def _trace(row: dict[str, Any], where: str, threshold: float) -> dict[str, Any]:
         "error": first_error(step_rewards, threshold),
         "steps": [{"reward": _finite(value), "tokens": held} for value, held in zip(step_rewards, pieces)],
     }
-
-
-def _text_read(tokens: Sequence[str], offsets: Sequence[tuple[int, int]], completion: str) -> str:
-    """The text that the offsets index: the tokens' own where they tile it, for a tokenizer may have normalised the
-    completion before it cut it; else the completion.
-    """
-    placed = [(token, start, end) for token, (start, end) in zip(tokens, offsets) if end > start]
-    starts = [0, *(end for _, _, end in placed)]
-    if all(start == at and len(token) == end - start for at, (token, start, end) in zip(starts, placed)):
-        return "".join(token for token, _, _ in placed)
-    return completion
 
 
 def _pieces(

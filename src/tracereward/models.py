@@ -1,10 +1,12 @@
 """Finding and loading models and tokenizers, with a clear sentence where they cannot be."""
 
 import difflib
+import hashlib
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tracereward.errors import InputError
 
@@ -31,11 +33,33 @@ def local_folder(name: str) -> Path:
         raise InputError(f"{name}: neither a local folder nor reachable on the Hub ({_first_line(error)})") from error
 
 
+def model_fingerprint(name: str | None) -> str | None:
+    """SHA-256 of all that is read of a model's folder, which may have been trained again under the same name; of a Hub
+    model the commit.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if name is None:
+        return None
+    if not looks_local(name):
+        try:
+            return Path(hf_hub_download(name, "config.json")).parent.name
+        except Exception as error:
+            raise InputError(f"{name}: not reachable on the Hub ({_first_line(error)})") from error
+    total = hashlib.sha256()
+    for path in sorted(local_folder(name).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin"):
+            with open(path, "rb") as file:
+                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
 def check_model(name: str, revision: str = "main") -> None:
     """Read a causal LM's configuration, before anything slow starts.
 
     Raises:
-        InputError: it cannot be read; says why.
+        InputError: it cannot be read, or is another kind of model's: transformers would give that a random LM head.
     """
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
@@ -43,9 +67,12 @@ def check_model(name: str, revision: str = "main") -> None:
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name}: not a model folder, config.json is missing")
     try:
-        AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision)
     except Exception as error:
         raise InputError(f"{name}: the model's configuration cannot be read ({_first_line(error)})") from error
+    kinds = config.architectures or []
+    if kinds and not any(map(_is_causal, kinds)):
+        raise InputError(f"{name}: is a {', '.join(kinds)}, and a causal language model is needed")
 
 
 def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
@@ -78,6 +105,11 @@ def same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBa
         and policy.eos_token_id == other.eos_token_id
         and policy(probe)["input_ids"] == other(probe)["input_ids"]
     )
+
+
+def _is_causal(architecture: str) -> bool:
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return architecture in known or architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _nearest(path: Path) -> str:

@@ -2,60 +2,29 @@
 
 import json
 import math
-import os
-import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from itertools import groupby, islice
-from pathlib import Path
-from typing import Any, TextIO
+from itertools import islice
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from tracereward.alignment import join_steps
 from tracereward.demonstrations import load_demonstrations, render
 from tracereward.errors import InputError, RunFailed, check_choice
-from tracereward.files import DISK_FULL, read_jsonl, write_jsonl
 from tracereward.models import check_model, load_tokenizer, same_tokenizer
 from tracereward.reading import read_rows
 from tracereward.rerank import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import RewardSettings, check_reward_model
+from tracereward.reward_settings import RewardSettings, check_policy, check_reward_model
 from tracereward.sampling import Sample, sample
+from tracereward.scored_rows import check_scores, traces_in
 from tracereward.scorer import Scorer
 from tracereward.scores import AGGREGATES, TokenScores
 from tracereward.tasks import Task, get_task
+from tracereward.traces import candidate_rows, check_facts, gold_of, traces_of
 
 ENGINES = ("transformers", "vllm")
 CHUNK = 256  # rows scored together: enough to sort by length, few enough to see that it goes on
-
-
-@contextmanager
-def rows_to(output: str | None, append: bool = False) -> Iterator[TextIO]:
-    """Where rows go: stdout, or a file that appears under its name when all of it is there."""
-    if output in (None, "-"):
-        yield sys.stdout
-        return
-    path = Path(output)
-    if not path.parent.is_dir():
-        raise InputError(f"{output}: the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise InputError(f"{output}: is a folder; name a file")
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "a" if append else "w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        raise RunFailed(f"the disk of {path.absolute().parent} is full; what was finished is in {part}") from error
-    part.replace(path)
-
-
-def write_row(file: TextIO, row: dict[str, Any]) -> None:
-    """One JSON object and a newline."""
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def best_device() -> torch.device:
@@ -87,6 +56,18 @@ def load_scorer(model: str, engine: str) -> Scorer:
     return TokenRewardModel.from_pretrained(model).to(best_device())
 
 
+def check_drawing(temperature: float, top_p: float) -> None:
+    """Refuse what tokens cannot be drawn by.
+
+    Raises:
+        InputError: names the option.
+    """
+    if not 0 <= temperature < math.inf:  # nan is not either
+        raise InputError(f"--temperature must be a number from 0, not {temperature}")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p must be over 0 and at most 1, not {top_p}")
+
+
 def sample_rows(
     model: str,
     data: str | None,
@@ -111,6 +92,7 @@ def sample_rows(
     Raises:
         InputError: before the model is loaded, if anything cannot be read.
     """
+    check_drawing(temperature, top_p)
     if temperature == 0 and n > 1:
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
     rows, prompts, tokenizer = load_questions(model, data, task_name, limit, split, template)
@@ -162,66 +144,6 @@ def sample_row(drawn: Sample, row: dict[str, Any], task: Task) -> dict[str, Any]
     }
 
 
-def finished_rows(part: Path) -> int:
-    """Whole rows in an unfinished output; half a line at its end is removed from it."""
-    whole = end = 0
-    with open(part, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            whole, end = whole + 1, end + len(line)
-    os.truncate(part, end)
-    return whole
-
-
-def finished_questions(part: Path, n: int, chunk: int) -> int:
-    """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
-    rows = read_jsonl(part)
-    whole = len(rows) // (n * chunk) * chunk
-    write_jsonl(part, rows[: whole * n])
-    return whole
-
-
-def candidate_rows(source: str, split: str = "train", skipped: list[str] | None = None) -> Iterator[tuple[str, dict]]:
-    """Rows with a prompt and a completion, candidates (a list of texts) or steps (a list of texts, joined later).
-
-    Args:
-        source: file or Hub id.
-        split: of a Hub set.
-        skipped: takes what is wrong with each bad row, which is then left out; None makes the first one fatal.
-
-    Raises:
-        InputError: a row without them, by file and line.
-    """
-    for where, row in read_rows(source, split, skipped=skipped):
-        wrong = _what_is_wrong(row)
-        if wrong is None:
-            yield where, row
-        elif skipped is None:
-            raise InputError(f"{where}: {wrong}")
-        else:
-            skipped.append(f"{where}: {wrong}")
-
-
-def _what_is_wrong(row: dict[str, Any]) -> str | None:
-    """Why a row cannot be scored; None if it can."""
-    if not row.get("prompt"):
-        return "no prompt"
-    if "steps" in row and "completion" not in row and "candidates" not in row:
-        steps = row["steps"]
-        whole = isinstance(steps, list) and steps and all(isinstance(step, str) and step.strip() for step in steps)
-        return None if whole else "steps must be a list of texts that are not empty"
-    traces = row["candidates"] if "candidates" in row else [row.get("completion")]
-    ended_at_once = row.get("finished") is True  # a policy's trace of nothing but the end-of-sequence token
-    if (
-        not isinstance(traces, list)
-        or not traces
-        or not all(isinstance(trace, str) and (trace or ended_at_once) for trace in traces)
-    ):
-        return "needs a completion, or candidates or steps, a list of texts that are not empty"
-    return None
-
-
 def score_rows(
     model: Scorer,
     rows: Iterable[tuple[str, dict[str, Any]]],
@@ -232,6 +154,8 @@ def score_rows(
 ) -> Iterator[dict[str, Any]]:
     """The same rows in the same order with their scores (`as_row`); of several candidates a list of them in `scores`.
 
+    Steps are joined to a completion.
+
     Rows are read and scored `CHUNK` at a time, so that a million take no more memory than a thousand.
 
     Args:
@@ -239,51 +163,50 @@ def score_rows(
         rows: as `candidate_rows` yields them.
         reference: as in `Scorer.score`.
         policy: as in `Scorer.score`.
-        skipped: takes what is wrong with each row too long for the model, which is then left out; None makes it fatal.
+        skipped: takes what is wrong with each row that the model cannot read, too long for one, which is then left
+            out; None makes it fatal.
         done: how many rows that can be scored are left out at the start, since an earlier run has scored them. A chunk
             that it scored in part is scored whole once more: other neighbours would change the last digits.
+
+    Raises:
+        InputError: a row that the model cannot read.
+        RunFailed: a reward is not finite.
     """
     rows = iter(rows)
+    calibrated = reference is None and policy is None  # a calibration is fitted to the reward without them
     while chunk := list(islice(rows, CHUNK)):
-        kept: list[tuple[dict[str, Any], int, list[tuple[int, int]]]] = []
+        kept: list[tuple[str, dict[str, Any], list[str], list[tuple[int, int]]]] = []
         ids: list[tuple[list[int], list[int]]] = []
         for where, row in chunk:
             source = {"prompt": row["prompt"], "completion": None, "answer": None, "source": where}
-            traces, spans = traces_of(row, model.settings.step_delimiter)
-            ended = bool(row.get("finished", True))
+            traces, ended, spans = traces_of(row, model.settings.step_delimiter)
             try:
                 rendered = render([source], model.tokenizer, model.settings.template)[0]["prompt"]
-                encoded = [model.check_length(where, rendered, trace, ended) for trace in traces]
+                encoded = [model.check_length(where, rendered, *trace) for trace in zip(traces, ended, strict=True)]
+                if spans:
+                    model.check_steps(where, traces[0], spans, encoded[0][1])
             except InputError as error:
                 if skipped is None:
                     raise
                 skipped.append(str(error))
                 continue
-            kept.append((row, len(traces), spans))
+            kept.append((where, row, traces, spans))
             ids += encoded
         if done >= len(kept):
             done -= len(kept)
             continue
         prompts, completions = [prompt for prompt, _ in ids], [completion for _, completion in ids]
         scores = iter(model.score_ids(prompts, completions, reference=reference, policy=policy))
-        for index, (row, count, spans) in enumerate(kept):
-            traces = [next(scores) for _ in range(count)]
-            scored = [as_row(trace, model) for trace in traces]
+        for index, (where, row, traces, spans) in enumerate(kept):
+            found = [next(scores) for _ in traces]
+            if not all(math.isfinite(reward) for trace in found for reward in trace.rewards):
+                raise RunFailed(f"{where}: the model gives rewards that are not finite: its weights may be damaged")
+            scored = [as_row(trace, model, calibrated) for trace in found]
             if spans:
-                scored[0]["step_rewards"] = traces[0].span_rewards(spans)
+                scored[0] |= {"completion": traces[0], "step_rewards": found[0].span_rewards(spans)}
             if index >= done:
                 yield {**row, "scores": scored} if "candidates" in row else {**row, **scored[0]}
         done = 0
-
-
-def traces_of(row: dict[str, Any], delimiter: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The texts of a row that `candidate_rows` let through, and of a row of steps the characters of each."""
-    if "candidates" in row:
-        return row["candidates"], []
-    if "completion" in row:
-        return [row["completion"]], []
-    text, spans = join_steps(row["steps"], delimiter)
-    return [text], spans
 
 
 def load_beside(model: Scorer, name: str | None) -> PreTrainedModel | None:
@@ -299,11 +222,12 @@ def load_beside(model: Scorer, name: str | None) -> PreTrainedModel | None:
     return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(best_device()).eval()  # pyright: ignore[reportArgumentType]
 
 
-def as_row(scores: TokenScores, model: Scorer) -> dict[str, Any]:
-    """What `score` writes of one trace: its reward, the probability that it is right where the model is calibrated,
-    every aggregate, the steps' rewards, and for each token its text, place, reward and whether it ends a step."""
+def as_row(scores: TokenScores, model: Scorer, calibrated: bool = True) -> dict[str, Any]:
+    """What `score` writes of one trace: its reward, the probability that it is right where the model is calibrated for
+    this reward, every aggregate, the steps' rewards, and for each token its text, place, reward and whether it ends a
+    step."""
     reward = scores.aggregate(model.settings.aggregate)
-    calibration = model.settings.calibration
+    calibration = model.settings.calibration if calibrated else None
     return {
         "reward": reward,
         **({} if calibration is None else {"probability": calibration.probability(reward)}),
@@ -317,29 +241,28 @@ def as_row(scores: TokenScores, model: Scorer) -> dict[str, Any]:
     }
 
 
-def candidates_of(rows: list[dict[str, Any]], task: Task) -> list[Candidate]:
-    """One question's scored rows as candidates; answers are extracted, and verified where the gold one is known."""
-    candidates = []
-    for row in rows:
-        gold, text = row.get("answer"), row["completion"]
-        correct = row.get("correct")
-        if gold is not None:
-            correct = task.verify(text, gold)
-        candidates.append(Candidate(text, task.extract(text), row["reward"], row.get("logprob"), len(text), correct))
-    return candidates
+def candidate_of(row: dict[str, Any], task: Task) -> Candidate:
+    """A scored row as a candidate; its answer is extracted, and verified where the gold one is known."""
+    text, gold, correct = row["completion"], gold_of(row), row.get("correct")
+    correct = task.verify(text, gold) if gold is not None else None if correct is None else bool(correct)
+    return Candidate(text, task.extract(text), row["reward"], row.get("logprob"), len(text), correct)
 
 
 def rerank_rows(
     scored: Iterable[dict[str, Any]], task: Task, method: str
 ) -> tuple[list[dict[str, Any]], list[list[Candidate]]]:
-    """The chosen row of each question, and all questions' candidates. Rows of a question stand together."""
-    chosen, questions = [], []
-    for _, group in groupby(scored, key=lambda row: (row.get("question"), json.dumps(row["prompt"]))):
-        rows = list(group)
-        candidates = candidates_of(rows, task)
-        row = rows[choose(candidates, method, task.equal)]
+    """The chosen row of each question, in the order in which questions first come, and all questions' candidates."""
+    groups: dict[str, list[tuple[dict[str, Any], Candidate]]] = {}
+    for row in scored:
         kept = {name: row[name] for name in ("question", "prompt", "completion", "answer", "reward") if name in row}
-        chosen.append({**kept, "extracted": task.extract(row["completion"]), "method": method, "of": len(rows)})
+        key = json.dumps([row.get("question"), row["prompt"]])
+        groups.setdefault(key, []).append((kept, candidate_of(row, task)))
+    chosen, questions = [], []
+    for group in groups.values():
+        candidates = [candidate for _, candidate in group]
+        best = choose(candidates, method, task.equal)
+        found = {"extracted": candidates[best].answer, "method": method, "of": len(group)}
+        chosen.append({**group[best][0], **found})
         questions.append(candidates)
     return chosen, questions
 
@@ -369,25 +292,41 @@ def rows_to_inspect(
     rows = list(islice(read_rows(data), limit))
     if not rows:
         raise InputError(f"{data}: no rows")
-    bare = [where for where, row in rows if "token_rewards" not in row and "scores" not in row]
+    bare = [where for where, row in rows if ("scores" if "candidates" in row else "token_rewards") not in row]
     recipe = get_task(task) if task else None
     scored = [row for _, row in rows]
     if bare:
         if model is None:
             raise InputError(f"{bare[0]}: no scores; give --model, or rows that `tracereward score` wrote")
         settings = check_reward_model(model)
+        check_policy(settings, policy)
+        for other in (reference, policy):
+            if other is not None:
+                check_model(other)
         recipe = recipe or get_task(settings.task)
-        checked = list(islice(candidate_rows(data), limit))
+        checked = list(islice(candidate_rows(data, template=settings.template), limit))
+        for where, row in checked:
+            check_facts(where, row)
         reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
-        delimiter = reward_model.settings.step_delimiter
         beside = load_beside(reward_model, reference), load_beside(reward_model, policy)
-        scored = [
-            {**row, "completion": traces_of(row, delimiter)[0][0]} if "steps" in row else row
-            for row in score_rows(reward_model, checked, *beside)
-        ]
+        scored = list(score_rows(reward_model, checked, *beside))
+    else:
+        for where, row in rows:
+            if "candidates" in row and not _fit(row["candidates"], row["scores"]):
+                raise InputError(f"{where}: scores must be a list with the scores of each of the candidates")
+            for trace in traces_in(row):
+                check_scores(where, trace)
+    if recipe is None:
+        return scored
     for row in scored:
-        if recipe is not None and isinstance(row.get("completion"), str):
-            row.setdefault("extracted", recipe.extract(row["completion"]))
-            if row.get("answer") is not None:
-                row.setdefault("correct", recipe.verify(row["completion"], str(row["answer"])))
+        for text, found in zip(row["candidates"], row["scores"]) if "candidates" in row else [(row["completion"], row)]:
+            found.setdefault("extracted", recipe.extract(text))
+            if (gold := gold_of(row)) is not None:
+                found.setdefault("correct", recipe.verify(text, gold))
     return scored
+
+
+def _fit(candidates: Any, scores: Any) -> bool:
+    """Whether scores are one record for each candidate."""
+    lists = isinstance(candidates, list) and isinstance(scores, list) and len(candidates) == len(scores)
+    return lists and all(isinstance(record, dict) for record in scores)

@@ -56,6 +56,16 @@ def read_rows(
         skipped.append(wrong)
 
 
+def not_json(row: dict) -> str | None:
+    """Why a row cannot be written as JSON: a date of Parquet's, half of a surrogate pair, nan; None if it can."""
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"field {name!r} does not fit in JSON ({error}): leave it out or mend it"
+    return None
+
+
 def _is_local(source: str, path: Path) -> bool:
     """Whether `source` is a file: it exists, or looks like a path. Hub ids are ``name`` or ``owner/name``."""
     looks_like_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
@@ -91,8 +101,11 @@ def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, ob
                     continue
                 try:
                     value = json.loads(line)
-                except json.JSONDecodeError as error:
-                    wrong = f"{path}:{n}: not valid JSON: {error.msg} at character {error.pos + 1}"
+                except (json.JSONDecodeError, RecursionError) as error:
+                    what = "nested too deep"
+                    if isinstance(error, json.JSONDecodeError):
+                        what = f"{error.msg} at character {error.pos + 1}"
+                    wrong = f"{path}:{n}: not valid JSON: {what}"
                     if skipped is None:
                         raise InputError(wrong) from error
                     skipped.append(wrong)
@@ -119,7 +132,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{mend}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error.reason}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error

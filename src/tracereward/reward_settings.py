@@ -92,6 +92,16 @@ def check_reward_model(name: str) -> RewardSettings:
     return read_settings(local_folder(name))
 
 
+def check_policy(settings: RewardSettings, policy: str | None) -> None:
+    """Refuse a policy beside a reward model whose logit has no log-prob of the policy's in it.
+
+    Raises:
+        InputError: names the head.
+    """
+    if policy is not None and not subtracts_policy(settings.head):
+        raise InputError(f"--policy is for the heads airl and implicit; this reward model has head {settings.head}")
+
+
 def read_settings(folder: str | Path) -> RewardSettings:
     """Read and check ``tracereward.json`` and the presence of the files that go with it.
 

@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 
 from tracereward import __version__, shards
 from tracereward.errors import InputError, RunFailed
-from tracereward.models import check_model, looks_local
-from tracereward.pool import best_device, candidate_rows, load_beside, score_rows
+from tracereward.models import check_model, looks_local, model_fingerprint
+from tracereward.pool import best_device, load_beside, score_rows
 from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import check_reward_model
+from tracereward.reward_settings import check_policy, check_reward_model
+from tracereward.traces import candidate_rows
 
 NEEDS_RAY = "--engine ray needs Ray: pip install 'tracereward[ray]'"
 
@@ -91,6 +92,7 @@ def score_to_folder(
     """
     _require_ray()
     settings = check_reward_model(model)
+    check_policy(settings, policy)
     for other in (reference, policy):
         if other is not None:
             check_model(other)
@@ -99,8 +101,10 @@ def score_to_folder(
     folder = Path(output).absolute()
     skipped: list[str] | None = [] if skip_bad else None
     with shards.own_folder(folder, resume) as todo:
-        score_fields = shards.score_columns(calibrated=settings.calibration is not None)
-        rows = candidate_rows(data, split, skipped)
+        score_fields = shards.score_columns(
+            calibrated=settings.calibration is not None and reference is None and policy is None
+        )
+        rows = candidate_rows(data, split, skipped, settings.template)
         with shards.room(folder):
             count, fingerprint, schema = shards.cut(rows, folder, todo, score_fields)
         if count == 0:
@@ -111,11 +115,11 @@ def score_to_folder(
             {
                 "tracereward": __version__,
                 "model": model,
-                "model_sha256": shards.model_fingerprint(model),
+                "model_sha256": model_fingerprint(model),
                 "reference": reference,
-                "reference_sha256": shards.model_fingerprint(reference),
+                "reference_sha256": model_fingerprint(reference),
                 "policy": policy,
-                "policy_sha256": shards.model_fingerprint(policy),
+                "policy_sha256": model_fingerprint(policy),
                 "data": data,
                 "data_sha256": fingerprint,
                 "rows": count,

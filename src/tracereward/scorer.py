@@ -150,8 +150,13 @@ class Scorer(ABC):
 
         Steps are joined by ``settings.step_delimiter`` (`alignment.join_steps`). Characters decide which tokens are a
         step's, so that a step may itself contain the delimiter.
+
+        Raises:
+            InputError: as for `score`, or see `check_steps`.
         """
         joined = [join_steps(steps, self.settings.step_delimiter) for steps in traces]
+        for index, (text, spans) in enumerate(joined):
+            self.check_steps(f"trace {index}", text, spans, encode_completion(self.tokenizer, text))
         scores = self.score(prompts, [text for text, _ in joined])
         return [trace.span_rewards(spans) for trace, (_, spans) in zip(scores, joined, strict=True)]
 
@@ -177,6 +182,28 @@ class Scorer(ABC):
         ids = ids if finished else ids[:-1]
         self.check_ids(where, prompt_ids, ids)
         return prompt_ids, ids
+
+    def check_steps(self, where: str, text: str, spans: Sequence[tuple[int, int]], completion: Sequence[int]) -> None:
+        """Refuse steps that their tokens do not spell: it could not be said which tokens are a step's.
+
+        Args:
+            where: named in the message.
+            text: the joined steps.
+            spans: characters of each step.
+            completion: token ids of `text`.
+
+        Raises:
+            InputError: the tokenizer drops or changes a character; names the first step with one.
+        """
+        spelt, _ = token_offsets(self.tokenizer, completion)
+        if spelt != text:
+            differ = (place for place, (a, b) in enumerate(zip(spelt, text)) if a != b)
+            at = next(differ, min(len(spelt), len(text)))
+            step = next((number for number, (_, end) in enumerate(spans, start=1) if at < end), len(spans))
+            raise InputError(
+                f"{where}: step {step}: the tokenizer does not give {text[at : at + 20]!r} back, so that a step's "
+                "tokens cannot be told from its neighbours': mend the text, or give the trace as one completion"
+            )
 
     def check_ids(self, where: str, prompt: Sequence[int], completion: Sequence[int]) -> None:
         """Refuse token ids that this model cannot read; see `check_length`."""

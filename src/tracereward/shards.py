@@ -21,9 +21,9 @@ from pyarrow import parquet
 
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import DISK_FULL, atomic_write_json, fsync_parent, remove_unfinished
-from tracereward.models import local_folder
 from tracereward.pool import CHUNK
 from tracereward.scores import AGGREGATES
+from tracereward.traces import holds_steps
 
 SHARD_ROWS = CHUNK  # what `score` batches together, so that the numbers are the same; lost at most when a worker dies
 ATTEMPTS = 3  # a shard that ends its worker so often (out of memory) would end every worker
@@ -105,10 +105,7 @@ def cut(
     while chunk := list(islice(rows, SHARD_ROWS)):
         lines = []
         for where, row in chunk:
-            try:
-                fingerprint.update(json.dumps(row).encode() + b"\n")
-            except TypeError as error:
-                raise InputError(f"{where}: {error}: neither is it in JSON") from error
+            fingerprint.update(json.dumps(row).encode() + b"\n")
             lines.append(json.dumps([where, row]) + "\n")
         shard = count // SHARD_ROWS
         schema = _widened(schema, chunk, score_fields)
@@ -143,6 +140,8 @@ def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_f
     name = ""
     for _, row in chunk:
         added = {field.name: field for field in (of_many if "candidates" in row else of_one)}
+        if holds_steps(row):
+            added["completion"] = pa.field("completion", pa.string())
         fields |= added
         for name, value in row.items():
             if name not in added:
@@ -160,18 +159,6 @@ def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_f
             f"{chunk[0][0]} and the {len(chunk) - 1} rows after it: {column} does not fit in Parquet, where a column "
             f"has one type ({error}). Mend the rows, or write JSON Lines, with --engine transformers"
         ) from error
-
-
-def model_fingerprint(name: str | None) -> str | None:
-    """SHA-256 of all that scoring reads of a model; its folder may have been trained again under the same name."""
-    if name is None:
-        return None
-    total = hashlib.sha256()
-    for path in sorted(local_folder(name).iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin"):
-            with open(path, "rb") as file:
-                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:

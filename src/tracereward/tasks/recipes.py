@@ -264,11 +264,11 @@ def generic(row: dict) -> dict:
     if isinstance(prompt, str):
         _text(row, "prompt")
     else:
-        _check_messages(prompt, "prompt")
+        check_messages(prompt, "prompt")
     if isinstance(completion, str):
         completion = completion.rstrip() or None
     elif completion is not None:
-        _check_messages(completion, "completion")
+        check_messages(completion, "completion")
     if isinstance(answer, bool):
         answer = "yes" if answer else "no"
     if answer is not None and not isinstance(answer, (str, int, float)):
@@ -277,7 +277,7 @@ def generic(row: dict) -> dict:
     return {"prompt": prompt, "completion": completion, "answer": answer}
 
 
-def _check_messages(messages: object, field: str) -> None:
+def check_messages(messages: object, field: str) -> None:
     """Raise ValueError unless `messages` is a non-empty list of ``{"role": text, "content": text}``."""
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
