@@ -581,7 +581,7 @@ def test_what_the_commands_refuse(folder, tmp_path, monkeypatch, capsys):
     asked = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in arithmetic_pool(1, seed=2)]
     listed = written(tmp_path / "listed.jsonl", asked)
     found = run("evaluate", "pool", model, listed, *out)
-    assert f"\ntracereward: {listed}:1: the prompt is a list of messages" in found
+    assert f"\ntracereward: {listed}:1: the prompt is a list of messages" in f"\n{found}"
     for option, value in (("--fit-share", "nan"), ("--seed", -1), ("--limit", 0)):
         assert option in run("evaluate", "pool", model, pool, option, value, *out)
     assert f"{one}: is a file, not a folder" in run("evaluate", "pool", model, pool, "-o", Path(one) / "out")
