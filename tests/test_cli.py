@@ -108,6 +108,74 @@ def words(bench, output: Path, **changed: object) -> list[str]:
     return [*options(**{name: value for name, value in given.items() if value is not None})]
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"learning_rate": -1}, "learning_rate must be a number of at least 0"),
+        ({"learning_rate": "nan"}, "learning_rate must be a number of at least 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number"),
+        ({"num_train_epochs": "nan"}, "num_train_epochs must be a number"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"temperature": 0}, "temperature must be more than 0"),
+        ({"top_p": 1.5}, "top_p must be more than 0 and at most 1"),
+        ({"discriminator_learning_rate": -1}, "discriminator_learning_rate must be 0 or more"),
+        ({"discriminator_warmup_updates": -1}, "discriminator_warmup_updates must be 0 or more"),
+        ({"replay_size": -5}, "replay_size must be at least 1"),
+        ({"discriminator_token_budget": 0}, "discriminator_token_budget must be at least 1"),
+        ({"validation_dataset_name": "questions", "save_strategy": "no"}, "chooses among checkpoints"),
+    ],
+)
+def test_numbers_that_cannot_train_are_refused(command, bench, tmp_path, changed, named):
+    if "validation_dataset_name" in changed:
+        questions = [{"prompt": "1 + 1 + 1 + 1 = ?\n", "answer": "4"}]
+        write_jsonl(tmp_path / "questions.jsonl", questions)
+        changed = {**changed, "validation_dataset_name": tmp_path / "questions.jsonl"}
+    refused(command("train", *words(bench, tmp_path / "run", **changed)), named)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_named_with_hyphens_or_underscores(command, bench, tmp_path, monkeypatch):
+    """Both are the same option: a run must never go where nobody asked for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    given = words(bench, tmp_path / "taken")
+    at = given.index("--output_dir")
+    given[at : at + 2] = [f"--output-dir={tmp_path / 'taken'}"]
+    refused(command("train", *given), "taken is a file, not a folder")
+    for value in ("", "[a]", "3"):
+        (tmp_path / "recipe.yaml").write_text(f"output_dir: {value}\n")
+        refused(command("train", "--config", tmp_path / "recipe.yaml", *given[:at]), "output_dir must be the name")
+    (tmp_path / "recipe.yaml").write_text("1: 2\n")
+    refused(command("train", "--config", tmp_path / "recipe.yaml"), "unknown option 1")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_no_run_of_ours_is_left_alone(command, bench, tmp_path):
+    """Also with --resume; what ended before it began may be begun anew with other options."""
+    folder = tmp_path / "run"
+    (folder / "policy").mkdir(parents=True)
+    (folder / "policy" / "mine.txt").write_text("dear")
+    (folder / "checkpoints" / "checkpoint-500").mkdir(parents=True)
+    for resume in ([], ["--resume"]):
+        refused(command("train", *words(bench, folder), *resume), "holds policy and is no run folder", "config.yaml")
+    assert (folder / "policy" / "mine.txt").read_text() == "dear"
+    assert (folder / "checkpoints" / "checkpoint-500").is_dir()
+
+    (tmp_path / "failed" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "failed" / "config.yaml").write_text("learning_rate: 5.0\n")
+    (tmp_path / "failed" / "checkpoints" / "batch.json").write_text('{"rows": 3}')
+    refused(command("train", *words(bench, tmp_path / "failed")), "no file named model.safetensors")
+
+    finished = tmp_path / "finished"
+    (finished / "policy").mkdir(parents=True)
+    for name in ("report.html", "metrics.jsonl"):
+        (finished / name).write_text("")
+    shutil.copy(tmp_path / "failed" / "config.yaml", finished)
+    done = command("train", *words(bench, finished), "--resume")
+    refused(done, "is finished, and has no checkpoint to go on from")
+
+
 # Training: rows
 
 GOOD = {"prompt": "1 + 2 = ?\n", "completion": "#### 3", "answer": "3"}

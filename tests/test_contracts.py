@@ -514,9 +514,22 @@ def test_the_warm_ups_rows_fill_whole_batches(prompts, rollouts, batch):
     """Each demonstration at least `rollouts` times, in runs; the last batch is filled up however small the data is."""
     rows = [{"demonstration": index} for index in range(prompts)]
     config = SimpleNamespace(warmup_prompts=99, warmup_rollouts=rollouts, generation_batch_size=batch, seed=0)
-    warm_up = WarmUp(SimpleNamespace(config=config, demonstration_rows=rows))
+    discriminator = SimpleNamespace(held_out=frozenset({0}))
+    warm_up = WarmUp(SimpleNamespace(config=config, demonstration_rows=rows, discriminator=discriminator))
     drawn = [row["demonstration"] for row in warm_up._rows()]
     assert len(drawn) % batch == 0
     assert len(drawn) - prompts * rollouts in range(batch)
     assert sorted(drawn[: prompts * rollouts]) == sorted(list(range(prompts)) * rollouts)
     assert all(len(set(drawn[i : i + rollouts])) == 1 for i in range(0, prompts * rollouts, rollouts))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_warm_up_on_few_prompts_has_one_to_learn_from(seed):
+    """Nine of ten demonstrations are held out: on theirs alone there would be no update, and no end."""
+    rows = [{"demonstration": index} for index in range(10)]
+    config = SimpleNamespace(warmup_prompts=2, warmup_rollouts=4, generation_batch_size=8, seed=seed)
+    discriminator = SimpleNamespace(held_out=frozenset(range(10)) - {4})
+    warm_up = WarmUp(SimpleNamespace(config=config, demonstration_rows=rows, discriminator=discriminator))
+    drawn = [row["demonstration"] for row in warm_up._rows()]
+    assert drawn.count(4) == 4
+    assert len(drawn) == 8

@@ -7,6 +7,7 @@ every fourth batch of rollouts. `docs/recipe.md` has the evidence for these, for
 logit, and for perturbed experts as negatives.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -262,9 +263,20 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"{name} must be between {low} and {high:g}, not {value}")
-        for name in ("centre_penalty", "gradient_penalty", "r1_penalty", "expert_nll", "perturbed_per_expert"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in (
+            "centre_penalty",
+            "gradient_penalty",
+            "r1_penalty",
+            "expert_nll",
+            "perturbed_per_expert",
+            "discriminator_learning_rate",
+            "discriminator_online_learning_rate",
+            "discriminator_warmup_updates",
+            "discriminator_updates",
+        ):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise InputError(f"{name} must be 0 or more, not {value}")
         for name in (
             "interval",
             "discriminator_prompts",
@@ -274,6 +286,9 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
             "warmup_rollouts",
             "warmup_save_updates",
             "monitor_every",
+            "replay_size",
+            "discriminator_token_budget",
+            "failure_window",
         ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -27,6 +27,7 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     Raises:
         InputError: unknown option (the nearest is suggested), a value that does not fit, an unreadable file.
     """
+    argv = [_with_underscores(word) for word in argv]
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     resume = "--resume" in argv
     if resume:
@@ -49,8 +50,14 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     return data, config, model, resume
 
 
+def _with_underscores(word: str) -> str:
+    """``--output-dir`` is ``--output_dir``, here as for the parser."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+
+
 def _given_names(argv: list[str]) -> list[str]:
-    return [word[2:].split("=")[0].replace("-", "_") for word in argv if word.startswith("--") and len(word) > 2]
+    return [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
 
 
 def _unknown(what: str, name: str, known: set[str]) -> str:
@@ -76,9 +83,12 @@ def _with_config(argv: list[str], known: set[str]) -> list[str]:
     if not isinstance(options, dict):
         raise InputError(f"{path}: must be a mapping of option names to values")
     for name in options.keys() - known - {"env"}:
-        raise InputError(f"{path}: " + _unknown(f"option {name!r}", name, known))
+        raise InputError(f"{path}: " + _unknown(f"option {name!r}", str(name), known))
+    folder = options.get("output_dir", "runs")
+    if not isinstance(folder, str) or not folder:
+        raise InputError(f"{path}: output_dir must be the name of a folder, not {folder!r}")
     if "output_dir" in options and not any(word.split("=")[0] == "--output_dir" for word in argv):
-        argv = [*argv, "--output_dir", str(options["output_dir"])]
+        argv = [*argv, "--output_dir", folder]
     return argv
 
 

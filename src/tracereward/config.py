@@ -3,6 +3,7 @@
 Those of `tracereward train` are in `adversarial_config`.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +103,7 @@ class SupervisedConfig(SFTConfig):
             self.metric_for_best_model = "eval_loss"
             self.greater_is_better = False
         check_checkpoint_limit(self.save_total_limit)
+        check_numbers(self)
         super().__post_init__()
 
 
@@ -127,6 +129,7 @@ class PolicyConfig(GRPOConfig):
                 "because the advantage compares them. Use 4 or more."
             )
         check_checkpoint_limit(self.save_total_limit)
+        check_numbers(self)
         if self.compile_rollouts:
             if self.use_vllm or not torch.cuda.is_available():
                 raise InputError("compile_rollouts is for a CUDA GPU without --use_vllm: leave it out")
@@ -171,6 +174,29 @@ class RewardConfig(PolicyConfig):
         if (self.base_model is None) == (self.reward == "logratio"):
             raise InputError("--reward logratio needs --base_model, and no other reward uses it")
         super().__post_init__()
+
+
+def check_numbers(config: GRPOConfig | SFTConfig) -> None:
+    """Refuse what would end in another library's traceback, or in nothing learned.
+
+    Raises:
+        InputError: names the option.
+    """
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"):
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, int) and value >= 1):
+            raise InputError(f"{name} must be a whole number of at least 1, not {value!r}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs"):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise InputError(f"{name} must be a number of at least 0, not {value!r}")
+    if config.seed < 0:
+        raise InputError(f"seed must be 0 or more, not {config.seed}")
+    temperature, top_p = getattr(config, "temperature", 1.0), getattr(config, "top_p", 1.0)
+    if not 0 < temperature < math.inf:
+        raise InputError(f"temperature must be more than 0, not {temperature}: rollouts of a prompt must differ")
+    if not 0 < top_p <= 1:
+        raise InputError(f"top_p must be more than 0 and at most 1, not {top_p}")
 
 
 def check_checkpoint_limit(limit: int | None) -> None:

@@ -3,11 +3,13 @@
 import copy
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig
 
 from tracereward.checkpoints import SafeTrainer
+from tracereward.errors import RunFailed
 from tracereward.failures import Failure
 from tracereward.files import atomic_folder
 from tracereward.run_folder import Run, is_main_process, note
@@ -105,9 +107,16 @@ def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBa
 
 
 def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a plain checkpoint with its tokenizer, whole or not at all."""
+    """Write a plain checkpoint with its tokenizer, whole or not at all.
+
+    Raises:
+        RunFailed: a weight is not finite.
+    """
     if not is_main_process():
         return
+    for name, parameter in policy.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise RunFailed(f"the policy's weights {name} are not finite: {folder} is not written")
     with atomic_folder(folder) as target:
         policy.save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -1,7 +1,9 @@
 """The training commands: check everything, train, and leave a run folder that is whole."""
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +94,28 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         )
     raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
     validation = load_validation(data, task, tokenizer, [*rows, *unlabeled], limit, config.per_device_train_batch_size)
+    if validation is not None and config.save_strategy == "no":
+        raise InputError("--validation_dataset_name chooses among checkpoints, and --save_strategy no makes none")
     if validation is not None and config.load_best_model_at_end:
         raise InputError("give one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end")
     return Prepared(task, tokenizer, rows, unlabeled, raw, validation)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """What transformers, PEFT and TRL refuse while models and a trainer are made is the user's to mend.
+
+    Raises:
+        InputError: in their words.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a full disk
+            raise
+        raise InputError(" ".join(str(error).split())) from error
 
 
 def lora(model: ModelConfig) -> LoraConfig | None:
@@ -113,15 +134,16 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
     check_disk(config, model, models=1)
     with run_folder("sft", data, config, model, resume) as run:
         tokenizer = prepared.tokenizer
-        trainer = SupervisedTrainer(
-            model=load_policy(model),
-            args=config,
-            train_dataset=tokenised(train, tokenizer),
-            eval_dataset=tokenised(validation, tokenizer) if validation else None,
-            processing_class=tokenizer,
-            peft_config=lora(model),
-            callbacks=[run.metrics, run.stop],
-        )
+        with explained():
+            trainer = SupervisedTrainer(
+                model=load_policy(model),
+                args=config,
+                train_dataset=tokenised(train, tokenizer),
+                eval_dataset=tokenised(validation, tokenizer) if validation else None,
+                processing_class=tokenizer,
+                peft_config=lora(model),
+                callbacks=[run.metrics, run.stop],
+            )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
     return run.folder
@@ -165,7 +187,8 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
         return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
 
     with run_folder("grpo", data, config, model, resume) as run:
-        policy = load_policy(model)
+        with explained():
+            policy = load_policy(model)
         functions = [correct]
         if config.reward != "verifier":
             frozen = [(1.0, frozen_copy(policy))]
@@ -186,15 +209,16 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             log_probs.__name__ = config.reward  # TRL logs a reward under its function's name
             functions = [log_probs, correct] if missing is None else [log_probs]
         config.reward_weights = [1.0, 0.0][: len(functions)]
-        trainer = RolloutTrainer(
-            model=policy,
-            reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
-            args=config,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            peft_config=lora(model),
-            callbacks=[run.metrics, run.stop],
-        )
+        with explained():
+            trainer = RolloutTrainer(
+                model=policy,
+                reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
+                args=config,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                peft_config=lora(model),
+                callbacks=[run.metrics, run.stop],
+            )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
     return run.folder
@@ -240,31 +264,32 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     use_peft = model.use_peft if config.discriminator_use_peft is None else config.discriminator_use_peft
     peft = lora(dataclasses.replace(model, use_peft=True)) if use_peft else None
     with run_folder("train", data, config, model, resume) as run:
-        torch.manual_seed(config.seed)  # the head and LoRA start at random
-        starting, policy_peft = load_policy(model), lora(model)
-        make = functools.partial(
-            TokenRewardModel.from_backbone, start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
-        )
-        if config.shared_base:
-            assert peft is not None
-            starting, policy_peft = get_peft_model(starting, peft), None
-            reward_model = TokenRewardModel.beside_policy(starting, settings, tokenizer, peft)
-        else:
-            reward_model = make()
-        trainer = AdversarialTrainer(
-            model=starting,
-            reward_model=reward_model,
-            demonstrations=prepared.rows,
-            args=config,
-            task=task,
-            processing_class=tokenizer,
-            unlabeled=prepared.unlabeled,
-            peft_config=policy_peft,
-            metrics_file=run.metrics,
-            stop=run.stop,
-            callbacks=[run.metrics, run.stop],
-            reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
-        )
+        with explained():
+            torch.manual_seed(config.seed)  # the head and LoRA start at random
+            starting, policy_peft = load_policy(model), lora(model)
+            make = functools.partial(
+                TokenRewardModel.from_backbone, start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
+            )
+            if config.shared_base:
+                assert peft is not None
+                starting, policy_peft = get_peft_model(starting, peft), None
+                reward_model = TokenRewardModel.beside_policy(starting, settings, tokenizer, peft)
+            else:
+                reward_model = make()
+            trainer = AdversarialTrainer(
+                model=starting,
+                reward_model=reward_model,
+                demonstrations=prepared.rows,
+                args=config,
+                task=task,
+                processing_class=tokenizer,
+                unlabeled=prepared.unlabeled,
+                peft_config=policy_peft,
+                metrics_file=run.metrics,
+                stop=run.stop,
+                callbacks=[run.metrics, run.stop],
+                reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
+            )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
         with trainer.discriminator.averaged():
             weights = trainer.discriminator.weights() if trainer.discriminator.in_parts else None

@@ -159,22 +159,38 @@ def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: M
 
 def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, resume: bool) -> Path | None:
     """Make the folder this run's; returns the checkpoint to go on from."""
-    stored = folder / "config.yaml"
-    if stored.is_file():
-        if not resume:
-            raise InputError(
-                f"{folder} already holds a run: go on with --resume, or choose another --output_dir. "
-                "Nothing is written over."
-            )
+    stored, checkpoints = folder / "config.yaml", folder / CHECKPOINTS
+    made = what_was_made(folder)
+    if made and not stored.is_file():
+        raise InputError(
+            f"{folder} holds {made[0]} and is no run folder (config.yaml is missing): choose another --output_dir. "
+            "Nothing is written over."
+        )
+    if made and not resume:
+        raise InputError(
+            f"{folder} already holds a run: go on with --resume, or choose another --output_dir. "
+            "Nothing is written over."
+        )
+    if made:
         check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, folder)
-    checkpoints = folder / CHECKPOINTS
+    else:  # a run that ended before it began, as for an option that was wrong
+        (checkpoints / "batch.json").unlink(missing_ok=True)
     checkpoint = last_complete_checkpoint(checkpoints) if resume else None
+    if checkpoint is None and "report.html" in made:
+        raise InputError(f"{folder} is finished, and has no checkpoint to go on from: choose another --output_dir")
     remove_unfinished(folder)
     checkpoints.mkdir(parents=True, exist_ok=True)
     check_same_batch(checkpoints / "batch.json", config)
     versions = f"# tracereward {__version__} {kind}, torch {torch.__version__}\n"
     atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False))
     return checkpoint
+
+
+def what_was_made(folder: Path) -> list[str]:
+    """What of a run's parts a folder has, whoever made them."""
+    parts = ("policy", "reward_model", "report.html", "metrics.jsonl", f"{CHECKPOINTS}/warmup")
+    found = [name for name in parts if (folder / name).exists()]
+    return found + [f"{CHECKPOINTS}/{path.name}" for path in sorted((folder / CHECKPOINTS).glob("checkpoint-*"))]
 
 
 @contextlib.contextmanager

@@ -121,6 +121,9 @@ class WarmUp(TrainerCallback):
         rows = self.trainer.demonstration_rows
         count = min(self.config.warmup_prompts, len(rows))
         chosen = random.Random(self.config.seed).sample(rows, count)
+        held_out = self.trainer.discriminator.held_out
+        if all(row["demonstration"] in held_out for row in chosen):  # of a few; there would be nothing to learn from
+            chosen[0] = next(row for row in rows if row["demonstration"] not in held_out)
         repeated = [row for row in chosen for _ in range(self.config.warmup_rollouts)]
         return filled(repeated, self._batch_size)
 
