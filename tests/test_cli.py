@@ -146,6 +146,8 @@ def test_a_folder_is_named_with_hyphens_or_underscores(command, bench, tmp_path,
     for value in ("", "[a]", "3"):
         (tmp_path / "recipe.yaml").write_text(f"output_dir: {value}\n")
         refused(command("train", "--config", tmp_path / "recipe.yaml", *given[:at]), "output_dir must be the name")
+    (tmp_path / "recipe.yaml").write_text("seed: 1\nlearning_rate: 0.1\nseed: 2\n")
+    refused(command("train", "--config", tmp_path / "recipe.yaml"), "recipe.yaml:3: option 'seed' is given twice")
     (tmp_path / "recipe.yaml").write_text("1: 2\n")
     refused(command("train", "--config", tmp_path / "recipe.yaml"), "unknown option 1")
     assert not (tmp_path / "runs").exists()

@@ -77,11 +77,17 @@ def _with_config(argv: list[str], known: set[str]) -> list[str]:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
         raise InputError(f"{path}: no such file" + (f" (did you mean {path.parent / near[0]}?)" if near else ""))
     try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        options, tree = yaml.safe_load(text) or {}, yaml.compose(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a YAML file: {error}") from error
     if not isinstance(options, dict):
         raise InputError(f"{path}: must be a mapping of option names to values")
+    seen: set[str] = set()
+    for key, _ in tree.value if tree is not None else ():
+        if key.value in seen:  # YAML takes the last one and says nothing
+            raise InputError(f"{path}:{key.start_mark.line + 1}: option {key.value!r} is given twice")
+        seen.add(key.value)
     for name in options.keys() - known - {"env"}:
         raise InputError(f"{path}: " + _unknown(f"option {name!r}", str(name), known))
     folder = options.get("output_dir", "runs")
