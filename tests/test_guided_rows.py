@@ -303,37 +303,38 @@ def test_the_summary_by_hand():
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """`refused(word, ...)` is the sentence with which the command line refuses them."""
+def ended(monkeypatch, capsys):
+    """`ended(code, word, ...)` runs the command line in this process, which ends with that code; what it printed."""
 
-    def run(*argv: object) -> str:
+    def run(code: int, *argv: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as end:
             cli.main()
         captured = capsys.readouterr()
-        assert ended.value.code == 2, captured.err
-        assert captured.out == ""
-        assert "Traceback" not in captured.err
-        return captured.err
+        assert end.value.code == code, captured.err
+        return SimpleNamespace(out=captured.out, err=captured.err)
 
     return run
 
 
 @pytest.fixture
-def ran(monkeypatch, capsys):
-    """`ran(word, ...)` runs the command line in this process; what it said."""
+def refused(ended):
+    """`refused(word, ...)` is the sentence with which the command line refuses them."""
 
     def run(*argv: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert ended.value.code == 0, captured.err
-        return captured.err
+        printed = ended(2, *argv)
+        assert printed.out == ""
+        assert "Traceback" not in printed.err
+        return printed.err
 
     return run
+
+
+@pytest.fixture
+def ran(ended):
+    """`ran(word, ...)` is what the command line says while it does them."""
+    return lambda *argv: ended(0, *argv).err
 
 
 def killed(words: list[object], output: Path) -> bytes:
