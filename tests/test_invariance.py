@@ -71,7 +71,9 @@ TOKEN = {
     "discriminator_ema": 0.9,
     "expert_prompt_share": 0.6,
 }
-SPREAD = {**TOKEN, "reward_form": "logit_plus_logprob", "max_steps": 10}
+# Three demonstrations an update: of two processes one has two passes to make where the other has one.
+SPREAD = {**TOKEN, "reward_form": "logit_plus_logprob", "discriminator_prompts": 3, "max_steps": 10}
+FEW_TOKENS = 120  # a demonstration with its negatives fills a pass
 RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
     "trajectory": (TRAJECTORY, Layout(16)),
     "trajectory, accumulated": (TRAJECTORY, Layout(4, accumulation=4, token_budget=250)),
@@ -85,15 +87,18 @@ RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
     "token, two processes": (TOKEN, Layout(3, accumulation=2, processes=2)),
     # In test_sharded, where the weights are spread; the log-probs of the policy and of its start enter both losses.
     "spread": (SPREAD, Layout(12)),
-    "spread, two processes": (SPREAD, Layout(3, accumulation=2, processes=2)),
+    "spread, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS)),
     "spread, 1 % faster": ({**SPREAD, "learning_rate": 1.01e-3}, Layout(12)),
     "spread, LoRA": (SPREAD, Layout(12, lora=True)),
-    "spread, LoRA, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, lora=True)),
+    "spread, LoRA, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS, lora=True)),
     "in parts": ({**SPREAD, "shard_discriminator": True}, Layout(12)),
-    "in parts, two processes": ({**SPREAD, "shard_discriminator": True}, Layout(3, accumulation=2, processes=2)),
+    "in parts, two processes": (
+        {**SPREAD, "shard_discriminator": True},
+        Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS),
+    ),
     "in parts, LoRA, two processes": (
         {**SPREAD, "shard_discriminator": True},
-        Layout(3, accumulation=2, processes=2, checkpointing=True, lora=True),
+        Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS, checkpointing=True, lora=True),
     ),
     "no all-reduce": ({**TRAJECTORY, "max_steps": 2}, Layout(8, processes=2)),
 }
