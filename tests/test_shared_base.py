@@ -121,7 +121,6 @@ def run(base, folder, shares, head):
         discriminator_warmup_updates=3,
         discriminator_every=1,
         discriminator_learning_rate=1e-3,
-        discriminator_prompts=4,
         discriminator_rollouts=2,
         replay_size=64,
         warmup_rollouts=4,
