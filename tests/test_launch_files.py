@@ -22,6 +22,19 @@ from tracereward.tasks.arithmetic import generate
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
 SLURM = ROOT / "deploy" / "slurm"
+TINY_RUN: dict[str, Any] = {
+    "dataset_name": "traces.jsonl",
+    "output_dir": "run",
+    "max_completion_length": 32,
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "lr_scheduler_type": "constant",
+    "max_steps": 500,
+    "discriminator_warmup_updates": 2,
+    "warmup_prompts": 8,
+    "warmup_rollouts": 2,
+    "on_failure": "ignore",
+}
 
 # accelerate
 
@@ -184,21 +197,7 @@ def test_slurm_trains_stops_and_resumes(tmp_path, tiny_model_folder):
     """The real launcher and two processes that train; the second submission goes on where the first was stopped."""
     rows = generate("misconception", 60, seed=1)
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe: dict[str, Any] = {
-        "dataset_name": "traces.jsonl",
-        "model_name_or_path": str(tiny_model_folder),
-        "output_dir": "run",
-        "max_completion_length": 32,
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "lr_scheduler_type": "constant",
-        "max_steps": 500,
-        "save_steps": 100,
-        "discriminator_warmup_updates": 2,
-        "warmup_prompts": 8,
-        "warmup_rollouts": 2,
-        "on_failure": "ignore",
-    }
+    recipe = {**TINY_RUN, "model_name_or_path": str(tiny_model_folder), "save_steps": 100}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     metrics, checkpoints = tmp_path / "run" / "metrics.jsonl", tmp_path / "run" / "checkpoints"
