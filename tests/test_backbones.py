@@ -9,6 +9,19 @@ import pytest
 import torch
 from scipy import stats
 from scipy.special import expit
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    AutoConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from tracereward.batching import pack
 from tracereward.demonstrations import encode_completion, encode_prompt
@@ -16,7 +29,7 @@ from tracereward.files import write_jsonl
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 from tracereward.studies import arms, calibration, calibration_page, cells, transfer, transfer_page
-from tracereward.studies.backbones import BUILDERS, COMPARED, LABELS, own, write_untrained
+from tracereward.studies.backbones import BUILDERS, COMPARED, LABELS, PRETRAINED, own, write_untrained
 from tracereward.studies.definitions import STUDIES
 from tracereward.studies.frozen import FROZEN, once
 from tracereward.studies.page import write_page
@@ -312,6 +325,70 @@ def test_a_cell_of_each_kind_is_stored(monkeypatch, tmp_path):
     assert found[1]["transfer"] == dict.fromkeys(COMPARED, 6)
 
 
+def pretrained(folder, words: int, model: type, config: type) -> str:
+    """A causal LM with a tokenizer of so many tokens, learned from word problems."""
+    rows = generate("word-problems", 60, 5)
+    made = Tokenizer(BPE())
+    made.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    made.decoder = ByteLevelDecoder()
+    special = ["<pad>", "<eos>"]
+    trainer = BpeTrainer(vocab_size=words, special_tokens=special, initial_alphabet=ByteLevel.alphabet())
+    made.train_from_iterator([row["prompt"] + row["completion"] for row in rows], trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids = {"vocab_size": words, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    model(config(**shape, **ids)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_pretrained_backbones(monkeypatch, tmp_path):
+    """Both studies in the world of a pretrained model, with two small ones in the place of those on the Hub."""
+    folders = {
+        "smollm2": pretrained(tmp_path / "one", 500, LlamaForCausalLM, LlamaConfig),
+        "gemma3": pretrained(tmp_path / "two", 400, GPTNeoXForCausalLM, GPTNeoXConfig),
+    }
+    for name, folder in folders.items():
+        monkeypatch.setitem(PRETRAINED, name, folder)
+    monkeypatch.setattr(calibration, "UPDATES", 2)
+    world = WORLDS["word-problems"]
+    small = {"per_device_train_batch_size": 40, "gradient_accumulation_steps": 1, "steps_per_generation": 1}
+    world = dataclasses.replace(
+        world,
+        model=folders["smollm2"],
+        experts=50,
+        unlabeled=8,
+        validation=6,
+        test=4,
+        completion=110,
+        sft={**world.sft, "max_steps": 10},
+        sft_grid=world.sft_grid[:1],
+        grpo={**world.grpo, **small},
+    )
+    place = cells.Place(tmp_path / "work", tmp_path / "cells", fast=True)
+    for study in ("calibration", "transfer"):
+        wanted = [dataclasses.replace(cell, world=world) for cell in STUDIES[study].cells(["word-problems"], [40])]
+        assert [cell.arm.removeprefix("reward of ") for cell in wanted] == ["SmolLM2 135M", "Gemma 3 270M"]
+        for cell in wanted:
+            options = {**cell.options, "updates": 2} if study == "transfer" else cell.options
+            cells.run_cell(place, dataclasses.replace(cell, samples=2, options=options))
+    (site,) = (path for path in (tmp_path / "work").glob("word-problems-40-*") if path.is_dir())
+    for own_folder, folder in ((site, "smollm2"), (site / "gemma3", "gemma3")):
+        config, start = (AutoConfig.from_pretrained(at) for at in (own_folder / "sft" / "policy", folders[folder]))
+        assert (config.model_type, config.vocab_size) == (start.model_type, start.vocab_size)
+    assert not list(site.rglob("corpus.jsonl"))
+    found = {path.stem.split("--")[1]: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()}
+    for arm in ("SmolLM2-135M", "Gemma-3-270M"):
+        assert list(found[arm]["calibration"]["states"]) == ["as trained", "head tuned", "all weights tuned"]
+    of = found["reward-of-Gemma-3-270M"]["transfer"]
+    assert {name: list(counts) for name, counts in of.items()} == {
+        "smollm2": ["0", "5", "10", "25", "50"],
+        "gemma3": ["0"],
+    }
+
+
 # Pages
 
 
@@ -335,13 +412,13 @@ def choice(auroc: float, gain: float) -> dict:
 
 def test_transfer_page_by_hand(tmp_path):
     """Two backbones, three seeds: gains of 8, 10 and 12 points with one's own reward, half as much with the other's."""
-    rows = []
+    rows, options = [], {"options": {"policies": ["llama", "digits"]}}
     for seed, gain in enumerate((0.08, 0.10, 0.12)):
         theirs = {"0": choice(0.8, gain / 2), "5": choice(0.8, gain), "50": choice(0.8, 2 * gain)}
         llama = {"llama": {"0": choice(0.9, gain)}, "digits": dict(theirs)}
         digits = {"llama": dict(theirs), "digits": {"0": choice(0.85 + 0.01 * seed, gain)}}
-        rows.append(made("transfer", seed, "reward of Llama", transfer=llama))
-        rows.append(made("transfer", seed, "reward of digits", backbone="digits", transfer=digits))
+        rows.append(made("transfer", seed, "reward of Llama", transfer=llama, **options))
+        rows.append(made("transfer", seed, "reward of digits", backbone="digits", transfer=digits, **options))
     write_page(tmp_path / "x.md", "A title", "A question.", "tracereward study x", rows)
     page = (tmp_path / "x.md").read_text()
     assert "greedy accuracy" not in page

@@ -146,7 +146,8 @@ def test_a_world_of_a_pretrained_model_starts_from_it_and_counts_unseen_stories(
     given = AutoTokenizer.from_pretrained(tiny_model_folder).get_vocab()
     assert AutoTokenizer.from_pretrained(site.run("init")).get_vocab() == given
     weights = AutoModelForCausalLM.from_pretrained(tiny_model_folder).state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in arms.load_policy(site, "init").state_dict().items())
+    loaded = arms.load_policy(site, "init").state_dict()
+    assert all(torch.equal(value, weights[name].bfloat16()) for name, value in loaded.items())
     rows = read_jsonl(site.data("test"))
     assert [bool(row.get("unseen")) for row in rows] == [False] * 6 + [True] * 2
     wrong = {1, 6}
@@ -332,8 +333,6 @@ def test_a_study_in_a_world_that_is_not_its_own_has_a_page_of_its_own(small, mon
     [
         ("corrupt", "word-problems", "has wrong experts, which the worlds misconception, checked, exposure, hops have"),
         ("corrupt", "style", "has wrong experts"),
-        ("calibration", "word-problems", "pretrains its backbones"),
-        ("transfer", "word-problems", "pretrains its backbones"),
     ],
 )
 def test_a_world_that_lacks_what_a_study_needs_is_refused(name, world, message):
@@ -345,8 +344,7 @@ def test_a_world_that_lacks_what_a_study_needs_is_refused(name, world, message):
 def test_every_arm_is_a_run_that_would_start(name, tmp_path):
     """All options exist and go together: nothing of a study of hours fails in its last cell for a wrong name."""
     study = STUDIES[name]
-    alone = name in ("calibration", "transfer", "corrupt")
-    worlds = study.worlds if alone else (*study.worlds, "word-problems")
+    worlds = study.worlds if name == "corrupt" else (*study.worlds, "word-problems")
     wanted = study.cells(tuple(dict.fromkeys(worlds)))
     assert len({cell.name for cell in wanted}) == len(wanted)
     for cell in wanted:

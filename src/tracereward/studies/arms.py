@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig
 
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.config import DataArguments, RewardConfig, SupervisedConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
-from tracereward.files import atomic_folder, read_jsonl, write_jsonl
+from tracereward.files import atomic_folder, atomic_write_json, read_jsonl, write_jsonl
 from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.models import load_tokenizer, pad_id
 from tracereward.pool import as_row, best_device, rerank_rows, summary
@@ -48,7 +49,7 @@ class Site:
         quiet: no progress bars.
         experts: how many of the world's demonstrations there are, the first ones; None: all.
         corrupt: share of them that end in a wrong answer.
-        backbone: one of `backbones.BUILDERS`, which trains beside the world's Llama on the same data; None: the Llama.
+        backbone: one of `backbones.LABELS`, which trains beside the world's own on the same data; None: the world's.
     """
 
     folder: Path
@@ -90,6 +91,11 @@ class Site:
         return {**self.world.sft, "per_device_train_batch_size": batch}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """What its models are judged in: what they were trained in."""
+        return torch.bfloat16 if self.world.grpo.get("bf16") else torch.float32
+
+    @property
     def start(self) -> str:
         """What SFT starts from: ``base``, the pretrained model, or ``init`` where the world has no pretraining."""
         return "base" if self.world.pretraining else "init"
@@ -110,9 +116,21 @@ class Site:
 
 def make_world(site: Site) -> None:
     """Write the rows and the untrained model, ``init`` last; of a pretrained model the tokenizer alone."""
-    if site.backbone is not None:  # its rows are the Llama's
+    if site.backbone is None:  # another one's rows are the same
+        _write_rows(site)
+    if site.world.model is None and site.backbone is not None:
         write_untrained(site.backbone, site.seed, replace(site, backbone=None).run("init"), site.run("init"))
         return
+    with atomic_folder(site.run("init")) as folder:
+        if site.world.model is not None:
+            load_tokenizer(site.world.model).save_pretrained(folder)
+            return
+        tokenizer = build_tokenizer()
+        build_model(tokenizer, site.seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_rows(site: Site) -> None:
     world = site.world
     parts = splits(world.name, site.seed, world.experts, world.validation, world.test, world.unlabeled)
     site.data("test").parent.mkdir(parents=True, exist_ok=True)
@@ -122,13 +140,6 @@ def make_world(site: Site) -> None:
         held_out = {row["prompt"] for part in ("test", "validation") for row in parts[part]}
         corpus = generate(world.name, world.corpus, 5000 + site.seed, MISTAKE_RATES[world.name], held_out, unique=False)
         write_jsonl(site.data("corpus"), corpus)
-    with atomic_folder(site.folder / "init") as folder:
-        if world.model is not None:
-            load_tokenizer(world.model).save_pretrained(folder)
-            return
-        tokenizer = build_tokenizer()
-        build_model(tokenizer, site.seed).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
 
 
 def choose_demonstrations(site: Site) -> None:
@@ -248,7 +259,7 @@ def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
 
 def load_policy(site: Site, arm: str) -> PreTrainedModel:
     """An arm's policy, on the accelerator if there is one."""
-    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm))
+    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm), dtype=site.dtype)
     return policy.to(best_device())  # pyright: ignore[reportArgumentType]
 
 
@@ -258,8 +269,11 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
     Returns:
         accuracy with its Wilson interval low, high; no_answer, traces without one; distinct, the share of questions
         with a trace of their own: a collapsed policy writes the same to all. Where some are of kinds that no
-        demonstration has, accuracy_unseen is of these alone.
+        demonstration has, accuracy_unseen is of these alone. Kept, as the SFT policy's is asked for by every cell.
     """
+    kept = site.run("samples") / f"{arm}-{part}-greedy.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
     task, rows = get_task(TASK), read_jsonl(site.data(part))
     policy = load_policy(site, arm)
     chunks = sample(
@@ -277,7 +291,7 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
     low, high = wilson_interval(sum(correct), len(rows))
     no_answer = sum(task.extract(text) is None for text in texts)
     distinct = len(set(texts)) / len(texts)
-    return {
+    judged = {
         "accuracy": sum(correct) / len(rows),
         "low": low,
         "high": high,
@@ -286,6 +300,9 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
         "questions": len(rows),
         **({"accuracy_unseen": sum(unseen) / len(unseen)} if unseen else {}),
     }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(kept, judged)
+    return judged
 
 
 def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]]:
@@ -320,7 +337,7 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
 
 def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Samples scored by an arm's reward model, without a log-prob added, and what each way of choosing reaches."""
-    model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model")).to(best_device())
+    model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model"), dtype=site.dtype).to(best_device())
     scores = model.score(
         [row["prompt"] for row in samples],
         [row["completion"] for row in samples],

@@ -1,8 +1,9 @@
-"""Tiny backbones of several architectures, and one with another tokenizer, beside the worlds' Llama.
+"""Backbones of several architectures, and one with another tokenizer, beside the worlds' own.
 
 ``neox`` has GPT-NeoX's shape (LayerNorm, biases, a plain MLP beside the attention), ``qwen3`` Qwen3's (normalised
 queries and keys, two heads to each key and value); both have as many parameters as the Llama to 2 %. ``digits`` is the
-Llama with a tokenizer that writes numbers digit by digit. ``small`` is a Llama of one layer, half as wide.
+Llama with a tokenizer that writes numbers digit by digit. ``small`` is a Llama of one layer, half as wide. Beside a
+pretrained model stands another one.
 """
 
 from collections.abc import Callable
@@ -32,15 +33,19 @@ LABELS = {
     "qwen3": "Qwen3",
     "digits": "Llama, digit by digit",
     "small": "Llama, 32 x 1",
+    "smollm2": "SmolLM2 135M",
+    "gemma3": "Gemma 3 270M",
 }
 """Names of the backbones in tables."""
 COMPARED = ("llama", "neox", "qwen3", "digits")
 """Those of about the same size."""
+PRETRAINED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3": "google/gemma-3-270m-it"}
+"""Hub ids of the pretrained ones."""
 
 
 def own(name: str) -> str | None:
     """What `arms.Site` calls a backbone: the world's own is None there."""
-    return None if name == "llama" else name
+    return None if name in ("llama", "smollm2") else name
 
 
 def build_neox(tokenizer: PreTrainedTokenizerBase, seed: int) -> GPTNeoXForCausalLM:
@@ -98,7 +103,9 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
 
 
 def world_of(backbone: str | None, world: World) -> World:
-    """The world with room for the longer traces of a tokenizer that splits numbers."""
+    """The world with the backbone's weights, or with room for the longer traces of a tokenizer that splits numbers."""
+    if backbone in PRETRAINED:
+        return replace(world, model=PRETRAINED[backbone])
     return replace(world, completion=world.completion * 4 // 3) if backbone == "digits" else world
 
 

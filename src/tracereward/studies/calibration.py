@@ -191,9 +191,9 @@ def features(model: TokenRewardModel, samples: Sequence[Sample]) -> tuple[np.nda
         log_probs, states = completion_log_probs(model.backbone, batch)
         mask = batch.completion_mask[..., None]
         lengths = batch.completion_mask.sum(1)
-        log_prob[rows] = ((log_probs * batch.completion_mask).sum(1) / lengths).numpy()
-        hidden[rows] = ((states * mask).sum(1) / lengths[:, None]).numpy()
-        supervised = states[model.supervision(batch).bool()].double()
+        log_prob[rows] = ((log_probs * batch.completion_mask).sum(1) / lengths).cpu().numpy()
+        hidden[rows] = ((states * mask).sum(1) / lengths[:, None]).cpu().numpy()
+        supervised = states[model.supervision(batch).bool()].double().cpu()
         gram += supervised.T @ supervised
     return log_prob, hidden, torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().numpy()
 
@@ -203,7 +203,7 @@ def tune_head(model: TokenRewardModel, labelled: Sequence[Sample]) -> TokenRewar
     assert model.head is not None
     log_prob, hidden, _ = features(model, labelled)
     inputs = np.column_stack([log_prob, np.ones(len(labelled)), hidden])
-    a, b, w = (parameter.detach().double().numpy() for parameter in (model.head.a, model.head.b, model.head.w))
+    a, b, w = (parameter.detach().double().cpu().numpy() for parameter in (model.head.a, model.head.b, model.head.w))
     fitted = fit_head(inputs, np.array([row["correct"] for row in labelled], dtype=float), np.array([a, b, *w]))
     with torch.no_grad():
         for parameter, value in zip((model.head.a, model.head.b, model.head.w), np.split(fitted, [1, 2]), strict=True):
@@ -231,7 +231,7 @@ def fit_head(inputs: np.ndarray, labels: np.ndarray, start: np.ndarray) -> np.nd
 
 def tune_all(model: TokenRewardModel, labelled: Sequence[Sample]) -> TokenRewardModel:
     """The model with all weights tuned: cross-entropy of the sigmoid of the mean value of a trace, `UPDATES` steps."""
-    labels = torch.tensor([float(row["correct"]) for row in labelled])
+    labels = torch.tensor([float(row["correct"]) for row in labelled], device=model.device)
     parts = batches(model, labelled)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     model.train()

@@ -46,7 +46,7 @@ ORDERS = 10_000
 _LEGEND = (
     "ECE: expected calibration error over ten bins. Separation: mean reward of right traces minus that of wrong ones, "
     "in pooled standard deviations. Effective rank: exp of the entropy of the normalised singular values of the "
-    "reward model's last hidden states at supervised tokens, of 64. Probe: logistic regression on a trace's mean last "
+    "reward model's last hidden states at supervised tokens. Probe: logistic regression on a trace's mean last "
     "hidden state. Between backbones: their share of the sum of squares over all cells, and p of the F test, in which "
     "cells of one seed count as independent."
 )

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from filelock import FileLock
-from transformers import AutoModelForCausalLM
 
 from tracereward.decode import beam, reject, tilt
 from tracereward.evaluate.guided import beam_shape, candidates
@@ -15,9 +14,9 @@ from tracereward.guide import Guide, Guided
 from tracereward.log_probs import LogProbs
 from tracereward.models import load_tokenizer
 from tracereward.rerank import Candidate, ranking_curves
-from tracereward.reward_model import TokenRewardModel
 from tracereward.studies import arms
 from tracereward.studies.equal_tokens import margin
+from tracereward.studies.frozen import load_frozen
 from tracereward.tasks import get_task
 
 Row = dict[str, Any]
@@ -93,8 +92,8 @@ def load_bench(site: arms.Site, arm: str, part: str, n: int, asked: int | None =
     task = get_task(arms.TASK)
     questions = read_jsonl(site.data(part))[: FEW if site.fast else asked]
     prompts = [row["prompt"] for row in questions]
-    policy = AutoModelForCausalLM.from_pretrained(site.policy("sft"))
-    scorer = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model"))
+    policy = arms.load_policy(site, "sft")
+    scorer = load_frozen(site, arm)
     guide = Guide(
         policy, load_tokenizer(str(site.run("init"))), scorer, site.world.completion, seed=site.seed, batch_size=512
     )

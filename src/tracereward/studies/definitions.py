@@ -1,9 +1,10 @@
 """The studies. Each is data: its arms over worlds and seeds, the question, and the split it looks at."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from tracereward.studies.backbones import COMPARED, LABELS, own
+from tracereward.studies.backbones import COMPARED, LABELS, PRETRAINED, own
 from tracereward.studies.design import (
     BASE,
     CONTINUED,
@@ -49,7 +50,15 @@ _CONTROLS = (
     "learning rates and lengths on validation questions; the same questions choose between the start and four "
     "checkpoints in every arm that trains."
 )
-_HEAD: dict[str, Any] = {"updates": 20, "head_learning_rate": 1e-2}
+
+
+def _rewards_of(backbones: Iterable[str]) -> tuple[Arm, ...]:
+    """The reward of each backbone on the policies of all."""
+    options = {**FROZEN, "policies": list(backbones), "demonstrations": [5, 10, 25, 50]}
+    options |= {"updates": 20, "head_learning_rate": 1e-2}
+    return tuple(Arm(f"reward of {LABELS[name]}", "transfer", options, backbone=own(name)) for name in backbones)
+
+
 STUDIES = {
     "recipe": Study(
         "Does the learned reward carry more than log-prob?",
@@ -268,8 +277,8 @@ STUDIES = {
         "A pretrained language model as policy",
         "SmolLM2-135M-Instruct on generated word problems: 400 demonstrations in eleven stories, 3,000 prompts without "
         "traces; a quarter of the test are four stories that no other part has. All weights are trained. SFT is tuned "
-        "over two learning rates on validation questions; all else is what `tracereward train` does by default, and "
-        "the policy after the last step is judged. Made for one GPU.",
+        "over two learning rates on validation questions; GRPO learns from 1,536 rollouts in 24 steps, and the policy "
+        "after the last of them is judged. Models compute in bfloat16.",
         worlds=("word-problems",),
         seeds=(40, 41, 42),
         recipe=PRETRAINED_RECIPE,
@@ -280,7 +289,7 @@ STUDIES = {
             LOGPROB,
             VERIFIER,
             CONTINUED,
-            irl("frozen after warm-up, 5e-5", **{**FROZEN, "discriminator_learning_rate": 5e-5}),
+            irl("frozen after warm-up", **FROZEN),
         ),
         split="test",
     ),
@@ -349,11 +358,12 @@ STUDIES = {
         "The frozen reward of the study of reranking, learned alike by backbones of about the same size, on samples of "
         "each backbone's own SFT policy. The probability that a trace is right is the sigmoid of its reward. Each "
         "reward model is judged as it was trained, and after its head or all its weights were tuned on the labelled "
-        "first samples of 100 validation questions. Platt scaling and a linear probe of the trace's mean last hidden "
-        "state are fitted on all samples of the other 200.",
+        "first samples of a third of the validation questions. Platt scaling and a linear probe of the trace's mean "
+        "last hidden state are fitted on all samples of the others.",
         worlds=("checked",),
         seeds=(40, 41, 42),
         arms=tuple(Arm(LABELS[name], "calibration", FROZEN, backbone=own(name)) for name in COMPARED),
+        pretrained=tuple(Arm(LABELS[name], "calibration", FROZEN, backbone=own(name)) for name in PRETRAINED),
         split="test",
     ),
     "transfer": Study(
@@ -368,16 +378,9 @@ STUDIES = {
         seeds=(40, 41, 42),
         arms=(
             *chosen((SFT, IRL, irl("IRL, smaller discriminator", discriminator_model="small/base"))),
-            *(
-                Arm(
-                    f"reward of {LABELS[name]}",
-                    "transfer",
-                    {**FROZEN, "policies": list(COMPARED), "demonstrations": [5, 10, 25, 50], **_HEAD},
-                    backbone=own(name),
-                )
-                for name in COMPARED
-            ),
+            *_rewards_of(COMPARED),
         ),
+        pretrained=_rewards_of(PRETRAINED),
         split="test",
     ),
 }

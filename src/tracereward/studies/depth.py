@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
 from tracereward.batching import pack, scoring_budget, token_budget_batches
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.evaluate.localisation import chance, hit, step_values
@@ -24,7 +22,7 @@ def by_depth(site: arms.Site, scored: Sequence[Row]) -> dict[str, Any]:
 
 def token_log_probs(site: arms.Site, arm: str, rows: Sequence[Row]) -> list[list[float]]:
     """Log-prob of each token of each completion under an arm's policy, in nats."""
-    policy = AutoModelForCausalLM.from_pretrained(site.policy(arm)).eval()
+    policy = arms.load_policy(site, arm).eval()
     tokenizer = load_tokenizer(str(site.folder / "init"))
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     completions = [encode_completion(tokenizer, row["completion"]) for row in rows]

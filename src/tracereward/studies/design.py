@@ -50,6 +50,7 @@ class Study:
         samples: of the SFT policy for each question, ranked by each learned reward.
         recipe: what the arms differ from.
         steps: of GRPO in the place of the world's.
+        pretrained: the arms in a world of a pretrained model, whose backbones are others; None: the same.
     """
 
     title: str
@@ -61,6 +62,7 @@ class Study:
     samples: int = 8
     recipe: dict[str, Any] = field(default_factory=lambda: RECIPE)
     steps: int | None = None
+    pretrained: tuple[Arm, ...] | None = None
 
     def cells(self, worlds: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> list[Cell]:
         """One cell for each world, arm and seed.
@@ -91,15 +93,16 @@ class Study:
                 arm.backbone,
             )
             for world in chosen
-            for arm in self.arms
+            for arm in self._arms_in(world)
             if world.pretraining or not arm.needs_base
             for seed in seeds or self.seeds[: arm.seeds]
         ]
 
+    def _arms_in(self, world: World) -> tuple[Arm, ...]:
+        return self.arms if world.model is None or self.pretrained is None else self.pretrained
+
     def _check(self, world: World) -> None:
         """Refuse a world that lacks what an arm needs."""
-        if world.model is not None and any(arm.backbone for arm in self.arms):
-            raise InputError(f"world {world.name}: this study pretrains its backbones, and that world has no corpus")
         if world.name not in MISTAKE_RATES and any(arm.corrupt for arm in self.arms):
             known = ", ".join(MISTAKE_RATES)
             raise InputError(f"world {world.name}: this study has wrong experts, which the worlds {known} have")

@@ -38,7 +38,7 @@ def sections(path: Path, results: Sequence[Result]) -> list[str]:
         _degradation(found),
         "### Adapted with few demonstrations",
         f"Gain by the number of demonstrations. Restored: the smallest number whose mean gain is at least "
-        f"{RESTORED:.0%} of that of the policy's own reward, which saw 100 demonstrations. With three seeds the "
+        f"{RESTORED:.0%} of that of the policy's own reward, which saw all of them. With three seeds the "
         "intervals are wide: a mean over that line is no proof.",
         _adaptation(found),
     ]
@@ -48,7 +48,8 @@ def by_reward(results: Sequence[Result]) -> dict[str, list[dict[str, Any]]]:
     """For each reward's backbone its results of each seed, in the order of seeds."""
     found: dict[str, list[Result]] = {}
     for result in sorted(results, key=lambda result: result["seed"]):
-        found.setdefault(result.get("backbone") or "llama", []).append(result["transfer"])
+        own = result["options"]["policies"][0]
+        found.setdefault(result.get("backbone") or own, []).append(result["transfer"])
     return {name: found[name] for name in LABELS if name in found}
 
 
