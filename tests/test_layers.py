@@ -19,8 +19,8 @@ LAYERS = [
     ),
     (
         "training",
-        "adversarial_config bridge config callbacks checkpoints discriminator failures monitor negatives penalties "
-        "rollouts trainer update_plan validation warmup watch",
+        "adversarial_config bridge config callbacks checkpoints discriminator failures micro_batches monitor negatives "
+        "penalties rollouts trainer update_plan validation warmup watch",
     ),
     (
         "applications",

@@ -1,4 +1,7 @@
-"""Rollouts by transformers that keep one shape for a whole run, so that their decoding step is compiled once.
+"""Rollouts as the policy draws them and as it learns from them.
+
+It learns from micro-batches by length, see `micro_batches`. With `compile_rollouts` transformers draws in one shape for
+a whole run, so that the decoding step is compiled once.
 
 A small model's decoding on a GPU is bound by the launches of its kernels. transformers records the step of a static
 cache as CUDA graphs where it may compile, and records again for every other shape; TRL forbids the compiling and pads
@@ -19,10 +22,11 @@ from trl import GRPOConfig, GRPOTrainer
 from tracereward.checkpoints import SafeTrainer
 from tracereward.demonstrations import encode_prompt
 from tracereward.errors import InputError
+from tracereward.micro_batches import by_length, window
 
 
 class RolloutTrainer(SafeTrainer, GRPOTrainer):
-    """`trl.GRPOTrainer` with whole checkpoints and, with `compile_rollouts`, compiled decoding.
+    """`trl.GRPOTrainer` with whole checkpoints, micro-batches by length and, if asked, compiled decoding.
 
     Attributes:
         prompt_width: to which all prompts are padded when rollouts are drawn: the longest of the run; None leaves it to
@@ -52,6 +56,21 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
             nn.Module.to(self.half, torch.bfloat16)
             for module in self.half.modules():  # TRL's fused forward of the copy would call the policy's own
                 module.__dict__.pop("forward", None)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        before = self._buffered_inputs
+        prepared = super()._prepare_inputs(inputs)
+        if self._buffered_inputs is None or self._buffered_inputs is before:
+            return prepared
+        config = self.args
+        assert isinstance(config, GRPOConfig)
+        assert config.steps_per_generation is not None
+        size = window(config.gradient_accumulation_steps, config.steps_per_generation)
+        # These are means over the tokens of a micro-batch: which rows are together makes a difference to them.
+        if config.loss_type == "bnpo" or getattr(self, "_entropy_bonus_enabled", False):
+            size = 1
+        self._buffered_inputs = by_length(self._buffered_inputs, size)
+        return self._buffered_inputs[self._step % config.steps_per_generation]
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         padded, wrapped = self.pad_to_multiple_of, self.model_wrapped

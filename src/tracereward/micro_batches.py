@@ -1,0 +1,91 @@
+"""The policy's micro-batches by length.
+
+TRL pads all rollouts of a generation to its longest prompt and its longest completion, and deals them out at random: a
+micro-batch computes as much padding as the longest rollout of all asks for. Here the rollouts of one optimiser step are
+dealt out by length, and each micro-batch loses the columns that only hold its padding. Each has as many rows as before,
+so that the step's loss is the same sum.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MicroBatch = dict[str, Tensor | None]
+
+_OF_PROMPTS = {"prompt_ids", "prompt_mask"}
+_OF_ROWS = {
+    "completion_ids",
+    "completion_mask",
+    "advantages",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+    "tool_mask",
+}
+_KNOWN = _OF_PROMPTS | _OF_ROWS | {"num_items_in_batch"}
+
+
+def window(accumulation: int, per_generation: int) -> int:
+    """How many successive micro-batches of one generation belong to one optimiser step; 1 where steps straddle them."""
+    if per_generation % accumulation == 0:
+        return accumulation
+    return per_generation if accumulation % per_generation == 0 else 1
+
+
+def by_length(batches: Sequence[MicroBatch], size: int) -> list[MicroBatch]:
+    """Micro-batches with the same rows in each run of `size`, longest last, without columns that are padding only.
+
+    Args:
+        batches: of one generation, as TRL splits it: prompts are padded on the left, completions on the right. Other
+            fields than those of text come back as they are.
+        size: micro-batches whose rows may change places; a divisor of their number.
+    """
+    if any(name not in _KNOWN and value is not None for batch in batches for name, value in batch.items()):
+        return list(batches)
+    sorted_batches: list[MicroBatch] = []
+    for start in range(0, len(batches), size):
+        merged = _merge(batches[start : start + size])
+        order = torch.argsort(_lengths(merged), stable=True)
+        sorted_batches += [_trimmed(_rows(merged, part)) for part in order.chunk(size)]
+    return sorted_batches
+
+
+def _merge(batches: Sequence[MicroBatch]) -> MicroBatch:
+    merged: MicroBatch = dict(batches[0])
+    for name, value in merged.items():
+        if value is not None and value.dim():
+            merged[name] = torch.cat([batch[name] for batch in batches])  # pyright: ignore[reportArgumentType]
+    return merged
+
+
+def _rows(batch: MicroBatch, rows: Tensor) -> MicroBatch:
+    return {name: value[rows] if value is not None and value.dim() else value for name, value in batch.items()}
+
+
+def _lengths(batch: MicroBatch) -> Tensor:
+    """Columns between a row's first prompt token and its last completion token that counts, (B,)."""
+    prompt, completion = batch["prompt_mask"], batch["completion_mask"]
+    assert prompt is not None
+    assert completion is not None
+    ends = torch.arange(1, completion.size(1) + 1, device=completion.device)
+    return prompt.sum(1) + (completion.bool() * ends).amax(1)
+
+
+def _trimmed(batch: MicroBatch) -> MicroBatch:
+    prompt, completion = batch["prompt_mask"], batch["completion_mask"]
+    assert prompt is not None
+    assert completion is not None
+    width = completion.size(1)
+    first = int(prompt.any(0).int().argmax())
+    last = max(1, int((completion.any(0) * torch.arange(1, width + 1, device=completion.device)).max()))
+    trimmed = dict(batch)
+    for name, value in batch.items():
+        if value is None:
+            continue
+        if name in _OF_PROMPTS:
+            trimmed[name] = value[:, first:]
+        elif name in _OF_ROWS and value.dim() == 2 and value.size(1) == width:
+            trimmed[name] = value[:, :last]
+    return trimmed
