@@ -5,6 +5,7 @@ such as "the answer is (C)"; of several of one form the last counts. Anything el
 below says in which order it tries the forms: the recipe's own form first.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -256,21 +257,32 @@ def math_verify_equal(answer: str, gold: str) -> bool:
             reply = ""
         except BaseException:  # Ctrl-C between question and reply: the next caller must not read this reply
             worker.kill()
+            _end(worker)
             _worker = None
             raise
         finally:
             timer.cancel()
-        if expired.is_set() or not reply:
+            timer.join()  # it may be killing just now
+        if not reply or expired.is_set():
             _worker = None
+            code = _end(worker)
+            if not reply and not expired.is_set():
+                raise RuntimeError(f"math-verify ended with code {code}; see its message above")
         if reply:
             return json.loads(reply)
-        code = worker.wait()
-        if expired.is_set():
-            # Not the answers themselves: a server's log has nothing that its users wrote.
-            size = len(answer), len(gold)
-            _log.warning("math-verify stopped after %g s on answers of %d and %d characters", TIME_LIMIT, *size)
-            return False
-    raise RuntimeError(f"math-verify ended with code {code}; see its message above")
+        # Not the answers themselves: a server's log has nothing that its users wrote.
+        size = len(answer), len(gold)
+        _log.warning("math-verify stopped after %g s on answers of %d and %d characters", TIME_LIMIT, *size)
+        return False
+
+
+def _end(worker: subprocess.Popen[str]) -> int:
+    """Close the pipes of a process that is ending; its exit status."""
+    for pipe in (worker.stdin, worker.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):  # what it has not read
+            pipe.close()
+    return worker.wait()
 
 
 def _start_worker() -> subprocess.Popen[str]:
