@@ -481,7 +481,7 @@ def test_calibration_page_by_hand(tmp_path):
         rows.append(made("calibration", seed, LABELS[backbone], calibration={**found, "states": states}))
     write_page(tmp_path / "x.md", "A title", "A question.", "tracereward study x", rows)
     page = (tmp_path / "x.md").read_text()
-    assert "6 cells, seeds 0, 1, 2, 300 test questions each" in page
+    assert "6 cells, seeds 0, 1, 2, 300 test questions, the same for all seeds" in page
     assert "adversarial runs" not in page
     assert (tmp_path / "x-reliability.png").stat().st_size > 1000
     # s of 0.70, 0.72, 0.74 is 0.02: 4.303 * 0.02 / sqrt(3) = 0.0497

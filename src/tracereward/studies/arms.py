@@ -92,7 +92,7 @@ class Site:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What its models are judged in: what they were trained in."""
+        """What its policies draw in: what they were trained in."""
         return torch.bfloat16 if self.world.grpo.get("bf16") else torch.float32
 
     @property
@@ -271,7 +271,7 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
         with a trace of their own: a collapsed policy writes the same to all. Where some are of kinds that no
         demonstration has, accuracy_unseen is of these alone. Kept, as the SFT policy's is asked for by every cell.
     """
-    kept = site.run("samples") / f"{arm}-{part}-greedy.json"
+    kept = site.run(arm) / f"greedy-{part}.json"
     if kept.exists():
         return json.loads(kept.read_text(encoding="utf-8"))
     task, rows = get_task(TASK), read_jsonl(site.data(part))
@@ -315,7 +315,8 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
     tokenizer = load_tokenizer(str(site.run("init")))
     texts = [row["prompt"] for row in questions]
     rows = []
-    size = 2400 if site.world.model is None else 1600
+    # A pretrained model's keys and values of 1,600 rows fill 6 GB.
+    size = 2400 if site.world.model is None else 1600 if best_device().type == "cuda" else 320
     for chunk in sample(policy, tokenizer, texts, n, site.world.completion, seed=site.seed, batch_size=size):
         for s in chunk:
             gold = questions[s.prompt]["answer"]
@@ -337,7 +338,7 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
 
 def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Samples scored by an arm's reward model, without a log-prob added, and what each way of choosing reaches."""
-    model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model"), dtype=site.dtype).to(best_device())
+    model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model")).to(best_device())
     scores = model.score(
         [row["prompt"] for row in samples],
         [row["completion"] for row in samples],

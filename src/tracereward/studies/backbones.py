@@ -37,6 +37,8 @@ LABELS = {
     "gemma3": "Gemma 3 270M",
 }
 """Names of the backbones in tables."""
+OWN_TOKENIZER = {"digits", "smollm2", "gemma3"}
+"""Those whose tokenizer no other has."""
 COMPARED = ("llama", "neox", "qwen3", "digits")
 """Those of about the same size."""
 PRETRAINED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3": "google/gemma-3-270m-it"}

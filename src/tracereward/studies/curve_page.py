@@ -39,7 +39,7 @@ def sections(path: Path, results: Sequence[Result]) -> list[str]:
     label = "wrong demonstrations, %" if "corrupt" in results[0] else "demonstrations, % of the world's"
     curve_lines(figure, label, accuracies, aurocs)
     parts = [f"![Accuracy and AUROC along the lines]({figure.name})", policies(points)]
-    return [*parts, rankings(points)] if aurocs else parts
+    return [*parts, baselines(points), rankings(points)] if aurocs else parts
 
 
 def frozen(result: Result) -> bool:
@@ -90,6 +90,26 @@ def policies(points: Points) -> str:
     return table([*heads, "start kept"], rows)
 
 
+def baselines(points: Points) -> str:
+    """What choosing among the SFT policy's samples reaches without a reward, for each share."""
+    shares: dict[int, list[Result]] = {}
+    for (_, x), of_seeds in points.items():
+        if "ranking" in of_seeds[0]:
+            shares.setdefault(x, of_seeds)  # all lines rank the same samples
+    n = next(iter(shares.values()))[0]["samples"]
+    names = ["mean sample", f"majority@{n}", f"log-prob best-of-{n}", "shortest", f"oracle@{n}"]
+    rows = [
+        [f"{x} %", *(cell(percent(of_seeds, lambda r, name=name: reached(r)[name])) for name in names)]
+        for x, of_seeds in shares.items()
+    ]
+    return table([f"{n} samples of the SFT policy with that share, %", *names], rows)
+
+
+def reached(result: Result) -> dict[str, float]:
+    """Accuracy of each way of choosing."""
+    return {name: value[0] for name, value in result["ranking"]["accuracy"].items()}
+
+
 def rankings(points: Points) -> str:
     """What the rewards say of samples of the SFT policy with the same share, and what choosing by them gains."""
     rows = []
@@ -99,8 +119,12 @@ def rankings(points: Points) -> str:
         n = of_seeds[0]["samples"]
 
         def gain(result: Result, label: str, n: int = n) -> float:
-            reached = {name: value[0] for name, value in result["ranking"]["accuracy"].items()}
-            return reached[label.format(n=n)] - max(reached[f"majority@{n}"], reached[f"log-prob best-of-{n}"])
+            of = reached(result)
+            return of[label.format(n=n)] - max(of[f"majority@{n}"], of[f"log-prob best-of-{n}"])
+
+        def against_shortest(result: Result, n: int = n) -> float:
+            of = reached(result)
+            return of[SCORES["reward_logprob"].format(n=n)] - of["shortest"]
 
         rows.append(
             [
@@ -109,6 +133,7 @@ def rankings(points: Points) -> str:
                 *(cell(mean_interval([auroc(r, score) for r in of_seeds]), 3) for score in SCORES),
                 cell(mean_interval([number(r["ranking"].get("reward_r")) for r in of_seeds]), 3),
                 *(signed(percent(of_seeds, lambda r, label=label: gain(r, label))) for label in SCORES.values()),
+                signed(percent(of_seeds, against_shortest)),
             ]
         )
     n = next(of[0]["samples"] for of in points.values())
@@ -121,6 +146,7 @@ def rankings(points: Points) -> str:
             "reward-correctness r",
             f"reward best-of-{n} minus the better of majority and log-prob",
             "reward + log-prob, the same",
+            "reward + log-prob minus the shortest",
         ],
         rows,
     )

@@ -23,13 +23,11 @@ from tracereward.studies.design import (
     irl,
 )
 from tracereward.studies.frozen import FROZEN
-from tracereward.studies.worlds import FIRST_RECIPE, PRETRAINED_RECIPE, R1_RECIPE
+from tracereward.studies.worlds import FIRST_RECIPE, PRETRAINED_RECIPE, R1_RECIPE, STEADY
 
 GRANULARITIES = ("sparse", "step", "interval", "dense")
 SHARES = (10, 25, 50, 75, 100)
 """Percent of a world's demonstrations."""
-STEADY: dict[str, Any] = {**R1_RECIPE, "perturbed_per_expert": 1}
-"""The recipe of `misconception`, with perturbed experts."""
 NAIVE: dict[str, Any] = {
     "head": "token",
     "reward_form": "logit",
@@ -302,11 +300,11 @@ STUDIES = {
         "checkpoints where GRPO trains, which also has 3,000 prompts without traces. With the verifier it uses gold "
         "answers: the upper bound. The frozen reward is trained on rollouts drawn once. As in `misconception` nothing "
         "but a wrong value gives a mistake away, and options are what the study of the objective chose there (R1 "
-        "penalty 1, learning rate 3e-4). An earlier `hops`, whose facts stood in the prompt, was given up: in most "
-        "seeds so small a model never learned to look them up.",
+        "penalty 1, learning rate 3e-4), with one perturbed copy of each expert. An earlier `hops`, whose facts stood "
+        "in the prompt, was given up: in most seeds so small a model never learned to look them up.",
         worlds=("hops",),
         seeds=(50, 51, 52, 53, 54),
-        recipe=R1_RECIPE,
+        recipe=STEADY,
         arms=(
             *chosen((BASE, SFT, LOGPROB, VERIFIER, IRL)),
             irl("frozen after warm-up", discriminator_updates=0, max_steps=4),

@@ -105,13 +105,14 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
     total = sum(result["kind"] == "irl" for result in results)
     hours = sum(result["seconds"] for result in results) / 3600
     fast = " **Fewer steps (`--quick`): these figures mean little.**" if first["fast"] else ""
+    alike = "the same for all seeds" if splits == ["test"] else "others for each seed"
     made = (
         f"`{command}`: {len(results)} cells, seeds {', '.join(map(str, seeds))}, {first['questions']} "
-        f"{' and '.join(splits)} questions each, {hours:.1f} hours of one core without pretraining and SFT "
+        f"{' and '.join(splits)} questions, {alike}, {hours:.1f} hours of one core without pretraining and SFT "
         f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast}"
     )
     if not total:
-        return f"{made} Intervals are 95 % t intervals over seeds."
+        return f"{made} Intervals are 95 % t intervals over seeds: over data, models and training, not over questions."
     return (
         f"{made} In all studies {tried} "
         "configurations of adversarial training, arms times worlds, were looked at on validation questions. Of the "
@@ -119,7 +120,8 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
         "more than 5 points under SFT's, or fewer than half its distinct traces). Stopped: a failure rule ended the "
         "run and put its best checkpoint back, or, without a better one, the SFT policy itself. Start kept: validation "
         "questions, where they choose, preferred the start to all checkpoints. Accuracies are in %, "
-        "with 95 % t intervals over seeds; differences are paired by seed."
+        "with 95 % t intervals over seeds, which are of data, models and training, not of questions; differences are "
+        "paired by seed."
     )
 
 

@@ -122,12 +122,13 @@ def choices(scored: Sequence[Sample]) -> dict[str, float]:
     """What choosing one sample of each question reaches.
 
     Returns:
-        Accuracy of majority vote, of the best by logprob, reward and sum (of the two); and gain: sum's above the better
-        of majority and logprob.
+        Accuracy of majority vote, of the shortest, of the best by logprob, reward and sum (of the two), and of the
+        oracle; and gain: sum's above the better of majority and logprob.
     """
     task = get_task(arms.TASK)
     _, questions = rerank_rows(scored, task, "majority")
-    methods = {"majority": "majority", "logprob": "logprob", "reward": "reward", "sum": "reward_logprob"}
+    methods = {name: name for name in ("majority", "logprob", "shortest", "oracle", "reward")}
+    methods["sum"] = "reward_logprob"
     found = {name: float(np.mean(outcomes(questions, method, task.equal))) for name, method in methods.items()}
     return {**found, "gain": found["sum"] - max(found["majority"], found["logprob"])}
 

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from tracereward.metrics import mean_interval
-from tracereward.studies.backbones import LABELS
+from tracereward.studies.backbones import LABELS, OWN_TOKENIZER
 from tracereward.studies.markdown import cell, signed, table
 
 Result = dict[str, Any]
 Interval = tuple[float, float, float]
 RESTORED = 0.9
 """Share of the own reward's gain that an adapted one must reach."""
+_ALONE = {"log-prob best-of": "logprob", "shortest": "shortest", "oracle": "oracle"}
 _LEGEND = (
     "Rows: the backbone that the reward was learned with. Columns: the backbone whose SFT policy wrote the samples. "
     "Gain: choosing one of 8 by reward + log-prob, minus the better of majority vote and log-prob, in points. Each "
@@ -84,7 +85,7 @@ def policies(found: Found) -> list[str]:
 def _policies(found: Found) -> str:
     """What each policy's own log-prob and votes reach, which no reward changes, and what its own reward adds."""
     names = {"within-prompt AUROC of log-prob": ("auroc_logprob", 1, 3), "majority, %": ("majority", 100, 1)}
-    names |= {"log-prob best-of, %": ("logprob", 100, 1)}
+    names |= {f"{name}, %": (key, 100, 1) for name, key in _ALONE.items()}
     rows = []
     for head, (key, unit, digits) in names.items():
         of_first = next(iter(found))
@@ -122,8 +123,8 @@ def _degradation(found: Found) -> str:
         rows.append([f"reward of {LABELS[reward]} on {LABELS[policy]}", *cells])
     groups = {
         "mean over all pairs": pairs,
-        "mean over pairs with one tokenizer": [pair for pair in pairs if "digits" not in pair],
-        "mean over pairs with two tokenizers": [pair for pair in pairs if "digits" in pair],
+        "mean over pairs with one tokenizer": [pair for pair in pairs if OWN_TOKENIZER.isdisjoint(pair)],
+        "mean over pairs with two tokenizers": [pair for pair in pairs if not OWN_TOKENIZER.isdisjoint(pair)],
     }
     for name, of_group in groups.items():
         if of_group:

@@ -37,7 +37,7 @@ class World:
     @property
     def recipe(self) -> dict[str, Any]:
         """Options of adversarial training in this world."""
-        return {**(R1_RECIPE if self.name in UNMARKED else RECIPE), **self.adversarial}
+        return {**UNMARKED.get(self.name, RECIPE), **self.adversarial}
 
 
 COMMON: dict[str, Any] = {
@@ -56,12 +56,15 @@ FIRST_RECIPE: dict[str, Any] = {
     "discriminator_warmup_updates": 40,
     "discriminator_every": 4,
     "warmup_rollouts": 16,
+    "perturbed_per_expert": 0,
 }
 """Options of adversarial training that the studies started from."""
 R1_RECIPE: dict[str, Any] = {**FIRST_RECIPE, "r1_penalty": 1.0}
 """What they chose in `misconception`, where no mistake leaves a mark."""
-UNMARKED = ("misconception", "hops")
-"""Worlds where nothing but a wrong value gives a mistake away: their recipe is that one."""
+STEADY: dict[str, Any] = {**R1_RECIPE, "perturbed_per_expert": 1}
+"""The same with perturbed experts."""
+UNMARKED = {"misconception": R1_RECIPE, "hops": STEADY}
+"""The recipes of worlds where nothing but a wrong value gives a mistake away."""
 RECIPE: dict[str, Any] = {
     **FIRST_RECIPE,
     "discriminator_learning_rate": 1e-3,
