@@ -46,9 +46,13 @@ class Node:
         return self.launcher.wait()
 
     def stop(self, number: int) -> None:
-        """Send a signal to the processes: the launcher itself would give them 30 seconds and no more."""
+        """Send a signal to the processes: the launcher itself would give them 30 seconds and no more.
+
+        To the launcher while it has none, because it is starting or waits for the other nodes.
+        """
         if self.launcher is not None and self.launcher.poll() is None:
-            for process in psutil.Process(self.launcher.pid).children():
+            launcher = psutil.Process(self.launcher.pid)
+            for process in launcher.children() or [launcher]:
                 process.send_signal(number)
 
 
@@ -76,12 +80,12 @@ def attempt(actors: list, given: argparse.Namespace, told: list[int]) -> tuple[i
         The first exit status other than 0, and whether a node was lost.
     """
     status, lost, stopped = 0, False, 0
-    meeting = [actors[0].address.remote()]
-    while not ray.wait(meeting, timeout=1)[0]:  # until Ray has the nodes
+    meeting = [actor.address.remote() for actor in actors]
+    while len(ray.wait(meeting, num_returns=len(meeting), timeout=1)[0]) < len(meeting):  # until Ray has all nodes
         if told:
             return 1, False
     try:
-        address = ray.get(meeting[0])
+        address = ray.get(meeting)[0]
     except RayActorError:
         return 1, True
     training = ["--config", given.recipe, "--resume", *given.options]

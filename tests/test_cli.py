@@ -270,6 +270,10 @@ def test_fewer_demonstrations_than_a_batch(command, bench, tmp_path):
         ({"num_generations": 1}, ["at least 2 completions"]),
         ({"save_total_limit": 1}, ["save_total_limit must be at least 2"]),
         ({"num_iterations": 2, "save_steps": 3}, ["save_steps 3", "--save_steps 2"]),
+        (
+            {"steps_per_generation": 6, "gradient_accumulation_steps": 4, "save_steps": 2},
+            ["save_steps 2", "--save_steps 3"],
+        ),
         ({"model_name_or_path": None}, ["--model_name_or_path"]),
         ({"granulrity": "step"}, ["unknown option --granulrity", "did you mean 'granularity'?"]),
         ({"max_steps": "many"}, ["max_steps", "many"]),

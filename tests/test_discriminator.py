@@ -11,6 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from tracereward import discriminator as module
+from tracereward import sharding
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.discriminator import LR_WARMUP, Discriminator, ema_decay, gated_updates
@@ -447,7 +448,8 @@ def test_processes_start_from_the_same_weights(make, monkeypatch):
         next(built[1].parameters()).add_(1.0)
     config, experts = make().config, make().experts
     processes = Processes(2)
-    monkeypatch.setattr(module, "dist", processes)
+    for owner in (module, sharding):
+        monkeypatch.setattr(owner, "dist", processes)
     one, two = processes.run(lambda rank: Discriminator(built[rank], experts, config))
     assert largest_difference(parameters_of(one), parameters_of(two)) == 0.0
 

@@ -24,8 +24,9 @@ LAYERS = [
     ),
     (
         "applications",
-        "correct decode distill evaluate guided_rows outcome outputs run run_folder inspection inspection_terminal "
-        "pool report plots quickstart score_ray scored_rows shards serving studies tables arguments",
+        "correct decode distill evaluate guided_rows outcome outputs run run_folder run_report inspection "
+        "inspection_terminal pool report plots quickstart score_ray scored_rows shards serving studies tables "
+        "arguments",
     ),
     ("command line", "cli cli_evaluate cli_reward cli_serve __main__"),
 ]

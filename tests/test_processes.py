@@ -124,6 +124,10 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batch(bench
     words = refused([half])
     assert "8 rows in an optimiser step, this command has 4 (1 processes)" in words
     assert "--per_device_train_batch_size" in words
+    more = launcher()(*bench.words(output, per_device_train_batch_size=8, steps_per_generation=2), "--resume")
+    words = refused([more])
+    assert "8 rollouts in a generation, this command has 16" in words
+    assert "--steps_per_generation" in words
     alone = launcher()(*bench.words(output, per_device_train_batch_size=8), "--resume")
     assert alone.code == 0, alone.err
     assert f"going on from {output}/checkpoints/checkpoint-2" in alone.err
@@ -144,4 +148,4 @@ def test_the_launcher_ends_a_run_of_which_one_process_is_killed(bench, tmp_path)
     code = launch("ddp", "--", *bench.words(output), "--resume", output=text)
     assert code == 0, text.read_text()[-4000:]
     assert_same(output, bench.reference())
-    assert json.loads((output / "checkpoints" / "batch.json").read_text()) == {"rows": 8}
+    assert json.loads((output / "checkpoints" / "batch.json").read_text()) == {"rows": 8, "rollouts": 8}

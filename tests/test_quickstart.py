@@ -11,7 +11,7 @@ from tracereward import quickstart
 from tracereward.cli import main
 from tracereward.files import read_jsonl
 from tracereward.report import Trace
-from tracereward.run import pick_traces
+from tracereward.run_report import pick_traces
 from tracereward.scores import TokenScores
 
 

@@ -2,13 +2,14 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from trl import ModelConfig
 
-from tracereward import watch
+from tracereward import run_report, watch
 from tracereward.adversarial_config import AdversarialConfig
 from tracereward.config import DataArguments
 from tracereward.failures import Failure
@@ -77,6 +78,22 @@ def run(tmp_path, tiny_model_folder, monkeypatch):
 
 def weights(path):
     return load_file(path / "model.safetensors")
+
+
+def test_a_report_without_room_for_the_models_comes_after_all_else(run, capsys, monkeypatch):
+    """What a run has left is saved before its models go to the accelerator once more."""
+    folders = []
+
+    def full(trainer, left, reward_model, *rest):
+        folder = Path(left.model_name_or_path).parent
+        folders.append({path.name for path in [*folder.glob("*/*.safetensors"), *folder.iterdir()]})
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run_report, "fresh_traces", full)
+    folder = run(2, [0.3, 0.3])
+    assert folders[0] >= {"policy", "reward_model", "model.safetensors", "head.safetensors"}
+    assert "did not fit beside the training" in capsys.readouterr().err
+    assert "No rewards and heatmaps" in (folder / "report.html").read_text()
 
 
 def test_the_best_checkpoint_comes_back(run, capsys):

@@ -8,7 +8,8 @@ set -euo pipefail
 launcher='' told=false
 pass_on() {
     told=true
-    if [ -n "$launcher" ]; then pkill -TERM -P "$launcher" || true; fi
+    # It has no processes yet while it starts and while it waits for the other nodes.
+    if [ -n "$launcher" ]; then pkill -TERM -P "$launcher" || kill -TERM "$launcher" 2> /dev/null || true; fi
 }
 trap pass_on TERM
 

@@ -148,9 +148,10 @@ class PolicyConfig(GRPOConfig):
 
     @property
     def rollout_steps(self) -> int:
-        """Optimiser steps that share one batch of rollouts: only between batches is a checkpoint exact."""
+        """Optimiser steps until a batch of rollouts and a step end together: there a checkpoint is exact."""
         assert self.steps_per_generation is not None
-        return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+        passes = self.steps_per_generation * self.num_iterations
+        return passes // math.gcd(passes, self.gradient_accumulation_steps)
 
 
 @dataclass

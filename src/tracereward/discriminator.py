@@ -36,7 +36,7 @@ from tracereward.objectives import (
 )
 from tracereward.penalties import gradient_penalties, r1_penalties
 from tracereward.reward_model import TokenRewardModel
-from tracereward.sharding import as_parts, clip_gradients, most, shard, whole
+from tracereward.sharding import as_parts, clip_gradients, from_main, most, same_on_all, several_processes, shard, whole
 from tracereward.shared_prompts import can_share_prompts, grouped_batches
 from tracereward.update_plan import Weights, passes, weigh
 
@@ -82,12 +82,13 @@ class Discriminator:
         self.config = config
         self.held_out = frozenset(held_out)
         self.policy_log_probs = policy_log_probs
+        self.in_parts = config.shard_discriminator and several_processes()
+        device = config.device if self.in_parts else model.device
         if dist.is_initialized():  # the same start on every rank, whatever the seed did
-            for parameter in self._trained().values():
-                dist.broadcast(parameter.data, 0)
-        self.in_parts = config.shard_discriminator and dist.is_initialized() and dist.get_world_size() > 1
+            same_on_all(self._trained().values(), device)
         if self.in_parts:
-            shard(model.backbone)
+            shard(model.backbone, device)
+            model.to(device)  # its head
         self.parameters = self._trained()
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.discriminator_learning_rate, weight_decay=0.01
@@ -123,7 +124,8 @@ class Discriminator:
             return {}
         gated = config.discriminator_gate_low is not None or config.discriminator_gate_high is not None
         due = self.batches % config.monitor_every == 0
-        accuracy = self.held_out_accuracy() if self.held_out and (gated or due) else math.nan
+        # All processes go by one number: an update of some alone would wait for the others for ever.
+        accuracy = from_main(self.held_out_accuracy()) if self.held_out and (gated or due) else math.nan
         count = gated_updates(
             config.discriminator_updates, accuracy, config.discriminator_gate_low, config.discriminator_gate_high
         )

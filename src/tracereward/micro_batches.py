@@ -7,9 +7,11 @@ so that the step's loss is the same sum.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
 MicroBatch = dict[str, Tensor | None]
 
@@ -27,6 +29,26 @@ _OF_ROWS = {
 _KNOWN = _OF_PROMPTS | _OF_ROWS | {"num_items_in_batch"}
 
 
+def may_change_places(trainer: GRPOTrainer) -> bool:
+    """Whether it makes no difference which rows are together in a micro-batch.
+
+    It does to a mean over the tokens of one (loss ``bnpo``, the entropy bonus, the balancing loss of experts), to a
+    quantile of them, and to TRL's logged means where rows may count for nothing.
+    """
+    means = trainer.loss_type == "bnpo" or getattr(trainer, "_entropy_bonus_enabled", False)
+    balanced = getattr(trainer, "aux_loss_enabled", False)
+    return not (means or balanced or trainer.top_entropy_quantile < 1 or trainer.mask_truncated_completions)
+
+
+def may_shift(config: Any) -> bool:
+    """Whether a model of this configuration reads a prompt alike with less padding before it.
+
+    TRL passes no position ids: learned positions would be others, and rotary ones that are scaled by the length too.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None)
+    return bool(rope) and not any(kind in str(rope) for kind in ("dynamic", "longrope"))
+
+
 def window(accumulation: int, per_generation: int) -> int:
     """How many successive micro-batches of one generation belong to one optimiser step; 1 where steps straddle them."""
     if per_generation % accumulation == 0:
@@ -34,13 +56,17 @@ def window(accumulation: int, per_generation: int) -> int:
     return per_generation if accumulation % per_generation == 0 else 1
 
 
-def by_length(batches: Sequence[MicroBatch], size: int) -> list[MicroBatch]:
+def by_length(
+    batches: Sequence[MicroBatch], size: int, shift: bool = True, multiple: int | None = None
+) -> list[MicroBatch]:
     """Micro-batches with the same rows in each run of `size`, longest last, without columns that are padding only.
 
     Args:
         batches: of one generation, as TRL splits it: prompts are padded on the left, completions on the right. Other
             fields than those of text come back as they are.
         size: micro-batches whose rows may change places; a divisor of their number.
+        shift: whether padding before the prompts may go, see `may_shift`.
+        multiple: of which widths are, TRL's ``pad_to_multiple_of``.
     """
     if any(name not in _KNOWN and value is not None for batch in batches for name, value in batch.items()):
         return list(batches)
@@ -48,7 +74,7 @@ def by_length(batches: Sequence[MicroBatch], size: int) -> list[MicroBatch]:
     for start in range(0, len(batches), size):
         merged = _merge(batches[start : start + size])
         order = torch.argsort(_lengths(merged), stable=True)
-        sorted_batches += [_trimmed(_rows(merged, part)) for part in order.chunk(size)]
+        sorted_batches += [_trimmed(_rows(merged, part), shift, multiple or 1) for part in order.chunk(size)]
     return sorted_batches
 
 
@@ -73,13 +99,16 @@ def _lengths(batch: MicroBatch) -> Tensor:
     return prompt.sum(1) + (completion.bool() * ends).amax(1)
 
 
-def _trimmed(batch: MicroBatch) -> MicroBatch:
+def _trimmed(batch: MicroBatch, shift: bool, multiple: int) -> MicroBatch:
     prompt, completion = batch["prompt_mask"], batch["completion_mask"]
     assert prompt is not None
     assert completion is not None
     width = completion.size(1)
-    first = int(prompt.any(0).int().argmax())
-    last = max(1, int((completion.any(0) * torch.arange(1, width + 1, device=completion.device)).max()))
+    first = int(prompt.any(0).int().argmax()) if shift else 0
+    first -= (first - prompt.size(1)) % multiple
+    # Of one column TRL's logged means would leave out the mask.
+    last = max(2, int((completion.any(0) * torch.arange(1, width + 1, device=completion.device)).max()))
+    last += -last % multiple
     trimmed = dict(batch)
     for name, value in batch.items():
         if value is None:

@@ -20,8 +20,8 @@ from transformers.utils import logging as transformers_logging
 from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_write_json, read_jsonl, write_jsonl
 from tracereward.report import Table, Trace, write_report
-from tracereward.run import pick_traces
 from tracereward.run_folder import note
+from tracereward.run_report import pick_traces
 from tracereward.scores import TokenScores
 from tracereward.studies import arms
 from tracereward.studies.arms import Site

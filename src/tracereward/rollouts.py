@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from tracereward.checkpoints import SafeTrainer
 from tracereward.demonstrations import encode_prompt
 from tracereward.errors import InputError
-from tracereward.micro_batches import by_length, window
+from tracereward.micro_batches import by_length, may_change_places, may_shift, window
 
 
 class RolloutTrainer(SafeTrainer, GRPOTrainer):
@@ -65,11 +65,12 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         config = self.args
         assert isinstance(config, GRPOConfig)
         assert config.steps_per_generation is not None
-        size = window(config.gradient_accumulation_steps, config.steps_per_generation)
-        # These are means over the tokens of a micro-batch: which rows are together makes a difference to them.
-        if config.loss_type == "bnpo" or getattr(self, "_entropy_bonus_enabled", False):
-            size = 1
-        self._buffered_inputs = by_length(self._buffered_inputs, size)
+        size = 1
+        if may_change_places(self):
+            size = window(config.gradient_accumulation_steps, config.steps_per_generation)
+        assert self.model is not None
+        shift = may_shift(self.accelerator.unwrap_model(self.model).config)
+        self._buffered_inputs = by_length(self._buffered_inputs, size, shift, self.pad_to_multiple_of)
         return self._buffered_inputs[self._step % config.steps_per_generation]
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from tracereward.adversarial_config import AdversarialConfig
@@ -27,12 +27,12 @@ from tracereward.demonstrations import (
 from tracereward.errors import InputError
 from tracereward.models import check_model, load_tokenizer, pad_id, same_tokenizer
 from tracereward.outcome import load_policy, train_and_choose
-from tracereward.report import Trace
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
 from tracereward.rollouts import RolloutTrainer
-from tracereward.run_folder import Config, Run, check_disk, is_main_process, note, run_folder
-from tracereward.sampling import mean_log_probs, sample
+from tracereward.run_folder import Config, check_disk, is_main_process, note, run_folder
+from tracereward.run_report import report_rewards
+from tracereward.sampling import mean_log_probs
 from tracereward.sharding import frozen_copy, whole_models
 from tracereward.tasks import Task, get_task
 from tracereward.trainer import AdversarialTrainer
@@ -297,11 +297,9 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 if weights is not None:
                     reward_model = make()
                     reward_model.load_state_dict(weights, strict=False)
-                    reward_model.to(trainer.accelerator.device)
                 reward_model.save_pretrained(run.folder / "reward_model")
-                with whole_models():
-                    left = load_policy(dataclasses.replace(model, model_name_or_path=str(run.folder / "policy")))
-                    report_rewards(run, trainer, left, reward_model, prepared.rows, task, chosen)
+                left = dataclasses.replace(model, model_name_or_path=str(run.folder / "policy"))
+                report_rewards(run, trainer, left, reward_model, prepared.rows, task, chosen)
     return run.folder
 
 
@@ -312,67 +310,3 @@ def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, templat
     raw = [{**row, "completion": None} for row in prepared.raw]
     rows = [*prepared.rows, *prepared.unlabeled]
     return {row["prompt"]: other["prompt"] for row, other in zip(rows, render(raw, tokenizer, template), strict=True)}
-
-
-def report_rewards(
-    run: Run,
-    trainer: AdversarialTrainer,
-    policy: PreTrainedModel,
-    reward_model: TokenRewardModel,
-    rows: list[dict[str, Any]],
-    task: Task,
-    chosen: str,
-) -> None:
-    """The run's report: curves, rewards of fresh rollouts on some of its prompts, and five of them token by token."""
-    config = trainer.config
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
-    gold = {row["prompt"]: row["answer"] for row in rows}
-    assert config.max_completion_length is not None
-    policy.to(reward_model.device)  # pyright: ignore[reportArgumentType]
-    samples = [
-        s
-        for chunk in sample(
-            policy, trainer.tokenizer, prompts, 4, config.max_completion_length, seed=config.seed, batch_size=128
-        )
-        for s in chunk
-    ]
-    bridge = trainer.bridge
-    ids = [bridge.completion(s.ids) for s in samples]
-    rewards = reward_model.token_rewards(
-        [bridge.prompt(prompts[s.prompt]) for s in samples], ids, config.discriminator_token_budget
-    )
-    traces = []
-    for s, completion, values in zip(samples, ids, rewards, strict=True):
-        answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]
-        correct = None if answer is None else task.verify(s.text, answer)
-        scores = reward_model.to_scores(completion, values)
-        traces.append(Trace(prompt, s.text, scores, correct, task.extract(s.text)))
-    how = config.reward_aggregate
-    right = [t.scores.aggregate(how) for t in traces if t.correct]
-    wrong = [t.scores.aggregate(how) for t in traces if t.correct is False]
-    failure = trainer.watch.stopped
-    ended = "" if failure is None else f" Stopped at step {failure.step} by the rule {failure.name}: {failure.reason}."
-    gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
-    run.report(
-        f"Adversarial training on {len(rows)} demonstrations of {task.name}.{ended}{chosen}{gold_answers} Rewards and "
-        f"heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts.",
-        rewards_correct=right,
-        rewards_wrong=wrong,
-        traces=pick_traces(traces),
-    )
-
-
-def pick_traces(traces: list[Trace], count: int = 5) -> list[Trace]:
-    """Up to `count` different traces for a page: a wrong and a right one of the same question first, then the rest."""
-    questions: dict[str, dict[str, Trace]] = {}
-    for trace in traces:
-        questions.setdefault(trace.question, {}).setdefault(trace.completion, trace)
-    pairs, rest = [], []
-    for candidates in questions.values():
-        wrong = [t for t in candidates.values() if t.correct is False]
-        right = [t for t in candidates.values() if t.correct is not False]
-        if wrong and right:
-            pairs += [wrong.pop(0), right.pop(0)]
-        rest += wrong + right
-    chosen = (pairs + rest)[:count]
-    return sorted(chosen, key=lambda t: list(questions).index(t.question))

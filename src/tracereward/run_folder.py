@@ -248,6 +248,7 @@ MAY_CHANGE = {
     # As long as the product with the number of processes stays, see `check_same_batch`.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "steps_per_generation",
 }
 
 
@@ -270,20 +271,28 @@ def check_same_run(stored: dict[str, Any], given: dict[str, Any], folder: Path) 
 
 
 def check_same_batch(path: Path, config: Config) -> None:
-    """Keep the rows of an optimiser step in `path`; a run may go on with other processes, not with another batch.
+    """Keep the rows of an optimiser step and of a generation in `path`: a run may go on with other processes.
 
     Raises:
         InputError: the run was begun with another number of rows.
     """
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else rows
-    if before != rows:
+    now = {"rows": rows, "rollouts": getattr(config, "generation_batch_size", None)}
+    before = now | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    folder = path.parent.parent
+    if before["rows"] != rows:
         raise InputError(
-            f"{path.parent.parent} holds a run with {before} rows in an optimiser step, this command has {rows} "
+            f"{folder} holds a run with {before['rows']} rows in an optimiser step, this command has {rows} "
             f"({config.world_size} processes): change --per_device_train_batch_size or "
             "--gradient_accumulation_steps so that their product with the processes stays the same"
         )
-    atomic_write_json(path, {"rows": rows})
+    if before["rollouts"] != now["rollouts"]:
+        raise InputError(
+            f"{folder} holds a run with {before['rollouts']} rollouts in a generation, this command has "
+            f"{now['rollouts']}: change --steps_per_generation so that its product with the processes and "
+            "--per_device_train_batch_size stays the same"
+        )
+    atomic_write_json(path, now)
 
 
 @contextlib.contextmanager

@@ -43,13 +43,29 @@ def lost_another(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or (dist.is_initialized() and "by peer" in str(error))  # gloo's words
 
 
-def shard(model: torch.nn.Module) -> None:
-    """Leave each process a part of a model's weights (FSDP2); gradients are summed over the processes.
+def several_processes() -> bool:
+    """Whether this run is distributed."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+@torch.no_grad()
+def same_on_all(parameters: Iterable[Tensor], device: torch.device) -> None:
+    """Give all processes the main process's values, one tensor after the other by way of `device`."""
+    for parameter in parameters:
+        values = parameter.data.to(device)
+        dist.broadcast(values, 0)
+        parameter.data.copy_(values)
+
+
+def shard(model: torch.nn.Module, device: torch.device) -> None:
+    """Leave each process a part of a model's weights on `device` (FSDP2); gradients are summed over the processes.
+
+    A model that is not there yet is moved unit by unit, so that it is whole on no device.
 
     Each layer is a unit, and all else another: they are gathered one after the other while they compute, and let go
     behind each pass, so that nothing stale is there when the parts change between two passes without gradients.
     """
-    mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     units = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for unit in [*units, model]:
         part = fully_shard(unit, mesh=mesh, reshard_after_forward=True)

@@ -45,7 +45,7 @@ from tracereward.shaping import (
     token_advantages,
     whiten,
 )
-from tracereward.sharding import frozen_copy, is_spread, shard
+from tracereward.sharding import frozen_copy, is_spread, several_processes, shard
 from tracereward.tasks import Task
 from tracereward.warmup import DISCRIMINATOR_FILE, WarmUp
 from tracereward.watch import FailureWatch, better_than_start, score_of
@@ -133,7 +133,8 @@ class AdversarialTrainer(RolloutTrainer):
             for row in demonstrations
         ]
         self.demonstration_rows = rows[: len(demonstrations)]
-        reward_model.to(self.accelerator.device)
+        if not (args.shard_discriminator and several_processes()):  # in parts it is whole on no device
+            reward_model.to(self.accelerator.device)
         if reward_model.shares_base and is_spread(self):
             raise InputError("shared_base needs the whole base model on each process: DDP, not FSDP or DeepSpeed")
         if args.gradient_checkpointing and not reward_model.shares_base:
@@ -141,9 +142,9 @@ class AdversarialTrainer(RolloutTrainer):
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
         self.discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
         if self._starting_policy is not None:
-            self._starting_policy.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
             if self.discriminator.in_parts:
-                shard(self._starting_policy)
+                shard(self._starting_policy, self.accelerator.device)
+            self._starting_policy.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
         self.perturbed_pairs = perturbed_pairs(experts, held_out, self.discriminator.perturbed, args.seed)
         self._rewards: list[Tensor] = []
         self._whitening: tuple[Tensor, Tensor] | None = None

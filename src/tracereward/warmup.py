@@ -16,7 +16,7 @@ from tracereward.checkpoints import save_state
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.negatives import Rollout
 from tracereward.sampling import generate
-from tracereward.sharding import whole_models
+from tracereward.sharding import from_main, whole_models
 from tracereward.surface import TraceText, leak_warning, surface_probe
 
 DISCRIMINATOR_FILE = "discriminator.pt"  # not in a subfolder with an adapter's name: Trainer would load it as one
@@ -83,7 +83,9 @@ class WarmUp(TrainerCallback):
         discriminator = self.trainer.discriminator
         if not discriminator.held_out or discriminator.updates == 0:
             return None
-        return discriminator.held_out_accuracy() if discriminator.updates % self.config.monitor_every == 0 else None
+        if discriminator.updates % self.config.monitor_every:
+            return None
+        return from_main(discriminator.held_out_accuracy())  # all processes go by one number
 
     def _reached(self, accuracy: float | None) -> bool:
         """Whether the warm-up has done what it was asked for."""
