@@ -252,8 +252,9 @@ def test_peak_and_shared_base():
     assert own["peak"] - shared["peak"] == pytest.approx(
         2 * L8.weights
     )  # the second base, in bfloat16, and nothing else
-    *resident, policy, discriminator = list(own.values())[:-1]
+    *resident, policy, discriminator, start = list(own.values())[:-1]
     assert own["peak"] == sum(resident) + max(policy, discriminator)
+    assert start == 0
     assert memory(Setup(L8, "ddp", 8, rank=0))["frozen starting policy"] == 4 * L8.weights
     assert memory(Setup(L8, "ddp", 8, rank=0, frozen_start=False))["frozen starting policy"] == 0
     assert memory(Setup(L8, "ddp", 8, reads_logits=False))["discriminator: update"] < own["discriminator: update"]

@@ -212,8 +212,8 @@ def gathered(setup: Setup) -> int:
 
 
 def gathered_discriminator(setup: Setup) -> int:
-    """The same of a sharded discriminator: bfloat16 under LoRA, else float32 with autocast's bfloat16 copies."""
-    width = BFLOAT16 if setup.critic_rank else FLOAT32 + BFLOAT16
+    """The same of a sharded discriminator: float32 weights have autocast's bfloat16 copies."""
+    width = BFLOAT16 if setup.critic_rank and setup.rank else FLOAT32 + BFLOAT16
     return width * largest_units(setup.critic) if setup.shard_discriminator and setup.gpus > 1 else 0
 
 
@@ -225,13 +225,15 @@ def largest_units(shape: Shape) -> int:
 def discriminator_state(setup: Setup) -> dict[str, float]:
     """The discriminator on one GPU; it is on each as a whole, whatever shares out the policy, unless it is sharded.
 
-    Its trained weights are float32, with autocast's bfloat16 copies; the frozen ones under LoRA are bfloat16, and no
-    others than the policy's with a shared base. Over several GPUs its gradients are copied into one buffer.
+    Its trained weights are float32, with autocast's bfloat16 copies. The frozen ones under LoRA are no others than the
+    policy's with a shared base; else they are in the policy's dtype: bfloat16 beside one with LoRA, float32 beside one
+    whose weights are all trained. Over several GPUs its gradients are copied into one buffer.
     """
     trained = discriminator_weights(setup)
     own_base = bool(setup.critic_rank) and not setup.shared_base
+    width = BFLOAT16 if setup.rank else FLOAT32
     if setup.shard_discriminator:
-        frozen = BFLOAT16 * setup.critic.weights if own_base else 0
+        frozen = width * setup.critic.weights if own_base else 0
         return {
             "weights": (frozen + FLOAT32 * trained) / setup.gpus,
             "gradients": FLOAT32 * trained / setup.gpus,
@@ -239,7 +241,7 @@ def discriminator_state(setup: Setup) -> dict[str, float]:
             "all-reduce buffer": 0,
         }
     return {
-        "weights": (FLOAT32 + BFLOAT16) * trained + (BFLOAT16 * setup.critic.weights if own_base else 0),
+        "weights": (FLOAT32 + BFLOAT16) * trained + (width * setup.critic.weights if own_base else 0),
         "gradients": FLOAT32 * trained,
         "optimiser": ADAM * trained,
         "all-reduce buffer": FLOAT32 * trained if setup.gpus > 1 else 0,
@@ -251,8 +253,14 @@ def frozen_start(setup: Setup) -> int:
     return FLOAT32 * setup.policy.weights if setup.frozen_start and not setup.rank else 0
 
 
+def gathered_start(setup: Setup) -> int:
+    """What is whole of a sharded starting policy while it scores: float32 weights with autocast's bfloat16 copies."""
+    in_parts = setup.shard_discriminator and setup.gpus > 1 and frozen_start(setup)
+    return (FLOAT32 + BFLOAT16) * largest_units(setup.policy) if in_parts else 0
+
+
 def memory(setup: Setup) -> dict[str, float]:
-    """Bytes of each part on one GPU, and their peak: all that stays, and the larger of the two updates.
+    """Bytes of each part on one GPU, and their peak: all that stays, and the largest of what comes and goes.
 
     The rollouts' engine is not in it: vLLM takes the share of the card that it is given.
     """
@@ -274,6 +282,7 @@ def memory(setup: Setup) -> dict[str, float]:
         "discriminator: update": activations(critic, budget, bool(setup.critic_rank), setup.checkpointing)
         + logits
         + gathered_discriminator(setup),
+        "frozen starting policy: gathered layers": gathered_start(setup),
     }
     return {**parts, **updates, "peak": resident + max(updates.values())}
 

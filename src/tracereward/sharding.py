@@ -62,11 +62,15 @@ def shard(model: torch.nn.Module, device: torch.device) -> None:
 
     A model that is not there yet is moved unit by unit, so that it is whole on no device.
 
-    Each layer is a unit, and all else another: they are gathered one after the other while they compute, and let go
-    behind each pass, so that nothing stale is there when the parts change between two passes without gradients.
+    Each layer is a unit, so are embeddings of their own, and all else is another: they are gathered one after the
+    other while they compute, and let go behind each pass, so that nothing stale is there when the parts change between
+    two passes without gradients.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     units = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    if head is None or head.weight is not embeddings.weight:
+        units.append(embeddings)
     for unit in [*units, model]:
         part = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         part.set_gradient_divide_factor(1.0)  # pyright: ignore[reportAttributeAccessIssue]
