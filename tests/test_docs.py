@@ -191,9 +191,10 @@ def test_mentioned_options_exist():
     for cls in (*CONFIGS.values(), GRPOConfig, SFTConfig, ModelConfig):
         known |= {f"--{field.name}" for field in dataclasses.fields(cls)}
     known |= {f"--{field.name}" for field in dataclasses.fields(parse("sft", [])[0])}
+    known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "deploy" / "ray_train.py").read_text(encoding="utf-8")))
     for page in PAGES:
         spans = re.findall(r"`([^`\n]+)`", re.sub(BLOCK, "", page.read_text(encoding="utf-8")))
-        spans = [span for span in spans if not span.startswith(("pip ", "uv ", "sphinx-"))]
+        spans = [span for span in spans if not span.startswith(("pip ", "uv ", "sphinx-", "ray "))]
         unknown = {name for span in spans for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)} - known
         assert not unknown, f"{page.name}: {unknown}"
 
