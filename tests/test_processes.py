@@ -5,6 +5,7 @@ All of it:
     pytest tests/test_processes.py -m "slow or not slow" -n 0
 """
 
+import contextlib
 import json
 import signal
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from sharded import launch
 from test_faults import TRAIN, sentence, whole_checkpoints
 from tiny import Result, assert_same, launcher, options, rows, trap
+from tracereward import callbacks
+from tracereward.errors import RunFailed
 from tracereward.files import write_jsonl
 
 # In a run of `train` the first six rows of metrics.jsonl are the warm-up's.
@@ -149,3 +152,18 @@ def test_the_launcher_ends_a_run_of_which_one_process_is_killed(bench, tmp_path)
     assert code == 0, text.read_text()[-4000:]
     assert_same(output, bench.reference())
     assert json.loads((output / "checkpoints" / "batch.json").read_text()) == {"rows": 8, "rollouts": 8}
+
+
+@pytest.mark.parametrize(("distributed", "fails"), [(True, True), (True, False), (False, True)])
+def test_a_launchers_signal_does_not_keep_a_failed_process_from_saying_why(monkeypatch, distributed, fails):
+    """Between the end of the training and the message SIGTERM ended the process, on a machine slow enough."""
+    monkeypatch.setattr(callbacks.dist, "is_initialized", lambda: distributed)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with contextlib.suppress(RunFailed), callbacks.StopSignal():
+            if fails:
+                raise RunFailed("another process is gone")
+        after = signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert after == (signal.SIG_IGN if distributed and fails else signal.default_int_handler)

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -58,10 +59,15 @@ class StopSignal(TrainerCallback):
         self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back.
+
+        A process of a distributed run that has failed keeps from SIGTERM: its launcher sends it when another has ended,
+        and this one still has to say why it ends.
+        """
         for number, handler in self._old.items():
-            signal.signal(number, handler)
+            fails = kind is not None and number == signal.SIGTERM and dist.is_initialized()
+            signal.signal(number, signal.SIG_IGN if fails else handler)
 
     def _handle(self, number, frame):
         if self.told:
