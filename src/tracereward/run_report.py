@@ -34,7 +34,8 @@ def report_rewards(
     gold = {row["prompt"]: row["answer"] for row in rows}
     shown = f"Rewards and heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts."
     try:
-        traces = fresh_traces(trainer, policy, reward_model, prompts, gold, task)
+        with whole_models():  # generate would wait for the other processes under ZeRO-3
+            traces = fresh_traces(trainer, policy, reward_model, prompts, gold, task)
     except torch.OutOfMemoryError:
         traces, shown = [], "No rewards and heatmaps: policy and reward model did not fit beside the training."
         note(shown)
@@ -64,8 +65,7 @@ def fresh_traces(
     config, device = trainer.config, trainer.accelerator.device
     clear_device_cache(garbage_collection=True)
     reward_model.to(device)
-    with whole_models():
-        policy = load_policy(left).to(device)  # pyright: ignore[reportArgumentType]
+    policy = load_policy(left).to(device)  # pyright: ignore[reportArgumentType]
     assert config.max_completion_length is not None
     samples = [
         s
