@@ -1,5 +1,6 @@
 """A run that fails by a rule: it stops, the best checkpoint comes back, and everyone is told."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -81,14 +82,22 @@ def weights(path):
 
 
 def test_a_report_without_room_for_the_models_comes_after_all_else(run, capsys, monkeypatch):
-    """What a run has left is saved before its models go to the accelerator once more."""
-    folders = []
+    """What a run has left is saved before its models go to the accelerator again, whole and one process's own."""
+    folders, own = [], []
+
+    @contextlib.contextmanager
+    def whole():  # outside of it `generate` waits for the other processes under ZeRO-3
+        own.append(True)
+        yield
+        own.pop()
 
     def full(trainer, left, reward_model, *rest):
+        assert own
         folder = Path(left.model_name_or_path).parent
         folders.append({path.name for path in [*folder.glob("*/*.safetensors"), *folder.iterdir()]})
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    monkeypatch.setattr(run_report, "whole_models", whole)
     monkeypatch.setattr(run_report, "fresh_traces", full)
     folder = run(2, [0.3, 0.3])
     assert folders[0] >= {"policy", "reward_model", "model.safetensors", "head.safetensors"}
