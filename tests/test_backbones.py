@@ -16,8 +16,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import (
     AutoConfig,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
+    AutoModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -338,7 +339,8 @@ def pretrained(folder, words: int, model: type, config: type) -> str:
         tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", padding_side="left"
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 1, "head_dim": 8}
     ids = {"vocab_size": words, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     model(config(**shape, **ids)).save_pretrained(folder)
     return str(folder)
@@ -348,13 +350,13 @@ def test_pretrained_backbones(monkeypatch, tmp_path):
     """Both studies in the world of a pretrained model, with two small ones in the place of those on the Hub."""
     folders = {
         "smollm2": pretrained(tmp_path / "one", 500, LlamaForCausalLM, LlamaConfig),
-        "gemma3": pretrained(tmp_path / "two", 400, GPTNeoXForCausalLM, GPTNeoXConfig),
+        "gemma3": pretrained(tmp_path / "two", 400, Gemma3ForCausalLM, Gemma3TextConfig),
     }
     for name, folder in folders.items():
         monkeypatch.setitem(PRETRAINED, name, folder)
     monkeypatch.setattr(calibration, "UPDATES", 2)
     world = WORLDS["word-problems"]
-    small = {"per_device_train_batch_size": 40, "gradient_accumulation_steps": 1, "steps_per_generation": 1}
+    small = {"per_device_train_batch_size": 40, "gradient_accumulation_steps": 1}
     world = dataclasses.replace(
         world,
         model=folders["smollm2"],
@@ -378,6 +380,11 @@ def test_pretrained_backbones(monkeypatch, tmp_path):
     for own_folder, folder in ((site, "smollm2"), (site / "gemma3", "gemma3")):
         config, start = (AutoConfig.from_pretrained(at) for at in (own_folder / "sft" / "policy", folders[folder]))
         assert (config.model_type, config.vocab_size) == (start.model_type, start.vocab_size)
+        (learned,) = own_folder.glob("frozen-*/reward_model")
+        both = (own_folder / "sft" / "policy", learned)
+        sft, reward = (AutoModel.from_pretrained(path).state_dict() for path in both)
+        moved = {name.split(".")[1] for name, value in sft.items() if not torch.equal(value, reward[name])}
+        assert moved == {"1"}  # LoRA in the upper half of two layers
     assert not list(site.rglob("corpus.jsonl"))
     found = {path.stem.split("--")[1]: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()}
     for arm in ("SmolLM2-135M", "Gemma-3-270M"):

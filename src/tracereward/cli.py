@@ -210,7 +210,7 @@ def study(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeatable. Default: the study's.")] = None,
     worlds: Annotated[
         list[str] | None,
-        typer.Option("--world", help="World; repeatable. Default: the study's. word-problems needs a GPU."),
+        typer.Option("--world", help="World; repeatable. Default: the study's. word-problems takes hours on a CPU."),
     ] = None,
     results: Annotated[Path, typer.Option(help="Folder of the pages and of each cell's JSON.")] = Path("docs/studies"),
     work: Annotated[Path, typer.Option(help="Folder of policies and reward models.")] = Path("runs/studies"),

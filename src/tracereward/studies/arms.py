@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import ModelConfig
 
 from tracereward.adversarial_config import AdversarialConfig
@@ -30,6 +30,11 @@ from tracereward.tasks.arithmetic import MISTAKE_RATES, build_model, build_token
 TASK = "arithmetic"
 MODEL_OPTIONS = ("discriminator_model", "warmup_model")
 """Options whose value may be the name of an arm, e.g. ``base``."""
+LINEAR = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+"""Linear maps of a layer, by the names that Llama, Qwen and Gemma give them."""
 
 
 def digest(value: Any) -> str:
@@ -89,11 +94,6 @@ class Site:
         """The world's options of SFT; a batch is no larger than the demonstrations."""
         batch = min(self.world.sft["per_device_train_batch_size"], self.experts or self.world.experts)
         return {**self.world.sft, "per_device_train_batch_size": batch}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What its policies draw in: what they were trained in."""
-        return torch.bfloat16 if self.world.grpo.get("bf16") else torch.float32
 
     @property
     def start(self) -> str:
@@ -201,14 +201,10 @@ def data_of(site: Site, part: str, choose: bool) -> DataArguments:
 
 
 def saves(given: dict[str, Any], choose: bool) -> dict[str, Any]:
-    """Four checkpoints to choose from, each behind the last step on a batch of rollouts; or the last alone."""
+    """Four checkpoints to choose from, or the last alone."""
     if not choose:
         return {}
-    on_a_batch = max(1, given.get("steps_per_generation", 1) // given.get("gradient_accumulation_steps", 1))
-    return {
-        "save_strategy": "steps",
-        "save_steps": max(1, math.ceil(given["max_steps"] / 4 / on_a_batch)) * on_a_batch,
-    }
+    return {"save_strategy": "steps", "save_steps": max(1, math.ceil(given["max_steps"] / 4))}
 
 
 def prompts(site: Site, unlabeled: int | None = None, choose: bool = False) -> DataArguments:
@@ -224,6 +220,19 @@ def prompts(site: Site, unlabeled: int | None = None, choose: bool = False) -> D
     return data
 
 
+def lora(site: Site) -> dict[str, Any]:
+    """Options of `trl.ModelConfig` for the world's LoRA; none where all weights are trained.
+
+    The lower half of the layers then has no backward pass: a third of a step's time.
+    """
+    rank = site.world.lora
+    if rank is None:
+        return {}
+    layers = AutoConfig.from_pretrained(site.policy(site.start)).num_hidden_layers
+    targets = [f"{layer}.{part}" for layer in range(layers // 2, layers) for part in LINEAR]
+    return {"use_peft": True, "lora_r": rank, "lora_alpha": 2 * rank, "lora_target_modules": targets}
+
+
 def train_grpo(site: Site, arm: str, reward: str, choose: bool = False) -> None:
     """GRPO from ``sft`` on a given reward: ``logprob`` or ``logratio`` (controls), or ``verifier`` (upper)."""
     base = str(site.policy(site.start)) if reward == "logratio" else None
@@ -232,7 +241,7 @@ def train_grpo(site: Site, arm: str, reward: str, choose: bool = False) -> None:
     run_grpo(
         prompts(site, choose=choose),
         config,
-        ModelConfig(model_name_or_path=str(site.policy("sft"))),
+        ModelConfig(model_name_or_path=str(site.policy("sft")), **lora(site)),
         site.unfinished(arm),
     )
 
@@ -253,13 +262,14 @@ def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
     if site.fast:
         given["discriminator_warmup_updates"] = 8
     config = AdversarialConfig(**site.options(arm, given))
-    model = ModelConfig(model_name_or_path=str(site.policy(site.start if start == "base" else start)))
+    policy = str(site.policy(site.start if start == "base" else start))
+    model = ModelConfig(model_name_or_path=policy, **lora(site))
     run_train(prompts(site, unlabeled, choose), config, model, site.unfinished(arm))
 
 
 def load_policy(site: Site, arm: str) -> PreTrainedModel:
     """An arm's policy, on the accelerator if there is one."""
-    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm), dtype=site.dtype)
+    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm), dtype=torch.float32)
     return policy.to(best_device())  # pyright: ignore[reportArgumentType]
 
 

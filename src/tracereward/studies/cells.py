@@ -94,8 +94,8 @@ class Place:
     ) -> arms.Site:
         """The folder of one world and seed; other sizes or options of the world are another folder."""
         of = options_of(world)
-        for later in ("grpo", "adversarial"):  # nothing that is shared depends on them
-            del of[later]
+        for later in ("grpo", "adversarial", "lora"):  # nothing that is shared depends on them
+            of.pop(later, None)
         folder = self.work / f"{world.name}-{seed}-{arms.digest([of, self.fast])}"
         return arms.Site(folder, world_of(backbone, world), seed, self.fast, True, experts, corrupt, backbone)
 
