@@ -29,11 +29,12 @@ from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.files import write_jsonl
 from tracereward.reward_model import TokenRewardModel
 from tracereward.reward_settings import RewardSettings
-from tracereward.studies import arms, calibration, calibration_page, cells, transfer, transfer_page
+from tracereward.studies import calibration, calibration_page, cells, judging, transfer, transfer_page
 from tracereward.studies.backbones import BUILDERS, COMPARED, LABELS, PRETRAINED, own, write_untrained
 from tracereward.studies.definitions import STUDIES
 from tracereward.studies.frozen import FROZEN, once
 from tracereward.studies.page import write_page
+from tracereward.studies.site import Site
 from tracereward.studies.worlds import WORLDS
 from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
 
@@ -271,7 +272,7 @@ def test_rewards_of_digits_add_up_in_the_policys_numbers(tmp_path):
     assert transfer.score(reward_model("llama"), digits, [{**row, "completion": "13 + 5 = 118"}])[0]["unknown"]
 
 
-def write_site(folder, backbone: str) -> arms.Site:
+def write_site(folder, backbone: str) -> Site:
     """A site with untrained policies and demonstrations."""
     site = cells.Place(folder, folder).site(CHECKED, 0, backbone=own(backbone))
     llama = dataclasses.replace(site, backbone=None)
@@ -303,7 +304,7 @@ def test_transfer_of_untrained_models(tmp_path):
     assert found["llama"]["0"]["logprob"] == 0
     assert found["llama"]["0"]["gain"] == found["llama"]["0"]["sum"] - found["llama"]["0"]["majority"]
 
-    rollouts = arms.draw_samples(digits, "base", "experts", 2)
+    rollouts = judging.draw_samples(digits, "base", "experts", 2)
     model, start = (reward_model("llama") for _ in range(2))
     given = {**transfer.of_training(options), "discriminator_online_learning_rate": 1e-2}
     transfer.adapt(model, llama, given, rollouts, count=4, updates=3)

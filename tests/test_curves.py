@@ -8,6 +8,7 @@ import pytest
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.studies import arms, curve_page
 from tracereward.studies.page import write_page
+from tracereward.studies.site import Site, choose_demonstrations
 from tracereward.studies.worlds import WORLDS
 from tracereward.tasks import get_task
 from tracereward.tasks.arithmetic import splits
@@ -22,9 +23,9 @@ def site(tmp_path):
     for part, rows in parts.items():
         write_jsonl(tmp_path / "data" / f"{part}.jsonl", rows)
 
-    def build(**given) -> arms.Site:
-        found = arms.Site(tmp_path, world, 5, **given)
-        arms.choose_demonstrations(found)
+    def build(**given) -> Site:
+        found = Site(tmp_path, world, 5, **given)
+        choose_demonstrations(found)
         return found
 
     return build

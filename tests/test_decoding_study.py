@@ -16,7 +16,7 @@ from tracereward.files import read_jsonl
 from tracereward.guide import Guide
 from tracereward.log_probs import LogProbs
 from tracereward.reward_settings import RewardSettings
-from tracereward.studies import arms, decoding, self_correction
+from tracereward.studies import decoding, judging, self_correction
 from tracereward.studies.cells import Place
 from tracereward.studies.decoding_page import correction_sections, decoding_sections
 from tracereward.studies.definitions import STUDIES
@@ -232,7 +232,7 @@ def test_both_studies_write_their_pages(small, monkeypatch, capsys, tmp_path):
     assert {(method, score) for method, score, _ in rows if score} == guides | controls
 
     # Greedy decoding is that of the studies of policies.
-    assert rows["greedy", None, 1]["accuracy"] == arms.greedy(site, "sft", "test")["accuracy"]
+    assert rows["greedy", None, 1]["accuracy"] == judging.greedy(site, "sft", "test")["accuracy"]
 
     (found,) = [json.loads(path.read_text()) for path in (tmp_path / "pages" / "self-correction").iterdir()]
     first = found["self_correction"]["rows"][0]

@@ -21,10 +21,11 @@ from tracereward.files import read_jsonl
 from tracereward.metrics import mean_interval
 from tracereward.run import run_grpo
 from tracereward.sampling import Sample
-from tracereward.studies import arms, cells, definitions, depth, transfer
+from tracereward.studies import arms, cells, definitions, depth, judging, transfer
 from tracereward.studies.cells import Cell, Place, run_cells, stored
 from tracereward.studies.definitions import STUDIES
 from tracereward.studies.page import signed, write_page
+from tracereward.studies.site import Site, make_world
 from tracereward.studies.worlds import WORLDS
 
 WORLD = dataclasses.replace(
@@ -122,7 +123,7 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     tuning = json.loads((site.folder / "sft" / "tuning.json").read_text())
     accuracies = [tried["accuracy"] for tried in tuning["tried"]]
     assert tuning["chosen"] == accuracies.index(max(accuracies))
-    assert accuracies[0] == arms.greedy(site, "sft-0", "validation")["accuracy"]
+    assert accuracies[0] == judging.greedy(site, "sft-0", "validation")["accuracy"]
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     (tmp_path / "pages" / "recipe" / "misconception--SFT--0.json").unlink()
@@ -140,13 +141,13 @@ def test_a_world_of_a_pretrained_model_starts_from_it_and_counts_unseen_stories(
         WORLDS["word-problems"], experts=6, unlabeled=6, validation=4, test=8, model=str(tiny_model_folder)
     )
     site = Place(tmp_path, tmp_path).site(world, 0)
-    arms.make_world(site)
+    make_world(site)
     assert not list(site.folder.rglob("*.safetensors"))
     assert (site.policy("init"), site.start) == (tiny_model_folder, "init")
     given = AutoTokenizer.from_pretrained(tiny_model_folder).get_vocab()
     assert AutoTokenizer.from_pretrained(site.run("init")).get_vocab() == given
     weights = AutoModelForCausalLM.from_pretrained(tiny_model_folder).state_dict()
-    loaded = arms.load_policy(site, "init").state_dict()
+    loaded = judging.load_policy(site, "init").state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in loaded.items())
     rows = read_jsonl(site.data("test"))
     assert [bool(row.get("unseen")) for row in rows] == [False] * 6 + [True] * 2
@@ -156,8 +157,8 @@ def test_a_world_of_a_pretrained_model_starts_from_it_and_counts_unseen_stories(
         texts = [f"#### {'no' if i in wrong else row['answer']}" for i, row in enumerate(rows)]
         yield [Sample(i, [], text, True, 0.0) for i, text in enumerate(texts)]
 
-    monkeypatch.setattr(arms, "sample", answers)
-    judged = arms.greedy(site, "init", "test")
+    monkeypatch.setattr(judging, "sample", answers)
+    judged = judging.greedy(site, "init", "test")
     assert (judged["accuracy"], judged["accuracy_unseen"]) == (6 / 8, 1 / 2)
 
 
@@ -348,7 +349,7 @@ def test_every_arm_is_a_run_that_would_start(name, tmp_path):
     wanted = study.cells(tuple(dict.fromkeys(worlds)))
     assert len({cell.name for cell in wanted}) == len(wanted)
     for cell in wanted:
-        site = arms.Site(tmp_path, cell.world, cell.seed)
+        site = Site(tmp_path, cell.world, cell.seed)
         if cell.kind == "irl":
             given = {**cell.world.grpo, **cell.options}
             chooses = given.pop("choose", False)
@@ -378,10 +379,10 @@ def test_selection_and_report_share_no_seed_and_no_question():
 
 def test_collapse():
     start = {"accuracy": 0.80, "distinct": 0.9}
-    assert not arms.collapsed(0.76, 0.9, start)
-    assert arms.collapsed(0.74, 0.9, start)
-    assert arms.collapsed(0.95, 0.44, start)
-    assert not arms.collapsed(0.95, 0.46, start)
+    assert not judging.collapsed(0.76, 0.9, start)
+    assert judging.collapsed(0.74, 0.9, start)
+    assert judging.collapsed(0.95, 0.44, start)
+    assert not judging.collapsed(0.95, 0.46, start)
 
 
 def test_mean_interval_is_scipys():

@@ -23,8 +23,8 @@ from tracereward.report import Table, Trace, write_report
 from tracereward.run_folder import note
 from tracereward.run_report import pick_traces
 from tracereward.scores import TokenScores
-from tracereward.studies import arms
-from tracereward.studies.arms import Site
+from tracereward.studies import arms, judging
+from tracereward.studies.site import Site, make_world
 from tracereward.studies.worlds import WORLDS
 from tracereward.tables import AUROC_LABELS, print_policies, print_ranking
 from tracereward.tasks import get_task
@@ -84,7 +84,7 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
     start = time.perf_counter()
     site = Site(output, world, seed, fast)
     stage = Stage(7 if world.pretraining else 6)
-    stage.run("data and an untrained tiny Llama", output / "init", lambda: arms.make_world(site))
+    stage.run("data and an untrained tiny Llama", output / "init", lambda: make_world(site))
     train_policies(site, stage)
     stage.run("evaluation on held-out questions", output / "results.json", lambda: evaluate(site))
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
@@ -129,8 +129,8 @@ def train_policies(site: Site, stage: Stage) -> None:
 def evaluate(site: Site) -> None:
     """Greedy accuracies of all policies, and samples of the SFT policy ranked; writes ``results.json``."""
     left_out = "init" if site.world.pretraining else "base"
-    rows = [{"label": label, **arms.greedy(site, arm, "test")} for arm, label in POLICIES.items() if arm != left_out]
-    ranking, scored = arms.rank(site, "train", arms.draw_samples(site, "sft", "test", SAMPLES))
+    rows = [{"label": label, **judging.greedy(site, arm, "test")} for arm, label in POLICIES.items() if arm != left_out]
+    ranking, scored = judging.rank(site, "train", judging.draw_samples(site, "sft", "test", SAMPLES))
     write_jsonl(site.folder / "samples.jsonl", scored)
     results = {"questions": rows[0]["questions"], "seed": site.seed, "policies": rows, "ranking": ranking}
     atomic_write_json(site.folder / "results.json", results)

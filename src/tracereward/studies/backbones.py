@@ -46,7 +46,7 @@ PRETRAINED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3": "googl
 
 
 def own(name: str) -> str | None:
-    """What `arms.Site` calls a backbone: the world's own is None there."""
+    """What `Site` calls a backbone: the world's own is None there."""
     return None if name in ("llama", "smollm2") else name
 
 

@@ -24,8 +24,9 @@ from tracereward.calibration import MIN_TRACES, brier_score, expected_calibratio
 from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.metrics import auroc, within_prompt_auroc
 from tracereward.reward_model import TokenRewardModel
-from tracereward.studies import arms
+from tracereward.studies import judging
 from tracereward.studies.frozen import load_frozen, once
+from tracereward.studies.site import Site
 
 LABELLED = 100
 """Validation questions, at most a third of them, whose first sample is labelled for tuning the reward model."""
@@ -37,7 +38,7 @@ TOKENS = 8192
 Sample = dict[str, Any]
 
 
-def run(site: arms.Site, arm: str, samples: list[Sample]) -> dict[str, Any]:
+def run(site: Site, arm: str, samples: list[Sample]) -> dict[str, Any]:
     """Tune a backbone's reward, and judge all states on test samples of its own SFT policy.
 
     Args:
@@ -50,7 +51,7 @@ def run(site: arms.Site, arm: str, samples: list[Sample]) -> dict[str, Any]:
         ``digits_per_token``.
     """
     count = len(samples) // len({row["question"] for row in samples})
-    labelled, fit = split(arms.draw_samples(site, "sft", "validation", count))
+    labelled, fit = split(judging.draw_samples(site, "sft", "validation", count))
     models = {
         "as trained": load_frozen(site, arm),
         "head tuned": tune_head(load_frozen(site, arm), labelled),

@@ -22,9 +22,10 @@ from transformers.utils import logging as transformers_logging
 from tracereward.errors import Interrupted, RunFailed
 from tracereward.files import atomic_write_json
 from tracereward.run_folder import note
-from tracereward.studies import arms, calibration, decoding, depth, self_correction, transfer
+from tracereward.studies import arms, calibration, decoding, depth, judging, self_correction, transfer
 from tracereward.studies.backbones import own, world_of
 from tracereward.studies.frozen import train_frozen
+from tracereward.studies.site import Site, choose_demonstrations, digest, make_world
 from tracereward.studies.worlds import World
 
 SAMPLES = 8
@@ -49,8 +50,8 @@ class Cell:
             choose among start and checkpoints.
         split: ``validation`` where results choose something, ``test`` where they are reported once.
         samples: of the SFT policy for each question, ranked by an irl cell's reward model.
-        experts, corrupt: of the demonstrations, see `arms.Site`.
-        backbone: see `arms.Site`.
+        experts, corrupt: of the demonstrations, see `Site`.
+        backbone: see `Site`.
     """
 
     world: World
@@ -91,13 +92,13 @@ class Place:
         experts: int | None = None,
         corrupt: float | None = None,
         backbone: str | None = None,
-    ) -> arms.Site:
+    ) -> Site:
         """The folder of one world and seed; other sizes or options of the world are another folder."""
         of = options_of(world)
         for later in ("grpo", "adversarial", "lora"):  # nothing that is shared depends on them
             of.pop(later, None)
-        folder = self.work / f"{world.name}-{seed}-{arms.digest([of, self.fast])}"
-        return arms.Site(folder, world_of(backbone, world), seed, self.fast, True, experts, corrupt, backbone)
+        folder = self.work / f"{world.name}-{seed}-{digest([of, self.fast])}"
+        return Site(folder, world_of(backbone, world), seed, self.fast, True, experts, corrupt, backbone)
 
 
 def slug(text: str) -> str:
@@ -130,33 +131,33 @@ def quieten() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def prepare_base(site: arms.Site) -> None:
+def prepare_base(site: Site) -> None:
     """Data and pretraining of one world and seed, unless they are there."""
     if not site.run("init").exists():
-        arms.make_world(site)
+        make_world(site)
     if site.world.pretraining and not (site.run("base") / "report.html").exists():
         arms.train_sft(site, "base", "init", site.world.pretraining, part="corpus")
 
 
-def prepare(site: arms.Site) -> None:
+def prepare(site: Site) -> None:
     """Data, pretraining and tuned SFT of one world and seed, unless they are there."""
     prepare_base(site)
-    arms.choose_demonstrations(site)
+    choose_demonstrations(site)
     if not site.run("sft").exists():
         arms.tune_sft(site)
 
 
-def lock(site: arms.Site) -> FileLock:
+def lock(site: Site) -> FileLock:
     """Held while what cells share is made; a backbone does not wait for the world's Llama."""
     return FileLock(f"{site.folder}{'' if site.backbone is None else f'-{site.backbone}'}.lock")
 
 
-def prepared(site: arms.Site, cell: Cell) -> list[dict[str, Any]]:
+def prepared(site: Site, cell: Cell) -> list[dict[str, Any]]:
     """Samples of the site's SFT policy, which is trained if it is not there."""
     write_world(site)
     with lock(site):
         prepare(site)
-        return arms.draw_samples(site, "sft", cell.split, cell.samples)
+        return judging.draw_samples(site, "sft", cell.split, cell.samples)
 
 
 def prepare_discriminator(place: Place, cell: Cell) -> None:
@@ -170,13 +171,13 @@ def prepare_discriminator(place: Place, cell: Cell) -> None:
         prepare_base(site)
 
 
-def write_world(site: arms.Site) -> None:
+def write_world(site: Site) -> None:
     """The data, which a backbone shares with the world's Llama."""
     site.folder.parent.mkdir(parents=True, exist_ok=True)
     llama = replace(site, backbone=None)
     with lock(llama):
         if not llama.run("init").exists():
-            arms.make_world(llama)
+            make_world(llama)
 
 
 def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     if cell.kind in BY_REWARD:
         result |= BY_REWARD[cell.kind](lambda seed: reward_of(place, cell, seed), cell.seed, cell.split, cell.samples)
     elif cell.kind == "log-probs":
-        result["ranking"] = arms.rank_by_log_probs(site, samples, cell.options["sign"])
+        result["ranking"] = judging.rank_by_log_probs(site, samples, cell.options["sign"])
     elif cell.kind == "calibration":
         result["questions"] = len({row["question"] for row in samples})
         result["calibration"] = calibration.run(*reward_of(place, cell, cell.seed), samples)
@@ -204,14 +205,14 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     else:
         arm = _train(site, cell, settings)
         result["train_seconds"] = round(time.perf_counter() - start, 1)
-        judged, begun = (arms.greedy(site, name, cell.split) for name in (arm, "sft"))
-        collapsed = arms.collapsed(judged["accuracy"], judged["distinct"], begun)
+        judged, begun = (judging.greedy(site, name, cell.split) for name in (arm, "sft"))
+        collapsed = judging.collapsed(judged["accuracy"], judged["distinct"], begun)
         result |= {**judged, "collapsed": collapsed}
         if cell.options.get("choose"):
-            result["chosen"] = arms.chosen(site, arm)
+            result["chosen"] = judging.chosen(site, arm)
         if cell.kind == "irl":
-            result["ranking"], scored = arms.rank(site, arm, samples)
-            result["stopped"] = arms.stopped(site, arm)
+            result["ranking"], scored = judging.rank(site, arm, samples)
+            result["stopped"] = judging.stopped(site, arm)
             if cell.world.name == "hops":
                 result["depth"] = depth.by_depth(site, scored)
     result |= {
@@ -226,7 +227,7 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     return result
 
 
-def reward_of(place: Place, cell: Cell, seed: int) -> tuple[arms.Site, str]:
+def reward_of(place: Place, cell: Cell, seed: int) -> tuple[Site, str]:
     """A seed's site, and the arm with the reward model that a cell uses as it is; trained unless it is there."""
     site = place.site(cell.world, seed, cell.experts, cell.corrupt, cell.backbone)
     prepared(site, cell)
@@ -234,12 +235,12 @@ def reward_of(place: Place, cell: Cell, seed: int) -> tuple[arms.Site, str]:
         return site, train_frozen(site, cell.options)
 
 
-def _train(site: arms.Site, cell: Cell, settings: dict[str, Any]) -> str:
+def _train(site: Site, cell: Cell, settings: dict[str, Any]) -> str:
     """Train a cell's policy unless it is there; returns the name of its arm."""
     if cell.kind == "policy":
         policy = cell.options["policy"]
         return site.start if policy == "base" else policy
-    arm = f"{slug(cell.arm)}-{arms.digest(settings)}"
+    arm = f"{slug(cell.arm)}-{digest(settings)}"
     if not (site.run(arm) / "report.html").exists():
         if cell.kind == "sft-continued":
             arms.continue_sft(site, arm, **cell.options)

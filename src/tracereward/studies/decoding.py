@@ -14,9 +14,10 @@ from tracereward.guide import Guide, Guided
 from tracereward.log_probs import LogProbs
 from tracereward.models import load_tokenizer
 from tracereward.rerank import Candidate, ranking_curves
-from tracereward.studies import arms
+from tracereward.studies import judging
 from tracereward.studies.equal_tokens import margin
 from tracereward.studies.frozen import load_frozen
+from tracereward.studies.site import TASK, Site
 from tracereward.tasks import get_task
 
 Row = dict[str, Any]
@@ -79,7 +80,7 @@ class Bench:
 
     def pool_rows(self) -> list[Row]:
         """What choosing among N plain samples reaches, for N = 1, 2, 4, ...: method, budget, accuracy, tokens."""
-        curves = ranking_curves(self.pool, get_task(arms.TASK).equal, self.guides["reward"].seed)
+        curves = ranking_curves(self.pool, get_task(TASK).equal, self.guides["reward"].seed)
         return [
             {"method": method, "budget": n, "accuracy": accuracy, "sampled_tokens": n * self.tokens}
             for method, points in curves.items()
@@ -87,18 +88,18 @@ class Bench:
         ]
 
 
-def load_bench(site: arms.Site, arm: str, part: str, n: int, asked: int | None = None) -> Bench:
+def load_bench(site: Site, arm: str, part: str, n: int, asked: int | None = None) -> Bench:
     """The bench of one part's questions, all or the first `asked`, with `n` samples of each."""
-    task = get_task(arms.TASK)
+    task = get_task(TASK)
     questions = read_jsonl(site.data(part))[: FEW if site.fast else asked]
     prompts = [row["prompt"] for row in questions]
-    policy = arms.load_policy(site, "sft")
+    policy = judging.load_policy(site, "sft")
     scorer = load_frozen(site, arm)
     guide = Guide(
         policy, load_tokenizer(str(site.run("init"))), scorer, site.world.completion, seed=site.seed, batch_size=512
     )
     own = LogProbs(policy, guide.tokenizer, scorer.settings)
-    rows = arms.draw_samples(site, "sft", part, n)[: len(questions) * n]
+    rows = judging.draw_samples(site, "sft", part, n)[: len(questions) * n]
     ids = [scorer.check_length("", row["prompt"], row["completion"], row["finished"])[1] for row in rows]
     rewards = guide.rewards(guide.encode([row["prompt"] for row in rows]), ids)
     flat = [
@@ -139,7 +140,7 @@ def guided(bench: Bench, score: str, method: str, setting: Row, budgets: Sequenc
 
 def best_of(bench: Bench, guide: Guide, setting: Row, budgets: Sequence[int]) -> dict[str, list[Row]]:
     """What each of `rerank.METHODS` reaches among tilted traces at each budget; N of the most are what N alone are."""
-    task = get_task(arms.TASK)
+    task = get_task(TASK)
     found = tilt(guide, bench.prompts, max(budgets), setting["alpha"], setting["top_k"])
     tokens = sum(traces[0].sampled_tokens for traces in found) / len(found) / max(budgets)
     curves = ranking_curves(candidates(found, bench.golds, task), task.equal, guide.seed)
@@ -162,7 +163,7 @@ def truncated(bench: Bench, tuning: Row) -> list[Row]:
 
 def _first(found: Sequence[Sequence[Guided]], golds: Sequence[str]) -> Row:
     """Accuracy of each question's best trace, and the tokens drawn for it."""
-    task = get_task(arms.TASK)
+    task = get_task(TASK)
     right = [task.verify(traces[0].text, gold) for traces, gold in zip(found, golds, strict=True)]
     tokens = [traces[0].sampled_tokens for traces in found]
     return {"accuracy": sum(right) / len(right), "sampled_tokens": sum(tokens) / len(tokens)}
@@ -187,7 +188,7 @@ def tune(bench: Bench) -> Row:
     return {"questions": len(bench.prompts), "seed": bench.guides["reward"].seed, "grids": found}
 
 
-def tuned(site: arms.Site, arm: str, n: int) -> Row:
+def tuned(site: Site, arm: str, n: int) -> Row:
     """`tune` on a site's validation questions; done once and kept beside the reward model."""
     file = site.run(arm) / "guides.json"
     with FileLock(f"{file}.lock"):
@@ -196,7 +197,7 @@ def tuned(site: arms.Site, arm: str, n: int) -> Row:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def measure(reward_of: Callable[[int], tuple[arms.Site, str]], seed: int, part: str, n: int) -> Row:
+def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, n: int) -> Row:
     """A cell's result.
 
     Args:

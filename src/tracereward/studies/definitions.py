@@ -276,9 +276,10 @@ STUDIES = {
         "SmolLM2-135M-Instruct on generated word problems: 400 demonstrations in eleven stories, 3,000 prompts without "
         "traces; a quarter of the test are four stories that no other part has. SFT trains all weights for one epoch "
         "and is tuned over two learning rates on validation questions. GRPO trains LoRA adapters of rank 16 on the "
-        "upper half of the layers, with 144 rollouts in 6 steps, and the policy after the last of them is judged: what "
-        "two cores of a CPU do in an evening. It shows whether such training holds on a pretrained model and how well "
-        "its reward ranks, not how far long training would come.",
+        "upper half of the layers, with 288 rollouts in 12 steps, and the policy after the last of them is judged: "
+        "what two cores of a CPU do in a night. The frozen reward only ranks; its policy takes one step, at a learning "
+        "rate of 0. The page shows whether such training holds on a pretrained model and how well its reward ranks, "
+        "not how far long training would come.",
         worlds=("word-problems",),
         seeds=(40, 41, 42),
         recipe=PRETRAINED_RECIPE,
@@ -289,6 +290,7 @@ STUDIES = {
             LOGPROB,
             VERIFIER,
             CONTINUED,
+            irl("frozen after warm-up", discriminator_updates=0, max_steps=1),
         ),
         split="test",
     ),

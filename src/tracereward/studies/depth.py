@@ -9,20 +9,21 @@ from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.evaluate.localisation import chance, hit, step_values
 from tracereward.evaluate.steps import log_probs_and_entropies
 from tracereward.models import load_tokenizer, pad_id
-from tracereward.studies import arms
+from tracereward.studies import judging
+from tracereward.studies.site import Site
 from tracereward.tasks import hops
 
 Row = dict[str, Any]
 
 
-def by_depth(site: arms.Site, scored: Sequence[Row]) -> dict[str, Any]:
+def by_depth(site: Site, scored: Sequence[Row]) -> dict[str, Any]:
     """`summaries` of an arm's scored samples of the SFT policy, with that policy's log-probs."""
     return summaries(scored, token_log_probs(site, "sft", scored))
 
 
-def token_log_probs(site: arms.Site, arm: str, rows: Sequence[Row]) -> list[list[float]]:
+def token_log_probs(site: Site, arm: str, rows: Sequence[Row]) -> list[list[float]]:
     """Log-prob of each token of each completion under an arm's policy, in nats."""
-    policy = arms.load_policy(site, arm).eval()
+    policy = judging.load_policy(site, arm).eval()
     tokenizer = load_tokenizer(str(site.folder / "init"))
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
     completions = [encode_completion(tokenizer, row["completion"]) for row in rows]
@@ -40,7 +41,7 @@ def summaries(scored: Sequence[Row], log_probs: Sequence[Sequence[float]]) -> di
     """For each number of hops, how well each way of choosing does, and how well first wrong lines are found.
 
     Args:
-        scored: rows of `arms.rank`; those of a question stand together.
+        scored: rows of `judging.rank`; those of a question stand together.
         log_probs: of each row's tokens.
 
     Returns:
@@ -52,7 +53,7 @@ def summaries(scored: Sequence[Row], log_probs: Sequence[Sequence[float]]) -> di
     for depth in depths:
         chosen = [(row, values) for row, values in pairs if hops.depth_of(row["prompt"]) == depth]
         result[str(depth)] = {
-            "ranking": arms.ranking([row for row, _ in chosen]),
+            "ranking": judging.ranking([row for row, _ in chosen]),
             "localisation": localisation([row for row, _ in chosen], [values for _, values in chosen]),
         }
     return result

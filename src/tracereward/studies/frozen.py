@@ -6,14 +6,15 @@ from typing import Any, TypeVar
 from tracereward.pool import best_device
 from tracereward.reward_model import TokenRewardModel
 from tracereward.studies import arms
+from tracereward.studies.site import Site, digest
 
 FROZEN: dict[str, Any] = {"discriminator_updates": 0, "max_steps": 4, "discriminator_warmup_updates": 40}
 """What it has in the place of the recipe's."""
 
 
-def train_frozen(site: arms.Site, options: dict[str, Any]) -> str:
+def train_frozen(site: Site, options: dict[str, Any]) -> str:
     """Train it unless it is there; returns the name of its arm, which studies with the same options share."""
-    arm = f"frozen-{arms.digest(options)}"
+    arm = f"frozen-{digest(options)}"
     if not (site.run(arm) / "report.html").exists():
         arms.train_irl(site, arm, options)
     return arm
@@ -30,6 +31,6 @@ def once(samples: Sequence[dict[str, Any]], of: Callable[[list[dict[str, Any]]],
     return [found[key] for key in keys]
 
 
-def load_frozen(site: arms.Site, arm: str) -> TokenRewardModel:
+def load_frozen(site: Site, arm: str) -> TokenRewardModel:
     """The reward model of an arm."""
     return TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model")).to(best_device())

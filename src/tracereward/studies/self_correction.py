@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from tracereward.correct import lowest_steps, self_correct, threshold_of
-from tracereward.studies import arms
 from tracereward.studies.decoding import ASKED, Bench, Row, load_bench, points_of
 from tracereward.studies.equal_tokens import margin
+from tracereward.studies.site import TASK, Site
 from tracereward.tasks import get_task
 
 WAYS = (
@@ -34,7 +34,7 @@ def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int,
     A round goes on from what the one before left, with random numbers of its own: what `rounds` at once would do.
     """
     detector, judge = way
-    task, guide = get_task(arms.TASK), bench.guides[judge]
+    task, guide = get_task(TASK), bench.guides[judge]
     asked, given = guide.encode(bench.prompts), [drawn[0] for drawn in bench.samples]
     before = [bool(pool[0].correct) for pool in bench.pool]
     traces, rows = given, []
@@ -101,7 +101,7 @@ def tune(bench: Bench, way: tuple[str, str]) -> Row:
     return {"tried": tried, "chosen": max(range(len(tried)), key=lambda index: tried[index]["margin"])}
 
 
-def measure(reward_of: Callable[[int], tuple[arms.Site, str]], seed: int, part: str, n: int) -> dict[str, Any]:
+def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, n: int) -> dict[str, Any]:
     """A cell's result.
 
     Args:

@@ -17,8 +17,9 @@ from tracereward.negatives import Expert, Rollout
 from tracereward.pool import rerank_rows
 from tracereward.rerank import outcomes
 from tracereward.reward_model import TokenRewardModel
-from tracereward.studies import arms
+from tracereward.studies import judging
 from tracereward.studies.frozen import load_frozen, once
+from tracereward.studies.site import TASK, Site
 from tracereward.tasks import get_task
 
 OWN = ("policies", "demonstrations", "updates", "head_learning_rate")
@@ -33,7 +34,7 @@ def of_training(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(
-    site: arms.Site, arm: str, others: dict[str, arms.Site], options: dict[str, Any], samples: dict[str, list[Sample]]
+    site: Site, arm: str, others: dict[str, Site], options: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> dict[str, Any]:
     """Rank all backbones' samples by it, as it is and adapted to each.
 
@@ -56,7 +57,7 @@ def run(
         found[name] = {"0": {**choices(as_it_is), **aurocs(as_it_is)}}
         if other == site:
             continue
-        rollouts = arms.draw_samples(other, other.start, other.demonstrations, given["warmup_rollouts"])
+        rollouts = judging.draw_samples(other, other.start, other.demonstrations, given["warmup_rollouts"])
         for count in options["demonstrations"]:
             rate = {"discriminator_online_learning_rate": options["head_learning_rate"]}
             model = adapt(load_frozen(site, arm), site, {**given, **rate}, rollouts, count, options["updates"])
@@ -66,7 +67,7 @@ def run(
 
 def adapt(
     model: TokenRewardModel,
-    site: arms.Site,
+    site: Site,
     options: dict[str, Any],
     rollouts: Sequence[Sample],
     count: int,
@@ -107,7 +108,7 @@ def adapt(
     return model.eval()
 
 
-def score(model: TokenRewardModel, other: arms.Site, samples: Sequence[Sample]) -> list[Sample]:
+def score(model: TokenRewardModel, other: Site, samples: Sequence[Sample]) -> list[Sample]:
     """A policy's samples with their reward, projected to the policy's tokens, and whether it could read all of them."""
     tokenizer = load_tokenizer(str(other.run("init")))
     assert isinstance(tokenizer.eos_token_id, int)
@@ -125,7 +126,7 @@ def choices(scored: Sequence[Sample]) -> dict[str, float]:
         Accuracy of majority vote, of the shortest, of the best by logprob, reward and sum (of the two), and of the
         oracle; and gain: sum's above the better of majority and logprob.
     """
-    task = get_task(arms.TASK)
+    task = get_task(TASK)
     _, questions = rerank_rows(scored, task, "majority")
     methods = {name: name for name in ("majority", "logprob", "shortest", "oracle", "reward")}
     methods["sum"] = "reward_logprob"

@@ -195,7 +195,7 @@ WORLDS = {
             "learning_rate": 3e-4,
             "lr_scheduler_type": "constant_with_warmup",
             "warmup_steps": 1,
-            "max_steps": 6,
+            "max_steps": 12,
         },
         adversarial=PRETRAINED_RECIPE,
         validation=60,
