@@ -347,6 +347,7 @@ def pretrained(folder, words: int, model: type, config: type) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 def test_pretrained_backbones(monkeypatch, tmp_path):
     """Both studies in the world of a pretrained model, with two small ones in the place of those on the Hub."""
     folders = {

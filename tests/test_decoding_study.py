@@ -207,6 +207,7 @@ def small(monkeypatch):
     monkeypatch.setattr(self_correction, "TUNED_AT", {"rounds": 1, "k": 1})
 
 
+@pytest.mark.long
 def test_both_studies_write_their_pages(small, monkeypatch, capsys, tmp_path):
     options = ["--results", str(tmp_path / "pages"), "--work", str(tmp_path / "work"), "--jobs", "1"]
     for name in ("decoding", "self-correction"):

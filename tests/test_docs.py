@@ -53,6 +53,7 @@ def command_lines(page: Path) -> list[list[str]]:
 LINES = [(page, words) for page in PAGES for words in command_lines(page)]
 
 
+@pytest.mark.long
 def test_tutorial_runs(tmp_path):
     """Every block, in order, in one folder; then what the prose promises of the files."""
     commands = tmp_path / "bin"

@@ -615,6 +615,7 @@ def accuracies(pool, task) -> tuple[float, int]:
     return sum(values) / len(values), len(values)
 
 
+@pytest.mark.long
 def test_majority_of_sixteen_models_on_real_answers():
     """Numbers as text differ ("5" and "5.0"), so that plain counting agrees up to those and to ties."""
     source, questions = SHARED / "zeroeval_gsm8k" / "pool_even.jsonl.gz", SHARED / "gsm8k" / "test.jsonl.gz"

@@ -137,10 +137,10 @@ def test_the_reference_learns_something(bench, tiny_model_folder):
 
 
 KILLS = [
-    ("full", POOL, []),
-    ("full", MID_CHECKPOINT, ["checkpoint-2"]),
+    pytest.param("full", POOL, [], marks=pytest.mark.long),
+    pytest.param("full", MID_CHECKPOINT, ["checkpoint-2"], marks=pytest.mark.long),
     ("full", AFTER_CHECKPOINT, ["checkpoint-2"]),
-    ("lora", MID_WARM_UP, []),
+    pytest.param("lora", MID_WARM_UP, [], marks=pytest.mark.long),
     ("sft", trap("open", "metrics.jsonl", 4), ["checkpoint-2"]),
     ("grpo-logprob", trap("open", "metrics.jsonl", 4), ["checkpoint-2"]),
 ]
@@ -209,6 +209,7 @@ def test_the_warm_up_does_not_start_over(bench, tmp_path):
     assert (pool.stat().st_mtime_ns, pool.read_bytes()) == before
 
 
+@pytest.mark.long
 def test_another_process_finishes_a_killed_run(bench, tmp_path):
     """As a user does it, with another hash seed than the process that was killed."""
     output = tmp_path / "run"
@@ -285,7 +286,13 @@ def test_a_finished_run_is_not_trained_further_by_resuming(bench, tmp_path):
             marks=pytest.mark.slow,
         ),
         # Stopped in step 5, the first of two on its rollouts: only after step 6 the state is that of a checkpoint.
-        ("two-steps-a-batch", signal.SIGINT, trap("open", "metrics.jsonl", 10), ["checkpoint-4", "checkpoint-6"]),
+        pytest.param(
+            "two-steps-a-batch",
+            signal.SIGINT,
+            trap("open", "metrics.jsonl", 10),
+            ["checkpoint-4", "checkpoint-6"],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=describe,
 )
@@ -349,7 +356,12 @@ def small_disk(tmp_path):
     ("where", "leave", "left"),
     [
         (trap("open", "metrics.jsonl", 3), 0, "No checkpoint was finished"),
-        (trap("open", "checkpoint-4/config.json"), 200_000, "The last whole checkpoint is checkpoint-2"),
+        pytest.param(
+            trap("open", "checkpoint-4/config.json"),
+            200_000,
+            "The last whole checkpoint is checkpoint-2",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             trap("open", ".tmp/config.json"),  # of the finished policy
             200_000,

@@ -331,7 +331,9 @@ def assert_same(record_property):
     return check
 
 
-@pytest.mark.parametrize("layout", ["trajectory, accumulated", "token, micro-batches"])
+@pytest.mark.parametrize(
+    "layout", ["trajectory, accumulated", pytest.param("token, micro-batches", marks=pytest.mark.long)]
+)
 def test_accumulation_and_micro_batches_change_nothing(one, layout, assert_same):
     settings = layout.split(",")[0]
     assert_same(settings, one(settings), one(layout))

@@ -120,6 +120,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(bench, tmp_path, wh
     assert_same(output, bench.reference())
 
 
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batch(bench, tmp_path):
     output = tmp_path / "run"
     launcher().two(*bench.words(output), traps=(AFTER_CHECKPOINT, None))

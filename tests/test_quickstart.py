@@ -29,6 +29,7 @@ def small(monkeypatch):
         corpus=200,
         pretraining={**world.pretraining, **few, "max_steps": 25},
         sft={**world.sft, **few, "per_device_train_batch_size": 12},
+        sft_grid=[{"learning_rate": 1e-4, "max_steps": 3}, {"learning_rate": 5e-4, "max_steps": 6}],
         grpo={**world.grpo, **few, "per_device_train_batch_size": 32, "save_steps": 3},
         adversarial={**world.adversarial, "discriminator_warmup_updates": 3, "warmup_rollouts": 4},
     )

@@ -61,6 +61,7 @@ def answer_of(server):
     return None
 
 
+@pytest.mark.long
 def test_more_half_headers_than_files_stop_nobody_for_long(server):
     """All are closed, at once or in time. Who is connected is answered meanwhile, others after; the log is small."""
     with contextlib.ExitStack() as stack:

@@ -213,7 +213,9 @@ def test_made_up_requests_get_described_answers(server):
     assert is_well(server)
 
 
-@pytest.mark.parametrize("cases", [15, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "cases", [pytest.param(15, marks=pytest.mark.long), pytest.param(1000, marks=pytest.mark.slow)]
+)
 def test_made_up_requests_to_the_proxy_get_described_answers(folder, tmp_path, cases):
     with (
         Upstream(sampler(["1 + 2 = 3\n#### 3", "#### 4"])) as upstream,

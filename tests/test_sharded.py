@@ -201,8 +201,8 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: dict
 
 
 COMMANDS = [
-    pytest.param("fsdp2", "full", True),
-    pytest.param("ddp", "in parts", True),
+    pytest.param("fsdp2", "full", True, marks=pytest.mark.long),
+    pytest.param("ddp", "in parts", True, marks=pytest.mark.long),
     pytest.param("fsdp2", "in parts, LoRA", False, marks=pytest.mark.slow),
     pytest.param("fsdp2", "LoRA", False, marks=pytest.mark.slow),
     pytest.param("fsdp2", "LoRA", True, marks=pytest.mark.slow),

@@ -205,6 +205,7 @@ def options(folder, base, rows, **more):
     return ["train", *(str(word) for name, value in given.items() for word in (f"--{name}", value))]
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path):
     """The checkpoint holds both adapters; policy and reward model are whole models without LoRA."""
     rows = tmp_path / "experts.jsonl"

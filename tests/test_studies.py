@@ -170,6 +170,7 @@ def mean_log_prob(model, tokenizer, row) -> float:
     return float(logits.log_softmax(-1)[range(len(completion)), completion].mean())
 
 
+@pytest.mark.long
 def test_cells_of_hops_are_also_judged_by_depth(tmp_path):
     """Every question is of one depth, and what holds for all samples is the mean over depths."""
     world = dataclasses.replace(
