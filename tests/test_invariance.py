@@ -339,6 +339,7 @@ def test_accumulation_and_micro_batches_change_nothing(one, layout, assert_same)
     assert_same(settings, one(settings), one(layout))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layout", ["trajectory, two processes", "token, two processes"])
 def test_a_second_process_changes_nothing(one, two, layout, assert_same):
     settings = layout.split(",")[0]

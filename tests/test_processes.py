@@ -81,7 +81,10 @@ def test_a_fresh_run_needs_no_resume_and_is_not_written_over(bench):
 
 @pytest.mark.parametrize(
     ("where", "left"),
-    [(AFTER_CHECKPOINT, ["checkpoint-2"]), pytest.param(MID_WARM_UP, [], marks=pytest.mark.slow)],
+    [
+        pytest.param(AFTER_CHECKPOINT, ["checkpoint-2"], marks=pytest.mark.long),
+        pytest.param(MID_WARM_UP, [], marks=pytest.mark.slow),
+    ],
 )
 def test_when_one_process_is_killed_the_other_says_how_to_go_on(bench, tmp_path, where, left):
     output = tmp_path / "run"

@@ -206,6 +206,7 @@ def fuzz(server, cases, paths=".*"):
     return counts
 
 
+@pytest.mark.long
 def test_made_up_requests_get_described_answers(server):
     counts = fuzz(server, 50)
     assert counts[200] > 25

@@ -30,8 +30,8 @@ IN_PARTS = {"in parts": "spread", "in parts, LoRA": "spread, LoRA"}
 
 
 def marked(engine: str) -> Any:
-    """What runs by default takes half a minute, and needs nothing that is not installed."""
-    return engine if engine == "fsdp2" else pytest.param(engine, marks=pytest.mark.slow)
+    """What takes half a minute, and needs nothing that is not installed, is long; the others are slow."""
+    return pytest.param(engine, marks=pytest.mark.long if engine == "fsdp2" else pytest.mark.slow)
 
 
 def needs(engine: str) -> None:
