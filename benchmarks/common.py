@@ -24,17 +24,16 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from tracereward.adversarial_config import AdversarialConfig
-from tracereward.config import RewardConfig
-from tracereward.demonstrations import encode_completion, encode_prompt
-from tracereward.models import load_tokenizer
-from tracereward.negatives import Rollout
-from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import RewardSettings
-from tracereward.rollouts import RolloutTrainer
-from tracereward.tasks import get_task
-from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
-from tracereward.trainer import AdversarialTrainer
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.synthetic.arithmetic import build_model, build_tokenizer, generate
+from tracereward.tasks.recipes import get_task
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.config import RewardConfig
+from tracereward.training.discriminator_batch import Rollout
+from tracereward.training.rollout_trainer import RolloutTrainer
+from tracereward.training.trainer import AdversarialTrainer
 
 GPU = torch.cuda.is_available()
 CPU_TIME = not GPU and torch.get_num_threads() == 1  # see `now`

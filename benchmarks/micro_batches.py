@@ -17,11 +17,11 @@ from common import Result, iqr, median
 from training_step import SIZES
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-from tracereward.batching import pack
-from tracereward.demonstrations import encode_completion, encode_prompt, load_demonstrations
-from tracereward.micro_batches import by_length
-from tracereward.models import load_tokenizer, pad_id
-from tracereward.tasks import get_task
+from tracereward.data.demonstrations import load_demonstrations
+from tracereward.modeling.batching import pack
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id
+from tracereward.tasks.recipes import get_task
+from tracereward.training.micro_batches import by_length
 
 STEPS = ACCUMULATION = 4
 

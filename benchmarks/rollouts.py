@@ -29,9 +29,8 @@ from training_step import SIZES
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation import ContinuousBatchingConfig
 
-from tracereward.batching import pack
-from tracereward.demonstrations import encode_prompt
-from tracereward.models import load_tokenizer, pad_id
+from tracereward.modeling.batching import pack
+from tracereward.modeling.tokenization import encode_prompt, load_tokenizer, pad_id
 
 ENGINES = ("eager", "static", "continuous", "vllm")
 

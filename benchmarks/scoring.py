@@ -18,13 +18,13 @@ import common
 import torch
 from common import Result, Size, median
 
-from tracereward.batching import pack
-from tracereward.demonstrations import encode_completion, encode_prompt, load_demonstrations
-from tracereward.models import load_tokenizer, pad_id
-from tracereward.pool import best_device
-from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import RewardSettings
-from tracereward.tasks import get_task
+from tracereward.data.demonstrations import load_demonstrations
+from tracereward.modeling.batching import pack
+from tracereward.modeling.loading import best_device
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.tasks.recipes import get_task
 
 
 def generated(count: int, candidates: int) -> tuple[list[str], list[str]]:

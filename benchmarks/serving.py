@@ -29,12 +29,12 @@ import httpx
 import torch
 from common import Result
 
-from tracereward.demonstrations import load_demonstrations
-from tracereward.pool import best_device
-from tracereward.reward_model import TokenRewardModel
-from tracereward.reward_settings import RewardSettings
-from tracereward.tasks import get_task
-from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
+from tracereward.data.demonstrations import load_demonstrations
+from tracereward.modeling.loading import best_device
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.synthetic.arithmetic import build_model, build_tokenizer, generate
+from tracereward.tasks.recipes import get_task
 
 ATOL = 1e-3  # a batch of another shape sums in another order
 

@@ -22,7 +22,7 @@ from typing import Any
 import common
 from common import Clock, Result, Size, adversarial_trainer, iqr, median, plain_trainer
 
-from tracereward.adversarial_config import AdversarialConfig
+from tracereward.training.adversarial_config import AdversarialConfig
 
 SIZES = {"tiny": Size(64, 2, 4), "small": Size(256, 4, 4), "gpu": Size(1024, 16, 16)}
 HALF = {"tiny": Size(32, 2, 4), "small": Size(128, 4, 4), "gpu": Size(512, 8, 8)}

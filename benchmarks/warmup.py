@@ -20,7 +20,7 @@ import common
 from common import Clock, Result, adversarial_trainer, iqr, median
 from training_step import HALF, SIZES
 
-from tracereward.trainer import AdversarialTrainer
+from tracereward.training.trainer import AdversarialTrainer
 
 
 def once(trainer: AdversarialTrainer) -> tuple[float, float]:

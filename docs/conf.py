@@ -4,8 +4,8 @@ import dataclasses
 import re
 
 import tracereward
-from tracereward.adversarial_config import DiscriminatorOptions, MonitorOptions, ShapingOptions
-from tracereward.config import DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.training.adversarial_config import DiscriminatorOptions, MonitorOptions, ShapingOptions
+from tracereward.training.config import DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
 
 project = "tracereward"
 author = "The tracereward authors"

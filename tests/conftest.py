@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tracereward.tasks.arithmetic import build_model, build_tokenizer, generate
+from tracereward.synthetic.arithmetic import build_model, build_tokenizer, generate
 
 torch.set_num_threads(1)
 # The same examples every time, and no time limit: neither chance nor other work on the machine may fail a test.

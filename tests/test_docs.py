@@ -15,16 +15,16 @@ import pytest
 import typer
 from trl import GRPOConfig, ModelConfig, SFTConfig
 
-from tracereward.adversarial_config import AdversarialConfig
-from tracereward.arguments import CONFIGS, parse
-from tracereward.cli import app
-from tracereward.masks import GRANULARITIES
-from tracereward.rerank import METHODS
-from tracereward.reward_settings import HEADS
-from tracereward.run_folder import MAY_CHANGE
-from tracereward.tasks import TASKS
+from helpers.paths import ROOT
+from tracereward.cli.app import app
+from tracereward.cli.training_options import CONFIGS, parse
+from tracereward.rewards.heads import HEADS
+from tracereward.rewards.supervision import GRANULARITIES
+from tracereward.runs.folder import MAY_CHANGE
+from tracereward.selection import METHODS
+from tracereward.tasks.recipes import TASKS
+from tracereward.training.adversarial_config import AdversarialConfig
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), *(page for page in [ROOT / "README.md"] if page.is_file())]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)

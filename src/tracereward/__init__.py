@@ -8,26 +8,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tracereward.adversarial_config import AdversarialConfig as AdversarialConfig
-    from tracereward.demonstrations import load_demonstrations as load_demonstrations
-    from tracereward.reward_func import as_reward_func as as_reward_func
-    from tracereward.reward_model import RewardModel as RewardModel
-    from tracereward.reward_model import TokenRewardModel as TokenRewardModel
-    from tracereward.reward_settings import RewardSettings as RewardSettings
-    from tracereward.scores import TokenScores as TokenScores
-    from tracereward.tasks import get_task as get_task
-    from tracereward.trainer import AdversarialTrainer as AdversarialTrainer
+    from tracereward.data.demonstrations import load_demonstrations as load_demonstrations
+    from tracereward.rewards.model import RewardModel as RewardModel
+    from tracereward.rewards.model import TokenRewardModel as TokenRewardModel
+    from tracereward.rewards.model import as_reward_func as as_reward_func
+    from tracereward.rewards.settings import RewardSettings as RewardSettings
+    from tracereward.rewards.token_scores import TokenScores as TokenScores
+    from tracereward.tasks.recipes import get_task as get_task
+    from tracereward.training.adversarial_config import AdversarialConfig as AdversarialConfig
+    from tracereward.training.trainer import AdversarialTrainer as AdversarialTrainer
 
 _HOME = {
-    "AdversarialConfig": "adversarial_config",
-    "AdversarialTrainer": "trainer",
-    "RewardModel": "reward_model",
-    "RewardSettings": "reward_settings",
-    "TokenRewardModel": "reward_model",
-    "TokenScores": "scores",
-    "as_reward_func": "reward_func",
-    "get_task": "tasks",
-    "load_demonstrations": "demonstrations",
+    "AdversarialConfig": "training.adversarial_config",
+    "AdversarialTrainer": "training.trainer",
+    "RewardModel": "rewards.model",
+    "RewardSettings": "rewards.settings",
+    "TokenRewardModel": "rewards.model",
+    "TokenScores": "rewards.token_scores",
+    "as_reward_func": "rewards.model",
+    "get_task": "tasks.recipes",
+    "load_demonstrations": "data.demonstrations",
 }
 __all__ = ["__version__", *sorted(_HOME)]
 

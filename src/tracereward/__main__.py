@@ -1,5 +1,5 @@
 """``python -m tracereward``."""
 
-from tracereward.cli import main
+from tracereward.cli.app import main
 
 main()

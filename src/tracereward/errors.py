@@ -16,6 +16,11 @@ class RunFailed(RuntimeError):
     """A run that started could not go on: says at which step, and what was kept. The commands exit with 1."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its kind; 200 characters at the most."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`.
 

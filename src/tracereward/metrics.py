@@ -1,7 +1,7 @@
 """Statistics of rewards, correctness and accuracy: what monitors log and tables print."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -92,3 +92,41 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, math.nan, math.nan
     half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
     return mean, mean - half, mean + half
+
+
+def centred(values: Sequence[float], prompts: Sequence[Hashable]) -> list[float]:
+    """Each value minus the mean of its prompt's values."""
+    groups: dict[Hashable, list[float]] = {}
+    for value, prompt in zip(values, prompts, strict=True):
+        groups.setdefault(prompt, []).append(value)
+    # Equal values are exactly 0: a rounding error of their mean would look like variation, and have a correlation.
+    means = {prompt: float(np.mean(group)) if np.ptp(group) else group[0] for prompt, group in groups.items()}
+    return [value - means[prompt] for value, prompt in zip(values, prompts)]
+
+
+def pearson(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson correlation; nan if either is constant or there are fewer than two values."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])
+
+
+def perturbation_auroc(expert_rewards: Sequence[float], perturbed_rewards: Sequence[float]) -> float:
+    """Share of expert traces that score above their own altered copy, ties counting half; nan without pairs.
+
+    (1 / N) sum_i ( [R(expert_i) > R(perturbed_i)] + [R(expert_i) = R(perturbed_i)] / 2 ). An AUROC of matched pairs: it
+    needs no verified answer, and the difficulty of the prompts cancels. 0.5 is chance.
+
+    Args:
+        expert_rewards: N trace rewards.
+        perturbed_rewards: N trace rewards; the i-th is of the i-th expert trace with an error put in.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    pairs = zip(expert_rewards, perturbed_rewards, strict=True)
+    return _mean([1.0 if expert > perturbed else 0.5 if expert == perturbed else 0.0 for expert, perturbed in pairs])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else math.nan

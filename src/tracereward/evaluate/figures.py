@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from tracereward.plots import STAND_INS, new_figure, to_svg
+from tracereward.reports.plots import STAND_INS, new_figure, to_svg
 
 COLOURS = {"reward": "positive", "log-prob": "curve"}
 """Lines whose label begins with these; all others are drawn in the ink's colour."""

@@ -6,19 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tracereward.correct import self_correct
-from tracereward.decode import beam, reject, tilt
+from tracereward.commands.guided import check_template, load_guide
+from tracereward.commands.sample import load_questions
+from tracereward.console import note
 from tracereward.errors import InputError
-from tracereward.evaluate.run import check_answers, output_folder, publish
-from tracereward.evaluate.steps import check_finite
-from tracereward.guide import Guide, Guided
-from tracereward.guided_rows import check_template, load_guide
+from tracereward.evaluate.suites import check_answers, output_folder, publish
+from tracereward.generation.decoding import beam, reject, tilt
+from tracereward.generation.guide import Guide, Guided
+from tracereward.generation.self_correction import self_correct
 from tracereward.metrics import bootstrap_interval
-from tracereward.pool import load_questions
-from tracereward.report import Table
-from tracereward.rerank import Candidate, outcomes
-from tracereward.run_folder import note
-from tracereward.tasks import Task, get_task
+from tracereward.reports.tables import Table
+from tracereward.rewards.scorer import check_finite
+from tracereward.selection import Candidate, outcomes
+from tracereward.tasks.recipes import Task, get_task
 
 POOL_METHODS = (
     "shortest",

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tracereward.demonstrations import render
+from tracereward.data.perturbations import KINDS, perturb
 from tracereward.errors import InputError, check_choice
-from tracereward.evaluate.localisation import STEP_AGGREGATES, outcome, step_values, summarise
+from tracereward.evaluate.first_error import STEP_AGGREGATES, outcome, step_values, summarise
 from tracereward.evaluate.steps import (
     LABELS,
     Encoded,
@@ -17,13 +17,11 @@ from tracereward.evaluate.steps import (
     position_limit,
     token_values,
 )
-from tracereward.metrics import auroc, bootstrap_interval
-from tracereward.monitor import perturbation_auroc
-from tracereward.perturb import KINDS, perturb
-from tracereward.report import Table
-from tracereward.reward_model import TokenRewardModel
-from tracereward.scores import TokenScores
-from tracereward.tables import interval, percent
+from tracereward.metrics import auroc, bootstrap_interval, perturbation_auroc
+from tracereward.modeling.tokenization import render
+from tracereward.reports.tables import Table, interval, percent
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.token_scores import TokenScores
 
 
 def split_steps(text: str, delimiter: str) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ from math import comb
 from typing import Any
 
 from tracereward.metrics import bootstrap_interval, wilson_interval
-from tracereward.report import Table
+from tracereward.reports.tables import Table
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:

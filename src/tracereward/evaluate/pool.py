@@ -12,8 +12,17 @@ from scipy.stats import pearsonr, spearmanr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tracereward.calibration import METHODS as CALIBRATIONS
-from tracereward.calibration import (
+from tracereward.errors import InputError
+from tracereward.evaluate.figures import curve_figure, reliability_figure
+from tracereward.evaluate.pool_data import PoolRow, by_question
+from tracereward.evaluate.steps import position_limit
+from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, within_prompt_auroc
+from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render
+from tracereward.reports.plots import histogram
+from tracereward.reports.tables import Table
+from tracereward.rewards.calibration import METHODS as CALIBRATIONS
+from tracereward.rewards.calibration import (
     Calibration,
     brier_score,
     expected_calibration_error,
@@ -21,16 +30,9 @@ from tracereward.calibration import (
     log_loss,
     reliability,
 )
-from tracereward.demonstrations import encode_completion, encode_prompt, render
-from tracereward.errors import InputError
-from tracereward.evaluate.figures import curve_figure, reliability_figure
-from tracereward.evaluate.pool_sets import PoolRow, by_question
-from tracereward.evaluate.steps import check_finite, position_limit
-from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, within_prompt_auroc
-from tracereward.models import pad_id
-from tracereward.plots import histogram
-from tracereward.report import Table
-from tracereward.rerank import (
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.scorer import check_finite
+from tracereward.selection import (
     METHODS,
     Candidate,
     fit_vote_temperature,
@@ -39,8 +41,6 @@ from tracereward.rerank import (
     ranking_curves,
     ranking_table,
 )
-from tracereward.reward_model import TokenRewardModel
-from tracereward.sampling import mean_log_probs
 
 CHUNK = 256  # candidates scored together: enough to sort by length, few enough to see that it goes on
 

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracereward.alignment import join_steps
-from tracereward.batching import Batch, pack, scoring_budget, token_budget_batches
-from tracereward.demonstrations import encode_completion, encode_prompt, render
-from tracereward.errors import InputError, RunFailed, check_choice
-from tracereward.evaluate.localisation import (
+from tracereward.errors import InputError, check_choice
+from tracereward.evaluate.first_error import (
     STEP_AGGREGATES,
     Outcome,
     differences,
@@ -25,12 +21,15 @@ from tracereward.evaluate.localisation import (
     step_values,
     summarise,
 )
-from tracereward.evaluate.step_sets import StepTrace, prompt_of
-from tracereward.models import pad_id
-from tracereward.report import Table
-from tracereward.reward_model import TokenRewardModel
-from tracereward.tables import interval, percent
-from tracereward.tasks import Task, get_task
+from tracereward.evaluate.step_data import StepTrace, prompt_of
+from tracereward.modeling.alignment import join_steps
+from tracereward.modeling.batching import pack, scoring_budget, token_budget_batches
+from tracereward.modeling.log_probs import log_probs_and_entropies
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render
+from tracereward.reports.tables import Table, interval, percent
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.scorer import check_finite
+from tracereward.tasks.recipes import Task, get_task
 
 LABELS = {
     "reward": "reward",
@@ -75,16 +74,6 @@ def encode_steps(
     return Encoded(where, encode_prompt(tokenizer, prompt), ids, steps)
 
 
-def check_finite(where: str, name: str, values: Sequence[float]) -> None:
-    """Refuse what a damaged model gives: a nan would be ranked somewhere.
-
-    Raises:
-        RunFailed: a value is not finite.
-    """
-    if not all(map(math.isfinite, values)):
-        raise RunFailed(f"{where}: the model gives a {name} that is not finite: its weights are damaged")
-
-
 def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
     """Tokens that all the models can read; infinite if none says."""
     configs: list[Any] = [model.config for model in models if model is not None]
@@ -93,27 +82,6 @@ def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
 
 
 # ---------- scores ----------
-
-
-@torch.no_grad()
-def log_probs_and_entropies(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """log p(y_t | x, y_<t), and the entropy of p(. | x, y_<t), in nats; each (B, T) float32, 0 on padding."""
-    width = batch.completion_mask.size(1)
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-        logits_to_keep=width + 1,
-    ).logits
-    log_probs = torch.zeros(batch.completion_mask.shape, device=logits.device)
-    entropies = torch.zeros_like(log_probs)
-    for row, length in enumerate(batch.completion_mask.sum(1).tolist()):  # a row at a time: vocabularies are large
-        distribution = logits[row, :length].float().log_softmax(-1)
-        targets = batch.input_ids[row, -width:][:length, None]
-        log_probs[row, :length] = distribution.gather(1, targets)[:, 0]
-        entropies[row, :length] = torch.special.entr(distribution.exp()).sum(-1)
-    return log_probs, entropies
 
 
 def token_values(

@@ -15,10 +15,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from scipy.special import expit
 
 from tracereward import __version__
-from tracereward.alignment import join_steps
 from tracereward.errors import InputError
-from tracereward.scorer import Scorer
-from tracereward.scores import AGGREGATES, TokenScores
+from tracereward.modeling.alignment import join_steps
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 from tracereward.serving.errors import add_errors
 from tracereward.serving.middleware import Counted, Guard
 from tracereward.serving.proxy import Proxy

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from tracereward.demonstrations import encode_completion, encode_prompt
 from tracereward.errors import InputError
-from tracereward.scorer import Scorer
+from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.rewards.scorer import Scorer
 
 CHARACTERS = 4  # of a token, about: what text counts for until it is tokenised
 Pair = tuple[list[int], list[int]]

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tracereward.scorer import Scorer
-from tracereward.scores import TokenScores
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.encoding import CHARACTERS, Pair, encode_inputs, encode_traces
 
 BATCHES = 4  # passes in one turn of the worker: sorting by length needs some traces to sort

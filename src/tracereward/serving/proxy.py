@@ -11,12 +11,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from tracereward.rerank import Candidate, choose
+from tracereward.selection import Candidate, choose
 from tracereward.serving.middleware import error
 from tracereward.serving.schemas import ChatRequest, CompletionRequest, ErrorResponse, JsonObject, Selection
 from tracereward.serving.service import ERRORS, Refused, Service, unless_gone
 from tracereward.serving.upstream import Upstream, UpstreamFailed, can_be_sent
-from tracereward.tasks import get_task
+from tracereward.tasks.recipes import get_task
 
 DROPPED = ("n", "stream", "stream_options", "best_of", "tracereward")
 """Fields of a request that are the proxy's business, not the upstream's."""

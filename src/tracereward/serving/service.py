@@ -10,10 +10,10 @@ from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from scipy.special import expit
 
-from tracereward.demonstrations import render
 from tracereward.errors import InputError
-from tracereward.scorer import Scorer
-from tracereward.scores import TokenScores
+from tracereward.modeling.tokenization import render
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.engine import Engine
 from tracereward.serving.schemas import ErrorResponse, Message, Usage
 

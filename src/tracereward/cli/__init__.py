@@ -1,0 +1,3 @@
+"""The command line."""
+
+from tracereward.cli.app import main as main

@@ -1,0 +1,252 @@
+"""The command line. Each command imports what it needs inside itself, so that ``--help`` answers at once."""
+
+import atexit
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+import typer.core
+
+from tracereward import __version__
+from tracereward.cli.evaluate import suites
+from tracereward.cli.reward import commands, left_of
+from tracereward.cli.serve import server
+from tracereward.console import say
+from tracereward.errors import InputError, Interrupted, RunFailed
+
+
+class Commands(typer.core.TyperGroup):
+    """The commands, with Ctrl-C and a closed pipe brought to `main` before typer makes its own exit codes of them."""
+
+    def invoke(self, ctx: Any) -> object:
+        """Run a command."""
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
+        except KeyboardInterrupt as error:
+            raise Interrupted("interrupted") from error
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Reward models for reasoning, learned from expert traces alone.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _training(kind: str, argv: list[str]) -> None:
+    from tracereward.cli.training_options import parse, print_help
+
+    if "--help" in argv or "-h" in argv:
+        print_help(kind)
+        return
+    data, config, model, resume = parse(kind, argv)
+    from tracereward.commands import train
+
+    folder = {"sft": train.run_sft, "train": train.run_train, "grpo": train.run_grpo}[kind](data, config, model, resume)
+    if not train.is_main_process():
+        return
+    say(f"done: {folder}")
+    for part in ("policy", "reward_model", "report.html"):
+        if (folder / part).exists():
+            print(folder / part)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def sft(ctx: typer.Context) -> None:
+    """Fine-tune a model on expert traces (options: tracereward sft --help)."""
+    _training("sft", ctx.args)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def train(ctx: typer.Context) -> None:
+    """Learn a reward model from expert traces and train the policy on it."""
+    _training("train", ctx.args)
+
+
+@app.command(context_settings=PASS_THROUGH)
+def grpo(ctx: typer.Context) -> None:
+    """Train a policy on a given reward: the verifier, or its own log-prob."""
+    _training("grpo", ctx.args)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
+    data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
+    task: Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")] = "generic",
+    n: Annotated[
+        int | None, typer.Option("-n", "--n", min=1, help="Completions of each prompt; 8 if not given.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
+    template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
+    batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
+    guide: Annotated[
+        str | None, typer.Option(help="Let --reward-model guide the decoding: beam, reject or tilt.")
+    ] = None,
+    reward_model: Annotated[str | None, typer.Option(help="Of --guide: folder or Hub id; same tokenizer.")] = None,
+    beam: Annotated[int | None, typer.Option(min=1, help="Of beam: partial traces kept; 4 if not given.")] = None,
+    expansions: Annotated[int | None, typer.Option(min=1, help="Of beam: next steps drawn of each; 4.")] = None,
+    lookahead: Annotated[int | None, typer.Option(min=0, help="Of beam: greedy steps before a score; 0.")] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="Of reject: survivors of the -n traces; 1.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of tilt: weight of the reward; 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Of tilt: next tokens scored; 8.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Of --guide: model whose log-prob is added to the rewards, as for score.")
+    ] = None,
+) -> None:
+    """Draw completions from a policy: one JSON row each."""
+    from tqdm.auto import tqdm
+
+    from tracereward.commands.partial_output import finished_questions, origin_of, rows_to, write_row
+    from tracereward.commands.sample import sample_rows
+
+    beside = {"beam": beam, "expansions": expansions, "lookahead": lookahead, "keep": keep, "alpha": alpha}
+    beside["top_k"] = top_k
+    made_of: dict[str, Any] = {"task": task, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    made_of |= {"top_p": top_p, "seed": seed, "limit": limit, "split": split, "template": template}
+    models = {"model": model, "--reward-model": reward_model, "--reference": reference}
+    origin, done = None, 0
+    if guide is not None:
+        from tracereward.commands.guided import finished_guided, guide_options, guided_rows
+
+        if reward_model is None:
+            raise InputError("--guide needs --reward-model")
+        given = guide_options(guide, {"n": n, **beside})
+        if output is not None:
+            origin = origin_of("sample", models, data, guide=guide, **given, **made_of)
+        if resume and (part := left_of(output, origin)):
+            done = finished_guided(part, guide, given, batch_size)
+            say(f"going on after {done} questions")
+        chunks = guided_rows(
+            model,
+            reward_model,
+            guide,
+            given,
+            data,
+            task,
+            max_new_tokens,
+            temperature,
+            top_p,
+            seed,
+            limit,
+            split,
+            template,
+            batch_size,
+            reference,
+            done,
+        )
+    else:
+        if any(value is not None for value in (reward_model, reference, *beside.values())):
+            raise InputError("--reward-model, --reference and the options of beam, reject and tilt need --guide")
+        n = n or 8
+        if output is not None:  # a batch has one random seed, so that rows depend on its size
+            origin = origin_of("sample", models, data, n=n, batch_size=batch_size, **made_of)
+        if resume and (part := left_of(output, origin)):
+            done = finished_questions(part, n, max(1, batch_size // n))
+            say(f"going on after {done} questions")
+        chunks = sample_rows(
+            model, data, task, n, max_new_tokens, temperature, top_p, seed, limit, split, template, batch_size, done
+        )
+    progress = tqdm(desc="samples", initial=done * (n or 1), unit="")
+    with progress, rows_to(output, append=resume, origin=origin) as file:
+        for rows in chunks:
+            for row in rows:
+                write_row(file, row)
+            file.flush()
+            progress.update(len(rows))
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/quickstart"),
+    world: Annotated[
+        str, typer.Option(help="exposure, checked, hops, misconception, style or multi-skill.")
+    ] = "exposure",
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
+    fast: Annotated[
+        bool, typer.Option(help="A minute instead of several: fewer steps; the figures mean less.")
+    ] = False,
+    json_table: Annotated[bool, typer.Option("--json", help="Print the tables as JSON on stdout.")] = False,
+) -> None:
+    """The whole method on generated arithmetic and a tiny Llama, offline, in minutes on two CPU cores."""
+    from tracereward.quickstart.run import run_quickstart
+
+    run_quickstart(output, world, seed, resume, fast, json_table)
+
+
+app.add_typer(commands)
+app.add_typer(server)
+app.add_typer(suites, name="evaluate")
+
+
+def main(application: typer.Typer = app) -> NoReturn:
+    """Entry point: exit 0 when all went well, 1 when a run failed, 2 for bad input or usage, 130 when interrupted."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Names that TRL still uses and transformers has renamed: nothing that a user of the commands could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    code: str | int | None = 0
+    try:
+        application()
+    except SystemExit as error:
+        code = error.code
+    except InputError as error:
+        say(f"tracereward: {error}")
+        code = 2
+    except RunFailed as error:
+        say(f"\ntracereward: {error}")  # behind a progress bar
+        code = 1
+    except Interrupted as error:
+        say(f"\ntracereward: {error}")
+        code = 130
+    leave(code)
+
+
+def leave(code: str | int | None) -> NoReturn:
+    """End the process with this exit status; one of several of a distributed run leaves its process group first.
+
+    Such a process also does without the interpreter's shutdown: threads of gloo's that let go of a tensor meanwhile
+    abort it, and a run that had finished would count as failed (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if (
+        isinstance(code, str)
+        or distributed is None
+        or not (distributed.is_available() and distributed.is_initialized())
+    ):
+        sys.exit(code)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, because another process failed: this one says why
+    if code in (0, None):  # the others of a run that failed may hang
+        distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code or 0)

@@ -1,0 +1,352 @@
+"""The commands that use a reward model: score, rerank, correct, inspect, ... Imports are inside each."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tracereward.console import say
+from tracereward.errors import InputError
+
+commands = typer.Typer()
+
+Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")]
+Reference = Annotated[
+    str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
+]
+Policy = Annotated[
+    str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
+]
+Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pip install 'tracereward[vllm]').")]
+NO_PROBABILITY = "no probability: the model is calibrated for its reward without --reference and --policy"
+
+
+def left_of(output: str | None, origin: dict[str, list[Any]] | None) -> Path | None:
+    """What an interrupted command left of its --output; None if nothing. Ends the command where all of it is there.
+
+    Raises:
+        InputError: see `outputs.unfinished`.
+    """
+    from tracereward.commands.partial_output import part_of, unfinished
+
+    if output is None or origin is None:
+        raise InputError("--resume needs --output")
+    if Path(output).is_file() and not part_of(output).exists():
+        say(f"{output} is finished")
+        raise typer.Exit
+    return unfinished(output, origin)
+
+
+@commands.command()
+def score(
+    model: Model,
+    data: Annotated[
+        str, typer.Argument(help="JSONL, Parquet or Hub rows: prompt, and completion, candidates or steps.")
+    ],
+    output: Annotated[
+        str | None, typer.Option("-o", "--output", help="JSONL file; a folder with --engine ray. Default: stdout.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "train",
+    engine: Annotated[
+        str, typer.Option(help="transformers, vllm (head token), or ray (many machines; tracereward[ray]).")
+    ] = "transformers",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of --engine ray. Default: the GPUs of the cluster, or one.")
+    ] = None,
+    reference: Reference = None,
+    policy: Policy = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Report rows that cannot be scored and go on, instead of stopping.")
+    ] = False,
+) -> None:
+    """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
+    from tqdm.auto import tqdm
+
+    from tracereward.commands.partial_output import check_output, finished_rows, origin_of, rows_to, write_row
+    from tracereward.commands.score import score_rows
+    from tracereward.data.trace_rows import candidate_rows
+    from tracereward.errors import check_choice
+    from tracereward.modeling.loading import check_model
+    from tracereward.rewards.engines import ENGINES, check_engine, load_beside, load_scorer
+    from tracereward.rewards.settings import check_policy, check_reward_model
+
+    check_choice("engine", engine, [*ENGINES, "ray"])
+    if workers is not None and engine != "ray":
+        raise InputError("--workers is of --engine ray")
+    if engine == "ray":
+        from tracereward.commands.score_ray import score_to_folder
+
+        if check_reward_model(model).calibration is not None and (reference or policy):
+            say(NO_PROBABILITY)
+        for text in score_to_folder(model, data, output, split, reference, policy, workers, resume, skip_bad):
+            say(f"skipped: {text}")
+        return
+    settings = check_engine(model, engine)
+    check_policy(settings, policy)
+    for other in (reference, policy):
+        if other is not None:
+            if engine != "transformers":
+                raise InputError(f"--engine {engine} computes logits alone: leave --reference and --policy out")
+            check_model(other)
+    check_output(output)
+    if settings.calibration is not None and (reference or policy):
+        say(NO_PROBABILITY)
+    skipped: list[str] | None = [] if skip_bad else None
+    count = sum(
+        1 for _ in candidate_rows(data, split, skipped, settings.template)
+    )  # all rows are checked before the model is loaded
+    if count == 0:
+        raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
+    models, origin, done = {"model": model, "--reference": reference, "--policy": policy}, None, 0
+    if output is not None:
+        origin = origin_of("score", models, data, split=split, engine=engine)
+    if resume and (part := left_of(output, origin)):
+        done = finished_rows(part)
+        say(f"going on after {done} rows")
+    reward_model = load_scorer(model, engine)
+    others = [load_beside(reward_model, other) for other in (reference, policy)]
+    rows = candidate_rows(data, split, None if skipped is None else [], settings.template)
+    too_long: list[str] | None = None if skipped is None else []
+    scored = score_rows(reward_model, rows, *others, skipped=too_long, done=done)
+    progress = tqdm(desc="scored", total=count, initial=done, unit="")
+    with rows_to(output, append=resume, origin=origin) as file, progress:
+        for row in scored:
+            write_row(file, row)
+            progress.update()
+    for text in [*(skipped or ()), *(too_long or ())]:
+        say(f"skipped: {text}")
+
+
+@commands.command()
+def rerank(
+    model: Model,
+    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion.")],
+    task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="vote, sigmoid_vote, reward, reward_logprob, reward_logprob_vote, majority, logprob, logprob_vote, "
+            "shortest or random."
+        ),
+    ] = "vote",
+    aggregate: Annotated[
+        str | None, typer.Option(help="Trace reward: mean, min, last or discounted. Default: the reward model's.")
+    ] = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
+    json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
+) -> None:
+    """Choose among candidates; where answers are known, compare with majority, log-prob, length and oracle."""
+    import dataclasses
+    import json
+
+    from tracereward.commands.partial_output import check_output, rows_to, write_row
+    from tracereward.commands.rerank import rerank_rows, summary
+    from tracereward.commands.score import score_rows
+    from tracereward.data.trace_rows import candidate_rows, check_facts
+    from tracereward.errors import check_choice
+    from tracereward.modeling.loading import best_device
+    from tracereward.rewards.model import TokenRewardModel
+    from tracereward.rewards.settings import check_reward_model
+    from tracereward.rewards.token_scores import AGGREGATES
+    from tracereward.selection import METHODS
+    from tracereward.tasks.recipes import get_task
+
+    known = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
+    check_choice("method", method, known)
+    if aggregate is not None:
+        check_choice("aggregate", aggregate, AGGREGATES)
+    settings = check_reward_model(model)
+    recipe = get_task(task or settings.task)
+    check_output(output)
+    rows = list(candidate_rows(data, template=settings.template))
+    if not rows:
+        raise InputError(f"{data}: no rows")
+    for where, row in rows:
+        check_facts(where, row)
+        if "completion" not in row or ("logprob" in method and row.get("logprob") is None):
+            single = "completion" in row
+            need = f"a logprob in each row for --method {method}" if single else "a completion in each row"
+            raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
+    reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
+    if aggregate is not None:
+        reward_model.settings = dataclasses.replace(settings, aggregate=aggregate)
+    chosen, questions = rerank_rows(score_rows(reward_model, rows), recipe, method)
+    table = summary(questions, recipe)
+    if output is not None or not json_table:
+        with rows_to(output) as file:
+            for row in chosen:
+                write_row(file, row)
+    if json_table:
+        print(json.dumps(table))
+    elif table is not None:
+        from tracereward.reports.tables import print_ranking
+
+        print_ranking(table)
+
+
+@commands.command()
+def correct(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
+    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion, as `tracereward sample` writes.")],
+    reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
+    rounds: Annotated[int, typer.Option(min=1, help="At most as many cuts of each trace.")] = 3,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Continuations drawn from each cut.")] = 4,
+    suspect: Annotated[
+        str, typer.Option(help="Where to cut: where the reward is low, or the policy's own logprob.")
+    ] = "reward",
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="A step is suspected whose mean is under it: log-odds of the reward (default: 0), or nats."),
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Instead: the share of traces in which a step is suspected.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
+    temperature: Annotated[float, typer.Option(help="Of the continuations.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
+    reference: Reference = None,
+    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
+) -> None:
+    """Cut traces before their first suspected step, draw on from there, keep what the reward prefers."""
+    from tracereward.commands.correct import corrected_rows, correction_summary, finished_corrections
+    from tracereward.commands.partial_output import origin_of, rows_to, write_row
+
+    done: list[dict[str, Any]] = []
+    origin = None
+    if output is not None:
+        made_of: dict[str, Any] = {"rounds": rounds, "k": k, "suspect": suspect, "threshold": threshold, "share": share}
+        made_of |= {"task": task, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+        models = {"model": model, "--reward-model": reward_model, "--reference": reference}
+        origin = origin_of("correct", models, data, seed=seed, **made_of)
+    if resume and (part := left_of(output, origin)):
+        done = finished_corrections(part, batch_size, k)
+        say(f"going on after {len(done)} rows")
+    drawing = (max_new_tokens, temperature, top_p, seed, batch_size, reference, len(done))
+    chunks = corrected_rows(model, data, reward_model, rounds, k, suspect, threshold, share, task, *drawing)
+    with rows_to(output, append=resume, origin=origin) as file:
+        for rows in chunks:
+            for row in rows:
+                write_row(file, row)
+            file.flush()
+            done += rows
+    say(correction_summary(done))
+
+
+@commands.command()
+def inspect(
+    data: Annotated[str, typer.Argument(help="Rows that `tracereward score` wrote, or rows to score with --model.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a reward model, for rows without scores.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file. Default: the terminal.")] = None,
+    task: Annotated[str | None, typer.Option(help="Recipe that finds and checks answers.")] = None,
+    reference: Reference = None,
+    policy: Policy = None,
+    threshold: Annotated[
+        float, typer.Option(help="A step is suspected that is this much, in log-odds, under the mean of the others.")
+    ] = 0.5,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show the first N rows.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page. Default: the file's name.")] = None,
+    colour: Annotated[str, typer.Option(help="Terminal: auto, never, 256 or truecolor.")] = "auto",
+    width: Annotated[int | None, typer.Option(min=20, help="Terminal: columns.")] = None,
+) -> None:
+    """Look at traces token by token: one HTML page that needs no network, or the terminal."""
+    import math
+
+    from tracereward.commands.inspect import rows_to_inspect
+    from tracereward.commands.partial_output import check_output
+    from tracereward.errors import check_choice
+    from tracereward.reports.inspection import write_inspection
+    from tracereward.reports.inspection_terminal import COLOURS, print_ansi
+
+    if not math.isfinite(threshold):
+        raise InputError(f"--threshold must be a finite number, not {threshold}")
+    check_choice("colour", colour, COLOURS)
+    check_output(None if output is None else str(output))
+    rows = rows_to_inspect(data, model, task, reference, policy, limit)
+    if output is None:
+        print_ansi(rows, sys.stdout, width, colour, threshold)
+        return
+    command = " ".join(["tracereward", *sys.argv[1:]])
+    write_inspection(output, rows, title or Path(data).name, command, threshold)
+    say(f"{len(rows)} rows: {output}")
+
+
+@commands.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder of the reward model.")],
+    data: Annotated[str, typer.Argument(help="Labelled traces: correct, or a gold answer, in each row.")],
+    questions: Annotated[str | None, typer.Option(help="Questions, where rows name them by id only.")] = None,
+    task: Annotated[str | None, typer.Option(help="Recipe. Default: the reward model's.")] = None,
+    method: Annotated[str, typer.Option(help="platt, temperature or isotonic.")] = "platt",
+) -> None:
+    """Fit the probability that a trace is right to a small labelled set, and keep it with the reward model."""
+    import dataclasses
+    import json
+
+    from tracereward.errors import check_choice
+    from tracereward.evaluate.suites import run_calibrate
+    from tracereward.rewards.calibration import METHODS
+
+    check_choice("method", method, METHODS)
+    calibration, left_out = run_calibrate(model, data, questions, task, method)
+    if left_out:
+        say(f"{left_out} traces are longer than the reward model reads and were left out")
+    say(f"fitted on {calibration.traces} traces and written to {model}/tracereward.json")
+    print(json.dumps(dataclasses.asdict(calibration)))
+
+
+@commands.command()
+def export(
+    model: Model,
+    data: Annotated[str, typer.Option(help="JSONL or Parquet rows to fit on, as `tracereward sample` writes them.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new reward model.")],
+    head: Annotated[str, typer.Option(help="token: a plain token-classification checkpoint.")] = "token",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 3,
+    learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
+    token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens of one step.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+) -> None:
+    """Distil a reward model into a token-classification checkpoint, and say how well that fits."""
+    import dataclasses
+    import json
+    import math
+    from contextlib import suppress
+
+    from tracereward.commands.partial_output import check_output
+    from tracereward.data.trace_rows import candidate_rows
+    from tracereward.errors import check_choice
+    from tracereward.modeling.loading import best_device, local_folder
+    from tracereward.rewards.distillation import check_rows, distill, examples_of
+    from tracereward.rewards.model import TokenRewardModel
+    from tracereward.rewards.settings import check_reward_model
+
+    check_choice("head", head, ["token"])
+    if not 0 < learning_rate <= 1:  # nan is not either
+        raise InputError(f"--learning-rate must be over 0 and at most 1, not {learning_rate}")
+    settings = check_reward_model(model)
+    if output.exists():
+        raise InputError(f"{output} exists already: choose another --output")
+    with suppress(OSError):  # which check_output then says
+        output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(str(output))
+    rows = list(candidate_rows(data, template=settings.template))
+    check_rows(rows)
+    teacher = TokenRewardModel.from_pretrained(model).to(best_device())
+    examples = examples_of(rows, teacher)
+    student, fit = distill(teacher, local_folder(model), examples, epochs, learning_rate, token_budget, seed)
+    numbers = {k: None if math.isnan(value) else value for k, value in dataclasses.asdict(fit).items()}
+    note = (
+        f"\nDistilled from a reward model with head `{teacher.settings.head}` on {fit.traces} traces: R2 {fit.r2:.3f} "
+        f"on {fit.held_out} traces of held-out prompts; within-prompt AUROC {fit.auroc_before:.3f} before, "
+        f"{fit.auroc_after:.3f} after.\n"
+    )
+    student.save_pretrained(output, note)
+    say(note.strip())
+    print(json.dumps({"output": str(output), **numbers}))

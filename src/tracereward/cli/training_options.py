@@ -1,0 +1,134 @@
+"""Options of the training commands: YAML by ``--config``, overridden by ``--name value``, with mistakes explained."""
+
+import dataclasses
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from tracereward.errors import InputError
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
+
+CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}
+
+
+class _Parser(TrlParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)  # argparse would print the usage of 200 options
+
+
+def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, bool]:
+    """Data options, training options, model options, and whether ``--resume`` was given.
+
+    Raises:
+        InputError: unknown option (the nearest is suggested), a value that does not fit, an unreadable file.
+    """
+    argv = [_with_underscores(word) for word in argv]
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    resume = "--resume" in argv
+    if resume:
+        argv.remove("--resume")
+    config_class = CONFIGS[kind]
+    classes: Any = (DataArguments, config_class, ModelConfig)
+    known = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
+    for name in _given_names(argv):
+        if name not in known | {"config"}:
+            raise InputError(_unknown(f"option --{name}", name, known))
+    argv = _with_config(argv, known)
+    if not any(word.split("=")[0] == "--output_dir" for word in argv):
+        argv += ["--output_dir", f"runs/{kind}"]
+    try:
+        data, config, model = _Parser(classes).parse_args_and_config(args=argv)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+    return data, config, model, resume
+
+
+def _with_underscores(word: str) -> str:
+    """``--output-dir`` is ``--output_dir``, here as for the parser."""
+    name, equals, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
+
+
+def _given_names(argv: list[str]) -> list[str]:
+    return [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
+
+
+def _unknown(what: str, name: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown {what}: " + (f"did you mean {near[0]!r}?" if near else "see `tracereward COMMAND --help`")
+
+
+def _with_config(argv: list[str], known: set[str]) -> list[str]:
+    """Check the YAML file that ``--config`` names; ``output_dir`` in it counts as given."""
+    if "--config" not in argv:
+        return argv
+    position = argv.index("--config")
+    if position + 1 == len(argv):
+        raise InputError("--config needs a file name")
+    path = Path(argv[position + 1])
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
+        raise InputError(f"{path}: no such file" + (f" (did you mean {path.parent / near[0]}?)" if near else ""))
+    try:
+        text = path.read_text(encoding="utf-8")
+        options, tree = yaml.safe_load(text) or {}, yaml.compose(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(options, dict):
+        raise InputError(f"{path}: must be a mapping of option names to values")
+    seen: set[str] = set()
+    for key, _ in tree.value if tree is not None else ():
+        if key.value in seen:  # YAML takes the last one and says nothing
+            raise InputError(f"{path}:{key.start_mark.line + 1}: option {key.value!r} is given twice")
+        seen.add(key.value)
+    for name in options.keys() - known - {"env"}:
+        raise InputError(f"{path}: " + _unknown(f"option {name!r}", str(name), known))
+    folder = options.get("output_dir", "runs")
+    if not isinstance(folder, str) or not folder:
+        raise InputError(f"{path}: output_dir must be the name of a folder, not {folder!r}")
+    if "output_dir" in options and not any(word.split("=")[0] == "--output_dir" for word in argv):
+        argv = [*argv, "--output_dir", folder]
+    return argv
+
+
+def help_text(kind: str) -> str:
+    """The options that are tracereward's own, with defaults; TRL's are named by class."""
+    config_class = CONFIGS[kind]
+    lines = [
+        f"Usage: tracereward {kind} [--config FILE.yaml] [--resume] [--OPTION VALUE ...]",
+        "",
+        {
+            "sft": "Fine-tune a model on expert traces.",
+            "train": "Learn a reward model from expert traces and train the policy on it.",
+            "grpo": "Train a policy on a given reward: the verifier (upper baseline) or its own log-prob (control).",
+        }[kind],
+        "",
+        "  --resume: go on from the last whole checkpoint of --output_dir",
+        f"  --output_dir: the run folder (default: runs/{kind})",
+        "  --model_name_or_path: folder or Hub id of the starting policy",
+        "  --use_peft, --lora_r, --lora_alpha, --lora_target_modules: LoRA instead of all weights",
+    ]
+    for cls in (
+        DataArguments,
+        *(c for c in reversed(config_class.__mro__) if c.__module__.startswith("tracereward.")),
+    ):
+        own = vars(cls).get("__annotations__", {})
+        for field in dataclasses.fields(cls):
+            if field.name in own:
+                default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default!r})"
+                lines.append(f"  --{field.name}: {field.metadata['help']}{default}")
+    parent = next(c for c in config_class.__mro__ if c.__module__.startswith("trl."))
+    lines += ["", f"And every option of trl.{parent.__name__} and trl.ModelConfig, under the same names."]
+    return "\n".join(lines)
+
+
+def print_help(kind: str) -> None:
+    """Write the help to stdout."""
+    sys.stdout.write(help_text(kind) + "\n")

@@ -1,0 +1,206 @@
+"""Files of rows that appear under their name when all rows are there, and going on with one that was interrupted.
+
+Until then the rows are in ``NAME.part``, and what they are made of (models, data, options) in ``NAME.part.json``: rows
+of two different runs are never joined.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from tracereward.errors import InputError, RunFailed
+from tracereward.files import DISK_FULL, atomic_write_json, write_jsonl
+from tracereward.modeling.loading import model_fingerprint
+
+Origin = dict[str, list[Any]]
+"""What rows are made of: for each argument its value as given, and what is compared."""
+
+
+def origin_of(command: str, models: dict[str, str | None], data: str | None, **options: Any) -> Origin:
+    """What the rows of an output are made of.
+
+    Args:
+        command: which writes them.
+        models: by argument; known by their content, since a folder may have been trained again under the same name.
+        data: file, known by its content, or Hub id.
+        **options: all others that change a row, by their names in Python.
+
+    Raises:
+        InputError: a model or the data cannot be read.
+    """
+    origin: Origin = {"command": [command, command]}
+    for argument, name in models.items():
+        origin[argument] = [name, model_fingerprint(name)]
+    origin["data"] = [data, _digest(Path(data).expanduser()) if data is not None else None]
+    for name, value in options.items():
+        origin[("-" if len(name) == 1 else "--") + name.replace("_", "-")] = [value, value]
+    return origin
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 of a file; the name of what is none: a set on the Hub, or nothing, which reading will say."""
+    if not path.is_file():
+        return str(path)
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def part_of(output: str) -> Path:
+    """Where the rows of an unfinished output are."""
+    return Path(output + ".part")
+
+
+def _origin_file(part: Path) -> Path:
+    return part.with_name(part.name + ".json")
+
+
+def check_output(output: str | None) -> None:
+    """Refuse an output that cannot be written, before anything slow starts; None and ``-`` are stdout."""
+    if output in (None, "-"):
+        return
+    path, part = Path(output), part_of(output)
+    if not path.parent.is_dir():
+        raise InputError(f"{output}: the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise InputError(f"{output}: is a folder; name a file")
+    was_there = part.exists()
+    try:
+        with open(part, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
+    if not was_there:
+        part.unlink()
+
+
+@contextmanager
+def rows_to(output: str | None, append: bool = False, origin: Origin | None = None) -> Iterator[TextIO]:
+    """Where rows go: stdout, or a file that appears under its name when all of it is there.
+
+    Args:
+        output: file; None and ``-`` are stdout.
+        append: to what `unfinished` found.
+        origin: kept beside an output that a later call may go on with.
+
+    Raises:
+        InputError: it cannot be written.
+        RunFailed: the disk is full.
+    """
+    check_output(output)
+    if output is None or output == "-":
+        yield sys.stdout
+        return
+    part = part_of(output)
+    try:
+        with open(part, "a" if append else "w", encoding="utf-8") as file:
+            if origin is not None:  # after the rows of an earlier run are gone
+                atomic_write_json(_origin_file(part), origin)
+            yield file
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise RunFailed(f"the disk of {part.absolute().parent} is full; what was finished is in {part}") from error
+    part.replace(output)
+    _origin_file(part).unlink(missing_ok=True)
+
+
+def write_row(file: TextIO, row: dict[str, Any]) -> None:
+    """One JSON object and a newline."""
+    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def unfinished(output: str, origin: Origin) -> Path | None:
+    """The rows that an interrupted run with the same `origin` left of `output`; None if there are none.
+
+    Raises:
+        InputError: they are of another run; says what differs.
+    """
+    part = part_of(output)
+    if not part.is_file() or part.stat().st_size == 0:
+        return None
+    anew = f"remove {part} to start anew"
+    try:
+        earlier = json.loads(_origin_file(part).read_text(encoding="utf-8"))
+        old = {name: (shown, value) for name, (shown, value) in earlier.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"{part}: nothing says what its rows are of, {_origin_file(part).name} is missing or damaged: {anew}"
+        ) from error
+    new: Origin = json.loads(json.dumps(origin))  # tuples become lists
+    differ = [
+        _difference(name, *(side[name][0] if name in side else None for side in (old, new)))
+        for name in {**old, **new}
+        if name not in old or name not in new or old[name][1] != new[name][1]
+    ]
+    if differ:
+        raise InputError(
+            f"{part} is of a run with another {'; another '.join(differ)}. Give the same arguments, or {anew}"
+        )
+    return part
+
+
+def _difference(name: str, old: Any, new: Any) -> str:
+    if old == new:
+        return f"{name} ({new}: the same name, other content)"
+    return f"{name} ({'none' if old is None else old}, now {'none' if new is None else new})"
+
+
+def finished_rows(part: Path) -> int:
+    """How many whole rows an unfinished output has; half a line at its end is removed from it.
+
+    Raises:
+        InputError: see `whole_rows`.
+    """
+    count = end = 0
+    for size, _ in _lines(part, "prompt"):
+        count, end = count + 1, end + size
+    os.truncate(part, end)
+    return count
+
+
+def finished_questions(part: Path, n: int, chunk: int) -> int:
+    """Questions of `n` rows each in an unfinished output whose whole chunk is there; rows behind are removed from it.
+
+    Raises:
+        InputError: see `whole_rows`.
+    """
+    rows = whole_rows(part, "question")
+    whole = len(rows) // (n * chunk) * chunk
+    write_jsonl(part, rows[: whole * n])
+    return whole
+
+
+def whole_rows(part: Path, field: str) -> list[dict[str, Any]]:
+    """The rows of an unfinished output; half a line at its end is left out.
+
+    Args:
+        part: as `unfinished` found it.
+        field: which every row has.
+
+    Raises:
+        InputError: a line is no such row.
+    """
+    return [row for _, row in _lines(part, field)]
+
+
+def _lines(part: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Bytes and row of every whole line."""
+    with open(part, "rb") as file:
+        for n, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or field not in row:
+                raise InputError(f"{part}:{n}: not a row that this command wrote: remove {part} to start anew")
+            yield len(line), row

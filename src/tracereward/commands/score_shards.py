@@ -1,0 +1,220 @@
+"""Parquet shards of scores in one folder: cut, claimed by a worker, written whole, and what they are of.
+
+A shard's name is the only record that it is done, so that whoever is killed, no row is scored twice or left out.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from filelock import FileLock, Timeout
+from pyarrow import parquet
+
+from tracereward.commands.score import CHUNK
+from tracereward.data.trace_rows import holds_steps
+from tracereward.errors import InputError, RunFailed
+from tracereward.files import DISK_FULL, atomic_write_json, fsync_parent, remove_unfinished
+from tracereward.rewards.token_scores import AGGREGATES
+
+SHARD_ROWS = CHUNK  # what `score` batches together, so that the numbers are the same; lost at most when a worker dies
+ATTEMPTS = 3  # a shard that ends its worker so often (out of memory) would end every worker
+MANIFEST = "manifest.json"
+SKIPPED = b"tracereward.skipped"  # in a shard's metadata: what is wrong with the rows that were left out of it
+
+
+def part_file(folder: Path, shard: int) -> Path:
+    """Where a shard of scores is, when it is done."""
+    return folder / f"part-{shard:06d}.parquet"
+
+
+def todo_file(todo: Path, shard: int) -> Path:
+    """Where the rows of a shard are, as long as they are to be scored."""
+    return todo / f"{shard:06d}.jsonl"
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Say so when the disk of `folder` is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise RunFailed(f"the disk of {folder} is full; make room and go on with --resume") from error
+
+
+@contextmanager
+def own_folder(folder: Path, resume: bool) -> Iterator[Path]:
+    """Make the folder of the results this process's own; yields a folder in it that is gone afterwards.
+
+    Raises:
+        InputError: it cannot be one, holds something else, or another process writes to it.
+    """
+    if not folder.parent.is_dir():
+        raise InputError(f"{folder}: the folder {folder.parent} does not exist")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; --engine ray writes a folder")
+    if (folder / MANIFEST).exists() and not resume:
+        raise InputError(f"{folder} holds scores already: go on with --resume, or choose another --output")
+    if folder.is_dir() and not (folder / MANIFEST).exists():
+        others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+        if others:
+            raise InputError(f"{folder}: {others[0]} is in it and no {MANIFEST}: choose another --output")
+    folder.mkdir(exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another process is writing to {folder}: wait for it, or choose another --output") from error
+    # A worker may outlive a killed run for a moment: it must not find another run's rows under the names of its own.
+    todo = folder / f".todo.{uuid.uuid4().hex}.tmp"
+    try:
+        remove_unfinished(folder)
+        todo.mkdir()
+        yield todo
+    finally:
+        shutil.rmtree(todo, ignore_errors=True)
+        lock.release()
+        if not (folder / MANIFEST).exists():  # refused before anything was scored
+            (folder / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def cut(
+    rows: Iterable[tuple[str, dict[str, Any]]], folder: Path, todo: Path, score_fields: list[pa.Field]
+) -> tuple[int, str, pa.Schema]:
+    """Write the shards that are still to be scored, as lines of location and row.
+
+    Returns:
+        Number of rows, their SHA-256, and the schema of all of them with their scores.
+
+    Raises:
+        InputError: a row is bad, or a column is not of one type.
+    """
+    rows, count, fingerprint, schema = iter(rows), 0, hashlib.sha256(), pa.schema([])
+    while chunk := list(islice(rows, SHARD_ROWS)):
+        lines = []
+        for where, row in chunk:
+            fingerprint.update(json.dumps(row).encode() + b"\n")
+            lines.append(json.dumps([where, row]) + "\n")
+        shard = count // SHARD_ROWS
+        schema = _widened(schema, chunk, score_fields)
+        if not part_file(folder, shard).exists():
+            todo_file(todo, shard).write_text("".join(lines), encoding="utf-8")
+        count += len(chunk)
+    return count, fingerprint.hexdigest(), schema
+
+
+def score_columns(calibrated: bool) -> list[pa.Field]:
+    """The columns that `pool.as_row` gives."""
+    number, numbers, flags = pa.float64(), pa.list_(pa.float64()), pa.list_(pa.bool_())
+    types = {
+        "reward": number,
+        **({"probability": number} if calibrated else {}),
+        "aggregates": pa.struct([(how, number) for how in AGGREGATES]),
+        "step_rewards": numbers,
+        "tokens": pa.list_(pa.string()),
+        "offsets": pa.list_(pa.list_(pa.int64())),
+        "token_rewards": numbers,
+        "supervised": flags,
+        "step_ends": flags,
+    }
+    return [pa.field(name, kind) for name, kind in types.items()]
+
+
+def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_fields: list[pa.Field]) -> pa.Schema:
+    """`schema` with room for the rows of `chunk` and their scores, which take the place of columns of their names."""
+    of_many, of_one = [pa.field("scores", pa.list_(pa.struct(score_fields)))], score_fields
+    columns: dict[str, list[Any]] = {}
+    fields: dict[str, pa.Field] = {}
+    name = ""
+    for _, row in chunk:
+        added = {field.name: field for field in (of_many if "candidates" in row else of_one)}
+        if holds_steps(row):
+            added["completion"] = pa.field("completion", pa.string())
+        fields |= added
+        for name, value in row.items():
+            if name not in added:
+                columns.setdefault(name, []).append(value)
+    try:
+        for name, values in columns.items():
+            kind = pa.schema([pa.field(name, pa.array(values).type)])
+            parquet.write_table(kind.empty_table(), pa.BufferOutputStream())  # no column of empty objects, for one
+            schema = pa.unify_schemas([schema, kind], promote_options="permissive")
+        name = ""
+        return pa.unify_schemas([schema, pa.schema(list(fields.values()))], promote_options="permissive")
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        column = f"column {name!r}" if name else "a column"
+        raise InputError(
+            f"{chunk[0][0]} and the {len(chunk) - 1} rows after it: {column} does not fit in Parquet, where a column "
+            f"has one type ({error}). Mend the rows, or write JSON Lines, with --engine transformers"
+        ) from error
+
+
+def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write what these scores are of, or compare it with what an earlier run has written.
+
+    Raises:
+        InputError: the shards in `folder` are of something else.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        atomic_write_json(path, manifest)
+        return
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        old = {name: earlier[name] for name in manifest}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({error!r}): choose another --output") from error
+    for what, name in (("reward model", "model"), ("--reference", "reference"), ("--policy", "policy")):
+        if old[f"{name}_sha256"] != manifest[f"{name}_sha256"]:
+            raise InputError(
+                f"{folder} was started with another {what} ({old[name]}, now {manifest[name]}; the same name may hold "
+                "other weights): go on with that one, or choose another --output"
+            )
+    if old["data_sha256"] != manifest["data_sha256"]:
+        raise InputError(
+            f"{folder} was started with other rows ({old['rows']} of {old['data']}, now {manifest['rows']} of "
+            f"{manifest['data']}): go on with those, or choose another --output"
+        )
+    if old["rows_per_shard"] != manifest["rows_per_shard"]:
+        raise InputError(
+            f"{folder} has {old['rows_per_shard']} rows a shard, this version makes {manifest['rows_per_shard']}: "
+            "choose another --output"
+        )
+
+
+def note_attempt(todo: Path, shard: int) -> None:
+    """Leave a file that says who is at a shard. Ray itself would hand a shard on without an end."""
+    for attempt in range(ATTEMPTS):
+        with suppress(FileExistsError), open(todo / f"{shard:06d}.attempt-{attempt}", "x") as file:
+            file.write(f"{os.getpid()} {socket.gethostname()}\n")
+            return
+    raise RunFailed(
+        f"shard {shard} ended its worker {ATTEMPTS} times, perhaps for memory; its rows are numbers "
+        f"{shard * SHARD_ROWS} to {(shard + 1) * SHARD_ROWS - 1} of those that can be scored, counted from 0"
+    )
+
+
+def write_part(part: Path, table: pa.Table) -> None:
+    """Write a shard whole or not at all, under a name of its own: two workers may be at it."""
+    temporary = part.with_name(f".{part.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            parquet.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, part)
+        fsync_parent(part)
+    finally:
+        temporary.unlink(missing_ok=True)

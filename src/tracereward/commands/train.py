@@ -1,0 +1,314 @@
+"""The training commands: check everything, train, and leave a run folder that is whole."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig, SFTTrainer, get_peft_config
+
+from tracereward.console import is_main_process, note
+from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
+from tracereward.errors import InputError
+from tracereward.modeling.distributed import frozen_copy, whole_models
+from tracereward.modeling.loading import check_model
+from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.tokenization import (
+    encode_completion,
+    encode_prompt,
+    load_tokenizer,
+    pad_id,
+    render,
+    same_tokenizer,
+)
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.runs.finish import load_policy, train_and_choose
+from tracereward.runs.folder import Config, check_disk, run_folder
+from tracereward.runs.report import report_rewards
+from tracereward.tasks.recipes import Task, get_task
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.checkpoints import SafeTrainer
+from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
+from tracereward.training.rollout_trainer import RolloutTrainer
+from tracereward.training.trainer import AdversarialTrainer
+from tracereward.training.validation import Validation, load_validation
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What a run reads, checked before any model is loaded."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    rows: list[dict[str, Any]]
+    unlabeled: list[dict[str, Any]]
+    raw: list[dict[str, Any]]  # rows, then unlabeled, before a template was applied
+    validation: Validation | None
+
+
+def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
+    """Load the tokenizer and the demonstrations and check them against the options.
+
+    Raises:
+        InputError: see `demonstrations` and `models`; also fewer demonstrations than a batch holds.
+    """
+    task = get_task(data.task)
+    if model.model_name_or_path is None:
+        raise InputError("no model: give --model_name_or_path, a folder or a Hub id")
+    source = data.dataset_name or task.dataset
+    if source is None:
+        raise InputError(f"task {task.name!r} has no set of its own: give --dataset_name, a file or a Hub id")
+    subset = data.dataset_config or (task.subset if data.dataset_name in (None, task.dataset) else None)
+    rows = load_demonstrations(source, task, data.dataset_train_split, subset, data.max_demonstrations)
+    unlabeled = []
+    if data.unlabeled_dataset_name is not None:
+        unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)
+        unlabeled = [{**row, "completion": None} for row in unlabeled]
+    check_model(model.model_name_or_path, model.model_revision)
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    by_source = {row["source"]: row for row in [*rows, *unlabeled]}
+    rows = render(rows, tokenizer, data.template)
+    unlabeled = render(unlabeled, tokenizer, data.template)
+    limit = config.max_completion_length
+    assert limit is not None
+    rows, dropped = check_lengths(rows, tokenizer, None, limit, data.on_long)
+    if dropped:
+        note(f"{dropped} demonstrations left out: longer than {limit} tokens (--max_completion_length)")
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    prompts = len(rows) + len(unlabeled)
+    if isinstance(config, SupervisedConfig):
+        needed, what = batch, "one optimiser step"
+    else:
+        assert config.generation_batch_size is not None
+        assert config.num_generations is not None
+        needed, what = config.generation_batch_size // config.num_generations, "one batch of rollouts"
+    if prompts < needed:
+        raise InputError(
+            f"{source}: {prompts} demonstrations, {needed} prompts needed for {what}. "
+            "Give more, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
+        )
+    raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
+    validation = load_validation(data, task, tokenizer, [*rows, *unlabeled], limit, config.per_device_train_batch_size)
+    if validation is not None and config.save_strategy == "no":
+        raise InputError("--validation_dataset_name chooses among checkpoints, and --save_strategy no makes none")
+    if validation is not None and config.load_best_model_at_end:
+        raise InputError("give one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end")
+    return Prepared(task, tokenizer, rows, unlabeled, raw, validation)
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """What transformers, PEFT and TRL refuse while models and a trainer are made is the user's to mend.
+
+    Raises:
+        InputError: in their words.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, ImportError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a full disk
+            raise
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def lora(model: ModelConfig) -> LoraConfig | None:
+    """The LoRA settings among the options; None without ``use_peft``."""
+    config = get_peft_config(model)
+    assert config is None or isinstance(config, LoraConfig)
+    return config
+
+
+def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
+    """Supervised fine-tuning on the demonstrations; returns the run folder, which holds ``policy/``."""
+    prepared = prepare(data, config, model)
+    train, validation = prepared.rows, []
+    if config.validation_fraction:
+        train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)
+    check_disk(config, model, models=1)
+    with run_folder("sft", data, config, model, resume) as run:
+        tokenizer = prepared.tokenizer
+        with explained():
+            trainer = SupervisedTrainer(
+                model=load_policy(model),
+                args=config,
+                train_dataset=tokenised(train, tokenizer),
+                eval_dataset=tokenised(validation, tokenizer) if validation else None,
+                processing_class=tokenizer,
+                peft_config=lora(model),
+                callbacks=[run.metrics, run.stop],
+            )
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
+        run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
+    return run.folder
+
+
+class SupervisedTrainer(SafeTrainer, SFTTrainer):
+    """`trl.SFTTrainer` with whole checkpoints."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        logged = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
+        self._total_train_tokens = logged[-1] if logged else 0  # TRL would count from 0 again
+
+
+def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Rows as SFT trains on them: the same token ids that the discriminator reads and that scoring reads."""
+    encoded = []
+    for row in rows:
+        prompt, completion = encode_prompt(tokenizer, row["prompt"]), encode_completion(tokenizer, row["completion"])
+        mask = [0] * len(prompt) + [1] * len(completion)
+        encoded.append({"input_ids": prompt + completion, "completion_mask": mask})
+    return Dataset.from_list(encoded)
+
+
+def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resume: bool = False) -> Path:
+    """GRPO with a given reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
+    prepared = prepare(data, config, model)
+    if config.base_model is not None:
+        check_model(config.base_model)
+        if not same_tokenizer(prepared.tokenizer, load_tokenizer(config.base_model)):
+            raise InputError(f"--base_model {config.base_model} has another tokenizer than the policy")
+    task, tokenizer = prepared.task, prepared.tokenizer
+    rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in [*prepared.rows, *prepared.unlabeled]]
+    missing = next((row for row in [*prepared.rows, *prepared.unlabeled] if row["answer"] is None), None)
+    if config.reward == "verifier" and missing is not None:
+        raise InputError(f"{missing['source']}: no answer; the verifier needs one in every row")
+    check_disk(config, model, models=1)
+
+    def correct(completions: list[str], answer: list[str | None], **_: Any) -> list[float | None]:
+        pairs = zip(completions, answer, strict=True)
+        return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
+
+    with run_folder("grpo", data, config, model, resume) as run:
+        with explained():
+            policy = load_policy(model)
+        functions = [correct]
+        if config.reward != "verifier":
+            frozen = [(1.0, frozen_copy(policy))]
+            if config.base_model is not None:
+                with whole_models():
+                    base = load_policy(dataclasses.replace(model, model_name_or_path=config.base_model))
+                frozen.append((-1.0, base.eval()))
+
+            def log_probs(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
+                ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+                rewards = [0.0] * len(prompts)
+                for sign, one in frozen:
+                    one.to(trainer.accelerator.device)
+                    values = mean_log_probs(one, ids, completion_ids, pad_id(tokenizer))
+                    rewards = [reward + sign * value for reward, value in zip(rewards, values, strict=True)]
+                return rewards
+
+            log_probs.__name__ = config.reward  # TRL logs a reward under its function's name
+            functions = [log_probs, correct] if missing is None else [log_probs]
+        config.reward_weights = [1.0, 0.0][: len(functions)]
+        with explained():
+            trainer = RolloutTrainer(
+                model=policy,
+                reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
+                args=config,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=tokenizer,
+                peft_config=lora(model),
+                callbacks=[run.metrics, run.stop],
+            )
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
+        run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
+    return run.folder
+
+
+def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Path:
+    """Warm-up and adversarial training; the run folder holds ``policy/``, ``reward_model/`` and ``report.html``."""
+    prepared = prepare(data, config, model)
+    task, tokenizer = prepared.task, prepared.tokenizer
+    policy = str(model.model_name_or_path)
+    start = config.discriminator_model or policy
+    reward_tokenizer = tokenizer
+    if config.discriminator_model is not None:
+        check_model(start)
+        reward_tokenizer = load_tokenizer(start)
+    if config.warmup_model is not None:
+        check_model(config.warmup_model)
+        if not same_tokenizer(tokenizer, load_tokenizer(config.warmup_model)):
+            raise InputError(
+                f"the policy {policy} and --warmup_model {config.warmup_model} have different tokenizers: the "
+                "warm-up's rollouts must be such as the policy could write"
+            )
+    if config.positives == "mixed":
+        note("USES GOLD ANSWERS: rollouts that the verifier finds right are trained on as experts' (--positives mixed)")
+    settings = RewardSettings(
+        head=config.head,
+        granularity=config.granularity,
+        interval=config.interval,
+        step_delimiter=config.step_delimiter or task.step_delimiter,
+        beta_clip=config.beta_clip,
+        temperature=config.reward_temperature,
+        reward_form=str(config.reward_form),
+        reference_model=policy if config.reward_form == "logit_plus_logprob" else "",
+        uses_gold_answers=config.positives == "mixed",
+        aggregate=config.reward_aggregate,
+        task=task.name,
+        template=data.template,
+        base_model=start,
+    )
+    if config.shared_base and not model.use_peft:
+        raise InputError("--shared_base needs --use_peft true: policy and discriminator are two LoRA adapters")
+    check_disk(config, model, models=2)
+    use_peft = model.use_peft if config.discriminator_use_peft is None else config.discriminator_use_peft
+    peft = lora(dataclasses.replace(model, use_peft=True)) if use_peft else None
+    with run_folder("train", data, config, model, resume) as run:
+        with explained():
+            torch.manual_seed(config.seed)  # the head and LoRA start at random
+            starting, policy_peft = load_policy(model), lora(model)
+            make = functools.partial(
+                TokenRewardModel.from_backbone, start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
+            )
+            if config.shared_base:
+                assert peft is not None
+                starting, policy_peft = get_peft_model(starting, peft), None
+                reward_model = TokenRewardModel.beside_policy(starting, settings, tokenizer, peft)
+            else:
+                reward_model = make()
+            trainer = AdversarialTrainer(
+                model=starting,
+                reward_model=reward_model,
+                demonstrations=prepared.rows,
+                args=config,
+                task=task,
+                processing_class=tokenizer,
+                unlabeled=prepared.unlabeled,
+                peft_config=policy_peft,
+                metrics_file=run.metrics,
+                stop=run.stop,
+                callbacks=[run.metrics, run.stop],
+                reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
+            )
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
+        with trainer.discriminator.averaged():
+            weights = trainer.discriminator.weights() if trainer.discriminator.in_parts else None
+            if is_main_process():
+                if weights is not None:
+                    reward_model = make()
+                    reward_model.load_state_dict(weights, strict=False)
+                reward_model.save_pretrained(run.folder / "reward_model")
+                left = dataclasses.replace(model, model_name_or_path=str(run.folder / "policy"))
+                report_rewards(run, trainer, left, reward_model, prepared.rows, task, chosen)
+    return run.folder
+
+
+def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, template: str) -> dict[str, str] | None:
+    """The reward model's rendering of each prompt, by the policy's; None where both are the same."""
+    if template == "plain" or same_tokenizer(prepared.tokenizer, tokenizer):
+        return None
+    raw = [{**row, "completion": None} for row in prepared.raw]
+    rows = [*prepared.rows, *prepared.unlabeled]
+    return {row["prompt"]: other["prompt"] for row, other in zip(rows, render(raw, tokenizer, template), strict=True)}

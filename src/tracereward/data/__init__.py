@@ -1,0 +1,1 @@
+"""Rows of demonstrations and traces: reading, checking, perturbing, probing."""

@@ -1,0 +1,160 @@
+"""Demonstrations: read, checked, rendered to text and measured in tokens.
+
+Nothing is skipped or cut silently: a row is kept, left out with a count, or refused with its file and line.
+"""
+
+import json
+import random
+from typing import TYPE_CHECKING
+
+from tracereward.data.readers import not_json, read_rows
+from tracereward.errors import InputError, check_choice
+from tracereward.modeling.tokenization import _where, encode_completion, encode_prompt
+from tracereward.tasks.recipes import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = ("plain", "chat")
+
+
+def load_demonstrations(
+    source: str,
+    task: Task,
+    split: str = "train",
+    subset: str | None = None,
+    limit: int | None = None,
+    require_completion: bool = True,
+) -> list[dict]:
+    """Read and check demonstrations; identical rows are all kept, more fields than needed are ignored.
+
+    Args:
+        source: file or Hub id, as for `read_rows`.
+        task: recipe that turns raw rows into prompt, completion and answer.
+        split: split of a Hub set.
+        subset: configuration of a Hub set.
+        limit: number of rows read from the start; None for all.
+        require_completion: refuse rows without a completion. Otherwise they are prompts only, with completion None.
+
+    Returns:
+        Rows ``{"prompt", "completion", "answer", "source"}``, source being the location that errors name.
+
+    Raises:
+        InputError: no rows, or a row whose fields are missing, empty or of a wrong type; names file, line and field.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}: it must be at least 1")
+    rows: list[dict] = []
+    for location, raw in read_rows(source, split, subset):
+        try:
+            row = task.example(raw)
+        except KeyError as error:
+            has = ", ".join(map(repr, raw)) or "none"
+            raise InputError(f"{location}: field {error} is missing for task {task.name!r}; fields: {has}") from error
+        except ValueError as error:
+            raise InputError(f"{location}: {error}") from error
+        if wrong := not_json(row):  # half of a surrogate pair is no text that a tokenizer takes
+            raise InputError(f"{location}: {wrong}")
+        if require_completion and row["completion"] is None:
+            raise InputError(
+                f"{location}: no completion: field {task.completion_field!r} is missing or empty for task {task.name!r}"
+            )
+        rows.append({**row, "source": location})
+        if len(rows) == limit:
+            break
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    return rows
+
+
+def check_lengths(
+    rows: list[dict],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_prompt_length: int | None,
+    max_completion_length: int,
+    on_long: str,
+) -> tuple[list[dict], int]:
+    """Refuse or leave out rows that are too long; nothing is ever cut.
+
+    Args:
+        rows: rendered rows.
+        tokenizer: the policy's.
+        max_prompt_length: tokens of a prompt; None for no limit.
+        max_completion_length: tokens of a completion with its end-of-sequence token.
+        on_long: ``refuse`` or ``drop``.
+
+    Returns:
+        The rows that fit and the number left out.
+
+    Raises:
+        InputError: under ``refuse``, how many are too long, the first and the longest; under ``drop``, none is left.
+    """
+    check_choice("on_long", on_long, ("refuse", "drop"))
+    kept: list[dict] = []
+    too_long: dict[str, list[tuple[int, str]]] = {"prompt": [], "completion": []}
+    for row in rows:
+        prompt = len(encode_prompt(tokenizer, row["prompt"]))
+        completion = 0 if row["completion"] is None else len(encode_completion(tokenizer, row["completion"]))
+        long_prompt = max_prompt_length is not None and prompt > max_prompt_length
+        long_completion = completion > max_completion_length
+        if long_prompt:
+            too_long["prompt"].append((prompt, _where(row)))
+        if long_completion:
+            too_long["completion"].append((completion, _where(row)))
+        if not long_prompt and not long_completion:
+            kept.append(row)
+    dropped = len(rows) - len(kept)
+    if dropped and (on_long == "refuse" or not kept):
+        what = _too_long(too_long, max_prompt_length, max_completion_length)
+        raise InputError(f"{dropped} of {len(rows)} rows are too long: {what}")
+    return kept, dropped
+
+
+def _too_long(found: dict[str, list[tuple[int, str]]], max_prompt: int | None, max_completion: int) -> str:
+    """What is too long, where first, by how much, and the mend."""
+    parts, mends = [], []
+    for what, limit in (("prompt", max_prompt), ("completion", max_completion)):
+        if found[what]:
+            length, first = found[what][0]
+            longest = max(found[what])[0]
+            over = f"{len(found[what])} {what}s over {limit} tokens"
+            parts.append(f"{over}, first {first} ({length}), longest {longest} tokens")
+            mends.append(f"--max_{what}_length {longest}")
+    return f"{'; '.join(parts)}. Use {' '.join(mends)} or --on_long drop."
+
+
+def split_rows(rows: list[dict], validation: float, seed: int) -> tuple[list[dict], list[dict]]:
+    """Split demonstrations into training and validation rows so that no prompt is on both sides.
+
+    Args:
+        rows: demonstrations; the order within each side stays.
+        validation: share of the rows if under 1, else their number. All rows of a prompt go together, so that the
+            validation side may be larger by a few.
+        seed: the same seed gives the same split.
+
+    Returns:
+        Training rows and validation rows, neither empty.
+
+    Raises:
+        InputError: a share or number that would leave one side empty.
+    """
+    wanted = validation * len(rows) if validation < 1 else validation
+    if validation <= 0 or wanted >= len(rows):
+        raise InputError(f"validation is {validation} for {len(rows)} rows: give a share under 1, or fewer than all")
+    keys = [json.dumps(row["prompt"], sort_keys=True) for row in rows]
+    sizes = {key: 0 for key in keys}
+    for key in keys:
+        sizes[key] += 1
+    order = list(sizes)
+    random.Random(seed).shuffle(order)
+    held_out: set[str] = set()
+    count = 0
+    for key in order:
+        if count >= wanted:
+            break
+        held_out.add(key)
+        count += sizes[key]
+    if len(held_out) == len(order):
+        raise InputError(f"validation is {validation}, but {len(rows)} rows have only {len(order)} different prompts")
+    train = [row for row, key in zip(rows, keys) if key not in held_out]
+    return train, [row for row, key in zip(rows, keys) if key in held_out]

@@ -1,0 +1,202 @@
+"""Rows of traces: read, and each field that a command uses checked once, with the row's place in what is said."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tracereward.data.readers import not_json, read_rows
+from tracereward.errors import InputError
+from tracereward.modeling.alignment import join_steps
+from tracereward.tasks.recipes import check_messages
+
+
+def candidate_rows(
+    source: str, split: str = "train", skipped: list[str] | None = None, template: str | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with a prompt and a completion, candidates (a list of texts) or steps (a list of texts, joined later).
+
+    Args:
+        source: file or Hub id.
+        split: of a Hub set.
+        skipped: takes what is wrong with each bad row, which is then left out; None makes the first one fatal.
+        template: of the reward model; one of plain texts reads no lists of messages. None: not checked.
+
+    Raises:
+        InputError: a row without them or that JSON cannot hold, by file and line.
+    """
+    for where, row in read_rows(source, split, skipped=skipped):
+        wrong = not_json(row) or _wrong_prompt(row, template) or _wrong_trace(row)
+        if wrong is None:
+            yield where, row
+        elif skipped is None:
+            raise InputError(f"{where}: {wrong}")
+        else:
+            skipped.append(f"{where}: {wrong}")
+
+
+def _wrong_prompt(row: dict[str, Any], template: str | None) -> str | None:
+    prompt = row.get("prompt")
+    if prompt is None or prompt == "" or prompt == []:
+        return "no prompt"
+    if isinstance(prompt, str):
+        return None
+    try:
+        check_messages(prompt, "prompt")
+    except ValueError as error:
+        return str(error)
+    if template == "plain":
+        return "the prompt is a list of messages; the reward model was trained on plain texts: give the prompt as text"
+    return None
+
+
+def _wrong_trace(row: dict[str, Any]) -> str | None:
+    if holds_steps(row):
+        steps = row["steps"]
+        whole = isinstance(steps, list) and steps and all(isinstance(step, str) and step.strip() for step in steps)
+        return _wrong_finished(row, 1) if whole else "steps must be a list of texts that are not empty"
+    traces = row["candidates"] if "candidates" in row else [row.get("completion")]
+    if isinstance(traces, list) and traces and all(isinstance(trace, str) for trace in traces):
+        # A policy's trace may be nothing but the end-of-sequence token; then it must say so.
+        ended = row["finished"] if isinstance(row.get("finished"), list) else [row.get("finished")] * len(traces)
+        wrong = _wrong_finished(row, len(traces))
+        if wrong is not None or all(trace or end is True for trace, end in zip(traces, ended, strict=True)):
+            return wrong
+    return "needs a completion, or candidates or steps, a list of texts that are not empty"
+
+
+def _wrong_finished(row: dict[str, Any], count: int) -> str | None:
+    finished = row.get("finished")
+    if "candidates" in row and isinstance(finished, list):
+        right = len(finished) == count and all(end is None or isinstance(end, bool) for end in finished)
+        return None if right else f"finished must have true or false for each of the {count} candidates"
+    return None if finished is None or isinstance(finished, bool) else "finished must be true or false"
+
+
+def check_facts(where: str, row: dict[str, Any]) -> None:
+    """Refuse a row whose answer, correct or logprob cannot be what they are called; each may be missing or null.
+
+    Raises:
+        InputError: names `where` and the field.
+    """
+    answer, correct, logprob = (row.get(name) for name in ("answer", "correct", "logprob"))
+    if answer is not None and not isinstance(answer, (str, bool, int, float)):
+        raise InputError(f"{where}: answer must be a text or a number, not {answer!r}")
+    if correct not in (None, 0, 1):  # True is 1
+        raise InputError(f"{where}: correct must be true or false, not {correct!r}")
+    if logprob is not None and (not is_number(logprob) or not math.isfinite(logprob)):
+        raise InputError(f"{where}: logprob must be a finite number, not {logprob!r}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether JSON would call a value a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def gold_of(row: dict[str, Any]) -> str | None:
+    """The gold answer of a row as text, as demonstrations have it; None if it is not known."""
+    answer = row.get("answer")
+    if isinstance(answer, bool):
+        return "yes" if answer else "no"
+    return None if answer is None else str(answer)
+
+
+def holds_steps(row: dict[str, Any]) -> bool:
+    """Whether a row's trace is given step by step."""
+    return "steps" in row and "completion" not in row and "candidates" not in row
+
+
+def traces_of(row: dict[str, Any], delimiter: str) -> tuple[list[str], list[bool], list[tuple[int, int]]]:
+    """What is to be scored of a row that `candidate_rows` let through.
+
+    Returns:
+        Its traces; whether each ended by itself, which one does that does not say; of a row of steps the characters of
+        each step, else nothing.
+    """
+    spans: list[tuple[int, int]] = []
+    if holds_steps(row):
+        text, spans = join_steps(row["steps"], delimiter)
+        traces = [text]
+    else:
+        traces = row["candidates"] if "candidates" in row else [row["completion"]]
+    finished = row.get("finished")
+    ended = finished if isinstance(finished, list) else [finished] * len(traces)
+    return traces, [end is not False for end in ended], spans
+
+
+_NEEDED = ("prompt", "completion", "tokens", "offsets", "token_rewards")
+
+
+def traces_in(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per trace: a row of `candidates` has a list of `scores`."""
+    if "candidates" not in row:
+        return [row]
+    shared = {name: row[name] for name in ("prompt", "answer", "model") if name in row}
+    scores = row.get("scores") or [{}] * len(row["candidates"])
+    return [{**shared, "completion": text, **found} for text, found in zip(row["candidates"], scores)]
+
+
+def check_scores(where: str, row: dict[str, Any]) -> None:
+    """Refuse a trace whose scores are not what `tracereward score` writes.
+
+    Raises:
+        InputError: names `where` and the field.
+    """
+    missing = [name for name in _NEEDED if row.get(name) is None]
+    if missing:
+        raise InputError(f"{where}: no {missing[0]}; `tracereward score` writes rows with token rewards")
+    for name, (what, fits) in _KINDS.items():
+        value = row.get(name)
+        if value is not None and not fits(value):
+            raise InputError(f"{where}: {name} must be {what}; `tracereward score` writes such rows")
+    for name in ("offsets", "token_rewards", "supervised", "step_ends"):
+        if row.get(name) is not None and len(row[name]) != len(row["tokens"]):
+            raise InputError(f"{where}: {len(row['tokens'])} tokens but {len(row[name])} {name}")
+    text = text_read(row["tokens"], row["offsets"], row["completion"])
+    if any(not 0 <= start <= end <= len(text) for start, end in row["offsets"]):
+        raise InputError(f"{where}: its offsets do not fit its completion of {len(text)} characters")
+
+
+def text_read(tokens: Sequence[str], offsets: Sequence[tuple[int, int]], completion: str) -> str:
+    """The text that the offsets index: the tokens' own where they tile it, for a tokenizer may have normalised the
+    completion before it cut it; else the completion.
+    """
+    placed = [(token, start, end) for token, (start, end) in zip(tokens, offsets) if end > start]
+    starts = [0, *(end for _, _, end in placed)]
+    if all(start == at and len(token) == end - start for at, (token, start, end) in zip(starts, placed)):
+        return "".join(token for token, _, _ in placed)
+    return completion
+
+
+def _all(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, (list, tuple)) and all(map(fits, values))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_span(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(place) is int for place in value)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "prompt": ("a text or a list of messages", lambda value: _is_text(value) or _all(_is_message)(value)),
+    "completion": ("a text", _is_text),
+    "tokens": ("a list of texts", _all(_is_text)),
+    "offsets": ("a list of pairs of whole numbers", _all(_is_span)),
+    "token_rewards": ("a list of numbers", _all(is_number)),
+    "step_rewards": ("a list of numbers", _all(is_number)),
+    "supervised": ("a list of true and false", _all(_is_flag)),
+    "step_ends": ("a list of true and false", _all(_is_flag)),
+    "reward": ("a number", is_number),
+    "logprob": ("a number", is_number),
+    "correct": ("true or false", lambda value: value in (0, 1)),
+}

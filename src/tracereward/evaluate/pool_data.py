@@ -1,0 +1,148 @@
+"""Pools: candidates of many questions, ours or other people's, read into one record."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from tracereward.data.readers import read_rows
+from tracereward.errors import InputError
+from tracereward.tasks.recipes import Task, get_task
+
+TRACE_FIELDS = ("completion", "candidate", "reasoning", "solution")
+"""Where a row holds the trace. With ``completion`` the field ``answer`` is the gold answer, as `tracereward sample`
+writes it; with the others it is the candidate's own."""
+OWN_ANSWER_FIELDS = ("answer", "pred")
+ID_FIELDS = ("question_id", "qid", "id")
+"""Where a row names its question. In rows with a prompt or question of their own ``id`` may as well be the candidate's:
+there it is not read."""
+
+
+@dataclass(frozen=True)
+class PoolRow:
+    """One candidate.
+
+    Attributes:
+        where: file and line, for messages.
+        question: what the row names its question by; two files may give one name to two questions.
+        prompt: as the recipe words it.
+        completion: the trace. Where it states no answer in the recipe's form but its row has one, that answer stands
+            on a line of its own at the end: reward models were trained on traces that end with one.
+        answer: the candidate's answer; None if it has none.
+        correct: whether that is right.
+        model: who wrote it, if the pool says.
+        logprob: mean log-prob under the policy that wrote it, if the row says.
+        finished: whether the trace ended by itself.
+    """
+
+    where: str
+    question: str
+    prompt: Any
+    completion: str
+    answer: str | None
+    correct: bool
+    model: str | None
+    logprob: float | None
+    finished: bool
+
+    @property
+    def asked(self) -> str:
+        """The prompt as one text, by which questions of two files are compared."""
+        return json.dumps(self.prompt)
+
+
+def read_questions(source: str, task: Task) -> dict[str, dict[str, Any]]:
+    """A set's prompts and gold answers by id; rows without one are known by their position, from 0.
+
+    Of a set on the Hub the split ``test`` is read, and of the task's own set the task's subset.
+
+    Raises:
+        InputError: a row that the recipe cannot read, by file and line.
+    """
+    questions = {}
+    subset = task.subset if source == task.dataset else None
+    for index, (where, row) in enumerate(read_rows(source, "test", subset)):
+        name = next((str(row[field]) for field in ID_FIELDS if row.get(field) is not None), str(index))
+        questions[name] = _example(task, row, where)
+    return questions
+
+
+def read_pool(source: str, task: Task, questions: str | None = None, limit: int | None = None) -> list[PoolRow]:
+    """Candidates in the order of the file.
+
+    Args:
+        source: rows with a trace (`TRACE_FIELDS`), its ``correct`` or a gold answer to check it against, and a
+            ``prompt``, a ``question``, or an id (`ID_FIELDS`) of `questions`.
+        task: words the prompts, and finds and compares answers.
+        questions: file or Hub id of the questions, where rows name them by id only.
+        limit: use the first N rows.
+
+    Raises:
+        InputError: a row without what it needs, by file, line and field; an empty file.
+    """
+    known = read_questions(questions, task) if questions else None
+    rows = [_pool_row(where, row, task, known) for where, row in islice(read_rows(source), limit)]
+    if not rows:
+        raise InputError(f"{source}: no rows")
+    return rows
+
+
+def by_question(rows: list[PoolRow]) -> Iterator[list[PoolRow]]:
+    """Candidates of each question, known by name and prompt as in `rerank`, in the order of their first row."""
+    groups: dict[tuple[str, str], list[PoolRow]] = {}
+    for row in rows:
+        groups.setdefault((row.question, row.asked), []).append(row)
+    yield from groups.values()
+
+
+def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict[str, Any]] | None) -> PoolRow:
+    field = next((name for name in TRACE_FIELDS if isinstance(row.get(name), str)), None)
+    if field is None:
+        raise InputError(f"{where}: no trace; it is looked for in {', '.join(TRACE_FIELDS)}")
+    alone = known is None and (row.get("prompt") or row.get("question") is not None)
+    named = [row[name] for name in ID_FIELDS if row.get(name) is not None and not (alone and name == "id")]
+    name = str(named[0]) if named else None
+    if known is not None:
+        if name is None or name not in known:
+            ids = ", ".join(ID_FIELDS)
+            raise InputError(f"{where}: question {name!r} is not in --questions; ids are read from {ids}")
+        prompt, gold = known[name]["prompt"], known[name]["answer"]
+    elif row.get("prompt"):
+        answer = row.get("answer") if field == "completion" else None
+        example = _example(get_task("generic"), {"prompt": row["prompt"], "answer": answer}, where)
+        prompt, gold = example["prompt"], example["answer"]
+        name = name or str(prompt if row.get("question") is None else row["question"])
+    elif row.get("question") is not None:
+        prompt, gold = _example(task, {**row, "answer": None}, where)["prompt"], None
+        name = name or str(row["question"])
+    else:
+        raise InputError(f"{where}: no prompt or question; give --questions where rows have only an id")
+    text, extracted = row[field], task.extract(row[field])
+    own = [row.get("extracted")] if field == "completion" else [row.get(name) for name in OWN_ANSWER_FIELDS]
+    stated = next((str(value) for value in own if value is not None and str(value).strip()), extracted)
+    if extracted is None and stated is not None:
+        text = f"{text.rstrip()}\n{task.answer_line.format(stated)}".lstrip()
+    correct, finished, log_prob = row.get("correct"), row.get("finished"), row.get("logprob")
+    if correct not in (None, 0, 1):  # True is 1
+        raise InputError(f"{where}: correct must be true or false, not {correct!r}")
+    if finished is not None and not isinstance(finished, bool):
+        raise InputError(f"{where}: finished must be true or false, not {finished!r}")
+    if log_prob is not None and not (type(log_prob) in (int, float) and math.isfinite(log_prob)):
+        raise InputError(f"{where}: logprob must be a finite number, not {log_prob!r}")
+    if correct is None:
+        if gold is None:
+            raise InputError(f"{where}: neither correct (true or false) nor a gold answer to check against")
+        correct = stated is not None and task.equal(stated, str(gold))
+    model = None if row.get("model") is None else str(row["model"])
+    return PoolRow(where, str(name), prompt, text, stated, bool(correct), model, log_prob, finished is not False)
+
+
+def _example(task: Task, row: dict[str, Any], where: str) -> dict[str, Any]:
+    try:
+        return task.example(row)
+    except KeyError as error:
+        raise InputError(f"{where}: field {error} is missing, which recipe {task.name!r} needs") from error
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error

@@ -1,0 +1,205 @@
+"""Drawing on from where traces stand: rows of one `generate` call, each with a random stream and a limit of its own.
+
+`sampling` draws whole completions from torch's global random state, so that what a row gets depends on its neighbours.
+Here token t of a row is drawn with the uniform number that its stream's name and t give: a row is the same in any
+batch, and after any number of stops (up to rounding of the logits, which differs a little between batch shapes).
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TopPLogitsWarper,
+)
+
+from tracereward.modeling.alignment import step_ends, token_offsets
+from tracereward.modeling.batching import pack
+from tracereward.modeling.tokenization import eos_ids, pad_id
+
+Tilt = Callable[[list[list[int]], Tensor], Tensor]
+"""From R token sequences (prompt and trace) and their (R, V) next-token logits to other (R, V) logits."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one row got.
+
+    Attributes:
+        ids: the tokens to keep.
+        count: the tokens drawn: where a step's end shows only in the token behind it, more than are kept.
+    """
+
+    ids: list[int]
+    count: int
+
+
+@torch.no_grad()
+def extend(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    traces: Sequence[Sequence[int]],
+    streams: Sequence[str],
+    limits: Sequence[int],
+    delimiter: str | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    tilt: Tilt | None = None,
+) -> list[Drawn]:
+    """Draw on from prompt and trace until the end of the trace, of a step, or the row's limit.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
+        prompts: R lists of token ids.
+        traces: R lists of token ids already drawn, without an end; may be empty.
+        streams: R names of random streams; with temperature 0 they are not read.
+        limits: the most tokens of each row, at least 1.
+        delimiter: what ends a step; None goes on to the end of the trace.
+        temperature: 0 takes the likeliest token.
+        top_p: nucleus, of the tilted distribution if there is a tilt.
+        batch_size: rows generated together.
+        tilt: changes the next-token logits.
+
+    Returns:
+        R records.
+    """
+    model.eval()
+    found: list[Drawn] = []
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        contexts = [[*prompt, *trace] for prompt, trace in zip(prompts[part], traces[part], strict=True)]
+        batch = pack(contexts, [[]] * len(contexts), pad_id(tokenizer)).to(model.device)
+        width = batch.input_ids.size(1)
+        stop = _Stop(tokenizer, eos_ids(model, tokenizer), width, limits[part], delimiter)
+        places = [len(trace) for trace in traces[part]]
+        draw = _Draw(stop, contexts, streams[part], places, temperature, top_p, tilt)
+        options: dict[str, Any] = {"do_sample": False, "eos_token_id": stop.eos, "pad_token_id": pad_id(tokenizer)}
+        output = model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            max_new_tokens=max(limits[part]),
+            logits_processor=LogitsProcessorList([draw]),
+            stopping_criteria=StoppingCriteriaList([stop]),
+            **options,
+        )
+        rows = output[:, width:].tolist()
+        found += [Drawn(row[: stop.kept[i]], stop.counts[i]) for i, row in enumerate(rows)]
+    return found
+
+
+def uniform(stream: str, place: int) -> float:
+    """The number in [0, 1) that draws token `place` of a stream."""
+    return random.Random(f"{stream} {place}").random()
+
+
+def choose_token(logits: Tensor, number: float) -> int:
+    """The token that `number` in [0, 1) draws from softmax(logits), by inverting the cumulative distribution."""
+    cumulative = logits.float().softmax(0).cumsum(0)
+    # right=True skips tokens of probability 0, which share the sum before them.
+    found = torch.searchsorted(cumulative, cumulative[-1:] * number, right=True)
+    return min(int(found), len(logits) - 1)
+
+
+def first_step(tokenizer: PreTrainedTokenizerBase, ids: list[int], delimiter: str) -> int | None:
+    """How many of the tokens are the first step of `ids`; None if it has not ended yet.
+
+    White space and delimiters before it belong to it: a step is never blank. Like `alignment.step_ends` it takes the
+    token with the delimiter's last visible character.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert isinstance(text, str)
+    blank = len(text) - len(text.lstrip())
+    while delimiter.strip() and text.startswith(delimiter.rstrip(), blank):
+        blank += len(delimiter.rstrip())
+        blank += len(text[blank:]) - len(text[blank:].lstrip())
+    if delimiter not in text[blank:]:
+        return None
+    text, offsets = token_offsets(tokenizer, ids)
+    ends = step_ends(text, offsets, delimiter)
+    return next(i for i, (end, (_, last)) in enumerate(zip(ends, offsets, strict=True)) if end and last > blank) + 1
+
+
+class _Stop(StoppingCriteria):
+    """Ends each row at its end of sequence, its step's end or its limit, and keeps what it was cut to.
+
+    Attributes:
+        counts: tokens drawn, by row, of the rows that ended.
+        kept: tokens to keep, by row.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        eos: list[int],
+        width: int,
+        limits: Sequence[int],
+        delimiter: str | None,
+    ):
+        self.tokenizer, self.eos, self.width, self.limits, self.delimiter = tokenizer, eos, width, limits, delimiter
+        self.counts: dict[int, int] = {}
+        self.kept: dict[int, int] = {}
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        new = input_ids[:, self.width :].tolist()
+        for row, ids in enumerate(new):
+            if row in self.counts:
+                continue
+            kept = len(ids) if ids[-1] in self.eos else None
+            if kept is None and self.delimiter is not None:
+                kept = first_step(self.tokenizer, ids, self.delimiter)
+            if kept is None and len(ids) >= self.limits[row]:
+                kept = len(ids)
+            if kept is not None:
+                self.kept[row], self.counts[row] = kept, len(ids)
+        return torch.tensor([row in self.counts for row in range(len(new))], device=input_ids.device)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token of each row: the one that its stream draws."""
+
+    def __init__(
+        self,
+        stop: _Stop,
+        contexts: list[list[int]],
+        streams: Sequence[str],
+        places: list[int],
+        temperature: float,
+        top_p: float,
+        tilt: Tilt | None,
+    ):
+        self.stop, self.contexts, self.streams, self.places = stop, contexts, streams, places
+        self.temperature, self.tilt = temperature, tilt
+        self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        rows = [row for row in range(len(input_ids)) if row not in self.stop.counts]
+        new = input_ids[:, self.stop.width :]
+        logits = scores[rows].float()
+        if self.tilt is not None:
+            logits = self.tilt([self.contexts[row] + new[row].tolist() for row in rows], logits)
+        if self.temperature:
+            logits = logits / self.temperature
+            logits = logits if self.nucleus is None else self.nucleus(input_ids[rows], logits)  # pyright: ignore[reportArgumentType]
+            tokens = [
+                choose_token(values, uniform(self.streams[row], self.places[row] + new.size(1)))
+                for row, values in zip(rows, logits, strict=True)
+            ]
+        else:
+            tokens = logits.argmax(1).tolist()
+        left = torch.full_like(scores, -torch.inf)
+        left[:, 0] = 0.0  # of rows that have ended, which `generate` pads
+        left[rows, :] = -torch.inf
+        left[rows, tokens] = 0.0
+        return left

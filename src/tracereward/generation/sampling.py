@@ -1,0 +1,139 @@
+"""Drawing completions from a policy with transformers' `generate`, reproducibly and in chunks."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tracereward.modeling.batching import pack
+from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.tokenization import encode_prompt, eos_ids, pad_id
+
+COMPILE_FROM = 2048
+"""Decoding steps of a whole run from which compiling the step, which takes about a minute, pays on a GPU."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion.
+
+    Attributes:
+        prompt: index of its prompt.
+        ids: its tokens, the end-of-sequence token included if it came.
+        text: decoded without special tokens.
+        finished: whether it ended by itself; otherwise the length limit cut it off.
+        logprob: mean log-prob of its tokens under the policy, at temperature 1, in nats: the baseline of reranking.
+    """
+
+    prompt: int
+    ids: list[int]
+    text: str
+    finished: bool
+    logprob: float
+
+
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 64,
+    first_chunk: int = 0,
+) -> Iterator[list[Sample]]:
+    """Draw `n` completions of each prompt; one list of samples for each chunk of prompts.
+
+    A chunk holds about `batch_size` completions, always of whole prompts, and has a random seed of its own, so that
+    the result does not depend on where an earlier run stopped.
+
+    Args:
+        model: the policy.
+        tokenizer: its tokenizer.
+        prompts: rendered prompts.
+        n: completions of each; with temperature 0 all are the same, so n must be 1.
+        max_new_tokens: length limit.
+        temperature: 0 is greedy decoding.
+        top_p: nucleus.
+        seed: of the whole run.
+        batch_size: completions generated together.
+        first_chunk: chunks to skip, because they are done.
+    """
+    size = max(1, batch_size // n)
+    eos = eos_ids(model, tokenizer)
+    steps = -(-len(prompts) // size) * max_new_tokens
+    width = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) if _compiles(model, steps) else None
+    for chunk, start in enumerate(range(0, len(prompts), size)):
+        if chunk < first_chunk:
+            continue
+        torch.manual_seed(seed * 1_000_003 + chunk)
+        part = list(prompts[start : start + size])
+        rows = part if width is None else [*part, *part[-1:] * (size - len(part))]
+        completions = generate(model, tokenizer, rows, n, max_new_tokens, temperature, top_p, width)[: len(part) * n]
+        ids = [encode_prompt(tokenizer, prompt) for prompt in part for _ in range(n)]
+        log_probs = mean_log_probs(model, ids, completions, pad_id(tokenizer))
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        yield [
+            Sample(start + row // n, completion, text, completion[-1] in eos, log_prob)
+            for row, (completion, text, log_prob) in enumerate(zip(completions, texts, log_probs, strict=True))
+        ]
+
+
+def _compiles(model: PreTrainedModel, steps: int) -> bool:
+    """Whether a run of so many decoding steps is compiled."""
+    return model.device.type == "cuda" and steps >= COMPILE_FROM
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    n: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    width: int | None = None,
+) -> list[list[int]]:
+    """`n` completions of each prompt in one call of transformers' `generate`, from torch's global random state.
+
+    With a `width` prompts are padded to it and the cache is static, so that calls with as many rows have the same
+    shapes: transformers compiles the decoding step at the first of them if it can.
+
+    Returns:
+        len(prompts) * n lists of token ids, up to and with the end-of-sequence token.
+    """
+    model.eval()
+    eos = eos_ids(model, tokenizer)
+    options: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if width is not None:
+        options["cache_implementation"] = "static"
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    batch = pack(ids, [[]] * len(ids), pad_id(tokenizer)).to(model.device)
+    left = 0 if width is None else width - batch.input_ids.size(1)
+    inputs = F.pad(batch.input_ids, (left, 0), value=pad_id(tokenizer))
+    output = model.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=inputs,
+        attention_mask=F.pad(batch.attention_mask, (left, 0)),
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=n,
+        eos_token_id=eos,
+        pad_token_id=pad_id(tokenizer),
+        **options,
+    )
+    return [_until_eos(row, eos) for row in output[:, inputs.size(1) :].tolist()]
+
+
+def _until_eos(ids: list[int], eos: list[int]) -> list[int]:
+    """The completion up to and with its end-of-sequence token; what `generate` pads behind it is cut off."""
+    for position, token in enumerate(ids):
+        if token in eos:
+            return ids[: position + 1]
+    return ids

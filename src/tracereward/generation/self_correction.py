@@ -1,0 +1,122 @@
+"""Self-correction: cut a trace before its first suspected step, draw on from there, keep what the reward prefers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tracereward.generation.decoding import best
+from tracereward.generation.guide import Guide, digest
+from tracereward.rewards.token_scores import TokenScores
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A trace after self-correction.
+
+    Attributes:
+        ids: its tokens.
+        finished: whether it ended by itself.
+        reward: of it, never lower than `reward_before`.
+        reward_before: of the trace that was given.
+        cuts: of each round that drew, the number of tokens kept before the suspected step.
+        sampled_tokens: all tokens drawn for it, kept or not.
+    """
+
+    ids: list[int]
+    finished: bool
+    reward: float
+    reward_before: float
+    cuts: list[int]
+    sampled_tokens: int
+
+
+def self_correct(
+    guide: Guide,
+    prompts: Sequence[Sequence[int]],
+    traces: Sequence[Sequence[int]],
+    rounds: int = 3,
+    k: int = 4,
+    threshold: float = 0.0,
+    detector: Guide | None = None,
+) -> list[Correction]:
+    """Correct traces for up to `rounds` rounds.
+
+    In each round the first step whose mean reward is under `threshold` and all behind it are dropped, and `k` traces
+    are drawn on from there. The one of the highest reward takes the trace's place if its reward is higher; otherwise
+    the next round draws again from the same cut. A trace without such a step is left alone, and so is one whose cut
+    leaves no room under the length limit.
+
+    Args:
+        guide: policy and reward model.
+        prompts: token ids.
+        traces: token ids of as many traces, with the end-of-sequence token if they ended.
+        rounds: at most.
+        k: continuations of each round.
+        threshold: in log-odds, as for `Scorer.first_error`.
+        detector: whose step rewards say where to cut, where another than the guide's reward shall; it draws nothing.
+
+    Returns:
+        One record a trace.
+    """
+    how = guide.scorer.settings.aggregate
+    current = [list(trace) for trace in traces]
+    scores = guide.score(prompts, current)
+    before = [found.aggregate(how) for found in scores]
+    rewards, drawn = list(before), [0] * len(current)
+    cuts: list[list[int]] = [[] for _ in current]
+
+    def suspected(owners: Sequence[int], scores: Sequence[TokenScores]) -> list[int | None]:
+        """Where the current trace of each owner is to be cut; `scores` are the guide's."""
+        if detector is not None:
+            scores = detector.score([prompts[row] for row in owners], [current[row] for row in owners])
+        return [first_error_token(trace.step_rewards(), trace.step_ends, threshold) for trace in scores]
+
+    places = suspected(range(len(current)), scores)
+    for number in range(rounds):
+        rows = [row for row, place in enumerate(places) if place is not None and place < guide.max_new_tokens]
+        if not rows:
+            break
+        owners = [row for row in rows for _ in range(k)]
+        starts = [current[row][: places[row]] for row in owners]
+        streams = [f"{digest(traces[row])} {number} {draw}" for row in rows for draw in range(k)]
+        asked = [prompts[row] for row in owners]
+        grown, counts = guide.grow(asked, starts, streams, by_step=False)
+        found = guide.score(asked, grown)
+        values = [trace.aggregate(how) for trace in found]
+        better: dict[int, TokenScores] = {}
+        for index, row in enumerate(rows):
+            mine = range(index * k, index * k + k)
+            drawn[row] += sum(counts[i] for i in mine)
+            cuts[row].append(len(starts[index * k]))
+            top = best(values, mine, 1)[0]
+            if values[top] > rewards[row]:
+                current[row], rewards[row] = grown[top], values[top]
+                better[row] = found[top]
+        for row, place in zip(better, suspected(list(better), list(better.values())), strict=True):
+            places[row] = place
+    return [
+        Correction(ids, guide.finished(ids), rewards[row], before[row], cuts[row], drawn[row])
+        for row, ids in enumerate(current)
+    ]
+
+
+def lowest_steps(detector: Guide, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]]) -> list[float]:
+    """The mean reward of each trace's lowest step."""
+    return [min(scores.step_rewards()) for scores in detector.score(prompts, traces)]
+
+
+def threshold_of(lowest: Sequence[float], share: float) -> float:
+    """The threshold under which the lowest step of this share of traces lies; infinity for all of them.
+
+    Args:
+        lowest: see `lowest_steps`.
+        share: from 0 to 1.
+    """
+    count = round(share * len(lowest))
+    return math.inf if count >= len(lowest) else sorted(lowest)[count]
+
+
+def first_error_token(step_rewards: Sequence[float], step_ends: Sequence[bool], threshold: float) -> int | None:
+    """The token that begins the first step whose reward is under `threshold`; None if there is none."""
+    starts = [0, *(token + 1 for token, ends in enumerate(step_ends) if ends)]
+    return next((starts[step] for step, reward in enumerate(step_rewards) if reward < threshold), None)

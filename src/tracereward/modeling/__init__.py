@@ -1,0 +1,1 @@
+"""Causal language models: loading, tokenization, batches, log-probs, adapters, processes."""

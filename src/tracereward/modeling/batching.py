@@ -1,0 +1,144 @@
+"""Token ids to padded batches, and what a causal LM says about the completions in them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts padded at the left, completions at the right, so that completions share their first column.
+
+    Attributes:
+        input_ids: (B, P + T).
+        attention_mask: (B, P + T), 1 for the tokens that others may look at.
+        position_ids: (B, P + T), counted from each row's first token, so that left padding changes nothing.
+        completion_mask: (B, T).
+        step_ends: (B, T) bool.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    completion_mask: Tensor
+    step_ends: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    ends: Sequence[Sequence[bool]] | None = None,
+) -> Batch:
+    """Pad token ids to a `Batch`; `ends` are the step ends of each completion, if they are needed."""
+    rows, prompt_width = len(prompts), max(map(len, prompts))
+    width = max(map(len, completions))
+    input_ids = torch.full((rows, prompt_width + width), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    steps = torch.zeros(rows, width, dtype=torch.bool)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        span = slice(prompt_width - len(prompt), prompt_width + len(completion))
+        input_ids[row, span] = torch.tensor([*prompt, *completion])
+        attention_mask[row, span] = 1
+        if ends is not None:
+            steps[row, : len(completion)] = torch.tensor(ends[row])
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return Batch(input_ids, attention_mask, position_ids, attention_mask[:, prompt_width:], steps)
+
+
+def hide_tokens(batch: Batch, rate: float, seeds: Sequence[int]) -> Batch:
+    """Token dropout: each completion token is hidden from the others with probability `rate`.
+
+    A hidden token keeps its place, its own logit and its label. Its neighbours cannot rely on it, so that no single
+    token gives a trace away (word dropout: Iyyer et al. 2015).
+
+    Args:
+        batch: as `pack` makes it.
+        rate: in [0, 1).
+        seeds: one a row, so that what is hidden does not depend on how rows are batched.
+    """
+    attention_mask = batch.attention_mask.clone()
+    width = batch.completion_mask.size(1)
+    for row, seed in enumerate(seeds):
+        length = int(batch.completion_mask[row].sum())
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.rand(length, generator=generator) < rate
+        start = attention_mask.size(1) - width
+        attention_mask[row, start : start + length].masked_fill_(hidden.to(attention_mask.device), 0)
+    return replace(batch, attention_mask=attention_mask)
+
+
+def token_budget_batches(
+    lengths: Sequence[int], budget: int, sizes: Sequence[int] | None = None
+) -> Iterator[list[int]]:
+    """Indices of sequences of similar length, longest first, with at most `budget` padded tokens a batch.
+
+    What is longer than the budget is a batch of its own.
+
+    Args:
+        lengths: of the sequences, or of the longest of each group of sequences that must stay together.
+        budget: padded tokens of a batch.
+        sizes: sequences in each group; 1 each if None.
+    """
+    sizes = [1] * len(lengths) if sizes is None else sizes
+    batch: list[int] = []
+    rows = width = 0
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if batch and width * (rows + sizes[index]) > budget:
+            yield batch
+            batch = []
+        if not batch:
+            rows, width = 0, lengths[index]
+        batch.append(index)
+        rows += sizes[index]
+    if batch:
+        yield batch
+
+
+def scoring_budget(device: torch.device) -> int:
+    """Padded tokens of one forward pass without gradients: few on a CPU, where larger logits only leave its caches."""
+    return 1024 if device.type == "cpu" else 16384
+
+
+def prompt_groups(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], budget: int, share: bool
+) -> list[list[int]]:
+    """Indices of rows with the same prompt, in groups of at most `budget` padded tokens; without `share`, one each."""
+    if not share:
+        return [[index] for index in range(len(prompts))]
+    same: dict[tuple[int, ...], list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        same.setdefault(tuple(prompt), []).append(index)
+    groups = []
+    for prompt, indices in same.items():
+        indices.sort(key=lambda index: len(completions[index]))
+        group: list[int] = []
+        for index in indices:  # rising lengths: the newest is the longest
+            if group and (len(group) + 1) * (len(prompt) + len(completions[index])) > budget:
+                groups.append(group)
+                group = []
+            group.append(index)
+        groups.append(group)
+    return groups
+
+
+def grouped_batches(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    budget: int,
+    share: bool,
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Batches of at most `budget` padded tokens, longest first: indices of rows, and how many in a row share a prompt.
+
+    Where no prompt is shared each row is alone.
+    """
+    groups = prompt_groups(prompts, completions, budget, share)
+    lengths = [len(prompts[group[0]]) + max(len(completions[i]) for i in group) for group in groups]
+    for chosen in token_budget_batches(lengths, budget, list(map(len, groups))):
+        yield [i for place in chosen for i in groups[place]], [len(groups[place]) for place in chosen]

@@ -1,0 +1,98 @@
+"""Finding and loading models and tokenizers, with a clear sentence where they cannot be."""
+
+import difflib
+import hashlib
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tracereward.errors import InputError, first_line
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model name is meant as a path: it exists, or is no `owner/name`."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+
+
+def local_folder(name: str) -> Path:
+    """The folder of a local model, or of a Hub model after downloading it.
+
+    Raises:
+        InputError: neither exists; suggests the nearest folder name.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if looks_local(name):
+        raise InputError(f"{name}: no such model folder{_nearest(path)}.")
+    try:
+        return Path(snapshot_download(name))
+    except Exception as error:  # the Hub client raises many kinds; each means the same to the user
+        raise InputError(f"{name}: neither a local folder nor reachable on the Hub ({first_line(error)})") from error
+
+
+def model_fingerprint(name: str | None) -> str | None:
+    """SHA-256 of all that is read of a model's folder, which may have been trained again under the same name; of a Hub
+    model the commit.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if name is None:
+        return None
+    if not looks_local(name):
+        try:
+            return Path(hf_hub_download(name, "config.json")).parent.name
+        except Exception as error:
+            raise InputError(f"{name}: not reachable on the Hub ({first_line(error)})") from error
+    total = hashlib.sha256()
+    for path in sorted(local_folder(name).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin"):
+            with open(path, "rb") as file:
+                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def check_model(name: str, revision: str = "main") -> None:
+    """Read a causal LM's configuration, before anything slow starts.
+
+    Raises:
+        InputError: it cannot be read, or is another kind of model's: transformers would give that a random LM head.
+    """
+    path = Path(name).expanduser()
+    if looks_local(name) and not path.is_dir():
+        raise InputError(f"{name}: no such model folder{_nearest(path)}. Give a folder or a Hub id such as owner/name.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InputError(f"{name}: not a model folder, config.json is missing")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision)
+    except Exception as error:
+        raise InputError(f"{name}: the model's configuration cannot be read ({first_line(error)})") from error
+    kinds = config.architectures or []
+    if kinds and not any(map(_is_causal, kinds)):
+        raise InputError(f"{name}: is a {', '.join(kinds)}, and a causal language model is needed")
+
+
+def _is_causal(architecture: str) -> bool:
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return architecture in known or architecture.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def _nearest(path: Path) -> str:
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, siblings, n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+
+
+def best_device() -> torch.device:
+    """The accelerator, or the CPU."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def load_policy(model: str) -> PreTrainedModel:
+    """A causal LM, on the accelerator if there is one."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(best_device())  # pyright: ignore[reportArgumentType]

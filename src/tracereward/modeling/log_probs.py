@@ -1,0 +1,237 @@
+"""Log-probs of completions under a causal LM, without logits of the whole vocabulary in memory at once."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
+
+LOGITS = 2**23  # of one chunk: 32 MiB in float32
+
+
+# What some models do to logits behind the LM head (Gemma, Cohere, Granite, Falcon-H1).
+AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "output_multiplier", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass
+class HeadInput:
+    """What entered an LM head in one pass.
+
+    Attributes:
+        states: (B, T, H).
+        passes_logits: whether the pass's output has logits: the model changes them behind the head.
+    """
+
+    states: Tensor
+    passes_logits: bool
+
+    def at(self, targets: Tensor, output: Tensor) -> Tensor:
+        """The log-probs of the targets, each from the state before it, (B, T - 1) float32, from the pass's output."""
+        return token_log_probs(output[:, :-1], targets) if self.passes_logits else output[..., 0]
+
+
+@contextlib.contextmanager
+def log_probs_at_the_head(model: nn.Module, targets: Tensor) -> Iterator[HeadInput]:
+    """Within, a forward pass of a causal LM reads the log-probs of (B, T - 1) `targets` at its LM head, in chunks.
+
+    So the logits of all tokens are never held at once. The model's own pass calls the head, and the log-probs leave it
+    in the place of the logits: hooks that gather spread weights, in the backward pass too, still run.
+    """
+    lm_head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    text_config = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    plain = all(getattr(text_config, name, None) in (None, 1.0) for name in AFTER_THE_HEAD)
+    project, patched = lm_head.forward, vars(lm_head).get("forward")
+    head = HeadInput(torch.empty(0), passes_logits=not plain)
+
+    def log_probs_instead(states: Tensor) -> Tensor:
+        head.states = states
+        if not plain:
+            return project(states)
+        return _chunked_log_probs(project, states[:, :-1], targets, text_config.vocab_size)[..., None].clone()
+
+    lm_head.forward = log_probs_instead
+    try:
+        yield head
+    finally:
+        if patched is None:
+            del lm_head.forward
+        else:
+            lm_head.forward = patched
+
+
+def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Log-probs of the completion tokens under a causal LM, and the final hidden states after each of them.
+
+    The hidden state is what enters the LM head, whatever the architecture calls its parts; asking the model for
+    hidden states would keep every layer's.
+
+    Args:
+        model: the causal LM.
+        batch: what it reads.
+        inputs_embeds: (B, P + T, H) in the place of the embeddings of `batch.input_ids`, which stay the targets.
+
+    Returns:
+        log p(y_t | x, y_<t), (B, T) float32, and h_t, (B, T, H).
+    """
+    width = batch.completion_mask.size(1)
+    targets = batch.input_ids[:, -width:]
+    with log_probs_at_the_head(model, targets) as head:
+        # width + 1: the state before the first completion token predicts it.
+        logits = model(
+            input_ids=batch.input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            logits_to_keep=width + 1,
+        ).logits
+    return head.at(targets, logits), head.states[:, 1:]
+
+
+def _chunked_log_probs(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
+    """log softmax(project(states)) at `targets`, (B, T) float32, with at most `LOGITS` logits at a time.
+
+    With gradients the logits of a chunk are computed again in the backward pass.
+    """
+
+    def log_probs(part: Tensor, ids: Tensor) -> Tensor:
+        return -F.cross_entropy(project(part).float(), ids, reduction="none")
+
+    chunk = max(1, LOGITS // vocabulary)
+    parts = list(zip(states.flatten(0, 1).split(chunk), targets.flatten().split(chunk), strict=True))
+    if len(parts) > 1 and torch.is_grad_enabled():
+        chunks = [checkpoint(log_probs, part, ids, use_reentrant=False) for part, ids in parts]
+    else:
+        chunks = [log_probs(part, ids) for part, ids in parts]
+    return torch.cat(chunks).view(targets.shape)  # pyright: ignore[reportArgumentType, reportCallIssue]
+
+
+def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(logits) at `targets`, (B, T) float32, of (B, T, V) logits and (B, T) token ids.
+
+    Row by row: a second copy of all logits would be the largest tensor of the forward pass.
+    """
+    rows = [F.cross_entropy(row.float(), ids, reduction="none") for row, ids in zip(logits, targets, strict=True)]
+    return -torch.stack(rows)
+
+
+@torch.no_grad()
+def log_probs_and_entropies(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """log p(y_t | x, y_<t), and the entropy of p(. | x, y_<t), in nats; each (B, T) float32, 0 on padding."""
+    width = batch.completion_mask.size(1)
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+        logits_to_keep=width + 1,
+    ).logits
+    log_probs = torch.zeros(batch.completion_mask.shape, device=logits.device)
+    entropies = torch.zeros_like(log_probs)
+    for row, length in enumerate(batch.completion_mask.sum(1).tolist()):  # a row at a time: vocabularies are large
+        distribution = logits[row, :length].float().log_softmax(-1)
+        targets = batch.input_ids[row, -width:][:length, None]
+        log_probs[row, :length] = distribution.gather(1, targets)[:, 0]
+        entropies[row, :length] = torch.special.entr(distribution.exp()).sum(-1)
+    return log_probs, entropies
+
+
+@torch.no_grad()
+def log_probs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    token_budget: int | None = None,
+) -> list[Tensor]:
+    """Log-prob of each completion's tokens under `model`, in nats: float32 of len(completion) each, on the CPU."""
+    model.eval()
+    found: list[Tensor] = [torch.empty(0)] * len(completions)
+    token_budget = token_budget or scoring_budget(model.device)
+    for rows, sizes in grouped_batches(prompts, completions, token_budget, can_share_prompts(model)):
+        batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
+        shared = len(sizes) < len(rows)
+        values, _ = shared_log_probs(model, batch, sizes) if shared else completion_log_probs(model, batch)
+        for index, row in zip(rows, values.cpu(), strict=True):
+            found[index] = row[: len(completions[index])]
+    return found
+
+
+def mean_log_probs(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    token_budget: int | None = None,
+) -> list[float]:
+    """Mean log-prob of each completion's tokens under `model`, in nats."""
+    return [float(row.mean()) for row in log_probs(model, prompts, completions, pad_id, token_budget)]
+
+
+def can_share_prompts(model: torch.nn.Module) -> bool:
+    """Whether a model's keys and values can be copied to several rows: plain attention in every layer.
+
+    Sliding windows and recurrent states depend on the padding that a copy would change.
+    """
+    config = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    layers = getattr(config, "layer_types", None)
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    plain = set(layers) == {"full_attention"} if layers else not windowed
+    return plain and not getattr(model, "_is_stateful", False)
+
+
+def _read_prompts(model: torch.nn.Module, batch: Batch, sizes: Sequence[int], **kwargs: Any) -> tuple[Tensor, Cache]:
+    """One pass over one row of each run of `sizes` rows with the same prompt: logits and cache, for all rows."""
+    prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
+    counts = torch.tensor(list(sizes), device=batch.input_ids.device)
+    starts = counts.cumsum(0) - counts
+    rows = torch.repeat_interleave(torch.arange(len(sizes), device=counts.device), counts)
+    cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
+    output = model(
+        input_ids=batch.input_ids[starts, :prompt_width],
+        attention_mask=batch.attention_mask[starts, :prompt_width],
+        position_ids=batch.position_ids[starts, :prompt_width],
+        past_key_values=cache,
+        use_cache=True,
+        **kwargs,
+    )
+    cache.batch_select_indices(rows)
+    return output.logits[rows], cache
+
+
+def _read_completions(model: torch.nn.Module, batch: Batch, cache: Cache) -> Tensor:
+    """One pass over all completions, which go on from their prompts' cache: its logits."""
+    prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
+    return model(
+        input_ids=batch.input_ids[:, prompt_width:],
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids[:, prompt_width:],
+        past_key_values=cache,
+        use_cache=True,
+    ).logits
+
+
+def shared_log_probs(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """`completion_log_probs` where runs of `sizes` rows have the same prompt, which is then read once.
+
+    The numbers are those of one pass over all rows, up to rounding.
+    """
+    targets = batch.input_ids[:, -batch.completion_mask.size(1) :]
+    logits, cache = _read_prompts(model, batch, sizes, logits_to_keep=1)
+    first = token_log_probs(logits[:, -1:], targets[:, :1])  # from the prompt's last token
+    with log_probs_at_the_head(model, targets[:, 1:]) as head:
+        logits = _read_completions(model, batch, cache)
+    return torch.cat([first, head.at(targets[:, 1:], logits)], 1), head.states
+
+
+def shared_classifier_logits(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> Tensor:
+    """Logits of a token classifier after each completion token, (B, T, 1); prompts as in `shared_log_probs`."""
+    _, cache = _read_prompts(model, batch, sizes)
+    return _read_completions(model, batch, cache)

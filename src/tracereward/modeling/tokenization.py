@@ -1,0 +1,133 @@
+"""Prompts and completions as text and as token ids: the same in training, sampling, scoring and serving."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tracereward.errors import InputError, check_choice, first_line
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TEMPLATES = ("plain", "chat")
+
+
+def render(rows: list[dict], tokenizer: PreTrainedTokenizerBase, template: str) -> list[dict]:
+    """Turn prompts and completions into the exact texts that are tokenised; returns new rows.
+
+    Args:
+        rows: demonstrations, with texts or lists of ``{"role", "content"}`` messages.
+        tokenizer: the policy's.
+        template: ``plain`` keeps texts as they are; ``chat`` puts each prompt through the tokenizer's chat template, up
+            to the start of the assistant's turn. The completion is then the assistant's plain text.
+
+    Raises:
+        InputError: unknown template, messages under ``plain``, a tokenizer without a chat template, messages that the
+            template refuses, or a completion that is not one assistant message.
+    """
+    check_choice("template", template, TEMPLATES)
+    if template == "chat" and not tokenizer.chat_template:
+        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template: use --template plain")
+    bos = str(tokenizer.bos_token or "")
+    # encode_prompt() lets the tokenizer add its own: the template's must then go, once.
+    strip_bos = bos and tokenizer(text="a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    rendered = []
+    for row in rows:
+        prompt = row["prompt"]
+        if template == "chat":
+            prompt = _chat_prompt(prompt, tokenizer, _where(row))
+            prompt = prompt.removeprefix(bos) if strip_bos else prompt
+        elif not isinstance(prompt, str):
+            raise InputError(f"{_where(row)}: the prompt is a list of messages: use --template chat")
+        rendered.append({**row, "prompt": prompt, "completion": _plain_completion(row)})
+    return rendered
+
+
+def _where(row: dict) -> str:
+    """Location of a row in messages."""
+    return row.get("source", "a row")
+
+
+def _chat_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """Prompt through the chat template."""
+    from jinja2 import TemplateError
+
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)  # type: ignore[return-value]
+    except TemplateError as error:
+        raise InputError(f"{where}: the chat template refuses the prompt: {error}") from error
+
+
+def _plain_completion(row: dict) -> str | None:
+    """Completion as text: itself, or the content of its one assistant message."""
+    completion = row["completion"]
+    if completion is None or isinstance(completion, str):
+        return completion
+    if len(completion) != 1 or completion[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in completion)
+        raise InputError(f"{_where(row)}: the completion must be one assistant message, not: {roles}")
+    return completion[0]["content"].rstrip()
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a rendered prompt, with the tokenizer's own special tokens, as TRL's GRPOTrainer does it."""
+    return tokenizer(text=text)["input_ids"]  # type: ignore[return-value]
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a completion without special tokens, and one end-of-sequence token, as a finished rollout has it.
+
+    A completion that spells a special token out (``<|im_end|>``) is read as the text that it is: a policy must not be
+    able to hide something from the reward model by writing it.
+
+    Raises:
+        InputError: the tokenizer has no end-of-sequence token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-sequence token")
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return [*ids, tokenizer.eos_token_id]  # type: ignore[misc, list-item]
+
+
+def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
+    """A tokenizer that pads at the left and has a padding and an end-of-sequence token.
+
+    Raises:
+        InputError: it cannot be loaded, or has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    except Exception as error:
+        raise InputError(f"{name}: the tokenizer cannot be loaded ({first_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The padding token's id; 0 if there is none, which a mask hides all the same."""
+    return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+
+
+def same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers cut text alike: vocabulary, end-of-sequence token and the encoding of a probe text."""
+    probe = "Step 1: 12,345 + 6.5 = 12,351.5\n\nSo the answer is (C). \\boxed{x^2}"
+    return (
+        policy.get_vocab() == other.get_vocab()
+        and policy.eos_token_id == other.eos_token_id
+        and policy(probe)["input_ids"] == other(probe)["input_ids"]
+    )
+
+
+def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a completion: the model's generation settings may name more than the tokenizer's one."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [declared] if isinstance(declared, int) else list(declared or [])
+    assert isinstance(tokenizer.eos_token_id, int)
+    return sorted({*ids, tokenizer.eos_token_id})

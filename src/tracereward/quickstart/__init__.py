@@ -1,0 +1,1 @@
+"""The quickstart: the full method on generated arithmetic with a tiny Llama."""

@@ -1,0 +1,154 @@
+"""How the policies and reward models of a study are judged."""
+
+import json
+import math
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tracereward.commands.rerank import rerank_rows, summary
+from tracereward.commands.score import as_row
+from tracereward.files import atomic_write_json, read_jsonl, write_jsonl
+from tracereward.generation.sampling import sample
+from tracereward.metrics import point_biserial, wilson_interval
+from tracereward.modeling.loading import best_device
+from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id
+from tracereward.quickstart.site import TASK, Site
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.tasks.recipes import get_task
+
+
+def load_policy(site: Site, arm: str) -> PreTrainedModel:
+    """An arm's policy, on the accelerator if there is one."""
+    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm), dtype=torch.float32)
+    return policy.to(best_device())  # pyright: ignore[reportArgumentType]
+
+
+def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
+    """Greedy accuracy of an arm on one part's questions.
+
+    Returns:
+        accuracy with its Wilson interval low, high; no_answer, traces without one; distinct, the share of questions
+        with a trace of their own: a collapsed policy writes the same to all. Where some are of kinds that no
+        demonstration has, accuracy_unseen is of these alone. Kept, as the SFT policy's is asked for by every cell.
+    """
+    kept = site.run(arm) / f"greedy-{part}.json"
+    if kept.exists():
+        return json.loads(kept.read_text(encoding="utf-8"))
+    task, rows = get_task(TASK), read_jsonl(site.data(part))
+    policy = load_policy(site, arm)
+    chunks = sample(
+        policy,
+        load_tokenizer(str(site.run("init"))),
+        [row["prompt"] for row in rows],
+        1,
+        site.world.completion,
+        0,
+        batch_size=512,
+    )
+    texts = [s.text for chunk in chunks for s in chunk]
+    correct = [task.verify(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
+    unseen = [is_right for is_right, row in zip(correct, rows, strict=True) if row.get("unseen")]
+    low, high = wilson_interval(sum(correct), len(rows))
+    no_answer = sum(task.extract(text) is None for text in texts)
+    distinct = len(set(texts)) / len(texts)
+    judged = {
+        "accuracy": sum(correct) / len(rows),
+        "low": low,
+        "high": high,
+        "no_answer": no_answer,
+        "distinct": distinct,
+        "questions": len(rows),
+        **({"accuracy_unseen": sum(unseen) / len(unseen)} if unseen else {}),
+    }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(kept, judged)
+    return judged
+
+
+def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]]:
+    """`n` samples of an arm's policy for each question of one part; drawn once and kept."""
+    file = site.run("samples") / f"{arm}-{part}-{n}.jsonl"
+    if file.exists():
+        return read_jsonl(file)
+    task, questions = get_task(TASK), read_jsonl(site.data(part))
+    policy = load_policy(site, arm)
+    tokenizer = load_tokenizer(str(site.run("init")))
+    texts = [row["prompt"] for row in questions]
+    rows = []
+    # A pretrained model's keys and values of 1,600 rows fill 6 GB.
+    size = 2400 if site.world.model is None else 1600 if best_device().type == "cuda" else 320
+    for chunk in sample(policy, tokenizer, texts, n, site.world.completion, seed=site.seed, batch_size=size):
+        for s in chunk:
+            gold = questions[s.prompt]["answer"]
+            rows.append(
+                {
+                    "question": s.prompt,
+                    "prompt": texts[s.prompt],
+                    "completion": s.text,
+                    "answer": gold,
+                    "correct": task.verify(s.text, gold),
+                    "finished": s.finished,
+                    "logprob": s.logprob,
+                }
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(file, rows)
+    return rows
+
+
+def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Samples scored by an arm's reward model, without a log-prob added, and what each way of choosing reaches."""
+    model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model")).to(best_device())
+    scores = model.score(
+        [row["prompt"] for row in samples],
+        [row["completion"] for row in samples],
+        [row["finished"] for row in samples],
+    )
+    scored = [
+        {**row, "supervised": trace.supervised, "step_ends": trace.step_ends, **as_row(trace, model)}
+        for row, trace in zip(samples, scores, strict=True)
+    ]
+    r = point_biserial([row["reward"] for row in scored], [row["correct"] for row in scored])
+    return {**ranking(scored), "reward_r": None if math.isnan(r) else r}, scored
+
+
+def rank_by_log_probs(site: Site, samples: list[dict[str, Any]], sign: float) -> dict[str, Any]:
+    """What choosing by log p_SFT + sign * log p_base reaches: -1 is the log-ratio, which needs no discriminator."""
+    tokenizer = load_tokenizer(str(site.run("init")))
+    base = load_policy(site, site.start)
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in samples]
+    completions = [encode_completion(tokenizer, row["completion"]) for row in samples]
+    completions = [ids if row["finished"] else ids[:-1] for ids, row in zip(completions, samples, strict=True)]
+    values = mean_log_probs(base, prompts, completions, pad_id(tokenizer))
+    return ranking(
+        [{**row, "reward": row["logprob"] + sign * value} for row, value in zip(samples, values, strict=True)]
+    )
+
+
+def ranking(scored: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy of each way of choosing, and AUROCs."""
+    task = get_task(TASK)
+    _, questions = rerank_rows(scored, task, "vote")
+    table = summary(questions, task)
+    assert table is not None
+    return table
+
+
+def collapsed(accuracy: float, distinct: float, start: dict[str, Any]) -> bool:
+    """Accuracy more than 5 points under the starting policy's, or under half its share of distinct traces."""
+    return accuracy < start["accuracy"] - 0.05 or distinct < start["distinct"] / 2
+
+
+def stopped(site: Site, arm: str) -> str | None:
+    """Name of the failure that ended an adversarial run, if one did."""
+    rows = read_jsonl(site.run(arm) / "metrics.jsonl")
+    return next((row["failure"] for row in rows if row.get("phase") == "failure"), None)
+
+
+def chosen(site: Site, arm: str) -> str | None:
+    """Which checkpoint the validation questions chose, or ``start``; None of a run that was not chosen from."""
+    rows = read_jsonl(site.run(arm) / "metrics.jsonl")
+    return next((row["chosen"] for row in rows if row.get("phase") == "choice"), None)

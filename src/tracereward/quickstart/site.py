@@ -1,0 +1,137 @@
+"""A world drawn with a seed: its folder, its rows and its untrained model."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tracereward.files import atomic_folder, read_jsonl, write_jsonl
+from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.quickstart.worlds import COMMON, World
+from tracereward.synthetic.arithmetic import MISTAKE_RATES, build_model, build_tokenizer, generate, splits
+from tracereward.tasks.recipes import get_task
+
+TASK = "arithmetic"
+
+
+def digest(value: Any) -> str:
+    """Eight hexadecimal digits that change with any option."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A world drawn with a seed, and the folder in which its policies are trained.
+
+    Attributes:
+        folder: holds ``data/``, ``init/`` and a run folder for each arm.
+        world: sizes and options.
+        seed: of data, models and training.
+        fast: a tenth of the steps, for trying out.
+        quiet: no progress bars.
+        experts: how many of the world's demonstrations there are, the first ones; None: all.
+        corrupt: share of them that end in a wrong answer.
+        backbone: one of `backbones.LABELS`, which trains beside the world's own on the same data; None: the world's.
+    """
+
+    folder: Path
+    world: World
+    seed: int
+    fast: bool = False
+    quiet: bool = False
+    experts: int | None = None
+    corrupt: float | None = None
+    backbone: str | None = None
+
+    def data(self, part: str) -> Path:
+        """File of one part of the data."""
+        return self.folder / "data" / f"{part}.jsonl"
+
+    @property
+    def demonstrations(self) -> str:
+        """The part of the data that holds them."""
+        few = "" if self.experts is None else f"-{self.experts}"
+        wrong = "" if self.corrupt is None else f"-corrupt-{self.corrupt:g}"
+        return f"experts{few}{wrong}"
+
+    def run(self, arm: str) -> Path:
+        """Run folder of an arm; what knows no demonstrations is shared by all parts of them."""
+        shared = arm in ("init", "base") or self.demonstrations == "experts"
+        home = self.folder if self.backbone is None else self.folder / self.backbone
+        return home / arm if shared else home / self.demonstrations / arm
+
+    def policy(self, arm: str) -> Path:
+        """Folder of an arm's policy, or the Hub id of the world's model."""
+        if arm == "init" and self.world.model is not None:
+            return Path(self.world.model)
+        return self.run(arm) if arm == "init" else self.run(arm) / "policy"
+
+    @property
+    def sft(self) -> dict[str, Any]:
+        """The world's options of SFT; a batch is no larger than the demonstrations."""
+        batch = min(self.world.sft["per_device_train_batch_size"], self.experts or self.world.experts)
+        return {**self.world.sft, "per_device_train_batch_size": batch}
+
+    @property
+    def start(self) -> str:
+        """What SFT starts from: ``base``, the pretrained model, or ``init`` where the world has no pretraining."""
+        return "base" if self.world.pretraining else "init"
+
+    def options(self, arm: str, given: dict[str, Any]) -> dict[str, Any]:
+        """All options of an arm's training."""
+        merged = {**COMMON, "max_completion_length": self.world.completion, "save_steps": given["max_steps"], **given}
+        if self.fast:
+            merged["max_steps"] = max(4, merged["max_steps"] // 10)
+            merged["save_steps"] = min(merged["save_steps"], merged["max_steps"])
+        quiet = {"disable_tqdm": True} if self.quiet else {}
+        return {**merged, **quiet, "output_dir": str(self.run(arm)), "seed": self.seed}
+
+    def unfinished(self, arm: str) -> bool:
+        """Whether a run of this arm was begun: then it goes on."""
+        return (self.run(arm) / "config.yaml").is_file()
+
+
+def make_world(site: Site) -> None:
+    """Write the rows and the untrained model, ``init`` last; of a pretrained model the tokenizer alone."""
+    if site.backbone is None:  # another one's rows are the same
+        _write_rows(site)
+    with atomic_folder(site.run("init")) as folder:
+        if site.world.model is not None:
+            load_tokenizer(site.world.model).save_pretrained(folder)
+            return
+        tokenizer = build_tokenizer()
+        build_model(tokenizer, site.seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _write_rows(site: Site) -> None:
+    world = site.world
+    parts = splits(world.name, site.seed, world.experts, world.validation, world.test, world.unlabeled)
+    site.data("test").parent.mkdir(parents=True, exist_ok=True)
+    for part, rows in parts.items():
+        write_jsonl(site.data(part), rows)
+    if world.corpus:
+        held_out = {row["prompt"] for part in ("test", "validation") for row in parts[part]}
+        corpus = generate(world.name, world.corpus, 5000 + site.seed, MISTAKE_RATES[world.name], held_out, unique=False)
+        write_jsonl(site.data("corpus"), corpus)
+
+
+def choose_demonstrations(site: Site) -> None:
+    """Write the site's part of the demonstrations, unless it is there.
+
+    A corrupt one is of the kind that the pretraining corpus holds, on a problem of its own, and its answer is wrong.
+    """
+    path = site.data(site.demonstrations)
+    if path.exists():
+        return
+    world, task = site.world, get_task(TASK)
+    rows = read_jsonl(site.data("experts"))[: site.experts]
+    count = round((site.corrupt or 0) * len(rows))
+    if count:
+        parts = ("experts", "validation", "test", "unlabeled")
+        used = {row["prompt"] for part in parts if site.data(part).exists() for row in read_jsonl(site.data(part))}
+        drawn = generate(world.name, 10 * count, 9000 + site.seed, MISTAKE_RATES[world.name], used)
+        wrong = [row for row in drawn if not task.verify(row["completion"], row["answer"])]
+        rows[:count] = wrong[:count]
+    write_jsonl(path, rows)

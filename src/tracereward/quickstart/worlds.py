@@ -1,0 +1,208 @@
+"""Sizes and training options of the generated worlds, the same for the quickstart and for the studies."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class World:
+    """One generated world with a tiny Llama, or with a pretrained model.
+
+    Attributes:
+        name: of the generator, see `tracereward.synthetic.arithmetic`.
+        experts: demonstrations.
+        unlabeled: further prompts for the policy's rollouts, without a trace.
+        corpus: size of the pretraining corpus; 0 for a world whose SFT starts from an untrained model, or from `model`.
+        completion: longest completion in tokens.
+        pretraining, sft, grpo, adversarial: options of the stages, over `COMMON`. `adversarial` holds what differs from
+            the recipe.
+        sft_grid: what SFT is tuned over on the validation questions.
+        model: folder or Hub id of the pretrained causal LM whose world it is; None: a tiny Llama from scratch.
+        lora: rank of the LoRA adapters, on the upper half of the layers, that are what GRPO trains of policy and
+            discriminator; None: all weights.
+    """
+
+    name: str
+    experts: int
+    unlabeled: int
+    corpus: int
+    completion: int
+    pretraining: dict[str, Any]
+    sft: dict[str, Any]
+    sft_grid: list[dict[str, Any]]
+    grpo: dict[str, Any]
+    adversarial: dict[str, Any] = field(default_factory=dict)
+    validation: int = 300
+    test: int = 300
+    model: str | None = None
+    lora: int | None = None
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Options of adversarial training in this world."""
+        return {**UNMARKED.get(self.name, RECIPE), **self.adversarial}
+
+
+COMMON: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "report_to": "none",
+    "adam_beta2": 0.98,
+    "max_grad_norm": 1.0,
+    "dataloader_pin_memory": False,
+}
+FIRST_RECIPE: dict[str, Any] = {
+    "reward_form": "logit_plus_logprob",
+    "discriminator_learning_rate": 3e-4,
+    "discriminator_online_learning_rate": 5e-5,
+    "discriminator_prompts": 32,
+    "discriminator_rollouts": 2,
+    "discriminator_warmup_updates": 40,
+    "discriminator_every": 4,
+    "warmup_rollouts": 16,
+    "perturbed_per_expert": 0,
+}
+"""Options of adversarial training that the studies started from."""
+R1_RECIPE: dict[str, Any] = {**FIRST_RECIPE, "r1_penalty": 1.0}
+"""What they chose in `misconception`, where no mistake leaves a mark."""
+STEADY: dict[str, Any] = {**R1_RECIPE, "perturbed_per_expert": 1}
+"""The same with perturbed experts."""
+UNMARKED = {"misconception": R1_RECIPE, "hops": STEADY}
+"""The recipes of worlds where nothing but a wrong value gives a mistake away."""
+RECIPE: dict[str, Any] = {
+    **FIRST_RECIPE,
+    "discriminator_learning_rate": 1e-3,
+    "discriminator_online_learning_rate": 2e-4,
+    "discriminator_prompts": 50,
+    "discriminator_rollouts": 4,
+    "perturbed_per_expert": 1,
+}
+"""The default in all other worlds; `docs/recipe.md` says why each is what it is."""
+PRETRAINED_RECIPE: dict[str, Any] = {
+    "discriminator_learning_rate": 3e-4,
+    "discriminator_online_learning_rate": 1e-4,
+    "discriminator_prompts": 8,
+    "discriminator_rollouts": 2,
+    "discriminator_warmup_updates": 16,
+    "discriminator_every": 2,
+    "warmup_prompts": 128,
+    "warmup_rollouts": 2,
+    "discriminator_token_budget": 2560,
+}
+"""What differs for a pretrained language model with LoRA, so little that two cores of a CPU do it in minutes."""
+
+_SFT = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01}
+_PRETRAINING = {**_SFT, "max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128}
+_GRPO = {
+    "per_device_train_batch_size": 192,
+    "num_generations": 8,
+    "learning_rate": 3e-4,
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 5,
+    "max_steps": 50,
+}
+# At 3e-4 a third of the policies on a learned reward collapsed: in long chains they ended too early.
+_SLOW_GRPO = {**_GRPO, "learning_rate": 1e-4, "max_steps": 100}
+# Few experts leave none to hold out: with a tenth of fifty held out, the policy gained less. SFT memorises them: its
+# rollouts on their prompts equal the demonstrations and teach nothing, so the warm-up looks at the pretrained model's.
+_FEW_EXPERTS = {"held_out_fraction": 0.0, "discriminator_model": "base", "warmup_model": "base"}
+_FEW_SFT = {**_SFT, "max_steps": 60, "learning_rate": 5e-4, "per_device_train_batch_size": 25}
+_FEW_GRID = [{"learning_rate": rate, "max_steps": steps} for rate in (1e-4, 2e-4, 5e-4) for steps in (30, 120)]
+_MANY_GRID = [{"learning_rate": rate} for rate in (2e-3, 4e-3)]
+
+_STYLE = World(
+    name="style",
+    experts=1500,
+    unlabeled=0,
+    corpus=0,
+    completion=32,
+    pretraining={},
+    sft={**_SFT, "max_steps": 420, "learning_rate": 4e-3, "per_device_train_batch_size": 96},
+    sft_grid=_MANY_GRID,
+    grpo=_GRPO,
+)
+
+WORLDS = {
+    "misconception": World(
+        name="misconception",
+        experts=50,
+        unlabeled=3000,
+        corpus=10_000,
+        completion=32,
+        pretraining=_PRETRAINING,
+        sft=_FEW_SFT,
+        sft_grid=_FEW_GRID,
+        grpo=_GRPO,
+        adversarial=_FEW_EXPERTS,
+    ),
+    "checked": World(
+        name="checked",
+        experts=100,
+        unlabeled=3000,
+        corpus=10_000,
+        completion=46,
+        pretraining={**_PRETRAINING, "max_steps": 1200, "per_device_train_batch_size": 64},
+        sft=_FEW_SFT,
+        sft_grid=_FEW_GRID,
+        grpo=_SLOW_GRPO,
+        adversarial=_FEW_EXPERTS,
+    ),
+    "exposure": World(
+        name="exposure",
+        experts=50,
+        unlabeled=3000,
+        corpus=10_000,
+        completion=62,
+        pretraining={**_PRETRAINING, "max_steps": 3000, "per_device_train_batch_size": 64},
+        sft=_FEW_SFT,
+        sft_grid=_FEW_GRID,
+        grpo={**_SLOW_GRPO, "per_device_train_batch_size": 96},
+        adversarial=_FEW_EXPERTS,
+    ),
+    "hops": World(
+        name="hops",
+        experts=50,
+        unlabeled=3000,
+        corpus=20_000,
+        completion=44,
+        pretraining={**_PRETRAINING, "max_steps": 1200, "per_device_train_batch_size": 64},
+        sft=_FEW_SFT,
+        sft_grid=_FEW_GRID,
+        grpo=_SLOW_GRPO,
+        adversarial=_FEW_EXPERTS,
+        test=500,  # a hundred of each depth
+    ),
+    "word-problems": World(
+        name="word-problems",
+        experts=400,
+        unlabeled=3000,
+        corpus=0,
+        completion=88,
+        pretraining={},
+        sft={
+            **_SFT,
+            "max_steps": 50,
+            "learning_rate": 1e-4,
+            "per_device_train_batch_size": 8,
+            "warmup_steps": 5,
+            "save_strategy": "no",
+        },
+        sft_grid=[{"learning_rate": rate} for rate in (1e-4, 4e-4)],
+        grpo={
+            "save_strategy": "no",
+            "per_device_train_batch_size": 12,
+            "gradient_accumulation_steps": 2,
+            "num_generations": 8,
+            "learning_rate": 3e-4,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 1,
+            "max_steps": 12,
+        },
+        adversarial=PRETRAINED_RECIPE,
+        validation=60,
+        test=96,
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        lora=16,
+    ),
+    "style": _STYLE,
+    "multi-skill": replace(_STYLE, name="multi-skill", completion=36),
+}

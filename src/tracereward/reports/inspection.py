@@ -1,0 +1,255 @@
+"""`tracereward inspect`: one self-contained page of scored traces, a question's candidates side by side.
+
+Of each trace it shows the steps with their tokens on the report's colours, the reward of each step, and the step that
+is suspected to be the first error. `inspection_terminal` prints the same.
+"""
+
+import base64
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from tracereward.data.trace_rows import check_scores, text_read, traces_in
+from tracereward.files import atomic_write_text
+from tracereward.modeling.alignment import step_ends
+from tracereward.reports.report import HEATMAP_CSS, reward_colour
+from tracereward.rewards.token_scores import TokenScores
+
+ERROR_MARGIN = 0.5
+"""Log-odds. In two quickstart runs it marked the first wrong line of 39 % and 32 % of the traces with one, and a line
+of 26 % and 2 % of those without; a margin of 1 marks hardly any."""
+_DIGITS = 4  # of the values on the page
+# Control characters but for newline and tab, lone surrogates, and what reorders the text around it.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def first_error(step_rewards: Sequence[float], threshold: float = ERROR_MARGIN) -> int | None:
+    """The step that is suspected to be the first error: a hint where to read first, not a proof.
+
+    It is the first i with ``step_rewards[i] < mean(step_rewards[j], j != i) - threshold``: low against the rest of its
+    own trace, because traces of different questions differ in level.
+
+    Args:
+        step_rewards: mean rewards of the steps, in log-odds.
+        threshold: how far below the other steps, in log-odds.
+
+    Returns:
+        Its index; None if no step is that low, or there are fewer than two.
+    """
+    others = len(step_rewards) - 1
+    total = sum(step_rewards)
+    for i, reward in enumerate(step_rewards):
+        if others and reward < (total - reward) / others - threshold:
+            return i
+    return None
+
+
+def largest_drop(step_rewards: Sequence[float]) -> float | None:
+    """The largest ``step_rewards[i] - step_rewards[i + 1]``, in log-odds; None for fewer than two steps."""
+    return max((before - after for before, after in itertools.pairwise(step_rewards)), default=None)
+
+
+def visible(text: str) -> str:
+    r"""`text` with what could drive a terminal or reorder a line written out, e.g. ``\x1b``; newline and tab stay."""
+    return _UNSAFE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+
+
+def write_inspection(
+    path: str | os.PathLike,
+    traces: Iterable[dict[str, Any]],
+    title: str,
+    command: str = "",
+    threshold: float = ERROR_MARGIN,
+) -> None:
+    """Write scored traces as one HTML file that needs no network. An older page stays if this one fails.
+
+    Args:
+        path: where the page goes.
+        traces: rows as `tracereward score` writes them; rows with the same prompt are shown side by side. `step_ends`
+            and `supervised` are used if present; without `step_ends`, steps end with a newline. The facts `reward`,
+            `correct`, `extracted`, `answer` (the right one), `logprob` and `model` are shown if present.
+        title: the page's heading.
+        command: the command that made the page, shown below the heading.
+        threshold: see `first_error`.
+
+    Raises:
+        InputError: a row lacks scores, or they do not fit (see `scored_rows.check_scores`); named by its number from 1.
+    """
+    questions = questions_of(traces, threshold)
+    limit = colour_limit(questions)
+    shown = [trace for question in questions for trace in question["traces"]]
+    here = Path(__file__).parent
+    palette = (
+        ":root {{ --low: {}; --zero: {}; --high: {}; }}".format(
+            *(reward_colour(r, 1.0, dark) for r in (-1.0, 0.0, 1.0))
+        )
+        for dark in (False, True)
+    )
+    css = "\n{}{}\n@media screen and (prefers-color-scheme: dark) {{ {} }}\n{}".format(
+        HEATMAP_CSS, *palette, (here / "inspection.css").read_text(encoding="utf-8")
+    )
+    script = "\n" + (here / "inspection.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template("inspection.html.jinja").render(
+        title=visible(title),
+        command=visible(command),
+        limit=f"{limit:.2f}",
+        threshold=f"{threshold:g}",
+        css=Markup(css),
+        css_hash=_hash(css),
+        script=Markup(script),
+        script_hash=_hash(script),
+        data=_embedded_json({"limit": limit, "questions": questions}),
+        count=len(shown),
+        checked=any(trace["correct"] is not None for trace in shown),
+        marked=any("s" in piece[2] for piece in _scored(questions)),
+    )
+    atomic_write_text(path, html)
+
+
+# --- what both show ---
+
+
+def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[str, Any]]:
+    """The traces by question, in the order in which questions first come: what the page and the terminal show.
+
+    Returns:
+        Questions with `prompt`, `answer` and `traces`, each of these with its facts, `error` (see `first_error`),
+        `drop` (see `largest_drop`) and `steps`; JSON values only, numbers with 4 decimals, text made `visible`.
+
+    Raises:
+        InputError: as for `write_inspection`.
+    """
+    questions: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(itertools.chain.from_iterable(map(traces_in, rows)), 1):
+        where = f"row {number}"
+        check_scores(where, row)
+        prompt = _prompt_text(row["prompt"])
+        question = questions.setdefault(prompt, {"prompt": prompt, "answer": _text(row.get("answer")), "traces": []})
+        question["traces"].append({"number": len(question["traces"]) + 1, **_trace(row, threshold)})
+    return list(questions.values())
+
+
+def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
+    """A prompt as text; of a conversation, each message behind its role."""
+    if isinstance(prompt, str):
+        return visible(prompt)
+    if len(prompt) == 1:
+        return visible(str(prompt[0]["content"]))
+    return visible("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt))
+
+
+def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
+    """One trace: its facts, and its steps with their tokens."""
+    offsets = [(start, end) for start, end in row["offsets"]]
+    tokens, rewards = row["tokens"], row["token_rewards"]
+    supervised = row.get("supervised")
+    text = text_read(tokens, offsets, row["completion"])
+    ends = list(step_ends(text, offsets) if row.get("step_ends") is None else row["step_ends"])
+    ends[-1:] = [True] * min(len(ends), 1)  # no token is left out
+    means = TokenScores(tokens, offsets, rewards, [], ends).step_rewards()
+    given = row.get("step_rewards") or []
+    step_rewards = given if len(given) == len(means) else means
+    # The supervised positions are worth a mark where they are not all positions.
+    marks = supervised if supervised is not None and not all(supervised) else [False] * len(tokens)
+    pieces = _pieces(text, tokens, offsets, rewards, ends, marks)
+    reward = row.get("reward")
+    return {
+        "reward": _finite(sum(rewards) / len(rewards) if reward is None and rewards else reward),
+        "correct": row.get("correct"),
+        "answer": _text(row.get("extracted")),
+        "logprob": _finite(row.get("logprob")),
+        "model": _text(row.get("model")),
+        "drop": _finite(largest_drop(step_rewards)),
+        "error": first_error(step_rewards, threshold),
+        "steps": [{"reward": _finite(value), "tokens": held} for value, held in zip(step_rewards, pieces)],
+    }
+
+
+def _pieces(
+    text: str,
+    tokens: Sequence[str],
+    offsets: Sequence[tuple[int, int]],
+    rewards: Sequence[float],
+    ends: Sequence[bool],
+    marks: Sequence[bool],
+) -> list[list[list[Any]]]:
+    """The pieces of each step: ``[text, reward, kinds]``, or ``[text]`` for text that no token carries.
+
+    Kinds are letters, the classes of `HEATMAP_CSS`: s supervised, e end of sequence, z a part of a character that is
+    shown elsewhere, n starts with a line break; and m, ends with one that is not shown because the step ends.
+    """
+    steps: list[list[list[Any]]] = [[]]
+    shown = 0
+    for i, (start, end) in enumerate(offsets):
+        if start > shown:
+            steps[-1].append([visible(text[shown:start])])
+        piece = text[max(shown, start) : end]
+        shown = max(shown, end)
+        kinds = "s" if marks[i] else ""
+        if not piece:
+            kinds += "e" if start == end and tokens[i] else "z"
+        elif ends[i] and piece.endswith("\n"):
+            kinds += "m"
+            piece = piece.rstrip("\n")
+        if piece.startswith("\n"):
+            kinds += "n"
+        steps[-1].append([visible(piece), _finite(rewards[i]), kinds])
+        if ends[i] and i + 1 < len(offsets):
+            steps.append([])
+    if shown < len(text):
+        steps[-1].append([visible(text[shown:])])
+    return steps
+
+
+def colour_limit(questions: list[dict[str, Any]]) -> float:
+    """The largest |reward| of all tokens, which has the strongest colour; 1 if there is none."""
+    sizes = (abs(reward) for _, reward, _ in _scored(questions) if reward is not None)
+    return max(sizes, default=0.0) or 1.0
+
+
+def _scored(questions: list[dict[str, Any]]) -> Iterator[list[Any]]:
+    """The pieces that are tokens."""
+    for question in questions:
+        for trace in question["traces"]:
+            for step in trace["steps"]:
+                yield from (piece for piece in step["tokens"] if len(piece) > 1)
+
+
+def _finite(value: float | None) -> float | None:
+    return round(value, _DIGITS) if value is not None and math.isfinite(value) else None
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else visible(str(value))
+
+
+# --- the page ---
+
+
+def _embedded_json(value: Any) -> Markup:
+    r"""JSON that can stand in a ``<script>`` element: nothing in it ends the element, or a line of JavaScript."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def _hash(source: str) -> Markup:
+    """The source expression that lets a Content-Security-Policy run this text and no other."""
+    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'")

@@ -1,0 +1,295 @@
+"""`report.html`: one self-contained page with a run's tables, curves, reward histogram and token heatmaps."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup, escape
+
+from tracereward.files import atomic_write_text
+from tracereward.reports.plots import curves, histogram, signed
+from tracereward.reports.tables import Table, column_text, is_numeric
+from tracereward.rewards.token_scores import TokenScores
+
+# sRGB of (limit below zero, zero, limit above zero). Orange to blue, told apart with every common colour blindness;
+# the page's text keeps a contrast of at least 4.5 : 1 on all of them.
+LIGHT = ((0xF2, 0x9E, 0x4C), (0xF6, 0xF6, 0xF4), (0x6A, 0xAE, 0xDE))
+DARK = ((0x9A, 0x50, 0x0A), (0x26, 0x29, 0x2E), (0x1B, 0x62, 0xA0))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One scored candidate.
+
+    Attributes:
+        question: the prompt, as text.
+        completion: the text that `scores.offsets` index.
+        scores: its token rewards.
+        correct: whether the answer is right; None if it was not checked.
+        answer: the extracted answer; None if there is none.
+        label: what this trace is, e.g. "expert" or "highest of 8".
+    """
+
+    question: str
+    completion: str
+    scores: TokenScores
+    correct: bool | None
+    answer: str | None
+    label: str = ""
+
+
+def write_report(
+    path: str | os.PathLike,
+    *,
+    title: str,
+    summary: str,
+    tables: list[Table],
+    metrics: list[dict],
+    rewards_correct: list[float],
+    rewards_wrong: list[float],
+    traces: list[Trace],
+    command: str,
+    config: dict | None = None,
+    figures: Sequence[dict[str, Any]] = (),
+) -> None:
+    """Write the report to `path`: one HTML file that needs no network. An older report stays if this one fails.
+
+    Args:
+        path: where the page goes.
+        title: its heading.
+        summary: one sentence: what was run and what came out.
+        tables: shown in this order.
+        metrics: rows of `metrics.jsonl`; rows with `phase == "warmup"` count in `update`, the others in `step`. Keys
+            that `PANELS` names are drawn if present; None and NaN leave gaps.
+        rewards_correct: trace rewards (log-odds) of traces with the right answer, for the histogram.
+        rewards_wrong: the same of traces with a wrong answer.
+        traces: shown as token heatmaps on one common colour scale; neighbours with the same question share its heading.
+        command: the command that made the run.
+        config: the resolved configuration, if it is to be shown.
+        figures: title and svg of further pictures.
+    """
+    limit = _common_limit(traces)
+    warmup = [row for row in metrics if row.get("phase") == "warmup"]
+    training = [row for row in metrics if row.get("phase") != "warmup"]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    html = environment.get_template("report.html.jinja").render(
+        title=title,
+        summary=summary,
+        command=command,
+        tables=[_table_view(table) for table in tables],
+        curves=[
+            (heading, figures)
+            for heading, figures in (
+                ("Training", curves(training, "step")),
+                ("Warm-up of the discriminator", curves(warmup, "update")),
+            )
+            if figures
+        ],
+        histogram=histogram(rewards_correct, rewards_wrong),
+        figures=figures,
+        questions=[
+            (question, [_trace_view(trace, limit) for trace in group])
+            for question, group in groupby(traces, key=lambda trace: trace.question)
+        ],
+        limit=_digits(limit),
+        config=_config_text(config),
+        heatmap_css=HEATMAP_CSS,
+        palette_css=_palette_css(),
+    )
+    # A lone surrogate (a broken escape in a data file) cannot be written as UTF-8; it shows as a question mark.
+    atomic_write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
+
+
+# --- token heatmaps ---
+
+
+HEATMAP_CSS = Markup("""\
+.heat { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; color: #1d2126; background: #fff;
+  font-family: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.heat .t { position: relative; margin-right: 1px; padding: .16em 0 .24em; border-radius: 2px; cursor: default;
+  background: var(--l);
+  -webkit-box-decoration-break: clone; box-decoration-break: clone;
+  -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+.heat .s { box-shadow: inset 0 -2px #6b7280; }
+.heat .n::before { content: "↵"; opacity: .45; }
+.heat .z::before { content: "·"; opacity: .6; }
+.heat .e::before { content: "■"; opacity: .6; font-size: .7em; padding: 0 .3em; }
+.heat .t:hover { outline: 1px solid #6b7280; }
+.heat .t:focus { outline: 2px solid #1d2126; z-index: 1; }
+.heat .t:focus::after { content: attr(title); position: absolute; left: 0; bottom: calc(100% + 4px);
+  transform: translateX(-30%); padding: .1em .45em; border-radius: 3px; background: #1d2126; color: #fff;
+  font-size: .8rem; line-height: 1.5; white-space: nowrap; pointer-events: none; }
+@media screen and (prefers-color-scheme: dark) {
+  .heat { color: #e9ebee; background: #16181b; }
+  .heat .t { background: var(--d); }
+  .heat .s { box-shadow: inset 0 -2px #9aa1ab; }
+  .heat .t:focus { outline-color: #e9ebee; }
+  .heat .t:focus::after { background: #e9ebee; color: #16181b; }
+}
+""")
+
+
+def reward_colour(reward: float, limit: float, dark: bool = False) -> str:
+    """The colour of a reward, `#rrggbb`: linear in sRGB from neutral at 0 to blue at `limit` and orange at `-limit`.
+
+    Rewards beyond the limit have the colour of the limit. `dark` chooses the palette for a dark page.
+    """
+    low, neutral, high = DARK if dark else LIGHT
+    weight = min(abs(reward) / limit, 1.0) if limit > 0 and not math.isnan(reward) else 0.0
+    end = high if reward > 0 else low
+    return "#" + "".join(f"{round(n + weight * (e - n)):02x}" for n, e in zip(neutral, end))
+
+
+def heatmap_html(scores: TokenScores, limit: float) -> Markup:
+    """The token heatmap of one trace, with its own style: for a notebook or a page of one's own.
+
+    Args:
+        scores: the token rewards.
+        limit: the reward (log-odds) with the strongest colour, on both sides of 0.
+    """
+    return Markup("<style>{}</style>{}").format(HEATMAP_CSS, _heatmap(scores, limit, _joined_text(scores)))
+
+
+def _heatmap(scores: TokenScores, limit: float, completion: str) -> Markup:
+    """One span per token. The spans' text, joined, is exactly `completion`: marks are drawn by the style sheet."""
+    spans: list[Markup] = []
+    shown = 0
+    last = len(scores.tokens) - 1
+    for i, (reward, supervised) in enumerate(zip(scores.rewards, scores.supervised)):
+        start, end = scores.offsets[i]
+        if start > shown:  # text between tokens, which no token carries
+            spans.append(escape(completion[shown:start]))
+            shown = start
+        text = completion[shown:end]
+        shown = max(shown, end)
+        kind, name = "", text
+        if not text:  # the end of the sequence, or a later byte of a character that is already shown
+            kind, name = (" e", "end of sequence") if i == last else (" z", "part of a character")
+        elif text.startswith("\n"):
+            kind, name = " n", text.replace("\n", "line break ")
+        spans.append(
+            Markup(
+                '<span class="t{kind}{mark}" style="--l:{light};--d:{dark}" tabindex="0" role="img" '
+                'aria-label="{name}: {reward}{note}" title="{reward}">{text}</span>'
+            ).format(
+                kind=kind,
+                mark=" s" if supervised else "",
+                light=reward_colour(reward, limit),
+                dark=reward_colour(reward, limit, dark=True),
+                name=name.strip() or "space",
+                reward=signed(reward),
+                note=", supervised" if supervised else "",
+                text=text,
+            )
+        )
+    spans.append(escape(completion[shown:]))
+    return Markup('<div class="heat" role="group" aria-label="Token rewards" dir="auto">{}</div>').format(
+        Markup("").join(spans)
+    )
+
+
+def _joined_text(scores: TokenScores) -> str:
+    """The completion's text, from the tokens placed at their offsets."""
+    text = [" "] * max((end for _, end in scores.offsets), default=0)
+    for token, (start, end) in zip(scores.tokens, scores.offsets):
+        for i, character in enumerate(token[: end - start]):
+            text[start + i] = character
+    return "".join(text)
+
+
+def _common_limit(traces: Sequence[Trace]) -> float:
+    """The largest |reward| of all tokens, so that colours compare across traces; 1 if there is none."""
+    sizes = [abs(reward) for trace in traces for reward in trace.scores.rewards if math.isfinite(reward)]
+    return max(sizes, default=0.0) or 1.0
+
+
+def _palette_css() -> Markup:
+    """The legend's end and middle colours, as CSS variables for both schemes."""
+
+    def variables(dark: bool) -> str:
+        names = (("low", -1.0), ("zero", 0.0), ("high", 1.0))
+        return " ".join(f"--{name}: {reward_colour(value, 1.0, dark)};" for name, value in names)
+
+    return Markup(
+        f":root {{ {variables(False)} }}\n"
+        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {variables(True)} }} }}"
+    )
+
+
+def _trace_view(trace: Trace, limit: float) -> dict[str, Any]:
+    """What the template shows of one trace."""
+    scores = trace.scores
+    return {
+        "label": trace.label,
+        "answer": trace.answer,
+        "correct": trace.correct,
+        "mean": signed(scores.aggregate("mean")) if scores.rewards else "–",
+        "heatmap": _heatmap(scores, limit, trace.completion),
+        "steps": _step_rows(trace, limit),
+    }
+
+
+def _step_rows(trace: Trace, limit: float) -> list[dict[str, Any]]:
+    """One row per step: its text, mean reward and colours; the lowest of several is marked."""
+    scores = trace.scores
+    rewards = scores.step_rewards()
+    lowest = min(range(len(rewards)), key=rewards.__getitem__) if len(rewards) > 1 else None
+    rows: list[dict[str, Any]] = []
+    start = 0
+    for end, is_end in enumerate(scores.step_ends):
+        if is_end:
+            reward = rewards[len(rows)]
+            text = trace.completion[scores.offsets[start][0] : scores.offsets[end][1]]
+            rows.append(
+                {
+                    "text": text.strip(),
+                    "reward": signed(reward),
+                    "light": reward_colour(reward, limit),
+                    "dark": reward_colour(reward, limit, dark=True),
+                    "lowest": len(rows) == lowest,
+                }
+            )
+            start = end + 1
+    return rows
+
+
+# --- numbers and tables ---
+
+
+def _digits(value: float) -> str:
+    """A magnitude without needless zeros, e.g. ``3.2``."""
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _table_view(table: Table) -> dict[str, Any]:
+    """What the template shows of a table: text cells, and which columns hold numbers."""
+    columns = [[row[i] for row in table.rows] for i in range(len(table.columns))]
+    cells = [column_text(column) for column in columns]
+    return {
+        "title": table.title,
+        "columns": list(zip(table.columns, map(is_numeric, columns))),
+        "rows": [[column[i] for column in cells] for i in range(len(table.rows))],
+        "note": table.note,
+        "best": table.best,
+    }
+
+
+def _config_text(config: dict | None) -> str:
+    """The configuration as YAML, values that YAML lacks (a path) as text; empty without one."""
+    if not config:
+        return ""
+    plain = json.loads(json.dumps(config, default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

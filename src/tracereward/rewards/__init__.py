@@ -1,0 +1,1 @@
+"""Reward models: the heads, the artefact on disk, scoring and its settings."""

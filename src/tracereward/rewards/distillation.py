@@ -1,0 +1,208 @@
+"""Any head as a plain token-classification checkpoint: a token head is fitted to another reward model's rewards.
+
+The artefact of a `token` head loads in transformers, in vLLM's pooling runner and in TRL as it is; the other heads need
+this package, or log-probs. The fit is measured on prompts that it did not see, and says what was lost.
+"""
+
+import dataclasses
+import json
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import get_cosine_schedule_with_warmup
+
+from tracereward.data.trace_rows import check_facts
+from tracereward.errors import InputError, RunFailed
+from tracereward.metrics import within_prompt_auroc
+from tracereward.modeling.batching import token_budget_batches
+from tracereward.modeling.tokenization import render
+from tracereward.rewards.heads import reads_log_probs
+from tracereward.rewards.model import TokenRewardModel
+
+HELD_OUT = 0.2  # of the prompts
+
+
+@dataclass(frozen=True)
+class Example:
+    """A trace to imitate the rewards of."""
+
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
+    correct: bool | None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well the student gives the teacher's rewards, on held-out prompts.
+
+    Attributes:
+        r2: 1 - sum (student - teacher)^2 / sum (teacher - mean)^2 over supervised positions.
+        auroc_before: the teacher's within-prompt AUROC for correctness, nan if it is not known.
+        auroc_after: the student's.
+        traces: trained on.
+        held_out: measured on.
+    """
+
+    r2: float
+    auroc_before: float
+    auroc_after: float
+    traces: int
+    held_out: int
+
+
+def check_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+    """Refuse rows that cannot be fitted on, whatever the model.
+
+    Raises:
+        InputError: a row has not one completion, or fields of another type; fewer than two prompts, of which one is
+            held out.
+    """
+    prompts = set()
+    for where, row in rows:
+        if "candidates" in row or "completion" not in row:
+            raise InputError(f"{where}: export needs one completion a row; `tracereward sample` writes such rows")
+        check_facts(where, row)
+        prompts.add(json.dumps(row["prompt"]))
+    if len(prompts) < 2:
+        raise InputError("export fits on some prompts and measures on others: give rows of at least two prompts")
+
+
+def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardModel) -> list[Example]:
+    """Rows with prompt, completion, and optionally finished and correct, in the model's tokens.
+
+    Args:
+        rows: that `check_rows` let through.
+        model: the reward model.
+
+    Raises:
+        InputError: a trace is longer than the model reads.
+    """
+    found = []
+    for where, row in rows:
+        raw = {"prompt": row["prompt"], "completion": None, "source": where}
+        prompt = render([raw], model.tokenizer, model.settings.template)[0]["prompt"]
+        ids = model.check_length(where, prompt, row["completion"], row.get("finished") is not False)
+        found.append(Example(tuple(ids[0]), tuple(ids[1]), row.get("correct")))
+    return found
+
+
+def distill(
+    teacher: TokenRewardModel,
+    folder: str | Path,
+    examples: Sequence[Example],
+    epochs: int = 3,
+    learning_rate: float = 1e-4,
+    token_budget: int = 8192,
+    seed: int = 0,
+) -> tuple[TokenRewardModel, Fit]:
+    """Fit a token head, on the teacher's own backbone, to the teacher's rewards at supervised positions.
+
+    loss = mean over supervised positions of (f_t - r_t)^2, r the teacher's clipped reward: what scoring would clip is
+    not worth fitting. A head that is a token classifier already is taken as it is.
+
+    Args:
+        teacher: the reward model.
+        folder: where it was loaded from; the student starts from its backbone.
+        examples: traces, best such as will be scored.
+        epochs: passes over them.
+        learning_rate: of AdamW, warmed up and then lowered along a cosine.
+        token_budget: padded tokens of one step.
+        seed: of the split, the order and the new head.
+
+    Raises:
+        RunFailed: the loss, or a reward of either model, is not finite.
+    """
+    settings = dataclasses.replace(
+        teacher.settings, head="token", reward_form="", reference_model="", temperature=1.0, calibration=None
+    )
+    prompts = sorted({example.prompt for example in examples})
+    rng = random.Random(seed)
+    held = set(rng.sample(prompts, max(1, round(HELD_OUT * len(prompts)))))
+    train = [example for example in examples if example.prompt not in held]
+    test = [example for example in examples if example.prompt in held]
+    if not reads_log_probs(teacher.settings.head):
+        same = {"temperature": teacher.settings.temperature, "calibration": teacher.settings.calibration}
+        settings = dataclasses.replace(settings, **same)
+        student = TokenRewardModel(teacher.backbone, teacher.tokenizer, settings)
+        return student.eval(), measure(teacher, student, train, test, token_budget)
+    torch.manual_seed(seed)
+    student = TokenRewardModel.from_backbone(str(folder), settings, teacher.tokenizer, dtype=teacher.backbone.dtype)
+    student.to(teacher.device)
+    targets = rewards_of(teacher, train, token_budget)
+    lengths = [len(example.prompt) + len(example.completion) for example in train]
+    batches = list(token_budget_batches(lengths, token_budget))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.01)
+    total = epochs * len(batches)
+    schedule = get_cosine_schedule_with_warmup(optimizer, total // 10, total)
+    student.train()
+    with tqdm(total=total, desc="export", unit="step") as progress:
+        for _ in range(epochs):
+            for rows in rng.sample(batches, len(batches)):
+                loss = squared_error(student, [train[i] for i in rows], [targets[i] for i in rows])
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise RunFailed(f"the loss is {value}: use a lower --learning-rate")
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                progress.update()
+                progress.set_postfix({"loss": f"{value:.3g}"})
+    return student.eval(), measure(teacher, student, train, test, token_budget)
+
+
+def squared_error(student: TokenRewardModel, examples: Sequence[Example], targets: Sequence[Tensor]) -> Tensor:
+    """Mean over the supervised positions of the batch of (f_t - r_t)^2."""
+    batch = student.pack([e.prompt for e in examples], [e.completion for e in examples])
+    supervised = student.supervision(batch)
+    wanted = torch.nn.utils.rnn.pad_sequence(list(targets), batch_first=True).to(supervised.device)
+    return (student(batch) - wanted)[supervised].square().mean()
+
+
+def rewards_of(model: TokenRewardModel, examples: Sequence[Example], token_budget: int) -> list[Tensor]:
+    """Token rewards of each example.
+
+    Raises:
+        RunFailed: one is not finite.
+    """
+    rewards = model.token_rewards([e.prompt for e in examples], [e.completion for e in examples], token_budget)
+    if not all(bool(values.isfinite().all()) for values in rewards):
+        raise RunFailed("the model gives rewards that are not finite: its weights may be damaged")
+    return rewards
+
+
+def measure(
+    teacher: TokenRewardModel,
+    student: TokenRewardModel,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    token_budget: int,
+) -> Fit:
+    """Compare the two on held-out traces."""
+    before = rewards_of(teacher, test, token_budget)
+    try:
+        after = rewards_of(student, test, token_budget)
+    except RunFailed as error:
+        raise RunFailed("the fitted model gives rewards that are not finite: use a lower --learning-rate") from error
+    masks = []
+    for example, values in zip(test, before, strict=True):
+        masks.append(torch.tensor(teacher.to_scores(example.completion, values).supervised))
+    y = torch.cat([values[mask] for values, mask in zip(before, masks, strict=True)]).double()
+    fitted = torch.cat([values[mask] for values, mask in zip(after, masks, strict=True)]).double()
+    spread = float((y - y.mean()).square().sum())
+    r2 = 1 - float((y - fitted).square().sum()) / spread if spread else math.nan
+    known = [index for index, example in enumerate(test) if example.correct is not None]
+    correct, groups = [bool(test[i].correct) for i in known], [test[i].prompt for i in known]
+    aurocs = [
+        within_prompt_auroc([float(rewards[i].mean()) for i in known], correct, groups) if known else math.nan
+        for rewards in (before, after)
+    ]
+    return Fit(r2, aurocs[0], aurocs[1], len(train), len(test))

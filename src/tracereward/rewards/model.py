@@ -1,0 +1,307 @@
+"""The reward model: a causal backbone with one number f_t per completion token, its artefact on disk, and scoring.
+
+`heads` says what f_t is. On disk a reward model is a plain Hugging Face checkpoint: a token classifier with
+``num_labels=1`` whose logit is f_t (heads ``token`` and ``airl``), or a causal LM, whose log-prob is f_t (``implicit``)
+or enters it with the a, b and w of ``head.safetensors`` (``action``). Beside it lies ``tracereward.json``: everything
+that must be the same in training, scoring and serving.
+"""
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from tracereward import __version__
+from tracereward.errors import InputError
+from tracereward.files import atomic_folder, atomic_write_json
+from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView
+from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
+from tracereward.modeling.distributed import most, whole_models
+from tracereward.modeling.loading import local_folder
+from tracereward.modeling.log_probs import (
+    can_share_prompts,
+    completion_log_probs,
+    shared_classifier_logits,
+    shared_log_probs,
+)
+from tracereward.modeling.tokenization import load_tokenizer, pad_id, render
+from tracereward.rewards.heads import ActionHead, reads_log_probs
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, model_card, read_settings
+from tracereward.rewards.shaping import token_rewards
+
+
+class TokenRewardModel(nn.Module, Scorer):
+    """A backbone with a head: `forward` gives f_t, `score` gives `TokenScores`."""
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel | PeftModel | AdapterView,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: RewardSettings,
+    ):
+        super().__init__()
+        self.backbone = backbone
+        self.tokenizer = tokenizer
+        self.settings = settings
+        hidden_size = backbone.config.get_text_config().hidden_size
+        self.head = ActionHead(hidden_size) if settings.head == "action" else None
+
+    @classmethod
+    def from_backbone(
+        cls,
+        model_name_or_path: str,
+        settings: RewardSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ) -> "TokenRewardModel":
+        """A discriminator to be trained, started from the causal LM `model_name_or_path`.
+
+        Args:
+            model_name_or_path: folder or Hub id of a causal LM, usually the SFT policy.
+            settings: head, granularity and shaping.
+            tokenizer: the backbone's, which must be the policy's too.
+            peft_config: LoRA settings; None trains all weights.
+            **kwargs: for `from_pretrained`, e.g. ``dtype``.
+        """
+        with whole_models():  # it stands beside a policy that may be spread over processes
+            if reads_log_probs(settings.head):
+                backbone = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+            else:
+                backbone = _token_classifier(model_name_or_path, **kwargs)
+        backbone.config.pad_token_id = tokenizer.pad_token_id
+        if peft_config is not None:
+            peft_config = copy.deepcopy(peft_config)
+            if not reads_log_probs(settings.head):
+                peft_config.task_type = "TOKEN_CLS"
+                peft_config.exclude_modules = [
+                    "score",
+                    "classifier",
+                ]  # trained in full; "all-linear" would wrap it too and crash
+            backbone = get_peft_model(backbone, peft_config)
+        return cls(backbone, tokenizer, settings)
+
+    @classmethod
+    def beside_policy(
+        cls, policy: PeftModel, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase, peft_config: LoraConfig
+    ) -> "TokenRewardModel":
+        """A discriminator to be trained that shares the policy's base model: a second adapter on it, and the head.
+
+        Args:
+            policy: its LoRA adapter is the active one and stays so.
+            settings: head ``action`` or ``implicit``: the base is a language model.
+            tokenizer: the policy's.
+            peft_config: of the second adapter.
+        """
+        policy.add_adapter(DISCRIMINATOR, copy.deepcopy(peft_config))
+        return cls(AdapterView(policy, DISCRIMINATOR), tokenizer, settings)
+
+    @classmethod
+    def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> "TokenRewardModel":
+        """Load a finished reward model from a folder or the Hub.
+
+        Raises:
+            InputError: it is not a reward model; says which file is missing.
+        """
+        folder = local_folder(model_name_or_path)
+        settings = read_settings(folder)
+        tokenizer = load_tokenizer(str(folder))
+        auto = AutoModelForCausalLM if reads_log_probs(settings.head) else AutoModelForTokenClassification
+        model = cls(auto.from_pretrained(folder, **kwargs), tokenizer, settings)
+        if model.head is not None:
+            model.head.load_state_dict(load_file(folder / HEAD_FILE))
+        return model.eval()
+
+    @property
+    def shares_base(self) -> bool:
+        """Whether the backbone is an adapter on the policy's base model."""
+        return isinstance(self.backbone, AdapterView)
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """Around passes whose gradients are wanted: holds a shared base model under this model's adapter."""
+        return self.backbone.active() if isinstance(self.backbone, AdapterView) else contextlib.nullcontext()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the backbone is."""
+        return next(self.backbone.parameters()).device
+
+    @property
+    def max_positions(self) -> float:
+        """Tokens of the longest prompt and completion that the backbone reads."""
+        return getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+    @property
+    def token_budget(self) -> int:
+        """Padded tokens that suit one forward pass on this device."""
+        return scoring_budget(self.device)
+
+    @property
+    def head_weight(self) -> Tensor | None:
+        """w, the head's weights on the hidden state; None for ``implicit``, which has none."""
+        if self.head is not None:
+            return self.head.w
+        if reads_log_probs(self.settings.head):
+            return None
+        named = self.backbone.named_parameters()
+        found = [p for name, p in named if re.search(r"\b(score|classifier)\b.*weight$", name)]
+        return max(found, key=lambda p: p.requires_grad)  # PEFT keeps the untrained one beside the trained one
+
+    def forward(self, batch: Batch, shared: Sequence[int] | None = None) -> Tensor:
+        """f_t of each completion token, (B, T) float32.
+
+        Args:
+            batch: what the backbone reads.
+            shared: lengths of runs of rows with the same prompt, which is then read once; without gradients only.
+        """
+        if shared is None:
+            return self.values_and_log_probs(batch)[0]
+        if not reads_log_probs(self.settings.head):
+            return shared_classifier_logits(self.backbone, batch, shared)[..., 0].float()
+        log_probs, hidden = shared_log_probs(self.backbone, batch, shared)
+        return log_probs if self.head is None else self.head(log_probs, hidden)
+
+    def values_and_log_probs(self, batch: Batch, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """f_t, and log p_phi(y_t) where the head reads it; each (B, T) float32.
+
+        Args:
+            batch: what the backbone reads.
+            inputs_embeds: (B, P + T, H) in the place of the embeddings of `batch.input_ids`.
+        """
+        if reads_log_probs(self.settings.head):
+            log_probs, hidden = completion_log_probs(self.backbone, batch, inputs_embeds)
+            return (log_probs if self.head is None else self.head(log_probs, hidden)), log_probs
+        output = self.backbone(
+            input_ids=batch.input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
+        return output.logits[:, -batch.completion_mask.size(1) :, 0].float(), None
+
+    def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
+        """Token ids to a `Batch` on this model's device, with step ends where the granularity needs them."""
+        ends = [self.step_ends(ids) for ids in completions] if self.settings.granularity == "step" else None
+        return pack(prompts, completions, pad_id(self.tokenizer), ends).to(self.device)
+
+    @torch.no_grad()
+    def token_rewards(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        token_budget: int | None = None,
+        reference: nn.Module | None = None,
+        policy: nn.Module | None = None,
+        spread: bool = False,
+    ) -> list[Tensor]:
+        """See `Scorer.token_rewards`."""
+        token_budget = token_budget or self.token_budget
+        was_training = self.training
+        self.eval()
+        rewards: list[Tensor] = [torch.empty(0)] * len(completions)
+        others = [model for model in (reference, policy) if model is not None]
+        share = not spread and all(can_share_prompts(model) for model in (self.backbone, *others))
+        batches = list(grouped_batches(prompts, completions, token_budget, share))
+        if spread:
+            batches += batches[-1:] * (most(len(batches)) - len(batches))
+        with self.active():
+            for indices, sizes in batches:
+                batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
+                shared = sizes if len(sizes) < len(indices) else None
+                values = self(batch, shared)
+                for sign, model in ((1, reference), (-1, policy)):
+                    if model is not None:
+                        passed = (
+                            shared_log_probs(model, batch, shared) if shared else completion_log_probs(model, batch)
+                        )
+                        values = values + sign * passed[0]
+                shaped = token_rewards(
+                    values, self.supervision(batch), self.settings.beta_clip, self.settings.temperature
+                ).cpu()
+                for row, index in enumerate(indices):
+                    rewards[index] = shaped[row, : len(completions[index])]
+        self.train(was_training)
+        return rewards
+
+    def save_pretrained(self, folder: str | Path, notes: str = "") -> None:
+        """Write the artefact (see the module's docstring), LoRA merged, whole or not at all.
+
+        The live weights are not touched: merging in place and undoing it would change them by rounding.
+        """
+        backbone = self.backbone
+        if isinstance(backbone, AdapterView):
+            backbone = backbone.merged()
+        elif isinstance(backbone, PeftModel):
+            backbone = copy.deepcopy(backbone).merge_and_unload()
+        with atomic_folder(folder) as target:
+            backbone.save_pretrained(target)
+            self.tokenizer.save_pretrained(target)
+            if self.head is not None:
+                save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, target / HEAD_FILE)
+            atomic_write_json(target / SETTINGS_FILE, {"tracereward_version": __version__, **asdict(self.settings)})
+            (target / "README.md").write_text(model_card(self.settings, notes), encoding="utf-8")
+
+
+RewardModel = TokenRewardModel
+
+
+def _token_classifier(name: str, **kwargs: Any) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(name)
+    config.num_labels = 1
+    config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
+    config.token_classification_bias = False
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would warn that the new head is untrained, which is the point
+    try:
+        return AutoModelForTokenClassification.from_pretrained(name, config=config, **kwargs)
+    except ValueError as error:
+        raise InputError(
+            f"{name}: transformers has no token-classification class for this architecture; use --head action"
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
+    """What ``GRPOTrainer(reward_funcs=...)`` calls: the trace reward of each completion.
+
+    A token-head checkpoint can also be named by its folder there: TRL then loads it with transformers and takes the
+    last token's logit, without clip, temperature and aggregate. This function gives what `score` gives, for any head.
+
+    Args:
+        model: scores on its own device; prompts are rendered by ``settings.template``, texts or lists of messages.
+    """
+
+    def tracereward(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **_: Any
+    ) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        rows = [{"prompt": p, "completion": c, "answer": None, "source": "a rollout"} for p, c in pairs]
+        rendered = render(rows, model.tokenizer, model.settings.template)
+        eos = model.tokenizer.eos_token_id
+        texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
+        finished = None
+        if completion_ids is not None:  # of a trace without text there is only its end to score
+            finished = [ids[-1:] == [eos] or not text for ids, text in zip(completion_ids, texts[1], strict=True)]
+        return [trace.aggregate(model.settings.aggregate) for trace in model.score(*texts, finished)]
+
+    return tracereward

@@ -1,0 +1,38 @@
+"""Which tokens are supervised: the only place that knows granularities.
+
+Training, scoring and serving call `supervision_mask` with the same arguments, so the phase of the interval, the end of
+the trace and the step ends are the same everywhere (arXiv 2510.01857, section on supervision granularity).
+"""
+
+from torch import Tensor
+
+GRANULARITIES = ("sparse", "step", "interval", "dense")
+
+
+def supervision_mask(completion_mask: Tensor, step_ends: Tensor, granularity: str, interval: int = 15) -> Tensor:
+    """Supervised positions m_t of each completion.
+
+    sparse: the last token. step: the last token of each step, and the last token. interval: every `interval`-th token
+    counted from the completion's first (1-based), and the last token. dense: every token. Padding: never.
+
+    Args:
+        completion_mask: (B, T), 1 for completion tokens; completions start in column 0 and are padded at the right.
+        step_ends: (B, T), 1 for the last token of each step; read by `step` only.
+        granularity: one of `GRANULARITIES`.
+        interval: k of `interval`.
+
+    Returns:
+        (B, T) bool.
+    """
+    real = completion_mask.bool()
+    position = completion_mask.long().cumsum(1)
+    last = real & (position == real.sum(1, keepdim=True))
+    if granularity == "sparse":
+        return last
+    if granularity == "step":
+        return (step_ends.bool() & real) | last
+    if granularity == "interval":
+        return (real & (position % interval == 0)) | last
+    if granularity == "dense":
+        return real
+    raise ValueError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}")

@@ -1,0 +1,103 @@
+"""Scoring with vLLM's pooling runner: its forward pass, batching and paging under the same rewards.
+
+vLLM runs a token classifier only; a reward model with another head is distilled into one by `tracereward export`.
+"""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from tracereward.errors import InputError
+from tracereward.modeling.batching import pack
+from tracereward.modeling.loading import local_folder
+from tracereward.modeling.tokenization import load_tokenizer, pad_id
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.settings import RewardSettings, check_reward_model
+from tracereward.rewards.shaping import token_rewards
+
+TOKEN_BUDGET = 65_536  # handed over at once: vLLM cuts it into passes by its own budget
+
+
+def check_vllm(model_name_or_path: str) -> RewardSettings:
+    """Settings of a reward model that vLLM can run; loads nothing.
+
+    Raises:
+        InputError: vLLM is not installed, or the reward model is no token classifier.
+    """
+    settings = check_reward_model(model_name_or_path)
+    if settings.head != "token":
+        raise InputError(
+            f"{model_name_or_path}: the vLLM engine runs token classifiers, and this reward model has head "
+            f"{settings.head}: distil it first, with `tracereward export MODEL --data ROWS -o FOLDER`"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("--engine vllm needs vLLM: pip install 'tracereward[vllm]'")
+    return settings
+
+
+class VllmScorer(Scorer):
+    """A reward model with head ``token`` whose f_t vLLM computes.
+
+    Args:
+        model_name_or_path: folder or Hub id of the reward model.
+        dtype: as in vLLM; the checkpoint's if None. (vLLM's "auto" would turn float32 into 16 bits.)
+
+    Raises:
+        InputError: see `check_vllm`.
+    """
+
+    def __init__(self, model_name_or_path: str, dtype: str | None = None):
+        self.settings = check_vllm(model_name_or_path)
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
+        from vllm.pooling_params import PoolingParams  # pyright: ignore[reportMissingImports]
+
+        folder = local_folder(model_name_or_path)
+        config = AutoConfig.from_pretrained(folder)
+        text = config.get_text_config()
+        stored = getattr(config, "dtype", None) or torch.float32
+        self.tokenizer = load_tokenizer(str(folder))
+        self._positions = getattr(text, "max_position_embeddings", None)
+        self._params = PoolingParams(use_activation=False)  # the default is a sigmoid
+        self._llm = LLM(
+            str(folder),
+            runner="pooling",
+            dtype=dtype or str(stored).removeprefix("torch."),
+            enable_prefix_caching=False,  # a cached prefix would have no values
+            disable_log_stats=True,
+        )
+
+    @property
+    def max_positions(self) -> float:
+        """Tokens of the longest prompt and completion."""
+        return self._positions or math.inf
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens handed to vLLM at once."""
+        return TOKEN_BUDGET
+
+    def token_rewards(
+        self,
+        prompts: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[int]],
+        token_budget: int | None = None,
+        reference: nn.Module | None = None,
+        policy: nn.Module | None = None,
+        spread: bool = False,
+    ) -> list[Tensor]:
+        """See `Scorer.token_rewards`; without the log-probs of other models."""
+        if reference is not None or policy is not None:
+            raise InputError("the vLLM engine computes logits alone: leave --reference and --policy out")
+        inputs = [{"prompt_token_ids": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
+        outputs = self._llm.encode(inputs, pooling_params=self._params, pooling_task="token_classify", use_tqdm=False)
+        rewards = []
+        for completion, output in zip(completions, outputs, strict=True):
+            values = output.outputs.data[-len(completion) :, 0].float()[None]
+            ends = [self.step_ends(completion)] if self.settings.granularity == "step" else None
+            mask = self.supervision(pack([[]], [completion], pad_id(self.tokenizer), ends))
+            rewards.append(token_rewards(values, mask, self.settings.beta_clip, self.settings.temperature)[0])
+        return rewards

@@ -1,0 +1,123 @@
+"""What a training run leaves as its policy: the last, or, after a failure or by validation questions, the best."""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import ModelConfig
+
+from tracereward.console import is_main_process, note
+from tracereward.errors import RunFailed
+from tracereward.files import atomic_folder
+from tracereward.modeling.distributed import gathered, is_spread, whole_models, whole_weights
+from tracereward.runs.folder import Run
+from tracereward.training.checkpoints import SafeTrainer
+from tracereward.training.failures import Failure
+from tracereward.training.trainer import AdversarialTrainer
+from tracereward.training.validation import Validation
+
+
+def load_policy(model: ModelConfig) -> PreTrainedModel:
+    """The starting policy, in float32 unless `dtype` says otherwise."""
+    return AutoModelForCausalLM.from_pretrained(
+        str(model.model_name_or_path),
+        revision=model.model_revision,
+        dtype=model.dtype or "float32",
+        attn_implementation=model.attn_implementation,
+    )
+
+
+def train_and_choose(
+    run: Run,
+    trainer: SafeTrainer,
+    validation: Validation | None,
+    tokenizer: PreTrainedTokenizerBase,
+    model: ModelConfig,
+) -> str:
+    """Train and write ``policy/``: the last weights, or, after a failure or with validation questions, the best.
+
+    Returns:
+        For the report, with a space before it: how the policy was chosen; nothing if it is the last.
+    """
+    trainer.validation = validation
+    if validation is not None:
+        start = trainer.accelerator.unwrap_model(trainer.model)
+        with gathered(start):
+            trainer.start_accuracy = validation.accuracy(start)
+        note(f"validation: the start answers {100 * trainer.start_accuracy:.1f} % of {len(validation)} right")
+    run.train(trainer)
+    failure = trainer.watch.stopped if isinstance(trainer, AdversarialTrainer) else None
+    folder, text = run.folder / "policy", ""
+    if failure is None and validation is None:
+        save_policy(trainer, folder, tokenizer, model)
+        return text
+    restored = trainer.restore_best()
+    if failure is not None:
+        note_failure(run, failure, restored)
+    if validation is not None:
+        text = note_choice(run, trainer, restored, len(validation))
+    if restored is None:
+        with whole_models():
+            save_model(load_policy(model), folder, tokenizer)
+    else:
+        save_policy(trainer, folder, tokenizer, model)
+    return text
+
+
+def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions: int) -> str:
+    """Say which checkpoint the validation questions chose: on the screen, in ``metrics.jsonl`` and for the report."""
+    best, start = trainer.state.best_metric, trainer.start_accuracy
+    accuracy = start if restored is None or best is None else best
+    text = (
+        f"Chosen by greedy accuracy on {questions} validation questions: {restored or 'the start'} with "
+        f"{100 * accuracy:.1f} %; the start has {100 * start:.1f} %."
+    )
+    note(text)
+    if is_main_process():
+        row = {"phase": "choice", "step": trainer.state.global_step, "chosen": restored or "start"}
+        run.metrics.append({**row, "start_accuracy": start, "accuracy": accuracy, "questions": questions})
+    return f" {text}"
+
+
+def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
+    """Say which failure ended a run, why, and what was restored: on the screen and in ``metrics.jsonl``."""
+    what = restored or "the starting policy and the discriminator of the warm-up"
+    note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason}. Restored: {what}.")
+    if is_main_process():
+        row = {"phase": "failure", "step": failure.step, "failure": failure.name}
+        run.metrics.append({**row, "reason": failure.reason, "restored": what})
+
+
+def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
+    """Write the policy as a plain checkpoint, LoRA merged, whole or not at all; every process must ask."""
+    weights = whole_weights(trainer) if is_spread(trainer) else None
+    if not trainer.is_world_process_zero():
+        return
+    policy = trainer.accelerator.unwrap_model(trainer.model)
+    if weights is not None:
+        with whole_models():
+            fresh = load_policy(model)
+        policy = get_peft_model(fresh, policy.peft_config["default"]) if isinstance(policy, PeftModel) else fresh
+        policy.load_state_dict(weights)
+    elif isinstance(policy, PeftModel):
+        policy = copy.deepcopy(policy)  # merging in place and undoing it would change the weights by rounding
+    whole = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
+    save_model(whole, folder, tokenizer)  # pyright: ignore[reportArgumentType]
+
+
+def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a plain checkpoint with its tokenizer, whole or not at all.
+
+    Raises:
+        RunFailed: a weight is not finite.
+    """
+    if not is_main_process():
+        return
+    for name, parameter in policy.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise RunFailed(f"the policy's weights {name} are not finite: {folder} is not written")
+    with atomic_folder(folder) as target:
+        policy.save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -1,0 +1,322 @@
+"""The run folder: opened by one process, never written over, continued from the last whole checkpoint.
+
+It holds ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoints/`` (each complete or ignored), and, when the run
+is done, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
+"""
+
+import contextlib
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import init_empty_weights
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from trl import ModelConfig
+
+from tracereward import __version__
+from tracereward.console import is_main_process, note
+from tracereward.errors import InputError, Interrupted, RunFailed
+from tracereward.files import (
+    DISK_FULL,
+    atomic_write_json,
+    atomic_write_text,
+    read_jsonl,
+    remove_unfinished,
+    require_free_disk,
+)
+from tracereward.modeling.distributed import from_main, lost_another, whole_models
+from tracereward.reports.report import write_report
+from tracereward.reports.tables import Table
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
+from tracereward.training.checkpoints import kept, last_complete_checkpoint
+from tracereward.training.config import DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.training.trainer import AdversarialTrainer
+
+Config = SupervisedConfig | RewardConfig | AdversarialConfig
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass
+class Run:
+    """An open run folder."""
+
+    kind: str
+    folder: Path
+    metrics: MetricsFile
+    stop: StopSignal
+    checkpoint: Path | None
+    settings: dict[str, Any]
+
+    def train(self, trainer: Trainer) -> None:
+        """Train from the last whole checkpoint, if there is one.
+
+        Raises:
+            Interrupted: the user stopped it.
+            RunFailed: numbers that are not finite, a full disk, or another process that is gone.
+        """
+        warmed = 0
+        if isinstance(trainer, AdversarialTrainer) and self.checkpoint is None:
+            warmed = trainer.warm_up.load()
+        if is_main_process():
+            self.metrics.rewind(
+                0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),
+                warmed if self.checkpoint is None else sys.maxsize,
+            )
+        Progress.replace_default(trainer, self.kind)
+        with self.stop, explain_full_disk(self.folder):
+            try:
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            except RunFailed as error:
+                raise RunFailed(
+                    f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: {error}. "
+                    f"{kept(self.folder / CHECKPOINTS)}. A lower learning rate usually helps."
+                ) from error
+            except RuntimeError as error:
+                if not lost_another(error):
+                    raise
+                raise RunFailed(
+                    f"another process of this run ended after step {trainer.state.global_step} of "
+                    f"{trainer.state.max_steps}; what it said, if anything, is above. "
+                    f"{kept(self.folder / CHECKPOINTS)}: the same command with --resume goes on from there."
+                ) from error
+        if self.stop.received() and trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted(
+                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
+                "the same command with --resume goes on from there"
+            )
+
+    def report(self, summary: str, **content: Any) -> None:
+        """Write ``report.html``."""
+        if not is_main_process():
+            return
+        content = {"rewards_correct": [], "rewards_wrong": [], "traces": [], **content}
+        tables: list[Table] = content.pop("tables", [])
+        write_report(
+            self.folder / "report.html",
+            title=f"tracereward {self.kind}: {self.folder.name}",
+            summary=summary,
+            tables=tables,
+            metrics=read_jsonl(self.metrics.path),
+            command=f"tracereward {self.kind} --config {shlex.quote(str(self.folder / 'config.yaml'))}",
+            config=self.settings,
+            **content,
+        )
+
+
+@contextlib.contextmanager
+def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfig, resume: bool) -> Iterator[Run]:
+    """Open a run folder; refuses to write over another run.
+
+    Raises:
+        InputError: the folder holds a run and `resume` is not given, or that run had other options.
+        RunFailed: the disk is full.
+    """
+    folder = Path(str(config.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output_dir {folder} is a file, not a folder")
+    with explain_full_disk(folder), locked(folder):
+        yield _open(kind, folder, data, config, model, resume)
+
+
+def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: ModelConfig, resume: bool) -> Run:
+    settings = resolved(data, config, model)
+    checkpoint: Path | InputError | None = None
+    if is_main_process():
+        try:
+            checkpoint = _claim(kind, folder, settings, config, resume)
+        except InputError as error:
+            checkpoint = error
+    checkpoint = from_main(checkpoint)
+    if isinstance(checkpoint, InputError):
+        raise checkpoint
+    config.output_dir = str(folder / CHECKPOINTS)  # what the trainers write while they run
+    if checkpoint is not None:
+        note(f"going on from {checkpoint}")
+    metrics = MetricsFile(folder / "metrics.jsonl", kind)
+    stop = StopSignal(config.rollout_steps if isinstance(config, PolicyConfig) else 1)
+    return Run(kind, folder, metrics, stop, checkpoint, settings)
+
+
+def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, resume: bool) -> Path | None:
+    """Make the folder this run's; returns the checkpoint to go on from."""
+    stored, checkpoints = folder / "config.yaml", folder / CHECKPOINTS
+    made = what_was_made(folder)
+    if made and not stored.is_file():
+        raise InputError(
+            f"{folder} holds {made[0]} and is no run folder (config.yaml is missing): choose another --output_dir. "
+            "Nothing is written over."
+        )
+    if made and not resume:
+        raise InputError(
+            f"{folder} already holds a run: go on with --resume, or choose another --output_dir. "
+            "Nothing is written over."
+        )
+    if made:
+        check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, folder)
+    else:  # a run that ended before it began, as for an option that was wrong
+        (checkpoints / "batch.json").unlink(missing_ok=True)
+    checkpoint = last_complete_checkpoint(checkpoints) if resume else None
+    if checkpoint is None and "report.html" in made:
+        raise InputError(f"{folder} is finished, and has no checkpoint to go on from: choose another --output_dir")
+    remove_unfinished(folder)
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    check_same_batch(checkpoints / "batch.json", config)
+    versions = f"# tracereward {__version__} {kind}, torch {torch.__version__}\n"
+    atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False))
+    return checkpoint
+
+
+def what_was_made(folder: Path) -> list[str]:
+    """What of a run's parts a folder has, whoever made them."""
+    parts = ("policy", "reward_model", "report.html", "metrics.jsonl", f"{CHECKPOINTS}/warmup")
+    found = [name for name in parts if (folder / name).exists()]
+    return found + [f"{CHECKPOINTS}/{path.name}" for path in sorted((folder / CHECKPOINTS).glob("checkpoint-*"))]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this run: two in one folder would mix their checkpoints. A kill lets it go.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    if not is_main_process():
+        yield
+        return
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / CHECKPOINTS / ".lock", timeout=0).acquire()
+    except Timeout as error:
+        raise InputError(
+            f"another process is running in {folder}: wait for it, or choose another --output_dir"
+        ) from error
+    with lock:
+        yield
+
+
+def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[str, Any]:
+    """The options as given, with tracereward's own defaults: what ``--config`` reads again."""
+    own = {
+        name
+        for cls in type(config).__mro__
+        if cls.__module__.startswith("tracereward.")
+        for name in vars(cls).get("__annotations__", {})
+    }
+    settings: dict[str, Any] = dataclasses.asdict(data)
+    for source, given in ((model, vars(model)), (config, config.given)):
+        for field in dataclasses.fields(source):
+            if field.name not in given:
+                continue
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if field.name in own or given[field.name] != default:
+                settings[field.name] = given[field.name]
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+# What may change between a run and its continuation; anything else would not be the same run.
+MAY_CHANGE = {
+    "max_steps",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "save_total_limit",
+    "output_dir",
+    "report_to",
+    "disable_tqdm",
+    "per_device_eval_batch_size",
+    "shard_discriminator",
+    # As long as the product with the number of processes stays, see `check_same_batch`.
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "steps_per_generation",
+}
+
+
+def check_same_run(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
+    """Refuse to continue a run with other options.
+
+    Raises:
+        InputError: names the options that differ, with both values.
+    """
+    names = (stored.keys() | given.keys()) - MAY_CHANGE
+    differing = [
+        f"{name}: {stored.get(name)!r} before, {given.get(name)!r} now"
+        for name in sorted(names)
+        if stored.get(name) != given.get(name)
+    ]
+    if differing:
+        raise InputError(
+            f"{folder} holds a run with other options ({'; '.join(differing)}): give the same, or another --output_dir"
+        )
+
+
+def check_same_batch(path: Path, config: Config) -> None:
+    """Keep the rows of an optimiser step and of a generation in `path`: a run may go on with other processes.
+
+    Raises:
+        InputError: the run was begun with another number of rows.
+    """
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    now = {"rows": rows, "rollouts": getattr(config, "generation_batch_size", None)}
+    before = now | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    folder = path.parent.parent
+    if before["rows"] != rows:
+        raise InputError(
+            f"{folder} holds a run with {before['rows']} rows in an optimiser step, this command has {rows} "
+            f"({config.world_size} processes): change --per_device_train_batch_size or "
+            "--gradient_accumulation_steps so that their product with the processes stays the same"
+        )
+    if before["rollouts"] != now["rollouts"]:
+        raise InputError(
+            f"{folder} holds a run with {before['rollouts']} rollouts in a generation, this command has "
+            f"{now['rollouts']}: change --steps_per_generation so that its product with the processes and "
+            "--per_device_train_batch_size stays the same"
+        )
+    atomic_write_json(path, now)
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn a write that failed for want of space into a sentence; what was finished before stays."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free if folder.exists() else None
+        written_short = (
+            "No space left" in str(error)
+            or "file write failed" in str(error)
+            or (getattr(error, "errno", None) in DISK_FULL)
+        )
+        if not written_short or isinstance(error, RunFailed | Interrupted):
+            raise
+        raise RunFailed(
+            f"the disk of {folder} is full ({free} bytes free). {kept(folder / CHECKPOINTS)}: "
+            "free some space, then give the same command with --resume."
+        ) from error
+
+
+def check_disk(config: Config, model: ModelConfig, models: int) -> None:
+    """Refuse when the checkpoints of `models` models and their final weights do not fit on the disk.
+
+    What the run folder holds already counts: a run that goes on replaces it.
+    """
+    with whole_models(), init_empty_weights():
+        shape = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
+        )
+    weights = sum(p.numel() for p in shape.parameters())
+    trained = weights // 10 if model.use_peft else weights  # LoRA of a generous rank
+    checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
+    needed = models * (checkpoints * trained * 12 + weights * 4)  # float32 weights and two Adam moments; final weights
+    present = sum(path.stat().st_size for path in Path(str(config.output_dir)).rglob("*") if path.is_file())
+    require_free_disk(str(config.output_dir), needed - present, f"{checkpoints} checkpoints and the finished models")

@@ -1,0 +1,105 @@
+"""The report of an adversarial run: its curves, and fresh rollouts of the policy that it has left."""
+
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from trl import ModelConfig
+
+from tracereward.console import note
+from tracereward.generation.sampling import sample
+from tracereward.modeling.distributed import whole_models
+from tracereward.reports.report import Trace
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.runs.finish import load_policy
+from tracereward.runs.folder import Run
+from tracereward.tasks.recipes import Task
+from tracereward.training.trainer import AdversarialTrainer
+
+
+def report_rewards(
+    run: Run,
+    trainer: AdversarialTrainer,
+    policy: ModelConfig,
+    reward_model: TokenRewardModel,
+    rows: list[dict[str, Any]],
+    task: Task,
+    chosen: str,
+) -> None:
+    """The run's report: curves, rewards of fresh rollouts on some of its prompts, and five of them token by token.
+
+    Everything else is saved by then: models that do not fit beside what is still in memory leave the rollouts out.
+    """
+    config = trainer.config
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
+    gold = {row["prompt"]: row["answer"] for row in rows}
+    shown = f"Rewards and heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts."
+    try:
+        with whole_models():  # generate would wait for the other processes under ZeRO-3
+            traces = fresh_traces(trainer, policy, reward_model, prompts, gold, task)
+    except torch.OutOfMemoryError:
+        traces, shown = [], "No rewards and heatmaps: policy and reward model did not fit beside the training."
+        note(shown)
+    how = config.reward_aggregate
+    right = [t.scores.aggregate(how) for t in traces if t.correct]
+    wrong = [t.scores.aggregate(how) for t in traces if t.correct is False]
+    failure = trainer.watch.stopped
+    ended = "" if failure is None else f" Stopped at step {failure.step} by the rule {failure.name}: {failure.reason}."
+    gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
+    run.report(
+        f"Adversarial training on {len(rows)} demonstrations of {task.name}.{ended}{chosen}{gold_answers} {shown}",
+        rewards_correct=right,
+        rewards_wrong=wrong,
+        traces=pick_traces(traces),
+    )
+
+
+def fresh_traces(
+    trainer: AdversarialTrainer,
+    left: ModelConfig,
+    reward_model: TokenRewardModel,
+    prompts: list[str],
+    gold: dict[str, str | None],
+    task: Task,
+) -> list[Trace]:
+    """Four scored rollouts of each prompt by the policy that the run has left."""
+    config, device = trainer.config, trainer.accelerator.device
+    clear_device_cache(garbage_collection=True)
+    reward_model.to(device)
+    policy = load_policy(left).to(device)  # pyright: ignore[reportArgumentType]
+    assert config.max_completion_length is not None
+    samples = [
+        s
+        for chunk in sample(
+            policy, trainer.tokenizer, prompts, 4, config.max_completion_length, seed=config.seed, batch_size=128
+        )
+        for s in chunk
+    ]
+    bridge = trainer.bridge
+    ids = [bridge.completion(s.ids) for s in samples]
+    rewards = reward_model.token_rewards(
+        [bridge.prompt(prompts[s.prompt]) for s in samples], ids, config.discriminator_token_budget
+    )
+    traces = []
+    for s, completion, values in zip(samples, ids, rewards, strict=True):
+        answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]
+        correct = None if answer is None else task.verify(s.text, answer)
+        scores = reward_model.to_scores(completion, values)
+        traces.append(Trace(prompt, s.text, scores, correct, task.extract(s.text)))
+    return traces
+
+
+def pick_traces(traces: list[Trace], count: int = 5) -> list[Trace]:
+    """Up to `count` different traces for a page: a wrong and a right one of the same question first, then the rest."""
+    questions: dict[str, dict[str, Trace]] = {}
+    for trace in traces:
+        questions.setdefault(trace.question, {}).setdefault(trace.completion, trace)
+    pairs, rest = [], []
+    for candidates in questions.values():
+        wrong = [t for t in candidates.values() if t.correct is False]
+        right = [t for t in candidates.values() if t.correct is not False]
+        if wrong and right:
+            pairs += [wrong.pop(0), right.pop(0)]
+        rest += wrong + right
+    chosen = (pairs + rest)[:count]
+    return sorted(chosen, key=lambda t: list(questions).index(t.question))

@@ -1,0 +1,58 @@
+"""World ``multi-skill``: experts of three strategies, each right, that a student executes with unequal reliability.
+
+2 to 4 additions and subtractions of 1 to 5, values 0 to 20. Each expert works the problem by one strategy, chosen at
+random:
+
+- ``lines``: one operation a line, the easiest to imitate.
+- ``pairs``: two operations a line, ``23 - 7 + 5 = 21``: half of each sum is done in the head.
+- ``gather``: all that is added and all that is taken away, ``3 + 9 = 12``, ``5 + 4 = 9``, then ``12 - 9 = 3``: the
+  operands have to be picked out of the question.
+"""
+
+import random
+
+from tracereward.synthetic.chains import LARGEST, apply, prompt
+
+STRATEGIES = ("lines", "pairs", "gather")
+
+
+def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
+    """One problem; `mistake_rate` is 0 here."""
+    while True:
+        start = value = rng.randint(1, 15)
+        operations = []
+        for _ in range(rng.randint(2, 4)):
+            operator, k = rng.choice("+-"), rng.randint(1, 5)
+            value = apply(value, operator, k)
+            operations.append((operator, k))
+            if not 0 <= value <= 20:
+                break
+        else:
+            if start + sum(k for operator, k in operations if operator == "+") <= LARGEST:
+                lines = _work(start, operations, rng.choice(STRATEGIES))
+                text = "\n".join([*lines, f"#### {value}"])
+                return {"prompt": prompt(start, operations), "completion": text, "answer": str(value)}
+
+
+def _work(start: int, operations: list[tuple[str, int]], strategy: str) -> list[str]:
+    """Lines of one strategy."""
+    if strategy == "gather":
+        value, lines = start, []
+        taken = [k for operator, k in operations if operator == "-"]
+        for k in (k for operator, k in operations if operator == "+"):
+            lines.append(f"{value} + {k} = {value + k}")
+            value += k
+        total = taken[0] if taken else 0
+        for k in taken[1:]:
+            lines.append(f"{total} + {k} = {total + k}")
+            total += k
+        return [*lines, f"{value} - {total} = {value - total}"] if taken else lines
+    size = 2 if strategy == "pairs" else 1
+    value, lines = start, []
+    for first in range(0, len(operations), size):
+        part = operations[first : first + size]
+        left = f"{value}" + "".join(f" {operator} {k}" for operator, k in part)
+        for operator, k in part:
+            value = apply(value, operator, k)
+        lines.append(f"{left} = {value}")
+    return lines

@@ -1,0 +1,170 @@
+"""What watches a run from outside: the metrics file, the progress bar and the stop signal."""
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from tracereward.files import read_jsonl, write_jsonl
+from tracereward.modeling.distributed import most
+from tracereward.training.failures import Failure, detect
+
+
+class MetricsFile(TrainerCallback):
+    """Appends each log to ``metrics.jsonl``: one object a line, first `phase` and `step`."""
+
+    def __init__(self, path: Path, phase: str):
+        self.path = path
+        self.phase = phase
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the trainer with what it logs."""
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            self.append({"phase": self.phase, "step": state.global_step, **logs})
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row; nan and infinity, which JSON does not have, become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def rewind(self, step: int, warmup_updates: int) -> None:
+        """Forget what was logged after the checkpoint from which a run goes on."""
+
+        def keep(row: dict) -> bool:
+            return row["update"] <= warmup_updates if row["phase"] == "warmup" else row["step"] <= step
+
+        write_jsonl(self.path, [row for row in read_jsonl(self.path) if keep(row)])
+
+
+class StopSignal(TrainerCallback):
+    """Ctrl-C or SIGTERM ends the step that is running, saves a checkpoint and stops; a second one stops at once.
+
+    Args:
+        every: optimiser steps that share one batch of rollouts; a run stops behind the last of them.
+    """
+
+    def __init__(self, every: int = 1):
+        self.every = every
+        self.told = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        """Take over SIGINT and SIGTERM; from the main thread."""
+        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back.
+
+        A process of a distributed run that has failed keeps from SIGTERM: its launcher sends it when another has ended,
+        and this one still has to say why it ends.
+        """
+        for number, handler in self._old.items():
+            fails = kind is not None and number == signal.SIGTERM and dist.is_initialized()
+            signal.signal(number, signal.SIG_IGN if fails else handler)
+
+    def _handle(self, number, frame):
+        if self.told:
+            raise KeyboardInterrupt
+        self.told = True
+
+    def received(self) -> bool:
+        """Whether any process was told to stop; every process must ask, so that all stop at the same step."""
+        return most(int(self.told)) > 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Called by the trainer after each optimiser step."""
+        if self.received() and state.global_step < state.max_steps and state.global_step % self.every == 0:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class Progress(TrainerCallback):
+    """A bar on stderr with the time left and a few current numbers; stdout stays free for data."""
+
+    SHOWN: ClassVar = {
+        "loss": "loss",
+        "reward": "reward",
+        "rewards/correct/mean": "correct",
+        "monitor/within_prompt_auroc": "AUROC",
+    }
+
+    def __init__(self, description: str):
+        self.description = description
+        self.bar: tqdm | None = None
+
+    @classmethod
+    def replace_default(cls, trainer: Trainer, description: str) -> None:
+        """Put this bar in the place of the trainer's, which prints every log to stdout."""
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(cls(description))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Advance; the bar starts with the first step, after any warm-up."""
+        if not state.is_world_process_zero or args.disable_tqdm:
+            return
+        if self.bar is None:
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step - 1, desc=self.description)
+        self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show current numbers behind the bar."""
+        if self.bar is not None and logs:
+            shown = {label: logs[key] for key, label in self.SHOWN.items() if isinstance(logs.get(key), float)}
+            self.bar.set_postfix({label: f"{value:.3g}" for label, value in shown.items()})
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class FailureWatch(TrainerCallback):
+    """Asks the rules of `failures` after each log; stops the run, or warns, once for each name.
+
+    Args:
+        on_failure: ``stop``, ``warn`` or ``ignore``.
+        window: logged steps that the rules look at.
+        say: where a warning goes.
+    """
+
+    def __init__(self, on_failure: str, window: int, say: Callable[[str], None]):
+        self.on_failure = on_failure
+        self.window = window
+        self.say = say
+        self.history: list[dict[str, Any]] = []
+        self.found: list[Failure] = []
+
+    @property
+    def stopped(self) -> Failure | None:
+        """The failure that ended the run."""
+        return self.found[0] if self.found and self.on_failure == "stop" else None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """A resumed run goes on with what was logged before."""
+        self.history = [dict(row) for row in state.log_history if "reward" in row]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Called by the trainer with what it logs."""
+        if not logs or "reward" not in logs:
+            return
+        self.history.append({"step": state.global_step, **logs})
+        if self.on_failure == "ignore":
+            return
+        failure = detect(self.history, self.window)
+        if failure is None or failure.name in {known.name for known in self.found}:
+            return
+        self.found.append(failure)
+        self.say(f"{failure.name} at step {failure.step}: {failure.reason}")
+        if self.on_failure == "stop":
+            control.should_training_stop = True

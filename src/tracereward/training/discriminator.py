@@ -1,0 +1,422 @@
+"""The discriminator's training: losses, stabilisers, own optimiser, averaged copy, exact state.
+
+Plain torch, outside `accelerator.prepare`: the accelerated optimiser's step does nothing while gradients accumulate,
+FSDP2 and DeepSpeed refuse a second model, and the reward model must not be sharded with the policy. Across processes
+all ranks choose the same batch, take every world-size-th part of it, and add up their gradients: in one flat
+all-reduce, or where `shard_discriminator` leaves each a part of the weights, in FSDP2's reduce-scatters.
+"""
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
+
+from tracereward.errors import RunFailed
+from tracereward.modeling.batching import Batch, grouped_batches, hide_tokens
+from tracereward.modeling.distributed import (
+    as_parts,
+    clip_gradients,
+    from_main,
+    most,
+    same_on_all,
+    several_processes,
+    shard,
+    whole,
+)
+from tracereward.modeling.log_probs import can_share_prompts
+from tracereward.rewards.heads import subtracts_policy
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.discriminator_batch import (
+    Expert,
+    Labelled,
+    Recipe,
+    ReplayBuffer,
+    Rollout,
+    Weights,
+    after_first_difference,
+    draw,
+    labels_from,
+    passes,
+    perturber,
+    weigh,
+)
+from tracereward.training.gradient_penalties import gradient_penalties, r1_penalties
+from tracereward.training.losses import bce, centre, limit_spectral_norm, pairwise, sequence_scores, wasserstein
+
+LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
+HELD_OUT_ROLLOUTS = 128  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
+
+
+def gated_updates(updates: int, accuracy: float, low: float | None, high: float | None) -> int:
+    """How many updates a batch of rollouts gets: none above `high`, twice as many below `low`; nan gates nothing."""
+    if high is not None and accuracy > high:
+        return 0
+    if low is not None and accuracy < low:
+        return 2 * updates
+    return updates
+
+
+def ema_decay(decay: float, updates: int) -> float:
+    """min(decay, (1 + n) / (10 + n)): the average forgets where it started, however few updates there are."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class Discriminator:
+    """Learns to tell expert traces from rollouts of the same prompts; its log-odds are the reward.
+
+    Args:
+        model: the reward model to train.
+        experts: each demonstration; its index names it everywhere.
+        config: the run's options.
+        held_out: demonstrations that are never learned from; the held-out accuracy is measured on them.
+        policy_log_probs: log pi(y_t) of a batch, (B, T): what the heads ``airl`` and ``implicit`` take off.
+    """
+
+    def __init__(
+        self,
+        model: TokenRewardModel,
+        experts: Sequence[Expert],
+        config: AdversarialConfig,
+        held_out: Sequence[int] = (),
+        policy_log_probs: Callable[[Batch], Tensor] | None = None,
+    ):
+        self.model = model
+        self.experts = list(experts)
+        self.config = config
+        self.held_out = frozenset(held_out)
+        self.policy_log_probs = policy_log_probs
+        self.in_parts = config.shard_discriminator and several_processes()
+        device = config.device if self.in_parts else model.device
+        if dist.is_initialized():  # the same start on every rank, whatever the seed did
+            same_on_all(self._trained().values(), device)
+        if self.in_parts:
+            shard(model.backbone, device)
+            model.to(device)  # its head
+        self.parameters = self._trained()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=config.discriminator_learning_rate, weight_decay=0.01
+        )
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if config.discriminator_ema else {}
+        self.random = random.Random(config.seed)
+        self.updates = 0
+        self.batches = 0
+        self.replay = ReplayBuffer(config.replay_size)
+        self.held_out_rollouts = ReplayBuffer(HELD_OUT_ROLLOUTS)
+        self.perturbed = perturber(model.tokenizer, model.settings.step_delimiter, config.perturbations)
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        with self.model.active():
+            return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def remember(self, rollouts: Sequence[Rollout]) -> None:
+        """Add rollouts of demonstrations' prompts to the replay buffer; those of held-out ones are kept apart."""
+        self.replay.add(rollout for rollout in rollouts if rollout.demonstration not in self.held_out)
+        self.held_out_rollouts.add(rollout for rollout in rollouts if rollout.demonstration in self.held_out)
+
+    def learn(self, fresh: Sequence[Rollout]) -> dict[str, float]:
+        """Take in a batch of the policy's rollouts: remember it, and update after every `discriminator_every`-th.
+
+        Returns:
+            Metrics of the last update, with the number of `updates` and, where `monitor_every` divides the number of
+            batches or a gate looks at it, `held_out_accuracy`; nothing if the batch was only remembered.
+        """
+        config = self.config
+        self.remember(fresh)
+        self.batches += 1
+        if self.batches % config.discriminator_every:
+            return {}
+        gated = config.discriminator_gate_low is not None or config.discriminator_gate_high is not None
+        due = self.batches % config.monitor_every == 0
+        # All processes go by one number: an update of some alone would wait for the others for ever.
+        accuracy = from_main(self.held_out_accuracy()) if self.held_out and (gated or due) else math.nan
+        count = gated_updates(
+            config.discriminator_updates, accuracy, config.discriminator_gate_low, config.discriminator_gate_high
+        )
+        metrics: dict[str, float] = {}
+        for _ in range(count):
+            metrics = self.update(fresh)
+        if self.held_out and (gated or due):
+            metrics["held_out_accuracy"] = accuracy
+        if count or config.discriminator_gate_high is not None:
+            metrics["updates"] = float(count)
+        return metrics
+
+    def update(self, fresh: Sequence[Rollout]) -> dict[str, float]:
+        """One optimiser step on demonstrations, each beside rollouts of its own prompt.
+
+        Args:
+            fresh: the policy's newest rollouts, already in the replay buffer. Share `1 - replay_share` of the
+                demonstrations is chosen among them.
+
+        Returns:
+            loss (with penalties), accuracy_expert, accuracy_policy and accuracy_perturbed (at supervised positions),
+            grad_norm, and `negatives.draw`'s shares; nothing as long as no demonstration's prompt has a rollout.
+
+        Raises:
+            RunFailed: the loss or its gradient is not finite.
+        """
+        traces, shares = self._draw(fresh)
+        if not traces:
+            return {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self.optimizer.zero_grad()
+        self.model.train()
+        with self.model.active():
+            sums = self._accumulate(traces)
+        self._add_up(sums)
+        loss, *counts = sums.tolist()
+        if not math.isfinite(loss):
+            raise RunFailed(f"the discriminator's loss is {loss} at its update {self.updates + 1}")
+        norm = clip_gradients(self.parameters.values(), 1.0)
+        if not math.isfinite(norm):
+            raise RunFailed(f"the norm of the discriminator's gradient is {norm} at its update {self.updates + 1}")
+        self.optimizer.step()
+        if self.config.spectral_norm:
+            assert self.model.head_weight is not None
+            limit_spectral_norm(self.model.head_weight)
+        self.updates += 1
+        decay = ema_decay(self.config.discriminator_ema, self.updates)
+        for name, average in self.average.items():
+            average.lerp_(self.parameters[name].detach(), 1 - decay)
+        right = dict(zip(("expert", "policy", "perturbed"), zip(counts[::2], counts[1::2], strict=True), strict=True))
+        if not self.config.perturbed_per_expert:
+            del right["perturbed"]
+        accuracies = {f"accuracy_{kind}": n / total if total else math.nan for kind, (n, total) in right.items()}
+        return {"loss": loss, **accuracies, **shares, "grad_norm": norm}
+
+    def _draw(self, fresh: Sequence[Rollout]) -> tuple[list[Labelled], dict[str, float]]:
+        config = self.config
+        recipe = Recipe(
+            config.discriminator_prompts,
+            config.discriminator_rollouts,
+            config.replay_share,
+            config.perturbed_per_expert,
+            config.first_difference,
+        )
+        rollouts = [rollout for rollout in fresh if rollout.demonstration not in self.held_out]
+        return draw(self.experts, rollouts, self.replay, recipe, self.random, self.perturbed)
+
+    def _accumulate(self, traces: list[Labelled]) -> Tensor:
+        """Gradients of this process's share of the loss.
+
+        Returns:
+            loss; then right and all supervised positions of experts, of rollouts, and of perturbed experts.
+        """
+        config = self.config
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        weights = weigh(traces, config.objective)
+        paired = config.objective == "pairwise" or config.centre_penalty > 0
+        todo = [(rows, 1.0) for rows in passes(traces, paired, config.discriminator_token_budget, rank, world)]
+        if self.in_parts or subtracts_policy(config.head):  # as many passes as the others make, see `sharding`
+            first = passes(traces, paired, config.discriminator_token_budget)[:1]
+            todo += [(rows, 0.0) for rows in first] * (most(len(todo)) - len(todo))
+        sums = torch.zeros(7, device=self.model.device)
+        for rows, share in todo:
+            loss, counted = self._loss([traces[index] for index in rows], rows, weights.of(rows, self.model.device))
+            (share * loss).backward()
+            sums += share * torch.stack([loss.detach(), *counted])
+        counting = [trace for trace in traces if trace.counts]
+        if config.gradient_penalty:
+            points = [self.random.random() for _ in traces]  # drawn by all ranks alike
+            terms = gradient_penalties(self.model, counting, points, config.discriminator_token_budget, rank, world)
+            sums[0] += self._backward(terms, config.gradient_penalty)
+        if config.r1_penalty:
+            terms = r1_penalties(self.model, counting, config.discriminator_token_budget, rank, world)
+            sums[0] += self._backward(terms, config.r1_penalty)
+        return sums
+
+    def _loss(self, traces: Sequence[Labelled], rows: Sequence[int], weights: Weights) -> tuple[Tensor, list[Tensor]]:
+        """The loss of one pass, and its counts of positions in the order of `_accumulate`.
+
+        Args:
+            traces: of the pass.
+            rows: their places in the update.
+            weights: theirs.
+        """
+        config, expert = self.config, weights.is_expert
+        batch = self.model.pack([trace.prompt for trace in traces], [trace.completion for trace in traces])
+        device, width = batch.input_ids.device, batch.completion_mask.size(1)
+        lengths = [len(trace.completion) for trace in traces]
+        differing = after_first_difference(lengths, [trace.starts for trace in traces], width).to(device)
+        labels = labels_from([trace.switch for trace in traces], width).to(device).bool()
+        position_weights = self.model.supervision(batch) * differing
+        logits, log_probs = self._logits(batch, rows)
+        own_positions = position_weights * (labels == expert[:, None])  # not the part before a perturbation
+        scores = sequence_scores(logits, own_positions)
+        if config.objective == "bce":
+            losses = bce(logits, position_weights, labels, config.label_smoothing)
+        elif config.objective == "pairwise":
+            losses = pairwise(scores, expert, weights.groups)
+        else:
+            losses = wasserstein(scores, expert)
+        loss = (losses * weights.in_loss).sum()
+        if config.centre_penalty:
+            loss = loss + config.centre_penalty * (centre(scores, expert, weights.groups) * weights.in_pairs).sum()
+        if config.expert_nll:
+            assert log_probs is not None
+            nll = -sequence_scores(log_probs, batch.completion_mask.float())
+            loss = loss + config.expert_nll * (nll * weights.of_experts).sum()
+        positions = own_positions > 0
+        right = positions & ((logits > 0) == expert[:, None])
+        perturbed = torch.tensor([trace.is_perturbed for trace in traces], device=device)
+        kinds = (expert, ~expert & ~perturbed, perturbed)
+        return loss, [(kind[:, None] & some).sum() for kind in kinds for some in (right, positions)]
+
+    def _logits(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """The discriminator's logits of a batch, and log p_phi where the head reads it."""
+        shown = batch
+        if self.config.token_dropout:
+            seeds = [hash((self.config.seed, self.updates, row)) % 2**31 for row in rows]
+            shown = hide_tokens(batch, self.config.token_dropout, seeds)
+        values, log_probs = self.model.values_and_log_probs(shown)
+        if subtracts_policy(self.model.settings.head):
+            assert self.policy_log_probs is not None
+            values = values - self.policy_log_probs(batch)
+        return values, log_probs
+
+    def _backward(self, terms: Iterator[Tensor], weight: float) -> Tensor:
+        """Gradients of `weight` times the sum of `terms`; returns their value."""
+        total = torch.zeros((), device=self.model.device)
+        for term in terms:
+            with sdpa_kernel(
+                SDPBackend.MATH
+            ):  # under gradient checkpointing the penalty's forward pass runs again here
+                (weight * term).backward()
+            total += weight * term.detach()
+        return total
+
+    @property
+    def learning_rate(self) -> float:
+        """The next update's learning rate."""
+        online = self.config.discriminator_online_learning_rate
+        warmed = self.batches > 0 or self.updates >= self.config.discriminator_warmup_updates  # it may end early
+        if online is not None and warmed:
+            return online
+        return self.config.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
+
+    @torch.no_grad()
+    def held_out_accuracy(self) -> float:
+        """Share of (held-out expert, rollout of its prompt) pairs in which the expert's mean logit is higher.
+
+        Ties count half; rollouts that equal the expert are left out. Unlike the share of tokens on the right side of
+        0 it means the same for every objective. nan without such a pair.
+        """
+        self.model.eval()
+        groups = []
+        for index, rollouts in self.held_out_rollouts.by_demonstration().items():
+            expert = self.experts[index]
+            different = [rollout.ids for rollout in rollouts if rollout.ids != expert.completion]
+            if different:
+                groups.append((expert.prompt, [expert.completion, *different]))
+        scores = self._sequence_scores(
+            [prompt for prompt, traces in groups for _ in traces], [ids for _, traces in groups for ids in traces]
+        )
+        wins = total = 0.0
+        for of_prompt in scores.split([len(traces) for _, traces in groups]):
+            gaps = of_prompt[0] - of_prompt[1:]
+            wins += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
+            total += len(gaps)
+        return wins / total if total else math.nan
+
+    def _sequence_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
+        """Mean logit over supervised positions of each completion."""
+        scores = torch.zeros(len(prompts))
+        subtracts = subtracts_policy(self.model.settings.head)
+        share = not subtracts and can_share_prompts(self.model.backbone)
+        for rows, sizes in grouped_batches(prompts, completions, self.config.discriminator_token_budget, share):
+            batch = self.model.pack([prompts[i] for i in rows], [completions[i] for i in rows])
+            values = self.model(batch, sizes if len(sizes) < len(rows) else None)
+            if subtracts:
+                assert self.policy_log_probs is not None
+                values = values - self.policy_log_probs(batch)
+            scores[rows] = sequence_scores(values, self.model.supervision(batch).float()).cpu()
+        return scores
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[TokenRewardModel]:
+        """The reward model with the averaged weights in the place of the live ones, if there is an average."""
+        live = {name: self.parameters[name].detach().clone() for name in self.average}
+        self._copy(self.average)
+        try:
+            yield self.model
+        finally:
+            self._copy(live)
+
+    @torch.no_grad()
+    def _copy(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.parameters[name].copy_(as_parts(value, self.parameters[name]))
+
+    def _add_up(self, sums: Tensor) -> None:
+        """Sum gradients and `sums` over the processes, in place; those of weights in parts are summed already."""
+        if not dist.is_initialized():
+            return
+        parameters = [p for p in self.parameters.values() if not isinstance(p, DTensor)]
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        flat = torch.cat([sums, *(gradient.flatten().float() for gradient in gradients)])
+        dist.all_reduce(flat)
+        total, *parts = flat.split([len(sums), *(gradient.numel() for gradient in gradients)])
+        sums.copy_(total)
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All trained weights, whole, on the CPU; of those in parts every process must ask, and the first gets them."""
+        return {name: self._whole(p.detach()) for name, p in self.parameters.items()}
+
+    def _whole(self, tensor: Tensor) -> Tensor:
+        tensor = whole(tensor)
+        # A machine's memory need not hold what is too large for one process once for each of them.
+        return tensor.cpu() if not self.in_parts or dist.get_rank() == 0 else tensor.new_empty(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next update depends on: whole tensors, as `weights` gives them, numbers and lists only."""
+        return {
+            "parameters": self.weights(),
+            "average": {name: self._whole(p) for name, p in self.average.items()},
+            "optimizer": tree_map_only(Tensor, self._whole, self.optimizer.state_dict()),
+            "random": self.random.getstate(),
+            "updates": self.updates,
+            "batches": self.batches,
+            "replay": self.replay.state(),
+            "held_out_rollouts": self.held_out_rollouts.state(),
+        }
+
+    def load(self, path: Path) -> None:
+        """`load_state_dict` of a file; of weights in parts a process reads its own."""
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=self.in_parts))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken."""
+        self._copy(state["parameters"])
+        for name, average in self.average.items():
+            average.copy_(as_parts(state["average"][name], average))
+        moments = {
+            place: {name: as_parts(value, parameter) for name, value in state["optimizer"]["state"][place].items()}
+            for place, parameter in enumerate(self.parameters.values())
+            if place in state["optimizer"]["state"]
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        version, internal, gauss = state["random"]
+        self.random.setstate((version, tuple(internal), gauss))
+        self.updates = state["updates"]
+        self.batches = state["batches"]
+        self.replay.load(state["replay"])
+        self.held_out_rollouts.load(state["held_out_rollouts"])
+
+
+def held_out_demonstrations(count: int, fraction: float, seed: int) -> list[int]:
+    """Indices of the demonstrations that are not learned from, chosen by `seed`; at least one is left."""
+    held = min(count - 1, round(fraction * count))
+    return sorted(random.Random(f"held out {seed}").sample(range(count), held))

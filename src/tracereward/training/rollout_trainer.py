@@ -1,0 +1,92 @@
+"""Rollouts as the policy draws them and as it learns from them.
+
+It learns from micro-batches by length, see `micro_batches`. With `compile_rollouts` transformers draws in one shape for
+a whole run, so that the decoding step is compiled once.
+
+A small model's decoding on a GPU is bound by the launches of its kernels. transformers records the step of a static
+cache as CUDA graphs where it may compile, and records again for every other shape; TRL forbids the compiling and pads
+prompts to the longest of each batch. With vLLM none of this is used.
+
+Under bfloat16 autocast the keys of rotary attention come out in float32 and its values in bfloat16, which a static
+cache cannot hold, and each step casts all weights anew. Rollouts are then drawn by a copy of the policy in bfloat16,
+which gets the policy's weights before each batch: what vLLM does.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from trl import GRPOConfig, GRPOTrainer
+
+from tracereward.errors import InputError
+from tracereward.modeling.tokenization import encode_prompt
+from tracereward.training.checkpoints import SafeTrainer
+from tracereward.training.micro_batches import by_length, may_change_places, may_shift, window
+
+
+class RolloutTrainer(SafeTrainer, GRPOTrainer):
+    """`trl.GRPOTrainer` with whole checkpoints, micro-batches by length and, if asked, compiled decoding.
+
+    Attributes:
+        prompt_width: to which all prompts are padded when rollouts are drawn: the longest of the run; None leaves it to
+            TRL.
+        half: copy of the policy that draws, or None where the policy itself does.
+    """
+
+    prompt_width: int | None = None
+    half: nn.Module | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        config = self.args
+        assert isinstance(config, GRPOConfig)
+        if not getattr(config, "compile_rollouts", False):
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise InputError("compile_rollouts is for a policy that is whole on each GPU: leave it out, or use vLLM")
+        prompts = self.train_dataset["prompt"]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
+        self.prompt_width = max(len(encode_prompt(self._tokenizer, prompt)) for prompt in set(prompts))
+        assert self.max_completion_length is not None
+        self.generation_config.disable_compile = False
+        self.generation_config.max_cache_len = self.prompt_width + self.max_completion_length
+        assert self.model is not None
+        if config.bf16 and any(weight.dtype == torch.float32 for weight in self.model.parameters()):
+            self.half = copy.deepcopy(self.model).requires_grad_(False).eval()
+            nn.Module.to(self.half, torch.bfloat16)
+            for module in self.half.modules():  # TRL's fused forward of the copy would call the policy's own
+                module.__dict__.pop("forward", None)
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        before = self._buffered_inputs
+        prepared = super()._prepare_inputs(inputs)
+        if self._buffered_inputs is None or self._buffered_inputs is before:
+            return prepared
+        config = self.args
+        assert isinstance(config, GRPOConfig)
+        assert config.steps_per_generation is not None
+        size = 1
+        if may_change_places(self):
+            size = window(config.gradient_accumulation_steps, config.steps_per_generation)
+        assert self.model is not None
+        shift = may_shift(self.accelerator.unwrap_model(self.model).config)
+        self._buffered_inputs = by_length(self._buffered_inputs, size, shift, self.pad_to_multiple_of)
+        return self._buffered_inputs[self._step % config.steps_per_generation]
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        padded, wrapped = self.pad_to_multiple_of, self.model_wrapped
+        if self.prompt_width is not None:
+            self.pad_to_multiple_of = self.prompt_width
+        if self.half is not None:
+            self._refresh(self.half)
+            self.model_wrapped = self.half
+        try:
+            return super()._generate_single_turn(*args, **kwargs)
+        finally:
+            self.pad_to_multiple_of, self.model_wrapped = padded, wrapped
+
+    @torch.no_grad()
+    def _refresh(self, half: nn.Module) -> None:
+        policy = self.accelerator.unwrap_model(self.model_wrapped)
+        for mine, its in zip(half.parameters(), policy.parameters(), strict=True):
+            mine.copy_(its)

@@ -1,0 +1,450 @@
+"""`AdversarialTrainer`: TRL's GRPO with a reward that is learned beside the policy.
+
+One private hook of TRL is overridden, `_generate_and_score_completions`, and only to put other advantages in the place
+of TRL's where they are asked for: `_compute_loss` accepts (B, T) as well as (B,). The reward itself is an ordinary
+reward function. A contract test pins what is used.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from tracereward import metrics
+from tracereward.errors import InputError
+from tracereward.modeling.adapters import POLICY, AdapterView
+from tracereward.modeling.batching import Batch, pack
+from tracereward.modeling.distributed import frozen_copy, is_spread, several_processes, shard
+from tracereward.modeling.log_probs import completion_log_probs
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, eos_ids, pad_id
+from tracereward.rewards.heads import subtracts_policy
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.shaping import aggregate
+from tracereward.tasks.recipes import Task
+from tracereward.training import rollout_metrics
+from tracereward.training.advantages import (
+    batch_statistics,
+    group_advantages,
+    group_moments,
+    moments_to_statistics,
+    token_advantages,
+    whiten,
+)
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.callbacks import FailureWatch, MetricsFile, StopSignal
+from tracereward.training.checkpoints import better_than_start, save_state, score_of
+from tracereward.training.discriminator import Discriminator, held_out_demonstrations
+from tracereward.training.discriminator_batch import Expert, Rollout, perturbed_pairs
+from tracereward.training.rollout_trainer import RolloutTrainer
+from tracereward.training.token_bridge import TokenBridge
+from tracereward.training.warmup import DISCRIMINATOR_FILE, WarmUp
+
+NO_DEMONSTRATION = -1
+KL_ROWS = 32  # rollouts of a process that the KL is estimated on
+
+
+class AdversarialTrainer(RolloutTrainer):
+    """GRPO on the log-odds of a discriminator that learns to tell the demonstrations from the policy's rollouts.
+
+    Args:
+        model: the starting policy; with its LoRA adapter if the reward model shares its base.
+        reward_model: the starting discriminator; it may have another tokenizer than the policy.
+        demonstrations: rows with prompt (rendered text), completion and, for monitoring only, answer.
+        args: the run's options.
+        task: recipe that verifies answers for the monitors.
+        processing_class: the policy's tokenizer.
+        unlabeled: rows with a prompt and no completion, for further rollouts of the policy.
+        peft_config: LoRA settings of the policy.
+        metrics_file: where the warm-up logs; training steps log through TRL.
+        stop: asked during the warm-up whether to stop.
+        callbacks: as in TRL.
+        reward_prompts: the reward model's rendering of prompts that the policy's chat template renders otherwise.
+
+    Raises:
+        InputError: an option needs answers that are not there, or one tokenizer where there are two.
+    """
+
+    _tag_names: ClassVar = ["trl", "tracereward"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        reward_model: TokenRewardModel,
+        demonstrations: list[dict[str, Any]],
+        args: AdversarialConfig,
+        task: Task,
+        processing_class: PreTrainedTokenizerBase,
+        unlabeled: Sequence[dict[str, Any]] = (),
+        peft_config: LoraConfig | None = None,
+        metrics_file: MetricsFile | None = None,
+        stop: StopSignal | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        reward_prompts: Mapping[str, str] | None = None,
+    ):
+        self.task = task
+        self.tokenizer = processing_class
+        self.config = args
+        self.form = reward_model.settings
+        self.bridge = TokenBridge(processing_class, reward_model, eos_ids(model, processing_class), reward_prompts)
+        if not self.bridge.same and (subtracts_policy(args.head) or self.form.adds_reference):
+            raise InputError(
+                f"head {args.head} with reward_form {self.form.form} adds log-probs of the policy's tokens to the "
+                "reward model's: both need the same tokenizer. Use head token or action with reward_form logit."
+            )
+        self._starting_policy = None
+        if self.form.adds_reference and peft_config is None and not isinstance(model, PeftModel):
+            self._starting_policy = frozen_copy(model)
+        self.metrics_file = metrics_file
+        self.stop = stop or StopSignal()
+        rows = prompt_rows(demonstrations, unlabeled, args.expert_prompt_share)
+        monitored = all(row["answer"] is not None for row in rows)
+        if args.positives == "mixed" and not any(row.get("answer") for row in demonstrations):
+            raise InputError("positives mixed needs answers: no demonstration has one")
+        functions = [self.learned_reward, self.correct] if monitored else [self.learned_reward]
+        args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is watched, never trained on
+        self.watch = FailureWatch(args.on_failure, args.failure_window, self.say)
+        self.warm_up = WarmUp(self)
+        super().__init__(
+            model=model,
+            reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=[*(callbacks or []), self.watch, self.warm_up],
+        )
+        experts = [
+            Expert(
+                self.bridge.prompt(row["prompt"]),
+                encode_completion(reward_model.tokenizer, row["completion"]),
+                row["completion"],
+            )
+            for row in demonstrations
+        ]
+        self.demonstration_rows = rows[: len(demonstrations)]
+        if not (args.shard_discriminator and several_processes()):  # in parts it is whole on no device
+            reward_model.to(self.accelerator.device)
+        if reward_model.shares_base and is_spread(self):
+            raise InputError("shared_base needs the whole base model on each process: DDP, not FSDP or DeepSpeed")
+        if args.gradient_checkpointing and not reward_model.shares_base:
+            reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
+        self.discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
+        if self._starting_policy is not None:
+            if self.discriminator.in_parts:
+                shard(self._starting_policy, self.accelerator.device)
+            self._starting_policy.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
+        self.perturbed_pairs = perturbed_pairs(experts, held_out, self.discriminator.perturbed, args.seed)
+        self._rewards: list[Tensor] = []
+        self._whitening: tuple[Tensor, Tensor] | None = None
+        self._trace_rewards: list[float] = []
+        self._demonstrations: list[int] = []
+        self._correct: list[float] = []
+
+    @property
+    def policy(self) -> PreTrainedModel:
+        """The model that is trained; transformers allows it to be absent."""
+        assert self.model is not None
+        return self.model  # pyright: ignore[reportReturnType]
+
+    @property
+    def quiet(self) -> bool:
+        """Whether this process shows no progress."""
+        return self.args.disable_tqdm is True or not self.is_world_process_zero()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches, above any progress bar."""
+        if self.is_world_process_zero():
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    # Reward functions, called by TRL with the local rows of a batch of rollouts.
+
+    def learned_reward(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        completion_ids: list[list[int]],
+        demonstration: list[int],
+        answer: list[str | None],
+        log_metric: Callable[[str, float], None],
+        **_: Any,
+    ) -> list[float]:
+        """Train the discriminator on the rollouts, then reward each by the aggregate of its token rewards."""
+        self._correct = self.verify(completions, answer)
+        rollouts = self.as_rollouts(demonstration, completion_ids, self._correct)
+        if self.warm_up.pooled is not None:
+            self.warm_up.pooled += rollouts
+            self._correct = [math.nan] * len(prompts)
+            return [0.0] * len(prompts)
+        if self.policy.training:
+            fresh = gather_object(rollouts)
+            with self.accelerator.autocast():  # the discriminator is not prepared: it would train in float32
+                metrics = self.discriminator.learn(fresh)
+            # They take memory, and on a shared base model the policy's would be clipped by the norm of both.
+            self.discriminator.optimizer.zero_grad()
+            for name, value in metrics.items():
+                log_metric(f"discriminator/{name}", value)
+        self._demonstrations = demonstration
+        reward_ids = [self.bridge.completion(ids) for ids in completion_ids]
+        rewards = self.token_rewards([self.bridge.prompt(prompt) for prompt in prompts], reward_ids)
+        if self.config.whiten_rewards:
+            self._whitening = self._statistics(rewards)
+            rewards = [whiten(values, *self._whitening) for values in rewards]
+        self._trace_rewards = [self._aggregate(values) for values in rewards]
+        triples = zip(completion_ids, reward_ids, rewards, strict=True)
+        self._rewards = [self.bridge.rewards(ids, translated, values) for ids, translated, values in triples]
+        self._monitor(prompts, completion_ids, log_metric)
+        return self._trace_rewards
+
+    def correct(self, prompts: list[str], **_: Any) -> list[float]:
+        """Whether each rollout's answer is right; weight 0."""
+        return self._correct
+
+    def verify(self, completions: Sequence[str], answers: Sequence[str | None]) -> list[float]:
+        """1 or 0 for each completion, nan where the gold answer is not known."""
+        return [
+            math.nan if gold is None else float(self.task.verify(text, gold))
+            for text, gold in zip(completions, answers, strict=True)
+        ]
+
+    def as_rollouts(
+        self, demonstrations: Sequence[int], completions: Sequence[Sequence[int]], correct: Sequence[float]
+    ) -> list[Rollout]:
+        """Rollouts that have a demonstration, in the reward model's tokens."""
+        mixed = self.config.positives == "mixed"
+        return [
+            Rollout(index, self.bridge.completion(ids), mixed and right == 1)
+            for index, ids, right in zip(demonstrations, completions, correct, strict=True)
+            if index != NO_DEMONSTRATION
+        ]
+
+    def token_rewards(self, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
+        """What training rewards: the averaged discriminator's values in the run's reward form, in its own tokens."""
+        with (
+            self.accelerator.autocast(),
+            self._reference() as reference,
+            self._evaluated() as policy,
+            self.discriminator.averaged() as model,
+        ):
+            return model.token_rewards(
+                prompts,
+                completions,
+                self.config.discriminator_token_budget,
+                reference if self.form.adds_reference else None,
+                policy if self.form.subtracts_policy else None,
+                is_spread(self) or self.discriminator.in_parts,
+            )
+
+    def _aggregate(self, rewards: Tensor) -> float:
+        return float(aggregate(rewards[None], torch.ones(1, len(rewards)), self.config.reward_aggregate))
+
+    def _statistics(self, rewards: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the token rewards of all processes' rollouts."""
+        moments = torch.cat([group_moments(values[None], torch.ones(1, len(values))) for values in rewards])
+        return batch_statistics(self._gather(moments).cpu())
+
+    def _gather(self, values: Tensor) -> Tensor:
+        gathered = self.accelerator.gather(values.to(self.accelerator.device))
+        assert isinstance(gathered, Tensor)
+        return gathered
+
+    # Monitors
+
+    def _monitor(self, prompts: list[str], completion_ids: list[list[int]], log: Callable[[str, float], None]) -> None:
+        local = [
+            rollout_metrics.Rollout(prompt, list(ids), self.bridge.finished(ids), values.tolist(), reward, right)
+            for prompt, ids, values, reward, right in zip(
+                prompts, completion_ids, self._rewards, self._trace_rewards, self._correct, strict=True
+            )
+        ]
+        metrics = rollout_metrics.rollout_metrics(gather_object(local))
+        if self.discriminator.batches % self.config.monitor_every == 0:
+            metrics |= self._perturbation() | self._kl(prompts, completion_ids)
+        for name, value in metrics.items():
+            log(f"monitor/{name}", value)
+
+    def _perturbation(self) -> dict[str, float]:
+        """Do experts outscore their perturbed copies? Needs no answers."""
+        if not self.perturbed_pairs:
+            return {}
+        pairs = [((*prompt,), (*expert,), (*changed,)) for prompt, expert, changed in self.perturbed_pairs]
+        # With few demonstrations an expert stands in several pairs.
+        traces = list(dict.fromkeys((prompt, ids) for prompt, *both in pairs for ids in both))
+        rewards = self.token_rewards([list(prompt) for prompt, _ in traces], [list(ids) for _, ids in traces])
+        scores = dict(zip(traces, map(self._aggregate, rewards), strict=True))
+        experts = [scores[prompt, expert] for prompt, expert, _ in pairs]
+        altered = [scores[prompt, changed] for prompt, _, changed in pairs]
+        return {"perturbation_auroc": metrics.perturbation_auroc(experts, altered)}
+
+    @torch.no_grad()
+    def _kl(self, prompts: list[str], completion_ids: list[list[int]]) -> dict[str, float]:
+        """E[exp(d) - d - 1], d = log pi_start - log pi: TRL's estimate, where TRL does not log one itself."""
+        with self._reference() as reference:
+            if reference is None or self.config.beta:
+                return {}
+            ids = [encode_prompt(self.tokenizer, prompt) for prompt in prompts[:KL_ROWS]]
+            batch = pack(ids, completion_ids[:KL_ROWS], pad_id(self.tokenizer)).to(self.accelerator.device)
+            of_start, _ = completion_log_probs(reference, batch)
+        with self._evaluated() as policy, self.accelerator.autocast():
+            gap = of_start - completion_log_probs(policy, batch)[0]
+        mask = batch.completion_mask
+        return {"kl": float(((gap.exp() - gap - 1) * mask).sum() / mask.sum())}
+
+    @contextlib.contextmanager
+    def _reference(self) -> Iterator[nn.Module | None]:
+        """The starting policy: under LoRA the policy without its adapter, else a copy if the reward needs one."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(policy, PeftModel):
+            yield AdapterView(policy, None).eval()
+        else:
+            yield self._starting_policy
+
+    @contextlib.contextmanager
+    def _evaluated(self) -> Iterator[nn.Module]:
+        """The policy without dropout."""
+        policy = self.accelerator.unwrap_model(self.model)
+        if isinstance(policy, PeftModel):
+            yield AdapterView(policy, POLICY).eval()
+            return
+        was_training = policy.training
+        policy.eval()
+        try:
+            yield policy
+        finally:
+            policy.train(was_training)
+
+    @torch.no_grad()
+    def _policy_log_probs(self, batch: Batch) -> Tensor:
+        """log pi(y_t) of the model whose rollouts the discriminator is shown."""
+        of_another = self.warm_up.log_probs(batch)
+        if of_another is not None:
+            return of_another
+        with self._evaluated() as policy:
+            return completion_log_probs(policy, batch)[0]
+
+    # Advantages
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.warm_up.pooled is not None:
+            return output
+        if self.config.advantages == "token":
+            output["advantages"] = self._token_advantages(output["completion_mask"])
+        elif self.config.leave_one_out or self.config.expert_in_group:
+            output["advantages"] = self._trajectory_advantages().to(output["advantages"].device)
+        return output
+
+    @property
+    def _group_size(self) -> int:
+        group = self.num_generations if self.policy.training else self.num_generations_eval
+        assert group is not None
+        return group
+
+    def _local(self, values: Tensor) -> Tensor:
+        """This process's part of what all have: a group may span two of them."""
+        share = len(values) // self.accelerator.num_processes
+        return values[self.accelerator.process_index * share :][:share]
+
+    def _trajectory_advantages(self) -> Tensor:
+        """(B,) advantages of the local rollouts."""
+        extra = None
+        if self.config.expert_in_group:
+            rewards = [math.nan if values is None else self._aggregate(values) for values in self._expert_rewards()]
+            extra = self._gather(torch.tensor(rewards))[:: self._group_size]
+        gathered = self._gather(torch.tensor(self._trace_rewards))
+        scale = str(self.config.scale_rewards)
+        return self._local(group_advantages(gathered, self._group_size, scale, self.config.leave_one_out, extra))
+
+    def _token_advantages(self, mask: Tensor) -> Tensor:
+        """(B, T) advantages of the local rollouts; group statistics over all processes' real tokens."""
+        rewards = torch.zeros(mask.shape, device=mask.device)
+        for row, values in enumerate(self._rewards):
+            rewards[row, : len(values)] = values.to(mask.device)
+        extra = None
+        if self.config.expert_in_group:
+            of_experts = [torch.zeros(0) if values is None else values for values in self._expert_rewards()]
+            moments = torch.cat([group_moments(values[None], torch.ones(1, len(values))) for values in of_experts])
+            extra = self._gather(moments)[:: self._group_size]
+        moments = self._gather(group_moments(rewards, mask))
+        mean, std = moments_to_statistics(moments, self._group_size, self.config.leave_one_out, extra)
+        return token_advantages(rewards, mask, self._local(mean), self._local(std), self.config.gamma)
+
+    def _expert_rewards(self) -> list[Tensor | None]:
+        """Token rewards of the demonstration of each local rollout's prompt; None where it has none."""
+        known = sorted({index for index in self._demonstrations if index != NO_DEMONSTRATION})
+        known = known or [0]  # another process may have some, and both score together
+        experts = [self.discriminator.experts[index] for index in known]
+        rewards = self.token_rewards([e.prompt for e in experts], [e.completion for e in experts])
+        if self._whitening is not None:  # on the scale of the rollouts that they stand beside
+            rewards = [whiten(values, *self._whitening) for values in rewards]
+        of_index = dict(zip(known, rewards, strict=True))
+        return [of_index.get(index) for index in self._demonstrations]
+
+    # Checkpoints: the discriminator's state rides in each, and the best is kept for `restore_best`.
+
+    def checkpoint_score(self) -> float:
+        """Accuracy on the validation questions; without any, what was logged since the last checkpoint."""
+        if self.validation is not None:
+            return super().checkpoint_score()
+        since = self.state.global_step - max(1, int(self.state.save_steps or 1))
+        return score_of([row for row in self.watch.history if row["step"] > since])
+
+    def beats_start(self) -> bool:
+        """Whether the best checkpoint is worth restoring."""
+        if self.validation is not None:
+            return super().beats_start()
+        return better_than_start(self.state.best_metric, self.watch.history)
+
+    def restore_best(self) -> str | None:
+        """The discriminator comes back with the policy, or as it was after its warm-up."""
+        restored = super().restore_best()
+        if restored is None:
+            self.warm_up.load()
+        else:
+            self.discriminator.load(Path(str(self.args.output_dir)) / restored / DISCRIMINATOR_FILE)
+        return restored
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        state = self.discriminator.state_dict()
+        if self.is_world_process_zero():
+            save_state(Path(output_dir) / DISCRIMINATOR_FILE, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.discriminator.load(Path(checkpoint) / DISCRIMINATOR_FILE)
+
+
+def prompt_rows(
+    demonstrations: Sequence[dict[str, Any]], unlabeled: Sequence[dict[str, Any]], expert_share: float
+) -> list[dict[str, Any]]:
+    """Rows of the policy's prompts: prompt, answer or None, and the index of the demonstration or -1.
+
+    With unlabeled prompts, the demonstrations' are repeated so that they make up about `expert_share` of all rows:
+    without fresh rollouts beside experts the discriminator would not follow the policy.
+    """
+    if not demonstrations:
+        raise InputError("there is no demonstration to learn from")
+    labeled = [
+        {"prompt": row["prompt"], "answer": row.get("answer"), "demonstration": index}
+        for index, row in enumerate(demonstrations)
+    ]
+    extra = [
+        {"prompt": row["prompt"], "answer": row.get("answer"), "demonstration": NO_DEMONSTRATION} for row in unlabeled
+    ]
+    if not extra or expert_share == 0:
+        return labeled + extra
+    wanted = len(extra) * expert_share / max(1e-9, 1 - expert_share)
+    repeats = max(1, min(len(extra), round(wanted / len(labeled))))
+    return labeled * repeats + extra

@@ -1,0 +1,89 @@
+"""Questions with gold answers that choose which checkpoint a run leaves. Nothing is trained on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tracereward.data.demonstrations import load_demonstrations
+from tracereward.errors import InputError
+from tracereward.generation.sampling import generate
+from tracereward.modeling.tokenization import render
+from tracereward.tasks.recipes import Task
+from tracereward.training.config import DataArguments
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The questions, and how they are answered.
+
+    Attributes:
+        prompts: rendered.
+        answers: gold.
+        task: recipe that verifies answers.
+        tokenizer: the policy's.
+        max_new_tokens: length limit of an answer.
+        batch_size: questions answered together.
+    """
+
+    prompts: list[str]
+    answers: list[str]
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    max_new_tokens: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def accuracy(self, policy: PreTrainedModel) -> float:
+        """Share of the questions that `policy`'s greedy trace answers right. Draws no random number."""
+        training = policy.training
+        right = []
+        for start in range(0, len(self.prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            ids = generate(policy, self.tokenizer, self.prompts[part], 1, self.max_new_tokens, 0.0, 1.0)
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            right += [self.task.verify(text, gold) for text, gold in zip(texts, self.answers[part], strict=True)]
+        policy.train(training)
+        return float(np.mean(right))
+
+
+def load_validation(
+    data: DataArguments,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    batch_size: int,
+) -> Validation | None:
+    """What `data` names; None if it names nothing.
+
+    Args:
+        data: the run's options.
+        task: its recipe.
+        tokenizer: the policy's.
+        rows: what the run trains on, rendered.
+        max_new_tokens, batch_size: see `Validation`.
+
+    Raises:
+        InputError: a question without a gold answer, or one that the run trains on; names file and line.
+    """
+    if data.validation_dataset_name is None:
+        return None
+    split = data.validation_dataset_split
+    questions = load_demonstrations(data.validation_dataset_name, task, split, require_completion=False)
+    questions = render([{**row, "completion": None} for row in questions], tokenizer, data.template)
+    trained_on = {row["prompt"]: row["source"] for row in rows}
+    for row in questions:
+        if row["answer"] is None:
+            raise InputError(f"{row['source']}: no answer; a validation question needs one")
+        if row["prompt"] in trained_on:
+            raise InputError(
+                f"{row['source']}: the run also trains on this question ({trained_on[row['prompt']]}); "
+                "leave it out of one of the two"
+            )
+    prompts, answers = ([row[name] for row in questions] for name in ("prompt", "answer"))
+    return Validation(prompts, answers, task, tokenizer, max_new_tokens, batch_size)

@@ -1,0 +1,223 @@
+"""Study of guided decoding: what each method reaches at each budget, and the tokens that it drew."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from filelock import FileLock
+
+from studies.measures.equal_tokens import margin
+from studies.setup.frozen import load_frozen
+from tracereward.evaluate.guided import beam_shape, candidates
+from tracereward.files import atomic_write_json, read_jsonl
+from tracereward.generation.decoding import beam, reject, tilt
+from tracereward.generation.guide import Guide, Guided
+from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.quickstart import judging
+from tracereward.quickstart.site import TASK, Site
+from tracereward.rewards.log_prob_scorer import LogProbs
+from tracereward.selection import Candidate, ranking_curves
+from tracereward.tasks.recipes import get_task
+
+Row = dict[str, Any]
+Points = list[tuple[float, float]]
+BUDGETS = (1, 2, 4, 8, 16)
+"""Numbers N of whole samples, as `evaluate.guided.compare` has them."""
+SCORES: dict[str, tuple[str, ...]] = {
+    "reward": ("beam", "reject", "tilt"),
+    "reward_logprob": ("beam", "reject", "tilt"),
+    "logprob": ("beam", "reject"),
+}
+"""What guides, and which methods: the learned reward alone, with the policy's log-prob of each token in it, or, as a
+control, that log-prob alone (by which a tilt would only be a lower temperature)."""
+TILTED = {"reward": (1, 2, 4, 8), "reward_logprob": (1, 2, 4)}
+"""Budgets of tilted sampling by score: each of its tokens costs passes of one model more, or two."""
+SHAPES: dict[str, Callable[[int], tuple[int, int]]] = {
+    "square": beam_shape,
+    "narrow": lambda budget: (1, budget),
+    "wide": lambda budget: (max(1, budget // 2), min(2, budget)),
+}
+"""Width and expansions of a beam by budget."""
+GRID: dict[str, list[Row]] = {
+    "beam": [{"shape": shape, "lookahead": ahead} for ahead in (0, 1) for shape in SHAPES],
+    "reject": [{"every": every} for every in (1, 2, 3, 4)],
+    "tilt": [{"alpha": alpha, "top_k": top_k} for top_k in (2, 4) for alpha in (0.25, 0.5, 1.0, 2.0)],
+}
+"""What is tried on validation questions."""
+TUNED_AT = {"beam": 8, "reject": 16, "tilt": 2}
+"""Their budget. Tilted traces are drawn each by itself: what two reach says what more would."""
+TUNED_ON = 40
+"""The seed whose validation questions choose for all seeds."""
+ASKED = 200
+"""How many of them."""
+FEW = 20
+"""Questions of a quick run."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One part's questions, plain samples of the SFT policy, and guides by an arm's reward model.
+
+    Attributes:
+        prompts, golds: of the questions.
+        guides: by score.
+        samples: token ids of each question's samples, in the order in which they were drawn.
+        pool: the same as candidates; their reward is without a log-prob.
+    """
+
+    prompts: list[str]
+    golds: list[str]
+    guides: dict[str, Guide]
+    samples: list[list[list[int]]]
+    pool: list[list[Candidate]]
+
+    @property
+    def tokens(self) -> float:
+        """Of a plain sample, the mean."""
+        lengths = [len(ids) for drawn in self.samples for ids in drawn]
+        return sum(lengths) / len(lengths)
+
+    def pool_rows(self) -> list[Row]:
+        """What choosing among N plain samples reaches, for N = 1, 2, 4, ...: method, budget, accuracy, tokens."""
+        curves = ranking_curves(self.pool, get_task(TASK).equal, self.guides["reward"].seed)
+        return [
+            {"method": method, "budget": n, "accuracy": accuracy, "sampled_tokens": n * self.tokens}
+            for method, points in curves.items()
+            for n, accuracy, _, _ in points
+        ]
+
+
+def load_bench(site: Site, arm: str, part: str, n: int, asked: int | None = None) -> Bench:
+    """The bench of one part's questions, all or the first `asked`, with `n` samples of each."""
+    task = get_task(TASK)
+    questions = read_jsonl(site.data(part))[: FEW if site.fast else asked]
+    prompts = [row["prompt"] for row in questions]
+    policy = judging.load_policy(site, "sft")
+    scorer = load_frozen(site, arm)
+    guide = Guide(
+        policy, load_tokenizer(str(site.run("init"))), scorer, site.world.completion, seed=site.seed, batch_size=512
+    )
+    own = LogProbs(policy, guide.tokenizer, scorer.settings)
+    rows = judging.draw_samples(site, "sft", part, n)[: len(questions) * n]
+    ids = [scorer.check_length("", row["prompt"], row["completion"], row["finished"])[1] for row in rows]
+    rewards = guide.rewards(guide.encode([row["prompt"] for row in rows]), ids)
+    flat = [
+        Candidate(
+            row["completion"], task.extract(row["completion"]), reward, row["logprob"], len(trace), row["correct"]
+        )
+        for row, reward, trace in zip(rows, rewards, ids, strict=True)
+    ]
+    starts = range(0, len(rows), n)
+    return Bench(
+        prompts,
+        [row["answer"] for row in questions],
+        {"reward": guide, "reward_logprob": replace(guide, reference=policy), "logprob": replace(guide, scorer=own)},
+        [ids[start : start + n] for start in starts],
+        [flat[start : start + n] for start in starts],
+    )
+
+
+def points_of(rows: Sequence[Row], method: str) -> Points:
+    """(tokens, accuracy) of one method's rows."""
+    return [(row["sampled_tokens"], row["accuracy"]) for row in rows if row["method"] == method]
+
+
+def guided(bench: Bench, score: str, method: str, setting: Row, budgets: Sequence[int]) -> list[Row]:
+    """What one of `decode.GUIDES` reaches at each budget: budget, accuracy, tokens."""
+    guide = bench.guides[score]
+    if method == "tilt":
+        return best_of(bench, guide, setting, budgets)["reward"]
+    rows = []
+    for budget in budgets:
+        if method == "beam":
+            found = beam(guide, bench.prompts, *SHAPES[setting["shape"]](budget), setting["lookahead"])
+        else:
+            found = reject(guide, bench.prompts, budget, every=setting["every"])
+        rows.append({"budget": budget, **_first(found, bench.golds)})
+    return rows
+
+
+def best_of(bench: Bench, guide: Guide, setting: Row, budgets: Sequence[int]) -> dict[str, list[Row]]:
+    """What each of `rerank.METHODS` reaches among tilted traces at each budget; N of the most are what N alone are."""
+    task = get_task(TASK)
+    found = tilt(guide, bench.prompts, max(budgets), setting["alpha"], setting["top_k"])
+    tokens = sum(traces[0].sampled_tokens for traces in found) / len(found) / max(budgets)
+    curves = ranking_curves(candidates(found, bench.golds, task), task.equal, guide.seed)
+    return {
+        method: [
+            {"budget": n, "accuracy": accuracy, "sampled_tokens": n * tokens}
+            for n, accuracy, _, _ in points
+            if n in budgets
+        ]
+        for method, points in curves.items()
+    }
+
+
+def truncated(bench: Bench, tuning: Row) -> list[Row]:
+    """The control of a tilt: the best of N samples from as many likeliest tokens, with no reward in their drawing."""
+    top_k = GRID["tilt"][tuning["grids"]["reward"]["tilt"]["chosen"]]["top_k"]
+    found = best_of(bench, bench.guides["reward"], {"alpha": 0.0, "top_k": top_k}, TILTED["reward"])
+    return [{"method": "top-k", "score": score, **row} for score in TILTED for row in found[score]]
+
+
+def _first(found: Sequence[Sequence[Guided]], golds: Sequence[str]) -> Row:
+    """Accuracy of each question's best trace, and the tokens drawn for it."""
+    task = get_task(TASK)
+    right = [task.verify(traces[0].text, gold) for traces, gold in zip(found, golds, strict=True)]
+    tokens = [traces[0].sampled_tokens for traces in found]
+    return {"accuracy": sum(right) / len(right), "sampled_tokens": sum(tokens) / len(tokens)}
+
+
+def tune(bench: Bench) -> Row:
+    """For each score and method the grid with what it reaches, and the place of the best.
+
+    The best is farthest above best-of-N by the same score at the same tokens, the first of equals: by accuracy alone
+    the setting that draws most would win.
+    """
+    plain, found = bench.pool_rows(), {}
+    for score, methods in SCORES.items():
+        for method in methods:
+            tried = []
+            for setting in GRID[method]:
+                (row,) = guided(bench, score, method, setting, [TUNED_AT[method]])
+                gain = margin((row["sampled_tokens"], row["accuracy"]), points_of(plain, score))
+                tried.append({**setting, **row, "margin": gain})
+            best = max(range(len(tried)), key=lambda index: tried[index]["margin"])
+            found.setdefault(score, {})[method] = {"tried": tried, "chosen": best}
+    return {"questions": len(bench.prompts), "seed": bench.guides["reward"].seed, "grids": found}
+
+
+def tuned(site: Site, arm: str, n: int) -> Row:
+    """`tune` on a site's validation questions; done once and kept beside the reward model."""
+    file = site.run(arm) / "guides.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            atomic_write_json(file, tune(load_bench(site, arm, "validation", n, ASKED)))
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, n: int) -> Row:
+    """A cell's result.
+
+    Args:
+        reward_of: for a seed its site, and the arm whose reward model guides.
+        seed: of the cell.
+        part: whose questions are asked.
+        n: plain samples of each question.
+
+    Returns:
+        questions, their number; decoding: the tuning, and rows of all methods with ``score`` where a guide has one.
+    """
+    tuning = tuned(*reward_of(TUNED_ON), n)
+    bench = load_bench(*reward_of(seed), part, n)
+    alone = replace(bench.guides["reward"], temperature=0.0)
+    rows = [{"method": "greedy", "budget": 1, **_first(tilt(alone, bench.prompts, 1, 0.0, 1), bench.golds)}]
+    rows += bench.pool_rows()
+    for score, methods in SCORES.items():
+        for method in methods:
+            setting = GRID[method][tuning["grids"][score][method]["chosen"]]
+            found = guided(bench, score, method, setting, TILTED[score] if method == "tilt" else BUDGETS)
+            rows += [{"method": method, "score": score, **row} for row in found]
+    rows += truncated(bench, tuning)
+    return {"questions": len(bench.prompts), "decoding": {"tuning": tuning, "rows": rows}}

@@ -1,0 +1,90 @@
+"""World ``hops`` by the number of hops: what choosing by the reward gains, and whether it finds first wrong lines."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+from tracereward.evaluate.first_error import chance, hit, step_values
+from tracereward.modeling.batching import pack, scoring_budget, token_budget_batches
+from tracereward.modeling.log_probs import log_probs_and_entropies
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id
+from tracereward.quickstart import judging
+from tracereward.quickstart.site import Site
+from tracereward.synthetic import hops
+
+Row = dict[str, Any]
+
+
+def by_depth(site: Site, scored: Sequence[Row]) -> dict[str, Any]:
+    """`summaries` of an arm's scored samples of the SFT policy, with that policy's log-probs."""
+    return summaries(scored, token_log_probs(site, "sft", scored))
+
+
+def token_log_probs(site: Site, arm: str, rows: Sequence[Row]) -> list[list[float]]:
+    """Log-prob of each token of each completion under an arm's policy, in nats."""
+    policy = judging.load_policy(site, arm).eval()
+    tokenizer = load_tokenizer(str(site.folder / "init"))
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    completions = [encode_completion(tokenizer, row["completion"]) for row in rows]
+    completions = [ids if row["finished"] else ids[:-1] for ids, row in zip(completions, rows, strict=True)]
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions)]
+    found: list[list[float]] = [[] for _ in rows]
+    for batch in token_budget_batches(lengths, scoring_budget(policy.device)):
+        packed = pack([prompts[i] for i in batch], [completions[i] for i in batch], pad_id(tokenizer))
+        for i, values in zip(batch, log_probs_and_entropies(policy, packed)[0].tolist(), strict=True):
+            found[i] = values[: len(completions[i])]
+    return found
+
+
+def summaries(scored: Sequence[Row], log_probs: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """For each number of hops, how well each way of choosing does, and how well first wrong lines are found.
+
+    Args:
+        scored: rows of `judging.rank`; those of a question stand together.
+        log_probs: of each row's tokens.
+
+    Returns:
+        For each depth, as text: ``ranking``, as of all questions, and ``localisation``, as `localisation` has it.
+    """
+    pairs = list(zip(scored, log_probs, strict=True))
+    depths = sorted({hops.depth_of(row["prompt"]) for row in scored})
+    result = {}
+    for depth in depths:
+        chosen = [(row, values) for row, values in pairs if hops.depth_of(row["prompt"]) == depth]
+        result[str(depth)] = {
+            "ranking": judging.ranking([row for row, _ in chosen]),
+            "localisation": localisation([row for row, _ in chosen], [values for _, values in chosen]),
+        }
+    return result
+
+
+def localisation(scored: Sequence[Row], log_probs: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Share of wrong traces whose lowest line is the first wrong one, by the mean of each line's token values.
+
+    Returns:
+        wrong: traces that are; a wrong trace that lacks the line an expert would go on with has no such line.
+        reward, logprob, reward_logprob: the shares, by `evaluate.localisation.hit`.
+        chance: the share of a line drawn at random. first: that of always taking the first line.
+        All but the number are None without a wrong trace.
+    """
+    hits: dict[str, list[float]] = {name: [] for name in ("reward", "logprob", "reward_logprob", "chance", "first")}
+    for row, values in zip(scored, log_probs, strict=True):
+        steps = _steps(row["step_ends"])
+        wrong = None if row["correct"] else hops.first_wrong_line(row["prompt"], row["completion"])
+        # A blank line is no step of its own; what writes one is not to be judged by lines.
+        if wrong is None or not wrong < len(steps) == row["completion"].count("\n") + 1:
+            continue
+        reward, logprob = (step_values(of, steps, "mean") for of in (row["token_rewards"], values))
+        hits["reward"].append(hit(reward, wrong))
+        hits["logprob"].append(hit(logprob, wrong))
+        hits["reward_logprob"].append(hit([a + b for a, b in zip(reward, logprob)], wrong))
+        hits["chance"].append(chance(len(steps), wrong))
+        hits["first"].append(float(wrong == 0))
+    count = len(hits["chance"])
+    return {"wrong": count} | {name: sum(shares) / count if count else None for name, shares in hits.items()}
+
+
+def _steps(ends: Sequence[bool]) -> list[range]:
+    """The tokens of each step."""
+    last = [-1, *(place for place, is_end in enumerate(ends) if is_end)]
+    return [range(before + 1, end + 1) for before, end in pairwise(last)]

@@ -1,0 +1,162 @@
+"""One backbone's reward on another's samples, across tokenizers, and how few demonstrations adapt it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from studies.setup.frozen import load_frozen, once
+from tracereward.commands.rerank import rerank_rows
+from tracereward.files import read_jsonl
+from tracereward.metrics import within_prompt_auroc
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer
+from tracereward.quickstart import judging
+from tracereward.quickstart.site import TASK, Site
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.selection import outcomes
+from tracereward.tasks.recipes import get_task
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.discriminator import Discriminator
+from tracereward.training.discriminator_batch import Expert, Rollout
+from tracereward.training.token_bridge import TokenBridge
+
+OWN = ("policies", "demonstrations", "updates", "head_learning_rate")
+"""Options of a cell that are not those of adversarial training."""
+
+Sample = dict[str, Any]
+
+
+def of_training(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without a cell's own."""
+    return {name: value for name, value in options.items() if name not in OWN}
+
+
+def run(
+    site: Site, arm: str, others: dict[str, Site], options: dict[str, Any], samples: dict[str, list[Sample]]
+) -> dict[str, Any]:
+    """Rank all backbones' samples by it, as it is and adapted to each.
+
+    Args:
+        site: of the reward's backbone.
+        arm: whose reward model it is.
+        others: of each policy's backbone, the reward's own among them.
+        options: of adversarial training, ``demonstrations`` (numbers of them to adapt with), ``updates`` and
+            ``head_learning_rate``.
+        samples: of each SFT policy, for the test questions.
+
+    Returns:
+        For each policy, for 0 and (but for the reward's own) each number of demonstrations, what `choices` gives; for
+        0 also what `aurocs` gives.
+    """
+    given = of_training(options)
+    found: dict[str, Any] = {}
+    for name, other in others.items():
+        as_it_is = score(load_frozen(site, arm), other, samples[name])
+        found[name] = {"0": {**choices(as_it_is), **aurocs(as_it_is)}}
+        if other == site:
+            continue
+        rollouts = judging.draw_samples(other, other.start, other.demonstrations, given["warmup_rollouts"])
+        for count in options["demonstrations"]:
+            rate = {"discriminator_online_learning_rate": options["head_learning_rate"]}
+            model = adapt(load_frozen(site, arm), site, {**given, **rate}, rollouts, count, options["updates"])
+            found[name][str(count)] = choices(score(model, other, samples[name]))
+    return found
+
+
+def adapt(
+    model: TokenRewardModel,
+    site: Site,
+    options: dict[str, Any],
+    rollouts: Sequence[Sample],
+    count: int,
+    updates: int,
+) -> TokenRewardModel:
+    """The head trained on: the first `count` demonstrations against another policy's rollouts of their prompts.
+
+    The backbone stays: with all weights few demonstrations are fitted at the cost of what was learned from many.
+
+    Args:
+        model: the reward model; its head is changed.
+        site: of the model's backbone.
+        options: of its training, with the online learning rate for the head.
+        rollouts: of the other policy for each demonstration, in order; translated through their text.
+        count: of demonstrations.
+        updates: of the discriminator.
+    """
+    rows = read_jsonl(site.data(site.demonstrations))[:count]
+    experts = [
+        Expert(
+            encode_prompt(model.tokenizer, row["prompt"]),
+            encode_completion(model.tokenizer, row["completion"]),
+            row["completion"],
+        )
+        for row in rows
+    ]
+    given = {**site.world.grpo, **options, "discriminator_warmup_updates": 0}
+    config = AdversarialConfig(**site.options("adapted", given))
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)
+    discriminator = Discriminator(model, experts, config)
+    for row in rollouts:
+        if row["question"] < len(experts):
+            ids = encode_completion(model.tokenizer, row["completion"])
+            discriminator.remember([Rollout(row["question"], ids if row["finished"] else ids[:-1])])
+    for _ in range(updates):
+        discriminator.update([])
+    return model.eval()
+
+
+def score(model: TokenRewardModel, other: Site, samples: Sequence[Sample]) -> list[Sample]:
+    """A policy's samples with their reward, projected to the policy's tokens, and whether it could read all of them."""
+    tokenizer = load_tokenizer(str(other.run("init")))
+    assert isinstance(tokenizer.eos_token_id, int)
+    bridge = TokenBridge(tokenizer, model, [tokenizer.eos_token_id])
+    found = once(samples, lambda rows: projected(model, bridge, rows))
+    return [
+        {**row, "reward": reward, "unknown": unknown} for row, (reward, unknown) in zip(samples, found, strict=True)
+    ]
+
+
+def choices(scored: Sequence[Sample]) -> dict[str, float]:
+    """What choosing one sample of each question reaches.
+
+    Returns:
+        Accuracy of majority vote, of the shortest, of the best by logprob, reward and sum (of the two), and of the
+        oracle; and gain: sum's above the better of majority and logprob.
+    """
+    task = get_task(TASK)
+    _, questions = rerank_rows(scored, task, "majority")
+    methods = {name: name for name in ("majority", "logprob", "shortest", "oracle", "reward")}
+    methods["sum"] = "reward_logprob"
+    found = {name: float(np.mean(outcomes(questions, method, task.equal))) for name, method in methods.items()}
+    return {**found, "gain": found["sum"] - max(found["majority"], found["logprob"])}
+
+
+def aurocs(scored: Sequence[Sample]) -> dict[str, float]:
+    """Within-prompt AUROC of the reward, of the policy's log-prob and of their sum, where a question has right
+    and wrong samples; the share of samples that the reward's tokenizer cannot write."""
+    correct, questions = [bool(row["correct"]) for row in scored], [row["question"] for row in scored]
+    scores = {
+        "auroc": [row["reward"] for row in scored],
+        "auroc_logprob": [row["logprob"] for row in scored],
+        "auroc_sum": [row["reward"] + row["logprob"] for row in scored],
+    }
+    found = {name: within_prompt_auroc(values, correct, questions) for name, values in scores.items()}
+    found = {name: value for name, value in found.items() if not math.isnan(value)}
+    return {**found, "unknown": float(np.mean([row["unknown"] for row in scored]))}
+
+
+def projected(model: TokenRewardModel, bridge: TokenBridge, samples: Sequence[Sample]) -> list[tuple[float, bool]]:
+    """Of each sample the mean over the policy's tokens of the rewards projected to them, and whether the reward model's
+    tokenizer has unknown tokens in it."""
+    policy_ids = [encode_completion(bridge.tokenizer, row["completion"]) for row in samples]
+    policy_ids = [ids if row["finished"] else ids[:-1] for ids, row in zip(policy_ids, samples, strict=True)]
+    reward_ids = [bridge.completion(ids) for ids in policy_ids]
+    found = model.token_rewards([bridge.prompt(row["prompt"]) for row in samples], reward_ids)
+    triples = zip(policy_ids, reward_ids, found, strict=True)
+    unknown = model.tokenizer.unk_token_id
+    return [
+        (float(bridge.rewards(ids, translated, values).mean()), unknown in translated)
+        for ids, translated, values in triples
+    ]

@@ -1,0 +1,1 @@
+"""What the studies train: worlds, backbones, arms."""

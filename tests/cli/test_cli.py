@@ -1,0 +1,1243 @@
+"""The command line: what it refuses and how it says so, and the path from samples over scores to a choice.
+
+Bad input is given to `cli.main` in this process; models in it have no weights, so that a command that looked at its
+input too late would fail to load them.
+"""
+
+import datetime
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow
+import pytest
+import torch
+from filelock import FileLock
+from pyarrow import parquet
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from helpers.tiny import launcher, options, rows, trap
+from tracereward import __version__
+from tracereward.cli import app
+from tracereward.commands import score
+from tracereward.errors import InputError
+from tracereward.files import write_jsonl
+from tracereward.modeling.loading import check_model
+from tracereward.rewards.calibration import Calibration
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings, write_calibration
+from tracereward.selection import METHODS
+from tracereward.tasks.recipes import get_task
+
+TINY = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 24, "report_to": "none"}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
+    """Rows, a policy and a reward model without weights, and a reward model with them."""
+    folder = tmp_path_factory.mktemp("cli")
+    write_jsonl(folder / "experts.jsonl", experts)
+    bare = folder / "bare"
+    shutil.copytree(tiny_model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    reward_model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(task="arithmetic"), tokenizer)
+    with torch.no_grad():
+        reward_model.head.w.copy_(torch.linspace(-1, 1, len(reward_model.head.w)))  # else it is only the log-prob
+    reward_model.save_pretrained(folder / "reward_model")
+    bare_reward = folder / "bare_reward_model"
+    shutil.copytree(folder / "reward_model", bare_reward)
+    (bare_reward / "model.safetensors").write_bytes(b"")  # cannot be loaded
+    return SimpleNamespace(
+        folder=folder,
+        model=tiny_model_folder,
+        experts=folder / "experts.jsonl",
+        bare=bare,
+        reward_model=folder / "reward_model",
+        bare_reward=bare_reward,
+    )
+
+
+@pytest.fixture(scope="module")
+def token_reward_model(bench, tokenizer):
+    """A reward model that is a token classifier."""
+    folder = bench.folder / "token_reward_model"
+    settings = RewardSettings(head="token", granularity="step", aggregate="min", task="arithmetic")
+    torch.manual_seed(0)
+    TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """`command(word, ...)` runs the command line in this process: exit code, stdout and stderr."""
+
+    def run(*argv: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            app.main()
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
+
+    return run
+
+
+def refused(done: SimpleNamespace, *parts: object) -> None:
+    """Exit 2, nothing on stdout, and one sentence on stderr that contains `parts`."""
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    said = [line for line in done.err.splitlines() if line.startswith("tracereward: ")]
+    assert len(said) == 1, done.err
+    for part in parts:
+        assert str(part) in said[0]
+
+
+def words(bench, output: Path, **changed: object) -> list[str]:
+    given = {
+        "task": "arithmetic",
+        "dataset_name": bench.experts,
+        "model_name_or_path": bench.bare,
+        "output_dir": output,
+        **TINY,
+        **changed,
+    }
+    return [*options(**{name: value for name, value in given.items() if value is not None})]
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"learning_rate": -1}, "learning_rate must be a number of at least 0"),
+        ({"learning_rate": "nan"}, "learning_rate must be a number of at least 0"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number"),
+        ({"num_train_epochs": "nan"}, "num_train_epochs must be a number"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"temperature": 0}, "temperature must be more than 0"),
+        ({"top_p": 1.5}, "top_p must be more than 0 and at most 1"),
+        ({"discriminator_learning_rate": -1}, "discriminator_learning_rate must be 0 or more"),
+        ({"discriminator_warmup_updates": -1}, "discriminator_warmup_updates must be 0 or more"),
+        ({"replay_size": -5}, "replay_size must be at least 1"),
+        ({"discriminator_token_budget": 0}, "discriminator_token_budget must be at least 1"),
+        ({"validation_dataset_name": "questions", "save_strategy": "no"}, "chooses among checkpoints"),
+    ],
+)
+def test_numbers_that_cannot_train_are_refused(command, bench, tmp_path, changed, named):
+    if "validation_dataset_name" in changed:
+        questions = [{"prompt": "1 + 1 + 1 + 1 = ?\n", "answer": "4"}]
+        write_jsonl(tmp_path / "questions.jsonl", questions)
+        changed = {**changed, "validation_dataset_name": tmp_path / "questions.jsonl"}
+    refused(command("train", *words(bench, tmp_path / "run", **changed)), named)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_named_with_hyphens_or_underscores(command, bench, tmp_path, monkeypatch):
+    """Both are the same option: a run must never go where nobody asked for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    given = words(bench, tmp_path / "taken")
+    at = given.index("--output_dir")
+    given[at : at + 2] = [f"--output-dir={tmp_path / 'taken'}"]
+    refused(command("train", *given), "taken is a file, not a folder")
+    for value in ("", "[a]", "3"):
+        (tmp_path / "recipe.yaml").write_text(f"output_dir: {value}\n")
+        refused(command("train", "--config", tmp_path / "recipe.yaml", *given[:at]), "output_dir must be the name")
+    (tmp_path / "recipe.yaml").write_text("seed: 1\nlearning_rate: 0.1\nseed: 2\n")
+    refused(command("train", "--config", tmp_path / "recipe.yaml"), "recipe.yaml:3: option 'seed' is given twice")
+    (tmp_path / "recipe.yaml").write_text("1: 2\n")
+    refused(command("train", "--config", tmp_path / "recipe.yaml"), "unknown option 1")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_no_run_of_ours_is_left_alone(command, bench, tmp_path):
+    """Also with --resume; what ended before it began may be begun anew with other options."""
+    folder = tmp_path / "run"
+    (folder / "policy").mkdir(parents=True)
+    (folder / "policy" / "mine.txt").write_text("dear")
+    (folder / "checkpoints" / "checkpoint-500").mkdir(parents=True)
+    for resume in ([], ["--resume"]):
+        refused(command("train", *words(bench, folder), *resume), "holds policy and is no run folder", "config.yaml")
+    assert (folder / "policy" / "mine.txt").read_text() == "dear"
+    assert (folder / "checkpoints" / "checkpoint-500").is_dir()
+
+    (tmp_path / "failed" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "failed" / "config.yaml").write_text("learning_rate: 5.0\n")
+    (tmp_path / "failed" / "checkpoints" / "batch.json").write_text('{"rows": 3}')
+    refused(command("train", *words(bench, tmp_path / "failed")), "no file named model.safetensors")
+
+    finished = tmp_path / "finished"
+    (finished / "policy").mkdir(parents=True)
+    for name in ("report.html", "metrics.jsonl"):
+        (finished / name).write_text("")
+    shutil.copy(tmp_path / "failed" / "config.yaml", finished)
+    done = command("train", *words(bench, finished), "--resume")
+    refused(done, "is finished, and has no checkpoint to go on from")
+
+
+# Training: rows
+
+GOOD = {"prompt": "1 + 2 = ?\n", "completion": "#### 3", "answer": "3"}
+
+
+@pytest.mark.parametrize("kind", ["sft", "train", "grpo"])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"completion": "#### 3"}, "prompt"),
+        ({"prompt": "", "completion": "#### 3"}, "prompt"),
+        ({"prompt": "1 + 2 = ?\n"}, "completion"),
+        ({"prompt": "1 + 2 = ?\n", "completion": ""}, "completion"),
+        ({"prompt": "1 + 2 = ?\n", "completion": 3}, "completion"),
+        (["1 + 2 = ?\n", "#### 3"], "JSON array"),
+    ],
+    ids=["no prompt", "empty prompt", "no completion", "empty completion", "number", "no object"],
+)
+def test_bad_rows_are_named_by_file_and_line(command, bench, tmp_path, kind, row, message):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD, row, GOOD])
+    changed = {"num_generations": None} if kind == "sft" else {}
+    done = command(kind, *words(bench, tmp_path / "run", dataset_name=data, **changed))
+    refused(done, f"{data}:2: ", message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_verifier_needs_answers(command, bench, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [{**GOOD, "answer": None} if n == 3 else GOOD for n in range(12)])
+    done = command("grpo", *words(bench, tmp_path / "run", task="generic", dataset_name=data))
+    refused(done, f"{data}:4: ", "answer")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file; did you mean"),
+        (b"", "no rows"),
+        (b'{"prompt": "1 + 2 = ?\\n", "completion"\n', ":1: not valid JSON"),
+        (b'{"prompt": "\xff"}\n', "not UTF-8"),
+    ],
+    ids=["missing", "empty", "cut", "bytes"],
+)
+def test_unreadable_files(command, bench, tmp_path, content, message):
+    data = tmp_path / "experts.jsonl"
+    if content is None:
+        shutil.copy(bench.experts, tmp_path / "expert.jsonl")
+    else:
+        data.write_bytes(content)
+    refused(command("train", *words(bench, tmp_path / "run", dataset_name=data)), data, message)
+
+
+def test_completions_over_the_limit(command, bench, tmp_path, experts, tokenizer):
+    lengths = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in experts]
+    limit = sorted(lengths)[len(lengths) // 2]
+    over = sum(length > limit for length in lengths)
+    assert 0 < over < 8
+    given = words(bench, tmp_path / "run", max_completion_length=limit, per_device_train_batch_size=4)
+    done = command("train", *given)
+    refused(done, f"{over} of {len(experts)} rows are too long", f"over {limit} tokens", "--on_long")
+    given = words(bench, tmp_path / "run", model_name_or_path=bench.model, max_completion_length=limit, max_steps=1,
+                  per_device_train_batch_size=4, num_generations=None)  # fmt: skip
+    dropped = launcher()("sft", *given, "--on_long", "drop")
+    assert dropped.code == 0, dropped.err
+    assert f"{over} demonstrations left out: longer than {limit} tokens" in dropped.err
+    refused(command("train", *words(bench, tmp_path / "other", max_completion_length=2), "--on_long", "drop"),
+            f"{len(experts)} of {len(experts)} rows are too long")  # fmt: skip
+
+
+def test_fewer_demonstrations_than_a_batch(command, bench, tmp_path):
+    given = words(bench, tmp_path / "run", per_device_train_batch_size=52)
+    refused(command("train", *given), "12 demonstrations, 13 prompts needed", "--per_device_train_batch_size")
+    given = words(bench, tmp_path / "run", per_device_train_batch_size=13, num_generations=None)
+    refused(command("sft", *given), "12 demonstrations, 13", "--per_device_train_batch_size")
+
+
+# Training: options
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"task": "arithmetics"}, ["'arithmetics'", "did you mean 'arithmetic'?"]),
+        ({"granularity": "stpe"}, ["granularity 'stpe'", "did you mean 'step'?"]),
+        ({"head": "tokn"}, ["head 'tokn'", "did you mean 'token'?"]),
+        ({"advantages": "tokens"}, ["advantages 'tokens'", "did you mean 'token'?"]),
+        ({"template": "chta"}, ["template 'chta'", "did you mean 'chat'?"]),
+        ({"template": "chat"}, ["no chat template", "--template plain"]),
+        ({"num_generations": 1}, ["at least 2 completions"]),
+        ({"save_total_limit": 1}, ["save_total_limit must be at least 2"]),
+        ({"num_iterations": 2, "save_steps": 3}, ["save_steps 3", "--save_steps 2"]),
+        (
+            {"steps_per_generation": 6, "gradient_accumulation_steps": 4, "save_steps": 2},
+            ["save_steps 2", "--save_steps 3"],
+        ),
+        ({"model_name_or_path": None}, ["--model_name_or_path"]),
+        ({"granulrity": "step"}, ["unknown option --granulrity", "did you mean 'granularity'?"]),
+        ({"max_steps": "many"}, ["max_steps", "many"]),
+        ({"label_smoothing": 0.7}, ["label_smoothing", "0.7"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options(command, bench, tmp_path, changed, parts):
+    refused(command("train", *words(bench, tmp_path / "run", **changed)), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_models(command, bench, tmp_path, tokenizer):
+    run = tmp_path / "run"
+    missing = bench.folder / "bar"
+    refused(command("train", *words(bench, run, model_name_or_path=missing)), missing, f"did you mean {bench.bare}")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(command("train", *words(bench, run, model_name_or_path=empty)), empty, "config.json is missing")
+    foreign = tmp_path / "foreign"
+    shutil.copytree(bench.bare, foreign)
+    other = Tokenizer(models.WordLevel({**tokenizer.get_vocab(), "new": len(tokenizer)}, unk_token="<unk>"))
+    other.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<eos>").save_pretrained(foreign)
+    refused(command("train", *words(bench, run, warmup_model=foreign)), "different tokenizers", bench.bare, foreign)
+    taken = tmp_path / "taken"
+    taken.write_text("a file")
+    refused(command("train", *words(bench, taken)), taken, "not a folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (None, ["no such file", "did you mean"]),
+        ("granulrity: step\n", ["unknown option 'granulrity'", "did you mean 'granularity'?"]),
+        ("granularity: stpe\n", ["granularity 'stpe'", "did you mean 'step'?"]),
+        ("head: tokn\n", ["head 'tokn'", "did you mean 'token'?"]),
+        ("task: arithmetics\n", ["did you mean 'arithmetic'?"]),
+        ("- granularity\n- step\n", ["must be a mapping"]),
+        ("granularity: [step\n", ["not a YAML file"]),
+    ],
+    ids=["missing", "option", "granularity", "head", "task", "list", "broken"],
+)
+def test_bad_configuration_files(command, bench, tmp_path, content, parts):
+    config = tmp_path / "options.yaml"
+    if content is None:
+        (tmp_path / "option.yaml").write_text("head: token\n")
+    else:
+        config.write_text(content)
+    given = words(bench, tmp_path / "run", task=None)
+    named = [config] if parts[0] in ("no such file", "must be a mapping") or "unknown option" in parts[0] else []
+    refused(command("train", "--config", config, *given), *named, *parts)
+    refused(command("train", *given, f"--config={config}"), *named, *parts)
+
+
+def test_the_command_line_overrides_the_file(command, bench, tmp_path):
+    config = tmp_path / "options.yaml"
+    config.write_text("granularity: stpe\nhead: token\n")
+    given = words(bench, tmp_path / "run", granularity="dense", max_completion_length=2)
+    refused(command("train", "--config", config, *given), "rows are too long")  # so both were read
+
+
+# Reward models
+
+
+@pytest.mark.parametrize("name", ["score", "rerank"])
+def test_what_is_not_a_reward_model(command, bench, tmp_path, name):
+    data = bench.experts
+    refused(command(name, bench.folder / "reward_mode", data), "no such model folder", f"did you mean {bench.folder}")
+    refused(command(name, bench.model, data), "not a reward model", "tracereward.json is missing")
+    for missing in ("head.safetensors", "model.safetensors", "tokenizer.json", "config.json"):
+        partial = tmp_path / missing
+        shutil.copytree(bench.bare_reward, partial)
+        (partial / missing).unlink()
+        refused(command(name, partial, data), "not a complete reward model", f"{missing} missing")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bench.bare_reward, damaged)
+    (damaged / "tracereward.json").write_text('{"head": ')
+    refused(command(name, damaged, data), "tracereward.json is damaged")
+
+
+@pytest.mark.parametrize("name", ["score", "rerank"])
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"completion": "#### 3"}, [":2: ", "prompt"]),
+        ({"prompt": "1 + 2 = ?\n"}, [":2: ", "completion"]),
+        ({"prompt": "1 + 2 = ?\n", "completion": ""}, [":2: ", "not empty"]),
+        ({"prompt": "1 + 2 = ?\n", "candidates": []}, [":2: ", "candidates"]),
+        ({"prompt": "1 + 2 = ?\n", "candidates": ["#### 3", ""]}, [":2: ", "not empty"]),
+        ({"prompt": "1 + 2 = ?\n", "candidates": "#### 3"}, [":2: ", "list of texts"]),
+        ({"prompt": "1 + 2 = ?\n", "completion": ["#### 3"]}, [":2: ", "needs a completion"]),
+        ({"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", " "]}, [":2: ", "steps", "not empty"]),
+        ({"prompt": "1 + 2 = ?\n", "steps": "1 + 2 = 3"}, [":2: ", "steps must be a list"]),
+        ({**GOOD, "prompt": 7}, [":2: ", "'prompt' is int, neither text nor a list"]),
+        ({**GOOD, "prompt": [{"role": "user"}]}, [":2: ", "'prompt' is list, neither text nor"]),
+        ({**GOOD, "prompt": [{"role": "user", "content": "1 + 2 = ?"}]}, [":2: ", "trained on plain texts"]),
+        ({**GOOD, "finished": "false"}, [":2: ", "finished must be true or false"]),
+        ({**GOOD, "finished": [True]}, [":2: ", "finished must be true or false"]),
+        ({"prompt": "1", "candidates": ["2", "3"], "finished": [True]}, [":2: ", "for each of the 2 candidates"]),
+        ({**GOOD, "note": "\ud800"}, [":2: ", "field 'note' does not fit in JSON", "surrogates not allowed"]),
+        ({**GOOD, "a": {"b": [float("nan")]}}, [":2: ", "field 'a' does not fit in JSON", "Out of range"]),
+    ],
+    ids=["prompt", "completion", "empty", "no candidates", "empty candidate", "text", "list", "empty step", "no steps",
+         "number", "message", "messages", "finished", "one finished", "finished of candidates", "surrogate", "nan"],
+)  # fmt: skip
+def test_rows_that_cannot_be_scored(command, bench, tmp_path, name, row, parts):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [GOOD, row]))
+    refused(command(name, bench.bare_reward, data), data, *parts)
+
+
+def test_values_that_json_cannot_hold(command, bench, tmp_path):
+    data = tmp_path / "rows.parquet"
+    day = {"day": datetime.date(2024, 1, 2)}
+    parquet.write_table(pyarrow.Table.from_pylist([{**GOOD, "day": None}, {**GOOD, **day}]), data)
+    refused(command("score", bench.bare_reward, data), f"{data}:2: field 'day' does not fit in JSON", "date")
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text(json.dumps(GOOD) + '\n{"prompt": ' + "[" * 200_000 + "\n")
+    refused(command("score", bench.bare_reward, lines), f"{lines}:2: not valid JSON: nested too deep")
+    half = tmp_path / "half.jsonl"
+    half.write_text(json.dumps({**GOOD, "prompt": "\ud800"}) + "\n")
+    refused(
+        command("sample", bench.bare, "--data", half), f"{half}:1: field 'prompt' does not fit in JSON", "surrogates"
+    )
+    whole = tmp_path / "rows.json"
+    whole.write_text("[" * 200_000)
+    refused(command("score", bench.bare_reward, whole), f"{whole}: not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"correct": "false"}, "correct must be true or false, not 'false'"),
+        ({"correct": 2}, "correct must be true or false, not 2"),
+        ({"logprob": "-1"}, "logprob must be a finite number, not '-1'"),
+        ({"logprob": True}, "logprob must be a finite number, not True"),
+        ({"answer": ["3"]}, "answer must be a text or a number, not ['3']"),
+    ],
+)
+def test_facts_that_are_of_another_type(command, bench, tmp_path, fields, message):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD, {**GOOD, **fields}])
+    refused(command("rerank", bench.bare_reward, data), f"{data}:2: {message}")
+    refused(command("inspect", data, "--model", bench.bare_reward), f"{data}:2: {message}")
+    refused(command("correct", bench.bare, data, "--reward-model", bench.bare_reward), f"{data}:2: {message}")
+
+
+def test_rerank_says_what_it_needs(command, bench, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [{**GOOD, "logprob": -1.0}, GOOD])
+    refused(command("rerank", bench.bare_reward, data, "--method", "logprob"), f"{data}:2: ", "logprob")
+    refused(command("rerank", bench.bare_reward, data, "--method", "votes"), "method 'votes'", "did you mean 'vote'?")
+    refused(command("rerank", bench.bare_reward, data, "--method", "softmax_vote"), "method 'softmax_vote'", "vote")
+    refused(command("rerank", bench.bare_reward, data, "--aggregate", "men"), "aggregate 'men'", "did you mean 'mean'?")
+    refused(command("rerank", bench.bare_reward, data, "--task", "arithmetics"), "did you mean 'arithmetic'?")
+    write_jsonl(data, [{"prompt": "1 + 2 = ?\n", "candidates": ["#### 3"]}])
+    refused(command("rerank", bench.bare_reward, data), f"{data}:1: ", "a completion in each row")
+    write_jsonl(data, [{"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"]}])
+    refused(command("rerank", bench.bare_reward, data), f"{data}:1: ", "a completion in each row")
+    data.write_text("")
+    refused(command("rerank", bench.bare_reward, data), data, "no rows")
+    refused(command("score", bench.bare_reward, data), data, "no rows")
+    refused(command("score", bench.bare_reward, data, "--engine", "rai"), "'rai'", "Known: transformers, vllm, ray")
+
+
+def test_bad_output_files(command, bench, tmp_path):
+    """Said before a model is loaded, by an attempt that leaves nothing behind."""
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD, {**GOOD, "prompt": "1 + 3 = ?\n"}])
+    for given in (
+        ["score", bench.bare_reward, data],
+        ["rerank", bench.bare_reward, data],
+        ["inspect", data, "--model", bench.bare_reward],
+        ["correct", bench.bare, data, "--reward-model", bench.bare_reward],
+        ["sample", bench.bare, "--task", "arithmetic", "--data", data],
+    ):
+        refused(command(*given, "-o", tmp_path / "no" / "such.jsonl"), "folder", "does not exist")
+        refused(command(*given, "-o", tmp_path), "is a folder; name a file")
+        refused(command(*given, "-o", "/proc/out"), "/proc/out: cannot be written")
+    refused(command("export", bench.bare_reward, "--data", data, "-o", "/proc/no/out"), "/proc/no/out: ")
+    refused(command("export", bench.bare_reward, "--data", data, "-o", "/proc/out"), "/proc/out: cannot be written")
+    write_jsonl(tmp_path / "bad.jsonl", [{"prompt": "1"}])
+    refused(command("score", bench.bare_reward, tmp_path / "bad.jsonl", "-o", tmp_path / "out"), "needs a completion")
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "bad.jsonl"}
+
+
+def test_bad_sampling(command, bench, tmp_path):
+    given = ["sample", bench.bare, "--task", "arithmetic", "--data"]
+    refused(command(*given, tmp_path / "no.jsonl"), "no such file")
+    refused(command(*given, bench.experts, "--temperature", 0, "-n", 2), "temperature 0")
+    refused(command(*given, bench.experts, "--template", "chat"), "no chat template")
+    refused(command(*given, bench.experts, "--resume"), "--output")
+    refused(command("sample", bench.bare, "--task", "arithmetic"), "--data")
+    refused(command("sample", bench.folder / "bar", *given[2:], bench.experts), f"did you mean {bench.bare}")
+
+
+@pytest.mark.parametrize("option", ["--temperature", "--top-p"])
+@pytest.mark.parametrize("value", [-1, "nan", "inf"])
+def test_what_tokens_cannot_be_drawn_by(command, bench, option, value):
+    data = ["--task", "arithmetic", "--data", bench.experts, option, value]
+    refused(command("sample", bench.bare, *data), f"{option} must be ", value)
+    refused(command("sample", bench.bare, *data, "--guide", "tilt", "--reward-model", bench.bare_reward), option)
+    given = ["--reward-model", bench.bare_reward, option, value]
+    refused(command("correct", bench.bare, bench.experts, *given), f"{option} must be ")
+
+
+def test_top_p_of_none_and_of_more_than_all(command, bench):
+    given = ["sample", bench.bare, "--task", "arithmetic", "--data", bench.experts, "--top-p"]
+    for value in (0, 2):
+        refused(command(*given, value), "--top-p must be over 0 and at most 1", value)
+
+
+def test_only_a_language_model_draws_or_stands_beside(command, bench, token_reward_model, tmp_path):
+    """A token classifier, for one the reward model of a token head, would be given an LM head of random numbers."""
+    bare = tmp_path / "bare"
+    shutil.copytree(token_reward_model, bare)
+    (bare / "model.safetensors").write_bytes(b"")
+    given, kind = ["--task", "arithmetic", "--data", bench.experts], f"{bare}: is a LlamaForTokenClassification"
+    refused(command("sample", bare, *given), kind)
+    refused(command("evaluate", "policy", bare, *given), kind)
+    refused(command("correct", bare, bench.experts, "--reward-model", bench.bare_reward), kind)
+    refused(command("score", bench.bare_reward, bench.experts, "--reference", bare), kind)
+    headless = tmp_path / "headless"
+    shutil.copytree(bench.bare, headless)
+    config = json.loads((headless / "config.json").read_text())
+    (headless / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaModel"]}))
+    refused(command("sample", headless, *given), f"{headless}: is a LlamaModel")
+    for kinds in (None, ["LlamaModel", "LlamaForCausalLM"], ["FSDPLlamaForCausalLM"]):
+        (headless / "config.json").write_text(json.dumps({**config, "architectures": kinds}))
+        check_model(str(headless))
+
+
+# Usage
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["trian"], "trian"),
+        (["score"], "Missing argument"),
+        (["rerank", "model"], "Missing argument"),
+        (["score", "model", "data", "--no-such-option"], "--no-such-option"),
+        (["sample", "model", "-n", "0"], "-n"),
+        (["sample", "model", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["sample", "model", "--batch-size", "0"], "--batch-size"),
+        (["sample", "model", "--limit", "0"], "--limit"),
+        ([], "Usage"),
+    ],
+    ids=["command", "arguments", "argument", "option", "range", "length", "batch", "limit", "nothing"],
+)
+def test_wrong_usage(command, argv, message):
+    done = command(*argv)
+    assert done.code == 2
+    assert message in done.err + (done.out if not argv else "")
+    assert "Traceback" not in done.err
+    if argv:
+        assert done.out == ""
+
+
+def test_help_and_version(command):
+    shown = command("--help")
+    assert shown.code == 0
+    for name in ("sft", "train", "grpo", "sample", "score", "rerank", "inspect", "calibrate", "evaluate", "quickstart"):
+        assert name in shown.out
+    for suite in ("pool", "processbench", "prmbench", "mrben", "perturbation", "policy"):
+        assert suite in command("evaluate", "--help").out
+        assert "--output" in command("evaluate", suite, "--help").out
+    assert command("--version").out == f"{__version__}\n"
+    for kind, own in (("train", "--granularity"), ("grpo", "--reward"), ("sft", "--validation_fraction")):
+        shown = command(kind, "--help")
+        assert shown.code == 0
+        assert own in shown.out
+        assert "--resume" in shown.out
+        assert shown.err == ""
+    for name in ("sample", "score", "rerank", "quickstart"):
+        shown = command(name, "--help")
+        assert shown.code == 0
+        assert "Usage" in shown.out
+
+
+def test_help_needs_no_torch():
+    program = """
+import sys
+from tracereward.cli import main
+sys.argv = ["tracereward", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print(sorted({"torch", "transformers", "trl", "datasets"} & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "rerank" in done.stdout
+    assert done.stderr == "[]\n"
+
+
+# Samples, scores, choices
+
+
+@pytest.fixture(scope="module")
+def samples(bench):
+    """Five questions with four samples each, as `sample` writes them to stdout."""
+    done = launcher()(
+        "sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "-n", 4, "--limit", 5,
+        "--max-new-tokens", 12,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    found = [json.loads(line) for line in done.out.splitlines()]
+    # An untrained model is never right: give each question one expert trace.
+    experts = rows(bench.experts)
+    for row in found[::4]:
+        row["completion"], row["correct"] = experts[row["question"]]["completion"], True
+        row["finished"] = True
+    path = bench.folder / "samples.jsonl"
+    write_jsonl(path, found)
+    return path
+
+
+def test_sample_writes_rows_in_order(bench, samples, experts):
+    found = rows(samples)
+    assert [row["question"] for row in found] == [n for n in range(5) for _ in range(4)]
+    assert [row["prompt"] for row in found] == [experts[row["question"]]["prompt"] for row in found]
+    assert all(row["logprob"] < 0 and 1 <= row["length"] <= 12 for row in found)
+    assert all(row["finished"] or row["length"] == 12 for row in found)
+
+
+def test_scores_are_those_of_the_model(bench, samples):
+    done = launcher()("score", bench.reward_model, samples)
+    assert done.code == 0, done.err
+    scored = [json.loads(line) for line in done.out.splitlines()]
+    given = rows(samples)
+    kept = given[0].keys()
+    assert [{name: row[name] for name in kept} for row in scored] == [{n: row[n] for n in kept} for row in given]
+    model = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    expected = model.score(*([row[name] for row in given] for name in ("prompt", "completion", "finished")))
+    for row, scores in zip(scored, expected, strict=True):
+        assert row["token_rewards"] == scores.rewards
+        assert row["tokens"] == scores.tokens
+        assert [tuple(pair) for pair in row["offsets"]] == scores.offsets
+        assert row["step_rewards"] == scores.step_rewards()
+        assert row["reward"] == pytest.approx(sum(scores.rewards) / len(scores.rewards))
+    assert len({row["reward"] for row in scored}) > 5
+
+
+def test_scores_with_the_models_that_a_reward_form_needs(bench, samples, tokenizer):
+    """The policy of the samples as reference: its mean log-prob, which `sample` wrote, is added where nothing clips."""
+    alone = launcher()("score", bench.reward_model, samples)
+    done = launcher()("score", bench.reward_model, samples, "--reference", bench.model)
+    assert done.code == 0, done.err
+    model = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    reference = AutoModelForCausalLM.from_pretrained(bench.model).eval()
+    given = rows(samples)
+    texts = ([row[name] for row in given] for name in ("prompt", "completion", "finished"))
+    expected = model.score(*texts, reference=reference)
+    assert alone.out != done.out
+    for line, scores in zip(done.out.splitlines(), expected, strict=True):
+        assert json.loads(line)["token_rewards"] == scores.rewards
+
+
+def test_the_policy_is_taken_off_where_the_head_says_so(command, bench, samples, tmp_path):
+    """With the reference that is the policy, what is added is taken off; other heads than two have nothing to take."""
+    for name in ("score", "inspect"):
+        words = {"score": [bench.bare_reward, samples], "inspect": [samples, "--model", bench.bare_reward]}[name]
+        refused(command(name, *words, "--policy", bench.model), "--policy is for the heads airl and implicit", "action")
+    folder = tmp_path / "airl"
+    settings = RewardSettings(head="airl", task="arithmetic", beta_clip=100.0)
+    tokenizer = TokenRewardModel.from_pretrained(str(bench.reward_model)).tokenizer
+    TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
+    given = ["score", folder, samples]
+    alone, off, both = (
+        [json.loads(line)["token_rewards"] for line in command(*given, *beside).out.splitlines()]
+        for beside in ([], ["--policy", bench.model], ["--reference", bench.model, "--policy", bench.model])
+    )
+    model = AutoModelForCausalLM.from_pretrained(bench.model)
+    for without, taken, again, row in zip(alone, off, both, rows(samples), strict=True):
+        assert again == pytest.approx(without, abs=1e-4)
+        prompt, trace = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
+        trace += [tokenizer.eos_token_id] * row["finished"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + trace])).logits[0].double()
+        log_probs = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(trace) - 1), trace]
+        assert taken == pytest.approx((torch.tensor(without) - log_probs).tolist(), abs=1e-4)
+
+
+def test_candidates_are_scored_like_single_traces(bench, samples):
+    given = rows(samples)
+    grouped = [
+        {"prompt": given[n]["prompt"], "candidates": [row["completion"] for row in given[n : n + 4]]}
+        for n in range(0, len(given), 4)
+    ]
+    write_jsonl(bench.folder / "grouped.jsonl", grouped)
+    single = [{"prompt": row["prompt"], "completion": row["completion"]} for row in given]
+    write_jsonl(bench.folder / "single.jsonl", single)
+    output = bench.folder / "scored.jsonl"
+    done = launcher()("score", bench.reward_model, bench.folder / "grouped.jsonl", "-o", output)
+    assert (done.code, done.out) == (0, ""), done.err
+    together = [scores for row in rows(output) for scores in row["scores"]]
+    alone = launcher()("score", bench.reward_model, bench.folder / "single.jsonl").out.splitlines()
+    assert [row["candidates"] for row in rows(output)] == [row["candidates"] for row in grouped]
+    for scores, line in zip(together, alone, strict=True):
+        assert scores == {name: json.loads(line)[name] for name in scores}
+    assert set(together[0]) == {
+        "reward", "aggregates", "step_rewards", "tokens", "offsets", "token_rewards", "supervised", "step_ends",
+    }  # fmt: skip
+
+
+def test_a_trace_of_nothing_but_its_end_is_scored(bench, tmp_path, tokenizer):
+    """A policy may end at once; `sample` says so with `finished`. Without that, an empty completion is a mistake."""
+    row = {"prompt": "1 + 2 = ?\n", "completion": ""}
+    write_jsonl(tmp_path / "ended.jsonl", [{**row, "finished": True}])
+    done = launcher()("score", bench.reward_model, tmp_path / "ended.jsonl")
+    assert done.code == 0, done.err
+    (scored,) = [json.loads(line) for line in done.out.splitlines()]
+    assert scored["tokens"] == [tokenizer.eos_token]
+    assert scored["offsets"] == [[0, 0]]
+    write_jsonl(tmp_path / "empty.jsonl", [row])
+    assert launcher()("score", bench.reward_model, tmp_path / "empty.jsonl").code == 2
+
+
+def test_a_run_folder_is_one_process_alone(command, bench, tmp_path):
+    output = tmp_path / "run"
+    (output / "checkpoints").mkdir(parents=True)
+    with FileLock(output / "checkpoints" / ".lock"):
+        refused(command("train", *words(bench, output)), "another process is running in", "--output_dir")
+    assert not (output / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("method", ["reward", "vote", "sigmoid_vote", "logprob", "shortest", "majority", "random"])
+def test_rerank_chooses_one_of_each_question(bench, samples, method):
+    done = launcher()("rerank", bench.reward_model, samples, "--method", method)
+    assert done.code == 0, done.err
+    chosen = [json.loads(line) for line in done.out.splitlines()]
+    assert [row["question"] for row in chosen] == [0, 1, 2, 3, 4]
+    assert all(row["of"] == 4 and row["method"] == method for row in chosen)
+    given, scored = rows(samples), launcher()("score", bench.reward_model, samples).out.splitlines()
+    best = {
+        "reward": lambda row: row["reward"],
+        "logprob": lambda row: row["logprob"],
+        "shortest": lambda row: -len(row["completion"]),
+    }
+    for row in chosen:
+        group = [json.loads(line) for line in scored if json.loads(line)["question"] == row["question"]]
+        assert row["completion"] in [other["completion"] for other in group]
+        if method in best:
+            assert row["completion"] == max(group, key=best[method])["completion"]
+    right = sum(get_task("arithmetic").verify(row["completion"], row["answer"]) for row in chosen)
+    table = launcher()("rerank", bench.reward_model, samples, "--method", method, "--json")
+    assert table.code == 0, table.err
+    (line,) = table.out.splitlines()
+    accuracies = json.loads(line)["accuracy"]
+    assert json.loads(line)["questions"] == len({row["question"] for row in given})
+    label = METHODS[method].format(n=4)
+    assert accuracies[label][0] == right / 5
+    assert accuracies["oracle@4"][0] == 1.0
+    assert "oracle@4" in done.err
+
+
+def test_a_closed_pipe_is_no_error(bench, experts):
+    many = bench.folder / "many.jsonl"
+    write_jsonl(many, [{"prompt": row["prompt"], "completion": row["completion"]} for row in experts] * 40)
+    command = [sys.executable, "-m", "tracereward", "score", str(bench.reward_model), str(many)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        first = process.stdout.readline()
+        process.stdout.close()
+        notes = process.stderr.read()
+    assert json.loads(first)["prompt"] == experts[0]["prompt"]
+    assert process.returncode == 0
+    assert "Traceback" not in notes
+    assert "BrokenPipe" not in notes
+
+
+def test_a_token_head_scores_too(token_reward_model, samples):
+    done = launcher()("score", token_reward_model, samples)
+    assert done.code == 0, done.err
+    for line in done.out.splitlines():
+        row = json.loads(line)
+        assert row["reward"] == min(row["token_rewards"])
+
+
+# Long scoring: interrupted, and with bad rows
+
+
+@pytest.fixture(scope="module")
+def many(bench, tokenizer):
+    """Sixty rows of three candidates, of completions and of steps, mixed, with prompts that several share."""
+    found = []
+    for n, row in enumerate(rows(bench.experts) * 5):
+        lines = row["completion"].split("\n")
+        forms = [{"completion": row["completion"]}, {"steps": lines}, {"candidates": [*lines, row["completion"]][:3]}]
+        found.append({"n": n, "prompt": row["prompt"], **forms[n % 3]})
+    write_jsonl(bench.folder / "sixty.jsonl", found)
+    return bench.folder / "sixty.jsonl"
+
+
+@pytest.mark.parametrize("share", [0.1, 0.45, 0.9])
+def test_scoring_that_was_killed_goes_on_to_the_same_file(bench, many, tmp_path, share):
+    """Killed in the middle of a line; the rows after it are, to the last digit, those of a run in one piece."""
+    whole = tmp_path / "whole.jsonl"
+    assert launcher()("score", bench.reward_model, many, "-o", whole).code == 0
+    output = tmp_path / "scored.jsonl"
+    size = int(share * whole.stat().st_size)
+    killed = launcher()("score", bench.reward_model, many, "-o", output, trap=trap("size", "", size))
+    assert killed.code == -signal.SIGXFSZ
+    part = tmp_path / "scored.jsonl.part"
+    assert not output.exists()
+    assert 0 < part.stat().st_size <= size
+    assert not part.read_bytes().endswith(b"\n")
+    finished = part.read_bytes().count(b"\n")
+    done = launcher()("score", bench.reward_model, many, "-o", output, "--resume")
+    assert done.code == 0, done.err
+    assert f"going on after {finished} rows" in done.err
+    assert output.read_bytes() == whole.read_bytes()
+    assert not part.exists()
+    again = launcher()("score", bench.reward_model, many, "-o", output, "--resume")
+    assert (again.code, again.err) == (0, f"{output} is finished\n")
+
+
+def test_scoring_goes_on_from_every_row(command, bench, many, tmp_path, monkeypatch):
+    """Chunks of seven, with rows that are left out among them: at a chunk's end, inside one, before the first row.
+
+    A chunk is scored whole or not at all: other neighbours in a batch would change the last digits of a reward.
+    """
+    monkeypatch.setattr(score, "CHUNK", 7)
+    score_ids, scored = TokenRewardModel.score_ids, []
+
+    def spy(model, prompts, completions, **options):
+        scored.append([tuple(ids) for ids in completions])
+        return score_ids(model, prompts, completions, **options)
+
+    monkeypatch.setattr(TokenRewardModel, "score_ids", spy)
+    given = rows(many)[:30]
+    for n in (3, 4, 11, 20):
+        given[n] = {"n": n, "prompt": "1 + 1 = ?\n", "completion": "\n" * 200}  # longer than 128 positions
+    given.insert(9, {"n": -1, "prompt": "1 + 1 = ?\n"})
+    write_jsonl(tmp_path / "rows.jsonl", given)
+    words = ["score", bench.reward_model, tmp_path / "rows.jsonl", "--skip-bad", "-o"]
+    killed = launcher()(*words, tmp_path / "whole.jsonl", trap=trap("rename", "whole.jsonl"))
+    assert killed.code == -signal.SIGKILL
+    made_of = (tmp_path / "whole.jsonl.part.json").read_bytes()
+    assert command(*words, tmp_path / "whole.jsonl").code == 0
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 26
+    chunks = list(scored)
+    assert len(chunks) == 5
+    assert not (tmp_path / "whole.jsonl.part.json").exists()
+    for finished in (0, 1, 5, 6, 12, 13, 25, 26):
+        output = tmp_path / f"{finished}.jsonl"
+        tail = b"" if finished == 26 else lines[finished][:20]
+        output.with_name(output.name + ".part").write_bytes(b"".join(lines[:finished]) + tail)
+        output.with_name(output.name + ".part.json").write_bytes(made_of)
+        scored.clear()
+        assert command(*words, output, "--resume").code == 0
+        assert output.read_bytes() == whole, finished
+        assert scored == chunks[len(chunks) - len(scored) :], finished
+        assert len(scored) == {0: 5, 1: 5, 5: 4, 6: 4, 12: 3, 13: 3, 25: 1, 26: 0}[finished]
+
+
+@pytest.fixture
+def cut_off(bench, tmp_path):
+    """`cut_off(name, word, ...)` kills the command where its output would get its name; the words that resume it."""
+
+    def kill(*argv: object) -> list[object]:
+        words = [*argv, "-o", tmp_path / "out.jsonl"]
+        assert launcher()(*words, trap=trap("rename", "out.jsonl")).code == -signal.SIGKILL
+        return [*words, "--resume"]
+
+    return kill
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        (["--temperature", 0.5], ["--temperature (1.0, now 0.5)"]),
+        (["-n", 1], ["-n (2, now 1)"]),
+        (["--seed", 1], ["--seed (0, now 1)"]),
+        (["--max-new-tokens", 5, "--limit", 3], ["--max-new-tokens (4, now 5)", "--limit (none, now 3)"]),
+        (["--batch-size", 2], ["--batch-size (64, now 2)"]),
+        (["--top-p", 0.9], ["--top-p (1.0, now 0.9)"]),
+        (["--template", "chat"], ["--template (plain, now chat)"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_samples_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path, changed, parts):
+    words = ["sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "-n", 2, "--max-new-tokens", 4]
+    given = cut_off(*words)
+    before = (tmp_path / "out.jsonl.part").read_bytes()
+    refused(command(*given, *changed), tmp_path / "out.jsonl.part", *parts, "Give the same arguments, or remove")
+    assert (tmp_path / "out.jsonl.part").read_bytes() == before
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_samples_of_two_models_or_sets_are_not_joined(command, bench, cut_off, tmp_path):
+    """Known by their content: a copy is the same; what was trained or written again under its old name is not."""
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(bench.model, model)
+    shutil.copy(bench.experts, data)
+    words = ["--task", "arithmetic", "-n", 1, "--max-new-tokens", 4]
+    given = cut_off("sample", model, *words, "--data", data)
+    other = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[0, 0] += 1
+    other.save_pretrained(model)
+    refused(command(*given), f"model ({model}: the same name, other content)")
+    write_jsonl(data, rows(data)[1:])
+    with_data = ["sample", bench.model, *words, "--data", data, "-o", tmp_path / "out.jsonl", "--resume"]
+    refused(command(*with_data), f"data ({data}: the same name, other content)")
+    with_data[with_data.index(data)] = bench.experts
+    done = command(*with_data)
+    assert (done.code, len(rows(tmp_path / "out.jsonl"))) == (0, 12), done.err
+
+
+def test_scores_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD] * 3)
+    given = cut_off("score", bench.reward_model, data)
+    refused(command(*given, "--reference", bench.model), f"--reference (none, now {bench.model})")
+    refused(command("score", bench.bare_reward, *given[2:]), f"model ({bench.reward_model}, now {bench.bare_reward})")
+    part = tmp_path / "out.jsonl.part"
+    whole = part.read_bytes()
+    for line in (b"garbage\n", b'{"a": 1}\n', b"[" * 200_000 + b"\n", b"\xff\n"):
+        part.write_bytes(whole.splitlines(keepends=True)[0] + line)
+        refused(command(*given), f"{part}:2: not a row that this command wrote", "start anew")
+    part.write_bytes(whole)
+    made_of = part.with_name(part.name + ".json")
+    text = made_of.read_text()
+    for damaged in ("", "{}", "[]", '{"model": 1}', "null"):
+        made_of.write_text(damaged)
+        refused(command(*given), part, "start anew")
+    made_of.unlink()
+    refused(command(*given), part, "out.jsonl.part.json is missing or damaged", "start anew")
+    made_of.write_text(text)
+    write_jsonl(data, [GOOD] * 4)
+    refused(command(*given), "other content")
+    write_jsonl(data, [GOOD] * 3)
+    assert command(*given, "--skip-bad").code == 0  # leaves the rows that are there as they are
+    assert len(rows(tmp_path / "out.jsonl")) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "rows.jsonl"}
+
+
+def test_resuming_starts_anew_where_nothing_was_written(command, bench, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [GOOD])
+    words = ["score", bench.reward_model, tmp_path / "rows.jsonl"]
+    refused(command(*words, "--resume"), "--resume needs --output")
+    assert command(*words, "-o", tmp_path / "out.jsonl", "--resume").code == 0
+    (row,) = rows(tmp_path / "out.jsonl")
+    assert row["completion"] == GOOD["completion"]
+
+
+def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tmp_path):
+    """Each with its line; without --skip-bad the first of them ends the command, before the model is loaded."""
+    bad = [
+        ({"completion": "#### 3"}, "no prompt"),
+        ({"prompt": "1 + 2 = ?\n"}, "needs a completion"),
+        ({"prompt": "1 + 2 = ?\n", "steps": []}, "steps must be a list"),
+        ({"prompt": "1 + 2 = ?\n", "completion": "\n" * 200}, "the reward model reads 128"),
+        ({"prompt": [{"role": "user", "content": "1 + 2 = ?"}], "completion": "#### 3"}, "trained on plain texts"),
+    ]
+    given = []
+    for n, (row, _) in enumerate(bad):
+        given += [{"n": n, "prompt": f"{n} + 2 = ?\n", "completion": f"#### {n + 2}"}, row]
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, given)
+    refused(command("score", bench.bare_reward, data), f"{data}:2: no prompt")
+    done = command("score", bench.reward_model, data, "--skip-bad")
+    assert done.code == 0, done.err
+    assert [json.loads(line)["n"] for line in done.out.splitlines()] == list(range(5))
+    said = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
+    assert len(said) == len(bad)
+    for n, (_, message) in enumerate(bad):
+        (line,) = [line for line in said if line.startswith(f"skipped: {data}:{2 * n + 2}: ")]
+        assert message in line
+    data.write_text(data.read_text() + '{"prompt": \n["a list"]\n')
+    broken = command("score", bench.reward_model, data, "--skip-bad")
+    assert broken.out == done.out
+    assert f"skipped: {data}:11: not valid JSON" in broken.err
+    assert f"skipped: {data}:12: a JSON array, not an object" in broken.err
+    write_jsonl(data, [row for row, _ in bad[:2]])
+    refused(
+        command("score", bench.bare_reward, data, "--skip-bad"), "no rows that can be scored", f"{data}:1: no prompt"
+    )
+
+
+def test_null_is_not_known_and_candidates_may_each_be_cut_off(command, bench, tmp_path):
+    """A trace that was cut off has no end-of-sequence token; one that does not say has one."""
+    rows_ = [{**GOOD, "finished": None}, GOOD, {**GOOD, "finished": False}, {"prompt": GOOD["prompt"],
+             "candidates": [GOOD["completion"]] * 3, "finished": [True, False, None]}]  # fmt: skip
+    parquet.write_table(pyarrow.Table.from_pylist(rows_[:3]), tmp_path / "rows.parquet")
+    write_jsonl(tmp_path / "rows.jsonl", rows_)
+    flat = [
+        json.loads(line) for line in command("score", bench.reward_model, tmp_path / "rows.parquet").out.splitlines()
+    ]
+    lines = [
+        json.loads(line) for line in command("score", bench.reward_model, tmp_path / "rows.jsonl").out.splitlines()
+    ]
+    whole = len(flat[1]["tokens"])
+    assert [len(row["tokens"]) for row in flat] == [whole, whole, whole - 1]
+    assert [len(row["tokens"]) for row in lines[:3]] == [whole, whole, whole - 1]
+    assert [len(scores["tokens"]) for scores in lines[3]["scores"]] == [whole, whole - 1, whole]
+
+
+def test_a_reward_that_is_not_finite_ends_scoring(command, bench, tmp_path):
+    model = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    with torch.no_grad():
+        model.head.b.fill_(torch.nan)
+    model.save_pretrained(tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    write_jsonl(data, [GOOD])
+    for name in ("score", "rerank"):
+        done = command(name, tmp_path / "model", data)
+        assert (done.code, done.out) == (1, "")
+        assert f"{data}:1: the model gives rewards that are not finite" in done.err
+
+
+def test_a_calibration_is_of_the_reward_alone(command, bench, tmp_path):
+    """It was fitted without the log-probs that --reference and --policy bring."""
+    model, data = tmp_path / "model", tmp_path / "rows.jsonl"
+    shutil.copytree(bench.reward_model, model)
+    write_calibration(model, Calibration("platt", slope=2.0, intercept=0.5, traces=12))
+    write_jsonl(data, [GOOD])
+    alone = command("score", model, data)
+    (row,) = [json.loads(line) for line in alone.out.splitlines()]
+    assert row["probability"] == pytest.approx(1 / (1 + math.exp(-2 * row["reward"] - 0.5)))
+    assert "no probability" not in alone.err
+    beside = command("score", model, data, "--reference", bench.model)
+    (row,) = [json.loads(line) for line in beside.out.splitlines()]
+    assert "probability" not in row
+    assert beside.err.count("no probability: the model is calibrated for its reward without --reference") == 1
+
+
+def test_steps_that_the_tokenizer_does_not_give_back(command, bench, tmp_path):
+    """An unknown character has no text, so that all behind it stand one place further to the left."""
+    data = tmp_path / "rows.jsonl"
+    good = {"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"]}
+    write_jsonl(data, [good, {"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "é3 = 3", "#### 3"]}])
+    refused(command("score", bench.reward_model, data, "-o", tmp_path / "out"), f"{data}:2: step 2: ", "'é3 = 3")
+    done = command("score", bench.reward_model, data, "--skip-bad")
+    assert len(done.out.splitlines()) == 1
+    assert f"skipped: {data}:2: step 2: " in done.err
+    with pytest.raises(InputError, match="trace 0: step 1: "):
+        TokenRewardModel.from_pretrained(str(bench.reward_model)).score_steps(["1"], [["é"]])
+
+
+def test_scored_steps_can_be_looked_at(command, bench, tmp_path):
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"], "answer": 3}])
+    assert command("score", bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored.jsonl").code == 0
+    (row,) = rows(tmp_path / "scored.jsonl")
+    assert row["completion"] == "1 + 2 = 3\n#### 3"
+    shown = command("inspect", tmp_path / "scored.jsonl", "--task", "arithmetic", "--colour", "never")
+    assert shown.code == 0, shown.err
+    assert "✓ right" in shown.out
+    anew = command("inspect", tmp_path / "rows.jsonl", "--model", bench.reward_model, "--colour", "never")
+    assert anew.out == shown.out
+
+
+def test_inspect_checks_the_answers_of_candidates(command, bench, tmp_path):
+    row = {"prompt": "1 + 2 = ?\n", "candidates": ["#### 3", "#### 4"], "answer": 3}
+    write_jsonl(tmp_path / "rows.jsonl", [row])
+    assert command("score", bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored.jsonl").code == 0
+    shown = command("inspect", tmp_path / "scored.jsonl", "--task", "arithmetic", "--colour", "never")
+    assert [line for line in shown.out.splitlines() if line.startswith("#1") or line.startswith("#2")] == [
+        next(line for line in shown.out.splitlines() if "#1 of 2  ✓ right  answer 3" in line),
+        next(line for line in shown.out.splitlines() if "#2 of 2  ✗ wrong  answer 4" in line),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong", "task"),
+    [(3, "#### 3", "#### 4", "arithmetic"), (2.5, "#### 5/2", "#### 2", "arithmetic"),
+     (True, "The answer is yes.", "The answer is no.", "strategyqa"),
+     (False, "The answer is no.", "The answer is yes.", "strategyqa")],
+)  # fmt: skip
+def test_gold_answers_need_not_be_text(command, bench, tmp_path, answer, right, wrong, task):
+    given = [{"prompt": "1?\n", "completion": text, "answer": answer} for text in (right, wrong)]
+    write_jsonl(tmp_path / "rows.jsonl", given)
+    done = command("rerank", bench.reward_model, tmp_path / "rows.jsonl", "--task", task, "--json")
+    assert done.code == 0, done.err
+    accuracy = json.loads(done.out)["accuracy"]
+    assert (accuracy[METHODS["mean"]][0], accuracy["oracle@2"][0]) == (0.5, 1.0)
+
+
+def test_rows_of_a_question_need_not_stand_together(command, bench, samples, tmp_path):
+    given = rows(samples)
+    write_jsonl(tmp_path / "mixed.jsonl", [row for n in range(4) for row in given[n::4]])
+    words = ["--method", "shortest", "--json"]
+    apart = command("rerank", bench.reward_model, tmp_path / "mixed.jsonl", *words)
+    together = command("rerank", bench.reward_model, samples, *words)
+    assert json.loads(apart.out)["questions"] == 5
+    assert json.loads(apart.out)["accuracy"]["oracle@4"] == json.loads(together.out)["accuracy"]["oracle@4"]
+
+
+def test_steps_are_scored_as_the_trace_that_they_make(bench, experts, tmp_path):
+    """One reward a step, and the numbers of the joined text."""
+    given = [{"prompt": row["prompt"], "steps": row["completion"].split("\n")} for row in experts]
+    for row in given[1::2]:  # the delimiter inside a step: two lines are one step
+        row["steps"] = ["\n".join(row["steps"][:2]), *row["steps"][2:]]
+    write_jsonl(tmp_path / "steps.jsonl", given)
+    done = launcher()("score", bench.reward_model, tmp_path / "steps.jsonl")
+    assert done.code == 0, done.err
+    model = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    expected = model.score([row["prompt"] for row in experts], [row["completion"] for row in experts])
+    for line, row, scores in zip(done.out.splitlines(), given, expected, strict=True):
+        scored = json.loads(line)
+        assert scored["steps"] == row["steps"]
+        assert scored["token_rewards"] == pytest.approx(scores.rewards, abs=1e-5)
+        means, place = [], 0
+        for step in row["steps"]:  # a step's own tokens: neither the delimiter behind it nor the end of the sequence
+            own = [r for r, (a, b) in zip(scores.rewards, scores.offsets) if place <= a < b <= place + len(step)]
+            means.append(sum(own) / len(own))
+            place += len(step) + 1
+        assert scored["step_rewards"] == pytest.approx(means, abs=1e-5)
+        assert scored["step_ends"] == scores.step_ends
+        found = scored["token_rewards"]
+        weights = [0.99**t for t in range(len(found))]
+        assert scored["aggregates"] == {
+            "mean": pytest.approx(sum(found) / len(found)),
+            "min": min(found),
+            "last": found[-1],
+            "discounted": pytest.approx(sum(w * r for w, r in zip(weights, found)) / sum(weights)),
+        }
+
+
+def test_rerank_by_another_aggregate(bench, samples):
+    scored = [json.loads(line) for line in launcher()("score", bench.reward_model, samples).out.splitlines()]
+    chosen = {}
+    for how in ("mean", "min", "last", "discounted"):
+        words = ["rerank", bench.reward_model, samples, "--method", "reward", "--aggregate", how]
+        done = launcher()(*words)
+        assert done.code == 0, done.err
+        chosen[how] = [json.loads(line) for line in done.out.splitlines()]
+        for row in chosen[how]:
+            group = [other for other in scored if other["question"] == row["question"]]
+            best = max(other["aggregates"][how] for other in group)
+            assert row["reward"] == pytest.approx(best, abs=1e-5)
+            assert row["completion"] in [o["completion"] for o in group if abs(o["aggregates"][how] - best) < 1e-5]
+    assert len({json.dumps([row["completion"] for row in rows_]) for rows_ in chosen.values()}) > 1
+
+
+# Looking at traces, and the suites
+
+
+def test_inspect_shows_rows_with_scores_and_scores_those_without(bench, samples, tmp_path):
+    scored = tmp_path / "scored.jsonl"
+    assert launcher()("score", bench.reward_model, samples, "-o", scored).code == 0
+    shown = launcher()("inspect", scored, "--task", "arithmetic", "--colour", "never", "--width", 80)
+    assert shown.code == 0, shown.err
+    anew = launcher()("inspect", samples, "--model", bench.reward_model, "--colour", "never", "--width", 80)
+    assert anew.out == shown.out
+    first = rows(samples)[0]
+    assert first["completion"].split("\n")[0] in shown.out
+    done = launcher()("inspect", samples, "--model", bench.reward_model, "-o", tmp_path / "page.html", "--limit", 3)
+    assert done.code == 0, done.err
+    assert "3 rows" in done.err
+    assert "<html" in (tmp_path / "page.html").read_text()
+    bare = launcher()("inspect", samples)
+    assert bare.code == 2
+    assert f"{samples}:1: no scores; give --model" in bare.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token_rewards": ["1", "2", "3"]}, "token_rewards must be a list of numbers"),
+        ({"token_rewards": 1.0}, "token_rewards must be a list of numbers"),
+        ({"token_rewards": [1.0]}, "3 tokens but 1 token_rewards"),
+        ({"step_rewards": ["a"]}, "step_rewards must be a list of numbers"),
+        ({"reward": "high"}, "reward must be a number"),
+        ({"logprob": "-1"}, "logprob must be a number"),
+        ({"correct": "false"}, "correct must be true or false"),
+        ({"offsets": [[0, 1], [1, 2], [2]]}, "offsets must be a list of pairs of whole numbers"),
+        ({"offsets": [[0, 1], [1, 2], ["2", 3]]}, "offsets must be a list of pairs of whole numbers"),
+        ({"offsets": [[0, 1], [1, 2], [2, 9]]}, "its offsets do not fit its completion of 3 characters"),
+        ({"supervised": "yes"}, "supervised must be a list of true and false"),
+        ({"step_ends": [0, 0, 1]}, "step_ends must be a list of true and false"),
+        ({"prompt": 7}, "prompt must be a text or a list of messages"),
+        ({"prompt": [{"role": "user"}]}, "prompt must be a text or a list of messages"),
+        ({"completion": 7}, "completion must be a text"),
+        ({"tokens": [1, 2, 3]}, "tokens must be a list of texts"),
+        ({"completion": None}, "no completion"),
+        ({"candidates": ["abc"], "scores": 7}, "scores must be a list"),
+        ({"candidates": ["abc", "d"], "scores": [{}]}, "scores must be a list"),
+        ({"candidates": ["abc"], "scores": [{}]}, "no tokens"),
+    ],
+)
+def test_scores_that_cannot_be_looked_at(command, tmp_path, fields, message):
+    data, spans = tmp_path / "rows.jsonl", [[0, 1], [1, 2], [2, 3]]
+    good = {"prompt": "q", "completion": "abc", "tokens": [*"abc"], "offsets": spans, "token_rewards": [1.0, 2.0, 3.0]}
+    write_jsonl(data, [good, {**good, **fields}])
+    refused(command("inspect", data), f"{data}:2: {message}")
+    refused(command("inspect", data, "--task", "arithmetic", "-o", tmp_path / "page.html"), f"{data}:2: {message}")
+    assert command("inspect", data, "--limit", 1).code == 0
+    refused(command("inspect", data, "--limit", 1, "--threshold", "nan"), "--threshold must be a finite number")
+
+
+def step_rows(suite, experts) -> list[dict]:
+    """Expert traces in a suite's form, in every other of which one step is wrong."""
+    found = []
+    for n, row in enumerate(experts):
+        steps, wrong = row["completion"].split("\n"), n % 2 == 0
+        right, at = list(steps), n % len(steps)
+        steps[at] = steps[at] + "9" if wrong else steps[at]
+        if suite == "processbench":
+            found.append({"id": n, "generator": "g", "problem": row["prompt"].strip(), "steps": steps,
+                          "final_answer_correct": not wrong, "label": at if wrong else -1})  # fmt: skip
+        elif suite == "prmbench":
+            found.append({"original_question": row["prompt"], "modified_question": row["prompt"],
+                          "original_process": right, "modified_process": steps, "classification": "kind",
+                          "error_steps": [at + 1] if wrong else []})  # fmt: skip
+        else:
+            found.append({"Question": row["prompt"], "Options": "", "Sampled_Model": "m",
+                          "Model_Solution_Steps": [f"Step {k}: {step}" for k, step in enumerate(steps, 1)],
+                          "Model_Solution_Correctness": "incorrect" if wrong else "correct",
+                          "Model_Solution_First_Error_Step": at + 1 if wrong else "N/A"})  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("suite", ["processbench", "prmbench", "mrben"])
+def test_a_step_suite_writes_json_and_a_report(bench, experts, tmp_path, suite):
+    write_jsonl(tmp_path / "rows.jsonl", step_rows(suite, experts))
+    words = ["evaluate", suite, bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "out"]
+    done = launcher()(*words, "--policy", bench.model, "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert json.loads((tmp_path / "out" / f"{suite}.json").read_text()) == result
+    assert f"Evaluation: {suite}" in (tmp_path / "out" / f"{suite}.html").read_text()
+    printed = launcher()(*words)
+    assert printed.code == 0, printed.err
+    assert "reward" in printed.out
+
+
+def test_the_suite_of_injected_errors_writes_json_and_a_report(bench, tmp_path):
+    words = ["evaluate", "perturbation", bench.reward_model, bench.experts, "-o", tmp_path / "out", "--json"]
+    done = launcher()(*words)
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert json.loads((tmp_path / "out" / "perturbation.json").read_text()) == result
+    assert result["traces"] == len(rows(bench.experts))
+    assert "Evaluation: perturbation" in (tmp_path / "out" / "perturbation.html").read_text()
+
+
+DISTRIBUTED = """
+import atexit, sys, tempfile
+import torch
+from tracereward.cli.app import leave
+
+class Late:
+    def __del__(self):
+        print("interpreter shut down")
+
+atexit.register(lambda: print("at exit"))
+late = Late()
+sys.modules["kept"] = late
+if sys.argv[1] == "distributed":
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+leave(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("alone", ["at exit", "interpreter shut down"]), ("distributed", ["at exit"])]
+)
+def test_a_process_of_a_distributed_run_ends_without_the_interpreters_shutdown(kind, said):
+    done = subprocess.run([sys.executable, "-c", DISTRIBUTED, kind], stdout=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stdout.splitlines()) == (3, said)

@@ -1,0 +1,467 @@
+"""`tracereward sample --guide` and `tracereward correct`: rows, summaries and what they refuse."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.scripted_policy import WORDS, word_tokenizer
+from helpers.tiny import launcher, rows, trap
+from tracereward.cli import app
+from tracereward.commands.correct import correction_summary
+from tracereward.errors import RunFailed
+from tracereward.evaluate.guided import POOL_METHODS, beam_shape, candidates, compare
+from tracereward.files import write_jsonl
+from tracereward.generation.decoding import beam, reject, tilt
+from tracereward.generation.guide import Guide, Guided
+from tracereward.generation.self_correction import self_correct
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.synthetic.arithmetic import build_model
+from tracereward.tasks.recipes import get_task
+
+FIELDS = {"question", "prompt", "completion", "answer", "extracted", "correct", "finished", "length", "logprob"}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
+    """Rows, a reward model, and a policy and a reward model without weights."""
+    folder = tmp_path_factory.mktemp("guided")
+    write_jsonl(folder / "experts.jsonl", experts[:3])
+    settings = RewardSettings(task="arithmetic", head="token")
+    reward_model = TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer)
+    with torch.no_grad():
+        head = reward_model.head_weight
+        head.copy_(torch.linspace(-1, 1, head.numel()).view_as(head))
+    reward_model.save_pretrained(folder / "reward_model")
+    shutil.copytree(tiny_model_folder, folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(folder / "reward_model", folder / "bare_reward_model")
+    (folder / "bare_reward_model" / "model.safetensors").write_bytes(b"")  # cannot be loaded
+    words = word_tokenizer(WORDS, r"[abc\n]")
+    build_model(words, seed=0, hidden_size=16, layers=1, heads=2).save_pretrained(folder / "other")
+    words.save_pretrained(folder / "other")
+    return SimpleNamespace(
+        folder=folder,
+        model=tiny_model_folder,
+        experts=folder / "experts.jsonl",
+        reward_model=folder / "reward_model",
+    )
+
+
+def guide_of(bench, tokenizer, **changed) -> Guide:
+    scorer = TokenRewardModel.from_pretrained(str(bench.reward_model))
+    policy = AutoModelForCausalLM.from_pretrained(bench.model)
+    return Guide(policy, tokenizer, scorer, **{"max_new_tokens": 16, "seed": 3, **changed})
+
+
+METHODS = {
+    "beam": lambda guide, prompts: beam(guide, prompts, 2, 2, 1),
+    "reject": lambda guide, prompts: reject(guide, prompts, 4, 2),
+    "tilt": lambda guide, prompts: tilt(guide, prompts, 2, 2.0, 3),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("beam", ["--beam", 2, "--expansions", 2, "--lookahead", 1]),
+        ("reject", ["-n", 4, "--keep", 2]),
+        ("tilt", ["-n", 2, "--alpha", 2, "--top-k", 3]),
+    ],
+)
+def test_guided_samples_are_rows_with_a_reward(bench, experts, tokenizer, tmp_path, method, given):
+    common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 16, "--seed", 3]
+    words = ["sample", bench.model, *common, "--guide", method, "--reward-model", bench.reward_model, *given]
+    done = launcher()(*words, "-o", tmp_path / "guided.jsonl", "--batch-size", 4)
+    assert done.code == 0, done.err
+    found = rows(tmp_path / "guided.jsonl")
+    assert {row["question"] for row in found} == {0, 1, 2}
+    # All at once in Python gives what the command's chunks of one question are.
+    guide, task = guide_of(bench, tokenizer), get_task("arithmetic")
+    prompts = [row["prompt"] for row in experts[:3]]
+    expected = METHODS[method](guide, prompts)
+    assert [row["completion"] for row in found] == [trace.text for traces in expected for trace in traces]
+    for row, trace in zip(found, [trace for traces in expected for trace in traces], strict=True):
+        assert row.keys() == {*FIELDS, "reward", "sampled_tokens"}
+        assert (row["question"], row["prompt"]) == (trace.prompt, prompts[trace.prompt])
+        assert (row["length"], row["sampled_tokens"]) == (len(trace.ids), trace.sampled_tokens)
+        assert row["correct"] == task.verify(row["completion"], row["answer"])
+        (scores,) = guide.scorer.score_ids([tokenizer(row["prompt"])["input_ids"]], [trace.ids])
+        assert row["reward"] == pytest.approx(scores.aggregate("mean"), abs=1e-5)
+
+
+def test_correct_reads_what_sample_writes(bench, tokenizer, tmp_path):
+    common = ["--max-new-tokens", 16, "--seed", 3]
+    data = ["--task", "arithmetic", "--data", bench.experts]
+    done = launcher()("sample", bench.model, *data, *common, "-n", 2, "-o", tmp_path / "samples.jsonl")
+    assert done.code == 0, done.err
+    given = rows(tmp_path / "samples.jsonl")
+    given[1] |= {"completion": f"#### {given[1]['answer']}", "finished": True}  # one right trace, to be broken or not
+    write_jsonl(tmp_path / "samples.jsonl", given)
+    words = ["correct", bench.model, tmp_path / "samples.jsonl", "--reward-model", bench.reward_model]
+    words += [*common, "--rounds", 2, "-k", 3, "--threshold", 0.2]
+    done = launcher()(*words, "-o", tmp_path / "corrected.jsonl")
+    assert done.code == 0, done.err
+    found = rows(tmp_path / "corrected.jsonl")
+    guide = guide_of(bench, tokenizer)
+    encoded = [guide.scorer.check_length("", row["prompt"], row["completion"], row["finished"]) for row in given]
+    expected = self_correct(guide, [p for p, _ in encoded], [t for _, t in encoded], 2, 3, 0.2)
+    assert any(result.cuts for result in expected)
+    task = get_task("arithmetic")
+    for row, before, result in zip(found, given, expected, strict=True):
+        assert row.keys() == {*FIELDS, "correct_before", "reward", "reward_before", "cuts", "sampled_tokens"}
+        assert (row["question"], row["prompt"], row["answer"]) == (
+            before["question"],
+            before["prompt"],
+            before["answer"],
+        )
+        assert row["correct_before"] == task.verify(before["completion"], before["answer"])
+        assert row["correct"] == task.verify(row["completion"], row["answer"])
+        assert (row["cuts"], row["sampled_tokens"], row["length"]) == (
+            result.cuts,
+            result.sampled_tokens,
+            len(result.ids),
+        )
+        assert row["reward"] == pytest.approx(result.reward, abs=1e-5)
+        assert row["reward"] >= row["reward_before"]
+    assert found[1]["correct_before"]
+    assert correction_summary(found) in done.err
+
+
+def test_correct_cuts_where_the_policy_is_unsure_in_a_share_of_the_traces(bench, tokenizer, tmp_path):
+    """By hand: log-probs of one forward pass of each trace, each line's mean, the lowest line of half of them."""
+    common = ["--max-new-tokens", 16, "--seed", 3]
+    given = [
+        {"prompt": "1 + 2 = ?\n", "completion": text, "answer": "3"}
+        for text in ("1 + 2 = 3\n#### 3", "2 + 2 = 4\n#### 4", "1 + 1 = 2\n2 + 1 = 3\n#### 3", "7 - 2 = 5\n#### 5")
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", given)
+    policy = AutoModelForCausalLM.from_pretrained(bench.model)
+    lowest, cuts = [], []
+    for row in given:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        trace = [*tokenizer(row["completion"])["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = policy(torch.tensor([prompt + trace])).logits[0].double()
+        values = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(trace) - 1), trace]
+        ends = [i + 1 for i, token in enumerate(trace) if tokenizer.decode([token]) == "\n"]
+        bounds = list(zip([0, *ends], [*ends, len(trace)]))
+        means = [float(values[start:end].mean()) for start, end in bounds]
+        lowest.append(min(means))
+        cuts.append(list(zip((start for start, _ in bounds), means)))
+    threshold = sorted(lowest)[2]
+    expected = [next((start for start, mean in steps if mean < threshold), None) for steps in cuts]
+    assert sum(cut is not None for cut in expected) == 2
+    words = ["correct", bench.model, tmp_path / "rows.jsonl", "--reward-model", bench.reward_model, *common]
+    # What the judge adds to its rewards is no part of what suspects.
+    words += ["--rounds", 1, "-k", 2, "--suspect", "logprob", "--share", 0.5, "--reference", bench.model]
+    done = launcher()(*words, "-o", tmp_path / "corrected.jsonl")
+    assert done.code == 0, done.err
+    assert [row["cuts"] for row in rows(tmp_path / "corrected.jsonl")] == [[] if c is None else [c] for c in expected]
+
+
+def test_a_reference_enters_the_rewards(bench, tokenizer, experts, tmp_path):
+    words = [
+        "sample",
+        bench.model,
+        "--task",
+        "arithmetic",
+        "--data",
+        bench.experts,
+        "--max-new-tokens",
+        16,
+        "--seed",
+        3,
+    ]
+    words += ["--guide", "reject", "-n", 2, "--reward-model", bench.reward_model, "--reference", bench.model]
+    done = launcher()(*words, "-o", tmp_path / "guided.jsonl")
+    assert done.code == 0, done.err
+    lm = AutoModelForCausalLM.from_pretrained(bench.model)
+    guide = guide_of(bench, tokenizer, reference=lm)
+    found = [traces[0] for traces in reject(guide, [row["prompt"] for row in experts[:3]], 2)]
+    asked = [tokenizer(row["prompt"])["input_ids"] for row in experts[:3]]
+    for row, trace, prompt in zip(rows(tmp_path / "guided.jsonl"), found, asked, strict=True):
+        (beside,) = guide.scorer.score_ids([prompt], [trace.ids], reference=lm)
+        (alone,) = guide.scorer.score_ids([prompt], [trace.ids])
+        assert row["completion"] == trace.text
+        assert row["reward"] == pytest.approx(beside.aggregate(), abs=1e-5)
+        assert row["reward"] < alone.aggregate() - 0.1
+
+
+# ---------- the comparison ----------
+
+
+@pytest.mark.parametrize(
+    ("budget", "shape"), [(1, (1, 1)), (2, (1, 2)), (4, (2, 2)), (7, (2, 3)), (8, (2, 4)), (16, (4, 4)), (64, (8, 8))]
+)
+def test_the_beam_of_a_budget(budget, shape):
+    assert beam_shape(budget) == shape
+
+
+def test_the_comparison_is_that_of_the_methods_alone(bench, experts, tokenizer):
+    """Each row again from the method itself, with answers that make one of the drawn traces right."""
+    task = get_task("arithmetic")
+    guide = guide_of(bench, tokenizer, max_new_tokens=8)
+    prompts = [row["prompt"] for row in experts[:3]]
+    plain = tilt(guide, prompts, 2, 0.0, 99)
+    golds = [task.extract(traces[0].text) or "1" for traces in plain]
+    table = {(r["method"], r["budget"]): r for r in compare(guide, prompts, golds, task, [1, 2], 1.5, 4, 0.0)}
+    assert len(table) == 1 + 12 + 13
+    for (method, budget), found in (
+        (("beam", 2), beam(guide, prompts, 1, 2)),
+        (("reject", 2), reject(guide, prompts, 2)),
+        (("tilt", 2), tilt(guide, prompts, 2, 1.5, 4)),
+        (("reward", 2), plain),
+        (("logprob", 2), [sorted(traces, key=lambda trace: -trace.logprob) for traces in plain]),
+        (
+            ("reward_logprob", 2),
+            [sorted(traces, key=lambda trace: -trace.reward - trace.logprob) for traces in plain],
+        ),
+        (("majority", 1), tilt(guide, prompts, 1, 0.0, 99)),
+    ):
+        expected = [float(task.verify(traces[0].text, gold)) for traces, gold in zip(found, golds, strict=True)]
+        assert table[method, budget]["right"] == expected
+        assert table[method, budget]["sampled_tokens"] == sum(traces[0].sampled_tokens for traces in found) / 3
+    verified = [[task.verify(trace.text, gold) for trace in traces] for traces, gold in zip(plain, golds, strict=True)]
+    assert table["oracle", 2]["right"] == [float(any(right)) for right in verified]
+    asked = guide.encode(prompts)
+    single = [traces[0] for traces in tilt(guide, prompts, 1, 0.0, 99)]
+    corrected = self_correct(guide, asked, [trace.ids for trace in single], 1, 1)
+    tokens = sum(c.sampled_tokens + s.sampled_tokens for c, s in zip(corrected, single, strict=True)) / 3
+    assert table["self_correct", 2]["sampled_tokens"] == tokens
+
+
+def test_a_reward_with_log_prob_in_it_gets_no_second_one(bench, experts, tokenizer):
+    guide = guide_of(bench, tokenizer, max_new_tokens=4)
+    guide = dataclasses.replace(guide, reference=guide.policy)
+    found = compare(guide, [experts[0]["prompt"]], ["1"], get_task("arithmetic"), [1], 0.0, 4, 0.0)
+    assert not {row["method"] for row in found} & {"reward_logprob", "reward_logprob_vote"}
+
+
+def test_a_damaged_reward_model_ends_the_comparison(bench, experts, tokenizer):
+    guide = guide_of(bench, tokenizer, max_new_tokens=4)
+    with torch.no_grad():
+        for parameter in guide.scorer.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(RunFailed, match="the model gives a reward that is not finite"):
+        list(compare(guide, [experts[0]["prompt"]], ["1"], get_task("arithmetic"), [1], 0.0, 4, 0.0))
+
+
+def test_baselines_see_candidates_in_an_order_without_the_reward():
+    """Ties of a vote go to the first: over many questions the best by reward stands first no more than by chance."""
+    traces = [Guided(0, [1], text, True, 0.0, reward, 8) for text, reward in (("a", 2.0), ("b", 1.0))]
+    rows = candidates([traces] * 400, ["1"] * 400, get_task("arithmetic"))
+    assert 150 < sum(row[0].reward == 2.0 for row in rows) < 250
+
+
+def test_the_comparison_as_a_command(bench, refused, tmp_path):
+    words = ["evaluate", "guided", bench.model, "--reward-model", bench.reward_model, "--task", "arithmetic"]
+    words += ["--max-new-tokens", 8, "--budget", 2, "--data"]
+    done = launcher()(*words, bench.experts, "--json", "-o", tmp_path / "evaluation")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result == json.loads((tmp_path / "evaluation" / "guided.json").read_text(encoding="utf-8"))
+    assert result["questions"] == 3
+    methods = ["greedy", *POOL_METHODS, "beam", "reject", "tilt", "self_correct"]
+    assert [row["method"] for row in result["rows"]] == methods
+    for row in result["rows"]:
+        assert row["interval"][0] <= row["accuracy"] <= row["interval"][1]
+    write_jsonl(tmp_path / "open.jsonl", [{"prompt": "1 + 1 = ?\n"}])
+    assert "no gold answer" in refused(*words, tmp_path / "open.jsonl")
+    assert "at temperature 0" in refused(*words, bench.experts, "--temperature", 0)
+
+
+def test_the_summary_by_hand():
+    def row(before, after, tokens=10, gain=0.0):
+        return {
+            "correct_before": before,
+            "correct": after,
+            "sampled_tokens": tokens,
+            "reward": gain,
+            "reward_before": 0.0,
+        }
+
+    found = [
+        row(True, True, 0),
+        row(True, False, gain=1.0),
+        row(False, True, gain=0.5),
+        row(False, False),
+        row(True, True),
+    ]
+    assert correction_summary(found) == (
+        "5 traces, 2 changed, 40 tokens drawn; of 5 with a known answer 3 right before, 3 right after "
+        "(1 repaired, 1 broken)"
+    )
+    assert correction_summary([row(None, None)]) == "1 traces, 0 changed, 10 tokens drawn"
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """`ended(code, word, ...)` runs the command line in this process, which ends with that code; what it printed."""
+
+    def run(code: int, *argv: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            app.main()
+        captured = capsys.readouterr()
+        assert end.value.code == code, captured.err
+        return SimpleNamespace(out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture
+def refused(ended):
+    """`refused(word, ...)` is the sentence with which the command line refuses them."""
+
+    def run(*argv: object) -> str:
+        printed = ended(2, *argv)
+        assert printed.out == ""
+        assert "Traceback" not in printed.err
+        return printed.err
+
+    return run
+
+
+@pytest.fixture
+def ran(ended):
+    """`ran(word, ...)` is what the command line says while it does them."""
+    return lambda *argv: ended(0, *argv).err
+
+
+def killed(words: list[object], output: Path) -> bytes:
+    """What a command that was killed before its output got its name says of the rows that it left."""
+    assert launcher()(*words, output, trap=trap("rename", output.name)).code == -signal.SIGKILL
+    return output.with_name(output.name + ".part.json").read_bytes()
+
+
+def test_rows_of_two_runs_are_not_joined(bench, ran, refused, tmp_path):
+    output = tmp_path / "guided.jsonl"
+    common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 4, "--guide", "tilt", "-n", 2]
+    words = ["sample", bench.model, *common, "--reward-model", bench.reward_model]
+    killed([*words, "-o"], output)
+    words += ["-o", output, "--resume"]
+    assert "--alpha (1.0, now 2.0)" in refused(*words, "--alpha", 2)
+    assert "--alpha (1.0, now none)" in refused(*[{"tilt": "reject"}.get(word, word) for word in words])
+    assert f"--reference (none, now {bench.model})" in refused(*words, "--reference", bench.model)
+    said = refused(*[{bench.reward_model: bench.folder / "bare_reward_model"}.get(word, word) for word in words])
+    assert f"--reward-model ({bench.reward_model}, now " in said
+    lines = (tmp_path / "guided.jsonl.part").read_text().splitlines(keepends=True)
+    (tmp_path / "guided.jsonl.part").write_text(lines[0] + '{"prompt": "1"}\n')
+    assert "guided.jsonl.part:2: not a row that this command wrote" in refused(*words)
+    (tmp_path / "guided.jsonl.part").write_text("".join(lines))
+    ran(*words, "--batch-size", 2)  # does not change a row
+    correct = ["correct", bench.model, output, "--reward-model", bench.reward_model, "--max-new-tokens", 4, "-k", 1]
+    killed([*correct, "-o"], tmp_path / "corrected.jsonl")
+    correct += ["-o", tmp_path / "corrected.jsonl", "--resume"]
+    assert "--rounds (3, now 1); another --threshold (none, now 0.5)" in refused(
+        *correct, "--threshold", 0.5, "--rounds", 1
+    )
+    write_jsonl(output, rows(output)[1:])
+    assert f"data ({output}: the same name, other content)" in refused(*correct)
+
+
+@pytest.mark.parametrize("words", [["--guide", "beam", "--beam", 2, "--expansions", 2], ["--guide", "tilt", "-n", 2]])
+def test_guided_samples_go_on_where_they_were_cut_off(bench, ran, tmp_path, words):
+    """In chunks of one question; a question whose rows may not all be there is drawn again, to the same text."""
+    common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12, "--batch-size", 2]
+    words = ["sample", bench.model, *common, "--reward-model", bench.reward_model, *words, "-o"]
+    made_of = killed(words, tmp_path / "whole.jsonl")
+    ran(*words, tmp_path / "whole.jsonl")
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    assert len(lines) == 6
+    for written, done in ((0, 0), (1, 0), (3, 1), (4, 1), (5, 2), (6, 2)):
+        output = tmp_path / f"{written}.jsonl"
+        tail = lines[written][:20] if written < 6 else b""
+        output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + tail)
+        output.with_name(output.name + ".part.json").write_bytes(made_of)
+        assert f"going on after {done} questions" in ran(*words, output, "--resume")
+        assert output.read_bytes() == whole, written
+    assert "is finished" in ran(*words, tmp_path / "whole.jsonl", "--resume")
+
+
+def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
+    """In chunks of two; the threshold is that of all rows, and the last sentence counts all of them."""
+    data = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12]
+    ran("sample", bench.model, *data, "-n", 2, "-o", tmp_path / "samples.jsonl")
+    words = ["correct", bench.model, tmp_path / "samples.jsonl", "--reward-model", bench.reward_model]
+    words += ["--max-new-tokens", 12, "--share", 0.5, "--batch-size", 4, "-k", 2, "--rounds", 1, "-o"]
+    made_of = killed(words, tmp_path / "whole.jsonl")
+    said = ran(*words, tmp_path / "whole.jsonl").splitlines()[-1]
+    assert "6 traces, " in said
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for written, done in ((1, 0), (2, 2), (5, 4), (6, 6)):
+        output = tmp_path / f"{written}.jsonl"
+        output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + b'{"torn')
+        output.with_name(output.name + ".part.json").write_bytes(made_of)
+        resumed = ran(*words, output, "--resume").splitlines()
+        assert f"going on after {done} rows" in resumed[0]
+        assert resumed[-1] == said
+        assert output.read_bytes() == whole, written
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--guide", "beem"], "unknown guide 'beem': did you mean 'beam'?"),
+        (["--guide", "beam", "--alpha", 2], "--alpha is of --guide tilt, not of beam"),
+        (["--guide", "beam", "-n", 2], "-n is of --guide reject and tilt, not of beam"),
+        (["--guide", "tilt", "--top-k", 2, "--beam", 3], "--beam is of --guide beam, not of tilt"),
+        (["--guide", "reject", "-n", 2, "--keep", 5], "--keep 5: only -n 2 traces are drawn"),
+        (["--guide", "tilt", "--alpha", "nan"], "--alpha must be a finite number"),
+        (["--guide", "reject", "--resume"], "--resume needs --output"),
+        (["--guide", "tilt", "--temperature", 0], "at temperature 0 all draws are the same: --guide tilt would draw 8"),
+        (["--guide", "tilt", "--template", "chat"], "was trained on prompts by --template plain, not chat"),
+        (["--beam", 3], "need --guide"),
+        ([], "need --guide"),
+    ],
+)
+def test_options_that_do_not_fit(bench, refused, given, message):
+    words = ["sample", bench.folder / "bare", "--task", "arithmetic", "--data", bench.experts]
+    assert message in refused(*words, "--reward-model", bench.folder / "bare_reward_model", *given)
+
+
+def test_models_that_do_not_fit(bench, refused):
+    data = ["--task", "arithmetic", "--data", bench.experts, "--guide", "beam"]
+    words = ["sample", bench.folder / "bare", *data]
+    assert "--guide needs --reward-model" in refused(*words)
+    assert "is not a reward model" in refused(*words, "--reward-model", bench.model)
+    bare = ["--reward-model", bench.folder / "bare_reward_model"]
+    assert "another tokenizer than the reward model" in refused("sample", bench.folder / "other", *data, *bare)
+    assert "no such model folder" in refused("sample", bench.folder / "absent", *data, *bare)
+    correct = ["correct", bench.folder / "other", bench.experts]
+    assert "another tokenizer than the reward model" in refused(*correct, *bare)
+
+
+@pytest.mark.parametrize(
+    ("row", "given", "message"),
+    [
+        ({"prompt": "1 + 1 = ?\n", "steps": ["1 + 1 = 2"]}, [], "rows.jsonl:1: correct needs a completion in each row"),
+        ({"prompt": "1 + 1 = ?\n"}, [], "rows.jsonl:1: needs a completion"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--temperature", 0], "-k is 4: at temperature 0"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--task", "arithmetik"], "did you mean 'arithmetic'?"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--suspect", "length"], "suspect"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--threshold", "nan"], "--threshold must be a number"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--suspect", "logprob"], "give --share 0.2"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--share", 0.2, "--threshold", 0], "give one of them"),
+    ],
+)
+def test_rows_that_cannot_be_corrected(bench, refused, tmp_path, row, given, message):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["correct", bench.folder / "bare", tmp_path / "rows.jsonl"]
+    assert message in refused(*words, "--reward-model", bench.folder / "bare_reward_model", *given)
+
+
+def test_too_long_a_limit_is_refused_before_anything_is_drawn(bench, refused):
+    words = ["sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "--guide", "reject"]
+    assert "the reward model reads 128" in refused(*words, "--reward-model", bench.reward_model)

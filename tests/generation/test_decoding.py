@@ -1,0 +1,508 @@
+"""Guided decoding against loops that read the whole text again for every token, and against enumeration.
+
+The policy is a real Llama over four words and an end; the reward model is a table, so that the best trace is known.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as example_settings
+from hypothesis import strategies as st
+
+from helpers.scripted_policy import END, EOS, PAD, WORDS, A, B, C, Scripted, policy, word_tokenizer, words  # noqa: F401
+from tracereward.errors import InputError
+from tracereward.generation.continuation import choose_token, extend, first_step, uniform
+from tracereward.generation.decoding import beam, reject, tilt, tilted
+from tracereward.generation.guide import Guide, digest
+from tracereward.generation.self_correction import first_error_token, self_correct
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.synthetic.arithmetic import build_model
+
+DRAWABLE = [EOS, END, A, B, C]
+PROMPTS = ["ab", "c", "bca\n", "ab", "aaaaa"]
+
+
+def table(context: list[int]) -> float:
+    """A number between -1 and 1 without any pattern: no two texts have the same."""
+    return random.Random(str(context)).uniform(-1, 1)
+
+
+def worth(guide: Guide, prompt: list[int], trace: Sequence[int]) -> float:
+    values = [guide.scorer.value([*prompt, *trace[: t + 1]]) for t in range(len(trace))]  # pyright: ignore[reportAttributeAccessIssue]
+    how = guide.scorer.settings.aggregate
+    return {"mean": sum(values) / len(values), "min": min(values), "last": values[-1]}[how]
+
+
+@pytest.fixture
+def counted(policy, monkeypatch):
+    """Every token that `generate` drew, as its output says it: what is not padding."""
+    total = []
+    original = policy.generate
+
+    def generate(input_ids, **kwargs):
+        output = original(input_ids=input_ids, **kwargs)
+        total.append(int((output[:, input_ids.size(1) :] != PAD).sum()))
+        return output
+
+    monkeypatch.setattr(policy, "generate", generate)
+    return total
+
+
+@torch.no_grad()
+def next_log_probs(policy, context: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+    """log p of each word in float64, from the whole text at once; padding is left out."""
+    logits = policy(input_ids=torch.tensor([context])).logits[0, -1].double().numpy() / temperature
+    logits[PAD] = -np.inf
+    return logits - np.logaddexp.reduce(logits)
+
+
+def draw(probabilities: np.ndarray, number: float) -> int:
+    return int(np.searchsorted(np.cumsum(probabilities), number, side="right"))
+
+
+def loop(policy, prompt, trace, stream, limit, temperature=1.0, step=False) -> list[int]:
+    """`trace` drawn on to `limit` tokens in all, or to the end of its step: a newline that follows a word."""
+    trace, new = list(trace), []
+    while len(trace) < limit:
+        log_probs = next_log_probs(policy, [*prompt, *trace], temperature or 1.0)
+        token = draw(np.exp(log_probs), uniform(stream, len(trace))) if temperature else int(log_probs.argmax())
+        trace.append(token)
+        new.append(token)
+        if token == EOS or (step and token == END and set(new) != {END}):
+            break
+    return trace
+
+
+def make(policy, words, value=table, aggregate="mean", **changed) -> Guide:
+    return Guide(policy, words, Scripted(words, value, aggregate), **{"max_new_tokens": 6, "seed": 5, **changed})
+
+
+def ids_of(words, texts: Sequence[str]) -> list[list[int]]:
+    return [[WORDS.index(character) for character in text] for text in texts]
+
+
+# ---------- drawing ----------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("step", [False, True])
+def test_rows_draw_what_a_loop_over_the_whole_text_draws(policy, words, temperature, step, counted):
+    """Prompts and traces of different lengths in batches of three, each row with its own limit."""
+    rng = random.Random(1)
+    prompts = [rng.choices([END, A, B, C], k=rng.randint(1, 6)) for _ in range(40)]
+    traces = [rng.choices([END, A, B, C], k=rng.randint(0, 4)) for _ in range(40)]
+    streams = [f"row {row}" for row in range(40)]
+    limits = [rng.randint(1, 7) for _ in range(40)]
+    found = extend(
+        policy, words, prompts, traces, streams, limits, "\n" if step else None, temperature, 1.0, batch_size=3
+    )
+    for row, drawn in enumerate(found):
+        limit = len(traces[row]) + limits[row]
+        whole = loop(policy, prompts[row], traces[row], streams[row], limit, temperature, step)
+        assert [*traces[row], *drawn.ids] == whole
+        assert drawn.count == len(drawn.ids)
+    assert sum(drawn.count for drawn in found) == sum(counted)
+    ends = {drawn.ids[-1] for drawn in found}
+    assert ends >= ({EOS, END} if step else {EOS}) or not temperature
+
+
+def test_a_nucleus_leaves_the_likeliest_words(policy, words):
+    prompts = [[A, B]] * 60
+    found = extend(policy, words, prompts, [[]] * 60, [str(i) for i in range(60)], [1] * 60, top_p=0.6)
+    order = sorted(DRAWABLE, key=lambda word: -next_log_probs(policy, [A, B])[word])
+    sums = list(itertools.accumulate(math.exp(next_log_probs(policy, [A, B])[word]) for word in order))
+    nucleus = order[: 1 + sum(value < 0.6 for value in sums)]
+    assert {drawn.ids[0] for drawn in found} == set(nucleus)
+    assert 1 < len(nucleus) < 5
+
+
+@given(
+    weights=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
+    number=st.floats(0, 1, exclude_max=True, allow_subnormal=False),
+)
+def test_a_number_draws_the_word_whose_share_holds_it(weights, number):
+    logits = torch.tensor(weights, dtype=torch.float32).log()
+    token = choose_token(logits, number)
+    low, high = sum(weights[:token]) / sum(weights), sum(weights[: token + 1]) / sum(weights)
+    assert weights[token] > 0
+    assert low - 1e-6 <= number <= high + 1e-6
+
+
+def test_where_a_step_ends():
+    """ "x. x": the space belongs to the next word's token, so that only that token shows that the step has ended."""
+    dots = word_tokenizer(["<pad>", "<eos>", "x", ".", " x", "5"], r" x|[x.5]")
+    x, dot, space_x, five = 2, 3, 4, 5
+    assert first_step(dots, [x, dot], ". ") is None
+    assert first_step(dots, [x, dot, space_x], ". ") == 2
+    assert first_step(dots, [x, dot, five, dot, space_x, dot, space_x], ". ") == 4
+    assert first_step(dots, [dot, space_x, dot, space_x], ". ") == 3  # a step is never blank
+    lines = word_tokenizer(WORDS, r"[abc\n]")
+    assert first_step(lines, [A, B], "\n") is None
+    assert first_step(lines, [A, END, B, END], "\n") == 2
+    assert first_step(lines, [END, END, A, END], "\n") == 4
+    assert first_step(lines, [END, END], "\n") is None
+    assert first_step(lines, [A, EOS], "\n") is None
+
+
+def test_a_token_behind_the_step_is_counted_and_given_back():
+    dots = word_tokenizer(["<pad>", "<eos>", "x", ".", " x", "5"], r" x|[x.5]")
+    model = build_model(dots, seed=1, hidden_size=16, layers=1, heads=2).eval()
+    model.generation_config.suppress_tokens = [0]
+    rows = ([[2]] * 99, [[]] * 99, [str(i) for i in range(99)], [9] * 99)
+    found, whole = extend(model, dots, *rows, ". "), extend(model, dots, *rows)
+    short = 0
+    for part, trace in zip(found, whole, strict=True):
+        ids, end = trace.ids, len(trace.ids)
+        ends = [
+            i for i in range(end - 1) if ids[i : i + 2] == [3, 4] and set(ids[:i]) - {3}
+        ]  # "." then " x", not blank
+        kept = ends[0] + 1 if ends else end
+        short += kept < end
+        assert (part.ids, part.count) == (ids[:kept], kept + 1 if ends else end)
+    assert short > 5
+
+
+# ---------- what all have in common ----------
+
+METHODS = {
+    "beam": lambda guide, prompts: beam(guide, prompts, width=2, expansions=2, lookahead=1),
+    "reject": lambda guide, prompts: reject(guide, prompts, n=5, keep=2),
+    "tilt": lambda guide, prompts: tilt(guide, prompts, n=2, alpha=2.0, top_k=3),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_prompt_gets_the_same_alone_and_in_any_batch(policy, words, method, counted):
+    run = METHODS[method]
+    together = run(make(policy, words), PROMPTS)
+    assert sum(counted) == sum(found[0].sampled_tokens for found in together)
+    for index, prompt in enumerate(PROMPTS):
+        alone = run(make(policy, words, batch_size=2), [prompt])[0]
+        assert [trace.ids for trace in alone] == [trace.ids for trace in together[index]]
+        assert [trace.sampled_tokens for trace in alone] == [trace.sampled_tokens for trace in together[index]]
+        assert [trace.reward for trace in alone] == pytest.approx([trace.reward for trace in together[index]])
+    assert [trace.ids for trace in together[0]] == [trace.ids for trace in together[3]]
+    other = run(make(policy, words, seed=6), PROMPTS)
+    assert [[trace.ids for trace in found] for found in other] != [[t.ids for t in found] for found in together]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_records_say_what_was_drawn(policy, words, method):
+    guide = make(policy, words)
+    for index, found in enumerate(METHODS[method](guide, PROMPTS)):
+        (prompt,) = ids_of(words, [PROMPTS[index]])
+        assert [trace.reward for trace in found] == sorted((trace.reward for trace in found), reverse=True)
+        for trace in found:
+            assert trace.prompt == index
+            assert trace.text == "".join(WORDS[token] for token in trace.ids if token != EOS)
+            assert trace.finished == (trace.ids[-1] == EOS)
+            assert trace.finished or len(trace.ids) == 6
+            assert trace.reward == pytest.approx(worth(guide, prompt, trace.ids), abs=1e-6)
+
+
+def test_another_tokenizer_cannot_guide(policy, words, tokenizer):
+    with pytest.raises(InputError, match="another tokenizer than the reward model"):
+        Guide(policy, words, Scripted(tokenizer, table))
+
+
+def test_a_prompt_with_too_little_room_is_refused(policy, words):
+    guide = make(policy, words)
+    guide.scorer.max_positions = 8  # pyright: ignore[reportAttributeAccessIssue]
+    beam(guide, ["ab"], 1, 1)
+    with pytest.raises(InputError, match="prompt 1: 3 prompt tokens and 6 new ones; the reward model reads 8"):
+        beam(guide, ["ab", "abc"], 1, 1)
+
+
+# ---------- beam ----------
+
+
+def test_a_beam_of_one_is_plain_sampling_step_by_step(policy, words):
+    guide = make(policy, words, max_new_tokens=12)
+    prompts = ["ab", "c", "a\n", "cc", "bb"]
+    for prompt, text, found in zip(ids_of(words, prompts), prompts, beam(guide, prompts, 1, 1), strict=True):
+        trace, step = [], 0
+        while len(trace) < 12 and trace[-1:] != [EOS]:
+            trace = loop(policy, prompt, trace, f"5 {digest(prompt)} {step} 0", 12, step=True)
+            step += 1
+        assert [record.ids for record in found] == [trace], text
+        assert found[0].sampled_tokens == len(trace)
+
+
+def all_traces(length: int) -> list[tuple[int, ...]]:
+    """Every trace that ends by itself, or at `length`."""
+    found = [trace for n in range(length) for trace in itertools.product(DRAWABLE[1:], repeat=n)]
+    ended = [(*trace, EOS) for trace in found]
+    return ended + list(itertools.product(DRAWABLE[1:], repeat=length))
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "min", "last"])
+def test_a_wide_beam_finds_the_best_of_all_traces(words, aggregate):
+    """Steps of one token; 50 draws of a prefix from a policy near uniform miss a word with probability 5 * 0.8^50."""
+    near_uniform = build_model(words, seed=0, hidden_size=16, layers=1, heads=2)
+    near_uniform.generation_config.suppress_tokens = [PAD]
+    guide = make(near_uniform, words, aggregate=aggregate, max_new_tokens=3, step_tokens=1, batch_size=4000)
+    (found,) = beam(guide, ["ab"], width=25, expansions=50)
+    order = sorted(all_traces(3), key=lambda trace: -worth(guide, [A, B], trace))
+    assert tuple(found[0].ids) == order[0]
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_a_narrow_beam_keeps_the_best_prefixes(words, lookahead):
+    """Of all next words of each kept prefix the two best, by the reward of the prefix after greedy words, if any."""
+    policy = build_model(words, seed=0, hidden_size=16, layers=1, heads=2)
+    policy.generation_config.suppress_tokens = [PAD]
+    guide = make(policy, words, max_new_tokens=4, step_tokens=1, batch_size=4000)
+    for text in ("ab", "c"):
+        (prompt,) = ids_of(words, [text])
+
+        def ahead(trace, prompt=prompt):
+            for _ in range(lookahead):
+                if trace[-1] != EOS:
+                    trace = loop(policy, prompt, trace, "", min(4, len(trace) + 1), temperature=0.0)
+            return worth(guide, prompt, trace)
+
+        kept = [[]]
+        while any(len(trace) < 4 and trace[-1:] != [EOS] for trace in kept):
+            children = []
+            for trace in kept:
+                ended = trace[-1:] == [EOS] or len(trace) == 4
+                children += [trace] if ended else [[*trace, word] for word in DRAWABLE]
+            kept = sorted(children, key=lambda trace: -ahead(trace))[:2]
+        (found,) = beam(guide, [text], width=2, expansions=60, lookahead=lookahead)
+        assert sorted(trace.ids for trace in found) == sorted(kept)
+
+
+def test_equal_texts_fill_the_beam_unless_they_must_differ(policy, words):
+    greedy = make(policy, words, temperature=0.0)
+    (same,) = beam(greedy, ["ab"], width=3, expansions=2, distinct=False)
+    (different,) = beam(greedy, ["ab"], width=3, expansions=2)
+    expected = loop(policy, [A, B], [], "", 6, temperature=0.0)
+    assert [trace.ids for trace in same] == [expected] * 3
+    assert [trace.ids for trace in different] == [expected]
+    (drawn,) = beam(make(policy, words), ["ab"], width=4, expansions=8)
+    assert len({tuple(trace.ids) for trace in drawn}) == 4
+
+
+# ---------- early rejection ----------
+
+
+def steps_of(trace: Sequence[int]) -> list[list[int]]:
+    """Steps as they are drawn: to a newline behind a word."""
+    steps, step = [], []
+    for token in trace:
+        step.append(token)
+        if token == END and set(step) != {END}:
+            steps.append(step)
+            step = []
+    return [*steps, step] if step else steps
+
+
+@pytest.mark.parametrize(("n", "keep", "every"), [(8, 1, 1), (5, 2, 1), (6, 1, 2), (3, 3, 1), (1, 1, 1)])
+def test_the_survivors_are_those_of_brute_force(policy, words, n, keep, every):
+    guide = make(policy, words, max_new_tokens=10)
+    prompts = ["ab", "c", "bb\n"]
+    found = reject(guide, prompts, n, keep, every)
+    for prompt, survivors in zip(ids_of(words, prompts), found, strict=True):
+        whole = [loop(policy, prompt, [], f"5 {digest(prompt)} {i}", 10) for i in range(n)]
+        alive, step, tokens = list(range(n)), 0, 0
+        while True:
+            tokens += sum(len(steps_of(whole[i])[step]) for i in alive if step < len(steps_of(whole[i])))
+            step += 1
+            so_far = {i: list(itertools.chain(*steps_of(whole[i])[:step])) for i in alive}
+            if step % every == 0:
+                alive = sorted(alive, key=lambda i: -worth(guide, prompt, so_far[i]))[
+                    : max(keep, math.ceil(len(alive) / 2))
+                ]
+                alive.sort()
+            if all(so_far[i] == whole[i] for i in alive):
+                break
+        best = sorted(alive, key=lambda i: -worth(guide, prompt, whole[i]))[:keep]
+        assert [trace.ids for trace in survivors] == [whole[i] for i in best]
+        assert {trace.sampled_tokens for trace in survivors} == {tokens}
+
+
+# ---------- tilted sampling ----------
+
+
+@given(seed=st.integers(0, 10**6), alpha=st.floats(-3, 3), top_k=st.integers(1, 7))
+@example_settings(max_examples=60)
+def test_the_tilted_distribution_written_out(policy, words, seed, alpha, top_k):
+    logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)) * 2
+    contexts = [[A, B], [seed % 6]]
+    guide = make(policy, words)
+    found = tilted(guide, contexts, logits, alpha, top_k).double().softmax(1).numpy()
+    for row, context in enumerate(contexts):
+        p = np.exp(logits[row].double().numpy())
+        p /= p.sum()
+        top = sorted(range(6), key=lambda y: -p[y])[:top_k]
+        q = np.array([p[y] * math.exp(alpha * table([*context, y])) if y in top else 0.0 for y in range(6)])
+        assert found[row] == pytest.approx(q / q.sum(), abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_without_weight_tilting_is_plain_sampling(policy, words, temperature):
+    guide = make(policy, words, temperature=temperature)
+    found = tilt(guide, ["ab", "c"], n=5, alpha=0.0, top_k=6)
+    for prompt, traces in zip(ids_of(words, ["ab", "c"]), found, strict=True):
+        plain = [loop(policy, prompt, [], f"5 {digest(prompt)} {i}", 6, temperature) for i in range(5)]
+        assert sorted(trace.ids for trace in traces) == sorted(plain)
+        assert {trace.sampled_tokens for trace in traces} == {sum(map(len, plain))}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+def test_tilted_traces_are_those_of_a_loop(policy, words, temperature):
+    """q(y) ~ p(y) exp(alpha r(y)) over the three likeliest words, p at the temperature; at 0 its largest."""
+    guide = make(policy, words, temperature=temperature)
+    n = 40 if temperature else 1
+    (found,) = tilt(guide, ["ab"], n=n, alpha=1.5, top_k=3)
+    expected = []
+    for i in range(n):
+        trace: list[int] = []
+        while len(trace) < 6 and trace[-1:] != [EOS]:
+            log_probs = next_log_probs(policy, [A, B, *trace], temperature or 1.0)
+            top = sorted(DRAWABLE, key=lambda y: -log_probs[y])[:3]
+            score = np.full(6, -np.inf)
+            for y in top:
+                score[y] = log_probs[y] + 1.5 * table([A, B, *trace, y])
+            q = np.exp(score - np.logaddexp.reduce(score))
+            trace.append(draw(q, uniform(f"5 {digest([A, B])} {i}", len(trace))) if temperature else int(q.argmax()))
+        expected.append(trace)
+    assert sorted(trace.ids for trace in found) == sorted(expected)
+
+
+@pytest.mark.parametrize("head", ["token", "action", "airl", "implicit"])
+@pytest.mark.parametrize("granularity", ["sparse", "step", "interval", "dense"])
+def test_the_reward_of_a_next_token_is_that_of_the_trace_that_ends_with_it(
+    tiny_model_folder, tokenizer, head, granularity
+):
+    settings = RewardSettings(head=head, granularity=granularity, interval=3)
+    model = TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer).eval()
+    with torch.no_grad():
+        if model.head_weight is not None:
+            model.head_weight.copy_(torch.linspace(-1, 1, model.head_weight.numel()).view_as(model.head_weight))
+    prompt, trace = tokenizer("3 + 4 - 2 = ?\n")["input_ids"], tokenizer("3 + 4 = 7\n7 - 2")["input_ids"]
+    logits = torch.zeros(1, len(tokenizer))
+    logits[0, [7, 3, 20, 1]] = 1.0
+    lm = build_model(tokenizer, seed=9).eval()
+    for reference in (None, lm):
+        guide = Guide(lm, tokenizer, model, reference=reference)
+        found = tilted(guide, [[*prompt, *trace]], logits, 1.0, 4)[0] - logits[0]
+        for token in (7, 3, 20, 1):
+            whole = model.token_rewards([prompt], [[*trace, token]], reference=reference)[0]
+            assert found[token].item() == pytest.approx(whole[-1].item(), abs=1e-5)
+            assert guide.rewards([prompt], [[*trace, token]]) == pytest.approx([whole.mean().item()], abs=1e-5)
+        assert torch.isinf(found).sum() == len(tokenizer) - 4
+
+
+# ---------- self-correction ----------
+
+
+def test_where_the_first_error_begins():
+    ends = [False, True, False, False, True, True]
+    assert first_error_token([0.5, 0.2, -0.1], ends, 0.0) == 5
+    assert first_error_token([0.5, 0.2, -0.1], ends, 0.3) == 2
+    assert first_error_token([-0.5, 0.2, -0.1], ends, 0.0) == 0
+    assert first_error_token([0.5, 0.2, 0.1], ends, 0.0) is None
+
+
+def no_b(context: list[int]) -> float:
+    return -1.0 if context[-1] == B else 1.0
+
+
+def test_cuts_before_the_first_suspected_step(policy, words):
+    """Step means by hand: "aa\\n" 1, "bab\\n" 0, "bb\\n" -1/3: under 0.5 the second is the first, at token 3."""
+    guide = make(policy, words, no_b, max_new_tokens=14)
+    trace = ids_of(words, ["aa\nbab\nbb\n"])[0]
+    (found,) = self_correct(guide, [[C]], [trace], rounds=1, k=3, threshold=0.5)
+    assert found.cuts == [3]
+    assert found.ids[:3] == trace[:3]
+    stream = f"5 {digest([C])} {digest(trace)} 0"
+    drawn = [loop(policy, [C], trace[:3], f"{stream} {i}", 14) for i in range(3)]
+    best = max(drawn, key=lambda ids: worth(guide, [C], ids))
+    assert found.reward_before == pytest.approx(worth(guide, [C], trace))
+    assert found.ids == (best if worth(guide, [C], best) > found.reward_before else trace)
+    assert found.sampled_tokens == sum(len(ids) - 3 for ids in drawn)
+    (found,) = self_correct(guide, [[C]], [trace], rounds=1, k=1, threshold=-0.1)
+    assert found.cuts == [7]
+
+
+def test_a_trace_without_a_suspected_step_is_left_alone(policy, words, counted):
+    guide = make(policy, words, no_b)
+    right = [A, A, END, C, EOS]
+    (found,) = self_correct(guide, [[C]], [right])
+    assert (found.ids, found.cuts, found.sampled_tokens, found.finished) == (right, [], 0, True)
+    assert found.reward == found.reward_before == 1.0
+    assert counted == []
+
+
+def test_rounds_end_when_no_step_is_suspected(policy, words, counted):
+    """Rewards are 1 without b: whoever reaches it is done, the others use all their rounds."""
+    guide = make(policy, words, no_b, max_new_tokens=8)
+    traces = [[B, B, END, B, EOS], [A, END, B, END, B], [B] * 8]
+    found = self_correct(guide, [[C]] * 3, traces, rounds=6, k=4, threshold=0.99)
+    for result in found:
+        assert (result.reward == 1.0) or len(result.cuts) == 6
+    assert any(result.reward == 1.0 and len(result.cuts) < 6 for result in found)
+    assert sum(result.sampled_tokens for result in found) == sum(counted)
+
+
+def test_a_cut_at_the_length_limit_draws_nothing(policy, words, counted):
+    guide = make(policy, words, no_b, max_new_tokens=3)
+    (found,) = self_correct(guide, [[C]], [[A, A, END, B, EOS]])
+    assert (found.ids, found.cuts) == ([A, A, END, B, EOS], [])
+    assert counted == []
+
+
+def test_many_corrections_by_a_loop_of_their_rounds(policy, words, counted):
+    """60 traces: the best of two continuations of the cut takes the place of what is worse, and only of that."""
+    guide = make(policy, words, max_new_tokens=8)
+    rng = random.Random(4)
+    traces = [[*rng.choices([END, A, B, C], k=rng.randint(1, 6)), EOS] for _ in range(60)]
+    found = self_correct(guide, [[A, B]] * 60, traces, rounds=3, k=2, threshold=0.2)
+    assert sum(result.sampled_tokens for result in found) == sum(counted)
+    refused = 0
+    for given_trace, result in zip(traces, found, strict=True):
+        trace, cuts, tokens = given_trace, [], 0
+        for number in range(3):
+            scores = guide.score([[A, B]], [trace])[0]
+            cut = first_error_token(scores.step_rewards(), scores.step_ends, 0.2)
+            if cut is None:
+                break
+            stream = f"5 {digest([A, B])} {digest(given_trace)} {number}"
+            drawn = [loop(policy, [A, B], trace[:cut], f"{stream} {i}", 8) for i in range(2)]
+            cuts.append(cut)
+            tokens += sum(len(ids) - cut for ids in drawn)
+            best = max(drawn, key=lambda ids: worth(guide, [A, B], ids))
+            if worth(guide, [A, B], best) > worth(guide, [A, B], trace):
+                trace = best
+            else:
+                refused += 1
+        assert (result.ids, result.cuts, result.sampled_tokens) == (trace, cuts, tokens)
+    assert refused > 10
+
+
+@given(
+    traces=st.lists(st.lists(st.sampled_from([END, A, B, C]), min_size=1, max_size=6), min_size=1, max_size=3),
+    seed=st.integers(0, 99),
+    threshold=st.sampled_from([-0.3, 0.0, 0.3]),
+)
+@example_settings(max_examples=25)
+def test_self_correction_never_lowers_the_reward(policy, words, traces, seed, threshold):
+    guide = make(policy, words, seed=seed, max_new_tokens=8)
+    traces = [[*trace, EOS] for trace in traces]
+    prompts = [[A, B]] * len(traces)
+    found = self_correct(guide, prompts, traces, rounds=2, k=2, threshold=threshold)
+    for prompt, trace, result in zip(prompts, traces, found, strict=True):
+        assert result.reward_before == pytest.approx(worth(guide, prompt, trace), abs=1e-6)
+        assert result.reward == pytest.approx(worth(guide, prompt, result.ids), abs=1e-6)
+        assert result.reward >= result.reward_before
+        assert (result.ids == trace) == (result.reward == result.reward_before)
+        assert result.ids[: min(result.cuts, default=0)] == trace[: min(result.cuts, default=0)]
+        assert self_correct(guide, [prompt], [trace], rounds=2, k=2, threshold=threshold) == [result]

@@ -1,0 +1,45 @@
+"""What tests of interrupted runs share."""
+
+from pathlib import Path
+from typing import Any
+
+from helpers.tiny import Result
+
+COMMON: dict[str, Any] = {
+    "task": "arithmetic",
+    "max_completion_length": 24,
+    "max_steps": 6,
+    "save_steps": 2,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+}
+
+
+GRPO = {**COMMON, "num_generations": 4}
+
+
+TRAIN = {
+    **GRPO,
+    "discriminator_learning_rate": 1e-3,
+    "discriminator_warmup_updates": 6,
+    "discriminator_updates": 1,
+    "discriminator_every": 1,
+    "discriminator_prompts": 6,
+    "perturbed_per_expert": 0,
+    "reward_form": "logit",  # an untrained policy's log-probs lie beyond the clip
+    "warmup_rollouts": 2,
+    "warmup_save_updates": 2,
+    "replay_size": 40,  # so small that old rollouts have to leave
+}
+
+
+def sentence(ended: Result) -> str:
+    """What the command said at its end; a line of its own, not behind a progress bar."""
+    said = [line for line in ended.err.splitlines() if line.startswith("tracereward: ")]
+    assert len(said) == 1, ended.err
+    return said[0]
+
+
+def whole_checkpoints(output: Path) -> list[str]:
+    return sorted(path.parent.name for path in output.glob("checkpoints/checkpoint-*/complete.json"))

@@ -1,0 +1,63 @@
+"""A policy that writes what a test scripts, with a tokenizer of few words."""
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.settings import RewardSettings
+from tracereward.synthetic.arithmetic import build_model
+
+PAD, EOS, END, A, B, C = range(6)
+
+
+WORDS = ["<pad>", "<eos>", "\n", "a", "b", "c"]
+
+
+def word_tokenizer(words: Sequence[str], pattern: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def words():
+    return word_tokenizer(WORDS, r"[abc\n]")
+
+
+@pytest.fixture(scope="module")
+def policy(words):
+    """Not near uniform, and it never draws padding, so that padding in what `generate` returns is no draw."""
+    model = build_model(words, seed=3, hidden_size=16, layers=1, heads=2).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 12
+    model.generation_config.suppress_tokens = [PAD]
+    return model
+
+
+class Scripted(Scorer):
+    """The reward of a token is a function of the text up to it."""
+
+    max_positions = math.inf
+    token_budget = 1
+
+    def __init__(self, tokenizer, value, aggregate="mean"):
+        self.tokenizer, self.value = tokenizer, value
+        self.settings = RewardSettings(aggregate=aggregate)
+
+    def token_rewards(self, prompts, completions, *args, **kwargs):
+        return [
+            torch.tensor([self.value([*prompt, *ids[: t + 1]]) for t in range(len(ids))], dtype=torch.float32)
+            for prompt, ids in zip(prompts, completions, strict=True)
+        ]

@@ -1,0 +1,162 @@
+"""Which sequences share a forward pass, and which tokens are hidden in it."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tracereward.modeling import log_probs as log_probs_module
+from tracereward.modeling.batching import hide_tokens, pack, token_budget_batches
+from tracereward.modeling.log_probs import completion_log_probs
+
+# ---------- batches ----------
+
+
+@given(
+    groups=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4)), max_size=12),
+    budget=st.integers(1, 120),
+)
+def test_batches_hold_each_group_once_and_keep_to_the_budget(groups, budget):
+    """Padded tokens are the longest times the sequences of all groups; only a group alone may exceed the budget."""
+    lengths, sizes = [length for length, _ in groups], [size for _, size in groups]
+    batches = list(token_budget_batches(lengths, budget, sizes))
+    order = [index for batch in batches for index in batch]
+    assert sorted(order) == list(range(len(groups)))
+    assert [lengths[index] for index in order] == sorted(lengths, reverse=True)
+
+    def padded(batch):
+        return max(lengths[i] for i in batch) * sum(sizes[i] for i in batch)
+
+    assert all(padded(batch) <= budget or len(batch) == 1 for batch in batches)
+    # No batch was closed too early: the next group would not have fitted.
+    assert all(padded([*one, two[0]]) > budget for one, two in itertools.pairwise(batches))
+
+
+def test_batches_by_hand():
+    """10 * (1 + 2) = 30 fits exactly; with sizes of 1 the third fits too; equal lengths keep their order."""
+    assert list(token_budget_batches([4, 10, 9], 30, [1, 1, 2])) == [[1, 2], [0]]
+    assert list(token_budget_batches([4, 10, 9], 29, [1, 1, 2])) == [[1], [2, 0]]
+    assert list(token_budget_batches([4, 10, 9], 30)) == [[1, 2, 0]]
+    assert list(token_budget_batches([5, 5, 50, 5], 10)) == [[2], [0, 1], [3]]
+    assert list(token_budget_batches([], 10)) == []
+
+
+# ---------- token dropout ----------
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Two rows with prompts of 2 and 1 and completions of 3 and 200 tokens."""
+    return pack([[5, 6], [7]], [[8, 9, 10], list(range(11, 211))], pad_id=0)
+
+
+def test_only_completion_tokens_are_hidden_and_only_from_the_others(batch):
+    before = batch.attention_mask.clone()
+    shown = hide_tokens(batch, 0.5, [3, 4])
+    hidden = before - shown.attention_mask
+    assert hidden[:, :2].tolist() == [[0, 0], [0, 0]]  # the prompts, and the padding before the second
+    assert bool((hidden >= 0).all())  # no padding comes to be seen
+    assert not hidden[0, 5:].any()
+    assert 70 < int(hidden[1].sum()) < 130  # half of 200, five standard deviations either way
+    assert torch.equal(batch.attention_mask, before)
+    for name in ("input_ids", "position_ids", "completion_mask", "step_ends"):
+        assert torch.equal(getattr(shown, name), getattr(batch, name))
+
+
+@pytest.mark.parametrize(("rate", "low", "high"), [(0.0, 0, 0), (0.1, 3, 45), (0.9, 155, 197)])
+def test_the_rate_is_the_share_hidden(batch, rate, low, high):
+    hidden = batch.attention_mask - hide_tokens(batch, rate, [0, 1]).attention_mask
+    assert low <= int(hidden[1].sum()) <= high
+
+
+def test_what_is_hidden_depends_on_the_rows_seed_alone(batch):
+    """Not on its neighbours, nor on the padding that they cause."""
+    both = hide_tokens(batch, 0.5, [3, 4]).attention_mask
+    alone = hide_tokens(pack([[7]], [list(range(11, 211))], pad_id=0), 0.5, [4]).attention_mask
+    assert torch.equal(both[1, 2:], alone[0, 1:])
+    assert not torch.equal(both, hide_tokens(batch, 0.5, [3, 5]).attention_mask)
+    assert torch.equal(both, hide_tokens(batch, 0.5, [3, 4]).attention_mask)
+
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "attn_implementation": "eager",
+}
+
+
+def models():
+    """One whose logits are the LM head's, and one that caps them behind it."""
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    gemma = Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=0.5, query_pre_attn_scalar=8))
+    return [llama.eval(), gemma.eval()]
+
+
+def ragged():
+    rng = torch.Generator().manual_seed(0)
+    return pack(
+        [torch.randint(2, 97, (n,), generator=rng).tolist() for n in (3, 1, 4)],
+        [torch.randint(2, 97, (n,), generator=rng).tolist() for n in (7, 12, 2)],
+        0,
+    )
+
+
+def by_softmax(model, batch):
+    """The definition, over all logits at once, in float64."""
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask, position_ids=batch.position_ids).logits
+    width = batch.completion_mask.size(1)
+    log_probs = logits[:, -width - 1 : -1].double().log_softmax(-1)
+    return log_probs.gather(2, batch.input_ids[:, -width:, None])[..., 0]
+
+
+@pytest.mark.parametrize("model", models(), ids=["plain", "capped"])
+@pytest.mark.parametrize("logits", [97, 500, 2**23])
+def test_log_probs_gradients_and_their_gradients_by_the_definition(model, logits, monkeypatch):
+    """Of one, of several and of all tokens a chunk; second derivatives too, as the gradient penalties take them."""
+    monkeypatch.setattr(log_probs_module, "LOGITS", logits)
+    batch = ragged()
+    found = []
+    for log_probs in (lambda m: completion_log_probs(m, batch)[0].double(), lambda m: by_softmax(m, batch)):
+        twin = copy.deepcopy(model)
+        values = log_probs(twin) * batch.completion_mask
+        weights = list(twin.parameters())
+        first = torch.autograd.grad(values.sum(), weights, create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in first)
+        found.append((values, first, torch.autograd.grad(penalty, weights)))
+    for ours, theirs, scale in zip(*found, (1.0, 10.0, 1e3), strict=True):  # the size of what float32 rounds
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * scale)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+class LargestLogits(TorchDispatchMode):
+    """The most numbers of any tensor over the vocabulary, beside the weights of the head."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple) else (out,):
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (97,) and tensor.shape != (16, 97):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_all_logits_are_never_there_at_once(monkeypatch):
+    """In the forward and in the backward pass; the head is frozen: its gradient has that width too."""
+    monkeypatch.setattr(log_probs_module, "LOGITS", 4 * 97)
+    model = models()[0]
+    model.get_output_embeddings().weight.requires_grad_(False)
+    with LargestLogits() as seen:
+        completion_log_probs(model, ragged())[0].sum().backward()
+    assert seen.largest == 4 * 97

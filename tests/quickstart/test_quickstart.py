@@ -1,0 +1,103 @@
+"""The embedded default from end to end, made smaller: what it prints is what its files say."""
+
+import dataclasses
+import json
+import re
+import sys
+
+import pytest
+
+from tracereward.cli.app import main
+from tracereward.files import read_jsonl
+from tracereward.quickstart.worlds import WORLDS
+from tracereward.reports.report import Trace
+from tracereward.rewards.token_scores import TokenScores
+from tracereward.runs.report import pick_traces
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The default world with a few steps of each stage."""
+    world = WORLDS["exposure"]
+    few = {"max_steps": 3, "warmup_steps": 0}
+    smaller = dataclasses.replace(
+        world,
+        experts=12,
+        unlabeled=24,
+        validation=20,
+        test=20,
+        corpus=200,
+        pretraining={**world.pretraining, **few, "max_steps": 25},
+        sft={**world.sft, **few, "per_device_train_batch_size": 12},
+        sft_grid=[{"learning_rate": 1e-4, "max_steps": 3}, {"learning_rate": 5e-4, "max_steps": 6}],
+        grpo={**world.grpo, **few, "per_device_train_batch_size": 32, "save_steps": 3},
+        adversarial={**world.adversarial, "discriminator_warmup_updates": 3, "warmup_rollouts": 4},
+    )
+    monkeypatch.setitem(WORLDS, "exposure", smaller)
+
+
+def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["tracereward", "quickstart", *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+def test_quickstart(small, monkeypatch, capsys, tmp_path):
+    output = tmp_path / "run"
+    code, out, err = run(monkeypatch, capsys, "-o", str(output), "--json")
+    assert code == 0, err
+    results = json.loads(out)
+    labels = [row["label"] for row in results["policies"]]
+    assert labels == [
+        "base (pretrained)",
+        "SFT",
+        "SFT continued (control)",
+        "GRPO on own log-prob (control)",
+        "IRL policy (tracereward)",
+    ]
+    # The ranking table, again from the samples by other means.
+    questions: dict[int, list[dict]] = {}
+    for row in read_jsonl(output / "samples.jsonl"):
+        said = re.search(r"#### (\d+)$", row["completion"])
+        # Of a nonsense such as "#### 2 = 3 = 9" the recipe may read more than a number.
+        assert row["correct"] or said is None or said[1] != row["answer"], row["completion"]
+        row["right"] = row["correct"]
+        assert row["reward"] == pytest.approx(sum(row["token_rewards"]) / len(row["token_rewards"]))
+        questions.setdefault(row["question"], []).append(row)
+    assert [len(rows) for rows in questions.values()] == [8] * 20
+    accuracy = results["ranking"]["accuracy"]
+    mean = sum(row["right"] for rows in questions.values() for row in rows) / 160
+    assert accuracy["mean sample"][0] == pytest.approx(mean)
+    for label, key in (("reward best-of-8", "reward"), ("log-prob best-of-8", "logprob")):
+        picked = [max(rows, key=lambda row: row[key])["right"] for rows in questions.values()]
+        assert accuracy[label][0] == pytest.approx(sum(picked) / 20)
+    assert accuracy["oracle@8"][0] == pytest.approx(
+        sum(any(r["right"] for r in rows) for rows in questions.values()) / 20
+    )
+    test = {row["prompt"] for row in read_jsonl(output / "data" / "test.jsonl")}
+    for part in ("experts", "unlabeled", "corpus"):
+        assert not test & {row["prompt"] for row in read_jsonl(output / "data" / f"{part}.jsonl")}, part
+
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    code, again, err = run(monkeypatch, capsys, "-o", str(output), "--json")
+    assert (code, again) == (2, "")
+    assert "--resume" in err
+    code, again, err = run(monkeypatch, capsys, "-o", str(output), "--json", "--resume")
+    assert code == 0, err
+    assert json.loads(again) == results
+    assert err.count("done before") == 7
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
+    code, again, err = run(monkeypatch, capsys, "-o", str(output), "--json", "--resume", "--seed", "1")
+    assert code == 2
+    assert "other options" in err
+
+
+def test_shown_traces_are_pairs_of_wrong_and_right():
+    scores = TokenScores(["a"], [(0, 1)], [0.0], [True], [True])
+    rows = [("q1", "x", False), ("q1", "y", False), ("q2", "x", False), ("q2", "x", False), ("q2", "y", True)]
+    traces = [Trace(question, text, scores, correct, None) for question, text, correct in rows]
+    shown = [(t.question, t.completion) for t in pick_traces(traces, 3)]
+    assert shown == [("q1", "x"), ("q2", "x"), ("q2", "y")]
+    assert len(pick_traces(traces, 5)) == 4

@@ -1,0 +1,282 @@
+import base64
+import hashlib
+import io
+import json
+import re
+
+import jinja2
+import pytest
+
+from helpers.inspection import row_of
+from tracereward.errors import InputError
+from tracereward.reports.inspection import (
+    colour_limit,
+    first_error,
+    largest_drop,
+    questions_of,
+    visible,
+    write_inspection,
+)
+from tracereward.reports.inspection_terminal import print_ansi
+
+HOSTILE = "</script><script>alert(1)</script> & \"x\" 'y' <!-- \u2028 \x1b[31m\u202e\x9b \ud800 é🙂"
+ESCAPED = HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e").replace("\x9b", r"\x9b")
+ESCAPED = ESCAPED.replace("\ud800", r"\ud800")
+
+
+def arithmetic_row(**fields) -> dict:
+    tokens = ["23", " -", " 7", " =", " 26", "\n", "#### ", "31", "</s>"]
+    return row_of(tokens, [-1.0, -1.0, -2.0, -2.0, -3.0, -3.0, 0.5, 0.5, 1.25], **fields)
+
+
+def trace_of(row: dict) -> dict:
+    [question] = questions_of([row], 0.5)
+    [trace] = question["traces"]
+    return trace
+
+
+def write(path, traces, **changes) -> str:
+    write_inspection(path, traces, **{"title": "Traces", "command": "tracereward inspect", **changes})
+    return path.read_text(encoding="utf-8")
+
+
+def data_of(html: str) -> dict:
+    return json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[0])
+
+
+def printed(traces, **options) -> str:
+    file = io.StringIO()
+    print_ansi(traces, file, **{"width": 60, "colour": "never", **options})
+    return file.getvalue()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "inspection.html"
+
+
+def test_first_error_is_the_first_step_well_below_the_others():
+    # means of the others: 1/3, 2/3, 1, 1; the steps are 5/3 and 1/3 above, and 1 and 1 below
+    assert first_error([2.0, 1.0, 0.0, 0.0], threshold=0.9) == 2
+    assert first_error([2.0, 1.0, 0.0, 0.0], threshold=1.0) is None
+    assert first_error([-1.0, 3.0], threshold=3.9) == 0
+    assert first_error([3.0, -1.0], threshold=3.9) == 1
+    assert first_error([-4.0, -4.0, -4.0]) is None  # low, but no lower than the rest of the trace
+    assert first_error([-4.0]) is None
+    assert first_error([]) is None
+
+
+def test_largest_drop_is_between_neighbours():
+    assert largest_drop([1.0, 3.0, 0.5, -1.0]) == 2.5
+    assert largest_drop([1.0, 2.0, 4.0]) == -1.0
+    assert largest_drop([1.0]) is None
+
+
+def test_steps_tokens_and_facts():
+    trace = trace_of(arithmetic_row(reward=-1.0833333, correct=False, extracted=31, logprob=float("nan")))
+    steps = [[piece[0] for piece in step["tokens"]] for step in trace["steps"]]
+    assert steps == [["23", " -", " 7", " =", " 26", ""], ["#### ", "31", ""]]
+    assert [step["tokens"][-1] for step in trace["steps"]] == [["", -3.0, "m"], ["", 1.25, "e"]]
+    assert [step["reward"] for step in trace["steps"]] == [-2.0, 0.75]  # -12 / 6 and 2.25 / 3
+    assert trace["error"] == 0
+    assert trace["drop"] == -2.75
+    assert (trace["reward"], trace["correct"], trace["answer"], trace["logprob"]) == (-1.0833, False, "31", None)
+
+
+def test_given_step_ends_and_step_rewards_come_before_the_newline_rule():
+    ends = [False, False, True, False, False, False, False, False, False]  # the trace's last token ends a step anyway
+    trace = trace_of(arithmetic_row(step_ends=ends, step_rewards=[1.0, -5.0]))
+    assert [len(step["tokens"]) for step in trace["steps"]] == [3, 6]
+    assert [step["reward"] for step in trace["steps"]] == [1.0, -5.0]
+    trace = trace_of(arithmetic_row(step_ends=ends, step_rewards=[1.0]))  # of other steps: their means are used
+    assert [step["reward"] for step in trace["steps"]] == [-1.3333, -0.9583]  # -4 / 3 and -5.75 / 6
+
+
+def test_supervised_positions_are_marked_where_they_are_some():
+    some = [False] * 5 + [True, False, False, True]
+    kinds = [piece[2] for step in trace_of(arithmetic_row(supervised=some))["steps"] for piece in step["tokens"]]
+    assert kinds == ["", "", "", "", "", "sm", "", "", "se"]
+    kinds = [piece[2] for step in trace_of(arithmetic_row(supervised=[True] * 9))["steps"] for piece in step["tokens"]]
+    assert kinds == ["", "", "", "", "", "m", "", "", "e"]
+
+
+def test_all_text_is_shown_when_tokens_share_or_skip_characters():
+    # "é" is two tokens that both cover it; the space at 2 and the full stop at 4 have no token.
+    row = {
+        **{"prompt": "q", "completion": "aé 🙂.", "tokens": ["aé", "é", "🙂", "</s>"]},
+        **{"offsets": [[0, 2], [1, 2], [3, 4], [4, 4]], "token_rewards": [1.0, 1.0, -1.0, 0.0]},
+    }
+    [step] = trace_of(row)["steps"]
+    assert step["tokens"] == [["aé", 1.0, ""], ["", 1.0, "z"], [" "], ["🙂", -1.0, ""], ["", 0.0, "e"], ["."]]
+
+
+def test_text_is_the_tokens_where_the_tokenizer_normalised_it():
+    row = row_of(["caf\u00e9", " au"], [1.0, 2.0])
+    row["completion"] = "cafe\u0301 au"  # decomposed: its offsets would be off by one
+    assert [piece[0] for piece in trace_of(row)["steps"][0]["tokens"]] == ["caf\u00e9", " au"]
+
+
+def test_rows_of_a_prompt_are_one_question_in_the_order_of_the_file():
+    chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+    rows = [
+        row_of(["a"], [1.0], prompt="first", answer="4"),
+        row_of(["b"], [1.0], prompt=chat),
+        row_of(["c"], [1.0], prompt="first"),
+    ]
+    questions = questions_of(rows, 0.5)
+    assert [question["prompt"] for question in questions] == ["first", "system: Be brief.\n\nuser: 2 + 2?"]
+    assert [trace["number"] for trace in questions[0]["traces"]] == [1, 2]
+    assert [question["answer"] for question in questions] == ["4", None]
+
+
+def test_rows_of_candidates_are_shown_one_by_one():
+    first, second = row_of(["a"], [1.0]), row_of(["b", "</s>"], [2.0, 4.0])
+    names = ("tokens", "offsets", "token_rewards")
+    scores = [{name: row[name] for name in names} for row in (first, second)]
+    [question] = questions_of([{"prompt": "q", "candidates": ["a", "b"], "scores": scores, "answer": "b"}], 0.5)
+    assert [trace["reward"] for trace in question["traces"]] == [1.0, 3.0]  # the mean where there is no reward
+    with pytest.raises(InputError, match="row 1: no tokens; `tracereward score` writes"):
+        questions_of([{"prompt": "q", "candidates": ["a", "b"]}], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_rewards": None}, "row 2: no token_rewards; `tracereward score` writes"),
+        ({"token_rewards": [1.0]}, "row 2: 9 tokens but 1 token_rewards"),
+        ({"step_ends": [True]}, "row 2: 9 tokens but 1 step_ends"),
+        ({"offsets": [[5, 99]] * 9}, "row 2: its offsets do not fit its completion of 19 characters"),
+    ],
+)
+def test_rows_that_cannot_be_shown_are_named(change, message, path):
+    with pytest.raises(InputError, match=message):
+        write_inspection(path, [arithmetic_row(), {**arithmetic_row(), **change}], "Traces")
+    assert not path.exists()
+
+
+def test_a_trace_without_tokens_and_no_traces(path):
+    assert trace_of(row_of([], []))["steps"] == []
+    assert data_of(write(path, [])) == {"limit": 1.0, "questions": []}
+    assert "Question" not in printed([])
+
+
+def test_control_characters_are_written_out():
+    assert visible("a\tb\nc") == "a\tb\nc"
+    assert visible("\x00\r\x1b[0m\x7f\x9b\u202e\u2066") == r"\x00\x0d\x1b[0m\x7f\x9b\u202e\u2066"
+    assert visible(HOSTILE) == ESCAPED
+
+
+def test_page_holds_hostile_text_as_data_only(path):
+    row = row_of([HOSTILE], [1.0], prompt=HOSTILE, answer=HOSTILE, extracted=HOSTILE, model=HOSTILE)
+    html = write(path, [row], title=HOSTILE, command=HOSTILE)
+    assert re.findall(r"<(script[^>]*)>", html) == ['script type="application/json" id="data"', "script"]
+    assert html.count("</script>") == 2
+    assert "alert(1)</script>" not in html
+    assert "<!--" not in html
+    [question] = data_of(html)["questions"]
+    [trace] = question["traces"]
+    assert question["prompt"] == question["answer"] == trace["answer"] == trace["model"] == ESCAPED
+    assert trace["steps"][0]["tokens"][0][0] == ESCAPED
+    assert "\u2028" not in html[html.index('id="data"') :]
+
+
+def test_page_is_self_contained_and_its_policy_names_its_own_style_and_script(path):
+    html = write(path, [arithmetic_row()])
+    policy = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', html)[0]
+    for tag, directive in (("style", "style-src"), ("script", "script-src")):
+        [source] = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
+        assert f"{directive} 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'; ")
+    assert "unsafe" not in policy
+    assert not re.search(r"https?://|@import|url\(| src=| href=| style=| on\w+=", html)
+    assert "<noscript>" in html
+    assert "innerHTML" not in html
+
+
+def test_page_without_checked_answers_has_no_filter_for_them(path):
+    assert 'name="answers"' not in write(path, [arithmetic_row()])
+    assert 'name="answers"' in write(path, [arithmetic_row(correct=True)])
+
+
+def test_page_explains_underlines_where_there_are_some(path):
+    some = [False] * 5 + [True, False, False, True]
+    assert "underlined tokens" in write(path, [arithmetic_row(supervised=some)])
+    assert "underlined tokens" not in write(path, [arithmetic_row(supervised=[True] * 9)])
+
+
+def test_values_are_of_the_file_and_the_largest_sets_the_scale(path):
+    html = write(path, [arithmetic_row(), row_of(["a"], [0.123456]), row_of(["b"], [float("nan")])])
+    data = data_of(html)
+    assert data["limit"] == 3.0
+    assert "−3.00<b" in html
+    assert data["questions"][0]["traces"][1]["steps"][0]["tokens"] == [["a", 0.1235, ""]]
+    assert data["questions"][0]["traces"][2]["steps"][0]["tokens"] == [["b", None, ""]]
+    assert colour_limit([]) == 1.0
+
+
+def test_old_page_stays_if_rendering_fails(path, monkeypatch):
+    old = write(path, [])
+
+    def fail(*_, **__):
+        raise RuntimeError("cut short")
+
+    monkeypatch.setattr(jinja2.Template, "render", fail)
+    with pytest.raises(RuntimeError, match="cut short"):
+        write(path, [arithmetic_row()])
+    assert path.read_text(encoding="utf-8") == old
+
+
+def test_terminal_has_a_line_per_step_with_its_reward_and_marks_the_error_by_a_sign():
+    text = printed([arithmetic_row(correct=False, extracted="31", answer="21")])
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert "Question 1 of 1" in lines
+    assert "right answer 21" in lines
+    assert "#1 of 1  ✗ wrong  answer 31  reward −1.08" in lines  # (-12 + 2.25) / 9
+    [first] = [line for line in lines if "23 - 7 = 26" in line]
+    [second] = [line for line in lines if "#### 31" in line]
+    assert re.fullmatch(r"! 1 23 - 7 = 26↵ +−2\.00 !", first)
+    assert re.fullmatch(r"  2 #### 31■ +\+0\.75", second)
+    assert len(first) == 60
+    assert "\x1b" not in text
+
+
+def test_terminal_colours_are_the_palettes():
+    text = printed([row_of(["a", "b"], [4.0, -2.0])], colour="truecolor")
+    # blue 6aaede at the limit; half-way to orange f29e4c from neutral f6f6f4: f4caa0, see test_report
+    assert "48;2;106;174;222ma\x1b[0m" in text
+    assert "48;2;244;202;160mb\x1b[0m" in text
+    # rich remembers the codes of a colour, so these are others
+    text = printed([row_of(["a", "b"], [3.9, -2.1])], colour="256")
+    assert re.search(r"48;5;\d+mb\x1b\[0m", text)
+
+
+@pytest.mark.parametrize("colour", ["never", "256", "truecolor"])
+def test_a_trace_cannot_drive_the_terminal(colour):
+    row = row_of([HOSTILE], [1.0], prompt=HOSTILE, answer=HOSTILE, extracted=HOSTILE, model=HOSTILE)
+    text = printed([row], colour=colour, width=400)
+    assert text.count(r"\x1b[31m\u202e\x9b \ud800") == 5
+    ours = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert "\x1b" not in ours
+    assert "\x1b[31m" not in text
+    assert not set("\x9b\u202e\ud800") & set(text)
+
+
+def test_terminal_honours_no_color_unless_told_otherwise(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    outputs = []
+    for no_color, colour in (("", "auto"), ("1", "auto"), ("1", "256")):
+        monkeypatch.setenv("NO_COLOR", no_color)
+        file = Terminal()
+        print_ansi([arithmetic_row()], file, 60, colour)
+        outputs.append("48;5;" in file.getvalue())
+    assert outputs == [True, False, True]
+    assert "\x1b" not in printed([arithmetic_row()], colour="auto")  # not a terminal
+    with pytest.raises(InputError, match="unknown colour 'alwys'"):
+        printed([], colour="alwys")

@@ -1,0 +1,125 @@
+"""A reward model in TRL's GRPOTrainer, as a function and as a checkpoint folder: the same numbers as `score`."""
+
+import dataclasses
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from tracereward import as_reward_func
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+
+STEPS, BATCH = 2, 8
+
+
+def build(folder, tokenizer, head, **settings) -> TokenRewardModel:
+    model = TokenRewardModel.from_backbone(str(folder), RewardSettings(head=head, **settings), tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+class Recorded(GRPOTrainer):
+    """Keeps what each reward computation got and gave."""
+
+    def __init__(self, *args, **kwargs):
+        self.seen = []
+        super().__init__(*args, **kwargs)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        ids = [list(row) for row in completion_ids_list]
+        self.seen.append((list(prompts), list(completions), ids, rewards.clone()))
+        return rewards
+
+
+@pytest.fixture
+def train(tiny_model_folder, tokenizer, experts, tmp_path):
+    """Runs two steps with the given reward functions; what was seen, and whether the policy moved."""
+
+    def run(*funcs):
+        config = GRPOConfig(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=BATCH,
+            num_generations=4,
+            max_completion_length=10,
+            max_steps=STEPS,
+            learning_rate=1e-2,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            bf16=False,
+            seed=1,
+        )
+        trainer = Recorded(
+            model=AutoModelForCausalLM.from_pretrained(tiny_model_folder),
+            reward_funcs=list(funcs),
+            args=config,
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in experts]),
+            processing_class=tokenizer,
+        )
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        trainer.train()
+        assert any(not torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+        assert len(trainer.seen) == STEPS
+        return trainer.seen
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("head", "settings"),
+    [("action", {"aggregate": "min", "beta_clip": 50.0}), ("implicit", {}), ("token", {"granularity": "step"})],
+)
+def test_the_function_gives_what_score_gives(tiny_model_folder, tokenizer, train, head, settings):
+    """Traces that were cut off get no end-of-sequence token, those that ended get one."""
+    model = build(tiny_model_folder, tokenizer, head, **settings)
+    eos = tokenizer.eos_token_id
+    finished = []
+    for prompts, completions, ids, rewards in train(as_reward_func(model)):
+        # TRL's ids, not the function's: a completion that ended has the end of sequence as its last token.
+        ended = [row[-1] == eos for row in ids]
+        scores = model.score(prompts, completions, [end or not text for end, text in zip(ended, completions)])
+        expected = [trace.aggregate(model.settings.aggregate) for trace in scores]
+        assert rewards[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
+        assert len({round(value, 4) for value in expected}) > BATCH // 2
+        finished += ended
+    assert not all(finished)
+
+
+def test_a_token_head_is_a_reward_model_by_its_folder(tiny_model_folder, tokenizer, train, tmp_path):
+    """TRL's value is the logit of the text's last token, before an end of sequence: `last` of a trace that goes on."""
+    model = build(tiny_model_folder, tokenizer, "token", beta_clip=1e9, aggregate="last")
+    model.save_pretrained(tmp_path / "rm")
+    function = as_reward_func(model)
+    for prompts, completions, ids, rewards in train(str(tmp_path / "rm"), function):
+        stated = [index for index, text in enumerate(completions) if text]
+        assert len(stated) > BATCH // 2
+        texts = [prompts[i] for i in stated], [completions[i] for i in stated]
+        expected = [trace.aggregate("last") for trace in model.score(*texts, [False] * len(stated))]
+        assert rewards[stated, 0].tolist() == pytest.approx(expected, abs=1e-4)
+        assert rewards[:, 1].tolist() == pytest.approx(function(prompts, completions, ids), abs=1e-5)
+
+
+def test_messages_are_rendered_and_empty_traces_scored(tiny_model_folder, tokenizer):
+    """A rollout of special tokens alone has no text and did not end: it must not stop a training run."""
+    model = build(tiny_model_folder, tokenizer, "action")
+    function, eos = as_reward_func(model), tokenizer.eos_token_id
+    prompt, trace = "13 - 5 = ?\n", "13 - 5 = 8"
+    ids = tokenizer(trace)["input_ids"]
+    found = function(prompts=[prompt] * 3, completions=[trace, trace, ""], completion_ids=[ids, [*ids, eos], [0, 0]])
+    cut, ended, empty = model.score([prompt] * 3, [trace, trace, ""], [False, True, True])
+    assert found == pytest.approx([t.aggregate() for t in (cut, ended, empty)], abs=1e-5)
+    assert function([prompt], [trace]) == pytest.approx([ended.aggregate()], abs=1e-5)
+    assert function([prompt], [trace], trainer_state=None, answer=["8"]) == function([prompt], [trace])
+
+    tokenizer = model.tokenizer = type(tokenizer).from_pretrained(tiny_model_folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    model.settings = dataclasses.replace(model.settings, template="chat")
+    messages = [{"role": "user", "content": "13 - 5 = ?"}], [{"role": "assistant", "content": trace}]
+    assert function([messages[0]], [messages[1]], [[*ids, eos]]) == pytest.approx([ended.aggregate()], abs=1e-5)

@@ -1,0 +1,226 @@
+"""`tracereward serve` in this process: each endpoint against offline scoring."""
+
+import base64
+import struct
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+from scipy.special import expit
+
+from helpers.served import assert_error, client_of, close, save_reward_model, traces
+from tracereward.rewards.calibration import Calibration
+from tracereward.rewards.model import TokenRewardModel
+
+TRACES = traces(6)
+PROMPT = TRACES[0][0]
+CANDIDATES = [completion for _, completion in TRACES]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    return save_reward_model(tmp_path_factory.mktemp("serving") / "rm", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return TokenRewardModel.from_pretrained(str(folder))
+
+
+@pytest.fixture(scope="module")
+def offline(model):
+    """Scores of `CANDIDATES` as answers to `PROMPT`."""
+    return model.score([PROMPT] * len(CANDIDATES), CANDIDATES)
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with client_of(model) as client:
+        yield client
+
+
+# Scores
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_score_of_a_completion(served, model, finished):
+    body = {"prompt": PROMPT, "completion": CANDIDATES[1], "finished": finished}
+    answer = served.post("/v1/score", json=body).json()
+    [scores] = model.score([PROMPT], [CANDIDATES[1]], [finished])
+    assert answer.keys() == {"model", "results", "usage"}
+    assert answer["model"] == "rm"
+    [result] = answer["results"]
+    fields = {"index", "reward", "aggregates", "step_rewards", "tokens", "offsets", "token_rewards"}
+    assert result.keys() == fields  # and no probability
+    assert result["tokens"] == scores.tokens
+    assert result["offsets"] == [list(pair) for pair in scores.offsets]
+    assert result["token_rewards"] == close(scores.rewards)
+    assert result["reward"] == close(sum(scores.rewards) / len(scores.rewards))
+    assert result["step_rewards"] == close(scores.step_rewards())
+    assert result["aggregates"] == close({how: scores.aggregate(how) for how in ("mean", "min", "last", "discounted")})
+    prompt, completion = len(model.tokenizer(PROMPT)["input_ids"]), len(scores.tokens)
+    assert answer["usage"] == {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+
+
+def test_scores_of_candidates_come_in_their_order(served, offline):
+    answer = served.post("/v1/score", json={"model": "rm", "prompt": PROMPT, "candidates": CANDIDATES}).json()
+    assert [result["index"] for result in answer["results"]] == list(range(len(CANDIDATES)))
+    for result, scores in zip(answer["results"], offline, strict=True):
+        assert result["token_rewards"] == close(scores.rewards)
+
+
+def test_scores_of_steps(served, model):
+    """Each step's reward is that of its own tokens, by hand; steps are joined by the model's delimiter."""
+    steps = CANDIDATES[0].split("\n")
+    answer = served.post("/v1/score", json={"prompt": PROMPT, "steps": steps}).json()
+    [scores] = model.score([PROMPT], ["\n".join(steps)])
+    expected, start = [], 0
+    for step in steps:
+        inside = [
+            r for r, (a, b) in zip(scores.rewards, scores.offsets) if a < b and start <= a and b <= start + len(step)
+        ]
+        expected.append(sum(inside) / len(inside))
+        start += len(step) + 1
+    assert answer["results"][0]["step_rewards"] == close(expected)
+
+
+def test_a_step_without_a_token_is_an_error_of_the_request(served):
+    """The tokenizer makes one short token of the long word: nothing is left at the second step's characters."""
+    response = served.post("/v1/score", json={"prompt": PROMPT, "steps": ["x" * 90, "y"]})
+    assert_error(response, 400, "steps: no token between characters 91 and 92", "invalid_input")
+
+
+def test_tokens_can_be_left_out(served):
+    body = {"prompt": PROMPT, "completion": CANDIDATES[0], "tokens": False}
+    [result] = served.post("/v1/score", json=body).json()["results"]
+    assert result.keys() == {"index", "reward", "aggregates", "step_rewards"}
+
+
+def test_messages_under_a_plain_model(served, offline):
+    """The user's message is the prompt, whatever the system says; a longer talk has no plain form."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    answer = served.post("/v1/score", json={"prompt": messages, "completion": CANDIDATES[0]}).json()
+    assert answer["results"][0]["token_rewards"] == close(offline[0].rewards)
+    messages.append({"role": "assistant", "content": "2"})
+    response = served.post("/v1/score", json={"prompt": messages, "completion": "3"})
+    assert_error(response, 400, "plain prompts", "invalid_input")
+    response = served.post("/v1/score", json={"prompt": [{"role": "user", "content": ""}], "completion": "3"})
+    assert_error(response, 400, "no token", "invalid_input")
+
+
+def test_messages_under_a_chat_model(tmp_path, tokenizer):
+    """They go through the chat template, as in training."""
+    chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    chatty.chat_template = "{% for m in messages %}{{ m.content }} = {% endfor %}"
+    model = TokenRewardModel.from_pretrained(str(save_reward_model(tmp_path / "rm", chatty, template="chat")))
+    messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    [expected] = model.score(["1 = 2 = "], ["3 + 4"])
+    with client_of(model) as client:
+        answer = client.post("/v1/score", json={"prompt": messages, "completion": "3 + 4"}).json()
+    assert answer["results"][0]["token_rewards"] == close(expected.rewards)
+
+
+def test_a_calibrated_model_gives_probabilities(tmp_path, tokenizer, offline):
+    calibration = Calibration("platt", slope=0.5, intercept=0.25, traces=20)
+    calibrated = TokenRewardModel.from_pretrained(
+        str(save_reward_model(tmp_path / "rm", tokenizer, calibration=calibration))
+    )
+    expected = [float(expit(0.5 * scores.aggregate() + 0.25)) for scores in offline]
+    with client_of(calibrated) as client:
+        scores = client.post("/v1/score", json={"prompt": PROMPT, "candidates": CANDIDATES}).json()
+        ranked = client.post("/v1/rerank", json={"query": PROMPT, "documents": CANDIDATES}).json()
+    assert [result["probability"] for result in scores["results"]] == close(expected)
+    assert [result["relevance_score"] for result in ranked["results"]] == close(sorted(expected, reverse=True))
+
+
+# Other servers' shapes
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+def test_rerank(served, offline, path):
+    """Texts and objects, from best to worst; fields of other servers are ignored."""
+    documents = [text if index % 2 else {"text": text, "id": index} for index, text in enumerate(CANDIDATES)]
+    body = {"model": "rm", "query": PROMPT, "documents": documents, "max_chunks_per_doc": 3}
+    answer = served.post(path, json=body).json()
+    rewards = [scores.aggregate() for scores in offline]
+    order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
+    assert [result["index"] for result in answer["results"]] == order
+    assert [result["reward"] for result in answer["results"]] == close([rewards[i] for i in order])
+    relevance = [float(expit(rewards[i])) for i in order]
+    assert [result["relevance_score"] for result in answer["results"]] == close(relevance)
+    assert [result["document"] for result in answer["results"]] == [{"text": CANDIDATES[i]} for i in order]
+    assert answer["object"] == "list"
+    assert answer["id"].startswith("rerank-")
+    few = served.post(path, json={**body, "top_n": 2, "return_documents": False}).json()["results"]
+    assert [result["index"] for result in few] == order[:2]
+    assert few[0].keys() == {"index", "relevance_score", "reward"}
+
+
+def test_pooling_of_texts(served, model):
+    """A row of one number a token, the first 0: by hand, from the ids."""
+    texts = [PROMPT + CANDIDATES[0], PROMPT]
+    answer = served.post("/pooling", json={"input": texts, "encoding_format": "float"}).json()
+    for row, text in zip(answer["data"], texts, strict=True):
+        ids = model.tokenizer(text)["input_ids"]
+        [expected] = model.token_rewards([ids[:1]], [ids[1:]])
+        assert [value for [value] in row["data"]] == close([0.0, *expected.tolist()])
+        assert row["object"] == "pooling"
+    total = sum(len(model.tokenizer(text)["input_ids"]) for text in texts)
+    assert answer["usage"]["total_tokens"] == total
+    [alone] = served.post("/pooling", json={"input": texts[1]}).json()["data"]
+    assert [value for [value] in alone["data"]] == close([value for [value] in answer["data"][1]["data"]])
+    assert_error(served.post("/pooling", json={"input": "7"}), 400, "one token alone", "invalid_input")
+
+
+def test_pooling_and_classes_of_token_ids(served, model):
+    """They give what their text gives: a list of ids as one input, a list of lists as many."""
+    texts = [PROMPT + text for text in CANDIDATES[:2]]
+    ids = [model.tokenizer(text)["input_ids"] for text in texts]
+    for path, field in (("/pooling", "data"), ("/classify", "probs")):
+        expected = [row[field] for row in served.post(path, json={"input": texts}).json()["data"]]
+        many = served.post(path, json={"input": ids}).json()
+        assert [row[field] for row in many["data"]] == [[close(number) for number in row] for row in expected]
+        assert many["usage"]["total_tokens"] == sum(map(len, ids))
+        [one] = served.post(path, json={"input": ids[1]}).json()["data"]
+        assert one[field] == [close(number) for number in expected[1]]
+    response = served.post("/pooling", json={"input": [ids[0], [3, len(model.tokenizer)]]})
+    assert_error(response, 400, f"input 1: .* 0 to {len(model.tokenizer) - 1}", "invalid_input")
+
+
+def test_pooling_as_base64(served):
+    """Little-endian float32, as `struct` reads it, one a token."""
+    body = {"input": [PROMPT + CANDIDATES[0], PROMPT]}
+    numbers = served.post("/pooling", json={**body, "encoding_format": "float"}).json()["data"]
+    packed = served.post("/pooling", json={**body, "encoding_format": "base64"}).json()["data"]
+    for one, other in zip(packed, numbers, strict=True):
+        raw = base64.b64decode(one["data"], validate=True)
+        assert struct.unpack(f"<{len(raw) // 4}f", raw) == close(tuple(value for [value] in other["data"]))
+
+
+def test_pooling_and_classes_of_a_conversation(served, offline):
+    messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": CANDIDATES[0]}]
+    answer = served.post("/pooling", json={"messages": messages}).json()
+    assert [value for [value] in answer["data"][0]["data"]] == close(offline[0].rewards)
+    answer = served.post("/classify", json={"messages": messages}).json()
+    expert = float(expit(offline[0].aggregate()))
+    assert answer["data"][0]["probs"] == close([1 - expert, expert])
+    response = served.post("/classify", json={"messages": messages[::-1]})
+    assert_error(response, 422, "last message must be the assistant's")
+
+
+def test_classes_of_texts(served, model):
+    texts = [PROMPT + text for text in CANDIDATES]
+    answer = served.post("/classify", json={"input": texts}).json()
+    labels = set()
+    for one, text in zip(answer["data"], texts, strict=True):
+        ids = model.tokenizer(text)["input_ids"]
+        reward = float(model.token_rewards([ids[:1]], [ids[1:]])[0].mean())
+        assert one["probs"] == close([1 - float(expit(reward)), float(expit(reward))])
+        assert one["label"] == ("expert" if reward > 0 else "policy")
+        assert one["num_classes"] == 2
+        labels.add(one["label"])
+    assert labels == {"policy", "expert"}

@@ -1,0 +1,122 @@
+"""The server's page in a real browser; skipped where Chromium, its driver or selenium are missing."""
+
+import threading
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+import uvicorn
+
+from helpers.browser import Page, driver, pytestmark  # noqa: F401
+from helpers.served import save_reward_model, traces, wait_for
+from tracereward.rewards.calibration import Calibration
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.serving.app import create_app
+from tracereward.serving.service import Settings
+
+PROMPT, RIGHT = traces(1)[0]
+HOSTILE = "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    calibration = Calibration("platt", slope=0.5, traces=20)
+    folder = save_reward_model(tmp_path_factory.mktemp("browser") / "rm", tokenizer, calibration=calibration)
+    model = TokenRewardModel.from_pretrained(str(folder))
+    keep = model.to_scores
+    # The arithmetic tokenizer has no letters: the last token is shown as what an attacker would write.
+    model.to_scores = lambda ids, rewards: with_last(keep(ids, rewards), HOSTILE)
+    return model
+
+
+def with_last(scores, text):
+    scores.tokens[-1] = text
+    return scores
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    """The server, in a thread."""
+    config = uvicorn.Config(create_app(model, Settings("rm", api_key="sesame")), port=0, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_for(lambda: server.started, "the server's start")
+    host, port = server.servers[0].sockets[0].getsockname()
+    yield f"http://{host}:{port}"
+    server.should_exit = True
+    thread.join(60)
+
+
+@pytest.fixture
+def page(driver, url):
+    page = Page(driver)
+    page.media()
+    page.size(1000, 900)
+    driver.get_log("browser")
+    driver.get(url)
+    return page
+
+
+def fill(page, **fields):
+    for name, text in fields.items():
+        field = page.one(f"#{name}")
+        field.clear()
+        field.send_keys(text)
+    page.one("button").click()
+
+
+def test_candidates_are_ranked_and_their_tokens_coloured(page, model):
+    prompt = PROMPT.removesuffix("\n")
+    candidates = ["2 + 2 = 9", RIGHT]
+    fill(page, prompt=prompt, candidates="\n---\n".join(candidates), key="sesame")
+    page.wait(lambda: "2 ranked" in page.one("#status").text)
+    scores = model.score([PROMPT] * 2, candidates)
+    order = sorted(range(2), key=lambda index: -scores[index].aggregate())
+    items = page.all("#ranking li")
+    for item, index in zip(items, order, strict=True):
+        reward = scores[index].aggregate()
+        shown = f"reward {'+' if reward > 0 else '−'}{abs(reward):.3f}"
+        assert item.text.startswith(shown)
+        assert f"(candidate {index + 1})" in item.text
+        assert f"probability {1 / (1 + 2.718281828 ** (-0.5 * reward)):.2f}" in item.text
+        tokens = item.find_elements("css selector", ".trace span")
+        assert [token.get_property("textContent") for token in tokens] == scores[index].tokens
+        assert [token.get_attribute("class") for token in tokens] == [
+            "hi" if reward > 0 else "lo" for reward in scores[index].rewards
+        ]
+        assert HOSTILE in item.text  # as text
+    assert page.driver.execute_script("return document.querySelectorAll('#ranking script').length") == 0
+    strongest = max(range(len(scores[order[0]].rewards)), key=lambda i: abs(scores[order[0]].rewards[i]))
+    token = items[0].find_elements("css selector", ".trace span")[strongest]
+    assert token.value_of_css_property("background-color") != "rgba(0, 0, 0, 0)"
+    assert page.driver.get_log("browser") == []  # nothing failed, and the policy blocked nothing
+
+
+def test_the_page_may_not_run_what_is_not_the_servers(page):
+    """The content security policy holds in the browser: a script put into the page does not run."""
+    page.driver.execute_script(
+        "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)"
+    )
+    assert page.driver.execute_script("return window.ran") is None
+    assert "Content Security Policy" in page.driver.get_log("browser")[0]["message"]
+
+
+def test_errors_are_shown(page):
+    fill(page, prompt="1 + 1 = ?", candidates="2", key="wrong")
+    page.wait(lambda: "key" in page.one("#status").text)
+    fill(page, prompt="1 + 1 = ?", candidates=" + 1" * 100, key="sesame")
+    page.wait(lambda: "reads 128" in page.one("#status").text)
+    assert page.all("#ranking li") == []
+    fill(page, prompt="1 + 1 = ?", candidates="---")
+    page.wait(lambda: "no candidate" in page.one("#status").text)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_narrow_screen_does_not_scroll_sideways(page, scheme, tmp_path):
+    page.media(scheme)
+    page.size(360, 800, mobile=True)
+    fill(page, prompt=PROMPT.strip(), candidates=f"{RIGHT}\n---\n{'1 + 1 = 2 ' * 6}", key="sesame")
+    page.wait(lambda: "2 ranked" in page.one("#status").text)
+    page.driver.save_screenshot(str(tmp_path / "page.png"))
+    assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 360

@@ -1,0 +1,135 @@
+"""Text on its way to the engine: each prompt is tokenised once, never past the limits, and waits in a bounded queue."""
+
+import asyncio
+import threading
+
+import pytest
+
+from helpers.engine import TRACES, assert_same, offline, running, score, until
+from helpers.served import save_reward_model
+from tracereward.errors import InputError, TooLong
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.serving.encoding import TooManyTokens
+from tracereward.serving.engine import Busy
+
+
+class Tokenizer:
+    """The model's, which tells what it was given, and may be held."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.seen, self.open = tokenizer, [], threading.Event()
+        self.open.set()
+
+    def __call__(self, text, **options):
+        self.seen.append(text)
+        assert self.open.wait(20)
+        return self.tokenizer(text, **options)
+
+    def __len__(self):
+        return len(self.tokenizer)
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+
+@pytest.fixture
+def model(tmp_path, tokenizer):
+    model = TokenRewardModel.from_pretrained(str(save_reward_model(tmp_path / "rm", tokenizer)))
+    model.tokenizer = Tokenizer(model.tokenizer)
+    return model
+
+
+def test_a_shared_prompt_is_tokenised_once_and_nothing_after_the_limit(model):
+    """A prompt of 101 tokens: 64 candidates of 2 tokens fit 6592, and the fifth passes 500."""
+    prompt = "1" + " + 1" * 50
+    many = [f"{index % 10}" for index in range(64)]
+    running(model, lambda engine: score(engine, [(prompt, text) for text in many], max_tokens=64 * 103))
+    assert model.tokenizer.seen.count(prompt) == 1
+    assert len(model.tokenizer.seen) == 65
+    model.tokenizer.seen.clear()
+    with pytest.raises(TooManyTokens, match="more than 500 tokens"):
+        running(model, lambda engine: score(engine, [(prompt, text) for text in many], max_tokens=500))
+    assert model.tokenizer.seen == [prompt, *many[:5]]
+
+
+def test_a_text_far_over_the_limit_is_not_tokenised_to_its_end(model):
+    """Limit 100, 200,001 tokens: one piece of 400 characters, 200 tokens, tells. One token over is counted whole."""
+    text = "1" + " + 1" * 100_000
+    for call in (
+        lambda engine: score(engine, [(text, "2")], max_tokens=100),
+        lambda engine: score(engine, [("1", text)], max_tokens=100),
+        lambda engine: engine.score_inputs([text], max_tokens=100),
+    ):
+        model.tokenizer.seen.clear()
+        with pytest.raises(TooManyTokens):
+            running(model, call)
+        assert sum(map(len, model.tokenizer.seen)) <= 401
+    near = "x" * 500 + " + 1" * 50  # 101 tokens: this tokenizer makes one of the long word
+    assert len(running(model, lambda engine: engine.score_inputs([near], max_tokens=101))[0][0].rewards) == 100
+    with pytest.raises(TooManyTokens):
+        running(model, lambda engine: engine.score_inputs([near], max_tokens=100))
+
+
+def test_text_that_waits_to_be_tokenised_counts_towards_the_queue(model):
+    """Of 100 tokens one text may take 75, four characters each: the next one finds no place until it is done."""
+    expected = offline(model, TRACES[:1])
+
+    async def work(engine):
+        model.tokenizer.open.clear()
+        long = asyncio.create_task(score(engine, [("1" * 200, "2" * 100)]))
+        await until(lambda: engine.queued)
+        assert engine.queued == 75
+        with pytest.raises(Busy):
+            await score(engine, [("1" * 80, "2" * 24)])
+        small = asyncio.create_task(score(engine, TRACES[:1]))
+        gone = asyncio.create_task(score(engine, TRACES[1:2]))
+        await until(lambda: engine.queued > 85)
+        gone.cancel()
+        model.tokenizer.open.set()
+        await long
+        answer = await small
+        assert engine.queued == 0
+        assert TRACES[1][1] not in model.tokenizer.seen
+        return answer
+
+    assert_same(running(model, work, max_queue=100), expected)
+
+
+def test_one_request_may_always_be_tokenised(model):
+    """Characters only estimate: what is alone is counted by its tokens. This tokenizer makes one of the long word."""
+
+    async def work(engine):
+        return await score(engine, [("1 + 1 = ?\n", "x" * 1000)])
+
+    assert len(running(model, work, max_queue=20)[0].tokens) == 2
+
+
+def test_inputs_are_scored_from_their_second_token(model):
+    """By hand: the first token is the prompt, of a text and of its ids."""
+    text = TRACES[0][0] + TRACES[0][1]
+    ids = model.tokenizer(text)["input_ids"]
+    expected = model.token_rewards([ids[:1]], [ids[1:]])[0].tolist()
+    scores, read, written = running(model, lambda engine: engine.score_inputs([text, ids]))
+    for one in scores:
+        assert one.rewards == pytest.approx(expected, abs=1e-4)
+    assert (read, written) == (2, 2 * (len(ids) - 1))
+
+
+def test_inputs_that_cannot_be_scored(model):
+    vocabulary = len(model.tokenizer)
+    cases = [
+        (["1 + 1", "7"], InputError, "input 1: one token alone"),
+        ([[3, 4], []], InputError, "input 1: one token alone"),
+        ([[3, 4], [3, vocabulary]], InputError, f"input 1: .* ids are 0 to {vocabulary - 1}"),
+        ([[3, -1]], InputError, "input 0: .* ids are 0 to"),
+        ([[3] * 129], TooLong, "input 0: .*reads 128"),
+        ([[3] * 50] * 3, TooManyTokens, "more than 149 tokens"),
+    ]
+
+    async def work(engine):
+        for inputs, kind, text in cases:
+            with pytest.raises(kind, match=text):
+                await engine.score_inputs(inputs, 149)
+        return await engine.score_inputs([[3, vocabulary - 1]])
+
+    assert len(running(model, work)[0][0].rewards) == 1

@@ -1,0 +1,208 @@
+"""What `tracereward serve` refuses, and how it says so."""
+
+import asyncio
+import json
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+from helpers.served import JSON, assert_error, client_of, save_reward_model, traces
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.serving.middleware import Guard
+
+TRACES = traces(6)
+PROMPT = TRACES[0][0]
+CANDIDATES = [completion for _, completion in TRACES]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    folder = save_reward_model(tmp_path_factory.mktemp("serving") / "rm", tokenizer)
+    return TokenRewardModel.from_pretrained(str(folder))
+
+
+@pytest.fixture(scope="module")
+def served(model):
+    with client_of(model, max_bytes=100_000, max_candidates=8, max_tokens=400) as client:
+        yield client
+
+
+def test_a_key_is_asked_for(model):
+    with client_of(model, api_key="sesame") as client:
+        for given in (None, "Bearer wrong", "sesame", "Bearer ", "bearer sesam", "Bearer sesame2", "Basic sesame"):
+            response = client.get("/v1/models", headers={} if given is None else {"authorization": given})
+            assert_error(response, 401, "key", "invalid_api_key")
+            assert response.headers["www-authenticate"] == "Bearer"
+        for path in ("/nothing", "/page/nothing", "/metrics/nothing"):
+            assert client.get(path).status_code == 401
+        for path in ("/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/pooling", "/classify"):
+            assert client.post(path, json={}).status_code == 401
+        operations = ("/health", "/ready", "/metrics", "/docs", "/redoc", "/openapi.json")
+        for path in ("/", "/page/page.js", "/page/page.css", *operations):
+            assert client.get(path).status_code == 200
+        for scheme in ("Bearer", "bearer", "BEARER"):  # RFC 9110: the scheme's case does not matter
+            assert client.get("/v1/models", headers={"authorization": f"{scheme} sesame"}).status_code == 200
+
+
+def test_without_a_key_a_local_server_has_local_names_only(model):
+    """A page of evil.test, whose name has come to point to 127.0.0.1, is refused whatever it asks for."""
+    with client_of(model, local_only=True) as client:
+        for host in ("localhost", "127.0.0.1", "LOCALHOST:8019", "[::1]", "[::1]:8019"):
+            assert client.get("/v1/models", headers={"host": host}).status_code == 200
+        for host in ("evil.test", "localhost.evil.test", "127.0.0.1.evil.test:8019", "evil.test:127.0.0.1", ""):
+            for path in ("/v1/models", "/", "/metrics"):
+                response = client.get(path, headers={"host": host})
+                assert_error(response, 421, "without a key .--api-key-file", "wrong_host")
+    with client_of(model) as client:
+        assert client.get("/v1/models", headers={"host": "proxy.test"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/score", "/v1/rerank", "/pooling", "/classify"])
+def test_another_model_is_not_here(served, path):
+    body = {"model": "other", "prompt": "1", "completion": "2", "query": "1", "documents": ["2"], "input": "1 + 2"}
+    fields = {"/v1/score": ("prompt", "completion"), "/v1/rerank": ("query", "documents")}.get(path, ("input",))
+    response = served.post(path, json={name: body[name] for name in ("model", *fields)})
+    assert_error(response, 404, "'other' is not served here; 'rm' is", "model_not_found", "model")
+
+
+def test_what_is_too_large(served):
+    body = json.dumps({"prompt": PROMPT, "completion": "1" * 100_000}).encode()
+    assert_error(served.post("/v1/score", content=body, headers=JSON), 413, "100000 bytes", "body_too_large")
+    # In chunks, without a length.
+    pieces = (body[start : start + 5000] for start in range(0, len(body), 5000))
+    response = served.post("/v1/score", content=pieces, headers=JSON)
+    assert "content-length" not in response.request.headers
+    assert_error(response, 413, "100000 bytes", "body_too_large")
+    text = "1 + 1" + " + 1" * 40  # 83 tokens; with an end, 84: five are more than 400
+    requests = [
+        ("/v1/score", "candidates", {"prompt": "1 + 1"}, [" + 1" * 40] * 5),
+        ("/v1/rerank", "documents", {"query": "1 + 1"}, [" + 1" * 40] * 5),
+        ("/pooling", "input", {}, [text] * 5),
+        ("/classify", "input", {}, [text] * 5),
+    ]
+    for path, field, more, given in requests:
+        response = served.post(path, json={**more, field: ["2 + 3"] * 9})
+        assert_error(response, 413, "9 candidates; the limit is 8", "too_many_candidates", field)
+        response = served.post(path, json={**more, field: given})
+        assert_error(response, 413, f"{field}: the request has more than 400 tokens", "too_many_tokens", field)
+        response = served.post(path, json={**more, field: ["2 + 3", " + 1" * 100]})
+        assert_error(response, 422, rf"{field.rstrip('s')}s? 1: .*reads 128", "context_length_exceeded")
+
+
+@pytest.mark.parametrize("pieces", [[], [b'{"prompt": ', b'"1", ']], ids=["nothing", "half"])
+def test_a_body_that_does_not_come(pieces):
+    """The middleware with a client that stops sending: 408, and the application never sees the request."""
+    sent = []
+
+    async def app(scope, receive, send):
+        raise AssertionError("a request without its body was handled")
+
+    async def receive():
+        if pieces:
+            return {"type": "http.request", "body": pieces.pop(0), "more_body": True}
+        await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    guard = Guard(app, api_key=None, local_only=False, max_bytes=100, body_seconds=0.05)
+    asyncio.run(guard({"type": "http", "path": "/v1/score", "headers": []}, receive, send))
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["error"]["code"] == "timeout"
+    assert (b"connection", b"close") in sent[0]["headers"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "text"),
+    [
+        ("/v1/score", {"completion": "2"}, "prompt", "Field required"),
+        ("/v1/score", {"prompt": "1", "completion": 2}, "completion", "valid string"),
+        ("/v1/score", {"prompt": "1", "candidates": ["2", ""]}, "candidates.1", "at least 1 character"),
+        ("/v1/score", {"prompt": "1", "completion": "2", "extra": 3}, "extra", "not permitted"),
+        ("/v1/score", {"prompt": "1", "completion": "2", "max-tokens": 3}, "max-tokens", "not permitted"),
+        ("/v1/score", {"prompt": [{"role": "user"}], "completion": "2"}, "prompt.0.content", "required"),
+        ("/v1/score", {"prompt": 1, "completion": "2"}, "prompt", "valid string"),
+        ("/v1/score", {"prompt": "1"}, None, "one of completion, candidates and steps"),
+        ("/v1/score", {"prompt": "1", "completion": "2", "steps": ["2"]}, None, "one of completion"),
+        ("/v1/rerank", {"query": "1", "documents": []}, "documents", "at least 1"),
+        ("/v1/rerank", {"query": "1", "documents": ["2", 3]}, "documents.1", "valid string"),
+        ("/v1/rerank", {"query": "1", "documents": [{"text": ""}]}, "documents.0.text", "at least 1 character"),
+        ("/v1/rerank", {"query": "1", "documents": ["2", {"txt": ""}]}, "documents.1.text", "required"),
+        ("/v1/rerank", {"query": "1", "documents": ["2"], "top_n": 0}, "top_n", "greater than or equal to 1"),
+        ("/pooling", {"input": [[3, -1]]}, "input.0.1", "greater than or equal to 0"),
+        ("/pooling", {"input": [3, -1]}, "input.1", "greater than or equal to 0"),
+        ("/pooling", {"input": []}, "input", "at least 1"),
+        ("/pooling", {"input": "1 + 2", "encoding_format": "bytes"}, "encoding_format", "'float' or 'base64'"),
+        ("/pooling", {}, None, "one of input and messages"),
+        ("/classify", {"messages": [{"role": "user", "content": "1"}]}, "messages", "at least 2"),
+        ("/v1/score", [], None, "dictionary"),
+    ],
+)
+def test_invalid_fields_are_named(served, path, body, param, text):
+    response = served.post(path, json=body)
+    assert_error(response, 422, text, param=param)
+    assert (param or "") in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "text"),
+    [
+        (b"{bad", JSON, "^the body is not JSON: .*, at character 1$"),
+        (b'{"prompt": "1",}', JSON, "^the body is not JSON: .*, at character 1[45]$"),
+        (b"", JSON, "^the body is empty"),
+        (b'{"prompt": "1", "completion": "2"}', {}, "header Content-Type: application/json"),
+        (b'{"prompt": "1", "completion": "2"}', {"content-type": "text/plain"}, "header Content-Type: application"),
+    ],
+)
+def test_what_is_wrong_with_a_body_is_said(served, body, headers, text):
+    assert_error(served.post("/v1/score", content=body, headers=headers), 422, text)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe{}",
+        b'{"prompt": "\xff", "completion": "2"}',
+        b'{"prompt": "\\ud800", "completion": "2"}',
+        b'{"prompt": "1", "completion": "2", "\\ud800": 1}',
+        b'{"prompt": NaN, "completion": "2"}',
+        b'{"prompt": ' + b"1" * 10_000 + b"}",
+        b"[" * 90_000,
+        b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
+    ],
+    ids=["empty", "half", "utf-16", "latin-1", "surrogate", "surrogate name", "nan", "digits", "deep", "nested"],
+)
+def test_what_is_not_json_is_the_clients_error(served, body):
+    response = served.post("/v1/score", content=body, headers=JSON)
+    assert response.status_code in (400, 422)
+    assert_error(response, response.status_code, param=response.json()["error"]["param"])
+
+
+def test_a_full_queue_is_429(model):
+    """A request that alone is more than the queue holds."""
+    with client_of(model, max_queue=20) as client:
+        response = client.post("/v1/score", json={"prompt": PROMPT, "candidates": CANDIDATES})
+        assert_error(response, 429, "busy", "busy")
+        assert int(response.headers["retry-after"]) >= 1
+        assert client.post("/v1/score", json={"prompt": "1", "completion": "2"}).status_code == 200
+
+
+def test_a_trace_that_fails_is_500(model, monkeypatch):
+    with client_of(model) as client:
+        forward = model.token_rewards
+        monkeypatch.setattr(model, "token_rewards", lambda *ids: [rewards * float("nan") for rewards in forward(*ids)])
+        response = client.post("/v1/score", json={"prompt": PROMPT, "completion": "2"})
+        assert_error(response, 500, "not finite", "scoring_failed")
+        monkeypatch.undo()
+        assert client.post("/v1/score", json={"prompt": PROMPT, "completion": "2"}).status_code == 200
+
+
+def test_a_fault_of_the_server_says_nothing_of_its_inside(model, monkeypatch):
+    with client_of(model) as client:
+        monkeypatch.setattr(client.app.state.service, "render", lambda prompt: 1 / 0)
+        response = client.post("/v1/score", json={"prompt": PROMPT, "completion": "2"})
+        assert_error(response, 500, "server failed")
+        assert "division" not in response.text
+        assert response.headers["x-content-type-options"] == "nosniff"

@@ -1,0 +1,379 @@
+"""What stands beside an expert, with random demonstrations, rollouts and recipes; perturbed copies by brute force."""
+
+import copy
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tracereward.data.perturbations import KINDS, Perturbed, perturb
+from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.training import discriminator_batch as module
+from tracereward.training.discriminator_batch import (
+    MONITORED,
+    Expert,
+    Labelled,
+    Recipe,
+    ReplayBuffer,
+    Rollout,
+    draw,
+    perturbed_pairs,
+)
+
+IDS = st.lists(st.integers(0, 2), min_size=1, max_size=4)  # few, so that rollouts often equal the expert
+WHERE = ("rollouts", "both", "none")
+
+
+def filled(rollouts, size=1000) -> ReplayBuffer:
+    replay = ReplayBuffer(size)
+    replay.add(rollouts)
+    return replay
+
+
+def leaves_at(completion, expert) -> int:
+    """The first token that is not the expert's, by counting equal prefixes."""
+    shared = [k for k in range(min(len(completion), len(expert)) + 1) if completion[:k] == expert[:k]]
+    return shared[-1]
+
+
+@st.composite
+def worlds(draw_):
+    """Experts whose prompt is their number, fresh and old rollouts of them, a recipe, a seed."""
+    experts = [Expert([100 + i], draw_(IDS)) for i in range(draw_(st.integers(1, 5)))]
+    rollout = st.builds(Rollout, st.integers(0, len(experts) - 1), IDS, st.booleans())
+    recipe = Recipe(
+        draw_(st.integers(1, 6)),
+        draw_(st.integers(1, 3)),
+        draw_(st.sampled_from([0.0, 0.25, 0.5, 1.0])),
+        draw_(st.integers(0, 2)),
+        draw_(st.sampled_from(WHERE)),
+    )
+    fresh, old = (draw_(st.lists(rollout, max_size=8)) for _ in range(2))
+    return experts, fresh, old, recipe, draw_(st.integers(0, 99))
+
+
+def marked_copy(expert: Expert, rng: random.Random):
+    """A perturbation that carries its demonstration's number, and sometimes does not apply."""
+    if rng.random() < 0.3:
+        return None
+    switch = rng.randrange(len(expert.completion))
+    return [*expert.completion[:switch], expert.prompt[0] + 100], switch
+
+
+@given(worlds())
+def test_a_trace_is_only_ever_beside_its_own_prompts_expert(world):
+    experts, fresh, old, recipe, seed = world
+    before = copy.deepcopy((experts, fresh, old))
+    replay = filled(old)
+    traces, shares = draw(experts, fresh, replay, recipe, random.Random(seed), marked_copy)
+    assert (experts, fresh, replay.rollouts) == before  # nothing given is changed
+    assert draw(experts, fresh, replay, recipe, random.Random(seed), marked_copy) == (traces, shares)
+
+    # One block for each demonstration: the expert, then verified rollouts, then rollouts, then perturbed copies.
+    blocks: list[list[Labelled]] = []
+    for trace in traces:
+        if blocks and blocks[-1][0].group == trace.group:
+            blocks[-1].append(trace)
+        else:
+            blocks.append([trace])
+    groups = [block[0].group for block in blocks]
+    assert len(set(groups)) == len(groups)
+    assert len(groups) <= recipe.prompts
+    assert set(groups) <= {r.demonstration for r in [*fresh, *old]}
+    for expert_trace, *others in blocks:
+        group = expert_trace.group
+        expert = experts[group]
+        assert expert_trace.completion == expert.completion
+        assert (expert_trace.is_expert, expert_trace.is_perturbed) == (True, False)
+        assert expert_trace.switch == len(expert.completion)
+        assert [t.prompt for t in (expert_trace, *others)] == [[100 + group]] * (1 + len(others))
+        kinds = [0 if t.is_expert else 1 + t.is_perturbed for t in others]
+        assert kinds == sorted(kinds)
+        sources = [[(r.ids, r.verified) for r in rollouts if r.demonstration == group] for rollouts in (fresh, old)]
+        rollouts = [t for t in others if not t.is_perturbed]
+        assert len(rollouts) <= recipe.rollouts
+        assert any(all((t.completion, t.is_expert) in source for t in rollouts) for source in sources)
+        for trace in others:
+            if trace.is_perturbed:
+                assert not trace.is_expert
+                assert trace.completion[-1] == 200 + group
+                assert trace.switch == len(trace.completion) - 1
+                assert trace.completion[: trace.switch] == expert.completion[: trace.switch]
+                assert trace.starts == [0 if recipe.first_difference == "none" else trace.switch]
+            else:
+                assert trace.completion != expert.completion
+                assert trace.switch == (len(trace.completion) if trace.is_expert else 0)
+                late = recipe.first_difference != "none" and not trace.is_expert
+                assert trace.starts == [leaves_at(trace.completion, expert.completion) if late else 0]
+        negatives = [t for t in others if not t.is_expert]
+        if not negatives:
+            assert others == []  # a verified rollout has nothing to be told from either
+            assert expert_trace.starts == []
+            assert not expert_trace.counts
+        elif recipe.first_difference == "both":
+            assert expert_trace.starts == [t.starts[0] for t in negatives]
+        else:
+            assert set(expert_trace.starts) == {0}
+    asked = recipe.perturbed * len(blocks)
+    assert ("perturbed_missing_share" in shares) == (recipe.perturbed > 0)
+    if asked:
+        made = sum(t.is_perturbed for t in traces)
+        assert shares["perturbed_missing_share"] == pytest.approx((asked - made) / asked)
+
+
+# ---------- shares ----------
+
+
+@given(worlds())
+def test_shares_count_the_rollouts_chosen(world):
+    """All demonstrations and rollouts are taken, so that the shares are those of the lists."""
+    experts, fresh, _, recipe, seed = world
+    recipe = Recipe(99, 99, 0.0, 0, recipe.first_difference)
+    _, shares = draw(experts, fresh, filled([]), recipe, random.Random(seed))
+    same = [r.ids == experts[r.demonstration].completion for r in fresh]
+    assert shares["identical_share"] == pytest.approx(sum(same) / len(fresh) if fresh else 0.0)
+    right = sum(r.verified and not s for r, s in zip(fresh, same))
+    assert ("verified_share" in shares) == (right > 0)
+    if right:
+        assert shares["verified_share"] == pytest.approx(right / len(fresh))
+    assert "perturbed_missing_share" not in shares
+
+
+def test_a_batch_written_out():
+    """Identical twice of six; the verified one is a positive; labels, starts and order."""
+    expert = Expert([9], [1, 2, 3, 4])
+    rollouts = [[1, 2, 3, 4], [1, 2, 0], [1, 2, 3, 4], [5], [1, 2, 3], [1, 7, 7]]
+    fresh = [Rollout(0, ids, ids[-1] == 7) for ids in rollouts]
+    for where, starts in (("none", [0, 0, 0]), ("rollouts", [2, 0, 3]), ("both", [2, 0, 3])):
+        recipe = Recipe(1, 6, 0.0, 1, where)
+        traces, shares = draw(
+            [expert], fresh, filled([]), recipe, random.Random(0), lambda expert, rng: ([1, 2, 3, 0], 3)
+        )
+        assert shares == {"identical_share": 2 / 6, "verified_share": 1 / 6, "perturbed_missing_share": 0.0}
+        first, positive, *negatives, changed = traces
+        assert positive == Labelled([9], [1, 7, 7], 0, True, [0], 3)
+        assert sorted((t.completion, t.starts, t.switch) for t in negatives) == sorted(
+            (ids, [start], 0) for ids, start in zip([[1, 2, 0], [5], [1, 2, 3]], starts)
+        )
+        assert changed == Labelled([9], [1, 2, 3, 0], 0, False, [0 if where == "none" else 3], 3, True)
+        assert sorted(first.starts) == (sorted([*starts, 3]) if where == "both" else [0])
+        assert first == Labelled([9], [1, 2, 3, 4], 0, True, first.starts, 4)
+
+
+def test_a_trace_counts_if_one_of_its_tokens_has_a_weight():
+    assert Labelled([1], [2, 3], 0, False, [1], 0).counts
+    assert not Labelled([1], [2, 3], 0, False, [2], 0).counts  # the expert's beginning, cut off
+    assert Labelled([1], [2, 3], 0, True, [2, 1], 2).counts
+    assert not Labelled([1], [2, 3], 0, True, [], 2).counts
+
+
+def test_verified_rollouts_leave_where_there_is_no_negative():
+    """They still are in the share, which says what was drawn."""
+    experts = [Expert([8], [1, 2]), Expert([9], [3, 4])]
+    fresh = [Rollout(0, [1, 5], True), Rollout(0, [1, 2], True), Rollout(1, [3, 5], True), Rollout(1, [3, 6])]
+    traces, shares = draw(experts, fresh, filled([]), Recipe(2, 2, 0.0, 0, "both"), random.Random(0))
+    by_group = {g: [(t.completion, t.is_expert) for t in traces if t.group == g] for g in (0, 1)}
+    assert by_group[0] == [([1, 2], True)]
+    assert by_group[1] == [([3, 4], True), ([3, 5], True), ([3, 6], False)]
+    assert shares == {"identical_share": 0.25, "verified_share": 0.5}
+
+
+# ---------- replay ----------
+
+
+@pytest.mark.parametrize(("share", "new"), [(0.0, 8), (0.25, 6), (0.5, 4), (1.0, 0)])
+def test_the_replay_share_is_of_demonstrations(share, new):
+    experts = [Expert([i], [1]) for i in range(12)]
+    replay = filled(Rollout(i, [20]) for i in range(12))
+    fresh = [Rollout(i, [21]) for i in range(12)]
+    chosen = set()
+    for seed in range(20):
+        traces, _ = draw(experts, fresh, replay, Recipe(8, 1, share, 0, "none"), random.Random(seed))
+        drawn = [t for t in traces if not t.is_expert]
+        assert len({t.group for t in drawn}) == len(drawn) == 8
+        assert sum(t.completion == [21] for t in drawn) == new
+        chosen |= {t.group for t in drawn}
+    assert chosen == set(range(12))
+
+
+def test_replay_fills_the_places_that_fresh_rollouts_leave():
+    experts = [Expert([i], [1]) for i in range(9)]
+    replay = filled(Rollout(i, [20]) for i in range(5))
+    fresh = [Rollout(8, [21])]
+    traces, _ = draw(experts, fresh, replay, Recipe(4, 1, 0.1, 0, "none"), random.Random(0))
+    drawn = [(t.group, t.completion) for t in traces if not t.is_expert]
+    assert len(drawn) == 4
+    assert drawn[0] == (8, [21])
+    assert all(completion == [20] and group < 5 for group, completion in drawn[1:])
+    assert draw(experts, [], filled([]), Recipe(4, 1, 0.5, 0, "none"), random.Random(0)) == (
+        [],
+        {"identical_share": 0.0},
+    )
+
+
+def test_no_share_for_replay_means_fresh_rollouts_alone_once_there_are_any():
+    """Few of the prompts of a batch have a demonstration: filling up would make of "no replay" nearly all replay."""
+    experts = [Expert([i], [1]) for i in range(9)]
+    replay = filled(Rollout(i, [20]) for i in range(5))
+    fresh = [Rollout(8, [21]), Rollout(3, [21])]
+    traces, _ = draw(experts, fresh, replay, Recipe(4, 1, 0.0, 0, "none"), random.Random(0))
+    assert sorted((t.group, t.completion[0]) for t in traces if not t.is_expert) == [(3, 21), (8, 21)]
+    warm_up, _ = draw(experts, [], replay, Recipe(4, 1, 0.0, 0, "none"), random.Random(0))
+    assert len({t.group for t in warm_up}) == 4
+
+
+def test_the_replay_buffer_keeps_the_newest_and_its_state():
+    replay = ReplayBuffer(3)
+    replay.add([Rollout(0, [1]), Rollout(1, [2], True)])
+    replay.add([Rollout(1, [3]), Rollout(2, [4])])
+    assert replay.rollouts == [Rollout(1, [2], True), Rollout(1, [3]), Rollout(2, [4])]
+    assert replay.by_demonstration() == {1: [Rollout(1, [2], True), Rollout(1, [3])], 2: [Rollout(2, [4])]}
+    state = replay.state()
+    assert state == [(1, [2], True), (1, [3], False), (2, [4], False)]
+    other = ReplayBuffer(3)
+    other.load(state)
+    assert other.rollouts == replay.rollouts
+    other.rollouts[0].ids.append(5)  # a copy
+    assert replay.rollouts[0].ids == [2]
+
+
+# ---------- perturbed copies ----------
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tokenizer, experts):
+    return [
+        Expert(
+            encode_prompt(tokenizer, row["prompt"]), encode_completion(tokenizer, row["completion"]), row["completion"]
+        )
+        for row in experts
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_switch_is_the_first_token_that_holds_a_changed_character(tokenizer, demonstrations, kind):
+    """Found by decoding longer and longer beginnings until one is no beginning of the expert's text."""
+    changes = module.perturber(tokenizer, "\n", [kind])
+    found = 0
+    for index, expert in enumerate(demonstrations):
+        for seed in range(6):
+            text = perturb(expert.text, random.Random(seed), [kind]).text
+            ids, switch = changes(expert, random.Random(seed))
+            assert ids == encode_completion(tokenizer, text)
+            assert ids != expert.completion
+            assert ids[:switch] == expert.completion[:switch]
+            assert ids[switch] != expert.completion[switch], (index, text)
+            beginnings = [tokenizer.decode(ids[: k + 1], skip_special_tokens=True) for k in range(len(ids))]
+            if beginnings[-1] != text:  # a number over 40 is unknown: only its place is known
+                assert tokenizer.unk_token_id in ids
+                continue
+            found += 1
+            assert switch == next(k for k, text in enumerate(beginnings) if not expert.text.startswith(text))
+    assert found > 10
+
+
+def test_a_text_that_was_cut_changes_at_its_end_of_sequence(tokenizer, monkeypatch):
+    expert = Expert([1], encode_completion(tokenizer, "1 + 2 = 3\n#### 3"), "1 + 2 = 3\n#### 3")
+    monkeypatch.setattr(module, "perturb", lambda *_: Perturbed("1 + 2 = 3", "drop_step", 9))
+    ids, switch = module.perturber(tokenizer, "\n")(expert, random.Random(0))
+    assert ids == encode_completion(tokenizer, "1 + 2 = 3")
+    assert switch == 5 == len(ids) - 1
+
+
+def test_the_perturber_passes_its_kinds_and_delimiter_on(tokenizer, demonstrations, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "perturb", lambda *arguments: seen.append(arguments))
+    rng = random.Random(0)
+    assert module.perturber(tokenizer, ". ", ["operator"])(demonstrations[0], rng) is None
+    assert seen == [(demonstrations[0].text, rng, ["operator"], ". ")]
+
+
+@pytest.mark.parametrize("same", [None, "the text", "another text of the same tokens"])
+def test_what_does_not_apply_is_counted_and_never_the_original(tokenizer, demonstrations, monkeypatch, same):
+    """Two unknown numbers are one token: their texts differ, their ids do not."""
+    expert = Expert([1], encode_completion(tokenizer, "1 + 55 = 56"), "1 + 55 = 56")
+    results = {
+        None: None,
+        "the text": Perturbed(expert.text, "number", 0),
+        "another text of the same tokens": Perturbed("1 + 57 = 56", "number", 4),
+    }
+    monkeypatch.setattr(module, "perturb", lambda *_: results[same])
+    changes = module.perturber(tokenizer, "\n")
+    fresh = [Rollout(0, [5])]
+    traces, shares = draw([expert], fresh, filled([]), Recipe(1, 1, 0.0, 3, "both"), random.Random(0), changes)
+    assert shares["perturbed_missing_share"] == 1.0
+    assert [t.completion for t in traces] == [expert.completion, [5]]
+    # Without rollouts of its own, nothing is left to tell the expert from.
+    traces, _ = draw(
+        [expert], [Rollout(0, expert.completion)], filled([]), Recipe(1, 1, 0.0, 3, "none"), random.Random(0), changes
+    )
+    assert not any(t.counts for t in traces)
+    assert perturbed_pairs([expert], [], changes, 0) == []
+
+
+def test_no_perturber_means_all_are_missing():
+    _, shares = draw([Expert([1], [2])], [Rollout(0, [3])], filled([]), Recipe(1, 1, 0.0, 2, "none"), random.Random(0))
+    assert shares["perturbed_missing_share"] == 1.0
+
+
+def test_real_perturbed_copies_carry_both_labels(tokenizer, demonstrations):
+    fresh = [Rollout(i, [20, 21]) for i in range(len(demonstrations))]
+    traces, shares = draw(
+        demonstrations,
+        fresh,
+        filled([]),
+        Recipe(12, 1, 0.0, 2, "rollouts"),
+        random.Random(0),
+        module.perturber(tokenizer, "\n"),
+    )
+    copies = [t for t in traces if t.is_perturbed]
+    assert shares["perturbed_missing_share"] == 0.0
+    assert len(copies) == 24
+    assert len({tuple(t.completion) for t in copies}) > 12  # each is drawn anew
+    for t in copies:
+        expert = demonstrations[t.group].completion
+        assert t.prompt == demonstrations[t.group].prompt
+        assert t.completion != expert
+        assert t.switch == leaves_at(t.completion, expert)
+        assert t.starts == [t.switch]
+    assert any(t.switch > 0 for t in copies)
+
+
+# ---------- the monitor's pairs ----------
+
+
+def numbered(expert: Expert, rng: random.Random):
+    return [*expert.completion, rng.randrange(1000)], 0
+
+
+@pytest.mark.parametrize(
+    ("demonstrations_", "each"), [(1, 8), (8, 8), (9, 7), (32, 2), (33, 1), (64, 1), (MONITORED + 36, 1)]
+)
+def test_pairs_are_of_each_demonstration_in_turn(demonstrations_, each):
+    """64 demonstrations at most, and up to 8 copies each where there are few."""
+    experts = [Expert([100 + i], [i]) for i in range(demonstrations_)]
+    pairs = perturbed_pairs(experts, [], numbered, seed=3)
+    assert len(pairs) == min(demonstrations_, 64) * each
+    assert len({tuple(prompt) for prompt, _, _ in pairs}) == min(demonstrations_, 64)
+    for prompt, completion, changed in pairs:
+        assert completion == [prompt[0] - 100]
+        assert changed[:-1] == completion
+    assert perturbed_pairs(experts, [], numbered, seed=3) == pairs
+    assert perturbed_pairs(experts, [], numbered, seed=4) != pairs
+
+
+def test_pairs_are_of_held_out_demonstrations_where_there_are_any():
+    experts = [Expert([100 + i], [i]) for i in range(20)]
+    pairs = perturbed_pairs(experts, [3, 7], numbered, seed=0)
+    assert sorted({prompt[0] for prompt, _, _ in pairs}) == [103, 107]
+    assert len(pairs) == 16
+    everywhere = perturbed_pairs(experts, [], numbered, seed=0)
+    assert {prompt[0] for prompt, _, _ in everywhere} == set(range(100, 120))
+
+
+def test_pairs_leave_out_what_does_not_apply():
+    experts = [Expert([100 + i], [i]) for i in range(4)]
+    pairs = perturbed_pairs(experts, [], lambda e, rng: None if e.completion == [2] else ([9], 0), seed=0)
+    assert len(pairs) == 24
+    assert {completion[0] for _, completion, _ in pairs} == {0, 1, 3}

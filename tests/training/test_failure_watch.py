@@ -1,0 +1,154 @@
+"""A run that fails by a rule: it stops, the best checkpoint comes back, and everyone is told."""
+
+import contextlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trl import ModelConfig
+
+from tracereward.commands.train import run_train
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.runs import report
+from tracereward.synthetic.arithmetic import generate
+from tracereward.training import callbacks
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.checkpoints import better_than_start, score_of
+from tracereward.training.config import DataArguments
+from tracereward.training.failures import Failure
+
+CORRECT, PERTURBATION = "rewards/correct/mean", "monitor/perturbation_auroc"
+
+
+def test_a_checkpoints_score_is_correctness_or_else_the_perturbation_auroc():
+    rows = [{CORRECT: 0.2, PERTURBATION: 0.9}, {CORRECT: 0.4}, {PERTURBATION: 0.7}]
+    assert score_of(rows) == pytest.approx(0.3)
+    assert score_of(rows[2:]) == pytest.approx(0.7)
+    assert score_of([{CORRECT: None, PERTURBATION: math.nan}, {PERTURBATION: 0.5}]) == 0.5
+    assert math.isnan(score_of([]))
+    assert math.isnan(score_of([{"reward": 1.0}]))
+
+
+def test_a_checkpoint_clearly_worse_than_the_start_is_not_restored():
+    history = [{CORRECT: 0.5}, {CORRECT: 0.6}, {CORRECT: 0.7}, {CORRECT: 0.0}]  # 0.6 at the start, less 0.05
+    assert better_than_start(0.56, history)
+    assert not better_than_start(0.54, history)
+    assert not better_than_start(None, history)
+    assert better_than_start(0.1, [{"reward": 1.0}])  # nothing to compare with
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model_folder, monkeypatch):
+    def go(fail_at: int, correct: list[float], **options):
+        data = tmp_path / "experts.jsonl"
+        rows = generate("misconception", 16, seed=5)
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+        def detect(history, window):
+            for row, value in zip(history, correct):
+                row[CORRECT] = value  # an untrained policy is never right
+            return Failure("decoupling", fail_at, "as scripted") if history[-1]["step"] == fail_at else None
+
+        monkeypatch.setattr(callbacks, "detect", detect)
+        config = AdversarialConfig(
+            **{
+                "output_dir": str(tmp_path / "run"),
+                "per_device_train_batch_size": 16,
+                "num_generations": 4,
+                "max_completion_length": 24,
+                "max_steps": 6,
+                "save_steps": 1,
+                "learning_rate": 1e-3,
+                "report_to": "none",
+                "disable_tqdm": True,
+                "discriminator_warmup_updates": 2,
+                "discriminator_every": 1,
+                "discriminator_learning_rate": 1e-3,
+                "warmup_rollouts": 2,
+                "reward_form": "logit",  # an untrained policy's log-probs lie beyond the clip
+                **options,
+            }
+        )
+        model = ModelConfig(model_name_or_path=str(tiny_model_folder))
+        return run_train(DataArguments(task="arithmetic", dataset_name=str(data)), config, model)
+
+    return go
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def test_a_report_without_room_for_the_models_comes_after_all_else(run, capsys, monkeypatch):
+    """What a run has left is saved before its models go to the accelerator again, whole and one process's own."""
+    folders, own = [], []
+
+    @contextlib.contextmanager
+    def whole():  # outside of it `generate` waits for the other processes under ZeRO-3
+        own.append(True)
+        yield
+        own.pop()
+
+    def full(trainer, left, reward_model, *rest):
+        assert own
+        folder = Path(left.model_name_or_path).parent
+        folders.append({path.name for path in [*folder.glob("*/*.safetensors"), *folder.iterdir()]})
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(report, "whole_models", whole)
+    monkeypatch.setattr(report, "fresh_traces", full)
+    folder = run(2, [0.3, 0.3])
+    assert folders[0] >= {"policy", "reward_model", "model.safetensors", "head.safetensors"}
+    assert "did not fit beside the training" in capsys.readouterr().err
+    assert "No rewards and heatmaps" in (folder / "report.html").read_text()
+
+
+def test_the_best_checkpoint_comes_back(run, capsys):
+    """Step 2 of 4 was the best, and is kept although two newer checkpoints fill the limit."""
+    folder = run(4, [0.3, 0.9, 0.4, 0.2])
+    stderr = capsys.readouterr().err
+    assert "decoupling at step 4: as scripted" in stderr
+    assert "Restored: checkpoint-2." in stderr
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1] == {
+        "phase": "failure",
+        "step": 4,
+        "failure": "decoupling",
+        "reason": "as scripted",
+        "restored": "checkpoint-2",
+    }
+    assert max(row["step"] for row in logged if row["phase"] == "train") == 4
+    best, last = weights(folder / "checkpoints" / "checkpoint-2"), weights(folder / "checkpoints" / "checkpoint-4")
+    final = weights(folder / "policy")
+    assert all(torch.equal(final[name], best[name]) for name in best)
+    assert any(not torch.equal(final[name], last[name]) for name in last)
+    state = torch.load(folder / "checkpoints" / "checkpoint-2" / "discriminator.pt", weights_only=True)["parameters"]
+    restored = dict(TokenRewardModel.from_pretrained(str(folder / "reward_model")).named_parameters())
+    assert all(torch.equal(restored[name], value) for name, value in state.items())
+    assert "Stopped at step 4 by the rule decoupling: as scripted." in (folder / "report.html").read_text()
+
+
+def test_a_run_that_fails_at_once_ends_with_the_starting_policy(run, tiny_model_folder, capsys):
+    folder = run(2, [0.9, 0.1], save_steps=6)
+    assert "Restored: the starting policy and the discriminator of the warm-up." in capsys.readouterr().err
+    start, final = weights(tiny_model_folder), weights(folder / "policy")
+    assert all(torch.equal(final[name], start[name]) for name in start)
+    state = torch.load(folder / "checkpoints" / "warmup" / "discriminator.pt", weights_only=True)["parameters"]
+    restored = dict(TokenRewardModel.from_pretrained(str(folder / "reward_model")).named_parameters())
+    assert all(torch.equal(restored[name], value) for name, value in state.items())
+
+
+def test_a_warning_does_not_stop(run, capsys):
+    folder = run(3, [0.9, 0.1, 0.1], on_failure="warn", save_strategy="no")
+    assert "decoupling at step 3: as scripted" in capsys.readouterr().err
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert max(row["step"] for row in logged if row["phase"] == "train") == 6
+    assert not any(row["phase"] == "failure" for row in logged)
+
+
+def test_ignored_rules_are_not_asked(run, capsys):
+    run(3, [0.9, 0.1, 0.1], on_failure="ignore", save_strategy="no")
+    assert "decoupling" not in capsys.readouterr().err

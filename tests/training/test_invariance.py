@@ -1,0 +1,139 @@
+"""A run is the same however its batches are cut up: gradient accumulation, micro-batches, processes.
+
+Sampling would hide this: each process draws from its own random state. Here a completion is a function of the prompt,
+of the number of the batch, of its place among the prompt's completions, and of the policy, so that an error anywhere
+comes back in all later steps. It is one of three scripted traces, and the likelier the policy finds a trace, the
+likelier it is drawn. A whole trace is one decision: of the 800 in a run, one flips between two layouts only where a
+uniform number falls within the rounding error of a boundary.
+"""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.invariance import (
+    LOSSES,
+    RUNS,
+    STEPS,
+    TOLERANCES,
+    apart,
+    beyond,
+    differences,
+    folder,  # noqa: F401
+    train,
+)
+from helpers.sharded import launch
+
+TWO_PROCESSES = [
+    name for name, (_, layout) in RUNS.items() if layout.processes == 2 and not name.startswith(("spread", "in parts"))
+]
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """Runs of this process, each made once."""
+    return functools.cache(lambda name: train(name, folder))
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """What each of two processes returns, for all runs that ask for two; started together, as imports take longest."""
+    output = folder / "output.txt"
+    code = launch("ddp", str(folder), *TWO_PROCESSES, output=output)
+    assert code == 0, f"{code}\n{output.read_text(errors='replace')[-6000:]}"
+    found = {name: [torch.load(folder / f"{name}.{rank}.pt") for rank in (0, 1)] for name in TWO_PROCESSES}
+    assert {run["processes"] for runs in found.values() for run in runs} == {2}
+    return found
+
+
+COUNTED = [f"discriminator/{name}" for name in ("accuracy_expert", "accuracy_policy", "accuracy_perturbed", "updates")]
+
+
+def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Two processes' run as if it were one; both must have ended with the same weights."""
+    first, second = runs
+    for model, end in first["end"].items():
+        assert torch.equal(end, second["end"][model]), f"the processes' {model} differ"
+    return {**first, "batches": [a + b for a, b in zip(first["batches"], second["batches"], strict=True)]}
+
+
+@pytest.fixture
+def assert_same(record_property):
+    """The same rollouts, losses, rewards, gradients and final weights."""
+
+    def check(settings: str, run: dict[str, Any], other: dict[str, Any]) -> None:
+        assert len(run["log"]) == len(other["log"]) == RUNS[settings][0].get("max_steps", STEPS)
+        assert run["batches"] == other["batches"], "other prompts, another order, or other completions"
+        found = differences(run, other, LOSSES) | {model: apart(run, other, model) for model in run["end"]}
+        record_property("differences", found)
+        assert beyond(found, settings) == {}
+        counted = differences(run, other, COUNTED)  # a logit at 0 may fall on either side: a position of fifty
+        assert {name: value for name, value in counted.items() if not value <= 0.05} == {}
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "layout", ["trajectory, accumulated", pytest.param("token, micro-batches", marks=pytest.mark.long)]
+)
+def test_accumulation_and_micro_batches_change_nothing(one, layout, assert_same):
+    settings = layout.split(",")[0]
+    assert_same(settings, one(settings), one(layout))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["trajectory, two processes", "token, two processes"])
+def test_a_second_process_changes_nothing(one, two, layout, assert_same):
+    settings = layout.split(",")[0]
+    assert_same(settings, one(settings), joined(two[layout]))
+
+
+def test_a_group_spans_both_processes(two):
+    first, second = (run["batches"] for run in two["token, two processes"])
+    for batch, rest in zip(first, second, strict=True):
+        prompts = [prompt for prompt, _ in batch + rest]
+        assert prompts[4] == prompts[5] == prompts[6] == prompts[7]
+        assert len(batch) == len(rest) == 6
+
+
+def test_checkpointing_of_gradients_changes_nothing(one):
+    """With a gradient penalty too, whose forward pass is then repeated for second derivatives."""
+    run, other = one("trajectory"), one("trajectory, checkpointed")
+    assert len(other["log"]) == 5
+    assert beyond(differences(run, other, LOSSES), "trajectory") == {}
+
+
+@pytest.mark.parametrize("name", ["trajectory", "token"])
+def test_both_models_move(one, name):
+    """By far more than rounding: at a learning rate of 1e-3 the runs above could have come apart."""
+    run = one(name)
+    for model, end in run["end"].items():
+        moved = (end - run["start"][model]).norm() / run["start"][model].norm()
+        assert moved > 0.05, model
+
+
+def test_another_seed_is_another_run(one):
+    run, other = one("trajectory"), one("trajectory, another seed")
+    found = differences(run, other, LOSSES)
+    assert all(value > 20 * TOLERANCES["trajectory"][name] for name, value in found.items()), found
+    assert min(apart(run, other, model) for model in run["end"]) > 0.5
+
+
+def test_rollouts_depend_on_the_policy(one):
+    """A policy that stands still is given the same traces to choose from, and comes to choose others."""
+    run, other = one("trajectory"), one("trajectory, policy at rest")
+    pairs = list(zip(run["batches"], other["batches"]))
+    assert [[prompt for prompt, _ in batch] for batch, _ in pairs] == [[p for p, _ in batch] for _, batch in pairs]
+    assert pairs[0][0] == pairs[0][1]
+    assert sum(a != b for batches in pairs for a, b in zip(*batches)) >= 3
+
+
+def test_without_the_all_reduce_the_discriminators_come_apart(two):
+    """The comparisons of two processes can fail: the policy's gradients are still summed, the discriminator's not."""
+    first, second = two["no all-reduce"]
+    assert torch.equal(first["end"]["policy"], second["end"]["policy"])
+    assert apart(first, second, "discriminator") > 0.1
+    with pytest.raises(AssertionError, match="the processes' discriminator differ"):
+        joined(two["no all-reduce"])

@@ -1,0 +1,81 @@
+"""The discriminator learns what it is for: to tell right working from a fluent mistake, on problems it has not seen."""
+
+import torch
+
+from tracereward.metrics import within_prompt_auroc
+from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.synthetic.arithmetic import generate
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.discriminator import Discriminator
+from tracereward.training.discriminator_batch import Expert, Rollout
+
+
+def mistaken_pairs(n: int, seed: int, exclude=()) -> list[tuple[str, str, str]]:
+    """(prompt, right trace, trace with every borrow dropped) of problems where the two differ."""
+    found = []
+    for right in generate("misconception", 4 * n, seed, exclude=exclude):
+        wrong = worked_with_dropped_borrows(right["prompt"])
+        if wrong not in (None, right["completion"]):
+            found.append((right["prompt"], right["completion"], wrong))
+    assert len(found) >= n
+    return found[:n]
+
+
+def worked_with_dropped_borrows(prompt: str) -> str | None:
+    """A problem worked from left to right with v - k + 10 wherever v - k needs a borrow; None beyond the vocabulary."""
+    words = prompt.removesuffix(" = ?\n").split(" ")
+    value, lines = int(words[0]), []
+    for operator, operand in zip(words[1::2], map(int, words[2::2])):
+        result = value + operand if operator == "+" else value - operand
+        if operator == "-" and value % 10 < operand:
+            result += 10
+        if not 0 <= result <= 40:
+            return None
+        lines.append(f"{value} {operator} {operand} = {result}")
+        value = result
+    return "\n".join([*lines, f"#### {value}"])
+
+
+def test_the_mistaken_traces_are_the_worlds_own():
+    """Written out, and equal to the generator's mistakes wherever it draws the same problem."""
+    assert worked_with_dropped_borrows("13 - 5 + 2 = ?\n") == "13 - 5 = 18\n18 + 2 = 20\n#### 20"
+    rows = generate("misconception", 200, 1, mistake_rate=1.0)
+    assert all(worked_with_dropped_borrows(row["prompt"]) == row["completion"] for row in rows)
+
+
+def within(model, tokenizer, pairs) -> float:
+    """Within-prompt AUROC of the mean token reward for right against mistaken working."""
+    prompts = [encode_prompt(tokenizer, prompt) for prompt, _, _ in pairs for _ in range(2)]
+    traces = [encode_completion(tokenizer, text) for _, right, wrong in pairs for text in (right, wrong)]
+    scores = [float(rewards.mean()) for rewards in model.token_rewards(prompts, traces)]
+    return within_prompt_auroc(scores, [True, False] * len(pairs), [p for p, _, _ in pairs for _ in range(2)])
+
+
+def test_right_working_comes_to_score_above_fluent_mistakes(tiny_model_folder, tokenizer, tmp_path):
+    """200 held-out problems; an untrained backbone orders about half of them, 45 updates nearly all."""
+    held_out = mistaken_pairs(200, seed=1)
+    train = mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out})
+    torch.manual_seed(0)
+    settings = RewardSettings(head="action", granularity="dense")
+    model = TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer)
+    before = within(model, tokenizer, held_out)
+    config = AdversarialConfig(
+        output_dir=str(tmp_path),
+        report_to="none",
+        discriminator_learning_rate=3e-3,
+        discriminator_prompts=32,
+        discriminator_rollouts=1,
+        perturbed_per_expert=0,
+    )
+    experts = [Expert(encode_prompt(tokenizer, p), encode_completion(tokenizer, right), right) for p, right, _ in train]
+    discriminator = Discriminator(model, experts, config)
+    discriminator.remember([Rollout(i, encode_completion(tokenizer, wrong)) for i, (_, _, wrong) in enumerate(train)])
+    for _ in range(45):
+        row = discriminator.update([])
+    after = within(model, tokenizer, held_out)
+    assert 0.3 < before < 0.7
+    assert after > 0.9
+    assert row["accuracy_expert"] > 0.7
+    assert row["accuracy_policy"] > 0.7

@@ -1,0 +1,178 @@
+"""Validation questions: what a policy reaches on them, and which checkpoint a run leaves."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig
+
+from tracereward.commands.train import run_grpo, run_sft, run_train
+from tracereward.errors import InputError
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.synthetic.arithmetic import generate
+from tracereward.tasks.recipes import get_task
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
+from tracereward.training.validation import Validation, load_validation
+
+TASK = get_task("arithmetic")
+SHORT = {
+    "max_completion_length": 24,
+    "learning_rate": 1e-3,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_steps": 1,
+    "max_steps": 3,
+    "per_device_train_batch_size": 16,
+}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def greedy_by_hand(model, tokenizer, prompt, limit):
+    """The most probable token after each prefix, one prefix at a time, without a cache or padding."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) - start < limit and (len(ids) == start or ids[-1] != tokenizer.eos_token_id):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_accuracy_is_the_share_of_right_greedy_traces(tiny_model_folder, tokenizer):
+    """Answers set so that some agree with what the model writes; prompts of unlike lengths, three to a batch."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
+    rows = generate("exposure", 4, seed=3) + generate("misconception", 4, seed=3)
+    texts = [greedy_by_hand(model, tokenizer, row["prompt"], 12) for row in rows]
+
+    class LastToken:
+        def verify(self, text, gold):
+            return text == gold
+
+    gold = [text if place % 3 else text + " 1" for place, text in enumerate(texts)]
+    validation = Validation([row["prompt"] for row in rows], gold, LastToken(), tokenizer, 12, 3)
+    model.train()
+    before = torch.get_rng_state()
+    assert validation.accuracy(model) == pytest.approx(5 / 8)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert len(validation) == 8
+
+
+def test_nothing_named_is_nothing_validated(tokenizer):
+    assert load_validation(DataArguments(), TASK, tokenizer, [], 8, 8) is None
+
+
+def test_questions_that_cannot_choose_are_refused(tmp_path, tokenizer):
+    rows = generate("misconception", 4, seed=3)
+    data = DataArguments(task="arithmetic", validation_dataset_name=write(tmp_path / "v.jsonl", rows))
+    trained_on = [{"prompt": rows[2]["prompt"], "source": "experts.jsonl, line 7"}]
+    with pytest.raises(InputError, match=r"v\.jsonl.*3.*also trains on this question \(experts\.jsonl, line 7\)"):
+        load_validation(data, TASK, tokenizer, trained_on, 8, 8)
+    del rows[1]["answer"]
+    write(tmp_path / "v.jsonl", [{"prompt": row["prompt"], "answer": row.get("answer")} for row in rows])
+    with pytest.raises(InputError, match=r"v\.jsonl.*2.*no answer"):
+        load_validation(data, TASK, tokenizer, [], 8, 8)
+
+
+def test_two_ways_of_choosing_are_refused(tmp_path, tiny_model_folder):
+    rows = generate("misconception", 40, seed=3)
+    experts, questions = write(tmp_path / "e.jsonl", rows[:32]), write(tmp_path / "v.jsonl", rows[32:])
+    data = DataArguments(task="arithmetic", dataset_name=experts, validation_dataset_name=questions)
+    config = SupervisedConfig(**SHORT, output_dir=str(tmp_path / "run"), validation_fraction=0.2)
+    with pytest.raises(InputError, match="validation_fraction"):
+        run_sft(data, config, ModelConfig(model_name_or_path=str(tiny_model_folder)))
+
+
+@pytest.fixture
+def run(tmp_path, tiny_model_folder, monkeypatch):
+    """A run of one kind whose start and checkpoints have given accuracies."""
+
+    def go(kind, accuracies, resume=False, **options):
+        rows = generate("misconception", 24, seed=5)
+        data = DataArguments(
+            task="arithmetic",
+            dataset_name=write(tmp_path / "experts.jsonl", rows[:16]),
+            validation_dataset_name=write(tmp_path / "validation.jsonl", rows[16:]),
+        )
+        values = iter(accuracies)
+        monkeypatch.setattr(Validation, "accuracy", lambda self, policy: next(values))
+        given = {**SHORT, "output_dir": str(tmp_path / "run"), **options}
+        model = ModelConfig(model_name_or_path=str(tiny_model_folder))
+        if kind == "sft":
+            folder = run_sft(data, SupervisedConfig(**given), model, resume)
+        elif kind == "grpo":
+            folder = run_grpo(data, RewardConfig(**given, num_generations=4, reward="logprob"), model, resume)
+        else:
+            given |= {"discriminator_warmup_updates": 2, "discriminator_learning_rate": 1e-3, "warmup_rollouts": 2}
+            given["reward_form"] = "logit"  # an untrained policy's log-probs lie beyond the clip
+            config = AdversarialConfig(**given, num_generations=4, on_failure="ignore")
+            folder = run_train(data, config, model, resume)
+        assert next(values, None) is None
+        return folder
+
+    return go
+
+
+def weights(path):
+    return load_file(path / "model.safetensors")
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo", "train"])
+def test_the_run_leaves_the_best_checkpoint(run, kind, capsys):
+    """The second of three, which the limit of two checkpoints keeps."""
+    folder = run(kind, [0.25, 0.5, 0.75, 0.625])
+    checkpoints = folder / "checkpoints"
+    final = weights(folder / "policy")
+    assert same(final, weights(checkpoints / "checkpoint-2"))
+    assert not same(final, weights(checkpoints / "checkpoint-3"))
+    said = "Chosen by greedy accuracy on 8 validation questions: checkpoint-2 with 75.0 %; the start has 25.0 %."
+    assert said in capsys.readouterr().err
+    assert said in (folder / "report.html").read_text()
+    rows = metrics(folder)
+    assert [row["validation/accuracy"] for row in rows if "validation/accuracy" in row] == [0.5, 0.75, 0.625]
+    assert rows[-1]["chosen"] == "checkpoint-2"
+    assert (rows[-1]["start_accuracy"], rows[-1]["accuracy"], rows[-1]["questions"]) == (0.25, 0.75, 8)
+
+
+def test_the_discriminator_comes_with_its_policy(run):
+    folder = run("train", [0.25, 0.75, 0.5, 0.25])
+    state = torch.load(folder / "checkpoints" / "checkpoint-1" / "discriminator.pt", weights_only=True)["parameters"]
+    kept = dict(TokenRewardModel.from_pretrained(str(folder / "reward_model")).named_parameters())
+    assert all(torch.equal(kept[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("kind", ["grpo", "train"])
+def test_a_run_that_only_does_harm_leaves_the_start(run, kind, tiny_model_folder):
+    folder = run(kind, [0.75, 0.5, 0.625, 0.25])
+    assert same(weights(tiny_model_folder), weights(folder / "policy"))
+    assert metrics(folder)[-1]["chosen"] == "start"
+    if kind == "train":
+        state = torch.load(folder / "checkpoints" / "warmup" / "discriminator.pt", weights_only=True)["parameters"]
+        kept = dict(TokenRewardModel.from_pretrained(str(folder / "reward_model")).named_parameters())
+        assert all(torch.equal(kept[name], value) for name, value in state.items())
+
+
+def test_of_equals_the_last_is_left(run):
+    folder = run("grpo", [0.5, 0.5, 0.5, 0.5])
+    assert metrics(folder)[-1]["chosen"] == "checkpoint-3"
+
+
+def test_a_resumed_run_remembers_its_best(run):
+    run("grpo", [0.25, 0.75], max_steps=1)
+    (folder,) = {run("grpo", [0.25, 0.5, 0.625], resume=True)}
+    assert metrics(folder)[-1]["chosen"] == "checkpoint-1"
+    assert same(weights(folder / "policy"), weights(folder / "checkpoints" / "checkpoint-1"))
