@@ -20,13 +20,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from studies.measures import calibration, decoding, depth, self_correction, transfer
+from studies.setup import arms, judging
 from studies.setup.backbones import make_site, own, world_of
 from studies.setup.frozen import train_frozen
+from studies.setup.site import Site, choose_demonstrations, digest
 from tracereward.console import note
 from tracereward.errors import Interrupted, RunFailed
 from tracereward.files import atomic_write_json
-from tracereward.quickstart import arms, judging
-from tracereward.quickstart.site import Site, choose_demonstrations, digest
 from tracereward.quickstart.worlds import World
 
 SAMPLES = 8

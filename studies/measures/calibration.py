@@ -19,13 +19,13 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedTokenizerBase
 
+from studies.setup import judging
 from studies.setup.frozen import load_frozen, once
+from studies.setup.site import Site
 from tracereward.metrics import auroc, within_prompt_auroc
 from tracereward.modeling.batching import Batch, token_budget_batches
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
-from tracereward.quickstart import judging
-from tracereward.quickstart.site import Site
 from tracereward.rewards.calibration import (
     MIN_TRACES,
     brier_score,

@@ -8,14 +8,14 @@ from typing import Any
 from filelock import FileLock
 
 from studies.measures.equal_tokens import margin
+from studies.setup import judging
 from studies.setup.frozen import load_frozen
+from studies.setup.site import TASK, Site
 from tracereward.evaluate.guided import beam_shape, candidates
 from tracereward.files import atomic_write_json, read_jsonl
 from tracereward.generation.decoding import beam, reject, tilt
 from tracereward.generation.guide import Guide, Guided
 from tracereward.modeling.tokenization import load_tokenizer
-from tracereward.quickstart import judging
-from tracereward.quickstart.site import TASK, Site
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.selection import Candidate, ranking_curves
 from tracereward.tasks.recipes import get_task

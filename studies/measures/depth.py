@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from studies.setup import judging
+from studies.setup.site import Site
 from tracereward.evaluate.first_error import chance, hit, step_values
 from tracereward.modeling.batching import pack, scoring_budget, token_budget_batches
 from tracereward.modeling.log_probs import log_probs_and_entropies
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id
-from tracereward.quickstart import judging
-from tracereward.quickstart.site import Site
 from tracereward.synthetic import hops
 
 Row = dict[str, Any]

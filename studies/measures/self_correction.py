@@ -7,8 +7,8 @@ from typing import Any
 
 from studies.measures.decoding import ASKED, Bench, Row, load_bench, points_of
 from studies.measures.equal_tokens import margin
+from studies.setup.site import TASK, Site
 from tracereward.generation.self_correction import lowest_steps, self_correct, threshold_of
-from tracereward.quickstart.site import TASK, Site
 from tracereward.tasks.recipes import get_task
 
 WAYS = (

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from studies.setup import judging
 from studies.setup.frozen import load_frozen, once
+from studies.setup.site import TASK, Site
 from tracereward.commands.rerank import rerank_rows
 from tracereward.files import read_jsonl
 from tracereward.metrics import within_prompt_auroc
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer
-from tracereward.quickstart import judging
-from tracereward.quickstart.site import TASK, Site
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.selection import outcomes
 from tracereward.tasks.recipes import get_task

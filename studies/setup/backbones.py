@@ -22,9 +22,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from studies.setup.site import Site, make_world
 from tracereward.files import atomic_folder
 from tracereward.modeling.tokenization import load_tokenizer
-from tracereward.quickstart.site import Site, make_world
 from tracereward.quickstart.worlds import World
 from tracereward.synthetic.arithmetic import build_model, build_tokenizer
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from studies.setup import arms
+from studies.setup.site import Site, digest
 from tracereward.modeling.loading import best_device
-from tracereward.quickstart import arms
-from tracereward.quickstart.site import Site, digest
 from tracereward.rewards.model import TokenRewardModel
 
 FROZEN: dict[str, Any] = {"discriminator_updates": 0, "max_steps": 4, "discriminator_warmup_updates": 40}

@@ -30,13 +30,13 @@ from studies.measures import calibration, transfer
 from studies.pages import calibration as calibration_page
 from studies.pages import transfer as transfer_page
 from studies.pages.page import write_page
+from studies.setup import judging
 from studies.setup.backbones import BUILDERS, COMPARED, LABELS, PRETRAINED, own, write_untrained
 from studies.setup.frozen import FROZEN, once
+from studies.setup.site import Site
 from tracereward.files import write_jsonl
 from tracereward.modeling.batching import pack
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
-from tracereward.quickstart import judging
-from tracereward.quickstart.site import Site
 from tracereward.quickstart.worlds import WORLDS
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings

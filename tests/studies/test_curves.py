@@ -7,9 +7,9 @@ import pytest
 
 from studies.pages import curves
 from studies.pages.page import write_page
+from studies.setup import arms
+from studies.setup.site import Site, choose_demonstrations
 from tracereward.files import read_jsonl, write_jsonl
-from tracereward.quickstart import arms
-from tracereward.quickstart.site import Site, choose_demonstrations
 from tracereward.quickstart.worlds import WORLDS
 from tracereward.synthetic.arithmetic import splits
 from tracereward.tasks.recipes import get_task

@@ -16,10 +16,10 @@ from studies.definitions import STUDIES
 from studies.measures import decoding, self_correction
 from studies.measures.equal_tokens import accuracy_at, margin
 from studies.pages.decoding import correction_sections, decoding_sections
+from studies.setup import judging
 from tracereward.files import read_jsonl
 from tracereward.generation.guide import Guide
 from tracereward.generation.self_correction import self_correct, threshold_of
-from tracereward.quickstart import judging
 from tracereward.quickstart.worlds import WORLDS
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.settings import RewardSettings

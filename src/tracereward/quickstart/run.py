@@ -1,35 +1,48 @@
-"""The whole method on the embedded default: generated arithmetic, a tiny Llama built from scratch, two CPU cores.
+"""`tracereward quickstart`: the full method on generated arithmetic and a tiny Llama, on two CPU cores.
 
-World ``exposure``: a policy pretrained on a corpus of half-remembered facts marks what it doubts and walks on; fifty
-experts are right in chains of six to eight steps. In world ``misconception`` it is fluent, confident and wrong by a
-rule, without a mark. In every stage that trains, validation questions choose between the start and four checkpoints.
-Everything printed is measured in the run.
+Each stage is a command that a user types (sft, grpo, train, sample, score, rerank) as a function call, so this file is
+also an example of the Python API. In world ``exposure`` a policy pretrained on a corpus of half-remembered facts marks
+what it doubts and continues; fifty experts are right in chains of six to eight steps. In world ``misconception`` it is
+fluent, confident and wrong by a rule, without a mark. In every stage that trains, validation questions choose between
+the start and four checkpoints. Everything printed is measured in the run.
 """
 
 import json
+import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import disable_progress_bar
 from transformers.utils import logging as transformers_logging
+from trl import ModelConfig
 
+from tracereward.commands.rerank import rerank_rows, summary
+from tracereward.commands.sample import sample_rows
+from tracereward.commands.score import score_rows
+from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.console import note
+from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, check_choice
-from tracereward.files import atomic_write_json, read_jsonl, write_jsonl
-from tracereward.quickstart import arms, judging
-from tracereward.quickstart.site import Site, make_world
-from tracereward.quickstart.worlds import WORLDS
-from tracereward.reports.report import Trace, write_report
-from tracereward.reports.tables import AUROC_LABELS, Table, print_policies, print_ranking
-from tracereward.rewards.token_scores import TokenScores
-from tracereward.runs.report import pick_traces
+from tracereward.files import atomic_folder, atomic_write_json, write_jsonl
+from tracereward.metrics import point_biserial, wilson_interval
+from tracereward.quickstart.report import write_quickstart_report
+from tracereward.quickstart.worlds import COMMON, WORLDS, World, write_rows
+from tracereward.reports.tables import print_policies, print_ranking
+from tracereward.rewards.engines import load_scorer
+from tracereward.synthetic.arithmetic import build_model, build_tokenizer
 from tracereward.tasks.recipes import get_task
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
 
+TASK = "arithmetic"
 SAMPLES = 8  # of the SFT policy for each held-out question
+CHECKPOINTS = 4  # that validation questions choose from, with the start
 POLICIES = {
     "base": "base (pretrained)",
     "init": "base (untrained)",
@@ -40,8 +53,65 @@ POLICIES = {
 }
 
 
-class Stage:
-    """Numbers and times the stages of a run; a stage whose result exists is not run again."""
+@dataclass(frozen=True)
+class Quickstart:
+    """One quickstart: its folder holds ``data/``, ``init/`` (the untrained model) and a run folder for each policy.
+
+    Attributes:
+        folder: of everything.
+        world: sizes and options.
+        seed: of data, models and training.
+        fast: a tenth of the steps.
+    """
+
+    folder: Path
+    world: World
+    seed: int
+    fast: bool
+
+    @property
+    def start(self) -> str:
+        """What SFT starts from: the pretrained model, or the untrained one in a world without pretraining."""
+        return "base" if self.world.pretraining else "init"
+
+    def data(self, part: str) -> str:
+        """File of one part of the data: experts, unlabeled, validation, test or corpus."""
+        return str(self.folder / "data" / f"{part}.jsonl")
+
+    def model(self, name: str) -> ModelConfig:
+        """The policy that a run left."""
+        return ModelConfig(model_name_or_path=self.policy(name))
+
+    def policy(self, name: str) -> str:
+        """Folder of that policy."""
+        return str(self.folder / name if name == "init" else self.folder / name / "policy")
+
+    def demonstrations(self, part: str = "experts", choose: bool = True, unlabeled: bool = False) -> DataArguments:
+        """What a run learns from; with `choose` the validation questions choose the checkpoint that it leaves."""
+        return DataArguments(
+            task=TASK,
+            dataset_name=self.data(part),
+            unlabeled_dataset_name=self.data("unlabeled") if unlabeled and self.world.unlabeled else None,
+            validation_dataset_name=self.data("validation") if choose else None,
+        )
+
+    def options(self, name: str, given: dict[str, Any], choose: bool = True) -> dict[str, Any]:
+        """All training options of a run: the world's `given` ones over those that all runs have."""
+        options = {**COMMON, "max_completion_length": self.world.completion, "save_steps": given["max_steps"], **given}
+        if choose:
+            options |= {"save_strategy": "steps", "save_steps": max(1, math.ceil(given["max_steps"] / CHECKPOINTS))}
+        if self.fast:
+            options["max_steps"] = max(4, options["max_steps"] // 10)
+            options["save_steps"] = min(options["save_steps"], options["max_steps"])
+        return {**options, "output_dir": str(self.folder / name), "seed": self.seed}
+
+    def begun(self, name: str) -> bool:
+        """Whether a run was begun before: then it resumes."""
+        return (self.folder / name / "config.yaml").is_file()
+
+
+class Stages:
+    """Numbers and times the stages; a stage whose result exists is not run again."""
 
     def __init__(self, total: int):
         self.total = total
@@ -49,7 +119,7 @@ class Stage:
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, result: Path, work: Callable[[], object]) -> None:
-        """Do `work` unless `result`, which it writes as its last act, is there."""
+        """Do `work` unless `result`, which it writes as its last act, exists."""
         self.number += 1
         if result.exists():
             note(f"[{self.number}/{self.total}] {name}: done before")
@@ -67,26 +137,25 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
         InputError: unknown world, or `output` holds a run and `resume` is not given or its options differ.
     """
     check_choice("world", world_name, WORLDS)
-    world = WORLDS[world_name]
-    options = {"world": world_name, "seed": seed, "fast": fast}
-    settings = output / "quickstart.json"
-    if settings.is_file():
-        stored = json.loads(settings.read_text(encoding="utf-8"))
-        if not resume:
-            raise InputError(f"{output} already holds a run: go on with --resume, or choose another --output")
-        if stored != options:
-            raise InputError(f"{output} holds a run with other options ({stored}): give the same, or another --output")
-    output.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(settings, options)
+    _claim(output, {"world": world_name, "seed": seed, "fast": fast}, resume)
     transformers_logging.disable_progress_bar()  # of loading and saving files of half a megabyte
     disable_progress_bar()
     torch.set_num_threads(1)  # a second one gains nothing at this size, and sums would depend on the machine's cores
     start = time.perf_counter()
-    site = Site(output, world, seed, fast)
-    stage = Stage(7 if world.pretraining else 6)
-    stage.run("data and an untrained tiny Llama", output / "init", lambda: make_world(site))
-    train_policies(site, stage)
-    stage.run("evaluation on held-out questions", output / "results.json", lambda: evaluate(site))
+    run = Quickstart(output, WORLDS[world_name], seed, fast)
+    stages = Stages(7 if run.world.pretraining else 6)
+    stages.run("data and an untrained tiny Llama", output / "init", lambda: make_world(run))
+    if run.world.pretraining:
+        done = output / "base" / "report.html"
+        stages.run("pretraining on a corpus with mistakes", done, lambda: pretrain(run))
+    stages.run("SFT on the experts, tuned on validation questions", output / "sft", lambda: tune_sft(run))
+    for name, title, work in (
+        ("sft-continued", "control: the same SFT continued for as many steps as GRPO", continue_sft),
+        ("grpo-logprob", "control: GRPO on the SFT model's own log-prob", grpo_on_log_prob),
+        ("train", "warm-up of the discriminator and adversarial GRPO", train),
+    ):
+        stages.run(title, output / name / "report.html", lambda work=work: work(run))
+    stages.run("evaluation on held-out questions", output / "results.json", lambda: evaluate(run))
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     write_quickstart_report(output, world_name, seed, results)
     if json_table:
@@ -94,94 +163,130 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
     else:
         print_policies(results["policies"], results["questions"], stdout=True)
         print_ranking(results["ranking"], stdout=True)
-    parts = "".join(f"\n  {seconds:5.0f} s  {name}" for name, seconds in stage.seconds.items())
+    parts = "".join(f"\n  {seconds:5.0f} s  {name}" for name, seconds in stages.seconds.items())
     note(f"{time.perf_counter() - start:.0f} s in all{parts}")
     note(f"report: {output / 'report.html'}")
 
 
-def train_policies(site: Site, stage: Stage) -> None:
-    """Base, tuned SFT, the two controls and the adversarial run, each in a run folder of its own."""
-    world, folder = site.world, site.folder
-    if world.pretraining:
-        stage.run(
-            "pretraining on a corpus with mistakes",
-            folder / "base" / "report.html",
-            lambda: arms.train_sft(site, "base", "init", world.pretraining, part="corpus"),
-        )
-    stage.run("SFT on the experts, tuned on validation questions", folder / "sft", lambda: arms.tune_sft(site))
-    stage.run(
-        "control: the same SFT continued for as many steps as GRPO",
-        folder / "sft-continued" / "report.html",
-        lambda: arms.continue_sft(site, "sft-continued", choose=True),
-    )
-    stage.run(
-        "control: GRPO on the SFT model's own log-prob",
-        folder / "grpo-logprob" / "report.html",
-        lambda: arms.train_grpo(site, "grpo-logprob", "logprob", choose=True),
-    )
-    stage.run(
-        "warm-up of the discriminator and adversarial GRPO",
-        folder / "train" / "report.html",
-        lambda: arms.train_irl(site, "train", {**world.recipe, "choose": True}),
-    )
+def _claim(output: Path, options: dict[str, Any], resume: bool) -> None:
+    """Make the folder this run's, or check that it is."""
+    settings = output / "quickstart.json"
+    if settings.is_file():
+        stored = json.loads(settings.read_text(encoding="utf-8"))
+        if not resume:
+            raise InputError(f"{output} already holds a run: continue with --resume, or choose another --output")
+        if stored != options:
+            raise InputError(f"{output} holds a run with other options ({stored}): give the same, or another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(settings, options)
 
 
-def evaluate(site: Site) -> None:
-    """Greedy accuracies of all policies, and samples of the SFT policy ranked; writes ``results.json``."""
-    left_out = "init" if site.world.pretraining else "base"
-    rows = [{"label": label, **judging.greedy(site, arm, "test")} for arm, label in POLICIES.items() if arm != left_out]
-    ranking, scored = judging.rank(site, "train", judging.draw_samples(site, "sft", "test", SAMPLES))
-    write_jsonl(site.folder / "samples.jsonl", scored)
-    results = {"questions": rows[0]["questions"], "seed": site.seed, "policies": rows, "ranking": ranking}
-    atomic_write_json(site.folder / "results.json", results)
+def make_world(run: Quickstart) -> None:
+    """Generate the rows, then the untrained model with its tokenizer."""
+    write_rows(run.world, run.seed, run.folder / "data")
+    with atomic_folder(run.folder / "init") as folder:
+        tokenizer = build_tokenizer()
+        build_model(tokenizer, run.seed).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
-def write_quickstart_report(output: Path, world: str, seed: int, results: dict[str, Any]) -> None:
-    """The page that the command ends with."""
-    samples = read_jsonl(output / "samples.jsonl")
-    traces = []
-    for row in samples:
-        scores = TokenScores(
-            row["tokens"], [tuple(o) for o in row["offsets"]], row["token_rewards"], row["supervised"], row["step_ends"]
-        )
-        answer = get_task("arithmetic").extract(row["completion"])
-        traces.append(Trace(row["prompt"], row["completion"], scores, row["correct"], answer))
-    policies = Table(
-        f"Greedy accuracy on {results['questions']} held-out questions, %",
-        ["policy", "accuracy", "95 % interval", "no answer"],
-        [
-            [r["label"], 100 * r["accuracy"], f"[{100 * r['low']:.1f}, {100 * r['high']:.1f}]", r["no_answer"]]
-            for r in results["policies"]
-        ],
-        note="Wilson intervals. The controls say what a reward model must beat.",
+def pretrain(run: Quickstart) -> None:
+    """``tracereward sft`` on the corpus, which has the mistakes that the policy is to unlearn."""
+    config = SupervisedConfig(**run.options("base", run.world.pretraining, choose=False))
+    run_sft(run.demonstrations("corpus", choose=False), config, run.model("init"), run.begun("base"))
+
+
+def tune_sft(run: Quickstart) -> None:
+    """``tracereward sft`` with each of the world's settings; ``sft`` is the best one on validation questions."""
+    tried = []
+    for index, setting in enumerate(run.world.sft_grid):
+        name = f"sft-{index}"
+        if not (run.folder / name / "report.html").exists():
+            config = SupervisedConfig(**run.options(name, {**run.world.sft, **setting}, choose=False))
+            run_sft(run.demonstrations(choose=False), config, run.model(run.start), run.begun(name))
+        tried.append({**setting, "accuracy": greedy_accuracy(run, name, "validation")["accuracy"]})
+    best = max(range(len(tried)), key=lambda index: tried[index]["accuracy"])
+    with atomic_folder(run.folder / "sft") as folder:
+        shutil.copytree(run.policy(f"sft-{best}"), folder / "policy")
+        (folder / "tuning.json").write_text(json.dumps({"tried": tried, "chosen": best}, indent=1), encoding="utf-8")
+
+
+def continue_sft(run: Quickstart) -> None:
+    """``tracereward sft`` from ``sft`` for as many steps as GRPO takes."""
+    given = {**run.world.sft, "max_steps": run.world.grpo["max_steps"]}
+    config = SupervisedConfig(**run.options("sft-continued", given))
+    run_sft(run.demonstrations(), config, run.model("sft"), run.begun("sft-continued"))
+
+
+def grpo_on_log_prob(run: Quickstart) -> None:
+    """``tracereward grpo --reward logprob`` from ``sft``."""
+    config = RewardConfig(**run.options("grpo-logprob", run.world.grpo), reward="logprob")
+    run_grpo(run.demonstrations(unlabeled=True), config, run.model("sft"), run.begun("grpo-logprob"))
+
+
+def train(run: Quickstart) -> None:
+    """``tracereward train`` from ``sft``: warm-up of the discriminator, then adversarial GRPO."""
+    given = {**run.world.grpo, **run.world.recipe}
+    for option in ("discriminator_model", "warmup_model"):
+        if given.get(option) == "base":
+            given[option] = run.policy(run.start)
+    if run.fast:
+        given["discriminator_warmup_updates"] = 8
+    config = AdversarialConfig(**run.options("train", given))
+    run_train(run.demonstrations(unlabeled=True), config, run.model("sft"), run.begun("train"))
+
+
+def evaluate(run: Quickstart) -> None:
+    """Greedy accuracy of all policies, and the SFT policy's samples scored and ranked; writes ``results.json``."""
+    left_out = "init" if run.world.pretraining else "base"
+    policies = [
+        {"label": label, **greedy_accuracy(run, name, "test")} for name, label in POLICIES.items() if name != left_out
+    ]
+    samples = run.folder / "samples.jsonl"
+    write_jsonl(samples, sample(run, "sft", "test", n=SAMPLES))
+    reward_model = load_scorer(str(run.folder / "train" / "reward_model"), "transformers")
+    scored = list(score_rows(reward_model, candidate_rows(str(samples))))
+    write_jsonl(samples, scored)
+    task = get_task(TASK)
+    _, questions = rerank_rows(scored, task, "vote")
+    ranking = summary(questions, task)
+    assert ranking is not None
+    r = point_biserial([row["reward"] for row in scored], [row["correct"] for row in scored])
+    ranking["reward_r"] = None if math.isnan(r) else r
+    results = {
+        "questions": policies[0]["questions"],
+        "seed": run.seed,
+        "policies": policies,
+        "ranking": ranking,
+    }
+    atomic_write_json(run.folder / "results.json", results)
+
+
+def sample(run: Quickstart, policy: str, part: str, n: int, temperature: float = 1.0) -> list[dict[str, Any]]:
+    """``tracereward sample``: `n` completions of each question, as rows."""
+    chunks = sample_rows(
+        run.policy(policy),
+        run.data(part),
+        TASK,
+        n,
+        run.world.completion,
+        temperature,
+        seed=run.seed,
+        batch_size=2400 if n > 1 else 512,
     )
-    ranking = Table(
-        "Choosing one of 8 samples of the SFT policy, %",
-        ["method", "accuracy", "95 % interval"],
-        [
-            [label, 100 * value, f"[{100 * low:.1f}, {100 * high:.1f}]"]
-            for label, (value, low, high) in results["ranking"]["accuracy"].items()
-        ],
-        note="Bootstrap intervals over questions.",
-    )
-    aurocs = Table(
-        "AUROC for correctness of the same samples",
-        ["score", "pooled", "within the prompt"],
-        [
-            [label, results["ranking"][f"{key}_auroc"], results["ranking"][f"{key}_auroc_within_prompt"]]
-            for key, label in AUROC_LABELS.items()
-        ],
-        note="Pooled AUROC mostly measures which questions are hard; a reranker sees the one within the prompt.",
-    )
-    write_report(
-        output / "report.html",
-        title=f"tracereward quickstart: {world}",
-        summary="Generated arithmetic, a tiny Llama trained from scratch, experts' traces, no verifier in training. "
-        "Everything on this page was measured in this run.",
-        tables=[policies, ranking, aurocs],
-        metrics=read_jsonl(output / "train" / "metrics.jsonl"),
-        rewards_correct=[row["reward"] for row in samples if row["correct"]],
-        rewards_wrong=[row["reward"] for row in samples if not row["correct"]],
-        traces=pick_traces(traces),
-        command=f"tracereward quickstart --world {world} --seed {seed}",
-    )
+    return [row for rows in chunks for row in rows]
+
+
+def greedy_accuracy(run: Quickstart, policy: str, part: str) -> dict[str, Any]:
+    """Greedy accuracy with its Wilson interval, traces without an answer, and the share of distinct traces."""
+    rows = sample(run, policy, part, n=1, temperature=0.0)
+    correct = sum(row["correct"] for row in rows)
+    low, high = wilson_interval(correct, len(rows))
+    return {
+        "accuracy": correct / len(rows),
+        "low": low,
+        "high": high,
+        "no_answer": sum(row["extracted"] is None for row in rows),
+        "distinct": len({row["completion"] for row in rows}) / len(rows),
+        "questions": len(rows),
+    }

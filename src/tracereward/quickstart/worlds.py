@@ -1,7 +1,11 @@
 """Sizes and training options of the generated worlds, the same for the quickstart and for the studies."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from tracereward.files import write_jsonl
+from tracereward.synthetic.arithmetic import MISTAKE_RATES, generate, splits
 
 
 @dataclass(frozen=True)
@@ -206,3 +210,15 @@ WORLDS = {
     "style": _STYLE,
     "multi-skill": replace(_STYLE, name="multi-skill", completion=36),
 }
+
+
+def write_rows(world: World, seed: int, folder: Path) -> None:
+    """Generate a world's parts as ``folder/PART.jsonl``; the corpus has no question of test or validation."""
+    parts = splits(world.name, seed, world.experts, world.validation, world.test, world.unlabeled)
+    if world.corpus:
+        held_out = {row["prompt"] for part in ("test", "validation") for row in parts[part]}
+        rates = MISTAKE_RATES[world.name]
+        parts["corpus"] = generate(world.name, world.corpus, 5000 + seed, rates, held_out, unique=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, rows in parts.items():
+        write_jsonl(folder / f"{part}.jsonl", rows)

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import AutoConfig
 from trl import ModelConfig
 
+from studies.setup.judging import greedy
+from studies.setup.site import TASK, Site
 from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.files import atomic_folder, read_jsonl, write_jsonl
-from tracereward.quickstart.judging import greedy
-from tracereward.quickstart.site import TASK, Site
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from tracereward.files import atomic_folder, read_jsonl, write_jsonl
 from tracereward.modeling.tokenization import load_tokenizer
-from tracereward.quickstart.worlds import COMMON, World
-from tracereward.synthetic.arithmetic import MISTAKE_RATES, build_model, build_tokenizer, generate, splits
+from tracereward.quickstart.worlds import COMMON, World, write_rows
+from tracereward.synthetic.arithmetic import MISTAKE_RATES, build_model, build_tokenizer, generate
 from tracereward.tasks.recipes import get_task
 
 TASK = "arithmetic"
@@ -95,7 +95,7 @@ class Site:
 def make_world(site: Site) -> None:
     """Write the rows and the untrained model, ``init`` last; of a pretrained model the tokenizer alone."""
     if site.backbone is None:  # another one's rows are the same
-        _write_rows(site)
+        write_rows(site.world, site.seed, site.folder / "data")
     with atomic_folder(site.run("init")) as folder:
         if site.world.model is not None:
             load_tokenizer(site.world.model).save_pretrained(folder)
@@ -103,18 +103,6 @@ def make_world(site: Site) -> None:
         tokenizer = build_tokenizer()
         build_model(tokenizer, site.seed).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def _write_rows(site: Site) -> None:
-    world = site.world
-    parts = splits(world.name, site.seed, world.experts, world.validation, world.test, world.unlabeled)
-    site.data("test").parent.mkdir(parents=True, exist_ok=True)
-    for part, rows in parts.items():
-        write_jsonl(site.data(part), rows)
-    if world.corpus:
-        held_out = {row["prompt"] for part in ("test", "validation") for row in parts[part]}
-        corpus = generate(world.name, world.corpus, 5000 + site.seed, MISTAKE_RATES[world.name], held_out, unique=False)
-        write_jsonl(site.data("corpus"), corpus)
 
 
 def choose_demonstrations(site: Site) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from studies.setup.site import TASK, Site
 from tracereward.commands.rerank import rerank_rows, summary
 from tracereward.commands.score import as_row
 from tracereward.files import atomic_write_json, read_jsonl, write_jsonl
@@ -15,7 +16,6 @@ from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.modeling.loading import best_device
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id
-from tracereward.quickstart.site import TASK, Site
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.tasks.recipes import get_task
 
