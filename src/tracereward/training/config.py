@@ -14,6 +14,8 @@ from tracereward.errors import InputError, check_choice
 from tracereward.modeling.tokenization import TEMPLATES
 
 ON_LONG = ("refuse", "drop")
+RETIRED: dict[str, Any] = {}
+"""Options that only earlier versions have, each with the one value that means the same as its absence."""
 
 
 @dataclass
