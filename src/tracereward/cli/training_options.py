@@ -11,7 +11,7 @@ from trl import ModelConfig, TrlParser
 
 from tracereward.errors import InputError
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
+from tracereward.training.config import RETIRED, DataArguments, RewardConfig, SupervisedConfig
 
 CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}
 
@@ -42,7 +42,10 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     if not any(word.split("=")[0] == "--output_dir" for word in argv):
         argv += ["--output_dir", f"runs/{kind}"]
     try:
-        data, config, model = _Parser(classes).parse_args_and_config(args=argv)
+        data, config, model = _Parser(classes).parse_args_and_config(
+            args=argv,
+            fail_with_unknown_args=False,  # what is left of a file are retired options, see `_with_config`
+        )
     except InputError:
         raise
     except (ValueError, TypeError) as error:
@@ -89,6 +92,8 @@ def _with_config(argv: list[str], known: set[str]) -> list[str]:
             raise InputError(f"{path}:{key.start_mark.line + 1}: option {key.value!r} is given twice")
         seen.add(key.value)
     for name in options.keys() - known - {"env"}:
+        if name in RETIRED and options[name] == RETIRED[name]:  # `parse` leaves it out
+            continue
         raise InputError(f"{path}: " + _unknown(f"option {name!r}", str(name), known))
     folder = options.get("output_dir", "runs")
     if not isinstance(folder, str) or not folder:

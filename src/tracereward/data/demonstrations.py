@@ -5,7 +5,7 @@ Nothing is skipped or cut silently: a row is kept, left out with a count, or ref
 
 import json
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_choice
@@ -25,7 +25,7 @@ def load_demonstrations(
     subset: str | None = None,
     limit: int | None = None,
     require_completion: bool = True,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Read and check demonstrations; identical rows are all kept, more fields than needed are ignored.
 
     Args:
@@ -44,7 +44,7 @@ def load_demonstrations(
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}: it must be at least 1")
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     for location, raw in read_rows(source, split, subset):
         try:
             row = task.example(raw)
@@ -68,12 +68,12 @@ def load_demonstrations(
 
 
 def check_lengths(
-    rows: list[dict],
+    rows: list[dict[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
     max_prompt_length: int | None,
     max_completion_length: int,
     on_long: str,
-) -> tuple[list[dict], int]:
+) -> tuple[list[dict[str, Any]], int]:
     """Refuse or leave out rows that are too long; nothing is ever cut.
 
     Args:
@@ -90,7 +90,7 @@ def check_lengths(
         InputError: under ``refuse``, how many are too long, the first and the longest; under ``drop``, none is left.
     """
     check_choice("on_long", on_long, ("refuse", "drop"))
-    kept: list[dict] = []
+    kept: list[dict[str, Any]] = []
     too_long: dict[str, list[tuple[int, str]]] = {"prompt": [], "completion": []}
     for row in rows:
         prompt = len(encode_prompt(tokenizer, row["prompt"]))
@@ -123,7 +123,9 @@ def _too_long(found: dict[str, list[tuple[int, str]]], max_prompt: int | None, m
     return f"{'; '.join(parts)}. Use {' '.join(mends)} or --on_long drop."
 
 
-def split_rows(rows: list[dict], validation: float, seed: int) -> tuple[list[dict], list[dict]]:
+def split_rows(
+    rows: list[dict[str, Any]], validation: float, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Split demonstrations into training and validation rows so that no prompt is on both sides.
 
     Args:

@@ -27,7 +27,8 @@ class AdapterView(nn.Module):
         super().__init__()
         self._whole = [model]  # in a list, or its weights would be this module's
         self.adapter = adapter
-        self.adapter_weights = nn.ParameterList(p for name, p in model.named_parameters() if f".{adapter}." in name)
+        found = (p for name, p in model.named_parameters() if f".{adapter}." in name)
+        self.adapter_weights: nn.ParameterList = nn.ParameterList(found)
 
     @property
     def model(self) -> PeftModel:

@@ -37,7 +37,7 @@ class Calibration:
     knots: tuple[tuple[float, float], ...] = ()
     traces: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("calibration method", self.method, METHODS)
         # JSON has lists where this has tuples.
         object.__setattr__(self, "knots", tuple((float(r), float(p)) for r, p in self.knots))

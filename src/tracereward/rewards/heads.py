@@ -36,9 +36,9 @@ class ActionHead(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.a = nn.Parameter(torch.ones(()))
-        self.b = nn.Parameter(torch.zeros(()))
-        self.w = nn.Parameter(torch.zeros(hidden_size))
+        self.a: nn.Parameter = nn.Parameter(torch.ones(()))
+        self.b: nn.Parameter = nn.Parameter(torch.zeros(()))
+        self.w: nn.Parameter = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, log_probs: Tensor, hidden: Tensor) -> Tensor:
         """(B, T) log-probs and (B, T, H) hidden states after each token -> (B, T) values f_t."""

@@ -62,7 +62,7 @@ class TokenRewardModel(nn.Module, Scorer):
         self.tokenizer = tokenizer
         self.settings = settings
         hidden_size = backbone.config.get_text_config().hidden_size
-        self.head = ActionHead(hidden_size) if settings.head == "action" else None
+        self.head: ActionHead | None = ActionHead(hidden_size) if settings.head == "action" else None
 
     @classmethod
     def from_backbone(

@@ -53,7 +53,7 @@ class RewardSettings:
     base_model: str = ""
     calibration: Calibration | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("head", self.head, HEADS)
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("aggregate", self.aggregate, AGGREGATES)

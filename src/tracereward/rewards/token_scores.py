@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 AGGREGATES = ("mean", "min", "last", "discounted")
 DISCOUNT = 0.99
@@ -72,6 +73,6 @@ class TokenScores:
             means.append(sum(inside) / len(inside))
         return means
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON."""
         return asdict(self)

@@ -39,7 +39,7 @@ from tracereward.reports.tables import Table
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.training.checkpoints import kept, last_complete_checkpoint
-from tracereward.training.config import DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.training.config import RETIRED, DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
 from tracereward.training.trainer import AdversarialTrainer
 
 Config = SupervisedConfig | RewardConfig | AdversarialConfig
@@ -162,7 +162,8 @@ def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, re
             "Nothing is written over."
         )
     if made:
-        check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, folder)
+        defaults = option_defaults(DataArguments, type(config), ModelConfig)
+        check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, defaults, folder)
     else:  # a run that ended before it began, as for an option that was wrong
         (checkpoints / "batch.json").unlink(missing_ok=True)
     checkpoint = last_complete_checkpoint(checkpoints) if resume else None
@@ -242,17 +243,42 @@ MAY_CHANGE = {
 }
 
 
-def check_same_run(stored: dict[str, Any], given: dict[str, Any], folder: Path) -> None:
+def option_defaults(*classes: type) -> dict[str, Any]:
+    """The default of every option of these dataclasses."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for cls in classes
+        for field in dataclasses.fields(cls)
+    }
+
+
+def check_same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any], folder: Path) -> None:
     """Refuse to continue a run with other options.
 
+    An option that is not stored had its default, also one that the version that wrote the run did not have.
+
+    Args:
+        stored: the run's ``config.yaml``, perhaps an earlier version's.
+        given: the options of the command, see `resolved`.
+        defaults: every option that this version has, with its default.
+        folder: the run folder.
+
     Raises:
-        InputError: names the options that differ, with both values.
+        InputError: names the options that differ, with both values, or those that this version does not have.
     """
-    names = (stored.keys() | given.keys()) - MAY_CHANGE
+    unknown = stored.keys() - defaults.keys()
+    gone = [
+        f"{name}: {stored[name]!r}" for name in sorted(unknown) if name not in RETIRED or stored[name] != RETIRED[name]
+    ]
+    if gone:
+        raise InputError(
+            f"{folder} holds a run with options that this version of tracereward does not have ({'; '.join(gone)}): "
+            "continue it with the version that began it, or choose another --output_dir"
+        )
+    before, now = defaults | stored, defaults | given
+    names = (stored.keys() | given.keys()) - MAY_CHANGE - unknown
     differing = [
-        f"{name}: {stored.get(name)!r} before, {given.get(name)!r} now"
-        for name in sorted(names)
-        if stored.get(name) != given.get(name)
+        f"{name}: {before[name]!r} before, {now[name]!r} now" for name in sorted(names) if before[name] != now[name]
     ]
     if differing:
         raise InputError(

@@ -225,7 +225,7 @@ class MonitorOptions:
 class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, MonitorOptions):
     """Options of `tracereward train`: `trl.GRPOConfig` and the three groups of its own."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (
             ("head", HEADS),
             ("granularity", GRANULARITIES),
@@ -241,7 +241,9 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
             check_choice("perturbation", kind, KINDS)
         if self.reward_form is None:
             # The action head's logit estimates a ratio to the policy, whose maximum is not the expert.
-            self.reward_form = "logit_plus_logprob" if self.head == "action" else default_reward_form(self.head)
+            self.reward_form: str | None = (
+                "logit_plus_logprob" if self.head == "action" else default_reward_form(self.head)
+            )
         check_choice("reward_form", self.reward_form, REWARD_FORMS)
         self._check_ranges()
         self._check_combinations()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch.distributed as dist
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tracereward.files import read_jsonl, write_jsonl
@@ -24,7 +24,14 @@ class MetricsFile(TrainerCallback):
         self.path = path
         self.phase = phase
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Called by the trainer with what it logs."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             self.append({"phase": self.phase, "step": state.global_step, **logs})
@@ -53,7 +60,7 @@ class StopSignal(TrainerCallback):
 
     def __init__(self, every: int = 1):
         self.every = every
-        self.told = False
+        self.told: bool = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -80,7 +87,7 @@ class StopSignal(TrainerCallback):
         """Whether any process was told to stop; every process must ask, so that all stop at the same step."""
         return most(int(self.told)) > 0
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer after each optimiser step."""
         if self.received() and state.global_step < state.max_steps and state.global_step % self.every == 0:
             control.should_save = True
@@ -108,7 +115,7 @@ class Progress(TrainerCallback):
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(cls(description))
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Advance; the bar starts with the first step, after any warm-up."""
         if not state.is_world_process_zero or args.disable_tqdm:
             return
@@ -116,13 +123,22 @@ class Progress(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step - 1, desc=self.description)
         self.bar.update()
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Show current numbers behind the bar."""
         if self.bar is not None and logs:
             shown = {label: logs[key] for key, label in self.SHOWN.items() if isinstance(logs.get(key), float)}
             self.bar.set_postfix({label: f"{value:.3g}" for label, value in shown.items()})
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()
@@ -150,11 +166,20 @@ class FailureWatch(TrainerCallback):
         """The failure that ended the run."""
         return self.found[0] if self.found and self.on_failure == "stop" else None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """A resumed run goes on with what was logged before."""
         self.history = [dict(row) for row in state.log_history if "reward" in row]
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Called by the trainer with what it logs."""
         if not logs or "reward" not in logs:
             return

@@ -14,6 +14,8 @@ from tracereward.errors import InputError, check_choice
 from tracereward.modeling.tokenization import TEMPLATES
 
 ON_LONG = ("refuse", "drop")
+RETIRED: dict[str, Any] = {}
+"""Options that only earlier versions have, each with the one value that means the same as its absence."""
 
 
 @dataclass
@@ -58,7 +60,7 @@ class DataArguments:
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("template", self.template, TEMPLATES)
         check_choice("on_long", self.on_long, ON_LONG)
 
@@ -90,8 +92,8 @@ class SupervisedConfig(SFTConfig):
     logging_steps: float = field(default=1, metadata={"help": "Log every N steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; at least 2."})
 
-    def __post_init__(self):
-        self.given = _prepare(self)
+    def __post_init__(self) -> None:
+        self.given: dict[str, Any] = _prepare(self)
         if not 0 <= self.validation_fraction < 1:
             raise InputError(f"validation_fraction must be in [0, 1), not {self.validation_fraction}")
         self.max_length = None  # lengths are checked before; TRL would cut the answer off silently
@@ -121,8 +123,8 @@ class PolicyConfig(GRPOConfig):
         },
     )
 
-    def __post_init__(self):
-        self.given = _prepare(self)
+    def __post_init__(self) -> None:
+        self.given: dict[str, Any] = _prepare(self)
         if self.num_generations is not None and self.num_generations < 2:
             raise InputError(
                 f"num_generations is {self.num_generations}: a group needs at least 2 completions of a prompt, "
@@ -138,7 +140,7 @@ class PolicyConfig(GRPOConfig):
                     "compile_rollouts needs --gradient_checkpointing false: switching it on again after each batch of "
                     "rollouts adds hooks to the model, which would be compiled anew"
                 )
-            self.cache_implementation = "static"
+            self.cache_implementation: str | None = "static"
         super().__post_init__()
         if self.save_strategy == "steps" and self.save_steps % self.rollout_steps:
             raise InputError(
@@ -170,7 +172,7 @@ class RewardConfig(PolicyConfig):
         default=None, metadata={"help": "For --reward logratio: the causal LM that the starting policy came from."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("reward", self.reward, ("verifier", "logprob", "logratio"))
         if (self.base_model is None) == (self.reward == "logratio"):
             raise InputError("--reward logratio needs --base_model, and no other reward uses it")

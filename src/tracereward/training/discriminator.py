@@ -39,6 +39,7 @@ from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.discriminator_batch import (
     Expert,
     Labelled,
+    Perturber,
     Recipe,
     ReplayBuffer,
     Rollout,
@@ -91,28 +92,30 @@ class Discriminator:
         policy_log_probs: Callable[[Batch], Tensor] | None = None,
     ):
         self.model = model
-        self.experts = list(experts)
+        self.experts: list[Expert] = list(experts)
         self.config = config
-        self.held_out = frozenset(held_out)
+        self.held_out: frozenset[int] = frozenset(held_out)
         self.policy_log_probs = policy_log_probs
-        self.in_parts = config.shard_discriminator and several_processes()
+        self.in_parts: bool = config.shard_discriminator and several_processes()
         device = config.device if self.in_parts else model.device
         if dist.is_initialized():  # the same start on every rank, whatever the seed did
             same_on_all(self._trained().values(), device)
         if self.in_parts:
             shard(model.backbone, device)
             model.to(device)  # its head
-        self.parameters = self._trained()
-        self.optimizer = torch.optim.AdamW(
+        self.parameters: dict[str, nn.Parameter] = self._trained()
+        self.optimizer: torch.optim.AdamW = torch.optim.AdamW(
             self.parameters.values(), lr=config.discriminator_learning_rate, weight_decay=0.01
         )
-        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if config.discriminator_ema else {}
-        self.random = random.Random(config.seed)
-        self.updates = 0
-        self.batches = 0
-        self.replay = ReplayBuffer(config.replay_size)
-        self.held_out_rollouts = ReplayBuffer(HELD_OUT_ROLLOUTS)
-        self.perturbed = perturber(model.tokenizer, model.settings.step_delimiter, config.perturbations)
+        self.average: dict[str, Tensor] = (
+            {n: p.detach().clone() for n, p in self.parameters.items()} if config.discriminator_ema else {}
+        )
+        self.random: random.Random = random.Random(config.seed)
+        self.updates: int = 0
+        self.batches: int = 0
+        self.replay: ReplayBuffer = ReplayBuffer(config.replay_size)
+        self.held_out_rollouts: ReplayBuffer = ReplayBuffer(HELD_OUT_ROLLOUTS)
+        self.perturbed: Perturber = perturber(model.tokenizer, model.settings.step_delimiter, config.perturbations)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         with self.model.active():

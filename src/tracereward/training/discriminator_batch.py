@@ -81,11 +81,11 @@ class ReplayBuffer:
         """Rollouts of each demonstration that has any."""
         return by_demonstration(self.rollouts)
 
-    def state(self) -> list[tuple]:
+    def state(self) -> list[tuple[Any, ...]]:
         """Plain tuples, oldest first."""
         return [tuple(rollout) for rollout in self.rollouts]
 
-    def load(self, state: list[tuple]) -> None:
+    def load(self, state: list[tuple[Any, ...]]) -> None:
         """Put `state` in the place of what is held."""
         self.rollouts = [Rollout(index, list(ids), verified) for index, ids, verified in state]
 
@@ -98,9 +98,10 @@ def by_demonstration(rollouts: Iterable[Rollout]) -> dict[int, list[Rollout]]:
     return found
 
 
-def perturber(
-    tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS
-) -> Callable[[Expert, random.Random], tuple[list[int], int] | None]:
+Perturber = Callable[[Expert, random.Random], tuple[list[int], int] | None]
+
+
+def perturber(tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS) -> Perturber:
     """A function that perturbs an expert: token ids, and the first token that holds a changed character.
 
     It gives None where no perturbation applies, or where the changed text has the same tokens: never the original.
@@ -126,7 +127,7 @@ def perturber(
 def perturbed_pairs(
     experts: Sequence[Expert],
     held_out: Sequence[int],
-    perturbed: Callable[[Expert, random.Random], tuple[list[int], int] | None],
+    perturbed: Perturber,
     seed: int,
 ) -> list[tuple[list[int], list[int], list[int]]]:
     """(prompt, expert, its perturbed copy) of up to `MONITORED` demonstrations, the same throughout a run.

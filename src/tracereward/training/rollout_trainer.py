@@ -34,6 +34,8 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         half: copy of the policy that draws, or None where the policy itself does.
     """
 
+    pad_to_multiple_of: int | None  # TRL's
+    model_wrapped: Any  # transformers'
     prompt_width: int | None = None
     half: nn.Module | None = None
 

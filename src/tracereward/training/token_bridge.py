@@ -35,9 +35,9 @@ class TokenBridge:
     ):
         self.tokenizer = tokenizer
         self.model = model
-        self.ends = frozenset(ends)
-        self.prompts = prompts or {}
-        self.same = same_tokenizer(tokenizer, model.tokenizer)
+        self.ends: frozenset[int] = frozenset(ends)
+        self.prompts: Mapping[str, str] = prompts or {}
+        self.same: bool = same_tokenizer(tokenizer, model.tokenizer)
 
     def prompt(self, text: str) -> list[int]:
         """Token ids of a rendered prompt, for the reward model."""

@@ -29,6 +29,7 @@ from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, eos_ids, pad_id
 from tracereward.rewards.heads import subtracts_policy
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.shaping import aggregate
 from tracereward.tasks.recipes import Task
 from tracereward.training import rollout_metrics
@@ -94,8 +95,10 @@ class AdversarialTrainer(RolloutTrainer):
         self.task = task
         self.tokenizer = processing_class
         self.config = args
-        self.form = reward_model.settings
-        self.bridge = TokenBridge(processing_class, reward_model, eos_ids(model, processing_class), reward_prompts)
+        self.form: RewardSettings = reward_model.settings
+        self.bridge: TokenBridge = TokenBridge(
+            processing_class, reward_model, eos_ids(model, processing_class), reward_prompts
+        )
         if not self.bridge.same and (subtracts_policy(args.head) or self.form.adds_reference):
             raise InputError(
                 f"head {args.head} with reward_form {self.form.form} adds log-probs of the policy's tokens to the "
@@ -105,15 +108,15 @@ class AdversarialTrainer(RolloutTrainer):
         if self.form.adds_reference and peft_config is None and not isinstance(model, PeftModel):
             self._starting_policy = frozen_copy(model)
         self.metrics_file = metrics_file
-        self.stop = stop or StopSignal()
+        self.stop: StopSignal = stop or StopSignal()
         rows = prompt_rows(demonstrations, unlabeled, args.expert_prompt_share)
         monitored = all(row["answer"] is not None for row in rows)
         if args.positives == "mixed" and not any(row.get("answer") for row in demonstrations):
             raise InputError("positives mixed needs answers: no demonstration has one")
         functions = [self.learned_reward, self.correct] if monitored else [self.learned_reward]
         args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is watched, never trained on
-        self.watch = FailureWatch(args.on_failure, args.failure_window, self.say)
-        self.warm_up = WarmUp(self)
+        self.watch: FailureWatch = FailureWatch(args.on_failure, args.failure_window, self.say)
+        self.warm_up: WarmUp = WarmUp(self)
         super().__init__(
             model=model,
             reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
@@ -131,7 +134,7 @@ class AdversarialTrainer(RolloutTrainer):
             )
             for row in demonstrations
         ]
-        self.demonstration_rows = rows[: len(demonstrations)]
+        self.demonstration_rows: list[dict[str, Any]] = rows[: len(demonstrations)]
         if not (args.shard_discriminator and several_processes()):  # in parts it is whole on no device
             reward_model.to(self.accelerator.device)
         if reward_model.shares_base and is_spread(self):
@@ -139,12 +142,14 @@ class AdversarialTrainer(RolloutTrainer):
         if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
-        self.discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
+        self.discriminator: Discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
         if self._starting_policy is not None:
             if self.discriminator.in_parts:
                 shard(self._starting_policy, self.accelerator.device)
             self._starting_policy.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
-        self.perturbed_pairs = perturbed_pairs(experts, held_out, self.discriminator.perturbed, args.seed)
+        self.perturbed_pairs: list[tuple[list[int], list[int], list[int]]] = perturbed_pairs(
+            experts, held_out, self.discriminator.perturbed, args.seed
+        )
         self._rewards: list[Tensor] = []
         self._whitening: tuple[Tensor, Tensor] | None = None
         self._trace_rewards: list[float] = []

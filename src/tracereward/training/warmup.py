@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
 from tracereward.files import read_jsonl, write_jsonl
@@ -17,6 +24,7 @@ from tracereward.generation.sampling import generate
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.distributed import from_main, whole_models
 from tracereward.modeling.log_probs import completion_log_probs
+from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import save_state
 from tracereward.training.discriminator_batch import Rollout
 
@@ -32,11 +40,13 @@ class WarmUp(TrainerCallback):
 
     def __init__(self, trainer: Any):  # an AdversarialTrainer, which imports this module
         self.trainer = trainer
-        self.config = trainer.config
+        self.config: AdversarialConfig = trainer.config
         self.pooled: list[Rollout] | None = None  # what `learned_reward` fills while the pool is drawn
         self.model: PreTrainedModel | None = None  # another model that draws the pool
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Called by the trainer when the policy is wrapped and placed."""
         if state.global_step == 0:
             self.run()

@@ -1,0 +1,130 @@
+"""Reward models and run folders that an earlier version wrote: `fixtures/compat/README.md` says which."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.paths import ROOT
+from tracereward import RewardModel
+from tracereward.cli import main
+from tracereward.cli.training_options import parse
+from tracereward.errors import InputError
+from tracereward.runs.folder import check_same_run
+from tracereward.training.config import RETIRED
+
+FIXTURE = ROOT / "tests/fixtures/compat"
+EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", EXPECTED["scores"])
+def test_reward_models_give_the_same_rewards(name):
+    model = RewardModel.from_pretrained(FIXTURE / name)
+    traces, calibration = EXPECTED["traces"], model.settings.calibration
+    scores = model.score([trace["prompt"] for trace in traces], [trace["completion"] for trace in traces])
+    for one, expected in zip(scores, EXPECTED["scores"][name], strict=True):
+        assert one.rewards == pytest.approx(expected["rewards"], rel=0, abs=1e-5)
+        for exact in ("tokens", "supervised", "step_ends"):
+            assert getattr(one, exact) == expected[exact]
+        assert [[*pair] for pair in one.offsets] == expected["offsets"]
+        reward = one.aggregate(model.settings.aggregate)
+        assert reward == pytest.approx(expected["reward"], rel=0, abs=1e-5)
+        if expected["probability"] is None:
+            assert calibration is None
+        else:
+            assert calibration.probability(reward) == pytest.approx(expected["probability"], rel=0, abs=1e-5)
+
+
+def same_random_numbers() -> bool:
+    """Whether this machine's rollouts can be those of the machine that made the fixture."""
+    drawn = torch.multinomial(torch.ones(8, 50), 4, generator=torch.Generator().manual_seed(0))
+    return drawn.flatten().tolist() == EXPECTED["draws"]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("sft", "checkpoint-2"), ("grpo", "checkpoint-2"), ("train", "checkpoint-2"), ("train", "warmup")],
+)
+def test_run_folders_are_resumed(name, left, tmp_path, monkeypatch):
+    """From a checkpoint, or from the warm-up's last state; by the command that the report names."""
+    for part in (name, "model"):
+        shutil.copytree(FIXTURE / part, tmp_path / part)
+    shutil.copy(FIXTURE / "experts.jsonl", tmp_path)
+    if left == "warmup":
+        shutil.rmtree(tmp_path / name / "checkpoints/checkpoint-2")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tracereward", name, "--config", f"{name}/config.yaml", "--resume"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+
+    lines = (tmp_path / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows, expected = [json.loads(line) for line in lines], EXPECTED["runs"][name]
+    assert [(row["phase"], row.get("step")) for row in rows] == [
+        (row["phase"], row.get("step")) for row in expected["rows"]
+    ]
+    if name != "sft" and not same_random_numbers():
+        pytest.skip("torch draws other random numbers on this kind of CPU: the rollouts are others")
+    for row, wanted in zip(rows, expected["rows"], strict=True):
+        for key, value in wanted.items():
+            exact = not isinstance(value, float)
+            assert row[key] == (value if exact else pytest.approx(value, rel=1e-3, abs=1e-3)), (row, key)
+    assert greedy(tmp_path / name / "policy", [*expected["greedy"]]) == expected["greedy"]
+    assert (tmp_path / name / "report.html").is_file()
+    if name == "train":
+        RewardModel.from_pretrained(tmp_path / name / "reward_model")
+
+
+def greedy(policy: Path, prompts: list[str]) -> dict[str, str]:
+    """What the policy answers, as `make.py` asks it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
+    answers = {}
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        made = model.generate(ids, do_sample=False, max_new_tokens=24)
+        answers[prompt] = tokenizer.decode(made[0, ids.size(1) :], skip_special_tokens=True)
+    return answers
+
+
+def same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any]) -> bool:
+    """Whether `check_same_run` lets a run go on."""
+    try:
+        check_same_run(stored, given, defaults, Path("run"))
+    except InputError:
+        return False
+    return True
+
+
+def test_a_retired_option_is_ignored_at_the_value_that_means_nothing(monkeypatch):
+    monkeypatch.setitem(RETIRED, "gone", 20)
+    assert same_run({"gone": 20}, {}, {})
+    assert not same_run({"gone": 21}, {}, {})
+    assert not same_run({"never_known": 20}, {}, {})
+    assert same_run({"gone": 20}, {"gone": 20}, {"gone": 5})  # it is back: an option like others
+    assert not same_run({"gone": 20}, {"gone": 5}, {"gone": 5})
+
+
+def test_an_option_that_is_not_stored_had_its_default():
+    assert same_run({}, {"new": 5}, {"new": 5})
+    assert not same_run({}, {"new": 6}, {"new": 5})
+    assert same_run({"new": 6}, {"new": 6}, {"new": 5})
+    assert not same_run({"new": 6}, {}, {"new": 5})
+
+
+def test_a_config_file_may_have_a_retired_option(tmp_path, monkeypatch):
+    """So that a run's own config.yaml can be given again."""
+    config = tmp_path / "config.yaml"
+    config.write_text("task: arithmetic\ngone: false\n", encoding="utf-8")
+    with pytest.raises(InputError, match="gone"):
+        parse("sft", ["--config", str(config)])
+    monkeypatch.setitem(RETIRED, "gone", False)
+    data, *_ = parse("sft", ["--config", str(config)])
+    assert data.task == "arithmetic"
+    monkeypatch.setitem(RETIRED, "gone", True)
+    with pytest.raises(InputError, match="gone"):
+        parse("sft", ["--config", str(config)])
