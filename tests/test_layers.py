@@ -52,6 +52,13 @@ except SystemExit as end:
     assert not modules & HEAVY
 
 
+def test_evaluating_and_calibrating_load_no_trl():
+    """The import contract says so of the package's own imports; here of what those load in turn."""
+    modules = loaded("import tracereward.evaluate.suites, tracereward.commands.score, tracereward.serving.app")
+    assert "torch" in modules
+    assert "trl" not in modules
+
+
 def test_public_names_are_all_there():
     import tracereward
 
