@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_callback import PrinterCallback
 
 from tracereward.modeling.batching import pack
-from tracereward.modeling.distributed import is_spread, local_part, whole, whole_weights
+from tracereward.modeling.distributed import full_state_dict, full_tensor, is_sharded, local_shard
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
@@ -139,13 +139,15 @@ class Scripted(AdversarialTrainer):
 def weights(trainer: AdversarialTrainer) -> dict[str, torch.Tensor]:
     """All trained parameters of both models, each in one row."""
     trained = {name for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad}
-    if is_spread(trainer):
-        policy = [parameter for name, parameter in whole_weights(trainer).items() if name in trained]
+    if is_sharded(trainer):
+        policy = [parameter for name, parameter in full_state_dict(trainer).items() if name in trained]
     else:
         policy = [parameter for name, parameter in trainer.policy.named_parameters() if name in trained]
     models = {"policy": policy, "discriminator": trainer.discriminator.parameters.values()}
     return {
-        name: torch.cat([torch.zeros(0), *(whole(part.detach()).flatten().float() for part in parameters)]).double()
+        name: torch.cat(
+            [torch.zeros(0), *(full_tensor(part.detach()).flatten().float() for part in parameters)]
+        ).double()
         for name, parameters in models.items()
     }
 
@@ -225,7 +227,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
         peft_config=lora,
     )
     trainer.remove_callback(PrinterCallback)
-    start = {} if is_spread(trainer) else weights(trainer)
+    start = {} if is_sharded(trainer) else weights(trainer)
     trainer.train()
     parameters = dict(trainer.policy.named_parameters())
     critic = dict(trainer.discriminator.model.named_parameters())
@@ -236,10 +238,10 @@ def train(name: str, folder: Path) -> dict[str, Any]:
         "batches": trainer.batches,
         "start": start,
         "end": weights(trainer),
-        "held": {name: local_part(parameter).detach().flatten() for name, parameter in parameters.items()},
-        "whole": {name: tensor.flatten() for name, tensor in whole_weights(trainer).items() if name in parameters},
-        "critic": {name: (local_part(parameter).numel(), parameter.numel()) for name, parameter in critic.items()},
-        "started": (sum(local_part(p).numel() for p in started), sum(p.numel() for p in started)),
+        "held": {name: local_shard(parameter).detach().flatten() for name, parameter in parameters.items()},
+        "whole": {name: tensor.flatten() for name, tensor in full_state_dict(trainer).items() if name in parameters},
+        "critic": {name: (local_shard(parameter).numel(), parameter.numel()) for name, parameter in critic.items()},
+        "started": (sum(local_shard(p).numel() for p in started), sum(p.numel() for p in started)),
         "gathered": sum(parameter.numel() for parameter in parameters.values() if hasattr(parameter, "ds_tensor")),
     }
 

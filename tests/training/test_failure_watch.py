@@ -98,7 +98,7 @@ def test_a_report_without_room_for_the_models_comes_after_all_else(run, capsys, 
         folders.append({path.name for path in [*folder.glob("*/*.safetensors"), *folder.iterdir()]})
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(report, "whole_models", whole)
+    monkeypatch.setattr(report, "zero3_disabled", whole)
     monkeypatch.setattr(report, "fresh_traces", full)
     folder = run(2, [0.3, 0.3])
     assert folders[0] >= {"policy", "reward_model", "model.safetensors", "head.safetensors"}

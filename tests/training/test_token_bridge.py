@@ -192,7 +192,7 @@ def test_the_reward_model_is_told_whether_weights_are_spread(
     trainer = make(tiny_model_folder, tokenizer, model, experts, tmp_path)
     told = []
     monkeypatch.setattr(model, "token_rewards", lambda *args: told.append(args[-1]))
-    monkeypatch.setattr(trainer_module, "is_spread", lambda _: spread)
+    monkeypatch.setattr(trainer_module, "is_sharded", lambda _: spread)
     trainer.token_rewards([[5]], [[6]])
     assert told == [spread]
 

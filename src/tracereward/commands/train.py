@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTTrainer, get_peft_config
 from tracereward.console import is_main_process, note
 from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
 from tracereward.errors import InputError
-from tracereward.modeling.distributed import frozen_copy, whole_models
+from tracereward.modeling.distributed import frozen_copy, zero3_disabled
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import (
@@ -195,7 +195,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
         if config.reward != "verifier":
             frozen = [(1.0, frozen_copy(policy))]
             if config.base_model is not None:
-                with whole_models():
+                with zero3_disabled():
                     base = load_policy(dataclasses.replace(model, model_name_or_path=config.base_model))
                 frozen.append((-1.0, base.eval()))
 
@@ -294,7 +294,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
         with trainer.discriminator.averaged():
-            weights = trainer.discriminator.weights() if trainer.discriminator.in_parts else None
+            weights = trainer.discriminator.weights() if trainer.discriminator.sharded else None
             if is_main_process():
                 if weights is not None:
                     reward_model = make()

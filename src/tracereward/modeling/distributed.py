@@ -1,9 +1,9 @@
-"""Models whose weights are spread over processes (FSDP2, DeepSpeed ZeRO-3), beside models that are whole on each.
+"""Models with sharded weights (FSDP2, DeepSpeed ZeRO-3), alongside models that each process holds in full.
 
-accelerate spreads the policy; `shard` the discriminator, which accelerate does not know.
+accelerate shards the policy. `shard` shards the discriminator, which accelerate does not manage.
 
-A forward pass of a spread model is a joint act: all processes gather its weights layer by layer. They must make equally
-many passes, whatever each has to compute; one that is done repeats its last until the others are.
+A forward pass of a sharded model is a collective call: all processes gather its weights layer by layer. They must make
+the same number of passes, whatever each has to compute; a process that has finished repeats its last pass.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from transformers.integrations import deepspeed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def most(count: int) -> int:
-    """The largest `count` of all processes, each of which must ask."""
+def all_reduce_max(count: int) -> int:
+    """The maximum of `count` over processes. A collective call."""
     if not dist.is_initialized():
         return count
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -33,24 +33,24 @@ def most(count: int) -> int:
     return int(counts)
 
 
-def from_main(value: Any) -> Any:
-    """What the main process hands in; every process must ask."""
+def broadcast_object(value: Any) -> Any:
+    """The main process's `value`, on each process. A collective call."""
     return broadcast_object_list([value])[0] if dist.is_initialized() else value
 
 
-def lost_another(error: RuntimeError) -> bool:
-    """Whether a joint step failed because another process of the run is gone."""
+def is_peer_failure(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process of the run has ended."""
     return isinstance(error, dist.DistError) or (dist.is_initialized() and "by peer" in str(error))  # gloo's words
 
 
-def several_processes() -> bool:
-    """Whether this run is distributed."""
+def is_distributed() -> bool:
+    """Whether this run has more than one process."""
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()
-def same_on_all(parameters: Iterable[Tensor], device: torch.device) -> None:
-    """Give all processes the main process's values, one tensor after the other by way of `device`."""
+def broadcast_parameters(parameters: Iterable[Tensor], device: torch.device) -> None:
+    """Copy the main process's values to all processes, one tensor at a time through `device`. A collective call."""
     for parameter in parameters:
         values = parameter.data.to(device)
         dist.broadcast(values, 0)
@@ -58,13 +58,12 @@ def same_on_all(parameters: Iterable[Tensor], device: torch.device) -> None:
 
 
 def shard(model: torch.nn.Module, device: torch.device) -> None:
-    """Leave each process a part of a model's weights on `device` (FSDP2); gradients are summed over the processes.
+    """Shard a model's weights on `device` with FSDP2; gradients are summed over processes.
 
-    A model that is not there yet is moved unit by unit, so that it is whole on no device.
+    A model on another device is moved unit by unit, so that no device ever holds it in full.
 
-    Each layer is a unit, so are embeddings of their own, and all else is another: they are gathered one after the
-    other while they compute, and let go behind each pass, so that nothing stale is there when the parts change between
-    two passes without gradients.
+    Units are each layer, untied embeddings, and everything else. Each is gathered while it computes and resharded after
+    its forward pass, so that weights that change between two passes without gradients are never stale.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     units = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -72,18 +71,18 @@ def shard(model: torch.nn.Module, device: torch.device) -> None:
     if head is None or head.weight is not embeddings.weight:
         units.append(embeddings)
     for unit in [*units, model]:
-        part = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-        part.set_gradient_divide_factor(1.0)  # pyright: ignore[reportAttributeAccessIssue]
-        part.set_force_sum_reduction_for_comms(True)  # pyright: ignore[reportAttributeAccessIssue] (gloo has no other)
+        sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        sharded.set_gradient_divide_factor(1.0)  # pyright: ignore[reportAttributeAccessIssue]
+        sharded.set_force_sum_reduction_for_comms(True)  # pyright: ignore[reportAttributeAccessIssue] (gloo has no other)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on each process; every process must ask for one that is in parts."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The full tensor. A collective call if the tensor is sharded (DTensor)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def as_parts(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that is whole on each process, in parts where `like` is and has its shape."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shard a full tensor as `like` is, where `like` is sharded and both have the same shape."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -91,32 +90,32 @@ def as_parts(tensor: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> float:
-    """`torch.nn.utils.clip_grad_norm_` of parameters of which some are in parts; returns the norm before."""
+    """`torch.nn.utils.clip_grad_norm_` for a mix of sharded and full parameters; returns the norm before clipping."""
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    in_parts = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    if not in_parts:
-        return float(torch.nn.utils.clip_grad_norm_(others, limit))
-    gradients = [local_part(parameter.grad) for parameter in [*in_parts, *others]]  # pyright: ignore[reportArgumentType]
+    sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    full = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if not sharded:
+        return float(torch.nn.utils.clip_grad_norm_(full, limit))
+    gradients = [local_shard(parameter.grad) for parameter in [*sharded, *full]]  # pyright: ignore[reportArgumentType]
     squares = torch.stack([gradient.float().square().sum() for gradient in gradients])
-    of_parts = squares[: len(in_parts)].sum()
-    dist.all_reduce(of_parts)
-    norm = (of_parts + squares[len(in_parts) :].sum()).sqrt()
+    of_sharded = squares[: len(sharded)].sum()
+    dist.all_reduce(of_sharded)
+    norm = (of_sharded + squares[len(sharded) :].sum()).sqrt()
     for gradient in gradients:
         gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
     return float(norm)
 
 
-def local_part(parameter: Tensor) -> Tensor:
-    """What this process holds of a parameter."""
-    if hasattr(parameter, "ds_tensor"):  # ZeRO-3; its parameters are empty but in a forward and backward pass
+def local_shard(parameter: Tensor) -> Tensor:
+    """The shard of a parameter that this process holds."""
+    if hasattr(parameter, "ds_tensor"):  # ZeRO-3; its parameters are empty outside forward and backward passes
         return parameter.ds_tensor  # pyright: ignore[reportAttributeAccessIssue]
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
 
 
 @contextlib.contextmanager
-def whole_models() -> Iterator[None]:
-    """Models that are loaded here are whole on each process: ZeRO-3 would leave them without weights."""
+def zero3_disabled() -> Iterator[None]:
+    """Load models in full on each process; with ZeRO-3 active they would be loaded without weights."""
     config = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
@@ -126,8 +125,8 @@ def whole_models() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gathered(model: torch.nn.Module) -> Iterator[None]:
-    """The weights of a model are whole on each process, also where ZeRO-3 has loaded it and does not yet train it."""
+def gathered_parameters(model: torch.nn.Module) -> Iterator[None]:
+    """Gather the weights of a model that ZeRO-3 has loaded but does not train yet. A collective call under ZeRO-3."""
     if not deepspeed.is_deepspeed_zero3_enabled():
         yield
         return
@@ -138,11 +137,11 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
 
 
 def gather_head_for_gradient(policy: Any) -> None:
-    """Make an LM head's weights whole under ZeRO-3 while autograd adds their gradient to them.
+    """Gather an LM head's weights under ZeRO-3 while autograd accumulates their gradient.
 
-    TRL's fused head (1.16) has them in parts again by then, where DeepSpeed has not yet seen who uses them: in the
-    first pass. A gradient of another shape than its weights is an error. Every process must ask, after DeepSpeed has
-    set its own hooks, which take the gradient away.
+    In the first pass, before DeepSpeed has traced which module uses them, TRL's fused head (1.16) has them partitioned
+    again by then, and a gradient whose shape differs from its weights' is an error. A collective call, to be made after
+    DeepSpeed has registered its own hooks, which take the gradient away.
     """
     if not deepspeed.is_deepspeed_zero3_enabled():
         return
@@ -157,29 +156,29 @@ def gather_head_for_gradient(policy: Any) -> None:
         if gathered_here:
             head.all_gather()
 
-    def let_go(_: Tensor) -> None:
+    def partition(_: Tensor) -> None:
         if gathered_here:
             head.partition()
 
     head.register_hook(gather)
-    head.register_post_accumulate_grad_hook(let_go)
+    head.register_post_accumulate_grad_hook(partition)
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A whole copy of a model that was just loaded, for its log-probs."""
+    """A full, frozen copy of a model that was just loaded, for its log-probs."""
     if deepspeed.is_deepspeed_zero3_enabled():
-        with whole_models():
+        with zero3_disabled():
             other = type(model).from_pretrained(model.config._name_or_path, dtype=model.dtype)
     else:
         other = copy.deepcopy(model)
     return other.eval().requires_grad_(False)
 
 
-def is_spread(trainer: Trainer) -> bool:
-    """Whether FSDP or DeepSpeed trains the policy."""
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether the policy is trained with FSDP or DeepSpeed."""
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
 
 
-def whole_weights(trainer: Trainer) -> dict[str, Any]:
-    """All of a spread policy's weights, on the main process; every process must ask."""
+def full_state_dict(trainer: Trainer) -> dict[str, Any]:
+    """The full weights of a sharded policy, on the main process. A collective call."""
     return trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}

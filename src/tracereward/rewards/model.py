@@ -33,7 +33,7 @@ from tracereward.errors import InputError
 from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
-from tracereward.modeling.distributed import most, whole_models
+from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
 from tracereward.modeling.loading import local_folder
 from tracereward.modeling.log_probs import (
     can_share_prompts,
@@ -82,7 +82,7 @@ class TokenRewardModel(nn.Module, Scorer):
             peft_config: LoRA settings; None trains all weights.
             **kwargs: for `from_pretrained`, e.g. ``dtype``.
         """
-        with whole_models():  # it stands beside a policy that may be spread over processes
+        with zero3_disabled():  # it stands beside a policy that may be spread over processes
             if reads_log_probs(settings.head):
                 backbone = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
             else:
@@ -222,7 +222,7 @@ class TokenRewardModel(nn.Module, Scorer):
         share = not spread and all(can_share_prompts(model) for model in (self.backbone, *others))
         batches = list(grouped_batches(prompts, completions, token_budget, share))
         if spread:
-            batches += batches[-1:] * (most(len(batches)) - len(batches))
+            batches += batches[-1:] * (all_reduce_max(len(batches)) - len(batches))
         with self.active():
             for indices, sizes in batches:
                 batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])

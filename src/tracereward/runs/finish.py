@@ -11,7 +11,7 @@ from trl import ModelConfig
 from tracereward.console import is_main_process, note
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_folder
-from tracereward.modeling.distributed import gathered, is_spread, whole_models, whole_weights
+from tracereward.modeling.distributed import full_state_dict, gathered_parameters, is_sharded, zero3_disabled
 from tracereward.runs.folder import Run
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.failures import Failure
@@ -44,7 +44,7 @@ def train_and_choose(
     trainer.validation = validation
     if validation is not None:
         start = trainer.accelerator.unwrap_model(trainer.model)
-        with gathered(start):
+        with gathered_parameters(start):
             trainer.start_accuracy = validation.accuracy(start)
         note(f"validation: the start answers {100 * trainer.start_accuracy:.1f} % of {len(validation)} right")
     run.train(trainer)
@@ -59,7 +59,7 @@ def train_and_choose(
     if validation is not None:
         text = note_choice(run, trainer, restored, len(validation))
     if restored is None:
-        with whole_models():
+        with zero3_disabled():
             save_model(load_policy(model), folder, tokenizer)
     else:
         save_policy(trainer, folder, tokenizer, model)
@@ -92,12 +92,12 @@ def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
 
 def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
     """Write the policy as a plain checkpoint, LoRA merged, whole or not at all; every process must ask."""
-    weights = whole_weights(trainer) if is_spread(trainer) else None
+    weights = full_state_dict(trainer) if is_sharded(trainer) else None
     if not trainer.is_world_process_zero():
         return
     policy = trainer.accelerator.unwrap_model(trainer.model)
     if weights is not None:
-        with whole_models():
+        with zero3_disabled():
             fresh = load_policy(model)
         policy = get_peft_model(fresh, policy.peft_config["default"]) if isinstance(policy, PeftModel) else fresh
         policy.load_state_dict(weights)

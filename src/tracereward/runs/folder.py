@@ -33,7 +33,7 @@ from tracereward.files import (
     remove_unfinished,
     require_free_disk,
 )
-from tracereward.modeling.distributed import from_main, lost_another, whole_models
+from tracereward.modeling.distributed import broadcast_object, is_peer_failure, zero3_disabled
 from tracereward.reports.report import write_report
 from tracereward.reports.tables import Table
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -82,7 +82,7 @@ class Run:
                     f"{kept(self.folder / CHECKPOINTS)}. A lower learning rate usually helps."
                 ) from error
             except RuntimeError as error:
-                if not lost_another(error):
+                if not is_peer_failure(error):
                     raise
                 raise RunFailed(
                     f"another process of this run ended after step {trainer.state.global_step} of "
@@ -136,7 +136,7 @@ def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: M
             checkpoint = _claim(kind, folder, settings, config, resume)
         except InputError as error:
             checkpoint = error
-    checkpoint = from_main(checkpoint)
+    checkpoint = broadcast_object(checkpoint)
     if isinstance(checkpoint, InputError):
         raise checkpoint
     config.output_dir = str(folder / CHECKPOINTS)  # what the trainers write while they run
@@ -336,7 +336,7 @@ def check_disk(config: Config, model: ModelConfig, models: int) -> None:
 
     What the run folder holds already counts: a run that goes on replaces it.
     """
-    with whole_models(), init_empty_weights():
+    with zero3_disabled(), init_empty_weights():
         shape = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
         )

@@ -8,7 +8,7 @@ from trl import ModelConfig
 
 from tracereward.console import note
 from tracereward.generation.sampling import sample
-from tracereward.modeling.distributed import whole_models
+from tracereward.modeling.distributed import zero3_disabled
 from tracereward.reports.report import Trace
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.runs.finish import load_policy
@@ -35,7 +35,7 @@ def report_rewards(
     gold = {row["prompt"]: row["answer"] for row in rows}
     shown = f"Rewards and heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts."
     try:
-        with whole_models():  # generate would wait for the other processes under ZeRO-3
+        with zero3_disabled():  # generate would wait for the other processes under ZeRO-3
             traces = fresh_traces(trainer, policy, reward_model, prompts, gold, task)
     except torch.OutOfMemoryError:
         traces, shown = [], "No rewards and heatmaps: policy and reward model did not fit beside the training."

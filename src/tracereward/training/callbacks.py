@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from tracereward.files import read_jsonl, write_jsonl
-from tracereward.modeling.distributed import most
+from tracereward.modeling.distributed import all_reduce_max
 from tracereward.training.failures import Failure, detect
 
 
@@ -85,7 +85,7 @@ class StopSignal(TrainerCallback):
 
     def received(self) -> bool:
         """Whether any process was told to stop; every process must ask, so that all stop at the same step."""
-        return most(int(self.told)) > 0
+        return all_reduce_max(int(self.told)) > 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer after each optimiser step."""

@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_write_json, fsync_tree
-from tracereward.modeling.distributed import gather_head_for_gradient, local_part
+from tracereward.modeling.distributed import gather_head_for_gradient, local_shard
 from tracereward.training.failures import CORRECT, PERTURBATION
 from tracereward.training.validation import Validation
 
@@ -122,7 +122,7 @@ class SafeTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         for name, parameter in self.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
-            if parameter.requires_grad and not bool(torch.isfinite(local_part(parameter)).all()):
+            if parameter.requires_grad and not bool(torch.isfinite(local_shard(parameter)).all()):
                 raise RunFailed(f"the policy's weights {name} are not finite after step {self.state.global_step}")
         score = self.checkpoint_score()
         if not math.isnan(score) and (self.state.best_metric is None or score >= self.state.best_metric):

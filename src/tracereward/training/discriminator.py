@@ -23,14 +23,14 @@ from torch.utils._pytree import tree_map_only
 from tracereward.errors import RunFailed
 from tracereward.modeling.batching import Batch, grouped_batches, hide_tokens
 from tracereward.modeling.distributed import (
-    as_parts,
+    all_reduce_max,
+    broadcast_object,
+    broadcast_parameters,
     clip_gradients,
-    from_main,
-    most,
-    same_on_all,
-    several_processes,
+    full_tensor,
+    is_distributed,
     shard,
-    whole,
+    shard_like,
 )
 from tracereward.modeling.log_probs import can_share_prompts
 from tracereward.rewards.heads import subtracts_policy
@@ -96,11 +96,11 @@ class Discriminator:
         self.config = config
         self.held_out: frozenset[int] = frozenset(held_out)
         self.policy_log_probs = policy_log_probs
-        self.in_parts: bool = config.shard_discriminator and several_processes()
-        device = config.device if self.in_parts else model.device
+        self.sharded: bool = config.shard_discriminator and is_distributed()
+        device = config.device if self.sharded else model.device
         if dist.is_initialized():  # the same start on every rank, whatever the seed did
-            same_on_all(self._trained().values(), device)
-        if self.in_parts:
+            broadcast_parameters(self._trained().values(), device)
+        if self.sharded:
             shard(model.backbone, device)
             model.to(device)  # its head
         self.parameters: dict[str, nn.Parameter] = self._trained()
@@ -141,7 +141,7 @@ class Discriminator:
         gated = config.discriminator_gate_low is not None or config.discriminator_gate_high is not None
         due = self.batches % config.monitor_every == 0
         # All processes go by one number: an update of some alone would wait for the others for ever.
-        accuracy = from_main(self.held_out_accuracy()) if self.held_out and (gated or due) else math.nan
+        accuracy = broadcast_object(self.held_out_accuracy()) if self.held_out and (gated or due) else math.nan
         count = gated_updates(
             config.discriminator_updates, accuracy, config.discriminator_gate_low, config.discriminator_gate_high
         )
@@ -221,9 +221,11 @@ class Discriminator:
         weights = weigh(traces, config.objective)
         paired = config.objective == "pairwise" or config.centre_penalty > 0
         todo = [(rows, 1.0) for rows in passes(traces, paired, config.discriminator_token_budget, rank, world)]
-        if self.in_parts or subtracts_policy(config.head):  # as many passes as the others make, see `sharding`
+        if self.sharded or subtracts_policy(
+            config.head
+        ):  # as many passes as the other processes make, see `distributed`
             first = passes(traces, paired, config.discriminator_token_budget)[:1]
-            todo += [(rows, 0.0) for rows in first] * (most(len(todo)) - len(todo))
+            todo += [(rows, 0.0) for rows in first] * (all_reduce_max(len(todo)) - len(todo))
         sums = torch.zeros(7, device=self.model.device)
         for rows, share in todo:
             loss, counted = self._loss([traces[index] for index in rows], rows, weights.of(rows, self.model.device))
@@ -359,7 +361,7 @@ class Discriminator:
     @torch.no_grad()
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            self.parameters[name].copy_(as_parts(value, self.parameters[name]))
+            self.parameters[name].copy_(shard_like(value, self.parameters[name]))
 
     def _add_up(self, sums: Tensor) -> None:
         """Sum gradients and `sums` over the processes, in place; those of weights in parts are summed already."""
@@ -379,9 +381,9 @@ class Discriminator:
         return {name: self._whole(p.detach()) for name, p in self.parameters.items()}
 
     def _whole(self, tensor: Tensor) -> Tensor:
-        tensor = whole(tensor)
+        tensor = full_tensor(tensor)
         # A machine's memory need not hold what is too large for one process once for each of them.
-        return tensor.cpu() if not self.in_parts or dist.get_rank() == 0 else tensor.new_empty(0)
+        return tensor.cpu() if not self.sharded or dist.get_rank() == 0 else tensor.new_empty(0)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next update depends on: whole tensors, as `weights` gives them, numbers and lists only."""
@@ -398,15 +400,15 @@ class Discriminator:
 
     def load(self, path: Path) -> None:
         """`load_state_dict` of a file; of weights in parts a process reads its own."""
-        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=self.in_parts))
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=self.sharded))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where `state_dict` was taken."""
         self._copy(state["parameters"])
         for name, average in self.average.items():
-            average.copy_(as_parts(state["average"][name], average))
+            average.copy_(shard_like(state["average"][name], average))
         moments = {
-            place: {name: as_parts(value, parameter) for name, value in state["optimizer"]["state"][place].items()}
+            place: {name: shard_like(value, parameter) for name, value in state["optimizer"]["state"][place].items()}
             for place, parameter in enumerate(self.parameters.values())
             if place in state["optimizer"]["state"]
         }

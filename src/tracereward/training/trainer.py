@@ -24,7 +24,7 @@ from tracereward import metrics
 from tracereward.errors import InputError
 from tracereward.modeling.adapters import POLICY, AdapterView
 from tracereward.modeling.batching import Batch, pack
-from tracereward.modeling.distributed import frozen_copy, is_spread, several_processes, shard
+from tracereward.modeling.distributed import frozen_copy, is_distributed, is_sharded, shard
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, eos_ids, pad_id
 from tracereward.rewards.heads import subtracts_policy
@@ -135,16 +135,16 @@ class AdversarialTrainer(RolloutTrainer):
             for row in demonstrations
         ]
         self.demonstration_rows: list[dict[str, Any]] = rows[: len(demonstrations)]
-        if not (args.shard_discriminator and several_processes()):  # in parts it is whole on no device
+        if not (args.shard_discriminator and is_distributed()):  # a sharded one is never complete on a device
             reward_model.to(self.accelerator.device)
-        if reward_model.shares_base and is_spread(self):
+        if reward_model.shares_base and is_sharded(self):
             raise InputError("shared_base needs the whole base model on each process: DDP, not FSDP or DeepSpeed")
         if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
         self.discriminator: Discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
         if self._starting_policy is not None:
-            if self.discriminator.in_parts:
+            if self.discriminator.sharded:
                 shard(self._starting_policy, self.accelerator.device)
             self._starting_policy.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
         self.perturbed_pairs: list[tuple[list[int], list[int], list[int]]] = perturbed_pairs(
@@ -247,7 +247,7 @@ class AdversarialTrainer(RolloutTrainer):
                 self.config.discriminator_token_budget,
                 reference if self.form.adds_reference else None,
                 policy if self.form.subtracts_policy else None,
-                is_spread(self) or self.discriminator.in_parts,
+                is_sharded(self) or self.discriminator.sharded,
             )
 
     def _aggregate(self, rewards: Tensor) -> float:

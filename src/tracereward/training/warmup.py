@@ -22,7 +22,7 @@ from tracereward.data.surface_probe import TraceText, leak_warning, surface_prob
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.generation.sampling import generate
 from tracereward.modeling.batching import Batch
-from tracereward.modeling.distributed import from_main, whole_models
+from tracereward.modeling.distributed import broadcast_object, zero3_disabled
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import save_state
@@ -96,7 +96,7 @@ class WarmUp(TrainerCallback):
             return None
         if discriminator.updates % self.config.monitor_every:
             return None
-        return from_main(discriminator.held_out_accuracy())  # all processes go by one number
+        return broadcast_object(discriminator.held_out_accuracy())  # all processes go by one number
 
     def _reached(self, accuracy: float | None) -> bool:
         """Whether the warm-up has done what it was asked for."""
@@ -194,7 +194,7 @@ class WarmUp(TrainerCallback):
         name = self.config.warmup_model
         if name is None or not self.config.discriminator_warmup_updates:
             return None
-        with whole_models():
+        with zero3_disabled():
             model = AutoModelForCausalLM.from_pretrained(name, dtype=self.trainer.policy.dtype)
         return model.to(self.trainer.accelerator.device).eval()
 
