@@ -175,8 +175,7 @@ def digits_per_token(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 def batches(model: TokenRewardModel, samples: Sequence[Sample]) -> list[tuple[list[int], Batch]]:
     """Traces in the model's tokens, by length, with their places among `samples`."""
     prompts = [encode_prompt(model.tokenizer, row["prompt"]) for row in samples]
-    completions = [encode_completion(model.tokenizer, row["completion"]) for row in samples]
-    completions = [ids if row["finished"] else ids[:-1] for ids, row in zip(completions, samples, strict=True)]
+    completions = [encode_completion(model.tokenizer, row["completion"], row["finished"]) for row in samples]
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
     return [
         (rows, model.pack([prompts[i] for i in rows], [completions[i] for i in rows]))

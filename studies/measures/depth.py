@@ -25,8 +25,7 @@ def token_log_probs(site: Site, arm: str, rows: Sequence[Row]) -> list[list[floa
     policy = judging.load_policy(site, arm).eval()
     tokenizer = load_tokenizer(str(site.folder / "init"))
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
-    completions = [encode_completion(tokenizer, row["completion"]) for row in rows]
-    completions = [ids if row["finished"] else ids[:-1] for ids, row in zip(completions, rows, strict=True)]
+    completions = [encode_completion(tokenizer, row["completion"], row["finished"]) for row in rows]
     lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions)]
     found: list[list[float]] = [[] for _ in rows]
     for batch in token_budget_batches(lengths, scoring_budget(policy.device)):

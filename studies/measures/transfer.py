@@ -100,8 +100,8 @@ def adapt(
     discriminator = Discriminator(model, experts, config)
     for row in rollouts:
         if row["question"] < len(experts):
-            ids = encode_completion(model.tokenizer, row["completion"])
-            discriminator.remember([Rollout(row["question"], ids if row["finished"] else ids[:-1])])
+            ids = encode_completion(model.tokenizer, row["completion"], row["finished"])
+            discriminator.remember([Rollout(row["question"], ids)])
     for _ in range(updates):
         discriminator.update([])
     return model.eval()
@@ -150,8 +150,7 @@ def aurocs(scored: Sequence[Sample]) -> dict[str, float]:
 def projected(model: TokenRewardModel, bridge: TokenBridge, samples: Sequence[Sample]) -> list[tuple[float, bool]]:
     """Of each sample the mean over the policy's tokens of the rewards projected to them, and whether the reward model's
     tokenizer has unknown tokens in it."""
-    policy_ids = [encode_completion(bridge.tokenizer, row["completion"]) for row in samples]
-    policy_ids = [ids if row["finished"] else ids[:-1] for ids, row in zip(policy_ids, samples, strict=True)]
+    policy_ids = [encode_completion(bridge.tokenizer, row["completion"], row["finished"]) for row in samples]
     reward_ids = [bridge.completion(ids) for ids in policy_ids]
     found = model.token_rewards([bridge.prompt(row["prompt"]) for row in samples], reward_ids)
     triples = zip(policy_ids, reward_ids, found, strict=True)

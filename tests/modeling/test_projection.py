@@ -45,8 +45,7 @@ TEXTS = st.one_of(
 
 def spans_of(tokenizer, text: str, ended: bool, specials: list[int]) -> Spans:
     """Spans of the tokens of `text`, with special tokens put in before the tokens `specials`."""
-    ids = encode_completion(tokenizer, text)
-    ids = ids if ended else ids[:-1]
+    ids = encode_completion(tokenizer, text, ended)
     for place in sorted(specials, reverse=True):
         if place < len(ids):
             ids.insert(place, tokenizer.pad_token_id)

@@ -141,7 +141,7 @@ def test_samples_in_chunks_of_one_shape_are_those_of_chunks_as_they_come(tiny_mo
     assert [[sample.ids for sample in chunk] for chunk in found] == [[s.ids for s in chunk] for chunk in expected]
 
 
-def test_a_policy_in_parts_is_refused(trainer, monkeypatch):
+def test_sharded_policy_is_refused(trainer, monkeypatch):
     whole = GRPOTrainer.__init__
 
     def spread(self, *args, **kwargs):

@@ -126,7 +126,7 @@ def test_what_each_process_holds_of_the_discriminator_and_of_the_frozen_start(tw
             assert held == all_of_it or name in IN_PARTS
 
 
-def test_a_discriminator_in_parts_is_whole_on_a_single_process(one):
+def test_sharding_keeps_the_discriminator_complete_on_one_process(one):
     assert torch.equal(one("in parts")["end"]["discriminator"], one("spread")["end"]["discriminator"])
 
 
@@ -265,7 +265,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(given, tmp_path, engine
 
 
 @pytest.mark.slow
-def test_a_discriminator_in_parts_goes_on_whole(given, tmp_path):
+def test_sharded_discriminator_resumes_unsharded(given, tmp_path):
     """Two processes with half of it each, LoRA on bfloat16; then one with all of it."""
     words = {**COMMON, **LORA, **given[0], "dtype": "bfloat16", "bf16": "true", "output_dir": tmp_path / "run"}
     ended = launcher().two("train", *options(**{**words, "shard_discriminator": "true", "max_steps": 4}), engine="ddp")
@@ -285,6 +285,6 @@ def test_a_discriminator_in_parts_goes_on_whole(given, tmp_path):
         ({"spectral_norm": True, "head": "token"}, "needs head action"),
     ],
 )
-def test_what_a_discriminator_in_parts_cannot_do(given, message):
+def test_unsupported_with_sharded_discriminator(given, message):
     with pytest.raises(InputError, match=message):
         AdversarialConfig(output_dir="x", shard_discriminator=True, report_to="none", **given)

@@ -75,8 +75,7 @@ def score_pool(
         prompts, completions = [], []
         for row in (row for group in taken for row in group):
             prompt = encode_prompt(tokenizer, texts[id(row)])
-            completion = encode_completion(tokenizer, row.completion)
-            completion = completion if row.finished else completion[:-1]
+            completion = encode_completion(tokenizer, row.completion, row.finished)
             if completion and len(prompt) + len(completion) <= limit:
                 flat.append(row)
                 prompts.append(prompt)

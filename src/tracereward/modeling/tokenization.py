@@ -76,11 +76,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text=text)["input_ids"]  # type: ignore[return-value]
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a completion without special tokens, and one end-of-sequence token, as a finished rollout has it.
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:
+    """Token ids of a completion as a rollout has them: no special token except, if finished, one end-of-sequence token.
 
-    A completion that spells a special token out (``<|im_end|>``) is read as the text that it is: a policy must not be
-    able to hide something from the reward model by writing it.
+    A completion that spells a special token out (``<|im_end|>``) is encoded as ordinary text: a policy must not be able
+    to hide something from the reward model by writing it.
+
+    Args:
+        tokenizer: of the model that reads the ids.
+        text: the completion.
+        finished: whether the trace ended by itself; one cut off at a length limit has no end-of-sequence token.
 
     Raises:
         InputError: the tokenizer has no end-of-sequence token.
@@ -88,7 +93,7 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-sequence token")
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, tokenizer.eos_token_id]  # type: ignore[misc, list-item]
+    return [*ids, *([tokenizer.eos_token_id] if finished else [])]  # type: ignore[misc, list-item]
 
 
 def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:

@@ -179,8 +179,7 @@ class Scorer(ABC):
             InputError: the trace is empty; names `where`.
             TooLong: it is longer than the backbone's positions.
         """
-        prompt_ids, ids = encode_prompt(self.tokenizer, prompt), encode_completion(self.tokenizer, completion)
-        ids = ids if finished else ids[:-1]
+        prompt_ids, ids = encode_prompt(self.tokenizer, prompt), encode_completion(self.tokenizer, completion, finished)
         self.check_ids(where, prompt_ids, ids)
         return prompt_ids, ids
 

@@ -45,8 +45,7 @@ def encode_traces(
             if not known[prompt]:
                 raise InputError(f"prompt {index}: it has no token")
         _check_pieces(model, completion, max_tokens, field)
-        ids = encode_completion(model.tokenizer, completion)
-        pairs.append((known[prompt], ids if ended else ids[:-1]))
+        pairs.append((known[prompt], encode_completion(model.tokenizer, completion, ended)))
         total += sum(map(len, pairs[-1]))
         if total > max_tokens:
             raise TooManyTokens(field, max_tokens)
@@ -61,7 +60,7 @@ def encode_inputs(model: Scorer, inputs: Sequence[str | list[int]], max_tokens: 
     for index, given in enumerate(inputs):
         if isinstance(given, str):
             _check_pieces(model, given, max_tokens, "input")
-            ids = encode_completion(model.tokenizer, given)[:-1]
+            ids = encode_completion(model.tokenizer, given, finished=False)
         else:
             ids = given
         total += len(ids)

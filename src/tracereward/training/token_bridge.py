@@ -52,8 +52,7 @@ class TokenBridge:
         if self.same:
             return list(ids)
         text, _ = token_offsets(self.tokenizer, ids)
-        encoded = encode_completion(self.model.tokenizer, text)
-        return encoded if self.finished(ids) or len(encoded) == 1 else encoded[:-1]
+        return encode_completion(self.model.tokenizer, text, self.finished(ids)) or [self.model.tokenizer.eos_token_id]
 
     def rewards(self, ids: Sequence[int], reward_ids: Sequence[int], rewards: Tensor) -> Tensor:
         """Rewards of the reward model's tokens on the policy's: projected where supervised, and backfilled.
