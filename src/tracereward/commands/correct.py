@@ -16,7 +16,7 @@ from tracereward.files import write_jsonl
 from tracereward.generation.self_correction import lowest_steps, self_correct, threshold_of
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.log_probs import mean_log_probs
-from tracereward.modeling.tokenization import load_tokenizer, pad_id, render
+from tracereward.modeling.tokenization import load_tokenizer, pad_id, render_prompt
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks import get_task
@@ -98,8 +98,7 @@ def corrected_rows(
             raise InputError(f"{where}: correct needs a completion in each row; `tracereward sample` writes it")
     check_model(model)
     tokenizer = load_tokenizer(model)
-    bare = [{"prompt": row["prompt"], "completion": None, "answer": None, "source": where} for where, row in rows]
-    prompts = [row["prompt"] for row in render(bare, tokenizer, settings.template)]
+    prompts = [render_prompt(tokenizer, row["prompt"], settings.template, where) for where, row in rows]
     given = {"temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size}
     guide = load_guide(model, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
     encoded = [

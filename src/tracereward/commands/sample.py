@@ -10,7 +10,7 @@ from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.sampling import Sample, sample
 from tracereward.modeling.loading import check_model, load_policy
-from tracereward.modeling.tokenization import load_tokenizer, render
+from tracereward.modeling.tokenization import load_tokenizer, render_prompt
 from tracereward.tasks import Task, get_task
 
 
@@ -78,7 +78,7 @@ def load_questions(
     rows = load_demonstrations(source, task, split, subset, limit, require_completion=False)
     check_model(model)
     tokenizer = load_tokenizer(model)
-    prompts = [row["prompt"] for row in render([{**row, "completion": None} for row in rows], tokenizer, template)]
+    prompts = [render_prompt(tokenizer, row["prompt"], template, row["source"]) for row in rows]
     return rows, prompts, tokenizer
 
 

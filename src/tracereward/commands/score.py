@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tracereward.data.trace_rows import traces_of
 from tracereward.errors import InputError, RunFailed
-from tracereward.modeling.tokenization import render
+from tracereward.modeling.tokenization import render_prompt
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 
@@ -50,10 +50,9 @@ def score_rows(
         kept: list[tuple[str, dict[str, Any], list[str], list[tuple[int, int]]]] = []
         ids: list[tuple[list[int], list[int]]] = []
         for where, row in chunk:
-            source = {"prompt": row["prompt"], "completion": None, "answer": None, "source": where}
             traces, ended, spans = traces_of(row, model.settings.step_delimiter)
             try:
-                rendered = render([source], model.tokenizer, model.settings.template)[0]["prompt"]
+                rendered = render_prompt(model.tokenizer, row["prompt"], model.settings.template, where)
                 encoded = [model.check_length(where, rendered, *trace) for trace in zip(traces, ended, strict=True)]
                 if spans:
                     model.check_steps(where, traces[0], spans, encoded[0][1])

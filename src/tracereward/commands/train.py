@@ -25,6 +25,7 @@ from tracereward.modeling.tokenization import (
     load_tokenizer,
     pad_id,
     render,
+    render_prompt,
     same_tokenizer,
 )
 from tracereward.rewards.model import TokenRewardModel
@@ -309,6 +310,5 @@ def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, templat
     """The reward model's rendering of each prompt, by the policy's; None where both are the same."""
     if template == "plain" or same_tokenizer(prepared.tokenizer, tokenizer):
         return None
-    raw = [{**row, "completion": None} for row in prepared.raw]
-    rows = [*prepared.rows, *prepared.unlabeled]
-    return {row["prompt"]: other["prompt"] for row, other in zip(rows, render(raw, tokenizer, template), strict=True)}
+    rows = zip([*prepared.rows, *prepared.unlabeled], prepared.raw, strict=True)
+    return {row["prompt"]: render_prompt(tokenizer, raw["prompt"], template, raw["source"]) for row, raw in rows}

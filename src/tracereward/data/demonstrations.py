@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_choice
-from tracereward.modeling.tokenization import _where, encode_completion, encode_prompt
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, row_location
 from tracereward.tasks.recipes import Task
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ def check_lengths(
         long_prompt = max_prompt_length is not None and prompt > max_prompt_length
         long_completion = completion > max_completion_length
         if long_prompt:
-            too_long["prompt"].append((prompt, _where(row)))
+            too_long["prompt"].append((prompt, row_location(row)))
         if long_completion:
-            too_long["completion"].append((completion, _where(row)))
+            too_long["completion"].append((completion, row_location(row)))
         if not long_prompt and not long_completion:
             kept.append(row)
     dropped = len(rows) - len(kept)

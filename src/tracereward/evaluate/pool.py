@@ -18,7 +18,7 @@ from tracereward.evaluate.pool_data import PoolRow, by_question
 from tracereward.evaluate.steps import position_limit
 from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, within_prompt_auroc
 from tracereward.modeling.log_probs import mean_log_probs
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render_prompt
 from tracereward.reports.plots import histogram
 from tracereward.reports.tables import Table
 from tracereward.rewards.calibration import METHODS as CALIBRATIONS
@@ -62,9 +62,7 @@ def score_pool(
     limit = position_limit(model.backbone, policy)
     tokenizer = model.tokenizer
     questions, left_out = [], 0
-    raw = [{"prompt": row.prompt, "completion": None, "answer": None, "source": row.where} for row in rows]
-    rendered = render(raw, tokenizer, model.settings.template)
-    texts = {id(row): shown["prompt"] for row, shown in zip(rows, rendered, strict=True)}
+    texts = {id(row): render_prompt(tokenizer, row.prompt, model.settings.template, row.where) for row in rows}
     groups = list(by_question(list(rows)))
     progress = tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr)
     while groups:

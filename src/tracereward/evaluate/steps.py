@@ -25,7 +25,7 @@ from tracereward.evaluate.step_data import StepTrace, prompt_of
 from tracereward.modeling.alignment import join_steps
 from tracereward.modeling.batching import pack, scoring_budget, token_budget_batches
 from tracereward.modeling.log_probs import log_probs_and_entropies
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render_prompt
 from tracereward.reports.tables import Table, interval, percent
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import check_finite
@@ -122,8 +122,7 @@ def encode_fitting(
     kept: list[StepTrace] = []
     encoded: list[Encoded] = []
     for trace in traces:
-        row = {"prompt": prompt_of(trace, task), "completion": None, "answer": None, "source": trace.where}
-        prompt = render([row], model.tokenizer, model.settings.template)[0]["prompt"]
+        prompt = render_prompt(model.tokenizer, prompt_of(trace, task), model.settings.template, trace.where)
         text, spans = join_steps(trace.steps, model.settings.step_delimiter)
         one = encode_steps(model.tokenizer, prompt, text, spans, trace.where)
         if len(one.prompt) + len(one.completion) <= limit:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tracereward.errors import InputError, check_choice, first_line
 
@@ -26,38 +26,52 @@ def render(rows: list[dict], tokenizer: PreTrainedTokenizerBase, template: str) 
         InputError: unknown template, messages under ``plain``, a tokenizer without a chat template, messages that the
             template refuses, or a completion that is not one assistant message.
     """
+    return [
+        {
+            **row,
+            "prompt": render_prompt(tokenizer, row["prompt"], template, row_location(row)),
+            "completion": _plain_completion(row),
+        }
+        for row in rows
+    ]
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], template: str, where: str) -> str:
+    """The exact text of a prompt that is tokenised; see `render`.
+
+    Args:
+        tokenizer: of the model that reads it.
+        prompt: a text or ``{"role", "content"}`` messages.
+        template: ``plain`` or ``chat``.
+        where: location of the row in error messages.
+
+    Raises:
+        InputError: unknown template, messages under ``plain``, a tokenizer without a chat template, or messages that
+            the template refuses.
+    """
     check_choice("template", template, TEMPLATES)
-    if template == "chat" and not tokenizer.chat_template:
-        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template: use --template plain")
-    bos = str(tokenizer.bos_token or "")
-    # encode_prompt() lets the tokenizer add its own: the template's must then go, once.
-    strip_bos = bos and tokenizer(text="a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    rendered = []
-    for row in rows:
-        prompt = row["prompt"]
-        if template == "chat":
-            prompt = _chat_prompt(prompt, tokenizer, _where(row))
-            prompt = prompt.removeprefix(bos) if strip_bos else prompt
-        elif not isinstance(prompt, str):
-            raise InputError(f"{_where(row)}: the prompt is a list of messages: use --template chat")
-        rendered.append({**row, "prompt": prompt, "completion": _plain_completion(row)})
-    return rendered
-
-
-def _where(row: dict) -> str:
-    """Location of a row in messages."""
-    return row.get("source", "a row")
-
-
-def _chat_prompt(prompt: str | list[dict], tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    """Prompt through the chat template."""
+    if template == "plain":
+        if not isinstance(prompt, str):
+            raise InputError(f"{where}: the prompt is a list of messages: use --template chat")
+        return prompt
     from jinja2 import TemplateError
 
+    if not tokenizer.chat_template:
+        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template: use --template plain")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)  # type: ignore[return-value]
+        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
     except TemplateError as error:
         raise InputError(f"{where}: the chat template refuses the prompt: {error}") from error
+    bos = str(tokenizer.bos_token or "")
+    # `encode_prompt` lets the tokenizer add its own beginning-of-sequence token: drop the template's, once.
+    adds_bos = bos and tokenizer(text="a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if adds_bos else text
+
+
+def row_location(row: dict) -> str:
+    """Location of a row in error messages."""
+    return row.get("source", "a row")
 
 
 def _plain_completion(row: dict) -> str | None:
@@ -67,7 +81,7 @@ def _plain_completion(row: dict) -> str | None:
         return completion
     if len(completion) != 1 or completion[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in completion)
-        raise InputError(f"{_where(row)}: the completion must be one assistant message, not: {roles}")
+        raise InputError(f"{row_location(row)}: the completion must be one assistant message, not: {roles}")
     return completion[0]["content"].rstrip()
 
 
@@ -92,8 +106,8 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: b
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-sequence token")
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [*ids, *([tokenizer.eos_token_id] if finished else [])]  # type: ignore[misc, list-item]
+    encoding: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+    return encoding["input_ids"] + [tokenizer.eos_token_id] * finished
 
 
 def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:

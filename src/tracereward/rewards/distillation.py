@@ -22,7 +22,7 @@ from tracereward.data.trace_rows import check_facts
 from tracereward.errors import InputError, RunFailed
 from tracereward.metrics import within_prompt_auroc
 from tracereward.modeling.batching import token_budget_batches
-from tracereward.modeling.tokenization import render
+from tracereward.modeling.tokenization import render_prompt
 from tracereward.rewards.heads import reads_log_probs
 from tracereward.rewards.model import TokenRewardModel
 
@@ -86,8 +86,7 @@ def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardMo
     """
     found = []
     for where, row in rows:
-        raw = {"prompt": row["prompt"], "completion": None, "source": where}
-        prompt = render([raw], model.tokenizer, model.settings.template)[0]["prompt"]
+        prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.template, where)
         ids = model.check_length(where, prompt, row["completion"], row.get("finished") is not False)
         found.append(Example(tuple(ids[0]), tuple(ids[1]), row.get("correct")))
     return found

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from scipy.special import expit
 
 from tracereward.errors import InputError
-from tracereward.modeling.tokenization import render
+from tracereward.modeling.tokenization import render_prompt
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.engine import Engine
@@ -125,8 +125,7 @@ class Service:
             if len(users) != 1 or any(message["role"] not in ("user", "system") for message in given):
                 raise InputError("the reward model was trained on plain prompts: give a text, or one user message")
             given = users[0]
-        row = {"prompt": given, "completion": None, "source": "prompt"}
-        return render([row], self.model.tokenizer, template)[0]["prompt"]
+        return render_prompt(self.model.tokenizer, given, template, "prompt")
 
     def check(self, model: str | None, candidates: int, field: str | None = None) -> None:
         """Refuse another model's name, and too many candidates, which `field` asks for."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.sampling import generate
-from tracereward.modeling.tokenization import render
+from tracereward.modeling.tokenization import render_prompt
 from tracereward.tasks.recipes import Task
 from tracereward.training.config import DataArguments
 
@@ -75,15 +75,15 @@ def load_validation(
         return None
     split = data.validation_dataset_split
     questions = load_demonstrations(data.validation_dataset_name, task, split, require_completion=False)
-    questions = render([{**row, "completion": None} for row in questions], tokenizer, data.template)
+    rendered = [render_prompt(tokenizer, row["prompt"], data.template, row["source"]) for row in questions]
     trained_on = {row["prompt"]: row["source"] for row in rows}
-    for row in questions:
+    for row, prompt in zip(questions, rendered, strict=True):
         if row["answer"] is None:
             raise InputError(f"{row['source']}: no answer; a validation question needs one")
-        if row["prompt"] in trained_on:
+        if prompt in trained_on:
             raise InputError(
-                f"{row['source']}: the run also trains on this question ({trained_on[row['prompt']]}); "
+                f"{row['source']}: the run also trains on this question ({trained_on[prompt]}); "
                 "leave it out of one of the two"
             )
-    prompts, answers = ([row[name] for row in questions] for name in ("prompt", "answer"))
-    return Validation(prompts, answers, task, tokenizer, max_new_tokens, batch_size)
+    answers = [row["answer"] for row in questions]
+    return Validation(rendered, answers, task, tokenizer, max_new_tokens, batch_size)
