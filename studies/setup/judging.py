@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from studies.setup.site import TASK, Site
 from tracereward.commands.rerank import rerank_rows, summary
@@ -13,7 +13,7 @@ from tracereward.commands.score import as_row
 from tracereward.files import atomic_write_json, read_jsonl, write_jsonl
 from tracereward.generation.sampling import sample
 from tracereward.metrics import point_biserial, wilson_interval
-from tracereward.modeling.loading import best_device
+from tracereward.modeling.loading import best_device, load_causal_lm
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id
 from tracereward.rewards.model import TokenRewardModel
@@ -22,8 +22,7 @@ from tracereward.tasks.recipes import get_task
 
 def load_policy(site: Site, arm: str) -> PreTrainedModel:
     """An arm's policy, on the accelerator if there is one."""
-    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(site.policy(arm), dtype=torch.float32)
-    return policy.to(best_device())  # pyright: ignore[reportArgumentType]
+    return load_causal_lm(site.policy(arm), torch.float32, best_device())
 
 
 def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from tracereward.errors import InputError, check_choice
 from tracereward.files import write_jsonl
 from tracereward.generation import decoding
 from tracereward.generation.guide import Guide, Guided, check_tokenizers
-from tracereward.modeling.loading import best_device, check_model, load_policy, local_folder
+from tracereward.modeling.loading import best_device, check_model, load_causal_lm, local_folder
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import load_beside
 from tracereward.rewards.model import TokenRewardModel
@@ -115,7 +115,8 @@ def load_guide(
         check_model(reference)
     scorer = TokenRewardModel.from_pretrained(reward_model).to(best_device())
     beside = load_beside(scorer, reference)
-    guide = Guide(load_policy(model), tokenizer, scorer, max_new_tokens, reference=beside, **given)
+    policy = load_causal_lm(model, device=best_device())
+    guide = Guide(policy, tokenizer, scorer, max_new_tokens, reference=beside, **given)
     guide.encode(prompts)
     return guide
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.sampling import Sample, sample
-from tracereward.modeling.loading import check_model, load_policy
+from tracereward.modeling.loading import best_device, check_model, load_causal_lm
 from tracereward.modeling.tokenization import load_tokenizer, render_prompt
 from tracereward.tasks import Task, get_task
 
@@ -54,7 +54,7 @@ def sample_rows(
     if temperature == 0 and n > 1:
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
     rows, prompts, tokenizer = load_questions(model, data, task_name, limit, split, template)
-    policy = load_policy(model)
+    policy = load_causal_lm(model, device=best_device())
     size = max(1, batch_size // n)
     for chunk in sample(
         policy, tokenizer, prompts, n, max_new_tokens, temperature, top_p, seed, batch_size, first_chunk=done // size

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -93,6 +94,16 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def load_policy(model: str) -> PreTrainedModel:
-    """A causal LM, on the accelerator if there is one."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto").to(best_device())  # pyright: ignore[reportArgumentType]
+def load_causal_lm(
+    name: str, dtype: torch.dtype | str = "auto", device: torch.device | None = None, **kwargs: Any
+) -> PreTrainedModel:
+    """A causal LM in eval mode.
+
+    Args:
+        name: folder or Hub id.
+        dtype: of its weights; ``auto`` for that of the checkpoint.
+        device: where to put it; None leaves it where transformers loads it, as a trainer needs it.
+        **kwargs: for `from_pretrained`, e.g. ``revision``.
+    """
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+    return model if device is None else model.to(device)  # pyright: ignore[reportArgumentType]

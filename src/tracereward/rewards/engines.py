@@ -1,9 +1,9 @@
 """The engine that scores: transformers or vLLM."""
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from tracereward.errors import InputError, check_choice
-from tracereward.modeling.loading import best_device
+from tracereward.modeling.loading import best_device, load_causal_lm
 from tracereward.modeling.tokenization import load_tokenizer, same_tokenizer
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import Scorer
@@ -45,4 +45,4 @@ def load_beside(model: Scorer, name: str | None) -> PreTrainedModel | None:
         return None
     if not same_tokenizer(model.tokenizer, load_tokenizer(name)):
         raise InputError(f"{name} has another tokenizer than the reward model: its log-probs are of other tokens")
-    return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(best_device()).eval()  # pyright: ignore[reportArgumentType]
+    return load_causal_lm(name, device=best_device())

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from trl import ModelConfig
 
 from tracereward.console import is_main_process, note
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_folder
 from tracereward.modeling.distributed import full_state_dict, gathered_parameters, is_sharded, zero3_disabled
+from tracereward.modeling.loading import load_causal_lm
 from tracereward.runs.folder import Run
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.failures import Failure
@@ -21,10 +22,10 @@ from tracereward.training.validation import Validation
 
 def load_policy(model: ModelConfig) -> PreTrainedModel:
     """The starting policy, in float32 unless `dtype` says otherwise."""
-    return AutoModelForCausalLM.from_pretrained(
+    return load_causal_lm(
         str(model.model_name_or_path),
-        revision=model.model_revision,
         dtype=model.dtype or "float32",
+        revision=model.model_revision,
         attn_implementation=model.attn_implementation,
     )
 

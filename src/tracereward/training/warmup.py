@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     TrainerCallback,
     TrainerControl,
@@ -23,6 +22,7 @@ from tracereward.files import read_jsonl, write_jsonl
 from tracereward.generation.sampling import generate
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.distributed import broadcast_object, zero3_disabled
+from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import save_state
@@ -195,8 +195,7 @@ class WarmUp(TrainerCallback):
         if name is None or not self.config.discriminator_warmup_updates:
             return None
         with zero3_disabled():
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=self.trainer.policy.dtype)
-        return model.to(self.trainer.accelerator.device).eval()
+            return load_causal_lm(name, self.trainer.policy.dtype, self.trainer.accelerator.device)
 
     def _leaks(self, pool: list[Rollout]) -> dict[str, Any]:
         """Can surface features alone tell the experts from the pool? Warns if so.
