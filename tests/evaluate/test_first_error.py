@@ -15,7 +15,6 @@ from tracereward.evaluate.first_error import (
     chance,
     differences,
     f1,
-    first_below,
     fit_threshold,
     hit,
     outcome,
@@ -48,13 +47,7 @@ def f1_by_counting(scores, errors, threshold) -> float:
     return statistics.harmonic_mean([statistics.fmean(right[True]), statistics.fmean(right[False])])
 
 
-# ---------- predictions ----------
-
-
-def test_the_first_low_step_is_the_prediction():
-    assert first_below([3.0, 1.0, 0.0], 2.0) == 1
-    assert first_below([3.0, 2.0], 2.0) is None, "strictly below"
-    assert first_below([1.0, 0.0], math.inf) == 0
+# ---------- thresholds ----------
 
 
 @given(rows=labelled())

@@ -20,7 +20,8 @@ from tracereward.errors import InputError
 from tracereward.generation.continuation import choose_token, extend, first_step, uniform
 from tracereward.generation.decoding import beam, reject, tilt, tilted
 from tracereward.generation.guide import Guide, digest
-from tracereward.generation.self_correction import first_error_token, self_correct
+from tracereward.generation.self_correction import self_correct
+from tracereward.rewards.first_error_rules import first_token_below
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model
@@ -404,14 +405,6 @@ def test_the_reward_of_a_next_token_is_that_of_the_trace_that_ends_with_it(
 # ---------- self-correction ----------
 
 
-def test_where_the_first_error_begins():
-    ends = [False, True, False, False, True, True]
-    assert first_error_token([0.5, 0.2, -0.1], ends, 0.0) == 5
-    assert first_error_token([0.5, 0.2, -0.1], ends, 0.3) == 2
-    assert first_error_token([-0.5, 0.2, -0.1], ends, 0.0) == 0
-    assert first_error_token([0.5, 0.2, 0.1], ends, 0.0) is None
-
-
 def no_b(context: list[int]) -> float:
     return -1.0 if context[-1] == B else 1.0
 
@@ -472,7 +465,7 @@ def test_many_corrections_by_a_loop_of_their_rounds(policy, words, counted):
         trace, cuts, tokens = given_trace, [], 0
         for number in range(3):
             scores = guide.score([[A, B]], [trace])[0]
-            cut = first_error_token(scores.step_rewards(), scores.step_ends, 0.2)
+            cut = first_token_below(scores.step_rewards(), scores.step_ends, 0.2)
             if cut is None:
                 break
             stream = f"5 {digest([A, B])} {digest(given_trace)} {number}"

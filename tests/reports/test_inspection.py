@@ -11,7 +11,6 @@ from helpers.inspection import row_of
 from tracereward.errors import InputError
 from tracereward.reports.inspection import (
     colour_limit,
-    first_error,
     largest_drop,
     questions_of,
     visible,
@@ -53,17 +52,6 @@ def printed(traces, **options) -> str:
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "inspection.html"
-
-
-def test_first_error_is_the_first_step_well_below_the_others():
-    # means of the others: 1/3, 2/3, 1, 1; the steps are 5/3 and 1/3 above, and 1 and 1 below
-    assert first_error([2.0, 1.0, 0.0, 0.0], threshold=0.9) == 2
-    assert first_error([2.0, 1.0, 0.0, 0.0], threshold=1.0) is None
-    assert first_error([-1.0, 3.0], threshold=3.9) == 0
-    assert first_error([3.0, -1.0], threshold=3.9) == 1
-    assert first_error([-4.0, -4.0, -4.0]) is None  # low, but no lower than the rest of the trace
-    assert first_error([-4.0]) is None
-    assert first_error([]) is None
 
 
 def test_largest_drop_is_between_neighbours():

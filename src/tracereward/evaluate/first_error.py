@@ -1,6 +1,6 @@
-"""Where is the first error? Predictions from step scores, the threshold behind them, and what they are worth.
+"""How well step scores find the first error: fitted thresholds, ProcessBench's F1, Hit@1, and chance.
 
-A step score is low where a step looks wrong. Pure functions on lists: scores come from any model or baseline.
+Pure functions on lists: scores come from any model or baseline. `rewards.first_error_rules` has the predictions.
 """
 
 import itertools
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tracereward.metrics import bootstrap_interval, wilson_interval
+from tracereward.rewards.first_error_rules import first_below, lowest_steps
 
 STEP_AGGREGATES = ("mean", "min")
 
@@ -21,11 +22,6 @@ def step_values(values: Sequence[float], steps: Sequence[Sequence[int]], aggrega
     if aggregate == "min":
         return [min(values[t] for t in tokens) for tokens in steps]
     return [sum(values[t] for t in tokens) / len(tokens) for tokens in steps]
-
-
-def first_below(scores: Sequence[float], threshold: float) -> int | None:
-    """Predicted first error: the first step that scores strictly below the threshold; None if no step does."""
-    return next((step for step, score in enumerate(scores) if score < threshold), None)
 
 
 def f1(acc_error: Any, acc_correct: Any) -> Any:
@@ -80,8 +76,7 @@ def hit(scores: Sequence[float], first_error: int, within: int = 0) -> float:
     Of several lowest steps each counts its share, as if one were drawn: a scorer that cannot tell steps apart has
     exactly the hits of chance, however early errors come.
     """
-    lowest = min(scores)
-    places = [step for step, score in enumerate(scores) if score == lowest]
+    places = lowest_steps(scores)
     return sum(abs(step - first_error) <= within for step in places) / len(places)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tracereward.generation.decoding import best
 from tracereward.generation.guide import Guide, digest
+from tracereward.rewards.first_error_rules import first_token_below
 from tracereward.rewards.token_scores import TokenScores
 
 
@@ -69,7 +70,7 @@ def self_correct(
         """Where the current trace of each owner is to be cut; `scores` are the guide's."""
         if detector is not None:
             scores = detector.score([prompts[row] for row in owners], [current[row] for row in owners])
-        return [first_error_token(trace.step_rewards(), trace.step_ends, threshold) for trace in scores]
+        return [first_token_below(trace.step_rewards(), trace.step_ends, threshold) for trace in scores]
 
     places = suspected(range(len(current)), scores)
     for number in range(rounds):
@@ -114,9 +115,3 @@ def threshold_of(lowest: Sequence[float], share: float) -> float:
     """
     count = round(share * len(lowest))
     return math.inf if count >= len(lowest) else sorted(lowest)[count]
-
-
-def first_error_token(step_rewards: Sequence[float], step_ends: Sequence[bool], threshold: float) -> int | None:
-    """The token that begins the first step whose reward is under `threshold`; None if there is none."""
-    starts = [0, *(token + 1 for token, ends in enumerate(step_ends) if ends)]
-    return next((starts[step] for step, reward in enumerate(step_rewards) if reward < threshold), None)

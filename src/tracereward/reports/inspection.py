@@ -22,35 +22,12 @@ from tracereward.data.trace_rows import check_scores, text_read, traces_in
 from tracereward.files import atomic_write_text
 from tracereward.modeling.alignment import step_ends
 from tracereward.reports.report import HEATMAP_CSS, reward_colour
+from tracereward.rewards.first_error_rules import ERROR_MARGIN, first_below_others
 from tracereward.rewards.token_scores import TokenScores
 
-ERROR_MARGIN = 0.5
-"""Log-odds. In two quickstart runs it marked the first wrong line of 39 % and 32 % of the traces with one, and a line
-of 26 % and 2 % of those without; a margin of 1 marks hardly any."""
 _DIGITS = 4  # of the values on the page
 # Control characters but for newline and tab, lone surrogates, and what reorders the text around it.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def first_error(step_rewards: Sequence[float], threshold: float = ERROR_MARGIN) -> int | None:
-    """The step that is suspected to be the first error: a hint where to read first, not a proof.
-
-    It is the first i with ``step_rewards[i] < mean(step_rewards[j], j != i) - threshold``: low against the rest of its
-    own trace, because traces of different questions differ in level.
-
-    Args:
-        step_rewards: mean rewards of the steps, in log-odds.
-        threshold: how far below the other steps, in log-odds.
-
-    Returns:
-        Its index; None if no step is that low, or there are fewer than two.
-    """
-    others = len(step_rewards) - 1
-    total = sum(step_rewards)
-    for i, reward in enumerate(step_rewards):
-        if others and reward < (total - reward) / others - threshold:
-            return i
-    return None
 
 
 def largest_drop(step_rewards: Sequence[float]) -> float | None:
@@ -79,7 +56,7 @@ def write_inspection(
             `correct`, `extracted`, `answer` (the right one), `logprob` and `model` are shown if present.
         title: the page's heading.
         command: the command that made the page, shown below the heading.
-        threshold: see `first_error`.
+        threshold: see `first_below_others`.
 
     Raises:
         InputError: a row lacks scores, or they do not fit (see `scored_rows.check_scores`); named by its number from 1.
@@ -129,8 +106,8 @@ def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[
     """The traces by question, in the order in which questions first come: what the page and the terminal show.
 
     Returns:
-        Questions with `prompt`, `answer` and `traces`, each of these with its facts, `error` (see `first_error`),
-        `drop` (see `largest_drop`) and `steps`; JSON values only, numbers with 4 decimals, text made `visible`.
+        Questions with `prompt`, `answer` and `traces`, each of these with its facts, `error` (`first_below_others`),
+        `drop` (`largest_drop`) and `steps`; JSON values only, numbers with 4 decimals, text made `visible`.
 
     Raises:
         InputError: as for `write_inspection`.
@@ -176,7 +153,7 @@ def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
         "logprob": _finite(row.get("logprob")),
         "model": _text(row.get("model")),
         "drop": _finite(largest_drop(step_rewards)),
-        "error": first_error(step_rewards, threshold),
+        "error": first_below_others(step_rewards, threshold),
         "steps": [{"reward": _finite(value), "tokens": held} for value, held in zip(step_rewards, pieces)],
     }
 

@@ -8,9 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from tracereward.errors import check_choice
-from tracereward.reports.inspection import ERROR_MARGIN, colour_limit, questions_of
+from tracereward.reports.inspection import colour_limit, questions_of
 from tracereward.reports.plots import signed
 from tracereward.reports.report import reward_colour
+from tracereward.rewards.first_error_rules import ERROR_MARGIN
 
 COLOURS: dict[str, dict[str, Any]] = {
     "auto": {},  # rich looks at the terminal and at NO_COLOR
@@ -37,7 +38,7 @@ def print_ansi(
         width: columns; the terminal's if None.
         colour: one of `COLOURS`: "auto" is what the terminal can show, none if `file` is not one or ``NO_COLOR`` is
             set; "truecolor" and "256" also colour a file or a pipe; "never".
-        threshold: see `first_error`; that step has a ``!`` at both ends of its line.
+        threshold: see `first_below_others`; that step has a ``!`` at both ends of its line.
 
     Raises:
         InputError: as for `write_inspection`, and for an unknown `colour`.

@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from tracereward.files import atomic_write_text
 from tracereward.reports.plots import curves, histogram, signed
 from tracereward.reports.tables import Table, column_text, is_numeric
+from tracereward.rewards.first_error_rules import lowest_steps
 from tracereward.rewards.token_scores import TokenScores
 
 # sRGB of (limit below zero, zero, limit above zero). Orange to blue, told apart with every common colour blindness;
@@ -246,7 +247,7 @@ def _step_rows(trace: Trace, limit: float) -> list[dict[str, Any]]:
     """One row per step: its text, mean reward and colours; the lowest of several is marked."""
     scores = trace.scores
     rewards = scores.step_rewards()
-    lowest = min(range(len(rewards)), key=rewards.__getitem__) if len(rewards) > 1 else None
+    lowest = next(iter(lowest_steps(rewards)), None) if len(rewards) > 1 else None
     rows: list[dict[str, Any]] = []
     start = 0
     for end, is_end in enumerate(scores.step_ends):

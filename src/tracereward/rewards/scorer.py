@@ -13,6 +13,7 @@ from tracereward.errors import InputError, RunFailed, TooLong
 from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.rewards.first_error_rules import first_below
 from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.supervision import supervision_mask
 from tracereward.rewards.token_scores import TokenScores
@@ -144,7 +145,7 @@ class Scorer(ABC):
             threshold: in log-odds; `tracereward evaluate processbench` fits one on labelled traces.
         """
         rewards = self.score_steps([prompt], [steps])[0]
-        return next((index for index, reward in enumerate(rewards) if reward < threshold), None)
+        return first_below(rewards, threshold)
 
     def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
         """Mean token reward of each step of traces that are given step by step.
