@@ -22,7 +22,7 @@ from tracereward.tasks.recipes import get_task
 
 def load_policy(site: Site, arm: str) -> PreTrainedModel:
     """An arm's policy, on the accelerator if there is one."""
-    return load_causal_lm(site.policy(arm), torch.float32, best_device())
+    return load_causal_lm(str(site.policy(arm)), torch.float32, best_device())
 
 
 def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class TokenBridge:
         if self.same:
             return list(ids)
         text, _ = token_offsets(self.tokenizer, ids)
-        return encode_completion(self.model.tokenizer, text, self.finished(ids)) or [self.model.tokenizer.eos_token_id]
+        encoded = encode_completion(self.model.tokenizer, text, self.finished(ids))
+        return encoded or encode_completion(self.model.tokenizer, text)  # never empty
 
     def rewards(self, ids: Sequence[int], reward_ids: Sequence[int], rewards: Tensor) -> Tensor:
         """Rewards of the reward model's tokens on the policy's: projected where supervised, and backfilled.
