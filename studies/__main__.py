@@ -18,17 +18,36 @@ def study(
         list[str] | None,
         typer.Option("--world", help="World; repeatable. Default: the study's. word-problems takes hours on a CPU."),
     ] = None,
-    results: Annotated[Path, typer.Option(help="Folder of the pages and of each cell's JSON.")] = Path("docs/studies"),
+    pages: Annotated[Path, typer.Option(help="Folder of pages, NAME.md, and figures.")] = Path("docs/studies"),
+    results: Annotated[Path, typer.Option(help="Folder of results, NAME.jsonl.")] = Path("studies/results"),
     work: Annotated[Path, typer.Option(help="Folder of policies and reward models.")] = Path("runs/studies"),
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
     quick: Annotated[
-        bool, typer.Option(help="One seed, a tenth of the steps: to try out; the figures mean little.")
+        bool,
+        typer.Option(help="One seed, a tenth of the steps, in folders quick/: to try out; the figures mean little."),
     ] = False,
 ) -> None:
-    """Run a study on generated worlds and write its page; cells that are there are not run again."""
-    from studies.study import run_study
+    """Run a study on generated worlds and write its page; cells that are in its results are not run again.
 
-    run_study(name, worlds, seeds, results, work, jobs, quick)
+    With a world that is not the study's, page and results are NAME-WORLD.
+    """
+    from studies.cells import Place, run_cells
+    from studies.definitions import STUDIES
+    from studies.pages.page import configurations_tried, write_page
+    from tracereward.console import note
+    from tracereward.errors import check_choice
+
+    wanted = STUDIES[check_choice("study", name, STUDIES)]
+    if quick:
+        pages, results, seeds = pages / "quick", results / "quick", seeds or list(wanted.seeds[:1])
+    cells = wanted.cells(worlds, seeds)
+    stem = "-".join([name, *(world for world in worlds or () if world not in wanted.worlds)])
+    rows = run_cells(Place(work, results / f"{stem}.jsonl", quick), cells, jobs)
+    given = [f"--world {world}" for world in worlds or ()] + [f"--seed {seed}" for seed in seeds or ()]
+    command = " ".join(["python -m studies", name, *given, *(["--quick"] if quick else [])])
+    page = pages / f"{stem}.md"
+    write_page(page, wanted, command, rows, tried=configurations_tried(results))
+    note(f"page: {page}")
 
 
 if __name__ == "__main__":

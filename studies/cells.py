@@ -1,4 +1,4 @@
-"""Cells of a study: one JSON each, run side by side, and gone on with where an earlier run stopped."""
+"""Cells of a study: one row of its results each, run side by side, and gone on with where an earlier run stopped."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,13 +21,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from studies.measures import calibration, decoding, depth, self_correction, transfer
+from studies.results_file import Result, add_result, key_of, read_results
 from studies.setup import arms, judging
 from studies.setup.backbones import make_site, own, world_of
 from studies.setup.frozen import train_frozen
 from studies.setup.site import Site, choose_demonstrations, digest
 from tracereward.console import note
 from tracereward.errors import Interrupted, RunFailed
-from tracereward.files import atomic_write_json
 from tracereward.quickstart.worlds import World
 
 SAMPLES = 8
@@ -35,41 +36,54 @@ BY_REWARD = {"decoding": decoding.measure, "self-correction": self_correction.me
 """Kinds that train a reward model and measure what the SFT policy does with it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A row of a study's tables, or a point of a line "LINE @ X" of its curves.
+
+    Attributes:
+        name: of the row; irl rows are named after what differs from the recipe.
+        kind: ``policy`` (evaluate what preparing the world trained), ``sft-continued``, ``grpo-logprob``,
+            ``grpo-logratio``, ``grpo-verifier``, ``irl``, ``log-probs`` (a ranking without a reward model),
+            ``calibration`` or ``transfer`` (see the modules of these names), or one of `BY_REWARD`.
+        options: of adversarial training, in a cell the recipe's included; for ``policy`` the name of the policy; for
+            ``log-probs`` the sign of the base model's. ``choose`` in what trains a policy: the validation questions
+            choose among start and checkpoints.
+        experts, corrupt: of the demonstrations, see `Site`.
+        backbone: see `Site`.
+        seeds: how many of the study's seeds it has, the first ones; None: all.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+    experts: int | None = None
+    corrupt: float | None = None
+    backbone: str | None = None
+    seeds: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cell:
     """One training or evaluation: a row of a study's table for one seed.
 
     Attributes:
         world: sizes and options.
         seed: of data, models and training.
-        arm: name of the row; irl rows are named after what differs from the recipe.
-        kind: ``policy`` (evaluate what preparing the world trained), ``sft-continued``, ``grpo-logprob``,
-            ``grpo-logratio``, ``grpo-verifier``, ``irl``, ``log-probs`` (a ranking without a reward model),
-            ``calibration`` or ``transfer`` (see the modules of these names), or one of `BY_REWARD`.
-        options: of adversarial training, the recipe's included; for ``policy`` the name of the policy; for
-            ``log-probs`` the sign of the base model's. ``choose`` in what trains a policy: the validation questions
-            choose among start and checkpoints.
+        arm: what is trained or measured, with all its options.
         split: ``validation`` where results choose something, ``test`` where they are reported once.
         samples: of the SFT policy for each question, ranked by an irl cell's reward model.
-        experts, corrupt: of the demonstrations, see `Site`.
-        backbone: see `Site`.
     """
 
     world: World
     seed: int
-    arm: str
-    kind: str
-    options: dict[str, Any] = field(default_factory=dict)
+    arm: Arm
     split: str = "validation"
     samples: int = SAMPLES
-    experts: int | None = None
-    corrupt: float | None = None
-    backbone: str | None = None
 
     @property
     def name(self) -> str:
-        """File name of its result."""
-        return f"{self.world.name}--{slug(self.arm)}--{self.seed}"
+        """Of what it leaves behind when it fails."""
+        return f"{self.world.name}--{slug(self.arm.name)}--{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ class Place:
 
     Attributes:
         work: policies and reward models; worlds are shared by studies.
-        results: one JSON for each cell.
+        results: file of its results, see `results_file`.
         fast: a tenth of the steps.
     """
 
@@ -86,20 +100,24 @@ class Place:
     results: Path
     fast: bool = False
 
-    def site(
-        self,
-        world: World,
-        seed: int,
-        experts: int | None = None,
-        corrupt: float | None = None,
-        backbone: str | None = None,
-    ) -> Site:
-        """The folder of one world and seed; other sizes or options of the world are another folder."""
+    def site(self, world: World, seed: int, **given: Any) -> Site:
+        """The folder of one world and seed; other sizes or options of the world are another folder.
+
+        Args:
+            world: sizes and options.
+            seed: of data, models and training.
+            given: experts, corrupt and backbone, see `Site`.
+        """
         of = options_of(world)
         for later in ("grpo", "adversarial", "lora"):  # nothing that is shared depends on them
             of.pop(later, None)
         folder = self.work / f"{world.name}-{seed}-{digest([of, self.fast])}"
-        return Site(folder, world_of(backbone, world), seed, self.fast, True, experts, corrupt, backbone)
+        return Site(folder, world_of(given.get("backbone"), world), seed, self.fast, quiet=True, **given)
+
+    def site_of(self, cell: Cell, seed: int | None = None) -> Site:
+        """The site of a cell, or the same with another seed."""
+        seed, arm = cell.seed if seed is None else seed, cell.arm
+        return self.site(cell.world, seed, experts=arm.experts, corrupt=arm.corrupt, backbone=arm.backbone)
 
 
 def slug(text: str) -> str:
@@ -112,11 +130,23 @@ def options_of(world: World) -> dict[str, Any]:
     return {name: value for name, value in asdict(world).items() if value is not None}
 
 
-def settings_of(cell: Cell, fast: bool) -> dict[str, Any]:
+def settings_of(cell: Cell, fast: bool) -> Result:
     """Everything a cell's result depends on, as JSON has it: when it changes, the cell is run again."""
-    settings = {**asdict(cell), "world": cell.world.name, "world_options": options_of(cell.world), "fast": fast}
-    settings = {name: value for name, value in settings.items() if value is not None}
-    return json.loads(json.dumps(settings))
+    settings = {
+        "world": cell.world.name,
+        "seed": cell.seed,
+        "arm": cell.arm.name,
+        "kind": cell.arm.kind,
+        "options": cell.arm.options,
+        "split": cell.split,
+        "samples": cell.samples,
+        "experts": cell.arm.experts,
+        "corrupt": cell.arm.corrupt,
+        "backbone": cell.arm.backbone,
+        "world_options": options_of(cell.world),
+        "fast": fast,
+    }
+    return json.loads(json.dumps({name: value for name, value in settings.items() if value is not None}))
 
 
 def quieten() -> None:
@@ -163,7 +193,7 @@ def prepared(site: Site, cell: Cell) -> list[dict[str, Any]]:
 
 def prepare_discriminator(place: Place, cell: Cell) -> None:
     """Pretrain the backbone that an arm's discriminator starts from, ``BACKBONE/base``, if it is another one."""
-    backbone, _, arm = str(cell.options.get("discriminator_model")).partition("/")
+    backbone, _, arm = str(cell.arm.options.get("discriminator_model")).partition("/")
     if arm != "base":
         return
     site = place.site(cell.world, cell.seed, backbone=backbone)
@@ -181,94 +211,107 @@ def write_world(site: Site) -> None:
             make_site(llama)
 
 
-def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
+def run_cell(place: Place, cell: Cell) -> Result:
     """Train and judge one cell; writes and returns its result."""
     quieten()
-    site = place.site(cell.world, cell.seed, cell.experts, cell.corrupt, cell.backbone)
+    site = place.site_of(cell)
     samples = prepared(site, cell)
     prepare_discriminator(place, cell)
     start = time.perf_counter()
-    settings = settings_of(cell, place.fast)
-    result = dict(settings)
-    if cell.kind in BY_REWARD:
-        result |= BY_REWARD[cell.kind](lambda seed: reward_of(place, cell, seed), cell.seed, cell.split, cell.samples)
-    elif cell.kind == "log-probs":
-        result["ranking"] = judging.rank_by_log_probs(site, samples, cell.options["sign"])
-    elif cell.kind == "calibration":
-        result["questions"] = len({row["question"] for row in samples})
-        result["calibration"] = calibration.run(*reward_of(place, cell, cell.seed), samples)
-    elif cell.kind == "transfer":
-        others = {name: place.site(cell.world, cell.seed, backbone=own(name)) for name in cell.options["policies"]}
-        drawn = {name: prepared(other, cell) for name, other in others.items()}
-        result["questions"] = len({row["question"] for row in samples})
-        _, arm = reward_of(place, replace(cell, options=transfer.of_training(cell.options)), cell.seed)
-        result["transfer"] = transfer.run(site, arm, others, cell.options, drawn)
-    else:
-        arm = _train(site, cell, settings)
-        result["train_seconds"] = round(time.perf_counter() - start, 1)
-        judged, begun = (judging.greedy(site, name, cell.split) for name in (arm, "sft"))
-        collapsed = judging.collapsed(judged["accuracy"], judged["distinct"], begun)
-        result |= {**judged, "collapsed": collapsed}
-        if cell.options.get("choose"):
-            result["chosen"] = judging.chosen(site, arm)
-        if cell.kind == "irl":
-            result["ranking"], scored = judging.rank(site, arm, samples)
-            result["stopped"] = judging.stopped(site, arm)
-            if cell.world.name == "hops":
-                result["depth"] = depth.by_depth(site, scored)
-    result |= {
+    result = {
+        **settings_of(cell, place.fast),
+        **measured(place, cell, site, samples),
         "seconds": round(time.perf_counter() - start, 1),
         "torch": torch.__version__,
         "trl": version("trl"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
     }
-    path = place.results / f"{cell.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(path, result)
+    add_result(place.results, result)
+    return result
+
+
+def measured(place: Place, cell: Cell, site: Site, samples: list[dict[str, Any]]) -> Result:
+    """What a cell of its kind measures, by the name of the measure."""
+    arm = cell.arm
+    if arm.kind in BY_REWARD:
+        return BY_REWARD[arm.kind](lambda seed: reward_of(place, cell, seed), cell.seed, cell.split, cell.samples)
+    if arm.kind == "log-probs":
+        return {"ranking": judging.rank_by_log_probs(site, samples, arm.options["sign"])}
+    questions = len({row["question"] for row in samples})
+    if arm.kind == "calibration":
+        found = calibration.run(*reward_of(place, cell, cell.seed), samples)
+        return {"questions": questions, "calibration": found}
+    if arm.kind == "transfer":
+        others = {name: place.site(cell.world, cell.seed, backbone=own(name)) for name in arm.options["policies"]}
+        drawn = {name: prepared(other, cell) for name, other in others.items()}
+        training = replace(arm, options=transfer.of_training(arm.options))
+        _, reward = reward_of(place, replace(cell, arm=training), cell.seed)
+        found = transfer.run(site, reward, others, options=arm.options, samples=drawn)
+        return {"questions": questions, "transfer": found}
+    return policy(place, cell, site, samples)
+
+
+def policy(place: Place, cell: Cell, site: Site, samples: list[dict[str, Any]]) -> Result:
+    """Train a cell's policy and judge it, and its reward model as a ranking of the SFT policy's samples."""
+    start = time.perf_counter()
+    name = _train(site, cell, place.fast)
+    result: Result = {"train_seconds": round(time.perf_counter() - start, 1)}
+    judged, begun = (judging.greedy(site, one, cell.split) for one in (name, "sft"))
+    collapsed = judging.collapsed(judged["accuracy"], judged["distinct"], begun)
+    result |= {**judged, "collapsed": collapsed}
+    if cell.arm.options.get("choose"):
+        result["chosen"] = judging.chosen(site, name)
+    if cell.arm.kind == "irl":
+        result["ranking"], scored = judging.rank(site, name, samples)
+        result["stopped"] = judging.stopped(site, name)
+        if cell.world.name == "hops":
+            result["depth"] = depth.by_depth(site, scored)
     return result
 
 
 def reward_of(place: Place, cell: Cell, seed: int) -> tuple[Site, str]:
     """A seed's site, and the arm with the reward model that a cell uses as it is; trained unless it is there."""
-    site = place.site(cell.world, seed, cell.experts, cell.corrupt, cell.backbone)
+    site = place.site_of(cell, seed)
     prepared(site, cell)
     with lock(site):
-        return site, train_frozen(site, cell.options)
+        return site, train_frozen(site, cell.arm.options)
 
 
-def _train(site: Site, cell: Cell, settings: dict[str, Any]) -> str:
+def _train(site: Site, cell: Cell, fast: bool) -> str:
     """Train a cell's policy unless it is there; returns the name of its arm."""
-    if cell.kind == "policy":
-        policy = cell.options["policy"]
-        return site.start if policy == "base" else policy
-    arm = f"{slug(cell.arm)}-{digest(settings)}"
-    if not (site.run(arm) / "report.html").exists():
-        if cell.kind == "sft-continued":
-            arms.continue_sft(site, arm, **cell.options)
-        elif cell.kind == "irl":
-            arms.train_irl(site, arm, cell.options)
+    kind, options = cell.arm.kind, cell.arm.options
+    if kind == "policy":
+        return site.start if options["policy"] == "base" else options["policy"]
+    name = f"{slug(cell.arm.name)}-{digest(settings_of(cell, fast))}"
+    if not (site.run(name) / "report.html").exists():
+        if kind == "sft-continued":
+            arms.continue_sft(site, name, **options)
+        elif kind == "irl":
+            arms.train_irl(site, name, options)
         else:
-            arms.train_grpo(site, arm, cell.kind.removeprefix("grpo-"), **cell.options)
-    return arm
+            arms.train_grpo(site, name, kind.removeprefix("grpo-"), **options)
+    return name
 
 
-def stored(place: Place, cell: Cell) -> dict[str, Any] | None:
-    """A cell's result, if it is there and of the same settings."""
-    path = place.results / f"{cell.name}.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    wanted = settings_of(cell, place.fast)
-    return result if all(result.get(key) == value for key, value in wanted.items()) else None
+def stored(place: Place, cells: Sequence[Cell]) -> list[Result | None]:
+    """The cells' results; None where there is none of the same settings."""
+    known = {key_of(result): result for result in read_results(place.results)}
+
+    def of(cell: Cell) -> Result | None:
+        wanted = settings_of(cell, place.fast)
+        result = known.get(key_of(wanted), {})
+        return result if all(result.get(name) == value for name, value in wanted.items()) else None
+
+    return [of(cell) for cell in cells]
 
 
-def run_cells(place: Place, cells: list[Cell], jobs: int) -> list[dict[str, Any]]:
+def run_cells(place: Place, cells: Sequence[Cell], jobs: int) -> list[Result]:
     """Results of all cells, in their order; those that are stored are not run again.
 
     Raises:
         RunFailed: some cells failed; the others' results are stored.
     """
-    missing = [cell for cell in cells if stored(place, cell) is None]
+    missing = [cell for cell, result in zip(cells, stored(place, cells), strict=True) if result is None]
     note(f"{len(cells) - len(missing)} of {len(cells)} cells are there; running {len(missing)} on {jobs} processes")
     # Arm by arm, so that the first cells are of different worlds: each is prepared by one process while others wait.
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
@@ -277,9 +320,9 @@ def run_cells(place: Place, cells: list[Cell], jobs: int) -> list[dict[str, Any]
     failures = [text for text in failures if text]
     if failures:
         raise RunFailed("\n".join([f"{len(failures)} of {len(cells)} cells failed; run again to retry:", *failures]))
-    results = [stored(place, cell) for cell in cells]
-    assert all(result is not None for result in results)
-    return [result for result in results if result is not None]
+    results = [result for result in stored(place, cells) if result is not None]
+    assert len(results) == len(cells)
+    return results
 
 
 def attempt(place: Place, cell: Cell) -> str | None:

@@ -50,11 +50,18 @@ _CONTROLS = (
 )
 
 
+def _of_backbones(backbones: Iterable[str], kind: str, options: dict[str, Any], label: str = "{}") -> tuple[Arm, ...]:
+    """An arm of each backbone."""
+    return tuple(
+        Arm(name=label.format(LABELS[name]), kind=kind, options=options, backbone=own(name)) for name in backbones
+    )
+
+
 def _rewards_of(backbones: Iterable[str]) -> tuple[Arm, ...]:
     """The reward of each backbone on the policies of all."""
     options = {**FROZEN, "policies": list(backbones), "demonstrations": [5, 10, 25, 50]}
     options |= {"updates": 20, "head_learning_rate": 1e-2}
-    return tuple(Arm(f"reward of {LABELS[name]}", "transfer", options, backbone=own(name)) for name in backbones)
+    return _of_backbones(backbones, "transfer", options, label="reward of {}")
 
 
 STUDIES = {
@@ -63,9 +70,8 @@ STUDIES = {
         "The default recipe against what needs no reward model, at equal demonstrations, on seeds and test questions "
         f"that chose nothing, where mistakes leave a mark that experts never make. {_CONTROLS}",
         worlds=("exposure",),
-        seeds=(40, 41, 42, 43, 44, 45, 46, 47),
+        seeds=range(40, 48),
         arms=chosen(CONTROLS_AND_IRL),
-        split="test",
     ),
     "worlds": Study(
         "The recipe in other worlds",
@@ -74,18 +80,16 @@ STUDIES = {
         "several ways of working of unequal reliability; `misconception`, where nothing gives a mistake away but the "
         f"wrong value. {_CONTROLS}",
         worlds=("checked", "style", "multi-skill", "misconception"),
-        seeds=(40, 41, 42, 43, 44),
+        seeds=range(40, 45),
         arms=chosen(CONTROLS_AND_IRL),
-        split="test",
     ),
     "longer": Study(
         "The recipe with twice the steps",
         "World `checked` as in the study of other worlds, where the last of 100 steps was the best in all five runs: "
         f"200 steps for every arm that trains, on other seeds. {_CONTROLS}",
         worlds=("checked",),
-        seeds=(50, 51, 52, 53, 54),
+        seeds=range(50, 55),
         arms=chosen(CONTROLS_AND_IRL),
-        split="test",
         steps=200,
     ),
     "unmarked": Study(
@@ -93,17 +97,17 @@ STUDIES = {
         "As the study of the recipe, in a world where nothing gives a mistaken trace away but the wrong value, and "
         "with what the studies of objective and granularity chose there (R1 penalty 1, learning rate 3e-4).",
         worlds=("misconception",),
-        seeds=(10, 11, 12, 13, 14),
+        seeds=range(10, 15),
         recipe=R1_RECIPE,
         arms=CONTROLS_AND_IRL,
-        split="test",
     ),
     "granularity": Study(
         "Which tokens are supervised, by which head, with which advantages?",
         "Supervision granularity times head times advantages, all else as in the recipe. Head `airl` rewards f, the "
         "others the logit plus the log-prob under the starting policy.",
         worlds=("misconception",),
-        seeds=(0, 1, 2),
+        seeds=range(3),
+        split="validation",
         recipe=R1_RECIPE,
         arms=(
             SFT,
@@ -127,7 +131,8 @@ STUDIES = {
         "Objective, negatives, unlabeled prompts, updates, stabilisers",
         "One factor at a time from a first recipe, then combinations of what helped.",
         worlds=("misconception",),
-        seeds=(0, 1, 2),
+        seeds=range(3),
+        split="validation",
         recipe=FIRST_RECIPE,
         arms=(
             SFT,
@@ -200,7 +205,7 @@ STUDIES = {
         "here on other seeds: R1 penalty 1, learning rates 3e-4 and 5e-5, 32 demonstrations with 2 rollouts in an "
         "update.",
         worlds=("misconception",),
-        seeds=(40, 41, 42, 43, 44, 45, 46, 47),
+        seeds=range(40, 48),
         arms=(
             SFT,
             IRL,
@@ -240,7 +245,6 @@ STUDIES = {
                 }.items()
             ),
         ),
-        split="test",
     ),
     "scarcity": Study(
         "How few demonstrations are enough?",
@@ -249,7 +253,7 @@ STUDIES = {
         "a policy, with the recipe and half of the world's steps, where validation questions choose among start and "
         "checkpoints.",
         worlds=("checked",),
-        seeds=(40, 41, 42, 43, 44),
+        seeds=range(40, 45),
         arms=tuple(
             at(arm, f"{share}", experts=share)
             for share in SHARES
@@ -259,7 +263,6 @@ STUDIES = {
                 *(irl(f"frozen, {name}", granularity=name, **FROZEN) for name in GRANULARITIES),
             )
         ),
-        split="test",
         steps=50,
     ),
     "corrupt": Study(
@@ -267,9 +270,8 @@ STUDIES = {
         "0, 10 or 25 % of the demonstrations end in a wrong answer: they are what the pretrained model would write. "
         "SFT is tuned for each share, and validation questions choose among start and checkpoints in every arm.",
         worlds=("checked",),
-        seeds=(40, 41, 42),
+        seeds=range(40, 43),
         arms=chosen(at(arm, f"{share}", corrupt=share / 100) for share in (0, 10, 25) for arm in (SFT, IRL)),
-        split="test",
     ),
     "smollm2": Study(
         "A pretrained language model as policy",
@@ -281,7 +283,7 @@ STUDIES = {
         "rate of 0. The page shows whether such training holds on a pretrained model and how well its reward ranks, "
         "not how far long training would come.",
         worlds=("word-problems",),
-        seeds=(40, 41, 42),
+        seeds=range(40, 43),
         recipe=PRETRAINED_RECIPE,
         arms=(
             BASE,
@@ -292,7 +294,6 @@ STUDIES = {
             CONTINUED,
             irl("frozen after warm-up", discriminator_updates=0, max_steps=1),
         ),
-        split="test",
     ),
     "multihop": Study(
         "Does the reward help more where reasoning is longer?",
@@ -306,13 +307,12 @@ STUDIES = {
         "penalty 1, learning rate 3e-4), with one perturbed copy of each expert. An earlier `hops`, whose facts stood "
         "in the prompt, was given up: in most seeds so small a model never learned to look them up.",
         worlds=("hops",),
-        seeds=(50, 51, 52, 53, 54),
+        seeds=range(50, 55),
         recipe=STEADY,
         arms=(
             *chosen((BASE, SFT, LOGPROB, VERIFIER, IRL)),
             irl("frozen after warm-up", discriminator_updates=0, max_steps=4),
         ),
-        split="test",
     ),
     "decoding": Study(
         "Does guided decoding beat choosing among whole samples at equal tokens?",
@@ -322,9 +322,8 @@ STUDIES = {
         "best of N such traces is chosen; top-k is the same without the reward in the drawing. Everything that was "
         "drawn counts, dropped traces and lookahead too.",
         worlds=("checked",),
-        seeds=(40, 41, 42, 43, 44),
-        arms=(Arm("frozen after warm-up", "decoding", FROZEN),),
-        split="test",
+        seeds=range(40, 45),
+        arms=(Arm(name="frozen after warm-up", kind="decoding", options=FROZEN),),
         samples=32,
     ),
     "self-correction": Study(
@@ -333,9 +332,8 @@ STUDIES = {
         "continuations are drawn from there, and the one that the judge prefers takes its place if the judge prefers "
         "it to what was there, for up to r rounds.",
         worlds=("checked",),
-        seeds=(40, 41, 42, 43, 44),
-        arms=(Arm("frozen after warm-up", "self-correction", FROZEN),),
-        split="test",
+        seeds=range(40, 45),
+        arms=(Arm(name="frozen after warm-up", kind="self-correction", options=FROZEN),),
         samples=16,
     ),
     "reranking": Study(
@@ -343,7 +341,7 @@ STUDIES = {
         "The paper's second experiment: the policy stays as SFT left it; the discriminator is trained on rollouts "
         "drawn once, and ranks 16 samples of it.",
         worlds=("exposure", "checked", "style", "multi-skill", "misconception"),
-        seeds=(40, 41, 42, 43, 44),
+        seeds=range(40, 45),
         arms=(
             SFT,
             *(
@@ -351,7 +349,6 @@ STUDIES = {
                 for updates in (40, 120)
             ),
         ),
-        split="test",
         samples=16,
     ),
     "calibration": Study(
@@ -362,10 +359,9 @@ STUDIES = {
         "first samples of a third of the validation questions. Platt scaling and a linear probe of the trace's mean "
         "last hidden state are fitted on all samples of the others.",
         worlds=("checked",),
-        seeds=(40, 41, 42),
-        arms=tuple(Arm(LABELS[name], "calibration", FROZEN, backbone=own(name)) for name in COMPARED),
-        pretrained=tuple(Arm(LABELS[name], "calibration", FROZEN, backbone=own(name)) for name in PRETRAINED),
-        split="test",
+        seeds=range(40, 43),
+        arms=_of_backbones(COMPARED, "calibration", FROZEN),
+        pretrained=_of_backbones(PRETRAINED, "calibration", FROZEN),
     ),
     "transfer": Study(
         "Does a reward serve other backbones?",
@@ -376,12 +372,11 @@ STUDIES = {
         "training with a discriminator of a seventh of the policy's parameters, pretrained alike, beside the usual "
         "one.",
         worlds=("checked",),
-        seeds=(40, 41, 42),
+        seeds=range(40, 43),
         arms=(
             *chosen((SFT, IRL, irl("IRL, smaller discriminator", discriminator_model="small/base"))),
             *_rewards_of(COMPARED),
         ),
         pretrained=_rewards_of(PRETRAINED),
-        split="test",
     ),
 }

@@ -1,39 +1,13 @@
 """What a study is made of: arms, and how they become cells."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
-from studies.cells import BY_REWARD, Cell
+from studies.cells import BY_REWARD, SAMPLES, Arm, Cell
 from tracereward.errors import InputError, check_choice
 from tracereward.quickstart.worlds import RECIPE, WORLDS, World
 from tracereward.synthetic.arithmetic import MISTAKE_RATES
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A row of a study's tables, or a point of a line "LINE @ X" of its curves; see `Cell`.
-
-    It has the first `seeds` of the study's seeds, or all.
-    """
-
-    name: str
-    kind: str
-    options: dict[str, Any]
-    experts: int | None = None
-    corrupt: float | None = None
-    backbone: str | None = None
-    seeds: int | None = None
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether it means nothing in a world without pretraining."""
-        return self.kind in ("log-probs", "grpo-logratio")
-
-    def options_in(self, world: World, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Its options, over the recipe's and the world's where it has them."""
-        learned = self.kind in ("irl", "calibration", "transfer", *BY_REWARD)
-        return {**recipe, **world.adversarial, **self.options} if learned else self.options
 
 
 @dataclass(frozen=True)
@@ -55,11 +29,12 @@ class Study:
 
     title: str
     question: str
+    _: KW_ONLY
     worlds: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seeds: Sequence[int]
     arms: tuple[Arm, ...]
-    split: str = "validation"
-    samples: int = 8
+    split: str = "test"
+    samples: int = SAMPLES
     recipe: dict[str, Any] = field(default_factory=lambda: RECIPE)
     steps: int | None = None
     pretrained: tuple[Arm, ...] | None = None
@@ -80,26 +55,21 @@ class Study:
         if self.steps is not None:
             chosen = [replace(world, grpo={**world.grpo, "max_steps": self.steps}) for world in chosen]
         return [
-            Cell(
-                world,
-                seed,
-                arm.name,
-                arm.kind,
-                arm.options_in(world, self.recipe),
-                self.split,
-                self.samples,
-                arm.experts,
-                arm.corrupt,
-                arm.backbone,
-            )
+            Cell(world=world, seed=seed, arm=self._arm_in(world, arm), split=self.split, samples=self.samples)
             for world in chosen
             for arm in self._arms_in(world)
-            if world.pretraining or not arm.needs_base
             for seed in seeds or self.seeds[: arm.seeds]
         ]
 
-    def _arms_in(self, world: World) -> tuple[Arm, ...]:
-        return self.arms if world.model is None or self.pretrained is None else self.pretrained
+    def _arms_in(self, world: World) -> list[Arm]:
+        """The arms in one world, but those that compare with a base model where nothing is pretrained."""
+        arms = self.arms if world.model is None or self.pretrained is None else self.pretrained
+        return [arm for arm in arms if world.pretraining or arm.kind not in ("log-probs", "grpo-logratio")]
+
+    def _arm_in(self, world: World, arm: Arm) -> Arm:
+        """The arm with all options: what learns a reward has the recipe's, the world's and its own over them."""
+        learned = arm.kind in ("irl", "calibration", "transfer", *BY_REWARD)
+        return replace(arm, options={**self.recipe, **world.adversarial, **arm.options}) if learned else arm
 
     def _check(self, world: World) -> None:
         """Refuse a world that lacks what an arm needs."""
@@ -110,17 +80,17 @@ class Study:
 
 def irl(name: str, **options: Any) -> Arm:
     """The recipe with some options replaced."""
-    return Arm(name, "irl", options)
+    return Arm(name=name, kind="irl", options=options)
 
 
-BASE = Arm("base", "policy", {"policy": "base"})
-SFT = Arm("SFT", "policy", {"policy": "sft"})
-CONTINUED = Arm("SFT continued", "sft-continued", {})
-LOGPROB = Arm("GRPO on log-prob", "grpo-logprob", {})
-VERIFIER = Arm("GRPO with verifier", "grpo-verifier", {})
-LOGRATIO = Arm("GRPO on log p_SFT - log p_base", "grpo-logratio", {})
-RATIO = Arm("log p_SFT - log p_base", "log-probs", {"sign": -1.0})
-SUM = Arm("log p_SFT + log p_base", "log-probs", {"sign": 1.0})
+BASE = Arm(name="base", kind="policy", options={"policy": "base"})
+SFT = Arm(name="SFT", kind="policy", options={"policy": "sft"})
+CONTINUED = Arm(name="SFT continued", kind="sft-continued")
+LOGPROB = Arm(name="GRPO on log-prob", kind="grpo-logprob")
+VERIFIER = Arm(name="GRPO with verifier", kind="grpo-verifier")
+LOGRATIO = Arm(name="GRPO on log p_SFT - log p_base", kind="grpo-logratio")
+RATIO = Arm(name="log p_SFT - log p_base", kind="log-probs", options={"sign": -1.0})
+SUM = Arm(name="log p_SFT + log p_base", kind="log-probs", options={"sign": 1.0})
 IRL = irl("IRL")
 
 CONTROLS_AND_IRL = (BASE, SFT, CONTINUED, LOGPROB, VERIFIER, IRL, RATIO, SUM)

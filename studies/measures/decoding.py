@@ -55,7 +55,7 @@ FEW = 20
 """Questions of a quick run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """One part's questions, plain samples of the SFT policy, and guides by an arm's reward model.
 
@@ -104,17 +104,27 @@ def load_bench(site: Site, arm: str, part: str, n: int, asked: int | None = None
     rewards = guide.rewards(guide.encode([row["prompt"] for row in rows]), ids)
     flat = [
         Candidate(
-            row["completion"], task.extract(row["completion"]), reward, row["logprob"], len(trace), row["correct"]
+            text=row["completion"],
+            answer=task.extract(row["completion"]),
+            reward=reward,
+            logprob=row["logprob"],
+            length=len(trace),
+            correct=row["correct"],
         )
         for row, reward, trace in zip(rows, rewards, ids, strict=True)
     ]
     starts = range(0, len(rows), n)
+    guides = {
+        "reward": guide,
+        "reward_logprob": replace(guide, reference=policy),
+        "logprob": replace(guide, scorer=own),
+    }
     return Bench(
-        prompts,
-        [row["answer"] for row in questions],
-        {"reward": guide, "reward_logprob": replace(guide, reference=policy), "logprob": replace(guide, scorer=own)},
-        [ids[start : start + n] for start in starts],
-        [flat[start : start + n] for start in starts],
+        prompts=prompts,
+        golds=[row["answer"] for row in questions],
+        guides=guides,
+        samples=[ids[start : start + n] for start in starts],
+        pool=[flat[start : start + n] for start in starts],
     )
 
 
@@ -141,7 +151,7 @@ def guided(bench: Bench, score: str, method: str, setting: Row, budgets: Sequenc
 def best_of(bench: Bench, guide: Guide, setting: Row, budgets: Sequence[int]) -> dict[str, list[Row]]:
     """What each of `rerank.METHODS` reaches among tilted traces at each budget; N of the most are what N alone are."""
     task = get_task(TASK)
-    found = tilt(guide, bench.prompts, max(budgets), setting["alpha"], setting["top_k"])
+    found = tilt(guide, bench.prompts, max(budgets), alpha=setting["alpha"], top_k=setting["top_k"])
     tokens = sum(traces[0].sampled_tokens for traces in found) / len(found) / max(budgets)
     curves = ranking_curves(candidates(found, bench.golds, task), task.equal, guide.seed)
     return {
@@ -180,7 +190,7 @@ def tune(bench: Bench) -> Row:
         for method in methods:
             tried = []
             for setting in GRID[method]:
-                (row,) = guided(bench, score, method, setting, [TUNED_AT[method]])
+                (row,) = guided(bench, score, method, setting, budgets=[TUNED_AT[method]])
                 gain = margin((row["sampled_tokens"], row["accuracy"]), points_of(plain, score))
                 tried.append({**setting, **row, "margin": gain})
             best = max(range(len(tried)), key=lambda index: tried[index]["margin"])
@@ -193,7 +203,7 @@ def tuned(site: Site, arm: str, n: int) -> Row:
     file = site.run(arm) / "guides.json"
     with FileLock(f"{file}.lock"):
         if not file.exists():
-            atomic_write_json(file, tune(load_bench(site, arm, "validation", n, ASKED)))
+            atomic_write_json(file, tune(load_bench(site, arm, "validation", n, asked=ASKED)))
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -212,12 +222,12 @@ def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, 
     tuning = tuned(*reward_of(TUNED_ON), n)
     bench = load_bench(*reward_of(seed), part, n)
     alone = replace(bench.guides["reward"], temperature=0.0)
-    rows = [{"method": "greedy", "budget": 1, **_first(tilt(alone, bench.prompts, 1, 0.0, 1), bench.golds)}]
+    rows = [{"method": "greedy", "budget": 1, **_first(tilt(alone, bench.prompts, 1, alpha=0.0, top_k=1), bench.golds)}]
     rows += bench.pool_rows()
     for score, methods in SCORES.items():
         for method in methods:
             setting = GRID[method][tuning["grids"][score][method]["chosen"]]
-            found = guided(bench, score, method, setting, TILTED[score] if method == "tilt" else BUDGETS)
+            found = guided(bench, score, method, setting, budgets=TILTED[score] if method == "tilt" else BUDGETS)
             rows += [{"method": method, "score": score, **row} for row in found]
     rows += truncated(bench, tuning)
     return {"questions": len(bench.prompts), "decoding": {"tuning": tuning, "rows": rows}}

@@ -41,7 +41,7 @@ def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int,
     drawn, cuts = [0] * len(given), [False] * len(given)
     for number in range(rounds):
         seeded = replace(guide, seed=guide.seed + 1000 * number)
-        found = self_correct(seeded, asked, traces, 1, k, threshold, bench.guides[detector])
+        found = self_correct(seeded, asked, traces, rounds=1, k=k, threshold=threshold, detector=bench.guides[detector])
         traces = [correction.ids for correction in found]
         drawn = [total + correction.sampled_tokens for total, correction in zip(drawn, found, strict=True)]
         cuts = [known or bool(correction.cuts) for known, correction in zip(cuts, found, strict=True)]
@@ -114,7 +114,7 @@ def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, 
         questions, their number; self_correction: the tuning, rows of each way, and those of plain samples.
     """
     site, arm = reward_of(seed)
-    known = load_bench(site, arm, "validation", VALIDATION, ASKED)
+    known = load_bench(site, arm, "validation", VALIDATION, asked=ASKED)
     bench = load_bench(site, arm, part, n)
     tuning, rows = [], []
     for way in WAYS:
@@ -124,7 +124,7 @@ def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, 
         threshold = tried["tried"][tried["chosen"]]["threshold"]
         threshold = math.inf if threshold is None else threshold
         for k in DRAWS:
-            rows += [{**names, **row} for row in corrected(bench, way, threshold, ROUNDS, k)]
+            rows += [{**names, **row} for row in corrected(bench, way, threshold, rounds=ROUNDS, k=k)]
     return {
         "questions": len(bench.prompts),
         "self_correction": {"tuning": tuning, "rows": rows, "pool": bench.pool_rows()},

@@ -59,7 +59,9 @@ def run(
         rollouts = judging.draw_samples(other, other.start, other.demonstrations, given["warmup_rollouts"])
         for count in options["demonstrations"]:
             rate = {"discriminator_online_learning_rate": options["head_learning_rate"]}
-            model = adapt(load_frozen(site, arm), site, {**given, **rate}, rollouts, count, options["updates"])
+            model = adapt(
+                load_frozen(site, arm), site, {**given, **rate}, rollouts, count=count, updates=options["updates"]
+            )
             found[name][str(count)] = choices(score(model, other, samples[name]))
     return found
 

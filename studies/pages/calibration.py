@@ -1,20 +1,25 @@
-"""Sections and figure of the study of calibration, from its cells' JSON."""
+"""Sections and figure of the study of calibration, from the rows of its results."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain, groupby, permutations, product
+from itertools import chain, permutations, product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
-from studies.pages.markdown import cell, signed, table
-from tracereward.metrics import mean_interval
+from studies.pages.markdown import difference, mean, table
+from studies.results_file import Result
 
-Result = dict[str, Any]
 FIRST = "as trained"
+FIXED: dict[str, tuple[str, int]] = {
+    "parameters": ("parameters", 0),
+    "digits_per_token": ("digits per token", 2),
+    "accuracy": ("right samples, %", 1),
+}
+"""What no tuning changes, as columns, and decimals."""
 MEASURES: dict[str, tuple[str, int]] = {
     "auroc": ("AUROC", 3),
     "auroc_within_prompt": ("within-prompt AUROC", 3),
@@ -29,18 +34,16 @@ MEASURES: dict[str, tuple[str, int]] = {
     "probe_auroc": ("probe: AUROC", 3),
     "probe_auroc_within_prompt": ("probe: within-prompt AUROC", 3),
 }
-"""What `calibration.judge` gives, as columns, and decimals."""
+"""What `measures.calibration.judge` gives, as columns, and decimals."""
 TARGETS = ("ece", "ece_platt", "auroc", "auroc_within_prompt")
-PREDICTORS: dict[str, Callable[[Result, str], float]] = {
-    "share of right samples": lambda result, _: result["calibration"]["accuracy"],
-    "mean probability minus share of right samples": lambda result, state: (
-        of(result, state)["mean_probability"] - result["calibration"]["accuracy"]
-    ),
-    "separation": lambda result, state: of(result, state)["separation"],
-    "effective rank": lambda result, state: of(result, state)["effective_rank"],
-    "probe: AUROC": lambda result, state: of(result, state)["probe_auroc"],
-    "probe: within-prompt AUROC": lambda result, state: of(result, state)["probe_auroc_within_prompt"],
-    "digits per token": lambda result, _: result["calibration"]["digits_per_token"],
+PREDICTORS = {
+    "share of right samples": "accuracy",
+    "mean probability minus share of right samples": "over",
+    "separation": "separation",
+    "effective rank": "effective_rank",
+    "probe: AUROC": "probe_auroc",
+    "probe: within-prompt AUROC": "probe_auroc_within_prompt",
+    "digits per token": "digits_per_token",
 }
 ORDERS = 10_000
 _LEGEND = (
@@ -54,42 +57,36 @@ _LEGEND = (
 
 def sections(path: Path, results: Sequence[Result]) -> list[str]:
     """Parts of the page; writes ``NAME-reliability.png`` beside `path`."""
+    judged = frame_of(results)
+    trained = judged[judged["state"] == FIRST]
     figure = path.with_name(f"{path.stem}-reliability.png")
-    reliability_figure(figure, results)
+    reliability_figure(figure, trained)
+    correlations = [_correlations(own, state) for state, own in judged.groupby("state", sort=False)]
     return [
         f"![Reliability, and calibration against accuracy and effective rank]({figure.name})",
         "### As trained",
         _LEGEND,
-        _backbones(results),
-        _levels(results),
+        _backbones(trained),
+        _levels(trained),
         "### After tuning on labelled traces",
-        _tuned_words(results),
-        _tuned(results),
+        _tuned_words(trained),
+        _tuned(judged),
         "### What goes with calibration and ranking",
-        _correlation_words(results),
-        *(part for state in states_of(results) for part in _correlations(results, state)),
+        _correlation_words(trained),
+        *chain(*correlations),
     ]
 
 
-def of(result: Result, state: str) -> dict[str, Any]:
-    """What was measured of one state of the reward model; nan for what is undefined."""
-    return dict.fromkeys(MEASURES, math.nan) | result["calibration"]["states"][state]
-
-
-def states_of(results: Sequence[Result]) -> list[str]:
-    """Names of the states."""
-    return list(results[0]["calibration"]["states"])
-
-
-def _by_backbone(results: Sequence[Result]) -> dict[str, list[Result]]:
-    rows: dict[str, list[Result]] = {}
-    for result in results:
-        rows.setdefault(result["arm"], []).append(result)
-    return rows
-
-
-def _mean(values: Sequence[float], digits: int) -> str:
-    return cell(mean_interval(values), digits)
+def frame_of(results: Sequence[Result]) -> pd.DataFrame:
+    """One row for each cell and state of its reward model: `FIXED`, `MEASURES` (nan where undefined) and bins."""
+    rows = [
+        {"arm": result["arm"], "cell": cell, "state": state, **result["calibration"], **measured}
+        for cell, result in enumerate(results)
+        for state, measured in result["calibration"]["states"].items()
+    ]
+    columns = ["arm", "cell", "state", *FIXED, "labelled", "labelled_right", *MEASURES, "bins"]
+    frame = pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(MEASURES, float))
+    return frame.assign(over=frame["mean_probability"] - frame["accuracy"])
 
 
 def between(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -102,70 +99,53 @@ def between(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
     return float(1 - inside / total), float(stats.f_oneway(*groups).pvalue) if inside else 0.0
 
 
-def _backbones(results: Sequence[Result]) -> str:
+def _backbones(trained: pd.DataFrame) -> str:
     """One row a backbone, and what lies between them."""
-    fixed: dict[str, tuple[Callable[[Result], float], int]] = {
-        "parameters": (lambda result: result["calibration"]["parameters"], 0),
-        "digits per token": (lambda result: result["calibration"]["digits_per_token"], 2),
-        "right samples, %": (lambda result: 100 * result["calibration"]["accuracy"], 1),
-    }
-    columns = fixed | {
-        head: (lambda result, name=name: of(result, FIRST)[name], digits) for name, (head, digits) in MEASURES.items()
-    }
-    backbones = _by_backbone(results)
-    rows = [
-        [
-            arm,
-            *(
-                f"{value(own[0]):.0f}" if head == "parameters" else _mean([value(result) for result in own], digits)
-                for head, (value, digits) in columns.items()
-            ),
-        ]
-        for arm, own in backbones.items()
-    ]
-    last = ["between backbones"]
-    for head, (value, _) in columns.items():
-        share, p = between([[value(result) for result in own] for own in backbones.values()])
-        last.append("" if head in ("parameters", "digits per token") or np.isnan(share) else f"{share:.0%} (p {p:.2g})")
-    return table(["backbone", *columns], [*rows, last])
+    cells = trained.assign(accuracy=100 * trained["accuracy"]).groupby("arm", sort=False)
+    shown = pd.DataFrame(
+        {head: cells[name].agg(mean, digits=digits) for name, (head, digits) in {**FIXED, **MEASURES}.items()}
+    )
+    shown["parameters"] = cells["parameters"].first().map("{:.0f}".format)
+    last = {}
+    for name in ("accuracy", *MEASURES):
+        share, p = between([own.tolist() for _, own in cells[name]])
+        last[{**FIXED, **MEASURES}[name][0]] = None if math.isnan(share) else f"{share:.0%} (p {p:.2g})"
+    return table("backbone", pd.concat([shown, pd.DataFrame(last, index=["between backbones"])]))
 
 
-def _levels(results: Sequence[Result]) -> str:
+def _levels(trained: pd.DataFrame) -> str:
     """How far probabilities follow the policies' accuracy."""
-    said = [of(result, FIRST)["mean_probability"] for result in results]
-    right = [result["calibration"]["accuracy"] for result in results]
-    under = sum(p < share for p, share in zip(said, right, strict=True))
+    said, right = trained["mean_probability"], trained["accuracy"]
     return (
-        f"Over the {len(results)} cells the mean probability is {min(said):.2f} to {max(said):.2f}, the share of right "
-        f"samples {min(right):.2f} to {max(right):.2f}; in {under} cells it is above the mean probability."
+        f"Over the {len(trained)} cells the mean probability is {said.min():.2f} to {said.max():.2f}, the share of "
+        f"right samples {right.min():.2f} to {right.max():.2f}; in {(said < right).sum()} cells it is above the mean "
+        "probability."
     )
 
 
-def _tuned_words(results: Sequence[Result]) -> str:
-    right = [result["calibration"]["labelled_right"] for result in results]
-    labelled = results[0]["calibration"]["labelled"]
+def _tuned_words(trained: pd.DataFrame) -> str:
+    right = trained["labelled_right"]
     return (
-        f"On {labelled} labelled traces, {min(right)} to {max(right)} of them right. The last rows: differences to the "
-        f"same cell as trained, over all {len(results)} cells. Tuning the head alone leaves the hidden states as they "
-        "were."
+        f"On {trained['labelled'].iloc[0]} labelled traces, {right.min()} to {right.max()} of them right. The last "
+        f"rows: differences to the same cell as trained, over all {len(trained)} cells. Tuning the head alone leaves "
+        "the hidden states as they were."
     )
 
 
-def _tuned(results: Sequence[Result]) -> str:
+def _tuned(judged: pd.DataFrame) -> str:
     """Every backbone and state, and paired differences over all cells."""
-    states = states_of(results)
-    rows = []
-    for arm, own in _by_backbone(results).items():
-        for state in states:
-            values = (_mean([of(r, state)[name] for r in own], digits) for name, (_, digits) in MEASURES.items())
-            rows.append([f"{arm}: {state}", *values])
-    for state in states[1:]:
-        changes = [
-            signed(mean_interval([of(r, state)[name] - of(r, FIRST)[name] for r in results]), digits)
-            for name, (_, digits) in MEASURES.items()
-        ]
-        rows.append([f"{state} minus {FIRST}", *changes])
-    return table(["reward model", *(head for head, _ in MEASURES.values())], rows)
+    states = judged.groupby("state", sort=False)
+    first = states.get_group(FIRST).set_index("cell")
+    changes = {
+        f"{state} minus {FIRST}": own.set_index("cell")[list(MEASURES)] - first[list(MEASURES)]
+        for state, own in states
+        if state != FIRST
+    }
+    labelled = judged.assign(row=judged["arm"] + ": " + judged["state"]).groupby("row", sort=False)
+    shown = pd.DataFrame({head: labelled[name].agg(mean, digits=digits) for name, (head, digits) in MEASURES.items()})
+    for row, change in changes.items():
+        shown.loc[row] = [difference(change[name], digits) for name, (_, digits) in MEASURES.items()]
+    return table("reward model", shown)
 
 
 def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[int] = ()) -> tuple[float, float]:
@@ -204,11 +184,10 @@ def orders(sizes: tuple[int, ...]) -> np.ndarray:
     return np.concatenate([np.arange(sum(sizes))[None], np.concatenate(drawn, axis=1)])
 
 
-def centred(values: Sequence[float], groups: Sequence[str]) -> list[float]:
+def centred(values: pd.Series, groups: pd.Series) -> pd.Series:
     """Values minus the mean of their group."""
-    means = {group: np.mean([v for v, g in zip(values, groups, strict=True) if g == group]) for group in set(groups)}
     # Rounded, so that what is constant within groups is exactly 0 and has no ranks.
-    return [round(float(v - means[g]), 12) for v, g in zip(values, groups, strict=True)]
+    return (values - values.groupby(groups).transform("mean")).round(12)
 
 
 def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
@@ -222,11 +201,11 @@ def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
     return kept
 
 
-def _correlation_words(results: Sequence[Result]) -> str:
+def _correlation_words(trained: pd.DataFrame) -> str:
     """How to read the tables."""
-    backbones = _by_backbone(results)
+    backbones = trained["arm"].nunique()
     return (
-        f"n = {len(results)} cells, of {len(backbones)} backbones with {len(results) // len(backbones)} seeds each. p "
+        f"n = {len(trained)} cells, of {backbones} backbones with {len(trained) // backbones} seeds each. p "
         "by permutation; cells of one backbone are not independent, so p over all cells is too small. Within "
         "backbones: each backbone's mean is taken off first, and values are permuted among its seeds. Mean probability "
         "and separation are computed from the same rewards as what they are compared with: they say how, not why. "
@@ -234,50 +213,37 @@ def _correlation_words(results: Sequence[Result]) -> str:
     )
 
 
-def _correlations(results: Sequence[Result], state: str) -> list[str]:
+def _correlations(judged: pd.DataFrame, state: str) -> list[str]:
     """A table of rho, with all cells and within backbones, and what it says."""
-    groups = [result["arm"] for result in results]
-    sizes = [len(list(neighbours)) for _, neighbours in groupby(groups)]
-    names: list[tuple[str, str]] = []
-    whole: list[tuple[float, float]] = []
-    inside: list[tuple[float, float]] = []
-    for predictor, value in PREDICTORS.items():
-        x = [value(result, state) for result in results]
+    arms = judged["arm"]
+    sizes = judged.groupby("arm", sort=False).size().tolist()
+    rows = []
+    for predictor, name in PREDICTORS.items():
         for target in TARGETS:
-            y = [of(result, state)[target] for result in results]
-            names.append((predictor, target))
-            whole.append(spearman(x, y))
-            inside.append(spearman(centred(x, groups), centred(y, groups), sizes))
-    kept = holm([p for _, p in whole])
-    cells = {name: _rho(one, bold) for name, one, bold in zip(names, whole, kept, strict=True)}
-    within = {name: _rho(one, False) for name, one in zip(names, inside, strict=True)}
-    heads = [f"Spearman's rho (p), {state}", *(MEASURES[target][0] for target in TARGETS)]
-    heads += [f"{MEASURES[target][0]}, within backbones" for target in TARGETS]
-    rows = [
-        [predictor, *(found[predictor, target] for found in (cells, within) for target in TARGETS)]
-        for predictor in PREDICTORS
-    ]
-    tested = [p for _, p in whole if not np.isnan(p)]
-    low = sum(p < 0.05 for p in tested)
-    survivors = [
-        f"{predictor} with {MEASURES[target][0]}" for (predictor, target), one in zip(names, kept, strict=True) if one
-    ]
+            x, y = judged[name], judged[target]
+            rho, p = spearman(x.tolist(), y.tolist())
+            within = spearman(centred(x, arms).tolist(), centred(y, arms).tolist(), sizes)
+            rows.append((predictor, MEASURES[target][0], rho, p, _rho(*within)))
+    pairs = pd.DataFrame(rows, columns=["predictor", "target", "rho", "p", "within"])
+    pairs["kept"] = holm(pairs["p"].tolist())
+    pairs["all"] = [f"**{_rho(row.rho, row.p)}**" if row.kept else _rho(row.rho, row.p) for row in pairs.itertuples()]
+    wide = pairs.pivot(index="predictor", columns="target", values=["all", "within"]).loc[list(PREDICTORS)]
+    heads = [MEASURES[target][0] for target in TARGETS]
+    shown = pd.concat([wide["all"][heads], wide["within"][heads].add_suffix(", within backbones")], axis=1)
+    survivors = pairs.loc[pairs["kept"], "predictor"] + " with " + pairs.loc[pairs["kept"], "target"]
+    tested = pairs["p"].dropna()
     words = (
-        f"{state.capitalize()}: of {len(tested)} pairs {low} have p under .05, where chance alone gives "
-        f"{0.05 * len(tested):.1f}. Holm's correction leaves (bold): {'; '.join(survivors) or 'none'}."
+        f"{state.capitalize()}: of {len(tested)} pairs {(tested < 0.05).sum()} have p under .05, where chance alone "
+        f"gives {0.05 * len(tested):.1f}. Holm's correction leaves (bold): {'; '.join(survivors) or 'none'}."
     )
-    return [words, table(heads, rows)]
+    return [words, table(f"Spearman's rho (p), {state}", shown)]
 
 
-def _rho(found: tuple[float, float], bold: bool) -> str:
-    rho, p = found
-    if np.isnan(rho):
-        return ""
-    text = f"{rho:+.2f} ({p:.2g})"
-    return f"**{text}**" if bold else text
+def _rho(rho: float, p: float) -> str:
+    return "" if math.isnan(rho) else f"{rho:+.2f} ({p:.2g})"
 
 
-def reliability_figure(path: Path, results: Sequence[Result]) -> None:
+def reliability_figure(path: Path, trained: pd.DataFrame) -> None:
     """Write a PNG: accuracy against probability of each backbone as trained, its seeds pooled; ECE of each cell against
     the share of right samples and against the effective rank."""
     from matplotlib.figure import Figure
@@ -286,12 +252,11 @@ def reliability_figure(path: Path, results: Sequence[Result]) -> None:
     left, middle, right = figure.subplots(1, 3)
     left.plot([0, 1], [0, 1], color="black", linewidth=0.6)
     looks = zip(("#0b6e4f", "#c0571d", "#3b5b92", "#7a7a7a", "#8a5a9e"), "os^Dv", strict=True)
-    for (arm, own), (colour, marker) in zip(_by_backbone(results).items(), looks, strict=False):
+    for (arm, own), (colour, marker) in zip(trained.groupby("arm", sort=False), looks, strict=False):
         look = {"color": colour, "marker": marker, "markersize": 5, "label": arm}
-        left.plot(*pooled(of(result, FIRST)["bins"] for result in own), linewidth=1.2, **look)
-        ece = [of(result, FIRST)["ece"] for result in own]
-        middle.plot([100 * result["calibration"]["accuracy"] for result in own], ece, linestyle="", **look)
-        right.plot([of(result, FIRST)["effective_rank"] for result in own], ece, linestyle="", **look)
+        left.plot(*pooled(own["bins"]), linewidth=1.2, **look)
+        middle.plot(100 * own["accuracy"], own["ece"], linestyle="", **look)
+        right.plot(own["effective_rank"], own["ece"], linestyle="", **look)
     left.set(xlabel="sigmoid of the reward", ylabel="share of right traces", xlim=(0, 1), ylim=(0, 1))
     middle.set(xlabel="right samples of the policy, %", ylabel="ECE")
     right.set(xlabel="effective rank of hidden states", ylabel="ECE")
@@ -305,11 +270,10 @@ def reliability_figure(path: Path, results: Sequence[Result]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def pooled(bins: Any) -> tuple[list[float], list[float]]:
+def pooled(bins: pd.Series) -> tuple[pd.Series, pd.Series]:
     """Mean probability and accuracy of each bin of width 0.1, the traces of several cells taken together."""
-    sums: dict[int, np.ndarray] = {}
-    for probability, accuracy, count in (row for rows in bins for row in rows):
-        place = min(int(probability * 10), 9)
-        sums[place] = sums.get(place, np.zeros(3)) + np.array([probability * count, accuracy * count, count])
-    points = [(float(p / n), float(a / n)) for _, (p, a, n) in sorted(sums.items())]
-    return [p for p, _ in points], [a for _, a in points]
+    rows = pd.DataFrame(chain(*bins), columns=["probability", "accuracy", "traces"])
+    rows["bin"] = (rows["probability"] * 10).astype(int).clip(upper=9)
+    sums = rows[["probability", "accuracy"]].mul(rows["traces"], axis=0).groupby(rows["bin"]).sum()
+    traces = rows.groupby("bin")["traces"].sum()
+    return sums["probability"] / traces, sums["accuracy"] / traces

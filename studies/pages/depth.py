@@ -1,22 +1,19 @@
-"""Section and figure of results against the number of hops, from the cells' JSON."""
+"""Section and figure of results against the number of hops, from the rows of a study's results."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import pandas as pd
 
 from studies.pages.figures import depth_lines
-from studies.pages.markdown import cell, signed, table
-from tracereward.metrics import mean_interval
+from studies.pages.markdown import mean, percent, points, table
+from studies.pages.rankings import ranking_frame, with_control
+from studies.results_file import Result
 
-Result = dict[str, Any]
-Interval = tuple[float, float, float]
-Lines = dict[str, dict[int, Interval]]
-OTHERS = ("majority@{n}", "log-prob best-of-{n}")
-"""Ways of choosing that need no reward, the better of which is what a gain is above."""
-BEST = "reward + log-prob best-of-{n}"
-"""The way whose gain is shown."""
-CHOICES = ("mean sample", "shortest", *OTHERS, "reward best-of-{n}", BEST, "oracle@{n}")
+CHOICES = (
+    *("mean sample", "shortest", "majority@{n}", "log-prob best-of-{n}", "reward best-of-{n}"),
+    *("reward + log-prob best-of-{n}", "oracle@{n}"),
+)
 FOUND = {
     "chance": "chance",
     "first": "always the first line",
@@ -34,81 +31,52 @@ _HOW_TO_READ = (
 def sections(path: Path, results: Sequence[Result]) -> list[str]:
     """Parts of the page `path`; writes ``NAME-depth.png`` beside it."""
     figure = path.with_name(f"{path.stem}-depth.png")
-    rows = _by_arm_and_depth(results)
-    depth_lines(figure, *_lines(rows))
+    rows = pd.DataFrame(
+        [
+            {name: result[name] for name in ("arm", "seed", "samples")}
+            | {"x": int(depth), "point": f"{result['arm']}, {depth} hops", **of_depth["localisation"]}
+            | {"ranking": of_depth["ranking"]}
+            for result in results
+            for depth, of_depth in result["depth"].items()
+        ]
+    ).astype(dict.fromkeys(FOUND, float))
+    rows = ranking_frame(rows)
+    n = results[0]["samples"]
+    rows["gain"] = rows[f"reward + log-prob best-of-{n}"] - rows["plain"]
+    _draw(figure, rows)
     picture = f"![Gain and localisation against depth]({figure.name})"
-    return ["### Against depth", _HOW_TO_READ, picture, _choice(rows, results[0]["samples"]), _localisation(rows)]
+    return ["### Against depth", _HOW_TO_READ, picture, _choice(rows, n), _localisation(rows)]
 
 
-def _by_arm_and_depth(results: Sequence[Result]) -> dict[tuple[str, str], list[Result]]:
-    """For each arm and depth what `depth.summaries` gives for each seed, with the number of samples."""
-    rows: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        for depth, of_depth in result["depth"].items():
-            rows.setdefault((result["arm"], depth), []).append({**of_depth, "samples": result["samples"]})
-    return rows
-
-
-def _accuracy(row: Result, label: str) -> float:
-    """What a way of choosing reaches."""
-    return row["ranking"]["accuracy"][label.format(n=row["samples"])][0]
-
-
-def _gain(row: Result) -> float:
-    """What `BEST` reaches above the better of `OTHERS`."""
-    return _accuracy(row, BEST) - max(_accuracy(row, label) for label in OTHERS)
-
-
-def _auroc(row: Result, score: str) -> float:
-    return _number(row["ranking"][f"{score}_auroc_within_prompt"])
-
-
-def _found(row: Result, score: str) -> float:
-    return _number(row["localisation"][score])
-
-
-def _number(value: float | None) -> float:
-    """JSON's null, of what is undefined, as nan."""
-    return math.nan if value is None else value
-
-
-def _percent(rows: Sequence[Result], value: Callable[[Result], float]) -> Interval:
-    """Mean over seeds with its 95 % interval, in %."""
-    return mean_interval([100 * value(row) for row in rows])
-
-
-def _choice(rows: dict[tuple[str, str], list[Result]], n: int) -> str:
+def _choice(rows: pd.DataFrame, n: int) -> str:
     """What each way of choosing one of `n` samples reaches, and within-prompt AUROCs."""
-    lines = []
-    for (arm, depth), of_seeds in rows.items():
-        reached = [cell(_percent(of_seeds, lambda row, label=label: _accuracy(row, label))) for label in CHOICES]
-        aurocs = [cell(mean_interval([_auroc(row, score) for row in of_seeds]), 3) for score in ("logprob", "reward")]
-        questions = f"{of_seeds[0]['ranking']['questions']}"
-        lines.append([f"{arm}, {depth} hops", questions, *reached, signed(_percent(of_seeds, _gain)), *aurocs])
-    heads = [f"choosing one of {n} samples", "questions", *(label.format(n=n) for label in CHOICES)]
-    gain = f"{BEST.format(n=n)} minus the better of majority and log-prob"
-    return table([*heads, gain, "within-prompt AUROC, log-prob", "within-prompt AUROC, reward"], lines)
+    cells = rows.groupby("point", sort=False)
+    shown = {
+        "questions": cells["questions"].first(),
+        **{label: cells[label].agg(percent) for label in (choice.format(n=n) for choice in CHOICES)},
+        f"reward + log-prob best-of-{n} minus the better of majority and log-prob": cells["gain"].agg(points),
+        "within-prompt AUROC, log-prob": cells["logprob_auroc_within_prompt"].agg(mean, digits=3),
+        "within-prompt AUROC, reward": cells["reward_auroc_within_prompt"].agg(mean, digits=3),
+    }
+    return table(f"choosing one of {n} samples", pd.DataFrame(shown))
 
 
-def _localisation(rows: dict[tuple[str, str], list[Result]]) -> str:
+def _localisation(rows: pd.DataFrame) -> str:
     """Share of wrong samples whose first wrong line is found, in %."""
-    lines = []
-    for (arm, depth), of_seeds in rows.items():
-        wrong = sum(row["localisation"]["wrong"] for row in of_seeds) / len(of_seeds)
-        found = [cell(_percent(of_seeds, lambda row, score=score: _found(row, score))) for score in FOUND]
-        gain = signed(_percent(of_seeds, lambda row: _found(row, "reward") - _found(row, "logprob")))
-        lines.append([f"{arm}, {depth} hops", f"{wrong:.0f}", *found, gain])
-    return table(["first wrong line found", "wrong samples a seed", *FOUND.values(), "reward minus log-prob"], lines)
+    cells = rows.assign(more=rows["reward"] - rows["logprob"]).groupby("point", sort=False)
+    shown = {
+        "wrong samples a seed": cells["wrong"].mean().map("{:.0f}".format),
+        **{name: cells[score].agg(percent) for score, name in FOUND.items()},
+        "reward minus log-prob": cells["more"].agg(points),
+    }
+    return table("first wrong line found", pd.DataFrame(shown))
 
 
-def _lines(rows: dict[tuple[str, str], list[Result]]) -> tuple[Lines, Lines]:
-    """The figure's lines: gain of each arm, and localisation by each score."""
-    gains: Lines = {}
-    found: Lines = {}
-    for (arm, depth), of_seeds in rows.items():
-        gains.setdefault(arm, {})[int(depth)] = _percent(of_seeds, _gain)
-        # The samples are the same in all arms, and with them all but the reward.
-        for score, name in (("reward", f"reward, {arm}"), ("logprob", "log-prob"), ("chance", "chance")):
-            values = _percent(of_seeds, lambda row, score=score: _found(row, score))
-            found.setdefault(name, {})[int(depth)] = values
-    return gains, found
+def _draw(figure: Path, rows: pd.DataFrame) -> None:
+    """Gain of each arm, and localisation by each score; of log-prob and chance it is the same in all arms."""
+    rewards, *controls = (
+        rows.assign(line=line, value=100 * rows[score])
+        for score, line in (("reward", "reward, " + rows["arm"]), ("logprob", "log-prob"), ("chance", "chance"))
+    )
+    control = pd.concat(controls).drop_duplicates(["line", "x", "seed"])
+    depth_lines(figure, rows.assign(line=rows["arm"], value=100 * rows["gain"]), with_control(rewards, control))

@@ -1,7 +1,11 @@
-"""Tables of pages: means with their intervals, and Markdown."""
+"""Tables of pages: means over seeds as text, and frames of texts as Markdown."""
 
 import math
-from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from tracereward.metrics import mean_interval
 
 
 def cell(interval: tuple[float, float, float], digits: int = 1) -> str:
@@ -20,7 +24,43 @@ def signed(interval: tuple[float, float, float], digits: int = 1) -> str:
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first to the right."""
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+def mean(values: pd.Series, digits: int = 1) -> str:
+    """Mean over seeds, with its interval."""
+    return cell(mean_interval(values), digits)
+
+
+def difference(values: pd.Series, digits: int = 1) -> str:
+    """Mean over seeds of a difference."""
+    return signed(mean_interval(values), digits)
+
+
+def percent(values: pd.Series) -> str:
+    """Mean over seeds of a share, in %."""
+    return mean(100 * values.astype(float))
+
+
+def points(values: pd.Series) -> str:
+    """Mean over seeds of a difference of shares, in points."""
+    return difference(100 * values.astype(float))
+
+
+def paired(values: pd.Series) -> str:
+    """`points` of the seeds that have a partner; nothing without any."""
+    return points(values.dropna()) if values.notna().any() else ""
+
+
+def counted(flags: pd.Series) -> str:
+    """How many of how many."""
+    return f"{np.count_nonzero(flags)}/{len(flags)}"
+
+
+def table(corner: str, frame: pd.DataFrame) -> str:
+    """A Markdown table of texts; the index is the first column, all others are to the right, what is missing is blank.
+
+    Args:
+        corner: heading of the index.
+        frame: texts; its columns' names are headings.
+    """
+    rows = frame.astype(object).where(frame.notna(), "")
+    lines = ["| " + " | ".join([corner, *map(str, frame.columns)]) + " |", "|---" + "|---:" * len(frame.columns) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows.itertuples())])

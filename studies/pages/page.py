@@ -1,16 +1,17 @@
-"""A study's page: Markdown and a figure, from the cells' JSON alone."""
+"""A study's page: Markdown and a figure, from the rows of its results alone."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from studies.pages import calibration, curves, decoding, depth, transfer
+import pandas as pd
+
+from studies.design import Study
+from studies.pages import calibration, curves, decoding, depth, self_correction, transfer
 from studies.pages.figures import accuracy_dots
-from studies.pages.markdown import cell, signed, table
-from tracereward.metrics import mean_interval
+from studies.pages.markdown import counted, difference, mean, paired, percent, points, table
+from studies.pages.rankings import against, ranking_frame
+from studies.results_file import Result, read_results
 
-Result = dict[str, Any]
 BASELINES = (
     "mean sample",
     "shortest",
@@ -22,78 +23,68 @@ BASELINES = (
 """Labels of `rerank.METHODS` that need no reward."""
 LEARNED = {
     "reward": ("reward best-of-{n}", "reward-weighted vote@{n}", "reward"),
-    "reward + log-prob": (
-        "reward + log-prob best-of-{n}",
-        "vote@{n} weighted by reward + log-prob",
-        "reward_logprob",
-    ),
+    "reward + log-prob": ("reward + log-prob best-of-{n}", "vote@{n} weighted by reward + log-prob", "reward_logprob"),
 }
+"""Labels of best-of and weighted vote by each score, and its name in AUROCs."""
+FIELDS = (
+    *("world", "seed", "arm", "kind", "samples", "questions", "accuracy", "accuracy_unseen", "distinct"),
+    *("collapsed", "chosen", "stopped", "train_seconds", "ranking"),
+)
+"""What the tables of policies and rankings read of a cell; not every kind has all."""
 SECTIONS: dict[str, Callable[[Path, Sequence[Result]], list[str]]] = {
     "calibration": calibration.sections,
-    "decoding": decoding.decoding_sections,
+    "decoding": decoding.sections,
     "depth": depth.sections,
-    "self_correction": decoding.correction_sections,
+    "self_correction": self_correction.sections,
     "transfer": transfer.sections,
 }
 """What else a world's cells may hold, and the parts of the page that show it."""
 
 
-def write_page(
-    path: Path, title: str, question: str, command: str, results: Sequence[Result], studies: Path | None = None
-) -> None:
-    """Write `path` and the figure beside it.
+def write_page(path: Path, study: Study, command: str, results: Sequence[Result], tried: int) -> None:
+    """Write `path` and the figures beside it.
 
     Args:
-        path: ``NAME.md``; the figure is ``NAME.png``, and where cells have results by depth ``NAME-depth.png``.
-        title: the page's heading.
-        question: what the study asks and how to read it.
+        path: ``NAME.md``; figures are ``NAME.png`` and, of some sections, ``NAME-SECTION.png``.
+        study: whose title and question stand on top.
         command: what made the page.
         results: of all cells.
-        studies: folder of all studies' cells, for the number of configurations tried. Default: `path`'s.
+        tried: `configurations_tried`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure = path.with_suffix(".png")
-    worlds = list(dict.fromkeys(result["world"] for result in results))
-    parts = [
-        f"# {title}",
-        question,
-        _provenance(results, command, configurations_tried(studies or path.parent)),
-    ]
-    judged = [result for result in results if "accuracy" in result and not curves.is_point(result)]
-    if judged:
+    parts = [f"# {study.title}", study.question, _provenance(results, command, tried)]
+    lines = [result for result in results if curves.is_point(result)]
+    arms = pd.DataFrame([result for result in results if not curves.is_point(result)], columns=FIELDS)
+    judged, ranked = (arms[arms[name].notna()] for name in ("accuracy", "ranking"))
+    if len(judged):
+        figure = path.with_suffix(".png")
+        accuracy_dots(figure, judged)
         parts.append(f"![Greedy accuracy of each arm]({figure.name})")
-    for world in worlds:
+    for world in dict.fromkeys(result["world"] for result in results):
         of_world = [result for result in results if result["world"] == world]
         seeds = len({result["seed"] for result in of_world})
         parts.append(f"## World `{world}`, {seeds} seed{'s' * (seeds > 1)}")
-        points = [result for result in of_world if curves.is_point(result)]
-        if points:
-            parts += curves.sections(path, points)
-        policies = [result for result in of_world if result in judged]
-        if policies:
-            parts.append(_policies(policies))
-        ranked = [result for result in of_world if "ranking" in result and not curves.is_point(result)]
-        if ranked:
-            parts.append(_ranking(ranked))
+        if own := [result for result in lines if result["world"] == world]:
+            parts += curves.sections(path, own)
+        parts += [
+            tabulate(cells[cells["world"] == world])
+            for tabulate, cells in ((_policies, judged), (_ranking, ranked))
+            if (cells["world"] == world).any()
+        ]
         for key, sections in SECTIONS.items():
-            measured = [result for result in of_world if key in result]
-            if measured:
-                parts += sections(path, measured)
+            if own := [result for result in of_world if key in result]:
+                parts += sections(path, own)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    if not judged:
-        return
-    panels = {}
-    for world in worlds:
-        arms = _by_arm([result for result in judged if result["world"] == world])
-        panels[world] = {arm: [100 * row["accuracy"] for row in rows] for arm, rows in arms.items()}
-    learned = {result["arm"] for result in results if result["kind"] == "irl"}
-    accuracy_dots(figure, panels, learned, "held-out greedy accuracy, %: seeds and their mean")
 
 
-def configurations_tried(studies: Path) -> int:
-    """How many arms with a learned reward, in how many worlds, were looked at on validation questions."""
-    rows = [json.loads(cell.read_text(encoding="utf-8")) for cell in studies.glob("*/*.json")]
-    return len({(r["world"], r["arm"]) for r in rows if r["kind"] == "irl" and r["split"] == "validation"})
+def configurations_tried(folder: Path) -> int:
+    """How many arms with a learned reward, in how many worlds, were looked at on validation questions.
+
+    Args:
+        folder: of all studies' results.
+    """
+    results = [result for path in folder.glob("*.jsonl") for result in read_results(path)]
+    return len({(r["world"], r["arm"]) for r in results if r["kind"] == "irl" and r["split"] == "validation"})
 
 
 def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
@@ -101,8 +92,7 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
     first = next((result for result in results if "accuracy" in result), results[0])
     seeds = sorted({result["seed"] for result in results})
     splits = sorted({result["split"] for result in results})
-    failed = sum(result["collapsed"] for result in results if result["kind"] == "irl")
-    total = sum(result["kind"] == "irl" for result in results)
+    failed = [result["collapsed"] for result in results if result["kind"] == "irl"]
     hours = sum(result["seconds"] for result in results) / 3600
     fast = " **Fewer steps (`--quick`): these figures mean little.**" if first["fast"] else ""
     alike = "the same for all seeds" if splits == ["test"] else "others for each seed"
@@ -111,12 +101,12 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
         f"{' and '.join(splits)} questions, {alike}, {hours:.1f} hours of one core without pretraining and SFT "
         f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast}"
     )
-    if not total:
+    if not failed:
         return f"{made} Intervals are 95 % t intervals over seeds: over data, models and training, not over questions."
     return (
         f"{made} In all studies {tried} "
         "configurations of adversarial training, arms times worlds, were looked at on validation questions. Of the "
-        f"{total} adversarial runs on this page {failed} collapsed (accuracy "
+        f"{len(failed)} adversarial runs on this page {sum(failed)} collapsed (accuracy "
         "more than 5 points under SFT's, or fewer than half its distinct traces). Stopped: a failure rule ended the "
         "run and put its best checkpoint back, or, without a better one, the SFT policy itself. Start kept: validation "
         "questions, where they choose, preferred the start to all checkpoints. Accuracies are in %, "
@@ -125,109 +115,61 @@ def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
     )
 
 
-def _policies(results: Sequence[Result]) -> str:
+def _policies(cells: pd.DataFrame) -> str:
     """Greedy accuracy of each arm, and its differences to SFT and to the log-prob control."""
-    arms = _by_arm(results)
-    unseen = ["of unseen kinds"] if all("accuracy_unseen" in result for result in results) else []
-    rows = []
-    for arm, of_arm in arms.items():
-        learned, given = (of_arm[0]["kind"] == kind for kind in ("irl", "policy"))
-        rows.append(
-            [
-                arm,
-                cell(_percent(of_arm, lambda r: r["accuracy"])),
-                *(cell(_percent(of_arm, lambda r: r["accuracy_unseen"])) for _ in unseen),
-                _difference(of_arm, arms.get("SFT"), arm),
-                _difference(of_arm, arms.get("GRPO on log-prob"), arm) if learned else "",
-                "" if given else f"{sum(r['collapsed'] for r in of_arm)}/{len(of_arm)}",
-                f"{sum(r['stopped'] is not None for r in of_arm)}/{len(of_arm)}" if learned else "",
-                f"{sum(r['chosen'] == 'start' for r in of_arm)}/{len(of_arm)}" if "chosen" in of_arm[0] else "",
-                f"{sum(r['distinct'] for r in of_arm) / len(of_arm):.2f}",
-                "" if given else f"{sum(r['train_seconds'] for r in of_arm) / len(of_arm):.0f}",
-            ]
-        )
-    heads = [
-        "arm",
-        "greedy accuracy",
-        *unseen,
-        "minus SFT",
-        "minus GRPO on log-prob",
-        "collapsed",
-        "stopped",
-        "start kept",
-        "distinct traces",
-        "seconds",
-    ]
-    return table(heads, rows)
+    baselines = {f"minus {arm}": arm for arm in ("SFT", "GRPO on log-prob")}
+    gaps = {head: against(cells, cells[cells["arm"] == arm], ["seed"]) for head, arm in baselines.items()}
+    flags = {"stopped": cells["stopped"].notna(), "start kept": cells["chosen"] == "start"}
+    arms = cells.assign(**gaps, **flags).groupby("arm", sort=False)
+    kind, chose = arms["kind"].first(), arms["chosen"].count() > 0
+    shown = pd.DataFrame(
+        {
+            "greedy accuracy": arms["accuracy"].agg(percent),
+            "of unseen kinds": arms["accuracy_unseen"].agg(percent),
+            **{head: arms[head].agg(paired).where(kind.index != arm) for head, arm in baselines.items()},
+            "collapsed": arms["collapsed"].agg(counted).where(kind != "policy"),
+            "stopped": arms["stopped"].agg(counted),
+            "start kept": arms["start kept"].agg(counted).where(chose),
+            "distinct traces": arms["distinct"].mean().map("{:.2f}".format),
+            "seconds": arms["train_seconds"].mean().map("{:.0f}".format).where(kind != "policy"),
+        }
+    )
+    of_learned = ["minus GRPO on log-prob", "stopped"]
+    shown[of_learned] = shown[of_learned].where(kind == "irl")
+    if cells["accuracy_unseen"].isna().any():
+        shown = shown.drop(columns="of unseen kinds")
+    return table("arm", shown)
 
 
-def _ranking(results: Sequence[Result]) -> str:
+def _ranking(cells: pd.DataFrame) -> str:
     """What choosing among samples of the SFT policy reaches, by each arm's reward and by the baselines."""
-    arms = _by_arm(results)
+    n = cells["samples"].iloc[0]
+    arms = dict(iter(ranking_frame(cells).groupby("arm", sort=False)))
     first = next(iter(arms.values()))  # the baselines choose among the same samples in all
-    n = first[0]["samples"]
-
-    def accuracy(label: str) -> Callable[[Result], float]:
-        return lambda result: result["ranking"]["accuracy"][label.format(n=n)][0]
-
-    def baseline(result: Result) -> float:
-        return max(accuracy(label)(result) for label in ("majority@{n}", "log-prob best-of-{n}"))
-
-    rows = [["log-prob", _within_prompt(first, "logprob").partition(" (")[0], "", "", ""]]
+    rows = {"log-prob": [_within_prompt(first, "logprob").partition(" (")[0], "", "", ""]}
     for label in BASELINES:
-        rows.append([label.format(n=n), "", cell(_percent(first, accuracy(label))), "", ""])
-    for arm, of_arm in arms.items():
-        scores = LEARNED if of_arm[0]["kind"] == "irl" else {"": LEARNED["reward"]}
-        for name, (best, vote, key) in scores.items():
-            gain = _percent(of_arm, _minus(accuracy(best), baseline))
-            picked, voted = (cell(_percent(of_arm, accuracy(label))) for label in (best, vote))
-            rows.append([f"{arm}: {name}".removesuffix(": "), _within_prompt(of_arm, key), picked, voted, signed(gain)])
+        rows[label.format(n=n)] = ["", percent(first[label.format(n=n)]), "", ""]
+    for arm, own in arms.items():
+        scores = LEARNED if (own["kind"] == "irl").all() else {"": LEARNED["reward"]}
+        for name, (best, vote, score) in scores.items():
+            picked, voted = (own[label.format(n=n)] for label in (best, vote))
+            gain = points(picked - own["plain"])
+            texts = [_within_prompt(own, score), percent(picked), percent(voted), gain]
+            rows[f"{arm}: {name}".removesuffix(": ")] = texts
     heads = [
-        f"choosing one of {n} samples of the SFT policy",
         "within-prompt AUROC (minus log-prob's)",
         f"best-of-{n} or baseline",
         "weighted vote",
         "best-of minus the better of majority and log-prob",
     ]
-    return table(heads, rows)
+    shown = pd.DataFrame.from_dict(rows, orient="index", columns=heads)
+    return table(f"choosing one of {n} samples of the SFT policy", shown)
 
 
-def _minus(one: Callable[[Result], float], other: Callable[[Result], float]) -> Callable[[Result], float]:
-    return lambda result: one(result) - other(result)
-
-
-def _within_prompt(results: Sequence[Result], key: str) -> str:
+def _within_prompt(cells: pd.DataFrame, score: str) -> str:
     """Within-prompt AUROC of one score, and what it is above the log-prob's of the same samples.
 
     Undefined where no question has both right and wrong samples.
     """
-    name, logprob = (f"{score}_auroc_within_prompt" for score in (key, "logprob"))
-    if any(r["ranking"][name] is None for r in results):
-        return "undefined"
-    gain = _mean(results, lambda r: r["ranking"][name] - r["ranking"][logprob])
-    return f"{cell(_mean(results, lambda r: r['ranking'][name]), 3)} ({signed(gain, 3)})"
-
-
-def _by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
-    arms: dict[str, list[Result]] = {}
-    for result in results:
-        arms.setdefault(result["arm"], []).append(result)
-    return arms
-
-
-def _mean(results: Sequence[Result], value: Callable[[Result], float]) -> tuple[float, float, float]:
-    """Mean over seeds with its 95 % interval."""
-    return mean_interval([value(result) for result in results])
-
-
-def _percent(results: Sequence[Result], value: Callable[[Result], float]) -> tuple[float, float, float]:
-    return _mean(results, lambda result: 100 * value(result))
-
-
-def _difference(results: Sequence[Result], others: Sequence[Result] | None, arm: str) -> str:
-    """Mean difference of accuracies, paired by seed; nothing without a partner."""
-    if not others or arm == others[0]["arm"]:
-        return ""
-    of_seed = {result["seed"]: result["accuracy"] for result in others}
-    pairs = [100 * (r["accuracy"] - of_seed[r["seed"]]) for r in results if r["seed"] in of_seed]
-    return signed(mean_interval(pairs)) if pairs else ""
+    own, logprob = (cells[f"{name}_auroc_within_prompt"].astype(float) for name in (score, "logprob"))
+    return mean(own, 3) if own.isna().any() else f"{mean(own, 3)} ({difference(own - logprob, 3)})"

@@ -1,11 +1,14 @@
-"""A small world, and `python -m studies` in this process."""
+"""A small world, `python -m studies` in this process, and pages of results by hand."""
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import pytest
 
 from studies.__main__ import app
+from studies.definitions import STUDIES
+from studies.pages.page import write_page
 from tracereward.cli.app import main
 from tracereward.quickstart.worlds import WORLDS
 
@@ -29,3 +32,14 @@ def command(monkeypatch, capsys, *words: str) -> tuple[int, str]:
     with pytest.raises(SystemExit) as end:
         main(app)
     return int(end.value.code or 0), capsys.readouterr().err
+
+
+def folders(path: Path) -> list[str]:
+    """Options that keep all of a study below a folder, in one process."""
+    return [*(f"--{name}={path / name}" for name in ("pages", "results", "work")), "--jobs=1"]
+
+
+def page_of(folder: Path, results: list[dict]) -> str:
+    """The page of these results; its figures are ``x*.png`` in the folder."""
+    write_page(folder / "x.md", STUDIES["recipe"], "python -m studies x", results, 0)
+    return (folder / "x.md").read_text()

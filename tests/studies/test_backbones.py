@@ -1,10 +1,10 @@
 """The studies of calibration and transfer: backbones, what is measured of them, and their pages."""
 
 import dataclasses
-import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -24,14 +24,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from helpers.studies import page_of
 from studies import cells
 from studies.definitions import STUDIES
 from studies.measures import calibration, transfer
 from studies.pages import calibration as calibration_page
 from studies.pages import transfer as transfer_page
-from studies.pages.page import write_page
+from studies.results_file import read_results
 from studies.setup import judging
-from studies.setup.backbones import BUILDERS, COMPARED, LABELS, PRETRAINED, own, write_untrained
+from studies.setup.backbones import BUILDERS, COMPARED, PRETRAINED, own, write_untrained
 from studies.setup.frozen import FROZEN, once
 from studies.setup.site import Site
 from tracereward.files import write_jsonl
@@ -317,15 +318,15 @@ def test_transfer_of_untrained_models(tmp_path):
 
 
 def test_a_cell_of_each_kind_is_stored(monkeypatch, tmp_path):
-    place = cells.Place(tmp_path / "work", tmp_path / "cells")
+    place = cells.Place(tmp_path / "work", tmp_path / "x.jsonl")
     monkeypatch.setattr(cells, "prepared", lambda site, cell: samples(3))
     monkeypatch.setattr(cells, "reward_of", lambda place, cell, seed: (place.site(cell.world, seed), "frozen"))
     monkeypatch.setattr(calibration, "run", lambda site, arm, rows: {"states": len(rows)})
-    monkeypatch.setattr(transfer, "run", lambda *given: {name: len(rows) for name, rows in given[-1].items()})
+    monkeypatch.setattr(transfer, "run", lambda *_, samples, **__: {name: len(rows) for name, rows in samples.items()})
     wanted = [STUDIES[name].cells(seeds=[40])[-1] for name in ("calibration", "transfer")]
     for cell in wanted:
         cells.run_cell(place, cell)
-    found = [cells.stored(place, cell) for cell in wanted]
+    found = cells.stored(place, wanted)
     assert all(row is not None and row["questions"] == 3 and row["backbone"] == "digits" for row in found)
     assert found[0]["calibration"] == {"states": 6}
     assert found[1]["transfer"] == dict.fromkeys(COMPARED, 6)
@@ -375,13 +376,14 @@ def test_pretrained_backbones(monkeypatch, tmp_path):
         sft_grid=world.sft_grid[:1],
         grpo={**world.grpo, **small},
     )
-    place = cells.Place(tmp_path / "work", tmp_path / "cells", fast=True)
+    place = cells.Place(tmp_path / "work", tmp_path / "x.jsonl", fast=True)
     for study in ("calibration", "transfer"):
         wanted = [dataclasses.replace(cell, world=world) for cell in STUDIES[study].cells(["word-problems"], [40])]
-        assert [cell.arm.removeprefix("reward of ") for cell in wanted] == ["SmolLM2 135M", "Gemma 3 270M"]
+        assert [cell.arm.name.removeprefix("reward of ") for cell in wanted] == ["SmolLM2 135M", "Gemma 3 270M"]
         for cell in wanted:
-            options = {**cell.options, "updates": 2} if study == "transfer" else cell.options
-            cells.run_cell(place, dataclasses.replace(cell, samples=2, options=options))
+            options = {**cell.arm.options, "updates": 2} if study == "transfer" else cell.arm.options
+            arm = dataclasses.replace(cell.arm, options=options)
+            cells.run_cell(place, dataclasses.replace(cell, samples=2, arm=arm))
     (site,) = (path for path in (tmp_path / "work").glob("word-problems-40-*") if path.is_dir())
     for own_folder, folder in ((site, "smollm2"), (site / "gemma3", "gemma3")):
         config, start = (AutoConfig.from_pretrained(at) for at in (own_folder / "sft" / "policy", folders[folder]))
@@ -392,10 +394,10 @@ def test_pretrained_backbones(monkeypatch, tmp_path):
         moved = {name.split(".")[1] for name, value in sft.items() if not torch.equal(value, reward[name])}
         assert moved == {"1"}  # LoRA in the upper half of two layers
     assert not list(site.rglob("corpus.jsonl"))
-    found = {path.stem.split("--")[1]: json.loads(path.read_text()) for path in (tmp_path / "cells").iterdir()}
-    for arm in ("SmolLM2-135M", "Gemma-3-270M"):
+    found = {result["arm"]: result for result in read_results(place.results)}
+    for arm in ("SmolLM2 135M", "Gemma 3 270M"):
         assert list(found[arm]["calibration"]["states"]) == ["as trained", "head tuned", "all weights tuned"]
-    of = found["reward-of-Gemma-3-270M"]["transfer"]
+    of = found["reward of Gemma 3 270M"]["transfer"]
     assert {name: list(counts) for name, counts in of.items()} == {
         "smollm2": ["0", "5", "10", "25", "50"],
         "gemma3": ["0"],
@@ -405,46 +407,15 @@ def test_pretrained_backbones(monkeypatch, tmp_path):
 # Pages
 
 
-def test_smallest_number():
+def test_the_smallest_number_that_restores_a_gain():
     gains = {0: 5.0, 5: 8.9, 10: 9.0, 25: 8.0, 50: 12.0}
-    assert transfer_page.smallest_number(gains, 10) == 10
-    assert transfer_page.smallest_number(gains, 13) == 50
-    assert transfer_page.smallest_number(gains, 14) is None
-    assert transfer_page.smallest_number(gains, 5) == 0
-    assert transfer_page.smallest_number(gains, 0) is None
+    assert [transfer_page.restored(gains, own) for own in (10, 13, 5)] == ["10", "50", "0"]
+    assert [transfer_page.restored(gains, own) for own in (14, 0)] == ["none of these", "nothing to restore"]
 
 
 def made(study: str, seed: int, arm: str, **more) -> dict:
     given = {"world": "checked", "seed": seed, "arm": arm, "kind": study, "split": "test", "fast": False}
     return {**given, "questions": 300, "seconds": 36.0, "machine": "m", "torch": "t", "trl": "l", **more}
-
-
-def choice(auroc: float, gain: float) -> dict:
-    return {"auroc": auroc, "auroc_logprob": 0.7, "majority": 0.6, "logprob": 0.62, "gain": gain, "unknown": 0.01}
-
-
-def test_transfer_page_by_hand(tmp_path):
-    """Two backbones, three seeds: gains of 8, 10 and 12 points with one's own reward, half as much with the other's."""
-    rows, options = [], {"options": {"policies": ["llama", "digits"]}}
-    for seed, gain in enumerate((0.08, 0.10, 0.12)):
-        theirs = {"0": choice(0.8, gain / 2), "5": choice(0.8, gain), "50": choice(0.8, 2 * gain)}
-        llama = {"llama": {"0": choice(0.9, gain)}, "digits": dict(theirs)}
-        digits = {"llama": dict(theirs), "digits": {"0": choice(0.85 + 0.01 * seed, gain)}}
-        rows.append(made("transfer", seed, "reward of Llama", transfer=llama, **options))
-        rows.append(made("transfer", seed, "reward of digits", backbone="digits", transfer=digits, **options))
-    write_page(tmp_path / "x.md", "A title", "A question.", "python -m studies x", rows)
-    page = (tmp_path / "x.md").read_text()
-    assert "greedy accuracy" not in page
-    assert not (tmp_path / "x.png").exists()
-    assert (tmp_path / "x-matrix.png").stat().st_size > 1000
-    assert "| within-prompt AUROC of the reward of Llama | 0.900 ± 0.000 | 0.800 ± 0.000 |" in page
-    # t(2) = 4.303: s of 0.85, 0.86, 0.87 is 0.01, half an interval 0.025; s of 8, 10, 12 is 2
-    assert "of the reward of Llama, digit by digit | 0.800 ± 0.000 | 0.860 ± 0.025 |" in page
-    assert "| gain by the reward of Llama | **+10.0 ± 5.0** | **+5.0 ± 2.5** |" in page
-    assert "| reward of Llama on Llama, digit by digit | **-0.060 ± 0.025** | **-5.0 ± 2.5** |" in page
-    assert "**+5.0 ± 2.5** | **+10.0 ± 5.0** | **+20.0 ± 9.9** | **+10.0 ± 5.0** | 5 |" in page
-    assert "| mean over all pairs |" in page
-    assert "2 of 2 pairs" in page
 
 
 def test_spearman_and_holm_by_hand():
@@ -472,40 +443,14 @@ def test_between_and_centred_by_hand():
     share, p = calibration_page.between([[0.0, 2.0], [2.0, 4.0]])
     assert share == 0.5
     assert p == pytest.approx(stats.f_oneway([0, 2], [2, 4]).pvalue)
-    assert calibration_page.centred([1.0, 3.0, 0.1, 0.1], ["a", "a", "b", "b"]) == [-1, 1, 0, 0]
+    found = calibration_page.centred(pd.Series([1.0, 3.0, 0.1, 0.1]), pd.Series(["a", "a", "b", "b"]))
+    assert found.tolist() == [-1, 1, 0, 0]
 
 
 def test_bins_of_several_cells_are_pooled():
-    probabilities, accuracies = calibration_page.pooled([[[0.15, 1.0, 1], [1.0, 0.5, 2]], [[0.19, 0.0, 3]]])
-    assert probabilities == pytest.approx([(0.15 + 3 * 0.19) / 4, 1.0])
-    assert accuracies == pytest.approx([0.25, 0.5])
-
-
-def test_calibration_page_by_hand(tmp_path):
-    rows = []
-    for place, (backbone, seed) in enumerate((b, s) for b in ("llama", "digits") for s in range(3)):
-        measured = dict.fromkeys(calibration_page.MEASURES, 0.5)
-        measured |= {"auroc": 0.7 + 0.02 * seed, "ece": 0.1 + 0.01 * place, "effective_rank": 20.0 + place, "bins": []}
-        measured["bins"] = [[0.55, 0.6, 10], [0.95, 0.9, 5]]
-        tuned = {**measured, "ece": measured["ece"] - 0.05}
-        found = {"parameters": 1000, "accuracy": 0.8, "labelled": 100, "labelled_right": 70 + place}
-        found["digits_per_token"] = 1.0 if backbone == "digits" else 1.5
-        states = {"as trained": measured, "head tuned": tuned}
-        rows.append(made("calibration", seed, LABELS[backbone], calibration={**found, "states": states}))
-    write_page(tmp_path / "x.md", "A title", "A question.", "python -m studies x", rows)
-    page = (tmp_path / "x.md").read_text()
-    assert "6 cells, seeds 0, 1, 2, 300 test questions, the same for all seeds" in page
-    assert "adversarial runs" not in page
-    assert (tmp_path / "x-reliability.png").stat().st_size > 1000
-    # s of 0.70, 0.72, 0.74 is 0.02: 4.303 * 0.02 / sqrt(3) = 0.0497
-    assert "| Llama | 1000 | 1.50 ± 0.00 | 80.0 ± 0.0 | 0.720 ± 0.050 |" in page
-    assert "**-0.050 ± 0.000**" in page
-    assert "70 to 75 of them right" in page
-    # ECE rises with the effective rank in all six cells: rho 1, p 2 / 720, and within backbones too.
-    row = next(line for line in page.splitlines() if line.startswith("| effective rank |"))
-    assert "+1.00 (0.0028)" in row
-    assert "n = 6 cells, of 2 backbones with 3 seeds each" in page
-    json.dumps(rows)
+    probabilities, accuracies = calibration_page.pooled(pd.Series([[[0.15, 1.0, 1], [1.0, 0.5, 2]], [[0.19, 0.0, 3]]]))
+    assert probabilities.tolist() == pytest.approx([(0.15 + 3 * 0.19) / 4, 1.0])
+    assert accuracies.tolist() == pytest.approx([0.25, 0.5])
 
 
 def test_what_is_undefined_is_left_out_and_shown_as_such(tmp_path):
@@ -517,7 +462,6 @@ def test_what_is_undefined_is_left_out_and_shown_as_such(tmp_path):
     assert judged["ece"] == pytest.approx(judged["mean_probability"])
     found = {"parameters": 1, "accuracy": 0.0, "labelled": 3, "labelled_right": 0, "digits_per_token": 1.0}
     rows = [made("calibration", 0, "Llama", calibration={**found, "states": {"as trained": judged}})]
-    write_page(tmp_path / "x.md", "A title", "A question.", "python -m studies x", rows)
-    assert "| Llama | 1 | 1.00 | 0.0 | undefined |" in (tmp_path / "x.md").read_text()
+    assert "| Llama | 1 | 1.00 | 0.0 | undefined |" in page_of(tmp_path, rows)
     alone = transfer.aurocs([{**row, "reward": 0.0, "unknown": False} for row in test])
     assert alone == {"unknown": 0.0}

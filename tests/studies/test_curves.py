@@ -1,12 +1,10 @@
 """Studies over shares of the demonstrations: which rows they are, and pages whose lines are the cells'."""
 
-import math
 import re
 
 import pytest
 
-from studies.pages import curves
-from studies.pages.page import write_page
+from helpers.studies import page_of
 from studies.setup import arms
 from studies.setup.site import Site, choose_demonstrations
 from tracereward.files import read_jsonl, write_jsonl
@@ -92,8 +90,7 @@ def test_the_page_shows_each_line_against_sft_with_the_same_share(tmp_path):
         *(cell("IRL @ 100", seed, 0.9, 0.9, 0.6, "checkpoint-25") for seed in (0, 1)),
         *(cell("frozen @ 10", seed, 0.1, 0.75, 0.7, updates=0) for seed in (0, 1)),
     ]
-    write_page(tmp_path / "x.md", "A title", "A question.", "python -m studies x", rows)
-    page = (tmp_path / "x.md").read_text()
+    page = page_of(tmp_path, rows)
     assert (tmp_path / "x.png").stat().st_size > 1000
     # IRL - SFT at 10 %: +10 and +20 points, t(1, .975) = 12.706, half = 12.706 * 7.0711 / sqrt(2).
     assert "| IRL, 10 % | 65.0 ± 190.6 | +15.0 ± 63.5 |  | 1/2 | 2/2 |" in page
@@ -107,8 +104,3 @@ def test_the_page_shows_each_line_against_sft_with_the_same_share(tmp_path):
     assert "| 100 % | 45.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 0.0 | 90.0 ± 0.0 | 95.0 ± 0.0 |" in page
     assert "Greedy accuracy of each arm" not in page
     assert "| arm | greedy accuracy |" not in page
-
-
-def test_what_is_undefined_is_said_to_be():
-    assert math.isnan(curves.number(None))
-    assert curves.number(0.5) == 0.5

@@ -1,7 +1,6 @@
 """Studies of guided decoding and self-correction: values by hand, and a study in a small world from end to end."""
 
 import dataclasses
-import json
 import math
 import re
 
@@ -10,12 +9,13 @@ import pytest
 import torch
 
 from helpers.scripted_policy import END, EOS, A, B, C, Scripted, policy, words  # noqa: F401
-from helpers.studies import WORLD, command
+from helpers.studies import WORLD, command, folders
 from studies.cells import Place
 from studies.definitions import STUDIES
 from studies.measures import decoding, self_correction
 from studies.measures.equal_tokens import accuracy_at, margin
-from studies.pages.decoding import correction_sections, decoding_sections
+from studies.pages import self_correction as correction_page
+from studies.results_file import read_results
 from studies.setup import judging
 from tracereward.files import read_jsonl
 from tracereward.generation.guide import Guide
@@ -129,38 +129,6 @@ def row_of(page: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_the_page_of_decoding(tmp_path):
-    """A beam of 16 took 80 * 2 ** 0.5 tokens: half way between the 8 and 16 samples of each baseline."""
-    results = []
-    for shift in (0.0, 0.02):
-        rows = pool(*CHOICES)
-        for n, tokens, accuracy in ((4, 40, 0.7), (8, 80, 0.8), (16, 80 * 2**0.5, 0.85 + shift)):
-            row = {"method": "beam", "score": "reward", "budget": n, "accuracy": accuracy, "sampled_tokens": tokens}
-            rows.append(row)
-        tried = [
-            {"shape": shape, "budget": 8, "accuracy": 0.5, "sampled_tokens": 81.4, "margin": gain}
-            for shape, gain in (("square", -0.02), ("wide", 0.031))
-        ]
-        grids = {"reward": {"beam": {"tried": tried, "chosen": 1}}}
-        found = {"tuning": {"questions": 7, "seed": 40, "grids": grids}, "rows": rows}
-        results.append({"arm": "frozen", "decoding": found})
-    page = "\n".join(decoding_sections(tmp_path / "decoding.md", results))
-    assert (tmp_path / "decoding.png").stat().st_size > 1000
-    # With two seeds the interval is 12.706 s / sqrt(2), s = 2 / sqrt(2) points: 12.7.
-    assert row_of(page, "beam by reward") == ["70.0 ± 0.0", "80.0 ± 0.0", "86.0 ± 12.7", "113 ± 0"]
-    gains = row_of(page, "beam by reward, N = 16")[2:]
-    assert gains == ["+11.0 ± 12.7", "+8.5 ± 12.7", "**+36.0 ± 12.7**", "**+31.0 ± 12.7**"]
-    assert row_of(page, "beam by reward, N = 4")[2:] == [
-        "**+10.0 ± 0.0**",
-        "+0.0 ± 0.0",
-        "**+20.0 ± 0.0**",
-        "**+20.0 ± 0.0**",
-    ]
-    assert row_of(page, "reward + log-prob best-of-N, N = 8")[3] == ""
-    assert "| beam by reward, N = 8 | **shape wide** | 81 | 50.0 | +3.1 |" in page
-    assert "on 7 validation questions of seed 40" in page
-
-
 def test_the_page_of_self_correction(tmp_path):
     results = []
     for accuracy, mended in ((0.8, 0.5), (0.8, None)):
@@ -170,7 +138,7 @@ def test_the_page_of_self_correction(tmp_path):
         tuning = [{"detector": "reward", "judge": "reward", "tried": tried, "chosen": 0 if mended else 1}]
         found = {"tuning": tuning, "rows": [{**row, "untouched": 0.7}], "pool": pool(*CHOICES)}
         results.append({"arm": "frozen", "self_correction": found})
-    page = "\n".join(correction_sections(tmp_path / "self-correction.md", results))
+    page = "\n".join(correction_page.sections(tmp_path / "self-correction.md", results))
     assert (tmp_path / "self-correction.png").stat().st_size > 1000
     found = row_of(page, "reward suspects, reward judges: r 1, k 2")
     # log(5.6 / 4) / log 2 = .4854 of the way from 60 to 70 %, and from 50 to 50.
@@ -210,14 +178,13 @@ def small(monkeypatch):
 
 @pytest.mark.long
 def test_both_studies_write_their_pages(small, monkeypatch, capsys, tmp_path):
-    options = ["--results", str(tmp_path / "pages"), "--work", str(tmp_path / "work"), "--jobs", "1"]
     for name in ("decoding", "self-correction"):
-        code, err = command(monkeypatch, capsys, name, *options)
+        code, err = command(monkeypatch, capsys, name, *folders(tmp_path))
         assert code == 0, err
         page = (tmp_path / "pages" / f"{name}.md").read_text()
         assert "greedy accuracy" not in page  # no policies, so no table of them
         assert (tmp_path / "pages" / f"{name}.png").stat().st_size > 1000
-    (found,) = [json.loads(path.read_text()) for path in (tmp_path / "pages" / "decoding").iterdir()]
+    (found,) = read_results(tmp_path / "results" / "decoding.jsonl")
     assert found["questions"] == 4
     rows = {(row["method"], row.get("score"), row["budget"]): row for row in found["decoding"]["rows"]}
 
@@ -236,12 +203,12 @@ def test_both_studies_write_their_pages(small, monkeypatch, capsys, tmp_path):
     # Greedy decoding is that of the studies of policies.
     assert rows["greedy", None, 1]["accuracy"] == judging.greedy(site, "sft", "test")["accuracy"]
 
-    (found,) = [json.loads(path.read_text()) for path in (tmp_path / "pages" / "self-correction").iterdir()]
+    (found,) = read_results(tmp_path / "results" / "self-correction.jsonl")
     first = found["self_correction"]["rows"][0]
     before = np.mean([group[0]["correct"] for group in groups])
     mended = 0.0 if first["mended"] is None else first["mended"]
     broken = 0.0 if first["broken"] is None else first["broken"]
     assert first["accuracy"] == pytest.approx(before * (1 - broken) + (1 - before) * mended)
-    code, err = command(monkeypatch, capsys, "self-correction", *options)
+    code, err = command(monkeypatch, capsys, "self-correction", *folders(tmp_path))
     assert code == 0, err
     assert re.search("1 of 1 cells are there; running 0", err)

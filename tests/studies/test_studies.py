@@ -1,4 +1,4 @@
-"""Studies: cells that are resumable and independent, and pages whose numbers are those of the cells' JSON."""
+"""Studies: cells that are resumable and independent, and pages whose numbers are those of the results."""
 
 import dataclasses
 import json
@@ -7,18 +7,19 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from helpers.paths import ROOT
-from helpers.studies import WORLD, command
+from helpers.studies import WORLD, command, folders, page_of
 from studies import cells, definitions
 from studies.cells import Cell, Place, run_cells, stored
 from studies.definitions import STUDIES
 from studies.measures import depth, transfer
 from studies.pages.markdown import signed
-from studies.pages.page import write_page
+from studies.results_file import add_result, read_results, write_results
 from studies.setup import arms, judging
 from studies.setup.site import Site, make_world
 from tracereward.commands.train import run_grpo
@@ -46,18 +47,13 @@ def small(monkeypatch):
 
 
 def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeypatch, capsys, tmp_path):
-    options = ["recipe", "--results", str(tmp_path / "pages"), "--work", str(tmp_path / "work"), "--jobs", "1"]
+    options = ["recipe", *folders(tmp_path)]
     code, err = command(monkeypatch, capsys, *options)
     assert code == 0, err
     assert "0 of 4 cells are there; running 4" in err
-    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "pages" / "recipe").iterdir()}
-    assert sorted(found) == [
-        "misconception--GRPO-on-log-prob--0.json",
-        "misconception--IRL--0.json",
-        "misconception--SFT--0.json",
-        "misconception--log-p-SFT-log-p-base--0.json",
-    ]
-    learned = found["misconception--IRL--0.json"]
+    found = {result["arm"]: result for result in read_results(tmp_path / "results" / "recipe.jsonl")}
+    assert sorted(found) == ["GRPO on log-prob", "IRL", "SFT", "log p_SFT - log p_base"]
+    learned = found["IRL"]
     assert (learned["split"], learned["questions"], learned["samples"]) == ("test", 12, 8)
     page = (tmp_path / "pages" / "recipe.md").read_text()
     assert (tmp_path / "pages" / "recipe.png").stat().st_size > 1000
@@ -67,11 +63,11 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     assert float(row[1]) == pytest.approx(100 * learned["accuracy"], abs=0.05)
 
     # The ranking, again from the samples: within-prompt AUROC of the log-ratio by counting pairs.
-    site = Place(tmp_path / "work", tmp_path).site(WORLD, 0)
+    site = Place(tmp_path / "work", tmp_path / "x").site(WORLD, 0)
     samples = read_jsonl(site.folder / "samples" / "sft-test-8.jsonl")
     assert len(samples) == 12 * 8
-    majority = found["misconception--IRL--0.json"]["ranking"]["accuracy"]["mean sample"][0]
-    assert majority == pytest.approx(np.mean([row["correct"] for row in samples]))
+    mean = learned["ranking"]["accuracy"]["mean sample"][0]
+    assert mean == pytest.approx(np.mean([row["correct"] for row in samples]))
 
     # The log-ratio of each sample by a plain forward pass, and its within-prompt AUROC by counting pairs.
     tokenizer = AutoTokenizer.from_pretrained(site.folder / "init")
@@ -83,7 +79,7 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
         right, wrong = ([ratios[i] for i in group if samples[i]["correct"] is kind] for kind in (True, False))
         if right and wrong:
             aurocs.append(np.mean([(r > w) + 0.5 * (r == w) for r in right for w in wrong]))
-    ratio = found["misconception--log-p-SFT-log-p-base--0.json"]["ranking"]["reward_auroc_within_prompt"]
+    ratio = found["log p_SFT - log p_base"]["ranking"]["reward_auroc_within_prompt"]
     assert (ratio is None and not aurocs) or ratio == pytest.approx(np.mean(aurocs))
 
     # Token by token the log-probs have the same means, the end of a finished trace included.
@@ -107,7 +103,7 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     assert accuracies[0] == judging.greedy(site, "sft-0", "validation")["accuracy"]
 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    (tmp_path / "pages" / "recipe" / "misconception--SFT--0.json").unlink()
+    write_results(tmp_path / "results" / "recipe.jsonl", [found[arm] for arm in found if arm != "SFT"])
     code, err = command(monkeypatch, capsys, *options)
     assert code == 0, err
     assert "3 of 4 cells are there; running 1" in err
@@ -162,10 +158,10 @@ def test_cells_of_hops_are_also_judged_by_depth(tmp_path):
         sft_grid=WORLD.sft_grid[:1],
     )
     world = dataclasses.replace(world, grpo={**world.grpo, "max_steps": 2})
-    place = Place(tmp_path / "work", tmp_path / "cells", fast=True)
-    options = {**world.recipe, "discriminator_updates": 0}
-    result = cells.run_cell(place, Cell(world, 0, "IRL", "irl", options, samples=2))
-    assert result == json.loads((tmp_path / "cells" / "hops--IRL--0.json").read_text())
+    place = Place(tmp_path / "work", tmp_path / "x.jsonl", fast=True)
+    arm = definitions.irl("IRL", **world.recipe, discriminator_updates=0)
+    result = cells.run_cell(place, Cell(world=world, seed=0, arm=arm, samples=2))
+    assert read_results(place.results) == [result]
     [path] = (tmp_path / "work").glob("hops-0-*/samples/sft-validation-2.jsonl")
     prompts = {row["prompt"] for row in read_jsonl(path)}
     asked = [len(prompt.split(" * ")) - 1 for prompt in prompts]
@@ -242,35 +238,32 @@ def test_depths_are_told_apart():
 
 
 def test_a_changed_option_runs_a_cell_again(small, tmp_path):
-    place = Place(tmp_path / "work", tmp_path / "cells")
-    cell = small.cells()[0]
-    (tmp_path / "cells").mkdir()
-    settings = cells.settings_of(cell, fast=False)
-    (tmp_path / "cells" / f"{cell.name}.json").write_text(json.dumps({**settings, "accuracy": 0.5}))
-    assert stored(place, cell) is not None
-    assert stored(place, dataclasses.replace(cell, samples=4)) is None
-    assert stored(dataclasses.replace(place, fast=True), cell) is None
+    place = Place(tmp_path / "work", tmp_path / "x.jsonl")
+    cell, *others = small.cells()
+    add_result(place.results, {**cells.settings_of(cell, fast=False), "accuracy": 0.5})
+    assert [result is not None for result in stored(place, [cell, *others])] == [True, False, False, False]
+    assert stored(place, [dataclasses.replace(cell, samples=4)]) == [None]
+    assert stored(dataclasses.replace(place, fast=True), [cell]) == [None]
     other = dataclasses.replace(WORLD, experts=13)
-    assert stored(place, dataclasses.replace(cell, world=other)) is None
+    assert stored(place, [dataclasses.replace(cell, world=other)]) == [None]
 
 
 def test_a_cell_that_fails_leaves_the_others(small, monkeypatch, tmp_path):
-    place = Place(tmp_path / "work", tmp_path / "cells")
+    place = Place(tmp_path / "work", tmp_path / "x.jsonl")
     monkeypatch.setattr(cells, "note", lambda _: None)
 
     def run(place, cell):
         if cell.seed == 1:
             raise RunFailed("the loss is nan")
-        place.results.mkdir(exist_ok=True)
-        (place.results / f"{cell.name}.json").write_text(json.dumps(cells.settings_of(cell, fast=False)))
+        add_result(place.results, cells.settings_of(cell, fast=False))
 
     monkeypatch.setattr(cells, "run_cell", run)
-    wanted = [Cell(WORLD, seed, "SFT", "policy", {"policy": "sft"}) for seed in (0, 1, 2)]
+    wanted = [Cell(world=WORLD, seed=seed, arm=definitions.SFT) for seed in (0, 1, 2)]
     with pytest.raises(RunFailed, match="1 of 3 cells failed; run again to retry") as caught:
         run_cells(place, wanted, jobs=1)
     assert "misconception--SFT--1: RunFailed: the loss is nan" in str(caught.value)
     assert "nan" in (tmp_path / "work" / "failed" / "misconception--SFT--1.txt").read_text()
-    assert [stored(place, cell) is not None for cell in wanted] == [True, False, True]
+    assert [result is not None for result in stored(place, wanted)] == [True, False, True]
 
 
 def test_an_interrupt_ends_the_study(small, monkeypatch, tmp_path):
@@ -282,9 +275,9 @@ def test_an_interrupt_ends_the_study(small, monkeypatch, tmp_path):
         raise Interrupted("stopped by SIGINT")
 
     monkeypatch.setattr(cells, "run_cell", run)
-    wanted = [Cell(WORLD, seed, "SFT", "policy", {"policy": "sft"}) for seed in (0, 1, 2)]
+    wanted = [Cell(world=WORLD, seed=seed, arm=definitions.SFT) for seed in (0, 1, 2)]
     with pytest.raises(Interrupted):
-        run_cells(Place(tmp_path / "work", tmp_path / "cells"), wanted, jobs=1)
+        run_cells(Place(tmp_path / "work", tmp_path / "x.jsonl"), wanted, jobs=1)
     assert begun == [0]
 
 
@@ -301,13 +294,9 @@ def test_a_study_in_a_world_that_is_not_its_own_has_a_page_of_its_own(small, mon
     other = dataclasses.replace(WORLD, name="checked", completion=48)
     monkeypatch.setitem(WORLDS, "checked", other)
     monkeypatch.setitem(STUDIES, "recipe", dataclasses.replace(small, arms=(definitions.SFT,)))
-    options = ["--results", str(tmp_path / "pages"), "--work", str(tmp_path / "work"), "--jobs", "1"]
-    code, err = command(monkeypatch, capsys, "recipe", "--world", "checked", *options)
+    code, err = command(monkeypatch, capsys, "recipe", "--world", "checked", *folders(tmp_path))
     assert code == 0, err
-    assert sorted(path.name for path in (tmp_path / "pages").iterdir() if path.suffix != ".png") == [
-        "recipe-checked",
-        "recipe-checked.md",
-    ]
+    assert [path.name for path in (tmp_path / "results").glob("*.jsonl")] == ["recipe-checked.jsonl"]
     assert "`python -m studies recipe --world checked`" in (tmp_path / "pages" / "recipe-checked.md").read_text()
 
 
@@ -331,22 +320,22 @@ def test_every_arm_is_a_run_that_would_start(name, tmp_path):
     wanted = study.cells(tuple(dict.fromkeys(worlds)))
     assert len({cell.name for cell in wanted}) == len(wanted)
     for cell in wanted:
-        site = Site(tmp_path, cell.world, cell.seed)
-        if cell.kind == "irl":
-            given = {**cell.world.grpo, **cell.options}
+        site, kind, options = Site(tmp_path, cell.world, cell.seed), cell.arm.kind, cell.arm.options
+        if kind == "irl":
+            given = {**cell.world.grpo, **options}
             chooses = given.pop("choose", False)
             for own in ("unlabeled", "start"):
                 given.pop(own, None)
             AdversarialConfig(**site.options("x", {**given, **arms.saves(given, chooses)}))
-        elif cell.kind.startswith("grpo"):
-            reward = cell.kind.removeprefix("grpo-")
+        elif kind.startswith("grpo"):
+            reward = kind.removeprefix("grpo-")
             base = "base" if reward == "logratio" else None
             RewardConfig(**site.options("x", cell.world.grpo), reward=reward, base_model=base)
-        elif cell.kind in ("calibration", "transfer", *cells.BY_REWARD):
-            given = transfer.of_training(cell.options)
+        elif kind in ("calibration", "transfer", *cells.BY_REWARD):
+            given = transfer.of_training(options)
             AdversarialConfig(**site.options("x", {**cell.world.grpo, **given}))
         else:
-            assert cell.kind in ("policy", "sft-continued", "log-probs")
+            assert kind in ("policy", "sft-continued", "log-probs")
 
 
 def test_selection_and_report_share_no_seed_and_no_question():
@@ -425,8 +414,7 @@ def test_page_by_hand(tmp_path):
                 chosen=CHOSEN[seed],
             )
         )
-    write_page(tmp_path / "x.md", "A title", "A question.", "python -m studies x", rows)
-    page = (tmp_path / "x.md").read_text()
+    page = page_of(tmp_path, rows)
     assert "| SFT | 60.0 ± 24.8 |  |  |  |  |  | 1.00 |  |" in page
     assert "| IRL | 72.0 ± 27.7 | **+12.0 ± 5.0** |  | 0/3 | 1/3 | 2/3 | 1.00 | 30 |" in page
     # best-of-8 66 +- 2.48 against the better of 60 and 62
@@ -440,16 +428,12 @@ def test_page_of_unseen_kinds_and_of_samples_that_are_all_wrong(tmp_path):
     rows = [result("SFT", "policy", seed, 0.5, accuracy_unseen=0.1 * (seed + 1)) for seed in (0, 1)]
     aurocs = dict.fromkeys(ranking(0.5, 0.8), None) | {"accuracy": ranking(0.5, 0.8)["accuracy"]}
     rows += [result("log p", "log-probs", seed, 0.5, accuracy_unseen=0.5, ranking=aurocs) for seed in (0, 1)]
-    write_page(tmp_path / "x.md", "A title", "A question.", "python -m studies x", rows)
-    page = (tmp_path / "x.md").read_text()
+    page = page_of(tmp_path, rows)
     assert "| arm | greedy accuracy | of unseen kinds | minus SFT |" in page
     assert "| SFT | 50.0 ± 0.0 | 15.0 ± 63.5 |" in page
     assert "| log-prob | undefined |" in page
     assert "| log p | undefined | 50.0 ± 0.0 |" in page
-    write_page(
-        tmp_path / "y.md", "A title", "A question.", "python -m studies x", [*rows, result("b", "policy", 0, 0.2)]
-    )
-    assert "of unseen kinds" not in (tmp_path / "y.md").read_text()
+    assert "of unseen kinds" not in page_of(tmp_path, [*rows, result("b", "policy", 0, 0.2)])
 
 
 def by_hops(reward: float, found: float | None) -> dict:
@@ -467,9 +451,7 @@ def test_page_against_depth_by_hand(tmp_path):
     for seed in range(3):
         deep = {"2": by_hops(0.64 + 0.02 * seed, 0.6), "3": by_hops(0.5, None if seed == 0 else 0.3)}
         rows.append(result("IRL", "irl", seed, 0.7, ranking=ranking(0.66, 0.8), stopped=None, depth=deep))
-    write_page(tmp_path / "new" / "x.md", "A title", "A question.", "python -m studies x", rows)
-    page = (tmp_path / "new" / "x.md").read_text()
-    assert "![Gain and localisation against depth](x-depth.png)" in page
+    page = page_of(tmp_path / "new", rows)
     assert (tmp_path / "new" / "x-depth.png").stat().st_size > 1000
     line = "| IRL, 2 hops | 20 | 50.0 ± 0.0 | 40.0 ± 0.0 | 60.0 ± 0.0 | 62.0 ± 0.0 | 66.0 ± 5.0 | 66.0 ± 5.0 |"
     assert f"{line} 90.0 ± 0.0 | +4.0 ± 5.0 | 0.700 ± 0.000 | 0.800 ± 0.000 |" in page
@@ -479,10 +461,8 @@ def test_page_against_depth_by_hand(tmp_path):
     undefined = " | ".join(["undefined"] * 5)
     assert f"| IRL, 3 hops | 20 | {undefined} |" in page
     # No other study has such a section.
-    other = [result("IRL", "irl", 0, 0.7, ranking=ranking(0.66, 0.8), stopped=None)]
-    write_page(tmp_path / "y.md", "A title", "A question.", "python -m studies y", other)
-    assert "Against depth" not in (tmp_path / "y.md").read_text()
-    assert not (tmp_path / "y-depth.png").exists()
+    assert "Against depth" not in page_of(tmp_path, [{k: v for k, v in row.items() if k != "depth"} for row in rows])
+    assert not (tmp_path / "x-depth.png").exists()
 
 
 def test_bold_means_that_the_interval_excludes_zero():
@@ -499,19 +479,23 @@ def test_log_ratio_needs_a_base_model(tmp_path):
         RewardConfig(output_dir=str(tmp_path), reward="logprob", base_model="x")
 
 
-STUDIED = sorted(path.stem for path in (ROOT / "docs" / "studies").glob("*.md"))
+PUBLISHED = ROOT / "docs" / "studies"
 
 
-@pytest.mark.parametrize("name", STUDIED)
-def test_published_pages_say_what_their_cells_say(name, tmp_path):
-    """No figure of a page in the documentation was written by hand, and no cell was left out or run otherwise."""
-    folder = ROOT / "docs" / "studies"
-    place = Place(tmp_path, folder / name)
-    study = STUDIES[name]
-    found = [row for row in (stored(place, cell) for cell in study.cells()) if row is not None]
-    assert len(found) == len(list((folder / name).glob("*.json")))
-    page = (folder / f"{name}.md").read_text(encoding="utf-8")
-    command = re.search(r"`(python -m studies [^`]*)`", page)
-    assert command is not None
-    write_page(tmp_path / f"{name}.md", study.title, study.question, command[1], found, folder)
-    assert (tmp_path / f"{name}.md").read_text(encoding="utf-8") == page
+@pytest.mark.parametrize("name", sorted(path.stem for path in PUBLISHED.glob("*.md")))
+def test_published_pages_are_those_of_the_results(name, monkeypatch, capsys, tmp_path):
+    """No value of a page in the documentation was written by hand, and no cell was left out or run otherwise."""
+    results = ROOT / "studies" / "results"
+    wanted = stored(Place(tmp_path, results / f"{name}.jsonl"), STUDIES[name].cells())
+    assert None not in wanted  # or it would be run
+    assert len(wanted) == len(read_results(results / f"{name}.jsonl"))
+    code, err = command(monkeypatch, capsys, name, *folders(tmp_path), f"--results={results}")
+    assert code == 0, err
+    made, published = ((at / f"{name}.md").read_text(encoding="utf-8") for at in (tmp_path / "pages", PUBLISHED))
+    assert made == published
+    figures = sorted(path.name for path in (tmp_path / "pages").glob("*.png"))
+    assert figures == sorted(re.findall(r"^!\[.*\]\((.*)\)$", published, re.MULTILINE))
+    for figure in figures:
+        with Image.open(tmp_path / "pages" / figure) as one, Image.open(PUBLISHED / figure) as other:
+            if one.info["Software"] == other.info["Software"]:  # another matplotlib may draw otherwise
+                assert np.mean(np.asarray(one) != np.asarray(other)) < 1e-3, figure

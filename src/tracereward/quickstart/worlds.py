@@ -8,7 +8,7 @@ from tracereward.files import write_jsonl
 from tracereward.synthetic.arithmetic import MISTAKE_RATES, generate, splits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class World:
     """One generated world with a tiny Llama, or with a pretrained model.
 
@@ -113,6 +113,26 @@ _FEW_SFT = {**_SFT, "max_steps": 60, "learning_rate": 5e-4, "per_device_train_ba
 _FEW_GRID = [{"learning_rate": rate, "max_steps": steps} for rate in (1e-4, 2e-4, 5e-4) for steps in (30, 120)]
 _MANY_GRID = [{"learning_rate": rate} for rate in (2e-3, 4e-3)]
 
+_MISCONCEPTION = World(
+    name="misconception",
+    experts=50,
+    unlabeled=3000,
+    corpus=10_000,
+    completion=32,
+    pretraining=_PRETRAINING,
+    sft=_FEW_SFT,
+    sft_grid=_FEW_GRID,
+    grpo=_GRPO,
+    adversarial=_FEW_EXPERTS,
+)
+_CHECKED = replace(
+    _MISCONCEPTION,
+    name="checked",
+    experts=100,
+    completion=46,
+    pretraining={**_PRETRAINING, "max_steps": 1200, "per_device_train_batch_size": 64},
+    grpo=_SLOW_GRPO,
+)
 _STYLE = World(
     name="style",
     experts=1500,
@@ -124,58 +144,19 @@ _STYLE = World(
     sft_grid=_MANY_GRID,
     grpo=_GRPO,
 )
-
-WORLDS = {
-    "misconception": World(
-        name="misconception",
-        experts=50,
-        unlabeled=3000,
-        corpus=10_000,
-        completion=32,
-        pretraining=_PRETRAINING,
-        sft=_FEW_SFT,
-        sft_grid=_FEW_GRID,
-        grpo=_GRPO,
-        adversarial=_FEW_EXPERTS,
-    ),
-    "checked": World(
-        name="checked",
-        experts=100,
-        unlabeled=3000,
-        corpus=10_000,
-        completion=46,
-        pretraining={**_PRETRAINING, "max_steps": 1200, "per_device_train_batch_size": 64},
-        sft=_FEW_SFT,
-        sft_grid=_FEW_GRID,
-        grpo=_SLOW_GRPO,
-        adversarial=_FEW_EXPERTS,
-    ),
-    "exposure": World(
+_WORLDS = (
+    _MISCONCEPTION,
+    _CHECKED,
+    replace(
+        _CHECKED,
         name="exposure",
         experts=50,
-        unlabeled=3000,
-        corpus=10_000,
         completion=62,
-        pretraining={**_PRETRAINING, "max_steps": 3000, "per_device_train_batch_size": 64},
-        sft=_FEW_SFT,
-        sft_grid=_FEW_GRID,
+        pretraining={**_CHECKED.pretraining, "max_steps": 3000},
         grpo={**_SLOW_GRPO, "per_device_train_batch_size": 96},
-        adversarial=_FEW_EXPERTS,
     ),
-    "hops": World(
-        name="hops",
-        experts=50,
-        unlabeled=3000,
-        corpus=20_000,
-        completion=44,
-        pretraining={**_PRETRAINING, "max_steps": 1200, "per_device_train_batch_size": 64},
-        sft=_FEW_SFT,
-        sft_grid=_FEW_GRID,
-        grpo=_SLOW_GRPO,
-        adversarial=_FEW_EXPERTS,
-        test=500,  # a hundred of each depth
-    ),
-    "word-problems": World(
+    replace(_CHECKED, name="hops", experts=50, corpus=20_000, completion=44, test=500),  # a hundred of each depth
+    World(
         name="word-problems",
         experts=400,
         unlabeled=3000,
@@ -207,9 +188,10 @@ WORLDS = {
         model="HuggingFaceTB/SmolLM2-135M-Instruct",
         lora=16,
     ),
-    "style": _STYLE,
-    "multi-skill": replace(_STYLE, name="multi-skill", completion=36),
-}
+    _STYLE,
+    replace(_STYLE, name="multi-skill", completion=36),
+)
+WORLDS = {world.name: world for world in _WORLDS}
 
 
 def write_rows(world: World, seed: int, folder: Path) -> None:
