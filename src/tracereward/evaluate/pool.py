@@ -16,6 +16,7 @@ from tracereward.errors import InputError
 from tracereward.evaluate.figures import curve_figure, reliability_figure
 from tracereward.evaluate.pool_data import PoolRow, by_question
 from tracereward.evaluate.steps import position_limit
+from tracereward.files import without_nan
 from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, within_prompt_auroc
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render_prompt
@@ -163,7 +164,7 @@ def evaluate_pool(
         "uncalibrated": uncalibrated,
         "rewards": {"correct": _of(rewards, correct, True), "wrong": _of(rewards, correct, False)},
     }
-    return _without_nan(result)
+    return without_nan(result)
 
 
 def _discrimination(questions: Sequence[Sequence[Candidate]]) -> dict[str, dict[str, float]]:
@@ -242,15 +243,6 @@ def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _of(values: Sequence[float], correct: Sequence[bool], wanted: bool) -> list[float]:
     return [value for value, is_correct in zip(values, correct, strict=True) if is_correct == wanted]
-
-
-def _without_nan(value: Any) -> Any:
-    """The same with None for nan, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def pool_tables(result: dict[str, Any]) -> list[Table]:
