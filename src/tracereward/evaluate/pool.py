@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from scipy.special import expit
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -17,7 +17,7 @@ from tracereward.evaluate.figures import curve_figure, reliability_figure
 from tracereward.evaluate.pool_data import PoolRow, by_question
 from tracereward.evaluate.steps import position_limit
 from tracereward.files import without_nan
-from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, within_prompt_auroc
+from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, spearman, within_prompt_auroc
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render_prompt
 from tracereward.reports.plots import histogram
@@ -159,7 +159,7 @@ def evaluate_pool(
         "ranking": [asdict(row) for row in table],
         "curves": _curves(questions, equal, seed, temperature),
         "discrimination": _discrimination(questions),
-        "reward_length": {"pearson": _pearson(rewards, lengths), "spearman": _spearman(rewards, lengths)},
+        "reward_length": {"pearson": _pearson(rewards, lengths), "spearman": spearman(rewards, lengths)},
         "calibration": _calibrations(fits, rewards, correct),
         "uncalibrated": uncalibrated,
         "rewards": {"correct": _of(rewards, correct, True), "wrong": _of(rewards, correct, False)},
@@ -230,15 +230,10 @@ def _calibrations(
 
 
 def _pearson(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson correlation as scipy rounds it: its last digit can differ from that of `metrics.pearson`."""
     if len(set(a)) < 2 or len(set(b)) < 2:
         return math.nan
     return float(pearsonr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    if len(set(a)) < 2 or len(set(b)) < 2:
-        return math.nan
-    return float(spearmanr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _of(values: Sequence[float], correct: Sequence[bool], wanted: bool) -> list[float]:
