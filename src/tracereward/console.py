@@ -1,12 +1,7 @@
-"""Lines for the person who watches; stdout is for data."""
+"""Progress and warnings on stderr; stdout is for data."""
 
 import os
 import sys
-
-
-def say(text: str) -> None:
-    """A line for the person who watches; stdout is for data."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def is_main_process() -> bool:
@@ -14,7 +9,20 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def say(text: str) -> None:
+    """Print a line on stderr, in every process that calls it."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
-    """A line for the person who watches; stdout is for data."""
+    """Print a line on stderr, in the main process only."""
     if is_main_process():
-        print(text, file=sys.stderr, flush=True)
+        say(text)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr above any progress bar, in the main process only."""
+    from tqdm.auto import tqdm
+
+    if is_main_process():
+        tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -93,6 +94,15 @@ def fsync_parent(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def without_nan(value: Any) -> Any:
+    """A JSON value with None for each nan and infinity, also inside dicts and lists: JSON has neither."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:

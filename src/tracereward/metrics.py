@@ -59,11 +59,7 @@ def within_prompt_auroc(scores: Sequence[float], correct: Sequence[bool], prompt
 
 def point_biserial(scores: Sequence[float], correct: Sequence[bool]) -> float:
     """Pearson correlation of a score with correctness (0 or 1); nan if either is constant."""
-    values = np.asarray(scores, dtype=float)
-    labels = np.asarray(correct, dtype=float)
-    if len(values) < 2 or np.ptp(values) == 0 or np.ptp(labels) == 0:
-        return math.nan
-    return float(np.corrcoef(values, labels)[0, 1])
+    return pearson(scores, [float(label) for label in correct])
 
 
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
@@ -87,11 +83,11 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     A seed whose value is undefined makes the mean undefined: leaving it out would choose among seeds.
     """
     array = np.asarray(values, dtype=float)
-    mean = float(array.mean())
+    centre = float(array.mean())
     if len(array) < 2:
-        return mean, math.nan, math.nan
+        return centre, math.nan, math.nan
     half = float(stats.t.ppf(0.975, len(array) - 1) * array.std(ddof=1) / math.sqrt(len(array)))
-    return mean, mean - half, mean + half
+    return centre, centre - half, centre + half
 
 
 def centred(values: Sequence[float], prompts: Sequence[Hashable]) -> list[float]:
@@ -111,6 +107,13 @@ def pearson(a: Sequence[float], b: Sequence[float]) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Spearman rank correlation; nan if either is constant or there are fewer than two values."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(stats.spearmanr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def perturbation_auroc(expert_rewards: Sequence[float], perturbed_rewards: Sequence[float]) -> float:
     """Share of expert traces that score above their own altered copy, ties counting half; nan without pairs.
 
@@ -125,8 +128,9 @@ def perturbation_auroc(expert_rewards: Sequence[float], perturbed_rewards: Seque
         ValueError: the two differ in length.
     """
     pairs = zip(expert_rewards, perturbed_rewards, strict=True)
-    return _mean([1.0 if expert > perturbed else 0.5 if expert == perturbed else 0.0 for expert, perturbed in pairs])
+    return mean([1.0 if expert > perturbed else 0.5 if expert == perturbed else 0.0 for expert, perturbed in pairs])
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean(values: Sequence[float]) -> float:
+    """The mean; nan of no values."""
     return float(np.mean(values)) if len(values) else math.nan

@@ -1,7 +1,6 @@
 """How the policies and reward models of a study are judged."""
 
 import json
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel
 from studies.setup.site import TASK, Site
 from tracereward.commands.rerank import rerank_rows, summary
 from tracereward.commands.score import as_row
-from tracereward.files import atomic_write_json, read_jsonl, write_jsonl
+from tracereward.files import atomic_write_json, read_jsonl, without_nan, write_jsonl
 from tracereward.generation.sampling import sample
 from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.modeling.loading import best_device, load_causal_lm
@@ -111,7 +110,7 @@ def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str,
         for row, trace in zip(samples, scores, strict=True)
     ]
     r = point_biserial([row["reward"] for row in scored], [row["correct"] for row in scored])
-    return {**ranking(scored), "reward_r": None if math.isnan(r) else r}, scored
+    return {**ranking(scored), "reward_r": without_nan(r)}, scored
 
 
 def rank_by_log_probs(site: Site, samples: list[dict[str, Any]], sign: float) -> dict[str, Any]:

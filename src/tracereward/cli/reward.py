@@ -8,6 +8,7 @@ import typer
 
 from tracereward.console import say
 from tracereward.errors import InputError
+from tracereward.files import without_nan
 
 commands = typer.Typer()
 
@@ -316,7 +317,6 @@ def export(
     """Distil a reward model into a token-classification checkpoint, and say how well that fits."""
     import dataclasses
     import json
-    import math
     from contextlib import suppress
 
     from tracereward.commands.partial_output import check_output
@@ -341,7 +341,7 @@ def export(
     teacher = TokenRewardModel.from_pretrained(model).to(best_device())
     examples = examples_of(rows, teacher)
     student, fit = distill(teacher, local_folder(model), examples, epochs, learning_rate, token_budget, seed)
-    numbers = {k: None if math.isnan(value) else value for k, value in dataclasses.asdict(fit).items()}
+    numbers = without_nan(dataclasses.asdict(fit))
     note = (
         f"\nDistilled from a reward model with head `{teacher.settings.head}` on {fit.traces} traces: R2 {fit.r2:.3f} "
         f"on {fit.held_out} traces of held-out prompts; within-prompt AUROC {fit.auroc_before:.3f} before, "

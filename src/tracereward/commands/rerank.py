@@ -1,11 +1,11 @@
 """`tracereward rerank`: one of the scored candidates of each question."""
 
 import json
-import math
 from collections.abc import Iterable
 from typing import Any
 
 from tracereward.data.trace_rows import gold_of
+from tracereward.files import without_nan
 from tracereward.selection import Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.tasks import Task
 
@@ -46,5 +46,5 @@ def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | No
         "no_answer": sum(c.answer is None for candidates in questions for c in candidates),
         "accuracy": {row.label: [row.accuracy, row.low, row.high] for row in rows},
         # JSON has no nan: an AUROC is undefined where all candidates are right, or all wrong.
-        **{name: None if math.isnan(value) else value for name, value in ranking_aurocs(questions).items()},
+        **without_nan(ranking_aurocs(questions)),
     }

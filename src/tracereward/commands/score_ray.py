@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from tracereward import __version__
 from tracereward.commands import score_shards
 from tracereward.commands.score import score_rows
+from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.loading import best_device, check_model, looks_local, model_fingerprint
@@ -133,7 +134,7 @@ def score_to_folder(
         done = len(sizes) - len(missing)
         if missing:
             if done:
-                _say(f"going on after {done} of {len(sizes)} shards")
+                say(f"going on after {done} of {len(sizes)} shards")
             beside = {
                 "reference": reference and _absolute(reference),
                 "policy": policy and _absolute(policy),
@@ -144,9 +145,9 @@ def score_to_folder(
                 for shard in _run(job, missing, workers):
                     progress.update(sizes[shard])
         else:
-            _say(f"{output} is finished")
+            say(f"{output} is finished")
     footers = [parquet.read_metadata(score_shards.part_file(folder, n)) for n in range(len(sizes))]
-    _say(f"{sum(footer.num_rows for footer in footers)} rows in {len(footers)} shards: {output}")
+    say(f"{sum(footer.num_rows for footer in footers)} rows in {len(footers)} shards: {output}")
     too_long = [text for footer in footers for text in json.loads(footer.metadata[score_shards.SKIPPED])]
     return [*(skipped or ()), *too_long]
 
@@ -201,10 +202,6 @@ class ShardScorer:
         schema = job.schema.with_metadata({score_shards.SKIPPED: json.dumps(skipped or [])})
         with score_shards.room(job.folder):
             score_shards.write_part(part, pa.Table.from_pylist(scored, schema=schema))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _absolute(model: str) -> str:

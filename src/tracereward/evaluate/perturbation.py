@@ -1,6 +1,5 @@
 """A test of a reward model that needs no labels: does it see an error that was put into a right trace, and where?"""
 
-import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from tracereward.evaluate.steps import (
     position_limit,
     token_values,
 )
+from tracereward.files import without_nan
 from tracereward.metrics import auroc, bootstrap_interval, perturbation_auroc
 from tracereward.modeling.tokenization import render
 from tracereward.reports.tables import Table, interval, percent
@@ -132,7 +132,7 @@ def evaluate_perturbations(
         wins = [perturbation_auroc([a], [b]) for a, b in zip(right, wrong)]
         return {
             **hits,
-            "auroc": None if math.isnan(pooled) else pooled,
+            "auroc": without_nan(pooled),
             "win_rate": sum(wins) / len(wins),
             "win_rate_interval": list(bootstrap_interval(wins, seed)),
         }
@@ -140,7 +140,7 @@ def evaluate_perturbations(
     return {
         "traces": len(originals),
         "left_out": len(rows) - len(originals),
-        "positions": None if math.isinf(limit) else limit,
+        "positions": without_nan(limit),
         "aggregate": aggregate,
         "kinds": {
             kind: {**counts[kind], "methods": {n: metrics(kind, n) for n in traces[0]} if found[kind] else {}}

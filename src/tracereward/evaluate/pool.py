@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from scipy.special import expit
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -16,7 +16,8 @@ from tracereward.errors import InputError
 from tracereward.evaluate.figures import curve_figure, reliability_figure
 from tracereward.evaluate.pool_data import PoolRow, by_question
 from tracereward.evaluate.steps import position_limit
-from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, within_prompt_auroc
+from tracereward.files import without_nan
+from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, spearman, within_prompt_auroc
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render_prompt
 from tracereward.reports.plots import histogram
@@ -158,12 +159,12 @@ def evaluate_pool(
         "ranking": [asdict(row) for row in table],
         "curves": _curves(questions, equal, seed, temperature),
         "discrimination": _discrimination(questions),
-        "reward_length": {"pearson": _pearson(rewards, lengths), "spearman": _spearman(rewards, lengths)},
+        "reward_length": {"pearson": _pearson(rewards, lengths), "spearman": spearman(rewards, lengths)},
         "calibration": _calibrations(fits, rewards, correct),
         "uncalibrated": uncalibrated,
         "rewards": {"correct": _of(rewards, correct, True), "wrong": _of(rewards, correct, False)},
     }
-    return _without_nan(result)
+    return without_nan(result)
 
 
 def _discrimination(questions: Sequence[Sequence[Candidate]]) -> dict[str, dict[str, float]]:
@@ -229,28 +230,14 @@ def _calibrations(
 
 
 def _pearson(a: Sequence[float], b: Sequence[float]) -> float:
+    """Pearson correlation as scipy rounds it: its last digit can differ from that of `metrics.pearson`."""
     if len(set(a)) < 2 or len(set(b)) < 2:
         return math.nan
     return float(pearsonr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _spearman(a: Sequence[float], b: Sequence[float]) -> float:
-    if len(set(a)) < 2 or len(set(b)) < 2:
-        return math.nan
-    return float(spearmanr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _of(values: Sequence[float], correct: Sequence[bool], wanted: bool) -> list[float]:
     return [value for value, is_correct in zip(values, correct, strict=True) if is_correct == wanted]
-
-
-def _without_nan(value: Any) -> Any:
-    """The same with None for nan, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def pool_tables(result: dict[str, Any]) -> list[Table]:

@@ -22,6 +22,7 @@ from tracereward.evaluate.first_error import (
     summarise,
 )
 from tracereward.evaluate.step_data import StepTrace, prompt_of
+from tracereward.files import without_nan
 from tracereward.modeling.alignment import join_steps
 from tracereward.modeling.batching import pack, scoring_budget, token_budget_batches
 from tracereward.modeling.log_probs import log_probs_and_entropies
@@ -231,7 +232,7 @@ def evaluate_steps(
     return {
         "task": recipe.name,
         "aggregate": aggregate,
-        "positions": None if math.isinf(positions) else positions,
+        "positions": without_nan(positions),
         "left_out": len(traces) - len(kept),
         "fit_traces": len(fit_kept),
         "fit_left_out": len(fit_traces) - len(fit_kept),

@@ -95,7 +95,7 @@ def best_device() -> torch.device:
 
 
 def load_causal_lm(
-    name: str, dtype: torch.dtype | str = "auto", device: torch.device | None = None, **kwargs: Any
+    name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | None = None, **kwargs: Any
 ) -> PreTrainedModel:
     """A causal LM in eval mode.
 

@@ -29,7 +29,7 @@ from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.console import note
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, check_choice
-from tracereward.files import atomic_folder, atomic_write_json, write_jsonl
+from tracereward.files import atomic_folder, atomic_write_json, without_nan, write_jsonl
 from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.quickstart.report import write_quickstart_report
 from tracereward.quickstart.worlds import COMMON, WORLDS, World, write_rows
@@ -252,7 +252,7 @@ def evaluate(run: Quickstart) -> None:
     ranking = summary(questions, task)
     assert ranking is not None
     r = point_biserial([row["reward"] for row in scored], [row["correct"] for row in scored])
-    ranking["reward_r"] = None if math.isnan(r) else r
+    ranking["reward_r"] = without_nan(r)
     results = {
         "questions": policies[0]["questions"],
         "seed": run.seed,

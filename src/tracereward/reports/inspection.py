@@ -8,7 +8,6 @@ import base64
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ import jinja2
 from markupsafe import Markup
 
 from tracereward.data.trace_rows import check_scores, text_read, traces_in
-from tracereward.files import atomic_write_text
+from tracereward.files import atomic_write_text, without_nan
 from tracereward.modeling.alignment import step_ends
 from tracereward.reports.report import HEATMAP_CSS, reward_colour
 from tracereward.rewards.first_error_rules import ERROR_MARGIN, first_below_others
@@ -147,14 +146,14 @@ def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
     pieces = _pieces(text, tokens, offsets, rewards, ends, marks)
     reward = row.get("reward")
     return {
-        "reward": _finite(sum(rewards) / len(rewards) if reward is None and rewards else reward),
+        "reward": _rounded(sum(rewards) / len(rewards) if reward is None and rewards else reward),
         "correct": row.get("correct"),
         "answer": _text(row.get("extracted")),
-        "logprob": _finite(row.get("logprob")),
+        "logprob": _rounded(row.get("logprob")),
         "model": _text(row.get("model")),
-        "drop": _finite(largest_drop(step_rewards)),
+        "drop": _rounded(largest_drop(step_rewards)),
         "error": first_below_others(step_rewards, threshold),
-        "steps": [{"reward": _finite(value), "tokens": held} for value, held in zip(step_rewards, pieces)],
+        "steps": [{"reward": _rounded(value), "tokens": held} for value, held in zip(step_rewards, pieces)],
     }
 
 
@@ -186,7 +185,7 @@ def _pieces(
             piece = piece.rstrip("\n")
         if piece.startswith("\n"):
             kinds += "n"
-        steps[-1].append([visible(piece), _finite(rewards[i]), kinds])
+        steps[-1].append([visible(piece), _rounded(rewards[i]), kinds])
         if ends[i] and i + 1 < len(offsets):
             steps.append([])
     if shown < len(text):
@@ -208,8 +207,8 @@ def _scored(questions: list[dict[str, Any]]) -> Iterator[list[Any]]:
                 yield from (piece for piece in step["tokens"] if len(piece) > 1)
 
 
-def _finite(value: float | None) -> float | None:
-    return round(value, _DIGITS) if value is not None and math.isfinite(value) else None
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else without_nan(round(value, _DIGITS))
 
 
 def _text(value: object) -> str | None:

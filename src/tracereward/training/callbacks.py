@@ -1,7 +1,6 @@
 """What watches a run from outside: the metrics file, the progress bar and the stop signal."""
 
 import json
-import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from tracereward.files import read_jsonl, write_jsonl
+from tracereward.files import read_jsonl, without_nan, write_jsonl
 from tracereward.modeling.distributed import all_reduce_max
 from tracereward.training.failures import Failure, detect
 
@@ -38,9 +37,8 @@ class MetricsFile(TrainerCallback):
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row; nan and infinity, which JSON does not have, become null."""
-        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+            file.write(json.dumps(without_nan(row)) + "\n")
 
     def rewind(self, step: int, warmup_updates: int) -> None:
         """Forget what was logged after the checkpoint from which a run goes on."""

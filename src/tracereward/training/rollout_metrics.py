@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tracereward.metrics import _mean, auroc, centred, pearson, point_biserial, within_prompt_auroc
+from tracereward.metrics import auroc, centred, mean, pearson, point_biserial, within_prompt_auroc
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     right = [rollout for rollout in known if rollout.correct]
     noisy = right if known else rollouts
     metrics = {
-        "length": _mean(lengths),
-        "repetition": _mean([repetition(ids) for ids in completions]),
+        "length": mean(lengths),
+        "repetition": mean([repetition(ids) for ids in completions]),
         "distinct_share": distinct_share(prompts, completions),
-        "eos_rate": _mean([float(rollout.finished) for rollout in rollouts]),
+        "eos_rate": mean([float(rollout.finished) for rollout in rollouts]),
         "reward_std": float(np.std(rewards)) if rewards else math.nan,
         "token_noise": token_noise([rollout.rewards for rollout in noisy]),
         "length_reward_r": pearson(rewards, lengths),
@@ -64,8 +64,8 @@ def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
         metrics["auroc"] = auroc(scores, labels)
         metrics["within_prompt_auroc"] = within_prompt_auroc(scores, labels, [rollout.prompt for rollout in known])
         metrics["point_biserial_r"] = point_biserial(scores, labels)
-        metrics["reward_correct"] = _mean([rollout.reward for rollout in right])
-        metrics["reward_wrong"] = _mean([rollout.reward for rollout in known if not rollout.correct])
+        metrics["reward_correct"] = mean([rollout.reward for rollout in right])
+        metrics["reward_wrong"] = mean([rollout.reward for rollout in known if not rollout.correct])
     return metrics
 
 
@@ -83,7 +83,7 @@ def distinct_share(prompts: Sequence[Hashable], completions: Sequence[Hashable])
     groups: dict[Hashable, list[Hashable]] = {}
     for prompt, completion in zip(prompts, completions, strict=True):
         groups.setdefault(prompt, []).append(completion)
-    return _mean([len(set(group)) / len(group) for group in groups.values() if len(group) > 1])
+    return mean([len(set(group)) / len(group) for group in groups.values() if len(group) > 1])
 
 
 def token_noise(rewards: Sequence[Sequence[float]]) -> float:
@@ -93,4 +93,4 @@ def token_noise(rewards: Sequence[Sequence[float]]) -> float:
     is noise. Where correctness is known of none, it takes all traces, and errors that are marked count too. Traces
     without a token are left out; nan if none is left.
     """
-    return _mean([float(np.var(trace)) for trace in rewards if len(trace)])
+    return mean([float(np.var(trace)) for trace in rewards if len(trace)])

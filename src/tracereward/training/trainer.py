@@ -7,7 +7,6 @@ reward function. A contract test pins what is used.
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,10 +16,10 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from tracereward import metrics
+from tracereward.console import warn
 from tracereward.errors import InputError
 from tracereward.modeling.adapters import POLICY, AdapterView
 from tracereward.modeling.batching import Batch, pack
@@ -115,7 +114,7 @@ class AdversarialTrainer(RolloutTrainer):
             raise InputError("positives mixed needs answers: no demonstration has one")
         functions = [self.learned_reward, self.correct] if monitored else [self.learned_reward]
         args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is watched, never trained on
-        self.watch: FailureWatch = FailureWatch(args.on_failure, args.failure_window, self.say)
+        self.watch: FailureWatch = FailureWatch(args.on_failure, args.failure_window, warn)
         self.warm_up: WarmUp = WarmUp(self)
         super().__init__(
             model=model,
@@ -166,11 +165,6 @@ class AdversarialTrainer(RolloutTrainer):
     def quiet(self) -> bool:
         """Whether this process shows no progress."""
         return self.args.disable_tqdm is True or not self.is_world_process_zero()
-
-    def say(self, text: str) -> None:
-        """A line for the person who watches, above any progress bar."""
-        if self.is_world_process_zero():
-            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     # Reward functions, called by TRL with the local rows of a batch of rollouts.
 

@@ -17,6 +17,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tracereward.console import warn
 from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.generation.sampling import generate
@@ -217,7 +218,7 @@ class WarmUp(TrainerCallback):
         )
         warning = leak_warning(probe)
         if warning is not None:
-            self.trainer.say(warning)
+            warn(warning)
         return {"surface/auroc": probe.auroc, "surface/features": [feature.name for feature in probe.features]}
 
 
