@@ -23,7 +23,8 @@ from studies.design import (
 )
 from studies.setup.backbones import COMPARED, LABELS, PRETRAINED, own
 from studies.setup.frozen import FROZEN
-from tracereward.quickstart.worlds import FIRST_RECIPE, PRETRAINED_RECIPE, R1_RECIPE, STEADY
+from studies.setup.settings import PRETRAINED_RECIPE
+from tracereward.quickstart.worlds import FIRST_RECIPE, R1_RECIPE, STEADY
 
 GRANULARITIES = ("sparse", "step", "interval", "dense")
 SHARES = (10, 25, 50, 75, 100)

@@ -5,8 +5,9 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from studies.cells import BY_REWARD, SAMPLES, Arm, Cell
+from studies.setup.settings import WORLDS
 from tracereward.errors import InputError, check_choice
-from tracereward.quickstart.worlds import RECIPE, WORLDS, World
+from tracereward.quickstart.worlds import RECIPE, World
 from tracereward.synthetic.arithmetic import MISTAKE_RATES
 
 

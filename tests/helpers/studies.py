@@ -9,8 +9,8 @@ import pytest
 from studies.__main__ import app
 from studies.definitions import STUDIES
 from studies.pages.page import write_page
+from studies.setup.settings import WORLDS
 from tracereward.cli.app import main
-from tracereward.quickstart.worlds import WORLDS
 
 WORLD = dataclasses.replace(
     WORLDS["misconception"],

@@ -34,11 +34,11 @@ from studies.results_file import read_results
 from studies.setup import judging
 from studies.setup.backbones import BUILDERS, COMPARED, PRETRAINED, own, write_untrained
 from studies.setup.frozen import FROZEN, once
+from studies.setup.settings import WORLDS
 from studies.setup.site import Site
 from tracereward.files import write_jsonl
 from tracereward.modeling.batching import pack
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
-from tracereward.quickstart.worlds import WORLDS
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model, build_tokenizer, generate

@@ -6,9 +6,9 @@ import pytest
 
 from helpers.studies import page_of
 from studies.setup import arms
+from studies.setup.settings import WORLDS
 from studies.setup.site import Site, choose_demonstrations
 from tracereward.files import read_jsonl, write_jsonl
-from tracereward.quickstart.worlds import WORLDS
 from tracereward.synthetic.arithmetic import splits
 from tracereward.tasks.recipes import get_task
 

@@ -17,10 +17,10 @@ from studies.measures.equal_tokens import accuracy_at, margin
 from studies.pages import self_correction as correction_page
 from studies.results_file import read_results
 from studies.setup import judging
+from studies.setup.settings import WORLDS
 from tracereward.files import read_jsonl
 from tracereward.generation.guide import Guide
 from tracereward.generation.self_correction import self_correct, threshold_of
-from tracereward.quickstart.worlds import WORLDS
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.settings import RewardSettings
 

@@ -21,13 +21,13 @@ from studies.measures import depth, transfer
 from studies.pages.markdown import signed
 from studies.results_file import add_result, read_results, write_results
 from studies.setup import arms, judging
+from studies.setup.settings import WORLDS
 from studies.setup.site import Site, make_world
 from tracereward.commands.train import run_grpo
 from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import read_jsonl
 from tracereward.generation.sampling import Sample
 from tracereward.metrics import mean_interval
-from tracereward.quickstart.worlds import WORLDS
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig
 

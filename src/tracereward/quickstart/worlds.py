@@ -81,18 +81,6 @@ RECIPE: dict[str, Any] = {
     "perturbed_per_expert": 1,
 }
 """The default in all other worlds; `docs/recipe.md` says why each is what it is."""
-PRETRAINED_RECIPE: dict[str, Any] = {
-    "discriminator_learning_rate": 3e-4,
-    "discriminator_online_learning_rate": 1e-4,
-    "discriminator_prompts": 8,
-    "discriminator_rollouts": 2,
-    "discriminator_warmup_updates": 16,
-    "discriminator_every": 2,
-    "warmup_prompts": 128,
-    "warmup_rollouts": 2,
-    "discriminator_token_budget": 2560,
-}
-"""What differs for a pretrained language model with LoRA, so little that two cores of a CPU do it in minutes."""
 
 _SFT = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01}
 _PRETRAINING = {**_SFT, "max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128}
@@ -156,38 +144,6 @@ _WORLDS = (
         grpo={**_SLOW_GRPO, "per_device_train_batch_size": 96},
     ),
     replace(_CHECKED, name="hops", experts=50, corpus=20_000, completion=44, test=500),  # a hundred of each depth
-    World(
-        name="word-problems",
-        experts=400,
-        unlabeled=3000,
-        corpus=0,
-        completion=88,
-        pretraining={},
-        sft={
-            **_SFT,
-            "max_steps": 50,
-            "learning_rate": 1e-4,
-            "per_device_train_batch_size": 8,
-            "warmup_steps": 5,
-            "save_strategy": "no",
-        },
-        sft_grid=[{"learning_rate": rate} for rate in (1e-4, 4e-4)],
-        grpo={
-            "save_strategy": "no",
-            "per_device_train_batch_size": 12,
-            "gradient_accumulation_steps": 2,
-            "num_generations": 8,
-            "learning_rate": 3e-4,
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 1,
-            "max_steps": 12,
-        },
-        adversarial=PRETRAINED_RECIPE,
-        validation=60,
-        test=96,
-        model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        lora=16,
-    ),
     _STYLE,
     replace(_STYLE, name="multi-skill", completion=36),
 )
