@@ -1,6 +1,7 @@
 """The two ways a command ends early, and the sentence it ends with."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -33,6 +34,16 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(value, names, n=1)
     mend = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"unknown {what} {value!r}: {mend}Known: {', '.join(names)}.")
+
+
+def check_number(what: str, value: object) -> None:
+    """Refuse what is not a finite number.
+
+    Raises:
+        InputError: with the value, e.g. ``--threshold must be a finite number, not nan``
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{what} must be a finite number, not {value!r}")
 
 
 class Interrupted(RuntimeError):

@@ -988,7 +988,7 @@ def test_a_reward_that_is_not_finite_ends_scoring(command, bench, tmp_path):
     for name in ("score", "rerank"):
         done = command(name, tmp_path / "model", data)
         assert (done.code, done.out) == (1, "")
-        assert f"{data}:1: the model gives rewards that are not finite" in done.err
+        assert f"{data}:1: the model gives a reward that is not finite" in done.err
 
 
 def test_a_calibration_is_of_the_reward_alone(command, bench, tmp_path):

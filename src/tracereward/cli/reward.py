@@ -258,16 +258,14 @@ def inspect(
     width: Annotated[int | None, typer.Option(min=20, help="Terminal: columns.")] = None,
 ) -> None:
     """Look at traces token by token: one HTML page that needs no network, or the terminal."""
-    import math
 
     from tracereward.commands.inspect import rows_to_inspect
     from tracereward.commands.partial_output import check_output
-    from tracereward.errors import check_choice
+    from tracereward.errors import check_choice, check_number
     from tracereward.reports.inspection import write_inspection
     from tracereward.reports.inspection_terminal import COLOURS, print_ansi
 
-    if not math.isfinite(threshold):
-        raise InputError(f"--threshold must be a finite number, not {threshold}")
+    check_number("--threshold", threshold)
     check_choice("colour", colour, COLOURS)
     check_output(None if output is None else str(output))
     rows = rows_to_inspect(data, model, task, reference, policy, limit)

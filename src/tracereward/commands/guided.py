@@ -1,6 +1,5 @@
 """`tracereward sample --guide`: completions that a reward model guides, as rows."""
 
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tracereward.commands.partial_output import whole_rows
 from tracereward.commands.sample import check_drawing, load_questions, sample_row
-from tracereward.errors import InputError, check_choice
+from tracereward.errors import InputError, check_choice, check_number
 from tracereward.files import write_jsonl
 from tracereward.generation import decoding
 from tracereward.generation.guide import Guide, Guided, check_tokenizers
@@ -44,8 +43,8 @@ def guide_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
     options = {name: default if given.get(name) is None else given[name] for name, default in known.items()}
     if method == "reject" and options["keep"] > options["n"]:
         raise InputError(f"--keep {options['keep']}: only -n {options['n']} traces are drawn")
-    if method == "tilt" and not math.isfinite(options["alpha"]):
-        raise InputError(f"--alpha must be a finite number, not {options['alpha']}")
+    if method == "tilt":
+        check_number("--alpha", options["alpha"])
     return options
 
 

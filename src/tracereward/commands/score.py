@@ -1,6 +1,5 @@
 """`tracereward score`: rows with the rewards of their traces."""
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from tracereward.data.trace_rows import traces_of
-from tracereward.errors import InputError, RunFailed
+from tracereward.errors import InputError
 from tracereward.modeling.tokenization import render_prompt
-from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.scorer import Scorer, check_finite
 from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 
 CHUNK = 256  # rows scored together: enough to sort by length, few enough to see that it goes on
@@ -70,8 +69,8 @@ def score_rows(
         scores = iter(model.score_ids(prompts, completions, reference=reference, policy=policy))
         for index, (where, row, traces, spans) in enumerate(kept):
             found = [next(scores) for _ in traces]
-            if not all(math.isfinite(reward) for trace in found for reward in trace.rewards):
-                raise RunFailed(f"{where}: the model gives rewards that are not finite: its weights may be damaged")
+            for trace in found:
+                check_finite(where, "reward", trace.rewards)
             scored = [as_row(trace, model, calibrated) for trace in found]
             if spans:
                 scored[0] |= {"completion": traces[0], "step_rewards": found[0].span_rewards(spans)}

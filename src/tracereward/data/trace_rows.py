@@ -1,11 +1,10 @@
 """Rows of traces: read, and each field that a command uses checked once, with the row's place in what is said."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tracereward.data.readers import not_json, read_rows
-from tracereward.errors import InputError
+from tracereward.errors import InputError, check_number
 from tracereward.modeling.alignment import join_steps
 from tracereward.tasks.recipes import check_messages
 
@@ -78,13 +77,22 @@ def check_facts(where: str, row: dict[str, Any]) -> None:
     Raises:
         InputError: names `where` and the field.
     """
-    answer, correct, logprob = (row.get(name) for name in ("answer", "correct", "logprob"))
+    answer = row.get("answer")
     if answer is not None and not isinstance(answer, (str, bool, int, float)):
         raise InputError(f"{where}: answer must be a text or a number, not {answer!r}")
-    if correct not in (None, 0, 1):  # True is 1
-        raise InputError(f"{where}: correct must be true or false, not {correct!r}")
-    if logprob is not None and (not is_number(logprob) or not math.isfinite(logprob)):
-        raise InputError(f"{where}: logprob must be a finite number, not {logprob!r}")
+    check_labels(where, row)
+
+
+def check_labels(where: str, row: dict[str, Any]) -> None:
+    """Refuse a row whose correct or logprob is neither missing, null nor valid.
+
+    Raises:
+        InputError: names `where` and the field.
+    """
+    if row.get("correct") not in (None, 0, 1):  # True is 1
+        raise InputError(f"{where}: correct must be true or false, not {row['correct']!r}")
+    if row.get("logprob") is not None:
+        check_number(f"{where}: logprob", row["logprob"])
 
 
 def is_number(value: Any) -> bool:

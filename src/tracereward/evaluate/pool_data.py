@@ -1,13 +1,13 @@
 """Pools: candidates of many questions, ours or other people's, read into one record."""
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from tracereward.data.readers import read_rows
+from tracereward.data.trace_rows import check_labels
 from tracereward.errors import InputError
 from tracereward.tasks.recipes import Task, get_task
 
@@ -124,13 +124,10 @@ def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict
     stated = next((str(value) for value in own if value is not None and str(value).strip()), extracted)
     if extracted is None and stated is not None:
         text = f"{text.rstrip()}\n{task.answer_line.format(stated)}".lstrip()
+    check_labels(where, row)
     correct, finished, log_prob = row.get("correct"), row.get("finished"), row.get("logprob")
-    if correct not in (None, 0, 1):  # True is 1
-        raise InputError(f"{where}: correct must be true or false, not {correct!r}")
     if finished is not None and not isinstance(finished, bool):
         raise InputError(f"{where}: finished must be true or false, not {finished!r}")
-    if log_prob is not None and not (type(log_prob) in (int, float) and math.isfinite(log_prob)):
-        raise InputError(f"{where}: logprob must be a finite number, not {log_prob!r}")
     if correct is None:
         if gold is None:
             raise InputError(f"{where}: neither correct (true or false) nor a gold answer to check against")

@@ -25,6 +25,7 @@ from tracereward.modeling.batching import token_budget_batches
 from tracereward.modeling.tokenization import render_prompt
 from tracereward.rewards.heads import reads_log_probs
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.scorer import check_finite
 
 HELD_OUT = 0.2  # of the prompts
 
@@ -173,8 +174,8 @@ def rewards_of(model: TokenRewardModel, examples: Sequence[Example], token_budge
         RunFailed: one is not finite.
     """
     rewards = model.token_rewards([e.prompt for e in examples], [e.completion for e in examples], token_budget)
-    if not all(bool(values.isfinite().all()) for values in rewards):
-        raise RunFailed("the model gives rewards that are not finite: its weights may be damaged")
+    for values in rewards:
+        check_finite("a trace", "reward", values.tolist())
     return rewards
 
 

@@ -222,8 +222,13 @@ class Scorer(ABC):
 def check_finite(where: str, name: str, values: Sequence[float]) -> None:
     """Refuse what a damaged model gives: a nan would be ranked somewhere.
 
+    Args:
+        where: location of the trace in the error message.
+        name: of a value, e.g. "reward".
+        values: those of the trace.
+
     Raises:
         RunFailed: a value is not finite.
     """
     if not all(map(math.isfinite, values)):
-        raise RunFailed(f"{where}: the model gives a {name} that is not finite: its weights are damaged")
+        raise RunFailed(f"{where}: the model gives a {name} that is not finite: its weights may be damaged")
