@@ -1,4 +1,4 @@
-"""The arithmetic worlds, judged by Python's own arithmetic on the text, and their tokenizer and model."""
+"""Synthetic worlds, checked with Python's own arithmetic, and their tokenizer and model."""
 
 import random
 import re
@@ -39,7 +39,7 @@ def parse_lines(completion: str) -> list[tuple[str, int, str, int, int]]:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_expert_traces_are_right(world):
+def test_expert_traces_are_correct(world):
     for row in generate(world, 500, seed=3):
         true = value_of(row["prompt"])
         assert row["answer"] == str(true)
@@ -52,7 +52,7 @@ def test_expert_traces_are_right(world):
         assert TASKS["arithmetic"].verify(row["completion"], row["answer"])
 
 
-def test_exposure_chains_are_long_and_its_corpus_has_short_ones_too():
+def test_exposure_chain_lengths():
     long = generate("exposure", 300, seed=1)
     assert {row["completion"].count("\n") for row in long} == {6, 7, 8}
     corpus = generate("exposure", 600, seed=1, mistake_rate=0.8, unique=False)
@@ -61,7 +61,7 @@ def test_exposure_chains_are_long_and_its_corpus_has_short_ones_too():
     assert 200 < wrong < 500
 
 
-def test_multi_skill_experts_are_right_by_each_of_three_strategies():
+def test_multi_skill_strategies_are_correct():
     """Each line is true, the last one gives the answer, and every operand is used once."""
     kinds = {"lines": 0, "pairs": 0, "gather": 0}
     for row in generate("multi-skill", 900, seed=3):
@@ -85,12 +85,12 @@ def test_multi_skill_experts_are_right_by_each_of_three_strategies():
     assert kinds["lines"] > kinds["gather"] > 90
 
 
-@pytest.mark.parametrize("draw", [word_problems.draw, word_problems.draw_new])
-def test_solutions_of_word_problems_are_right_and_use_what_the_story_tells(draw):
-    """Each line has one true calculation on numbers that the story or a line before it gave; the last is the answer."""
+@pytest.mark.parametrize("sample", [word_problems.sample, word_problems.sample_unseen])
+def test_word_problem_solutions_are_correct(sample):
+    """Each line has one correct calculation on numbers of the question or earlier lines; the last is the answer."""
     rng = random.Random(5)
     for _ in range(2000):
-        row = draw(rng)
+        row = sample(rng)
         known = set(re.findall(r"\d+", row["prompt"]))
         *lines, last = row["completion"].split("\n")
         for line in lines:
@@ -103,7 +103,7 @@ def test_solutions_of_word_problems_are_right_and_use_what_the_story_tells(draw)
         assert not re.search(r"[{}]", row["prompt"] + row["completion"])
 
 
-def test_a_quarter_of_the_tests_word_problems_are_stories_that_no_other_part_has():
+def test_quarter_of_word_problem_test_split_uses_unseen_templates():
     parts = splits("word-problems", 3, 200, 50, 60, 100)
     stories = {name: {re.sub(r"[A-Z]\w+|\d+", "", row["prompt"]) for row in rows} for name, rows in parts.items()}
     unseen = {re.sub(r"[A-Z]\w+|\d+", "", row["prompt"]) for row in parts["test"] if row.get("unseen")}
@@ -121,7 +121,7 @@ def test_text_form():
     assert re.fullmatch(r"(\d+ [+*-] \d = \d+\n){2,4}#### \d+", worked["completion"])
 
 
-def test_ranges_of_the_worlds():
+def test_value_ranges():
     rows = generate("misconception", 2000, seed=1)
     starts = [int(row["prompt"].split(" ")[0]) for row in rows]
     operands = [int(k) for row in rows for k in row["prompt"].split(" ")[2:-2:2]]
@@ -134,13 +134,13 @@ def test_ranges_of_the_worlds():
     assert {line[2] for line in style} == {"+", "-", "*"}
 
 
-def test_style_experts_skip_the_working_three_times_in_five():
+def test_style_skip_rate():
     rows = generate("style", 4000, seed=2)
     skipped = sum(row["completion"].count("\n") == 0 for row in rows) / len(rows)
     assert abs(skipped - 0.6) < 4 * (0.6 * 0.4 / len(rows)) ** 0.5
 
 
-def test_mistakes_follow_the_rule_and_are_carried_on():
+def test_misconception_mistakes_follow_rule_and_propagate():
     """By hand: 13 - 5 with the borrow dropped is 18; 18 - 4 crosses no ten."""
     rows = generate("misconception", 3000, seed=4, mistake_rate=1.0)
     lines = [line for row in rows for line in parse_lines(row["completion"])]
@@ -155,8 +155,8 @@ def test_mistakes_follow_the_rule_and_are_carried_on():
 
 
 @pytest.mark.parametrize(("world", "share"), [("exposure", 0.3), ("checked", 0.5)])
-def test_half_remembered_facts_are_always_wrong_in_the_same_way_and_marked(world, share):
-    """With mistake rate 1 each fact has one result; a share of them is wrong, and a mark stands behind just those."""
+def test_wrong_facts_are_consistent_and_marked(world, share):
+    """With mistake rate 1 each fact has one result; a share of them is wrong, and only those have the marker."""
     lines = {}
     for row in generate(world, 3000, seed=3, mistake_rate=1.0, unique=False):
         written = row["completion"].split("\n")[:-1]
@@ -175,7 +175,7 @@ def test_half_remembered_facts_are_always_wrong_in_the_same_way_and_marked(world
 
 
 @pytest.mark.parametrize("world", ["exposure", "checked"])
-def test_experts_are_never_in_doubt(world):
+def test_experts_never_write_marker(world):
     rows = generate(world, 500, seed=3)
     assert not any("?" in row["completion"] for row in rows)
     for row in rows:
@@ -188,7 +188,7 @@ def test_experts_are_never_in_doubt(world):
 
 
 def walked(after: dict[int, int], number: int, places: int) -> int:
-    """The number so many places behind another, one place at a time."""
+    """The number `places` places after another, one place at a time."""
     for _ in range(places):
         number = after[number]
     return number
@@ -196,12 +196,12 @@ def walked(after: dict[int, int], number: int, places: int) -> int:
 
 @pytest.fixture(scope="module")
 def after() -> dict[int, int]:
-    """The number behind each, as experts of ``hops`` know it: from the lines that go one place."""
+    """The successor of each number, from the one-place lines of ``hops`` experts."""
     lines = [line for row in generate("hops", 3000, seed=3) for line in parse_lines(row["completion"])]
     return {number: result for _, number, _, places, result in lines if places == 1}
 
 
-def test_numbers_stand_in_one_circle(after):
+def test_hops_numbers_form_one_circle(after):
     number, seen = 0, []
     while number not in seen:
         seen.append(number)
@@ -211,7 +211,7 @@ def test_numbers_stand_in_one_circle(after):
     assert seen != list(range(41))
 
 
-def test_experts_go_on_from_each_hop_and_never_go_too_far(after):
+def test_hops_expert_traces_are_correct(after):
     rows = generate("hops", 1000, seed=4)
     depths = [hops.depth_of(row["prompt"]) for row in rows]
     assert set(depths) == {2, 3, 4, 5, 6}
@@ -230,8 +230,8 @@ def test_experts_go_on_from_each_hop_and_never_go_too_far(after):
         assert hops.first_wrong_line(row["prompt"], row["completion"]) is None
 
 
-def test_a_mistaken_hop_goes_one_place_too_far_from_numbers_that_three_divides(after):
-    """With mistake rate 1 all and only these; the chain goes on from there, and the answer is then never right."""
+def test_hops_mistakes_at_multiples_of_three(after):
+    """With mistake rate 1, all and only these; the chain continues from there, and the answer is never correct."""
     wrong = 0
     for row in generate("hops", 1000, seed=5, mistake_rate=1.0, unique=False):
         start, *asked = map(int, row["prompt"].removesuffix(" = ?\n").split(" * "))
@@ -250,8 +250,8 @@ def test_a_mistaken_hop_goes_one_place_too_far_from_numbers_that_three_divides(a
     assert abs(wrong / 1000 - 0.77) < 0.06
 
 
-def test_the_mistake_rate_of_hops(after):
-    """First lines only: whether they are mistaken does not depend on others."""
+def test_hops_mistake_rate(after):
+    """First lines only: their mistakes do not depend on other lines."""
     rows = generate("hops", 4000, seed=6, mistake_rate=0.6, unique=False)
     first = [parse_lines(row["completion"])[0] for row in rows]
     affected = [walked(after, left, places) != result for _, left, _, places, result in first if left % 3 == 0]
@@ -259,23 +259,23 @@ def test_the_mistake_rate_of_hops(after):
     assert abs(sum(affected) / len(affected) - 0.6) < 0.055
 
 
-def test_the_first_wrong_line_by_hand():
-    """20 is the second behind 5, and 4 the fourth behind 20."""
+def test_first_wrong_line():
+    """20 is two places after 5, and 4 is four places after 20."""
     for completion, wrong in (
         ("5 * 2 = 20\n20 * 4 = 4\n#### 4", None),
         ("5 * 2 = 9\n9 * 4 = 4\n#### 4", 0),
         ("5 * 2 = 20\n20 * 4 = 34\n#### 34", 1),
         ("5 * 2 = 20\n20 * 4 = 4\n#### 5", 2),
         ("5 * 2 = 20\n#### 20", 1),  # stops early
-        ("5 * 2 = 20\n20 * 4 = 4\n4 * 1 = 34\n#### 34", 2),  # goes on too long
-        ("5 * 2 = 20\n20 * 4 = 4", 2),  # cut off: the line that is missing
+        ("5 * 2 = 20\n20 * 4 = 4\n4 * 1 = 34\n#### 34", 2),  # too long
+        ("5 * 2 = 20\n20 * 4 = 4", 2),  # truncated: the missing line
         ("5 * 2 = 20\n20 * 4 = 4\n#### 4\n#### 4", 3),
         ("", 0),
     ):
         assert hops.first_wrong_line("5 * 2 * 4 = ?\n", completion) == wrong, completion
 
 
-def test_answers_stay_true_in_a_mistaken_corpus():
+def test_answers_are_correct_in_corpus_with_mistakes():
     rows = generate("misconception", 1000, seed=5, mistake_rate=0.8, unique=False)
     assert all(row["answer"] == str(value_of(row["prompt"])) for row in rows)
     for row in rows:
@@ -286,19 +286,19 @@ def test_answers_stay_true_in_a_mistaken_corpus():
     assert 200 < wrong < 800  # fluent and wrong often, not always
 
 
-def test_mistake_rate_is_the_share_of_affected_first_lines():
-    """First lines only: their values are drawn before any mistake."""
+def test_misconception_mistake_rate():
+    """First lines only: their values are sampled before any mistake."""
     rate = 0.3
     rows = generate("misconception", 6000, seed=6, mistake_rate=rate, unique=False)
     first = [parse_lines(row["completion"])[0] for row in rows]
     affected = [line for line in first if line[2] == "-" and line[1] % 10 < line[3]]
     dropped = sum(result == value - operand + 10 for _, value, _, operand, result in affected) / len(affected)
-    # A dropped borrow adds ten, so that a few more of these chains leave 0..40 and are drawn again.
+    # A dropped borrow adds ten, so that a few more of these chains leave 0..40 and are resampled.
     assert abs(dropped - rate) < 0.04
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_seed_decides(world):
+def test_same_seed_gives_same_rows(world):
     assert generate(world, 20, seed=1) == generate(world, 20, seed=1)
     assert generate(world, 20, seed=1) != generate(world, 20, seed=2)
 
@@ -314,7 +314,7 @@ def test_unique_and_exclude():
 @pytest.mark.parametrize("world", WORLDS)
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6), n_experts=st.integers(1, 300))
-def test_splits_are_disjoint_and_the_test_set_is_fixed(world, seed, n_experts):
+def test_splits_are_disjoint_and_test_split_is_fixed(world, seed, n_experts):
     parts = splits(world, seed, n_experts, n_validation=50, n_test=100, n_unlabeled=200)
     prompts = [row["prompt"] for rows in parts.values() for row in rows]
     assert len(set(prompts)) == len(prompts) == n_experts + 350
@@ -329,12 +329,12 @@ def test_splits_default_sizes_fit_both_worlds():
         assert sizes == {"test": 300, "experts": 2000, "validation": 200, "unlabeled": 3000}
 
 
-def test_errors_name_the_mend(monkeypatch):
+def test_invalid_arguments_raise_input_error(monkeypatch):
     with pytest.raises(InputError, match=r"unknown world 'styl': did you mean 'style'\?"):
         generate("styl", 1, seed=0)
-    with pytest.raises(InputError, match="for the worlds misconception, checked, exposure, hops: those of style are"):
+    with pytest.raises(InputError, match="for the worlds misconception, checked, exposure, hops: traces of style are"):
         generate("style", 1, seed=0, mistake_rate=0.1)
-    with pytest.raises(InputError, match=r"mistake_rate is 1\.5: it is a probability"):
+    with pytest.raises(InputError, match=r"mistake_rate is 1\.5, not a probability"):
         generate("misconception", 1, seed=0, mistake_rate=1.5)
     few = generate("style", 3, seed=0)
     monkeypatch.setitem(arithmetic.WORLDS, "style", lambda rng, _: rng.choice(few))
@@ -360,10 +360,10 @@ def test_tokenizer_round_trip(world, seed):
         assert ids == tokenizer(row["prompt"])["input_ids"] + tokenizer(row["completion"])["input_ids"]
         pieces = [text[a:b] for a, b in encoded["offset_mapping"]]
         assert pieces == tokenizer.convert_ids_to_tokens(ids)
-        assert len(ids) < 128  # the model's positions
+        assert len(ids) < 128  # max_position_embeddings
 
 
-def test_tokens_by_hand():
+def test_tokens():
     ids = tokenizer("23 - 7 = 16\n#### 16")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["23", " - ", "7", " = ", "16", "\n", "#### ", "16"]
     assert tokenizer("41 ")["input_ids"] == [tokenizer.unk_token_id] * 2
@@ -383,7 +383,7 @@ def test_tokenizer_survives_saving(tmp_path):
     assert (loaded.padding_side, loaded.pad_token_id, loaded.eos_token_id) == ("left", 0, 1)
 
 
-def test_model_is_seeded_and_leaves_the_global_random_state():
+def test_model_is_seeded_and_keeps_global_random_state():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

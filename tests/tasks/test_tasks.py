@@ -1,4 +1,4 @@
-"""Recipes, extraction and equality of answers. Expected texts are written by hand; rates come from the real files."""
+"""Tasks, and extraction and equality of answers. Expected texts are written by hand; rates come from real datasets."""
 
 import gzip
 import json
@@ -39,7 +39,7 @@ def real_rows(name: str) -> list[dict]:
         (r"so \boxed{5}.", "5"),
         (r"\boxed{1} then \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
-        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # the escaped brace alone is no group
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),  # an escaped brace is not a group
         (r"\boxed{\boxed{3}}", "3"),
         (r"first \boxed{1}, then cut off in \boxed{\frac{1}", None),
         (r"\boxed{}", None),
@@ -140,7 +140,7 @@ def test_extract_yes_no(text, answer):
         ("Paris it is.", None),
     ],
 )
-def test_extract_any_takes_the_forms_in_their_order(text, answer):
+def test_extract_any_priority(text, answer):
     assert answers.extract_any(text) == answer
 
 
@@ -164,9 +164,9 @@ def test_extract_span(text, answer):
     assert answers.extract_span(text) == answer
 
 
-def test_own_form_comes_first():
+def test_own_form_has_priority():
     both = r"#### 5 but \boxed{6}"
-    # The whole line: equality will judge it, nothing is guessed.
+    # The rest of the line; the comparison decides.
     assert answers.extract_number(both) == "5 but \\boxed{6}"
     assert answers.extract_number("\\boxed{6}\n#### 5") == "5"
     assert answers.extract_math("\\boxed{6}\n#### 5") == "6"
@@ -219,8 +219,8 @@ def test_equal_math(a, b):
         (r"3\frac{1}{2}", "31/2"),
         (r"\frac{1}{2}3", "1/23"),
         ("1 1/2", "1"),
-        ("0.1000000000000000000000000001", "0.1"),  # exact, where floats are equal
-        ("may", "yam"),  # as products of letters they would be equal
+        ("0.1000000000000000000000000001", "0.1"),  # exact, though equal as floats
+        ("may", "yam"),  # equal as products of letters
         ("12_8", "12_7"),
         ("[1,2]", "(1,2)"),
         ("(1,2)", "(2,1)"),
@@ -245,7 +245,7 @@ def test_number_is_exact(a, b, k):
 
 @settings(max_examples=300)
 @given(st.text(alphabet=r"0123456789.,/%$\{}frac eE+-_^ab", max_size=20))
-def test_number_never_fails(text):
+def test_number_never_raises(text):
     found = answers.number(text)
     assert found is None or found[0] == found[0]
 
@@ -264,10 +264,10 @@ def test_equal_yes_no():
         ("U.S.", "US", True),
         ("6,960", "6960", True),
         ("a  cat and the dog", "Cat and dog", True),
-        ("theatre", "atre", False),  # only whole words are articles
+        ("theatre", "atre", False),  # articles are full words only
         ("Lind river", "Lind", False),
         ("yes", "no", False),
-        ("The", "the.", True),  # nothing is left of either
+        ("The", "the.", True),  # both normalise to nothing
         ("The", "A", False),
         ("the", "Lind", False),
     ],
@@ -276,15 +276,15 @@ def test_equal_span(a, b, equal):
     assert answers.equal_span(a, b) is answers.equal_span(b, a) is equal
 
 
-def test_an_answer_among_many_spaces_is_found_at_once():
+def test_extraction_is_linear_in_white_space():
     gap = " " * 20_000
     start = time.monotonic()
     assert answers.extract_any(f"The answer is x{gap}x.") == f"x{gap}x"
     assert answers.extract_any(f"The answer is 5 \t\n . {gap}x") == "5"
-    assert time.monotonic() - start < 0.5  # minutes where each space looks at all that follow
+    assert time.monotonic() - start < 0.5  # quadratic time would take minutes
 
 
-def test_long_answers_are_compared_as_text_at_once():
+def test_long_answers_are_compared_as_text_without_math_verify():
     long = "+".join(["x"] * 400)
     start = time.monotonic()
     assert not answers.equal_math(long, "400x")
@@ -292,20 +292,20 @@ def test_long_answers_are_compared_as_text_at_once():
     assert time.monotonic() - start < 0.5
 
 
-def test_hanging_comparison_is_stopped_and_the_next_one_works(monkeypatch, caplog):
-    assert answers.equal_math("y+1", "1+y")  # the process runs
+def test_timeout_stops_hanging_comparison_and_restarts_worker(monkeypatch, caplog):
+    assert answers.equal_math("y+1", "1+y")  # starts the process
     monkeypatch.setattr(answers, "TIME_LIMIT", 1.0)
     start = time.monotonic()
     with caplog.at_level(logging.WARNING):
         assert not answers.math_verify_equal("5^{5^{5^{5}}}", "7y")
     assert time.monotonic() - start < 3
     assert "stopped after 1 s" in caplog.text
-    assert "5^" not in caplog.text  # a server's log has nothing that its users wrote
+    assert "5^" not in caplog.text  # user input must not be logged
     monkeypatch.undo()
     assert answers.math_verify_equal("y+2", "2+y")
 
 
-def test_equal_math_works_in_threads():
+def test_equal_math_is_thread_safe():
     results = {}
 
     def compare(i: int) -> None:
@@ -319,25 +319,25 @@ def test_equal_math_works_in_threads():
     assert results == {i: i < 4 for i in range(8)}
 
 
-def test_dead_math_verify_is_an_error_and_not_a_wrong_answer(monkeypatch, tmp_path):
+def test_failed_worker_raises_instead_of_returning_false(monkeypatch, tmp_path):
     broken = tmp_path / "math_worker.py"
     broken.write_text("raise SystemExit(3)")
     monkeypatch.setattr(answers, "_worker", None)
     monkeypatch.setattr(answers, "__file__", str(tmp_path / "answers.py"))
-    with pytest.raises(RuntimeError, match="math-verify ended with code 3 at its start"):
+    with pytest.raises(RuntimeError, match="math-verify exited with code 3 at startup"):
         answers.math_verify_equal("q+1", "1+q")
 
 
-# ---------- recipes ----------
+# ---------- tasks ----------
 
 
-def test_get_task_names_the_nearest():
+def test_get_task_suggests_nearest_name():
     assert get_task("gsm8k") is TASKS["gsm8k"]
     with pytest.raises(InputError, match=r"unknown task 'gsm8': did you mean 'gsm8k'\?"):
         get_task("gsm8")
 
 
-def test_every_task_carries_its_own_name():
+def test_task_names_match_their_keys():
     assert {name: task.name for name, task in TASKS.items()} == {name: name for name in TASKS}
 
 
@@ -393,11 +393,11 @@ def test_medreason_row(options, answer):
     }
 
 
-def test_medreason_takes_the_longest_option_that_fits_and_never_guesses():
+def test_medreason_matches_longest_option_and_rejects_unknown_answers():
     raw = {"question": "q", "options": ["Type I", "Type II", "Type I and II"], "reasoning": "r"}
     for answer, letter in (("type ii", "B"), ("Type I", "A"), ("Type I and II.", "C")):
         assert TASKS["medreason"].example({**raw, "answer": answer})["answer"] == letter
-    with pytest.raises(ValueError, match="names none of the options"):
+    with pytest.raises(ValueError, match="matches none of the options"):
         TASKS["medreason"].example({**raw, "answer": "A patient of type III"})
     with pytest.raises(ValueError, match="letters that do not run A, B, C"):
         TASKS["medreason"].example({**raw, "answer": "A", "options": "A. x\nC. y"})
@@ -427,14 +427,14 @@ HOTPOT = {
 }
 
 
-def on_the_hub(raw: dict) -> dict:
-    """The same row with the Hub's columns."""
+def hub_format(raw: dict) -> dict:
+    """The same row in the Hub's column format."""
     context = dict(zip(("title", "sentences"), map(list, zip(*raw["context"]))))
     facts = dict(zip(("title", "sent_id"), map(list, zip(*raw["supporting_facts"]))))
     return {**raw, "context": context, "supporting_facts": facts}
 
 
-@pytest.mark.parametrize("form", [dict, on_the_hub])
+@pytest.mark.parametrize("form", [dict, hub_format])
 def test_hotpotqa_row(form):
     task, raw = TASKS["hotpotqa"], form(HOTPOT)
     assert task.example(raw) == {
@@ -452,15 +452,15 @@ def test_hotpotqa_row(form):
     assert task.example({**raw, "answer": None})["prompt"] == task.example(raw)["prompt"]
 
 
-def test_hotpotqa_facts_that_are_not_there():
-    """A sentence too many is left out, as a few rows of the public set need it; a paragraph too many is an error."""
+def test_hotpotqa_missing_facts():
+    """A sentence index out of range is dropped (a few rows of the public dataset need it); an unknown title raises."""
     example = TASKS["hotpotqa"].example
     beyond = example({**HOTPOT, "supporting_facts": [["Osby", 2], ["Ada Holm", 1]]})
     assert beyond["completion"] == "She was born in Osby.\nThe answer is the Lind."
     assert example({**HOTPOT, "supporting_facts": [["Osby", 2]]})["completion"] is None
     with pytest.raises(ValueError, match="names 'Holm', which no paragraph of 'context' has"):
         example({**HOTPOT, "supporting_facts": [["Holm", 0]]})
-    with pytest.raises(ValueError, match="has '0' where the number of a sentence belongs"):
+    with pytest.raises(ValueError, match="has '0' instead of a sentence index"):
         example({**HOTPOT, "supporting_facts": [["Osby", "0"]]})
     with pytest.raises(ValueError, match=r"field 'context' is neither a list of pairs nor \{'title': \[\.\.\.\]"):
         example({**HOTPOT, "context": "Osby is a town."})
@@ -491,13 +491,13 @@ def test_prontoqa_row(answer, gold):
 
 
 @pytest.mark.parametrize("more", [{"answer": "C"}, {"answer": "maybe"}, {"answer": "A", "options": None}])
-def test_prontoqa_answers_are_never_guessed(more):
+def test_prontoqa_rejects_unknown_answers(more):
     raw = {"context": "c", "question": "q", "options": ["A) True", "B) False", "C) Unknown"], "explanation": ["e"]}
-    with pytest.raises(ValueError, match=f"field 'answer' is '{more['answer']}', neither true or false"):
+    with pytest.raises(ValueError, match=f"field 'answer' is '{more['answer']}', not true, false or the letter"):
         TASKS["prontoqa"].example({**raw, **more})
 
 
-def test_generic_row_is_passed_through():
+def test_generic_row():
     messages = [{"role": "user", "content": "hi"}]
     reply = [{"role": "assistant", "content": "The answer is 2."}]
     example = TASKS["generic"].example
@@ -519,7 +519,7 @@ def test_generic_row_is_passed_through():
     assert not verify("perhaps 0.5", "1/2")
 
 
-# How GPT-2 and how Llama 3 and Qwen cut text into the pieces that byte-pair merging works in.
+# Pre-tokenization patterns of GPT-2, and of Llama 3 and Qwen.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
@@ -548,7 +548,7 @@ def test_no_token_spans_prompt_and_completion(pattern, trace):
         assert len(row["prompt"]) in {start for _, (start, _) in pieces}
 
 
-# ---------- the real files ----------
+# ---------- real datasets ----------
 
 
 @pytest.mark.parametrize(
@@ -562,7 +562,7 @@ def test_no_token_spans_prompt_and_completion(pattern, trace):
         ("prontoqa", "prontoqa/dev", 500),
     ],
 )
-def test_every_real_demonstration_states_its_gold_answer(task, name, rows):
+def test_real_demonstrations_state_their_gold_answer(task, name, rows):
     examples = [TASKS[task].example(raw) for raw in real_rows(name)]
     assert len(examples) == rows
     wrong = [e["completion"][-80:] for e in examples if not TASKS[task].verify(e["completion"], e["answer"])]
@@ -573,18 +573,18 @@ def test_every_real_demonstration_states_its_gold_answer(task, name, rows):
         assert e["prompt"].endswith(":\n")
 
 
-def test_real_hops_are_sentences_of_their_paragraphs():
-    """As many lines as supporting facts, each to be found in the prompt; the Hub's columns give the same."""
+def test_real_hotpotqa_steps_are_supporting_sentences():
+    """One line per supporting fact, each contained in the prompt; the Hub format gives the same."""
     for raw in real_rows("hotpotqa/train100"):
         example = TASKS["hotpotqa"].example(raw)
         *hops, last = example["completion"].split("\n")
         assert len(hops) == len(raw["supporting_facts"]) >= 2
         assert all(hop in example["prompt"] for hop in hops)
         assert last.removeprefix("The answer is ").rstrip(".") == raw["answer"].rstrip(".")
-        assert TASKS["hotpotqa"].example(on_the_hub(raw)) == example
+        assert TASKS["hotpotqa"].example(hub_format(raw)) == example
 
 
-def test_real_proofs_end_in_the_statement_or_its_negation():
+def test_real_proofs_end_with_statement_or_negation():
     for raw in real_rows("prontoqa/dev"):
         example = TASKS["prontoqa"].example(raw)
         *steps, last = example["completion"].split("\n")
@@ -593,13 +593,13 @@ def test_real_proofs_end_in_the_statement_or_its_negation():
         assert last == f"The answer is {'true' if steps[-1] == asked else 'false'}."
 
 
-def test_real_answers_of_multi_hop_questions_are_found_in_written_traces():
-    """Traces written by hand for four sets end in "So the answer is: X.": all are right by their own gold answers."""
+def test_span_extraction_on_handwritten_traces():
+    """Handwritten traces of four datasets end in "So the answer is: X."; all match their gold answers."""
     rows = real_rows("ircot_cot/annotated")
     assert all(TASKS["hotpotqa"].verify(row["cot"], row["answer"]) for row in rows)
 
 
-def test_cut_off_mmlu_pro_traces_are_few():
+def test_few_mmlu_pro_traces_lack_an_answer():
     raws = real_rows("mmlu_pro/traces_train")
     completed = sum(TASKS["mmlu_pro"].example(raw)["completion"] != raw["trace"].strip() for raw in raws)
     assert completed == sum(answers.extract_letter(raw["trace"]) is None for raw in raws)
@@ -607,21 +607,21 @@ def test_cut_off_mmlu_pro_traces_are_few():
 
 
 def math_verify_accepts(step: int) -> float:
-    """Share of the gold answers, every `step`-th, that math-verify alone finds equal to themselves."""
+    """Share of every `step`-th gold answer that math-verify finds equal to itself."""
     golds = sorted({TASKS["math"].example(raw)["answer"] for raw in real_rows("math/traces")})[::step]
     return sum(answers.math_verify_equal(gold, gold) for gold in golds) / len(golds)
 
 
-def test_math_verify_reads_real_answers():
+def test_math_verify_parses_real_answers():
     assert math_verify_accepts(step=20) >= 0.99
 
 
 @pytest.mark.slow
-def test_math_verify_reads_all_real_answers():
+def test_math_verify_parses_all_real_answers():
     assert math_verify_accepts(step=1) >= 0.99
 
 
-def test_import_is_light():
+def test_import_loads_no_heavy_packages():
     code = "import sys, tracereward.synthetic.arithmetic, tracereward.data.demonstrations; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "datasets", "sympy", "math_verify"} & set(done.stdout.split())

@@ -1,14 +1,14 @@
-"""Arithmetic worlds: generated, seeded problems with worked traces, small enough to train a model on a CPU.
+"""Synthetic worlds: generated, seeded problems with worked traces, small enough to train a model on a CPU.
 
-A problem is a chain of operations worked from left to right, as on a pocket calculator (no precedence)::
+A problem is a chain of operations evaluated from left to right (no precedence)::
 
     prompt      "23 - 7 + 5 = ?\\n"
     completion  "23 - 7 = 16\\n16 + 5 = 21\\n#### 21"
     answer      "21"
 
-In ``hops`` facts known by heart take the place of sums. The worlds share one vocabulary; each is a module beside
-this one, which says what its problems and traces are: ``misconception``, ``checked``, ``exposure``, ``hops``, ``style``
-and ``multi-skill``. ``word-problems`` is for a pretrained language model and its tokenizer.
+``hops`` has memorised facts instead of sums. The worlds share one vocabulary; each is a module in this folder that
+documents its problems and traces: ``misconception``, ``checked``, ``exposure``, ``hops``, ``style`` and
+``multi-skill``. ``word-problems`` is for a pretrained language model and its tokenizer.
 """
 
 import random
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORLDS: dict[str, Callable[[random.Random, float], dict]] = {
-    "misconception": misconception.draw,
-    "checked": checked.draw,
-    "exposure": exposure.draw,
-    "hops": hops.draw,
-    "style": style.draw,
-    "multi-skill": multi_skill.draw,
-    "word-problems": word_problems.draw,
+    "misconception": misconception.sample,
+    "checked": checked.sample,
+    "exposure": exposure.sample,
+    "hops": hops.sample,
+    "style": style.sample,
+    "multi-skill": multi_skill.sample,
+    "word-problems": word_problems.sample,
 }
-_UNSEEN: dict[str, Callable[[random.Random, float], dict]] = {"word-problems": word_problems.draw_new}
-"""What a quarter of the test questions are drawn from: kinds of problems that are in no other part."""
+_UNSEEN: dict[str, Callable[[random.Random, float], dict]] = {"word-problems": word_problems.sample_unseen}
+"""Source of a quarter of the test questions: templates that no other split uses."""
 MISTAKE_RATES = {
     "misconception": misconception.MISTAKE_RATE,
     "checked": checked.MISTAKE_RATE,
     "exposure": exposure.MISTAKE_RATE,
     "hops": hops.MISTAKE_RATE,
 }
-"""Worlds whose pretraining corpus is mistaken, and how often: it is what the policy thinks likeliest."""
+"""Mistake rate of each world whose pretraining corpus has mistakes; the policy learns them as the most likely."""
 _TEST_SEED = 20_261
 _TRIES = 20_000
-"""Draws in a row without a new prompt after which a world counts as used up."""
+"""Consecutive duplicate prompts after which a world counts as exhausted."""
 
 
 def generate(
@@ -54,36 +54,36 @@ def generate(
     unique: bool = True,
     unseen: bool = False,
 ) -> list[dict]:
-    """Draw `n` problems.
+    """Sample `n` problems.
 
     Args:
         world: one of `WORLDS`.
         n: number of rows.
         seed: the same seed gives the same rows.
-        mistake_rate: worlds of `MISTAKE_RATES` only: probability that an affected line is mistaken; the world's own
-            rate with ``unique=False`` makes a pretraining corpus.
+        mistake_rate: worlds of `MISTAKE_RATES` only: probability of a mistake in an affected line. A pretraining corpus
+            uses the world's own rate and ``unique=False``.
         exclude: prompts that must not appear.
-        unique: no prompt twice.
-        unseen: problems of kinds that are in no other part than the test; ``word-problems`` only.
+        unique: whether prompts must be distinct.
+        unseen: use the templates reserved for the test split; ``word-problems`` only.
 
     Returns:
-        Rows ``{"prompt", "completion", "answer"}``; the answer is the true one even where the completion is mistaken.
+        Rows ``{"prompt", "completion", "answer"}``; the answer is the correct one even if the completion is wrong.
 
     Raises:
-        InputError: unknown world, a mistake rate outside 0..1 or in another world, or more rows than there are.
+        InputError: unknown world, a mistake rate outside 0..1 or in another world, or more rows than the world has.
     """
-    draw = (_UNSEEN if unseen else WORLDS)[check_choice("world", world, WORLDS)]
+    sample = (_UNSEEN if unseen else WORLDS)[check_choice("world", world, WORLDS)]
     if mistake_rate and world not in MISTAKE_RATES:
         known = ", ".join(MISTAKE_RATES)
-        raise InputError(f"mistake_rate is for the worlds {known}: those of {world} are always right")
+        raise InputError(f"mistake_rate is for the worlds {known}: traces of {world} are always correct")
     if not 0 <= mistake_rate <= 1:
-        raise InputError(f"mistake_rate is {mistake_rate}: it is a probability, 0 to 1")
+        raise InputError(f"mistake_rate is {mistake_rate}, not a probability from 0 to 1")
     rng = random.Random(seed)
     seen = set(exclude)
     rows: list[dict] = []
     rejected = 0
     while len(rows) < n:
-        row = draw(rng, mistake_rate)
+        row = sample(rng, mistake_rate)
         if row["prompt"] in seen:
             rejected += 1
             if rejected == _TRIES:
@@ -99,14 +99,14 @@ def generate(
 def splits(
     world: str, seed: int, n_experts: int, n_validation: int = 200, n_test: int = 300, n_unlabeled: int = 3000
 ) -> dict[str, list[dict]]:
-    """Disjoint sets of problems.
+    """Disjoint splits of problems.
 
-    The test set depends on `n_test` only, so that all seeds and numbers of experts are measured on the same questions.
-    A quarter is of kinds that no other part has, where the world has such: rows with a field ``unseen``.
+    The test split depends on `n_test` only, so that all seeds and numbers of experts are evaluated on the same
+    questions. If the world has templates reserved for it, a quarter of the rows uses them and has a field ``unseen``.
 
     Returns:
         ``experts``, ``validation`` and ``test`` rows, and ``unlabeled`` rows, whose completion is None (their answer is
-        kept for controls that train on a verifier). No prompt is in two of them.
+        kept for controls that train on a verifier). No prompt is in two splits.
 
     Raises:
         InputError: unknown world, or more rows than it has.
@@ -129,7 +129,7 @@ def splits(
 def build_tokenizer(digits: bool = False) -> "PreTrainedTokenizerFast":
     """Word-level tokenizer of all worlds; a number, an operator with its spaces, ``#### `` or a newline is one token.
 
-    With `digits` a number is as many tokens as it has digits.
+    With `digits`, each digit of a number is a token.
 
     Encoding adds no special tokens, and ``decode(encode(text)) == text`` for every text of the worlds. A number over
     `LARGEST` or any other text becomes ``<unk>``.
@@ -159,7 +159,7 @@ def build_model(
 ) -> "LlamaForCausalLM":
     """Untrained Llama for the arithmetic worlds (113 thousand parameters), on the CPU in float32.
 
-    The same seed gives the same weights; torch's global random state is left as it was.
+    The same seed gives the same weights; torch's global random state is not changed.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""Chains of operations as text: what all arithmetic worlds write."""
+"""Chains of operations as text, shared by the arithmetic worlds."""
 
 # (value, operator, operand, result as written)
 Line = tuple[int, str, int, int]
@@ -18,7 +18,7 @@ def prompt(start: int, operations: list[tuple[str, int]]) -> str:
 
 
 def row(start: int, lines: list[Line], working: bool, answer: int) -> dict:
-    """One problem worked a line at a time, or, without `working`, with the last line's result alone."""
+    """One problem solved line by line or, without `working`, with the result of the last line only."""
     steps = [f"{value} {operator} {operand} = {result}" for value, operator, operand, result in lines]
     return {
         "prompt": prompt(start, [(operator, operand) for _, operator, operand, _ in lines]),

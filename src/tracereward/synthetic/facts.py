@@ -1,4 +1,4 @@
-"""Half-remembered facts: a fixed share of the subtractions, each with the one wrong result that a writer believes."""
+"""Partly wrong subtraction facts: a fixed share of the subtractions has a fixed wrong result."""
 
 import random
 from collections.abc import Callable
@@ -9,7 +9,7 @@ POSSIBLE = [
     [(operator, k) for operator in "+-" for k in range(1, 10) if 0 <= apply(value, operator, k) <= 30]
     for value in range(31)
 ]
-"""What can be done with a value of 0 to 30 so that it stays there."""
+"""Operations that keep each value of 0 to 30 in that range."""
 
 
 def _table() -> dict[tuple[int, int], tuple[float, int]]:
@@ -27,15 +27,15 @@ _TABLE = _table()
 
 
 def remembered(value: int, k: int, share: float) -> int:
-    """`value` - `k` to a writer who remembers `share` of all subtractions wrongly, always the same ones."""
+    """`value` - `k`, with the fixed wrong result for a fixed `share` of all subtractions."""
     rank, error = _TABLE.get((value, k), (1.0, 0))
     return value - k + (error if rank < share else 0)
 
 
 def operations(rng: random.Random, count: int) -> tuple[int, list[tuple[str, int]]] | None:
-    """A start and `count` different operations whose true values stay in 0 to 30; None where a draw runs out of them.
+    """A start and `count` distinct operations whose true values stay in 0 to 30; None if no operation is left.
 
-    No operation is asked for twice, so that a small model can keep its place by looking for what it did last.
+    Operations are distinct so that a small model can keep track by looking up the one it did last.
     """
     start = value = rng.randint(3, 29)
     chosen: list[tuple[str, int]] = []
@@ -48,21 +48,22 @@ def operations(rng: random.Random, count: int) -> tuple[int, list[tuple[str, int
     return start, chosen
 
 
-def draw(
+def sample(
     rng: random.Random,
+    *,
     lengths: tuple[int, int],
     mistake_rate: float,
-    share: float,
+    wrong_share: float,
     write: Callable[[int, str, int, int], list[str]],
 ) -> dict:
-    """One problem of `lengths` operations; its answer is the true one even where its trace is mistaken.
+    """Sample one problem; its answer is correct even if its trace is wrong.
 
     Args:
         rng: source of all choices.
         lengths: fewest and most operations.
-        mistake_rate: probability that a subtraction is worked as it is remembered, not as it is.
-        share: of all subtraction facts that are remembered wrongly.
-        write: value, operator, operand and result as worked -> the lines of the trace.
+        mistake_rate: probability that a subtraction uses the wrong fact.
+        wrong_share: share of all subtraction facts that are wrong.
+        write: value, operator, operand and written result -> the lines of the trace.
     """
     while True:
         chain = operations(rng, rng.randint(*lengths))
@@ -74,7 +75,7 @@ def draw(
         for operator, k in asked:
             result = apply(written, operator, k)
             if operator == "-" and rng.random() < mistake_rate:
-                result = remembered(written, k, share)
+                result = remembered(written, k, wrong_share)
             lines += write(written, operator, k, result)
             written, true = result, apply(true, operator, k)
             if not 0 <= written <= 30:

@@ -1,16 +1,15 @@
-r"""World ``hops``: a chain of facts known by heart, each asked of what the last gave; their number is the difficulty.
+r"""World ``hops``: a chain of memorised facts, each applied to the previous result; more hops are harder.
 
-The numbers 0 to `LARGEST` stand in a circle, in an order that is always the same and is written nowhere: a model has to
-have learned it. "30 * 4" is the fourth number after 30. A question takes 2 to 6 such hops, and a line of the trace is
-one of them::
+The numbers 0 to `LARGEST` form a circle in a fixed order that no text contains: a model must have memorised it.
+"30 * 4" is the fourth number after 30. A question takes 2 to 6 such hops, one per line of the trace::
 
     prompt      "30 * 4 * 1 = ?\n"
     completion  "30 * 4 = 8\n8 * 1 = 17\n#### 17"
     answer      "17"
 
-From a number that three divides the pretraining corpus goes one place too far with probability `MISTAKE_RATE`, and goes
-on from there. Nothing in a mistaken trace gives it away but the wrong value itself. Mistakes never cancel: one of them
-makes the answer wrong.
+From a number divisible by three, the pretraining corpus goes one place too far with probability `MISTAKE_RATE`, and
+continues from there. Only the wrong value identifies a mistake. Mistakes never cancel: a single one makes the answer
+wrong.
 """
 
 import random
@@ -25,12 +24,12 @@ _PLACE = {number: place for place, number in enumerate(_CIRCLE)}
 
 
 def after(number: int, places: int) -> int:
-    """The number that stands so many places behind another."""
+    """The number `places` places after `number` in the circle."""
     return _CIRCLE[(_PLACE[number] + places) % len(_CIRCLE)]
 
 
-def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
-    """One problem; its answer is the true one even where its trace is mistaken."""
+def sample(rng: random.Random, mistake_rate: float = 0.0) -> dict:
+    """Sample one problem; its answer is correct even if its trace is wrong."""
     start = rng.randint(0, LARGEST)
     hops = [rng.randint(1, 9) for _ in range(rng.randint(*DEPTHS))]
     number, lines = start, []
@@ -46,21 +45,21 @@ def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
 
 
 def depth_of(prompt: str) -> int:
-    """Number of hops that a prompt asks for."""
+    """Number of hops in a prompt."""
     return prompt.count(" * ")
 
 
 def first_wrong_line(prompt: str, completion: str) -> int | None:
-    """Index of the first line of a trace that is not what an expert writes there; None if all of it is.
+    """Index of the first line of a trace that differs from the expert's; None if there is none.
 
-    A trace that stops early or goes on too long is wrong at the line where an expert does the other.
+    A trace that is too short or too long is wrong at the first missing or additional line.
     """
     start, *hops = map(int, prompt.removesuffix(" = ?\n").split(" * "))
-    number, wanted = start, []
+    number, expected = start, []
     for places in hops:
-        wanted.append(f"{number} * {places} = {after(number, places)}")
+        expected.append(f"{number} * {places} = {after(number, places)}")
         number = after(number, places)
-    wanted.append(f"#### {number}")
+    expected.append(f"#### {number}")
     written = completion.split("\n")
-    wrong = next((index for index, (line, right) in enumerate(zip(written, wanted)) if line != right), None)
-    return min(len(written), len(wanted)) if wrong is None and len(written) != len(wanted) else wrong
+    wrong = next((index for index, (line, right) in enumerate(zip(written, expected)) if line != right), None)
+    return min(len(written), len(expected)) if wrong is None and len(written) != len(expected) else wrong

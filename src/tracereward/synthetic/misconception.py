@@ -1,10 +1,10 @@
-"""World ``misconception``: a policy pretrained to be fluent, confident and wrong by a rule; a few experts are right.
+"""World ``misconception``: a policy pretrained to be fluent, confident and systematically wrong; a few correct experts.
 
-Nothing in a mistaken trace gives it away but the wrong value itself.
+Only the wrong value identifies a mistake.
 
 2 or 3 additions and subtractions of 1 to 9, start 3 to 29, true running values 0 to 30. In the pretraining corpus a
-subtraction across a ten (units of the value smaller than the operand) is worked with the borrow dropped,
-``v - k + 10``, with probability `MISTAKE_RATE`, and the error is carried on: "13 - 5 = 18".
+subtraction across a ten (units of the value smaller than the operand) drops the borrow, ``v - k + 10``, with
+probability `MISTAKE_RATE`, and the error propagates: "13 - 5 = 18".
 """
 
 import random
@@ -12,17 +12,17 @@ import random
 from tracereward.synthetic.chains import LARGEST, Line, apply, row
 
 MISTAKE_RATE = 0.8
-"""Share of the affected lines of a pretraining corpus that drop the borrow: it is what the policy thinks likeliest."""
+"""Share of the affected lines of a pretraining corpus that drop the borrow; the policy learns this as most likely."""
 
 
-def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
-    """One problem; its answer is the true one even where its trace is mistaken."""
+def sample(rng: random.Random, mistake_rate: float = 0.0) -> dict:
+    """Sample one problem; its answer is correct even if its trace is wrong."""
     while True:
         start = written_value = true = rng.randint(3, 29)
         lines: list[Line] = []
         for _ in range(rng.randint(2, 3)):
             operator, k = rng.choice("+-"), rng.randint(1, 9)
-            lines.append(worked(written_value, operator, k, mistake_rate, rng))
+            lines.append(written_line(rng, written_value, (operator, k), mistake_rate))
             written_value, true = lines[-1][3], apply(true, operator, k)
             if not (0 <= true <= 30 and 0 <= written_value <= LARGEST):
                 break
@@ -30,8 +30,9 @@ def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
             return row(start, lines, working=True, answer=true)
 
 
-def worked(value: int, operator: str, k: int, mistake_rate: float, rng: random.Random) -> Line:
-    """One line as it is written; the rule looks at the value on the page, which may already be wrong."""
+def written_line(rng: random.Random, value: int, operation: tuple[str, int], mistake_rate: float) -> Line:
+    """One line of a trace; the borrow depends on the written value, which may already be wrong."""
+    operator, k = operation
     result = apply(value, operator, k)
     if operator == "-" and value % 10 < k and rng.random() < mistake_rate:
         result += 10

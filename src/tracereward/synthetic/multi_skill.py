@@ -1,12 +1,11 @@
-"""World ``multi-skill``: experts of three strategies, each right, that a student executes with unequal reliability.
+"""World ``multi-skill``: experts with three correct strategies, which a policy executes with unequal reliability.
 
-2 to 4 additions and subtractions of 1 to 5, values 0 to 20. Each expert works the problem by one strategy, chosen at
-random:
+2 to 4 additions and subtractions of 1 to 5, values 0 to 20. Each expert uses one strategy, chosen at random:
 
-- ``lines``: one operation a line, the easiest to imitate.
-- ``pairs``: two operations a line, ``23 - 7 + 5 = 21``: half of each sum is done in the head.
-- ``gather``: all that is added and all that is taken away, ``3 + 9 = 12``, ``5 + 4 = 9``, then ``12 - 9 = 3``: the
-  operands have to be picked out of the question.
+- ``lines``: one operation per line, the easiest to imitate.
+- ``pairs``: two operations per line, ``23 - 7 + 5 = 21``: the intermediate result is not written.
+- ``gather``: the sum of the additions and that of the subtractions, ``3 + 9 = 12``, ``5 + 4 = 9``, then
+  ``12 - 9 = 3``: the operands must be collected from the question.
 """
 
 import random
@@ -16,8 +15,8 @@ from tracereward.synthetic.chains import LARGEST, apply, prompt
 STRATEGIES = ("lines", "pairs", "gather")
 
 
-def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
-    """One problem; `mistake_rate` is 0 here."""
+def sample(rng: random.Random, mistake_rate: float = 0.0) -> dict:
+    """Sample one problem; `mistake_rate` is always 0."""
     while True:
         start = value = rng.randint(1, 15)
         operations = []

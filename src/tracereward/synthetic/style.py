@@ -1,7 +1,7 @@
-"""World ``style``: experts are always right, but most use a habit that the student cannot execute.
+"""World ``style``: experts are always correct, but most use a style that the policy cannot execute.
 
-2 to 4 additions, subtractions and multiplications, values 0 to 20. 60 % of the experts skip the working and write only
-``#### n``; the student, trained from scratch, works on paper far better than in its head.
+2 to 4 additions, subtractions and multiplications, values 0 to 20. 60 % of the experts skip the intermediate lines and
+write only ``#### n``; the policy, trained from scratch, is far better with intermediate lines than without.
 """
 
 import random
@@ -12,8 +12,8 @@ SKIP_RATE = 0.6
 """Share of the experts that write only the answer."""
 
 
-def draw(rng: random.Random, mistake_rate: float = 0.0) -> dict:
-    """One problem; `mistake_rate` is 0 here."""
+def sample(rng: random.Random, mistake_rate: float = 0.0) -> dict:
+    """Sample one problem; `mistake_rate` is always 0."""
     while True:
         start = value = rng.randint(1, 9)
         lines: list[Line] = []

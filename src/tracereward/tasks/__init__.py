@@ -1,4 +1,4 @@
-"""Kinds of problems: recipes that read public data sets, answer checking, and the generated arithmetic worlds."""
+"""Tasks: conversion of dataset rows to demonstrations, answer extraction and answer comparison."""
 
 from tracereward.tasks.recipes import TASKS, Task, get_task
 

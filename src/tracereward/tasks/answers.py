@@ -1,8 +1,8 @@
-"""Final answers in text: finding the one that is stated, and deciding whether two are equal.
+"""Extraction and comparison of final answers.
 
 Extraction never guesses. An answer counts only in an explicit form: ``\\boxed{...}``, a ``#### ...`` line, or a phrase
-such as "the answer is (C)"; of several of one form the last counts. Anything else is None, "no answer". Each function
-below says in which order it tries the forms: the recipe's own form first.
+such as "the answer is (C)"; the last occurrence of a form counts. Without such a form the result is None, "no answer".
+Each function documents the order in which it tries the forms: the task's own form first.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 MAX_LENGTH = 300
 """Characters; longer answers are compared as text only."""
 TIME_LIMIT = 5.0
-"""Seconds that math-verify may take for one pair; after that the pair counts as not equal."""
+"""Timeout of math-verify for one pair in seconds; a pair that times out counts as not equal."""
 
 _LEAD = r"\b(?i:answer)\s*(?i:is|:)[\s:*_]*"
 _STOP = r"(?=[*_\s]*(?:[.,;:!]|\n|$))"
@@ -41,7 +41,7 @@ _WORDS = re.compile(r"[A-Za-z\s.,'-]*[A-Za-z]{3}[A-Za-z\s.,'-]*")
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Content of the last ``\boxed{...}``, braces balanced; None without one, or when it is empty or never closed."""
+    r"""Content of the last ``\boxed{...}``, braces balanced; None if there is none, or it is empty or unclosed."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -59,9 +59,9 @@ def extract_boxed(text: str) -> str | None:
 
 
 def extract_hashes(text: str) -> str | None:
-    """What follows the last ``####`` on its line, without ``$``, thousands separators and a final full stop.
+    """Text after the last ``####`` on its line, without ``$``, thousands separators and a final full stop.
 
-    What is left need not be a number ("18 apples"): equality judges it.
+    The result need not be a number ("18 apples"); the comparison decides.
     """
     start = text.rfind("####")
     if start < 0:
@@ -122,9 +122,9 @@ def extract_any(text: str) -> str | None:
 
 
 def extract_span(text: str) -> str | None:
-    r"""Words: all of the line behind the last "the answer is", then ``\boxed{...}``, then ``#### ...``.
+    r"""Free text: the rest of the line after the last "the answer is", then ``\boxed{...}``, then ``#### ...``.
 
-    The line and not the clause, as in `extract_any`: names and dates have full stops and commas of their own.
+    The rest of the line, not of the clause as in `extract_any`: names and dates contain full stops and commas.
     """
     leads = list(_PHRASE_LEAD.finditer(text))
     if leads:
@@ -145,28 +145,28 @@ def equal_text(answer: str, gold: str) -> bool:
 
 
 def equal_yes_no(answer: str, gold: str) -> bool:
-    """Whether two answers say the same; "true" is "yes" and "false" is "no"."""
+    """Whether two answers are equal as yes or no; "true" is "yes" and "false" is "no"."""
     answer, gold = plain_text(answer), plain_text(gold)
     return _YES_NO.get(answer, answer) == _YES_NO.get(gold, gold)
 
 
 def normalised(answer: str) -> str:
-    """SQuAD's and HotpotQA's form: lower case, no ASCII punctuation, then no "a", "an", "the" nor repeated spaces."""
+    """Normalisation of SQuAD and HotpotQA: lower case, without ASCII punctuation, articles and repeated spaces."""
     bare = answer.lower().translate(str.maketrans("", "", string.punctuation))
     return " ".join(re.sub(r"\b(?:a|an|the)\b", " ", bare).split())
 
 
 def equal_span(answer: str, gold: str) -> bool:
-    """Whether two answers are the same words, by `normalised`; by `plain_text` where that leaves none of either."""
+    """Whether two answers are equal after `normalised`; after `plain_text` if that leaves both empty."""
     left, right = normalised(answer), normalised(gold)
     return left == right if left or right else equal_text(answer, gold)
 
 
 def number(answer: str) -> tuple[Fraction, bool] | None:
-    r"""Exact value of a plain number, and whether it carries a percent sign (the value is *not* yet divided by 100).
+    r"""Exact value of a plain number, and whether it has a percent sign (the value is *not* divided by 100).
 
-    Reads integers, decimals, ``1,234``, ``1.5e3`` (exponents of at most three digits), ``3/4``, ``1 1/2`` and
-    ``\frac{3}{4}``, with ``$`` in front and ``%`` behind; None for anything else, and for a zero denominator.
+    Parses integers, decimals, ``1,234``, ``1.5e3`` (exponents of at most three digits), ``3/4``, ``1 1/2`` and
+    ``\frac{3}{4}``, optionally with a leading ``$`` or trailing ``%``; None for anything else or a zero denominator.
     """
     text = answer.replace("\u2212", "-").replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
     text = text.strip().removesuffix(".")
@@ -195,11 +195,11 @@ def equal_math(answer: str, gold: str) -> bool:
     r"""Whether two mathematical answers are equal; tried in this order:
 
     1. the same text (`equal_text`);
-    2. both plain numbers: exactly equal ("0.5" = "1/2" = "50%" = ``\frac{1}{2}``, but "0.333" is not "1/3"). When only
-       one carries a percent sign it may be read either way, "50%" = "0.5" and "50%" = "50", as data sets write both;
-    3. words ("Monday"), number bases that differ, and answers over `MAX_LENGTH` characters: not equal unless 1. says so
-       (math-verify reads words as products of letters, so that anagrams would be equal, and drops the base);
-    4. math-verify, in its own process and for at most `TIME_LIMIT` seconds.
+    2. both plain numbers: exactly equal ("0.5" = "1/2" = "50%" = ``\frac{1}{2}``, but "0.333" is not "1/3"). If only
+       one has a percent sign, both readings are tried, "50%" = "0.5" and "50%" = "50", because datasets use both;
+    3. words ("Monday"), different number bases, and answers over `MAX_LENGTH` characters: equal only by 1.
+       (math-verify parses words as products of letters, so that anagrams would be equal, and ignores the base);
+    4. math-verify, in a separate process and for at most `TIME_LIMIT` seconds.
 
     Raises:
         RuntimeError: math-verify cannot be started.
@@ -229,16 +229,16 @@ _worker_owner = 0
 
 
 def math_verify_equal(answer: str, gold: str) -> bool:
-    """What math-verify says of one pair; False when it has not answered after `TIME_LIMIT` seconds.
+    """Compare one pair with math-verify; False if it does not return within `TIME_LIMIT` seconds.
 
-    Works from any thread, one pair at a time. The process is started on first use and again after a pair has hung.
+    Thread-safe; compares one pair at a time. The process is started on first use and restarted after a timeout.
 
     Raises:
-        RuntimeError: the process ended by itself, for instance because math-verify is not installed.
+        RuntimeError: the process exited by itself, for instance because math-verify is not installed.
     """
     global _worker, _worker_owner
     with _lock:
-        # After a fork the pipe belongs to the parent: two writers would mix up their answers.
+        # After a fork the pipe belongs to the parent: with two writers the replies would get mixed up.
         worker = _worker if _worker_owner == os.getpid() else None
         if worker is None:
             worker = _worker = _start_worker()
@@ -255,40 +255,40 @@ def math_verify_equal(answer: str, gold: str) -> bool:
             reply = worker.stdout.readline()
         except BrokenPipeError:
             reply = ""
-        except BaseException:  # Ctrl-C between question and reply: the next caller must not read this reply
+        except BaseException:  # Ctrl-C between request and reply: the next caller must not read this reply
             worker.kill()
             _end(worker)
             _worker = None
             raise
         finally:
             timer.cancel()
-            timer.join()  # it may be killing just now
+            timer.join()  # it may be about to kill the process
         if not reply or expired.is_set():
             _worker = None
             code = _end(worker)
             if not reply and not expired.is_set():
-                raise RuntimeError(f"math-verify ended with code {code}; see its message above")
+                raise RuntimeError(f"math-verify exited with code {code}; see its message above")
         if reply:
             return json.loads(reply)
-        # Not the answers themselves: a server's log has nothing that its users wrote.
+        # Do not log the answers: a server's log must not contain user input.
         size = len(answer), len(gold)
         _log.warning("math-verify stopped after %g s on answers of %d and %d characters", TIME_LIMIT, *size)
         return False
 
 
 def _end(worker: subprocess.Popen[str]) -> int:
-    """Close the pipes of a process that is ending; its exit status."""
+    """Close the pipes of an ending process and return its exit status."""
     for pipe in (worker.stdin, worker.stdout):
         assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):  # what it has not read
+        with contextlib.suppress(BrokenPipeError):  # unread input
             pipe.close()
     return worker.wait()
 
 
 def _start_worker() -> subprocess.Popen[str]:
-    """Start the process and wait until math-verify is imported: that does not count against the first pair's time."""
+    """Start the process and wait for the import of math-verify, which must not count as comparison time."""
     script = Path(__file__).with_name("math_worker.py")
-    # -P keeps this folder off the module path.
+    # -P keeps this folder out of sys.path.
     command = [sys.executable, "-P", str(script)]
     worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     assert worker.stdin is not None
@@ -297,7 +297,7 @@ def _start_worker() -> subprocess.Popen[str]:
         worker.stdin.write('["1", "1"]\n')
         worker.stdin.flush()
     except BrokenPipeError:
-        pass  # it has ended already: the empty line below says so
+        pass  # it has exited; the empty line below is detected
     if not worker.stdout.readline():
-        raise RuntimeError(f"math-verify ended with code {worker.wait()} at its start; see its message above")
+        raise RuntimeError(f"math-verify exited with code {worker.wait()} at startup; see its message above")
     return worker

@@ -1,9 +1,9 @@
-"""The process in which math-verify runs: one JSON pair a line on stdin, `true` or `false` a line on stdout.
+"""Worker process for math-verify: reads one JSON pair per line from stdin, writes `true` or `false` per line to stdout.
 
-Started by `answers.math_verify_equal` as a script, never imported by the package. A separate process is the only way
-to stop a comparison that hangs inside one big-integer operation (`5^(5^(5^5))`): signals are not delivered there, and
-not at all outside the main thread, which is why math-verify's own time limits (alarms) are switched off by the zeros
-below. The process ends by itself when its stdin closes.
+`answers.math_verify_equal` starts it as a script; the package never imports it. Only a separate process can stop a
+comparison that hangs inside one big-integer operation (`5^(5^(5^5))`): signals are not delivered there, and never
+outside the main thread. So math-verify's own timeouts (alarms) are disabled by the zeros below. The process exits when
+its stdin closes.
 """
 
 import json
@@ -13,9 +13,9 @@ import sys
 
 from math_verify import parse, verify
 
-# math-verify logs every expression that it cannot read; here that is an ordinary "not equal".
+# math-verify logs every expression that it cannot parse; here that just means "not equal".
 logging.disable(logging.CRITICAL)
-# Ctrl-C reaches the whole process group; the parent decides.
+# Ctrl-C reaches the entire process group; the parent handles it.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 for line in sys.stdin:

@@ -1,7 +1,7 @@
-"""Recipes: how the rows of a public data set become demonstrations, and how its answers are found and compared.
+"""Tasks: conversion of a public dataset's rows to demonstrations, and extraction and comparison of its answers.
 
-Every prompt says in one line how the answer is to be written and ends in a newline, and every completion made here
-starts and ends with a visible character: so prompt and completion, tokenised apart, give the tokens of the whole.
+Every prompt states the answer format in one line and ends in a newline, and every completion starts and ends with a
+visible character. So prompt and completion, tokenized separately, give the same tokens as the concatenated text.
 """
 
 import re
@@ -14,50 +14,50 @@ from tracereward.tasks import answers
 LETTERS = "ABCDEFGHIJ"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """One kind of problem.
+    """A dataset format and its answer checking.
 
     Attributes:
-        name: what `--task` takes.
-        dataset: Hub id of the data used when the user names none; None when there is no such set.
-        subset: configuration of that Hub set.
+        name: value of `--task`.
+        dataset: Hub id of the default dataset; None if there is none.
+        subset: configuration of that dataset.
         example: raw row -> ``{"prompt", "completion", "answer"}``; completion and answer are None if the row has none.
-            Reads the row only. Raises KeyError(field) for a missing field, ValueError for one that cannot be used.
-        extract: completion -> final answer, or None when none is stated.
+            Does not modify the row. Raises KeyError(field) for a missing field, ValueError for an invalid one.
+        extract: completion -> final answer, or None if none is stated.
         equal: (extracted answer, gold answer) -> whether they are equal.
         completion_field: raw field that holds the trace, for error messages.
         step_delimiter: text that ends a step of a trace.
-        answer_line: how a trace of this kind states its answer.
+        answer_line: format of the line that states the answer.
     """
 
     name: str
-    dataset: str | None
-    subset: str | None
     example: Callable[[dict], dict]
     extract: Callable[[str], str | None]
     equal: Callable[[str, str], bool]
+    dataset: str | None = None
+    subset: str | None = None
     completion_field: str = "completion"
     step_delimiter: str = "\n"
     answer_line: str = "#### {}"
 
     def verify(self, completion: str, answer: str) -> bool:
-        """Whether the answer that `completion` states equals the gold `answer`; False when it states none."""
+        """Whether the answer extracted from `completion` equals the gold `answer`; False if there is none."""
         stated = self.extract(completion)
         return stated is not None and self.equal(stated, answer)
 
 
 def get_task(name: str) -> Task:
-    """Return the recipe called `name`.
+    """Return the task called `name`.
 
     Raises:
-        InputError: there is none; names the nearest.
+        InputError: there is no such task; the message suggests the nearest name.
     """
     return TASKS[check_choice("task", name, TASKS)]
 
 
 def _text(row: dict, field: str) -> str:
-    """Required text of a row, without space around it."""
+    """Required text field of a row, stripped."""
     value = row[field]
     if not isinstance(value, str):
         raise ValueError(f"field {field!r} is {type(value).__name__}, not text")
@@ -67,7 +67,7 @@ def _text(row: dict, field: str) -> str:
 
 
 def _optional_text(row: dict, field: str) -> str | None:
-    """Text of a row, or None when the field is missing, null or blank."""
+    """Optional text field of a row, stripped; None if it is missing, null or blank."""
     value = row.get(field)
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
@@ -75,7 +75,7 @@ def _optional_text(row: dict, field: str) -> str | None:
 
 
 def gsm8k(row: dict) -> dict:
-    """Fields question, answer. The trace loses its calculator marks ``<<48/2=24>>``, the gold answer its separators."""
+    """Fields question, answer. Removes calculator annotations ``<<48/2=24>>``, and separators of the gold answer."""
     prompt = f"Question: {_text(row, 'question')}\nEnd with #### and the number.\nAnswer:\n"
     trace = _optional_text(row, "answer")
     if trace is None:
@@ -86,7 +86,7 @@ def gsm8k(row: dict) -> dict:
 
 
 def math(row: dict) -> dict:
-    r"""Fields problem, solution with its answer in ``\boxed{}``. A field answer, where there is one, has precedence."""
+    r"""Fields problem, solution with its answer in ``\boxed{}``. The optional field answer takes precedence."""
     prompt = f"Problem: {_text(row, 'problem')}\nPut the final answer in \\boxed{{}}.\nSolution:\n"
     completion = _optional_text(row, "solution")
     answer = _optional_text(row, "answer")
@@ -98,8 +98,8 @@ def math(row: dict) -> dict:
 def mmlu_pro(row: dict) -> dict:
     """Fields question, options (list), answer (letter), and the trace in ``trace`` or, on the Hub, ``cot_content``.
 
-    A trace that states no answer (26 of 6,358 that we read; most were cut off by their writer's token limit) gets the
-    gold answer on a line of its own, so that every demonstration ends with one.
+    If a trace states no answer (26 of 6,358; most were truncated by a token limit), the gold answer is appended on its
+    own line, so that every demonstration ends with one.
     """
     options = _options(row)
     answer = _optional_text(row, "answer")
@@ -116,8 +116,8 @@ def mmlu_pro(row: dict) -> dict:
 def medreason(row: dict) -> dict:
     """Fields question, options (list, or lines "A. ..."), reasoning, answer (a letter, or the text of an option).
 
-    Where the answer is an option's text, an explanation after it is ignored. The completion is the reasoning and, on a
-    line of its own, the answer.
+    If the answer is an option's text, an explanation after it is ignored. The completion is the reasoning and, on its
+    own line, the answer.
     """
     options = _options(row)
     answer = None if _optional_text(row, "answer") is None else _option_letter(_text(row, "answer"), options)
@@ -131,7 +131,7 @@ def _options(row: dict) -> list[str]:
     """Options as a list of texts without their letters."""
     options = row["options"]
     if isinstance(options, str):
-        # "Answer Choices:\nA. first\nB. second": everything from one letter to the next, whatever stands before A.
+        # "Answer Choices:\nA. first\nB. second": everything from one letter to the next; text before A is ignored.
         parts = re.split(r"^[ \t]*\(?([A-J])[.):][ \t]*", options, flags=re.MULTILINE)
         if "".join(parts[1::2]) != LETTERS[: len(parts) // 2]:
             raise ValueError("field 'options' has letters that do not run A, B, C, ...")
@@ -142,19 +142,19 @@ def _options(row: dict) -> list[str]:
 
 
 def _option_letter(answer: str, options: list[str]) -> str:
-    """Letter of the option that `answer` names: by its text, maybe with an explanation after it, or by its letter."""
+    """Letter of the option that `answer` gives: its text, possibly followed by an explanation, or its letter."""
     letters = LETTERS[: len(options)]
     # "B", "(B)", "B. text": but not "A patient with ...".
     named = re.fullmatch(rf"\(?([{letters}])\)?|\(?([{letters}])[.):].*", answer, flags=re.DOTALL)
     texts = [_bare(option) for option in options]
-    # The longest match wins: "Type II" must not be taken for the option "Type I".
+    # The longest match wins: "Type II" must not match the option "Type I".
     bare = _bare(answer)
     fits = [i for i, text in enumerate(texts) if text and re.match(re.escape(text) + r"(?!\w)", bare)]
     if fits:
         return letters[max(fits, key=lambda i: len(texts[i]))]
     if named:
         return named[1] or named[2]
-    raise ValueError(f"field 'answer' ({answer[:60]!r}) names none of the options")
+    raise ValueError(f"field 'answer' ({answer[:60]!r}) matches none of the options")
 
 
 def _bare(text: str) -> str:
@@ -163,16 +163,16 @@ def _bare(text: str) -> str:
 
 
 def _choice_prompt(row: dict, options: list[str]) -> str:
-    """Question, lettered options, and how to answer."""
+    """Question, lettered options, and the answer format."""
     listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
     return f"Question: {_text(row, 'question')}\nOptions:\n{listed}\nEnd with: The answer is (letter).\nAnswer:\n"
 
 
 def strategyqa(row: dict) -> dict:
-    """Fields question, answer (bool), facts (list, or text): the trace is the facts, one a line, and the answer.
+    """Fields question, answer (bool), facts (list or string): the trace is the facts, one per line, and the answer.
 
-    The field decomposition of the authors' file is not used: it holds questions that refer to one another by number,
-    and in two rows of three there are more or fewer of them than facts.
+    The field decomposition is not used: its questions refer to one another by number, and in two rows of three their
+    number differs from that of the facts.
     """
     prompt = f"Question: {_text(row, 'question')}\nEnd with: The answer is yes. (or no.)\nAnswer:\n"
     answer, facts = row.get("answer"), row.get("facts")
@@ -183,17 +183,18 @@ def strategyqa(row: dict) -> dict:
 
 
 def _steps_and_answer(steps: list | tuple | str | None, answer: str | None) -> str | None:
-    """The steps, one a line, and a line that states the answer; None without any step or without an answer."""
+    """The steps, one per line, and a line that states the answer; None without steps or without an answer."""
     steps = [steps] if isinstance(steps, str) else steps or []
     lines = [line for line in (" ".join(str(step).split()) for step in steps) if line]
     return None if answer is None or not lines else "\n".join([*lines, f"The answer is {answer.removesuffix('.')}."])
 
 
 def hotpotqa(row: dict) -> dict:
-    """Fields question, context, supporting_facts, answer; the last two as in the authors' files or on the Hub.
+    """Fields question, context, supporting_facts, answer, in the format of the authors' files or of the Hub.
 
-    The prompt has all paragraphs, a line each. The trace is the supporting sentences in the order of supporting_facts,
-    one a line, and the answer. A fact whose paragraph has no such sentence is left out: the public set has a few.
+    The prompt has all paragraphs, one per line. The trace is the supporting sentences in the order of
+    supporting_facts, one per line, and the answer. Facts with a sentence index out of range are dropped: the public
+    dataset has a few.
     """
     paragraphs = _pairs(row, "context", "title", "sentences")
     texts = {str(title): sentences for title, sentences in paragraphs}
@@ -207,7 +208,7 @@ def hotpotqa(row: dict) -> dict:
         if title not in texts:
             raise ValueError(f"field 'supporting_facts' names {str(title)[:60]!r}, which no paragraph of 'context' has")
         if not isinstance(number, int) or number < 0:
-            raise ValueError(f"field 'supporting_facts' has {number!r} where the number of a sentence belongs")
+            raise ValueError(f"field 'supporting_facts' has {number!r} instead of a sentence index")
         hops += texts[title][number : number + 1]
     return {
         "prompt": "\n".join(["Context:", *listed, question]),
@@ -217,7 +218,7 @@ def hotpotqa(row: dict) -> dict:
 
 
 def _pairs(row: dict, field: str, first: str, second: str) -> list[tuple]:
-    """Pairs of a field that is a list of them (the authors' files), or two lists of equal length by name (the Hub)."""
+    """Pairs of a field that is a list of pairs (the authors' files) or a dict of two equally long lists (the Hub)."""
     value = row[field]
     if isinstance(value, dict):
         left, right = value.get(first), value.get(second)
@@ -229,10 +230,10 @@ def _pairs(row: dict, field: str, first: str, second: str) -> list[tuple]:
 
 
 def prontoqa(row: dict) -> dict:
-    """Fields context, question, answer, explanation (list, or text): the trace is the proof, one step a line, and the
-    answer.
+    """Fields context, question, answer, explanation (list or string): the trace is the proof and the answer.
 
-    That is true or false, as a truth value, as a word, or as the letter of one of the options ("A) True").
+    The proof has one step per line. The answer is true or false, as a boolean, a word, or the letter of one of the
+    options ("A) True").
     """
     prompt = f"Context: {_text(row, 'context')}\nQuestion: {_text(row, 'question')}\n"
     gold = None if row.get("answer") is None else _truth(row)
@@ -244,21 +245,21 @@ def prontoqa(row: dict) -> dict:
 
 
 def _truth(row: dict) -> str:
-    """``true`` or ``false``: the answer of a row, or the option whose letter it is."""
+    """``true`` or ``false``: the answer of a row, or the option with that letter."""
     answer = _bare(str(row["answer"]))
     if len(answer) == 1 and row.get("options"):
         listed = (re.fullmatch(r"\(?([A-Ja-j])[.):]\s*(.*)", str(option).strip()) for option in row["options"])
         answer = next((_bare(option[2]) for option in listed if option and option[1].casefold() == answer), answer)
     if answer not in ("true", "false"):
-        raise ValueError(f"field 'answer' is {str(row['answer'])[:60]!r}, neither true or false nor an option that is")
+        raise ValueError(f"field 'answer' is {str(row['answer'])[:60]!r}, not true, false or the letter of an option")
     return answer
 
 
 def generic(row: dict) -> dict:
-    """TRL's prompt-completion rows: fields prompt, completion and, where known, answer; texts or lists of messages.
+    """TRL's prompt-completion rows: fields prompt, completion and, optionally, answer; strings or lists of messages.
 
-    Nothing is changed but white space at the end of a completion, which no policy would learn to write and which a
-    discriminator would recognise. A missing, null or blank completion is None.
+    Only trailing white space of a completion is removed: a policy would not learn to write it, and a discriminator
+    would recognise it. A missing, null or blank completion is None.
     """
     prompt, completion, answer = row["prompt"], row.get("completion"), row.get("answer")
     if isinstance(prompt, str):
@@ -293,59 +294,75 @@ def equal_any(answer: str, gold: str) -> bool:
     return answers.equal_math(answer, gold) or answers.equal_yes_no(answer, gold)
 
 
-_NUMBER = (answers.extract_number, answers.equal_math)
-_LETTER = (answers.extract_letter, answers.equal_text)
-_LETTER_LINE = "The answer is ({})."
-
-TASKS: dict[str, Task] = {
-    "arithmetic": Task("arithmetic", None, None, generic, *_NUMBER),
-    "gsm8k": Task("gsm8k", "openai/gsm8k", "main", gsm8k, *_NUMBER, completion_field="answer"),
-    # The traces are long numbered lists, a line a step.
-    "medreason": Task(
-        "medreason", "UCSC-VLAA/MedReason", None, medreason, *_LETTER, "reasoning", answer_line=_LETTER_LINE
+_ALL = (
+    Task(name="arithmetic", example=generic, extract=answers.extract_number, equal=answers.equal_math),
+    Task(
+        name="gsm8k",
+        dataset="openai/gsm8k",
+        subset="main",
+        example=gsm8k,
+        extract=answers.extract_number,
+        equal=answers.equal_math,
+        completion_field="answer",
+    ),
+    # The traces are long numbered lists: a line is a step.
+    Task(
+        name="medreason",
+        dataset="UCSC-VLAA/MedReason",
+        example=medreason,
+        extract=answers.extract_letter,
+        equal=answers.equal_text,
+        completion_field="reasoning",
+        answer_line="The answer is ({}).",
     ),
     # The traces are single paragraphs: a sentence is a step.
-    "mmlu_pro": Task("mmlu_pro", "TIGER-Lab/MMLU-Pro", None, mmlu_pro, *_LETTER, "trace", ". ", _LETTER_LINE),
-    "strategyqa": Task(
-        "strategyqa",
-        "ChilleD/StrategyQA",
-        None,
-        strategyqa,
-        answers.extract_yes_no,
-        answers.equal_yes_no,
-        "facts",
+    Task(
+        name="mmlu_pro",
+        dataset="TIGER-Lab/MMLU-Pro",
+        example=mmlu_pro,
+        extract=answers.extract_letter,
+        equal=answers.equal_text,
+        completion_field="trace",
+        step_delimiter=". ",
+        answer_line="The answer is ({}).",
+    ),
+    Task(
+        name="strategyqa",
+        dataset="ChilleD/StrategyQA",
+        example=strategyqa,
+        extract=answers.extract_yes_no,
+        equal=answers.equal_yes_no,
+        completion_field="facts",
         answer_line="The answer is {}.",
     ),
-    "hotpotqa": Task(
-        "hotpotqa",
-        "hotpotqa/hotpot_qa",
-        "distractor",
-        hotpotqa,
-        answers.extract_span,
-        answers.equal_span,
-        "supporting_facts",
+    Task(
+        name="hotpotqa",
+        dataset="hotpotqa/hotpot_qa",
+        subset="distractor",
+        example=hotpotqa,
+        extract=answers.extract_span,
+        equal=answers.equal_span,
+        completion_field="supporting_facts",
         answer_line="The answer is {}.",
     ),
-    # The sets on the Hub have questions and answers without the proofs.
-    "prontoqa": Task(
-        "prontoqa",
-        None,
-        None,
-        prontoqa,
-        answers.extract_yes_no,
-        answers.equal_yes_no,
-        "explanation",
+    # The Hub datasets have questions and answers without proofs.
+    Task(
+        name="prontoqa",
+        example=prontoqa,
+        extract=answers.extract_yes_no,
+        equal=answers.equal_yes_no,
+        completion_field="explanation",
         answer_line="The answer is {}.",
     ),
-    "math": Task(
-        "math",
-        "DigitalLearningGmbH/MATH-lighteval",
-        None,
-        math,
-        answers.extract_math,
-        answers.equal_math,
-        "solution",
+    Task(
+        name="math",
+        dataset="DigitalLearningGmbH/MATH-lighteval",
+        example=math,
+        extract=answers.extract_math,
+        equal=answers.equal_math,
+        completion_field="solution",
         answer_line="\\boxed{{{}}}",
     ),
-    "generic": Task("generic", None, None, generic, answers.extract_any, equal_any),
-}
+    Task(name="generic", example=generic, extract=answers.extract_any, equal=equal_any),
+)
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
