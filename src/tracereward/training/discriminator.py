@@ -130,21 +130,14 @@ class Discriminator:
         if self.batches % config.discriminator_every:
             return {}
         gate = config.discriminator_gate_high
-        due = self.batches % config.monitor_every == 0
+        judged = bool(self.held_out) and (gate is not None or self.batches % config.monitor_every == 0)
         # All processes go by one number: an update of some alone would wait for the others for ever.
-<<<<<<< HEAD
-        accuracy = broadcast_object(self.held_out_accuracy()) if self.held_out and (gated or due) else math.nan
-        count = gated_updates(
-            config.discriminator_updates, accuracy, config.discriminator_gate_low, config.discriminator_gate_high
-        )
-=======
-        accuracy = from_main(self.held_out_accuracy()) if self.held_out and (gate is not None or due) else math.nan
+        accuracy = broadcast_object(self.held_out_accuracy()) if judged else math.nan
         count = 0 if gate is not None and accuracy > gate else config.discriminator_updates
->>>>>>> 0981d8b (Options of the training commands are plain dataclasses with ranges in their annotations; --help loads no TRL)
         metrics: dict[str, float] = {}
         for _ in range(count):
             metrics = self.update(fresh)
-        if self.held_out and (gate is not None or due):
+        if judged:
             metrics["held_out_accuracy"] = accuracy
         if count or gate is not None:
             metrics["updates"] = float(count)

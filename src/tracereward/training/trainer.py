@@ -113,11 +113,7 @@ class AdversarialTrainer(RolloutTrainer):
             raise InputError("positives mixed needs answers: no demonstration has one")
         functions = [self.learned_reward, self.correct] if monitored else [self.learned_reward]
         args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is watched, never trained on
-<<<<<<< HEAD
-        self.watch: FailureWatch = FailureWatch(args.on_failure, args.failure_window, warn)
-=======
-        self.watch: FailureWatch = FailureWatch(args.on_failure, self.say)
->>>>>>> 0981d8b (Options of the training commands are plain dataclasses with ranges in their annotations; --help loads no TRL)
+        self.watch: FailureWatch = FailureWatch(args.on_failure, warn)
         self.warm_up: WarmUp = WarmUp(self)
         super().__init__(
             model=model,
