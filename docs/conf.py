@@ -4,8 +4,7 @@ import dataclasses
 import re
 
 import tracereward
-from tracereward.training.adversarial_config import DiscriminatorOptions, MonitorOptions, ShapingOptions
-from tracereward.training.config import DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.training.options import GROUPS, DataArguments, PolicyOptions, SavingOptions, own_fields
 
 project = "tracereward"
 author = "The tracereward authors"
@@ -25,26 +24,30 @@ myst_enable_extensions = ["deflist", "substitution"]
 myst_heading_anchors = 3
 
 
-def option_table(cls: type) -> str:
-    """A Markdown table of the options that `cls` itself declares: name, default, help."""
-    own = vars(cls)["__annotations__"]
+def option_table(group: type) -> str:
+    """A Markdown table of the options that a class itself declares: name, default, help."""
     lines = ["| option | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(cls):
-        if field.name in own:
-            value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            default = "none" if value is None else f"`{value}`"
-            text = field.metadata["help"].replace("|", r"\|")
-            text = re.sub(r"--\w+", lambda found: f"`{found[0]}`", text)
-            lines.append(f"| `--{field.name}` | {default} | {text} |")
+    for field in own_fields(group):
+        value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        default = "none" if value is None else f"`{value}`"
+        text = field.metadata["help"].replace("|", r"\|")
+        text = re.sub(r"--\w+", lambda found: f"`{found[0]}`", text)
+        lines.append(f"| `--{field.name}` | {default} | {text} |")
     return "\n".join(lines)
 
 
+def option_tables(command: str) -> str:
+    """The tables of a command's own options under their headings, but for those that all commands have."""
+    groups = {heading: group for heading, group in GROUPS[command].items() if group not in COMMON}
+    return "\n\n".join(f"### {heading}\n\n{option_table(group)}" for heading, group in groups.items())
+
+
+COMMON = (DataArguments, SavingOptions, PolicyOptions)
 myst_substitutions = {
     "data_options": option_table(DataArguments),
-    "sft_options": option_table(SupervisedConfig),
-    "policy_options": option_table(PolicyConfig),
-    "grpo_options": option_table(RewardConfig),
-    "discriminator_options": option_table(DiscriminatorOptions),
-    "shaping_options": option_table(ShapingOptions),
-    "monitor_options": option_table(MonitorOptions),
+    "saving_options": option_table(SavingOptions),
+    "policy_options": option_table(PolicyOptions),
+    "sft_options": option_tables("sft"),
+    "grpo_options": option_tables("grpo"),
+    "train_options": option_tables("train"),
 }

@@ -18,8 +18,7 @@ from trl import GRPOConfig, ModelConfig, SFTConfig
 from helpers.paths import ROOT
 from tracereward.cli.app import app
 from tracereward.cli.training_options import CONFIGS, parse
-from tracereward.rewards.heads import HEADS
-from tracereward.rewards.supervision import GRANULARITIES
+from tracereward.rewards.choices import GRANULARITIES, HEADS
 from tracereward.runs.folder import MAY_CHANGE
 from tracereward.selection import METHODS
 from tracereward.tasks.recipes import TASKS

@@ -59,6 +59,19 @@ def test_evaluating_and_calibrating_load_no_trl():
     assert "trl" not in modules
 
 
+@pytest.mark.parametrize("command", ["sft", "grpo", "train"])
+def test_help_of_training_answers_without_torch(command):
+    code = f"""
+from tracereward.cli import main
+sys.argv = ["tracereward", "{command}", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+    assert not loaded(code) & (HEAVY | {"peft", "accelerate"})
+
+
 def test_public_names_are_all_there():
     import tracereward
 

@@ -13,7 +13,8 @@ from studies.setup.site import TASK, Site
 from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.files import atomic_folder, read_jsonl, write_jsonl
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
+from tracereward.training.config import RewardConfig, SupervisedConfig
+from tracereward.training.options import DataArguments
 
 MODEL_OPTIONS = ("discriminator_model", "warmup_model")
 """Options whose value may be the name of an arm, e.g. ``base``."""

@@ -29,7 +29,6 @@ TRAIN = {
     "perturbed_per_expert": 0,
     "reward_form": "logit",  # an untrained policy's log-probs lie beyond the clip
     "warmup_rollouts": 2,
-    "warmup_save_updates": 2,
     "replay_size": 40,  # so small that old rollouts have to leave
 }
 

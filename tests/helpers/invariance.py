@@ -54,8 +54,6 @@ TOKEN = {
     "objective": "pairwise",
     "advantages": "token",
     "gamma": 0.9,
-    "expert_in_group": True,
-    "leave_one_out": True,
     "whiten_rewards": True,
     "loss_type": "grpo",
     "num_iterations": 2,

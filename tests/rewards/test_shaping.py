@@ -13,7 +13,6 @@ from tracereward.training.advantages import (
     EPSILON,
     batch_statistics,
     discounted_return_to_go,
-    group_advantages,
     group_moments,
     moments_to_statistics,
     token_advantages,
@@ -271,11 +270,10 @@ def padded_again(rewards, width, garbage):
     batch=groups(),
     more=st.integers(0, 9),
     garbage=st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30, 7.0]),
-    leave_one_out=st.booleans(),
     gamma=st.sampled_from([0.0, 0.9, 1.0]),
 )
-def test_padding_and_width_change_no_advantage(batch, more, garbage, leave_one_out, gamma):
-    """From logits to both kinds of advantages, with an expert trace beside each group."""
+def test_padding_and_width_change_no_advantage(batch, more, garbage, gamma):
+    """From logits to token advantages and whitened trace rewards."""
     group, _, width, logits = batch
 
     def advantages(width, garbage):
@@ -283,86 +281,17 @@ def test_padding_and_width_change_no_advantage(batch, more, garbage, leave_one_o
         rewards = token_rewards(values, supervised, 5.0, 2.0)
         rewards = torch.where(mask.bool(), rewards, garbage)
         moments = group_moments(rewards, mask)
-        experts = moments[::group]  # any traces would do
-        mean, std = moments_to_statistics(moments, group, leave_one_out, experts)
+        mean, std = moments_to_statistics(moments, group)
         of_tokens = token_advantages(rewards, mask, mean, std, gamma)
         white = whiten(rewards, *batch_statistics(moments))
-        traces = aggregate(white, mask, "mean")
-        of_traces = group_advantages(traces, group, "none", leave_one_out, aggregate(rewards, mask, "min")[::group])
         assert not of_tokens[mask == 0].any()
-        return of_tokens, of_traces
+        return of_tokens, aggregate(white, mask, "mean")
 
     of_tokens, of_traces = advantages(width, 0.0)
     wide_of_tokens, wide_of_traces = advantages(width + more, garbage)
     scale = max(1.0, float(of_tokens.abs().max()))
     np.testing.assert_allclose(wide_of_tokens[:, :width], of_tokens, atol=1e-6 * scale, rtol=0)
     np.testing.assert_allclose(wide_of_traces, of_traces, atol=1e-5, rtol=1e-5)
-
-
-@given(batch=groups(), leave_one_out=st.booleans(), data=st.data())
-def test_group_statistics_without_oneself_and_with_the_expert(batch, leave_one_out, data):
-    """The mean of the other traces' tokens, the group's deviation, with the expert's tokens among both."""
-    group, _, _, rewards = batch
-    count = len(rewards) // group
-    experts = [data.draw(st.lists(NUMBERS, max_size=6)) for _ in range(count)]
-    masked = [data.draw(st.booleans()) for _ in rewards]  # truncated completions may be masked as a whole
-    values, mask = padded(rewards, 12, torch.nan)
-    mask[torch.tensor(masked)] = 0
-    extra = group_moments(*padded(experts, 6, torch.inf))
-    mean, std = moments_to_statistics(group_moments(values, mask), group, leave_one_out, extra)
-    assert mean.dtype == std.dtype == torch.float32
-    for row in range(len(rewards)):
-        first = row // group * group
-        members = [[] if masked[k] else rewards[k] for k in range(first, first + group)] + [experts[row // group]]
-        everyone = [r for member in members for r in member]
-        others = [r for index, member in enumerate(members) if index != row - first for r in member]
-        baseline = others if leave_one_out and others else everyone
-        assert float(mean[row]) == pytest.approx(np.mean(baseline) if baseline else 0.0, abs=1e-5)
-        assert float(std[row]) == pytest.approx(np.std(everyone) if everyone else 0.0, abs=1e-5)
-
-
-def test_group_statistics_of_others_written_out():
-    """Traces (2), (4, 6) and an expert (8, 8): the others of the first are 4 6 8 8, of the second 2 8 8."""
-    rewards, mask = torch.tensor([[2.0, 9.0], [4.0, 6.0]]), torch.tensor([[1, 0], [1, 1]])
-    moments = group_moments(rewards, mask)
-    assert moments.tolist() == [[1, 2, 4], [2, 10, 52]]
-    assert moments.dtype == torch.float64
-    expert = group_moments(torch.tensor([[8.0, 8.0]]), torch.ones(1, 2))
-    assert moments_to_statistics(moments, 2)[0].tolist() == [4.0, 4.0]
-    assert moments_to_statistics(moments, 2, leave_one_out=True)[0].tolist() == [5.0, 2.0]
-    assert moments_to_statistics(moments, 2, extra=expert)[0].tolist() == pytest.approx([5.6, 5.6])
-    mean, std = moments_to_statistics(moments, 2, leave_one_out=True, extra=expert)
-    assert mean.tolist() == [6.5, 6.0]
-    assert std.tolist() == pytest.approx([np.std([2, 4, 6, 8, 8])] * 2)
-    none = torch.zeros(1, 3, dtype=torch.float64)
-    for plain, given_none in zip(moments_to_statistics(moments, 2), moments_to_statistics(moments, 2, extra=none)):
-        assert torch.equal(plain, given_none)
-
-
-def test_an_expert_joins_its_own_group_only():
-    rewards, mask = torch.zeros(4, 2), torch.ones(4, 2)
-    experts = group_moments(torch.tensor([[3.0], [0.0]]), torch.tensor([[1], [0]]))
-    mean, std = moments_to_statistics(group_moments(rewards, mask), 2, extra=experts)
-    assert mean.tolist() == pytest.approx([0.6, 0.6, 0, 0])
-    assert std.tolist() == pytest.approx([1.2, 1.2, 0, 0])
-    with pytest.raises(RuntimeError):
-        moments_to_statistics(group_moments(rewards, mask), 2, extra=experts[:1])
-
-
-def test_one_trace_that_differs_from_levelled_others_has_a_bounded_advantage():
-    """The others are all at the clip: their own deviation is 0, and dividing by EPSILON would give 20,000."""
-    rewards, mask = torch.tensor([[-5.0, -5.0], [-5.0, -3.0]]), torch.ones(2, 2)
-    mean, std = moments_to_statistics(group_moments(rewards, mask), 2, leave_one_out=True)
-    advantages = token_advantages(rewards, mask, mean, std, 0.0)
-    unit = np.std([-5, -5, -5, -3]) + EPSILON
-    np.testing.assert_allclose(advantages, [[-1 / unit, -1 / unit], [0, 2 / unit]], rtol=1e-6)
-
-
-def test_others_whose_rewards_are_zero_are_still_a_baseline():
-    mean, _ = moments_to_statistics(
-        group_moments(torch.tensor([[0.0], [4.0]]), torch.ones(2, 1)), 2, leave_one_out=True
-    )
-    assert mean.tolist() == [4.0, 0.0]
 
 
 def test_equal_rewards_have_no_deviation_whatever_their_rounding():
@@ -378,12 +307,11 @@ def test_equal_rewards_have_no_deviation_whatever_their_rounding():
     assert min(differences) < 0
 
 
-@pytest.mark.parametrize("leave_one_out", [False, True])
-def test_statistics_over_no_tokens_are_zero(leave_one_out):
-    """The first group has none at all; in the second only one trace has, and it is its own baseline."""
+def test_statistics_over_no_tokens_are_zero():
+    """The first group has none at all; in the second only one trace has."""
     rewards = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     moments = group_moments(rewards, torch.tensor([[0], [0], [1], [0]]))
-    mean, std = moments_to_statistics(moments, 2, leave_one_out)
+    mean, std = moments_to_statistics(moments, 2)
     assert mean.tolist() == [0, 0, 3, 3]
     assert std.tolist() == [0, 0, 0, 0]
     assert [float(value) for value in batch_statistics(moments)] == [3, 0]
@@ -415,111 +343,3 @@ def test_whitening_written_out():
     assert whiten(rewards, mean, std).flatten().tolist() == pytest.approx(
         [-2 / 2.0001] * 2 + [2 / 2.0001] * 2, rel=1e-6
     )
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_whitening_changes_epsilon_unless_advantages_are_not_scaled(scale):
-    """(R - b) / (s + eps) with R / u for R and s / u for s is (R - b) / (s + u eps); without s it is (R - b) / u."""
-    tokens = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.01 + 3
-    mask = torch.ones(6, 5)
-    mean, std = batch_statistics(group_moments(tokens, mask))
-    unit = float(std) + EPSILON
-    traces = aggregate(tokens, mask)
-    plain, white = (group_advantages(r, 3, scale).numpy() for r in (traces, aggregate(whiten(tokens, mean, std), mask)))
-    pairs = traces.numpy().reshape(2, 3)
-    spread = {"group": pairs.std(1, ddof=1).repeat(3), "batch": pairs.std(ddof=1)}.get(scale)
-    expected = plain / unit if spread is None else plain * (spread + EPSILON) / (spread + unit * EPSILON)
-    np.testing.assert_allclose(white, expected, rtol=1e-7)  # mean and std are float32
-
-
-def group_advantages_by_loop(rewards, group, scale, leave_one_out, experts):
-    """One trace at a time in float64; nan is no reward."""
-    advantages = []
-    everyone = [r for r in [*rewards, *experts] if not np.isnan(r)]
-    for row, own in enumerate(rewards):
-        first = row // group * group
-        others = [rewards[k] for k in range(first, first + group) if k != row] + list(experts[row // group :][:1])
-        others = [r for r in others if not np.isnan(r)]
-        members = [*others, own]
-        baseline = np.mean(others if leave_one_out and others else members)
-        compared = {"group": members, "batch": everyone, "none": None}[scale]
-        if np.isnan(own):
-            advantages.append(0.0)
-        elif compared is None:
-            advantages.append(own - baseline)
-        else:
-            spread = np.sqrt(sum((r - np.mean(compared)) ** 2 for r in compared) / max(1, len(compared) - 1))
-            advantages.append((own - baseline) / (spread + 1e-4))
-    return advantages
-
-
-@st.composite
-def trace_rewards(draw):
-    group, count = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    values = st.one_of(NUMBERS, st.just(np.nan))
-    rewards = draw(st.lists(values, min_size=group * count, max_size=group * count))
-    return group, rewards, draw(st.lists(values, min_size=count, max_size=count))
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-@given(batch=trace_rewards(), leave_one_out=st.booleans(), with_experts=st.booleans())
-def test_group_advantages_are_the_loops(scale, batch, leave_one_out, with_experts):
-    group, rewards, experts = batch
-    extra = torch.tensor(experts, dtype=torch.float64) if with_experts else None
-    advantages = group_advantages(torch.tensor(rewards, dtype=torch.float64), group, scale, leave_one_out, extra)
-    expected = group_advantages_by_loop(rewards, group, scale, leave_one_out, experts if with_experts else [])
-    np.testing.assert_allclose(advantages, expected, rtol=1e-9, atol=1e-9)
-
-
-@given(batch=trace_rewards())
-def test_default_group_advantages_are_trls(batch):
-    """(R - mean) / (std + 1e-4) with n - 1 in the prompt's group; float32 as it comes, no option given."""
-    group, rewards, _ = batch
-    advantages = group_advantages(torch.tensor(rewards), group)
-    assert advantages.dtype == torch.float32
-    assert advantages.shape == (len(rewards),)
-    np.testing.assert_allclose(
-        advantages, group_advantages_by_loop(rewards, group, "group", False, []), rtol=1e-5, atol=1e-6
-    )
-
-
-def test_group_advantages_written_out():
-    """Rewards 1 3 and 0 0: mean 2, deviation sqrt 2; an expert of 8 makes it mean 4, deviation sqrt 13."""
-    rewards = torch.tensor([1.0, 3.0, 0.0, 0.0], dtype=torch.float64)
-    experts = torch.tensor([8.0, torch.nan], dtype=torch.float64)
-    by_hand = [
-        ({}, [-1 / (2**0.5 + 1e-4), 1 / (2**0.5 + 1e-4), 0, 0]),
-        ({"scale": "none"}, [-1, 1, 0, 0]),
-        ({"scale": "batch"}, [-1 / (2**0.5 + 1e-4), 1 / (2**0.5 + 1e-4), 0, 0]),  # squares 0 1 1 4 around 1: 6 / 3
-        ({"scale": "none", "leave_one_out": True}, [-2, 2, 0, 0]),
-        ({"extra": experts}, [-3 / (13**0.5 + 1e-4), -1 / (13**0.5 + 1e-4), 0, 0]),
-        ({"scale": "none", "leave_one_out": True, "extra": experts}, [1 - 5.5, 3 - 4.5, 0, 0]),
-        ({"scale": "batch", "extra": experts}, [-3 / (11.3**0.5 + 1e-4), -1 / (11.3**0.5 + 1e-4), 0, 0]),
-    ]
-    for options, expected in by_hand:
-        assert group_advantages(rewards, 2, **options).tolist() == pytest.approx(expected, rel=1e-12), options
-
-
-@given(batch=trace_rewards(), change=NUMBERS)
-def test_a_trace_does_not_move_its_own_left_out_baseline(batch, change):
-    group, rewards, experts = batch
-    row = len(rewards) - 1
-    others = [r for r in [*rewards[row + 1 - group : row], experts[-1]] if not np.isnan(r)]
-    if np.isnan(rewards[row]) or not others:
-        return
-    changed = [*rewards[:row], rewards[row] + change]
-    before, after = (
-        group_advantages(torch.tensor(r, dtype=torch.float64), group, "none", True, torch.tensor(experts))[row]
-        for r in (rewards, changed)
-    )
-    assert float(after - before) == pytest.approx(change, abs=1e-9)
-
-
-def test_an_unknown_scale_is_refused_by_name():
-    with pytest.raises(InputError, match="unknown scale_rewards 'groups': did you mean 'group'"):
-        group_advantages(torch.ones(2), 2, "groups")
-
-
-def test_experts_of_another_number_of_groups_are_refused():
-    with pytest.raises(RuntimeError):
-        group_advantages(torch.ones(4), 2, extra=torch.ones(1))

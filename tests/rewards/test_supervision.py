@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tracereward.rewards.supervision import GRANULARITIES, supervision_mask
+from tracereward.rewards.choices import GRANULARITIES
+from tracereward.rewards.supervision import supervision_mask
 from tracereward.training.discriminator_batch import (
     after_first_difference,
     first_changed_token,

@@ -315,25 +315,6 @@ def test_token_advantages_are_numpys(token_run):
             np.testing.assert_allclose(advantages[row], expected, atol=2e-3)
 
 
-@pytest.mark.parametrize("whiten", [False, True])
-def test_the_experts_trace_counts_in_its_group(make, whiten):
-    """Baseline of the other rollouts and the demonstration's own trace, all on one scale, in numpy."""
-    trainer = make(expert_in_group=True, leave_one_out=True, whiten_rewards=whiten, scale_rewards="none", max_steps=1)
-    trainer.train()
-    inputs, batch, rewards = trainer.batches[0]
-    own = np.concatenate(rewards)
-    shift, scale = (own.mean(), own.std() + EPSILON) if whiten else (0.0, 1.0)
-    model, experts = trainer.discriminator.model, trainer.discriminator.experts
-    for start in range(0, BATCH, GROUP):
-        expert = experts[inputs[start]["demonstration"]]
-        (of_expert,) = model.token_rewards([expert.prompt], [expert.completion])
-        traces = [(values.mean() - shift) / scale for values in rewards[start : start + GROUP]]
-        members = [*traces, (float(of_expert.mean()) - shift) / scale]
-        for k, trace in enumerate(traces):
-            others = [value for j, value in enumerate(members) if j != k]
-            assert float(batch["advantages"][start + k]) == pytest.approx(trace - np.mean(others), abs=2e-3)
-
-
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_the_loss_takes_an_advantage_for_each_token(token_run, loss_type, monkeypatch):
     """On-policy the ratio is 1: the loss is minus the mean advantage, and its gradient that of -A_t log pi(y_t)."""
@@ -492,21 +473,6 @@ def test_sft_trains_on_the_completion_and_one_end_of_sequence(tiny_model_folder,
                 total, count = total - float(log_probs[t - 1, label]), count + 1
     assert loss.item() == pytest.approx(total / count, abs=1e-5), "the loss is not the mean over completion tokens"
     assert math.isfinite(trainer.train().training_loss)
-
-
-@pytest.mark.parametrize(("target", "updates"), [(0.0, 2), (None, 5)])
-def test_the_warm_up_ends_at_its_target(make, target, updates):
-    """Asked after every second update. A run that goes on from there does not warm up further."""
-    options = {"held_out_fraction": 0.25, "monitor_every": 2, "discriminator_warmup_updates": 5, "max_steps": 1}
-    trainer = make(warmup_target_accuracy=target, **options)
-    trainer.train()
-    assert len(trainer.discriminator.held_out) == 3
-    assert trainer.first_step["updates"] == updates
-    assert all(index not in trainer.discriminator.held_out for index, _, _ in trainer.discriminator.replay.rollouts)
-    again = make(warmup_target_accuracy=target, output_dir=trainer.args.output_dir, **options)
-    assert again.warm_up.load() == updates
-    again.train()
-    assert again.first_step["updates"] == updates
 
 
 @pytest.mark.parametrize(("prompts", "rollouts", "batch"), [(6, 3, 48), (5, 2, 8), (4, 4, 16)])

@@ -17,7 +17,7 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.training import discriminator as module
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.discriminator import LR_WARMUP, Discriminator, ema_decay, gated_updates
+from tracereward.training.discriminator import LR_WARMUP, Discriminator, ema_decay
 from tracereward.training.discriminator_batch import Expert, Rollout
 
 ALL = {
@@ -516,22 +516,6 @@ def test_the_online_rate_follows_a_warm_up_that_ended_early(make, rollouts):
 
 
 # ---------- gate, averages, held-out demonstrations ----------
-
-
-@pytest.mark.parametrize(
-    ("accuracy", "low", "high", "expected"),
-    [
-        (0.95, None, 0.9, 0),
-        (0.9, None, 0.9, 3),
-        (0.5, 0.6, 0.9, 6),
-        (0.6, 0.6, 0.9, 3),
-        (0.7, 0.6, 0.9, 3),
-        (math.nan, 0.6, 0.9, 3),
-        (0.99, None, None, 3),
-    ],
-)
-def test_the_gate(accuracy, low, high, expected):
-    assert gated_updates(3, accuracy, low, high) == expected
 
 
 def test_the_gate_looks_at_held_out_pairs(make, pairs, rollouts, monkeypatch):

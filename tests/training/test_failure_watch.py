@@ -17,8 +17,8 @@ from tracereward.synthetic.arithmetic import generate
 from tracereward.training import callbacks
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import better_than_start, score_of
-from tracereward.training.config import DataArguments
 from tracereward.training.failures import Failure
+from tracereward.training.options import DataArguments
 
 CORRECT, PERTURBATION = "rewards/correct/mean", "monitor/perturbation_auroc"
 

@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
-from tracereward.rewards.heads import HEADS
+from tracereward.rewards.choices import HEADS
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.training.discriminator_batch import Labelled

@@ -230,7 +230,6 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path):
     [
         ({"use_peft": "false"}, "--use_peft true"),
         ({"head": "token"}, "action or implicit"),
-        ({"discriminator_use_peft": "false"}, "leave out"),
     ],
 )
 def test_what_cannot_share_a_base(base, tmp_path, more, message):

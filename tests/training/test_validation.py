@@ -14,7 +14,8 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.synthetic.arithmetic import generate
 from tracereward.tasks.recipes import get_task
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
+from tracereward.training.config import RewardConfig, SupervisedConfig
+from tracereward.training.options import DataArguments
 from tracereward.training.validation import Validation, load_validation
 
 TASK = get_task("arithmetic")

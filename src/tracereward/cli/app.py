@@ -54,11 +54,13 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def _training(kind: str, argv: list[str]) -> None:
-    from tracereward.cli.training_options import parse, print_help
-
     if "--help" in argv or "-h" in argv:
-        print_help(kind)
+        from tracereward.cli.training_help import help_text
+
+        print(help_text(kind))
         return
+    from tracereward.cli.training_options import parse
+
     data, config, model, resume = parse(kind, argv)
     from tracereward.commands import train
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +10,8 @@ from trl import ModelConfig, TrlParser
 
 from tracereward.errors import InputError
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.config import RETIRED, DataArguments, RewardConfig, SupervisedConfig
+from tracereward.training.config import RETIRED, RewardConfig, SupervisedConfig
+from tracereward.training.options import DataArguments
 
 CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}
 
@@ -101,39 +101,3 @@ def _with_config(argv: list[str], known: set[str]) -> list[str]:
     if "output_dir" in options and not any(word.split("=")[0] == "--output_dir" for word in argv):
         argv = [*argv, "--output_dir", folder]
     return argv
-
-
-def help_text(kind: str) -> str:
-    """The options that are tracereward's own, with defaults; TRL's are named by class."""
-    config_class = CONFIGS[kind]
-    lines = [
-        f"Usage: tracereward {kind} [--config FILE.yaml] [--resume] [--OPTION VALUE ...]",
-        "",
-        {
-            "sft": "Fine-tune a model on expert traces.",
-            "train": "Learn a reward model from expert traces and train the policy on it.",
-            "grpo": "Train a policy on a given reward: the verifier (upper baseline) or its own log-prob (control).",
-        }[kind],
-        "",
-        "  --resume: go on from the last whole checkpoint of --output_dir",
-        f"  --output_dir: the run folder (default: runs/{kind})",
-        "  --model_name_or_path: folder or Hub id of the starting policy",
-        "  --use_peft, --lora_r, --lora_alpha, --lora_target_modules: LoRA instead of all weights",
-    ]
-    for cls in (
-        DataArguments,
-        *(c for c in reversed(config_class.__mro__) if c.__module__.startswith("tracereward.")),
-    ):
-        own = vars(cls).get("__annotations__", {})
-        for field in dataclasses.fields(cls):
-            if field.name in own:
-                default = "" if field.default in (None, dataclasses.MISSING) else f" (default: {field.default!r})"
-                lines.append(f"  --{field.name}: {field.metadata['help']}{default}")
-    parent = next(c for c in config_class.__mro__ if c.__module__.startswith("trl."))
-    lines += ["", f"And every option of trl.{parent.__name__} and trl.ModelConfig, under the same names."]
-    return "\n".join(lines)
-
-
-def print_help(kind: str) -> None:
-    """Write the help to stdout."""
-    sys.stdout.write(help_text(kind) + "\n")

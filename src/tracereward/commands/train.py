@@ -36,7 +36,8 @@ from tracereward.runs.report import report_rewards
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import SafeTrainer
-from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
+from tracereward.training.config import RewardConfig, SupervisedConfig
+from tracereward.training.options import DataArguments
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.trainer import AdversarialTrainer
 from tracereward.training.validation import Validation, load_validation
@@ -252,7 +253,6 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         interval=config.interval,
         step_delimiter=config.step_delimiter or task.step_delimiter,
         beta_clip=config.beta_clip,
-        temperature=config.reward_temperature,
         reward_form=str(config.reward_form),
         reference_model=policy if config.reward_form == "logit_plus_logprob" else "",
         uses_gold_answers=config.positives == "mixed",
@@ -264,8 +264,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     if config.shared_base and not model.use_peft:
         raise InputError("--shared_base needs --use_peft true: policy and discriminator are two LoRA adapters")
     check_disk(config, model, models=2)
-    use_peft = model.use_peft if config.discriminator_use_peft is None else config.discriminator_use_peft
-    peft = lora(dataclasses.replace(model, use_peft=True)) if use_peft else None
+    peft = lora(model)
     with run_folder("train", data, config, model, resume) as run:
         with explained():
             torch.manual_seed(config.seed)  # the head and LoRA start at random

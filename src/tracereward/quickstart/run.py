@@ -38,7 +38,8 @@ from tracereward.rewards.engines import load_scorer
 from tracereward.synthetic.arithmetic import build_model, build_tokenizer
 from tracereward.tasks.recipes import get_task
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.config import DataArguments, RewardConfig, SupervisedConfig
+from tracereward.training.config import RewardConfig, SupervisedConfig
+from tracereward.training.options import DataArguments
 
 TASK = "arithmetic"
 SAMPLES = 8  # of the SFT policy for each held-out question

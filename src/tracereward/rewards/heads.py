@@ -12,9 +12,6 @@ experts is f itself (Fu et al. 2018): with pi moving, f can stay.
 import torch
 from torch import Tensor, nn
 
-HEADS = ("token", "action", "airl", "implicit")
-REWARD_FORMS = ("logit", "logit_plus_logprob", "f")
-
 
 def reads_log_probs(head: str) -> bool:
     """Whether f comes from a language model's log-probs; otherwise from a token classifier."""

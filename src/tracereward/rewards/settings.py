@@ -8,8 +8,8 @@ from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_write_json
 from tracereward.modeling.loading import local_folder
 from tracereward.rewards.calibration import Calibration
-from tracereward.rewards.heads import HEADS, REWARD_FORMS, default_reward_form, reads_log_probs, subtracts_policy
-from tracereward.rewards.supervision import GRANULARITIES
+from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
+from tracereward.rewards.heads import default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.rewards.token_scores import AGGREGATES
 
 SETTINGS_FILE = "tracereward.json"
@@ -21,13 +21,13 @@ class RewardSettings:
     """What training, scoring and serving must agree on; stored as ``tracereward.json``.
 
     Attributes:
-        head: one of `heads.HEADS`.
+        head: one of `choices.HEADS`.
         granularity: which tokens are supervised, see `masks.supervision_mask`.
         interval: k of granularity ``interval``.
         step_delimiter: what ends a step.
         beta_clip: token rewards are clipped to +-beta_clip, in log-odds.
         temperature: log-odds are divided by it before the clip.
-        reward_form: what training rewarded, one of `heads.REWARD_FORMS`; "" is the head's default. `score` gives it
+        reward_form: what training rewarded, one of `choices.REWARD_FORMS`; "" is the head's default. `score` gives it
             when it is handed the models whose log-probs it needs, else f alone.
         reference_model: the model whose log-prob ``logit_plus_logprob`` adds.
         uses_gold_answers: whether verified rollouts were trained on as if they were experts'.

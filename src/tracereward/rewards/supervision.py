@@ -6,7 +6,7 @@ the trace and the step ends are the same everywhere (arXiv 2510.01857, section o
 
 from torch import Tensor
 
-GRANULARITIES = ("sparse", "step", "interval", "dense")
+from tracereward.rewards.choices import GRANULARITIES
 
 
 def supervision_mask(completion_mask: Tensor, step_ends: Tensor, granularity: str, interval: int = 15) -> Tensor:

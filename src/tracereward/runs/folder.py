@@ -39,7 +39,8 @@ from tracereward.reports.tables import Table
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.training.checkpoints import kept, last_complete_checkpoint
-from tracereward.training.config import RETIRED, DataArguments, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.training.config import RETIRED, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.training.options import DataArguments
 from tracereward.training.trainer import AdversarialTrainer
 
 Config = SupervisedConfig | RewardConfig | AdversarialConfig

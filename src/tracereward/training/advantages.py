@@ -3,10 +3,7 @@
 import torch
 from torch import Tensor
 
-from tracereward.errors import check_choice
-
 EPSILON = 1e-4  # TRL's, so that both kinds of advantages divide alike
-SCALES = ("group", "batch", "none")
 
 
 def discounted_return_to_go(rewards: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -60,31 +57,18 @@ def token_advantages(rewards: Tensor, mask: Tensor, mean: Tensor, std: Tensor, g
     return discounted_return_to_go(standardised, mask, gamma)
 
 
-def moments_to_statistics(
-    moments: Tensor, group_size: int, leave_one_out: bool = False, extra: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def moments_to_statistics(moments: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Mean and (population) standard deviation of each sequence's group from `group_moments`, rows in group order.
-
-    Only the mean leaves the sequence out. Its scale stays the whole group's, as in `group_advantages`: where the clip
-    has levelled all the others' rewards their deviation is 0, and 1 / EPSILON would multiply the one that differs.
 
     Args:
         moments: (B, 3).
         group_size: G; rows i*G ... i*G + G - 1 are one prompt's.
-        leave_one_out: take the mean over the other members' tokens; over the group's where they have none.
-        extra: (B/G, 3) moments of one further member of each group, e.g. its expert trace; zeros for none.
 
     Returns:
         Two (B,) float32 tensors; 0 and 0 for a group without tokens.
     """
-    members = moments.view(-1, group_size, 3)
-    sums = members.sum(1, keepdim=True)
-    if extra is not None:
-        sums = sums + extra.view(len(members), 1, 3)
+    sums = moments.view(-1, group_size, 3).sum(1, keepdim=True)
     mean, std = (values.expand(-1, group_size) for values in _mean_and_std(sums))
-    if leave_one_out:
-        others = sums - members
-        mean = torch.where(others[..., 0] > 0, _mean_and_std(others)[0], mean)
     return mean.flatten().float(), std.flatten().float()
 
 
@@ -122,51 +106,3 @@ def whiten(rewards: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         std: scalar, likewise.
     """
     return (rewards - mean) / (std + EPSILON)
-
-
-def group_advantages(
-    rewards: Tensor,
-    group_size: int,
-    scale: str = "group",
-    leave_one_out: bool = False,
-    extra: Tensor | None = None,
-) -> Tensor:
-    """A_i = (R_i - b_i) / (s + EPSILON) of trace rewards, by default exactly TRL's.
-
-    b_i is the mean of the group, or of its other members. s is the standard deviation (n - 1) of the group's members,
-    or of all groups' together; `none` does not divide. A reward that is nan is no member and has advantage 0.
-
-    Args:
-        rewards: (B,), of all processes: a group may span two.
-        group_size: G; rows i*G ... i*G + G - 1 are one prompt's.
-        scale: one of `SCALES`, TRL's `scale_rewards`.
-        leave_one_out: baseline of the other members instead of all.
-        extra: (B/G,) reward of one further member of each group, e.g. its expert trace, nan for none. It counts in
-            baselines and deviations and has no advantage.
-
-    Returns:
-        (B,); 0 for the only member of a group.
-
-    Raises:
-        InputError: `scale` is not one of `SCALES`.
-    """
-    check_choice("scale_rewards", scale, SCALES)
-    members = own = rewards.view(-1, group_size)
-    if extra is not None:
-        members = torch.cat([own, extra.view(-1, 1)], 1)
-    advantages = own - members.nanmean(1, keepdim=True)
-    if leave_one_out:  # R_i - mean of the n - 1 others = n / (n - 1) * (R_i - mean of all n)
-        count = (~members.isnan()).sum(1, keepdim=True, dtype=members.dtype)
-        advantages = advantages * (count / (count - 1))
-    if scale == "group":
-        advantages = advantages / (_sample_std(members) + EPSILON)
-    elif scale == "batch":
-        advantages = advantages / (_sample_std(members.reshape(1, -1)) + EPSILON)
-    return advantages.nan_to_num(nan=0.0).flatten()  # nan: no member, or the only one (0 * 1/0 above)
-
-
-def _sample_std(members: Tensor) -> Tensor:
-    """Standard deviation (n - 1) of each row's values that are not nan, (P, N) -> (P, 1); nan of one value."""
-    count = (~members.isnan()).sum(1, keepdim=True, dtype=members.dtype)
-    variance = (members - members.nanmean(1, keepdim=True)).square().nanmean(1, keepdim=True)
-    return (variance * (count / (count - 1))).sqrt()

@@ -148,13 +148,11 @@ class FailureWatch(TrainerCallback):
 
     Args:
         on_failure: ``stop``, ``warn`` or ``ignore``.
-        window: logged steps that the rules look at.
         say: where a warning goes.
     """
 
-    def __init__(self, on_failure: str, window: int, say: Callable[[str], None]):
+    def __init__(self, on_failure: str, say: Callable[[str], None]):
         self.on_failure = on_failure
-        self.window = window
         self.say = say
         self.history: list[dict[str, Any]] = []
         self.found: list[Failure] = []
@@ -184,7 +182,7 @@ class FailureWatch(TrainerCallback):
         self.history.append({"step": state.global_step, **logs})
         if self.on_failure == "ignore":
             return
-        failure = detect(self.history, self.window)
+        failure = detect(self.history)
         if failure is None or failure.name in {known.name for known in self.found}:
             return
         self.found.append(failure)

@@ -58,15 +58,6 @@ LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps hav
 HELD_OUT_ROLLOUTS = 128  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
 
 
-def gated_updates(updates: int, accuracy: float, low: float | None, high: float | None) -> int:
-    """How many updates a batch of rollouts gets: none above `high`, twice as many below `low`; nan gates nothing."""
-    if high is not None and accuracy > high:
-        return 0
-    if low is not None and accuracy < low:
-        return 2 * updates
-    return updates
-
-
 def ema_decay(decay: float, updates: int) -> float:
     """min(decay, (1 + n) / (10 + n)): the average forgets where it started, however few updates there are."""
     return min(decay, (1 + updates) / (10 + updates))
@@ -115,7 +106,7 @@ class Discriminator:
         self.batches: int = 0
         self.replay: ReplayBuffer = ReplayBuffer(config.replay_size)
         self.held_out_rollouts: ReplayBuffer = ReplayBuffer(HELD_OUT_ROLLOUTS)
-        self.perturbed: Perturber = perturber(model.tokenizer, model.settings.step_delimiter, config.perturbations)
+        self.perturbed: Perturber = perturber(model.tokenizer, model.settings.step_delimiter)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         with self.model.active():
@@ -138,19 +129,17 @@ class Discriminator:
         self.batches += 1
         if self.batches % config.discriminator_every:
             return {}
-        gated = config.discriminator_gate_low is not None or config.discriminator_gate_high is not None
-        due = self.batches % config.monitor_every == 0
+        gate = config.discriminator_gate_high
+        judged = bool(self.held_out) and (gate is not None or self.batches % config.monitor_every == 0)
         # All processes go by one number: an update of some alone would wait for the others for ever.
-        accuracy = broadcast_object(self.held_out_accuracy()) if self.held_out and (gated or due) else math.nan
-        count = gated_updates(
-            config.discriminator_updates, accuracy, config.discriminator_gate_low, config.discriminator_gate_high
-        )
+        accuracy = broadcast_object(self.held_out_accuracy()) if judged else math.nan
+        count = 0 if gate is not None and accuracy > gate else config.discriminator_updates
         metrics: dict[str, float] = {}
         for _ in range(count):
             metrics = self.update(fresh)
-        if self.held_out and (gated or due):
+        if judged:
             metrics["held_out_accuracy"] = accuracy
-        if count or config.discriminator_gate_high is not None:
+        if count or gate is not None:
             metrics["updates"] = float(count)
         return metrics
 

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OBJECTIVES = ("bce", "pairwise", "wgan")
-
 
 def bce(logits: Tensor, weights: Tensor, is_expert: Tensor, smoothing: float = 0.0) -> Tensor:
     """Binary cross-entropy of the token logits, averaged over the supervised positions of each sequence.

@@ -34,7 +34,6 @@ from tracereward.tasks.recipes import Task
 from tracereward.training import rollout_metrics
 from tracereward.training.advantages import (
     batch_statistics,
-    group_advantages,
     group_moments,
     moments_to_statistics,
     token_advantages,
@@ -114,7 +113,7 @@ class AdversarialTrainer(RolloutTrainer):
             raise InputError("positives mixed needs answers: no demonstration has one")
         functions = [self.learned_reward, self.correct] if monitored else [self.learned_reward]
         args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is watched, never trained on
-        self.watch: FailureWatch = FailureWatch(args.on_failure, args.failure_window, warn)
+        self.watch: FailureWatch = FailureWatch(args.on_failure, warn)
         self.warm_up: WarmUp = WarmUp(self)
         super().__init__(
             model=model,
@@ -150,9 +149,7 @@ class AdversarialTrainer(RolloutTrainer):
             experts, held_out, self.discriminator.perturbed, args.seed
         )
         self._rewards: list[Tensor] = []
-        self._whitening: tuple[Tensor, Tensor] | None = None
         self._trace_rewards: list[float] = []
-        self._demonstrations: list[int] = []
         self._correct: list[float] = []
 
     @property
@@ -193,12 +190,11 @@ class AdversarialTrainer(RolloutTrainer):
             self.discriminator.optimizer.zero_grad()
             for name, value in metrics.items():
                 log_metric(f"discriminator/{name}", value)
-        self._demonstrations = demonstration
         reward_ids = [self.bridge.completion(ids) for ids in completion_ids]
         rewards = self.token_rewards([self.bridge.prompt(prompt) for prompt in prompts], reward_ids)
         if self.config.whiten_rewards:
-            self._whitening = self._statistics(rewards)
-            rewards = [whiten(values, *self._whitening) for values in rewards]
+            mean, std = self._statistics(rewards)
+            rewards = [whiten(values, mean, std) for values in rewards]
         self._trace_rewards = [self._aggregate(values) for values in rewards]
         triples = zip(completion_ids, reward_ids, rewards, strict=True)
         self._rewards = [self.bridge.rewards(ids, translated, values) for ids, translated, values in triples]
@@ -339,8 +335,6 @@ class AdversarialTrainer(RolloutTrainer):
             return output
         if self.config.advantages == "token":
             output["advantages"] = self._token_advantages(output["completion_mask"])
-        elif self.config.leave_one_out or self.config.expert_in_group:
-            output["advantages"] = self._trajectory_advantages().to(output["advantages"].device)
         return output
 
     @property
@@ -354,40 +348,14 @@ class AdversarialTrainer(RolloutTrainer):
         share = len(values) // self.accelerator.num_processes
         return values[self.accelerator.process_index * share :][:share]
 
-    def _trajectory_advantages(self) -> Tensor:
-        """(B,) advantages of the local rollouts."""
-        extra = None
-        if self.config.expert_in_group:
-            rewards = [math.nan if values is None else self._aggregate(values) for values in self._expert_rewards()]
-            extra = self._gather(torch.tensor(rewards))[:: self._group_size]
-        gathered = self._gather(torch.tensor(self._trace_rewards))
-        scale = str(self.config.scale_rewards)
-        return self._local(group_advantages(gathered, self._group_size, scale, self.config.leave_one_out, extra))
-
     def _token_advantages(self, mask: Tensor) -> Tensor:
         """(B, T) advantages of the local rollouts; group statistics over all processes' real tokens."""
         rewards = torch.zeros(mask.shape, device=mask.device)
         for row, values in enumerate(self._rewards):
             rewards[row, : len(values)] = values.to(mask.device)
-        extra = None
-        if self.config.expert_in_group:
-            of_experts = [torch.zeros(0) if values is None else values for values in self._expert_rewards()]
-            moments = torch.cat([group_moments(values[None], torch.ones(1, len(values))) for values in of_experts])
-            extra = self._gather(moments)[:: self._group_size]
         moments = self._gather(group_moments(rewards, mask))
-        mean, std = moments_to_statistics(moments, self._group_size, self.config.leave_one_out, extra)
+        mean, std = moments_to_statistics(moments, self._group_size)
         return token_advantages(rewards, mask, self._local(mean), self._local(std), self.config.gamma)
-
-    def _expert_rewards(self) -> list[Tensor | None]:
-        """Token rewards of the demonstration of each local rollout's prompt; None where it has none."""
-        known = sorted({index for index in self._demonstrations if index != NO_DEMONSTRATION})
-        known = known or [0]  # another process may have some, and both score together
-        experts = [self.discriminator.experts[index] for index in known]
-        rewards = self.token_rewards([e.prompt for e in experts], [e.completion for e in experts])
-        if self._whitening is not None:  # on the scale of the rollouts that they stand beside
-            rewards = [whiten(values, *self._whitening) for values in rewards]
-        of_index = dict(zip(known, rewards, strict=True))
-        return [of_index.get(index) for index in self._demonstrations]
 
     # Checkpoints: the discriminator's state rides in each, and the best is kept for `restore_best`.
 

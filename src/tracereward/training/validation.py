@@ -12,7 +12,7 @@ from tracereward.errors import InputError
 from tracereward.generation.sampling import generate
 from tracereward.modeling.tokenization import render_prompt
 from tracereward.tasks.recipes import Task
-from tracereward.training.config import DataArguments
+from tracereward.training.options import DataArguments
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from tracereward.training.checkpoints import save_state
 from tracereward.training.discriminator_batch import Rollout
 
 DISCRIMINATOR_FILE = "discriminator.pt"  # not in a subfolder with an adapter's name: Trainer would load it as one
+SAVED_UPDATES = 20  # updates between two saves
 
 
 class WarmUp(TrainerCallback):
@@ -66,8 +67,7 @@ class WarmUp(TrainerCallback):
             discriminator.remember(pool)
             leaks = {} if trainer.stop.received() else self._leaks(pool)
         progress = tqdm(total=total, initial=discriminator.updates, desc="warm-up", disable=trainer.quiet, leave=False)
-        accuracy = self._accuracy()
-        while discriminator.updates < total and not self._reached(accuracy) and not trainer.stop.received():
+        while discriminator.updates < total and not trainer.stop.received():
             # Dropout draws from the global generator: each update has a seed of its own, as it may be the first to run.
             set_seed(config.seed + 500_000 + discriminator.updates, device_specific=True)
             with trainer.accelerator.autocast():
@@ -81,8 +81,8 @@ class WarmUp(TrainerCallback):
                 named = {f"discriminator/{name}": value for name, value in row.items()}
                 trainer.metrics_file.append({"phase": "warmup", "update": done, **named, **leaks})
                 leaks = {}
-            last = done == total or self._reached(accuracy) or trainer.stop.received()
-            if last or done % config.warmup_save_updates == 0:
+            last = done == total or trainer.stop.received()
+            if last or done % SAVED_UPDATES == 0:
                 self.save()
         progress.close()
         self.model = None
@@ -98,11 +98,6 @@ class WarmUp(TrainerCallback):
         if discriminator.updates % self.config.monitor_every:
             return None
         return broadcast_object(discriminator.held_out_accuracy())  # all processes go by one number
-
-    def _reached(self, accuracy: float | None) -> bool:
-        """Whether the warm-up has done what it was asked for."""
-        target = self.config.warmup_target_accuracy
-        return target is not None and accuracy is not None and accuracy >= target
 
     def log_probs(self, batch: Batch) -> torch.Tensor | None:
         """log pi of the model that drew the pool; None where that is the policy, or the warm-up is over."""

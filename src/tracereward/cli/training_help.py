@@ -1,0 +1,50 @@
+"""``--help`` of the training commands: what one needs first, then our own options; loads neither torch nor TRL."""
+
+import dataclasses
+
+from tracereward.training.options import GROUPS, own_fields
+
+COMMANDS = {
+    "sft": ("Fine-tune a model on expert traces.", "SFTConfig"),
+    "train": ("Learn a reward model from expert traces and train the policy on it.", "GRPOConfig"),
+    "grpo": (
+        "Train a policy on a given reward: the verifier (upper baseline) or its own log-prob (control).",
+        "GRPOConfig",
+    ),
+}
+FIRST = {
+    "config": "YAML file with any of these options, one `name: value` a line; the command line wins",
+    "model_name_or_path": "folder or Hub id of the starting policy",
+    "task": "",
+    "dataset_name": "",
+    "output_dir": "the run folder (default: runs/{command})",
+    "resume": "continue from the last complete checkpoint of --output_dir",
+    "max_completion_length": "longest completion in tokens",
+    "per_device_train_batch_size": "rows in one forward and backward pass",
+    "learning_rate": "of the policy",
+    "max_steps": "optimiser steps; instead of --num_train_epochs",
+}
+"""The ten options one needs first; our own have their text in `options`."""
+LORA = {
+    "use_peft": "train LoRA adapters instead of all weights",
+    "lora_r, --lora_alpha, --lora_target_modules": "their rank, scale and layers",
+}
+
+
+def help_text(command: str) -> str:
+    """Help of ``sft``, ``train`` or ``grpo``."""
+    about, parent = COMMANDS[command]
+    lines = [f"Usage: tracereward {command} [--config FILE.yaml] [--resume] [--OPTION VALUE ...]", "", about, ""]
+    own = {option.name: _line(option) for group in GROUPS[command].values() for option in own_fields(group)}
+    lines += ["First:"]
+    lines += [own.get(name, f"  --{name}: {text.format(command=command)}") for name, text in FIRST.items()]
+    lines += ["", "LoRA:", *(f"  --{name}: {text}" for name, text in LORA.items())]
+    for heading, group in GROUPS[command].items():
+        lines += ["", f"{heading}:", *(own[o.name] for o in own_fields(group) if o.name not in FIRST)]
+    lines += ["", f"And every option of trl.{parent} and trl.ModelConfig, under the same names."]
+    return "\n".join(lines)
+
+
+def _line(option: dataclasses.Field) -> str:
+    default = "" if option.default in (None, dataclasses.MISSING) else f" (default: {option.default!r})"
+    return f"  --{option.name}: {option.metadata['help']}{default}"

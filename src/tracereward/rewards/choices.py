@@ -1,0 +1,5 @@
+"""The names that a reward model's settings and the training options choose among; loads nothing."""
+
+HEADS = ("token", "action", "airl", "implicit")
+REWARD_FORMS = ("logit", "logit_plus_logprob", "f")
+GRANULARITIES = ("sparse", "step", "interval", "dense")
