@@ -47,7 +47,7 @@ def run(tmp_path, tiny_model_folder, monkeypatch):
         rows = generate("misconception", 16, seed=5)
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-        def detect(history, window):
+        def detect(history):
             for row, value in zip(history, correct):
                 row[CORRECT] = value  # an untrained policy is never right
             return Failure("decoupling", fail_at, "as scripted") if history[-1]["step"] == fail_at else None
