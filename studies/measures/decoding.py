@@ -17,6 +17,7 @@ from tracereward.generation.decoding import beam, reject, tilt
 from tracereward.generation.guide import Guide, Guided
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.log_prob_scorer import LogProbs
+from tracereward.rewards.scoring import Trace
 from tracereward.selection import Candidate, ranking_curves
 from tracereward.tasks.recipes import get_task
 
@@ -100,7 +101,9 @@ def load_bench(site: Site, arm: str, part: str, n: int, asked: int | None = None
     )
     own = LogProbs(policy, guide.tokenizer, scorer.settings)
     rows = judging.draw_samples(site, "sft", part, n)[: len(questions) * n]
-    ids = [scorer.check_length("", row["prompt"], row["completion"], row["finished"])[1] for row in rows]
+    fields = ("prompt", "completion", "finished")
+    traces = [scorer.encode(Trace(where="", **{name: row[name] for name in fields})) for row in rows]
+    ids = [list(trace.completion) for trace in traces]
     rewards = guide.rewards(guide.encode([row["prompt"] for row in rows]), ids)
     flat = [
         Candidate(

@@ -800,13 +800,13 @@ def test_scoring_goes_on_from_every_row(command, bench, many, tmp_path, monkeypa
     A chunk is scored whole or not at all: other neighbours in a batch would change the last digits of a reward.
     """
     monkeypatch.setattr(score, "CHUNK", 7)
-    score_ids, scored = TokenRewardModel.score_ids, []
+    compute, scored = TokenRewardModel.compute_rewards, []
 
-    def spy(model, prompts, completions, **options):
+    def spy(model, prompts, completions, options):
         scored.append([tuple(ids) for ids in completions])
-        return score_ids(model, prompts, completions, **options)
+        return compute(model, prompts, completions, options)
 
-    monkeypatch.setattr(TokenRewardModel, "score_ids", spy)
+    monkeypatch.setattr(TokenRewardModel, "compute_rewards", spy)
     given = rows(many)[:30]
     for n in (3, 4, 11, 20):
         given[n] = {"n": n, "prompt": "1 + 1 = ?\n", "completion": "\n" * 200}  # longer than 128 positions

@@ -22,6 +22,7 @@ from tracereward.files import write_jsonl
 from tracereward.generation.decoding import beam, reject, tilt
 from tracereward.generation.guide import Guide, Guided
 from tracereward.generation.self_correction import self_correct
+from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model
@@ -111,8 +112,9 @@ def test_correct_reads_what_sample_writes(bench, tokenizer, tmp_path):
     assert done.code == 0, done.err
     found = rows(tmp_path / "corrected.jsonl")
     guide = guide_of(bench, tokenizer)
-    encoded = [guide.scorer.check_length("", row["prompt"], row["completion"], row["finished"]) for row in given]
-    expected = self_correct(guide, [p for p, _ in encoded], [t for _, t in encoded], 2, 3, 0.2)
+    prompts = [encode_prompt(tokenizer, row["prompt"]) for row in given]
+    traces = [encode_completion(tokenizer, row["completion"], row["finished"]) for row in given]
+    expected = self_correct(guide, prompts, traces, 2, 3, 0.2)
     assert any(result.cuts for result in expected)
     task = get_task("arithmetic")
     for row, before, result in zip(found, given, expected, strict=True):

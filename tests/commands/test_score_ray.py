@@ -79,7 +79,7 @@ def here(monkeypatch):
     """Shards of four rows, scored in this process; gives the list of the shards that were."""
     scored: list[int] = []
 
-    def run(job: score_ray.Job, shards: list[int], workers: int | None) -> Iterator[int]:
+    def run(job: score_ray.Job, shards: list[int]) -> Iterator[int]:
         worker = score_ray.ShardScorer(job)
         for shard in shards:
             values = worker({"shard": [shard]})
@@ -324,7 +324,12 @@ def test_a_shard_that_ends_its_workers_is_given_up(bench, tmp_path):
     todo = tmp_path / "todo"
     todo.mkdir()
     (todo / "000002.jsonl").write_text(json.dumps(["rows:1", {"prompt": "1 + 2 = ?\n", "completion": "#### 3"}]) + "\n")
-    job = score_ray.Job(tmp_path, todo, str(bench.bare), None, None, pyarrow.schema([]), skip_bad=False)
+    job = score_ray.Job(
+        folder=tmp_path,
+        todo=todo,
+        options=score.ScoreOptions(model=str(bench.bare), data="rows"),
+        schema=pyarrow.schema([]),
+    )
     for _ in range(3):
         with pytest.raises(Exception, match="header"):  # of the weights' file: it is where a worker would die
             score_ray.ShardScorer(job).score(2)

@@ -25,6 +25,7 @@ from tracereward.files import write_jsonl
 from tracereward.modeling.alignment import join_steps
 from tracereward.reports.report import write_report
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.scoring import Trace
 from tracereward.rewards.settings import RewardSettings
 
 NEWLINE = 3  # of the arithmetic tokenizer
@@ -80,7 +81,7 @@ def wrong_equation(lines) -> int | None:
 class Knowing(TokenRewardModel):
     """A reward model whose tokens have 1, but -5 in the first line that is false."""
 
-    def token_rewards(self, prompts, completions, token_budget=16384, reference=None, policy=None):
+    def compute_rewards(self, prompts, completions, options):
         rewards = []
         for ids in completions:
             line, lines = 0, self.tokenizer.decode(ids, skip_special_tokens=True).split("\n")
@@ -97,7 +98,7 @@ class Knowing(TokenRewardModel):
 class Blind(TokenRewardModel):
     """A reward model that gives every token the same."""
 
-    def token_rewards(self, prompts, completions, token_budget=16384, reference=None, policy=None):
+    def compute_rewards(self, prompts, completions, options):
         return [torch.ones(len(ids)) for ids in completions]
 
 
@@ -128,7 +129,7 @@ def test_each_step_has_the_tokens_that_write_it(byte_tokenizer, delimiter):
     """Also where a step holds the delimiter, or characters of several bytes."""
     steps = ["ab\ncd", "é 日本", "1. 2. 3", "x"]
     text, spans = join_steps(steps, delimiter)
-    encoded = encode_steps(byte_tokenizer, "q", text, spans, "here")
+    encoded = encode_steps(byte_tokenizer, Trace(where="here", prompt="q", completion=text, spans=spans))
     written = [
         bytes(byte_tokenizer.decode([encoded.completion[t] for t in tokens]), "utf-8") for tokens in encoded.steps
     ]
@@ -142,13 +143,13 @@ def test_each_step_has_the_tokens_that_write_it(byte_tokenizer, delimiter):
 def test_a_token_across_two_steps_belongs_to_both(tokenizer):
     """The arithmetic vocabulary has one token for " + ": a step that starts inside it is not left without a token."""
     text = "12 + 9"
-    encoded = encode_steps(tokenizer, "q", text, [(0, 4), (4, 6)], "here")
+    encoded = encode_steps(tokenizer, Trace(where="here", prompt="q", completion=text, spans=[(0, 4), (4, 6)]))
     assert encoded.steps == [[0, 1], [1, 2]]
 
 
 def test_a_step_without_a_token_is_refused(byte_tokenizer):
     with pytest.raises(InputError, match=r"here: step 1 .* has no token"):
-        encode_steps(byte_tokenizer, "q", "ab", [(0, 2), (2, 2)], "here")
+        encode_steps(byte_tokenizer, Trace(where="here", prompt="q", completion="ab", spans=[(0, 2), (2, 2)]))
 
 
 # ---------- scores ----------
@@ -161,8 +162,9 @@ def test_scores_are_those_of_plain_forward_passes(model, policy, tokenizer, halv
     encoded = []
     for trace in traces:
         text, spans = join_steps(trace.steps, "\n")
-        encoded.append(encode_steps(tokenizer, trace.question + "\n", text, spans, trace.where))
-    scores = step_scores(model, encoded, policy, aggregate, token_budget=60)
+        one = Trace(where=trace.where, prompt=trace.question + "\n", completion=text, spans=spans)
+        encoded.append(encode_steps(tokenizer, one))
+    scores = step_scores(model, encoded, aggregate, policy=policy, token_budget=60)
     assert list(scores) == ["reward", "logprob", "reward_logprob", "logprob_drop", "entropy"]
     combine = {"mean": statistics.fmean, "min": min}[aggregate]
     for i, (trace, one) in enumerate(zip(traces, encoded)):
@@ -275,8 +277,8 @@ def test_what_is_refused(model, halves):
 
 def test_a_damaged_model_is_said_to_be_one(model, tokenizer, policy, halves):
     class Damaged(Blind):
-        def token_rewards(self, prompts, *args, **kwargs):
-            return [of_trace / torch.tensor(0.0) for of_trace in super().token_rewards(prompts, *args, **kwargs)]
+        def compute_rewards(self, prompts, completions, options):
+            return [values / torch.tensor(0.0) for values in super().compute_rewards(prompts, completions, options)]
 
     damaged = Damaged(model.backbone, tokenizer, model.settings)
     with pytest.raises(RunFailed, match=r"rows:\d+: the model gives a reward that is not finite"):

@@ -56,7 +56,7 @@ class Scripted(Scorer):
         self.tokenizer, self.value = tokenizer, value
         self.settings = RewardSettings(aggregate=aggregate)
 
-    def token_rewards(self, prompts, completions, *args, **kwargs):
+    def compute_rewards(self, prompts, completions, options):
         return [
             torch.tensor([self.value([*prompt, *ids[: t + 1]]) for t in range(len(ids))], dtype=torch.float32)
             for prompt, ids in zip(prompts, completions, strict=True)

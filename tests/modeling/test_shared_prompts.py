@@ -140,7 +140,7 @@ def test_another_model_beside_shares_as_well_unless_its_weights_are_spread(
 ):
     model = build(tiny_model_folder, tokenizer, "token")
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
-    rewards = model.token_rewards(*MIXED, **{other: lm}, spread=spread)
+    rewards = model.token_rewards(*MIXED, **{other: lm}, sharded=spread)
     assert [sorted(sizes) for sizes in shared] == ([] if spread else [[1, 1, 2, 3, 5, 7]] * 2)
     sign = 1 if other == "reference" else -1
     for prompt, completion, reward, value in zip(*MIXED, rewards, one_by_one(model, *MIXED), strict=True):
@@ -156,10 +156,10 @@ def test_spread_weights_are_read_as_often_by_each_process(tiny_model_folder, tok
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
     passes = []
     lm.register_forward_pre_hook(lambda *_: passes.append(1))
-    alone = model.token_rewards(*MIXED, reference=lm, spread=True, token_budget=60)
+    alone = model.token_rewards(*MIXED, reference=lm, sharded=True, token_budget=60)
     own = len(passes)
     monkeypatch.setattr(module, "most", lambda count: count + 2)
-    again = model.token_rewards(*MIXED, reference=lm, spread=True, token_budget=60)
+    again = model.token_rewards(*MIXED, reference=lm, sharded=True, token_budget=60)
     assert len(passes) == own + own + 2
     assert_close(again, alone)
 

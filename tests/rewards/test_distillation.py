@@ -44,8 +44,9 @@ def examples(tokenizer):
     for row in generate("misconception", 150, seed=3, mistake_rate=0.5):
         correct = row["completion"].endswith(f"#### {row['answer']}")
         ids = tuple(encode_completion(tokenizer, row["completion"]))
-        found.append(Example(tuple(encode_prompt(tokenizer, row["prompt"])), ids, correct))
-        found.append(Example(found[-1].prompt, (*ids[:-2], 20, ids[-1]), False))
+        prompt = tuple(encode_prompt(tokenizer, row["prompt"]))
+        found.append(Example(where="", prompt=prompt, completion=ids, correct=correct))
+        found.append(Example(where="", prompt=prompt, completion=(*ids[:-2], 20, ids[-1]), correct=False))
     return found
 
 
@@ -79,7 +80,7 @@ def test_the_fit_is_the_formula(tiny_model_folder, tokenizer, examples):
     teacher = build(tiny_model_folder, tokenizer, "action", granularity="step")
     student = build(tiny_model_folder, tokenizer, "token", granularity="step")
     test = examples[:24]
-    fit = measure(teacher, student, examples[24:30], test, 512)
+    fit = measure(teacher, student, 6, test, 512)
     y, f, newline = [], [], tokenizer.convert_tokens_to_ids("\n")
     wins = []
     before, after = rewards_of(teacher, test, 512), rewards_of(student, test, 512)

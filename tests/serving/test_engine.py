@@ -9,6 +9,8 @@ import torch
 
 from helpers.engine import TRACES, assert_same, expected, loaded, model, offline, running, score, until  # noqa: F401
 from tracereward.errors import InputError, TooLong
+from tracereward.modeling.tokenization import encode_completion
+from tracereward.rewards.scoring import Trace
 from tracereward.serving.encoding import TooManyTokens
 from tracereward.serving.engine import Busy, Engine, ScoringFailed
 
@@ -40,9 +42,14 @@ def gate(model, monkeypatch):
     gate.open.set()
 
 
+def tokens_of(model, trace) -> int:
+    prompt, completion = trace
+    return model.encode(Trace(where="", prompt=prompt, completion=completion)).length
+
+
 def fails_on(model, monkeypatch, completion, error):
     """Passes whose batch has `completion` in it raise; says how large the batches were."""
-    bad = model.check_length("", "", completion, True)[1]
+    bad = encode_completion(model.tokenizer, completion)
     forward, sizes = model.token_rewards, []
 
     def token_rewards(prompts, completions, token_budget):
@@ -117,7 +124,7 @@ def test_rewards_that_are_not_finite_fail_their_trace_only(model, expected, monk
 
     def token_rewards(prompts, completions, token_budget):
         rewards = forward(prompts, completions, token_budget)
-        bad = model.check_length("", "", TRACES[2][1], True)[1]
+        bad = encode_completion(model.tokenizer, TRACES[2][1])
         return [values * torch.nan if list(ids) == bad else values for ids, values in zip(completions, rewards)]
 
     monkeypatch.setattr(model, "token_rewards", token_rewards)
@@ -134,7 +141,7 @@ def test_rewards_that_are_not_finite_fail_their_trace_only(model, expected, monk
 
 def test_a_full_queue_is_busy_and_accepts_again(model, expected, gate):
     """One request in the worker's hands, one that fills the queue, one too many."""
-    tokens = sum(map(len, model.check_length("", *TRACES[1], True)))
+    tokens = tokens_of(model, TRACES[1])
 
     async def work(engine):
         first = asyncio.create_task(score(engine, TRACES[:1]))
@@ -162,7 +169,7 @@ def test_retry_after_is_the_queue_over_the_speed(model):
 
 
 def test_a_cancelled_callers_traces_leave_the_queue_unscored(model, gate):
-    unwanted = [model.check_length("", *pair, True)[1] for pair in TRACES[4:8]]
+    unwanted = [encode_completion(model.tokenizer, completion) for _, completion in TRACES[4:8]]
 
     async def work(engine):
         first = asyncio.create_task(score(engine, TRACES[:1]))
@@ -205,7 +212,7 @@ def test_stop_scores_what_waits_and_takes_no_more(model, expected, gate):
 
 
 def test_requests_that_cannot_be_scored(model, expected):
-    tokens = sum(map(len, model.check_length("", *TRACES[0], True)))
+    tokens = tokens_of(model, TRACES[0])
     cases = [
         (lambda e: score(e, TRACES[:1], max_tokens=tokens - 1), TooManyTokens, f"more than {tokens - 1} tokens"),
         (lambda e: score(e, [TRACES[0], ("1 + 1 = ?\n", "1 + 1 = 2\n" * 40)]), TooLong, "completion 1.*reads 128"),

@@ -8,7 +8,6 @@ import typer
 
 from tracereward.console import say
 from tracereward.errors import InputError
-from tracereward.files import without_nan
 
 commands = typer.Typer()
 
@@ -20,7 +19,6 @@ Policy = Annotated[
     str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
 ]
 Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pip install 'tracereward[vllm]').")]
-NO_PROBABILITY = "no probability: the model is calibrated for its reward without --reference and --policy"
 
 
 def left_of(output: str | None, origin: dict[str, list[Any]] | None) -> Path | None:
@@ -29,11 +27,11 @@ def left_of(output: str | None, origin: dict[str, list[Any]] | None) -> Path | N
     Raises:
         InputError: see `outputs.unfinished`.
     """
-    from tracereward.commands.partial_output import part_of, unfinished
+    from tracereward.commands.partial_output import is_finished, unfinished
 
     if output is None or origin is None:
         raise InputError("--resume needs --output")
-    if Path(output).is_file() and not part_of(output).exists():
+    if is_finished(output):
         say(f"{output} is finished")
         raise typer.Exit
     return unfinished(output, origin)
@@ -63,61 +61,22 @@ def score(
     ] = False,
 ) -> None:
     """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
-    from tqdm.auto import tqdm
+    from tracereward.commands.score import ScoreOptions, run_score
 
-    from tracereward.commands.partial_output import check_output, finished_rows, origin_of, rows_to, write_row
-    from tracereward.commands.score import score_rows
-    from tracereward.data.trace_rows import candidate_rows
-    from tracereward.errors import check_choice
-    from tracereward.modeling.loading import check_model
-    from tracereward.rewards.engines import ENGINES, check_engine, load_beside, load_scorer
-    from tracereward.rewards.settings import check_policy, check_reward_model
-
-    check_choice("engine", engine, [*ENGINES, "ray"])
-    if workers is not None and engine != "ray":
-        raise InputError("--workers is of --engine ray")
-    if engine == "ray":
-        from tracereward.commands.score_ray import score_to_folder
-
-        if check_reward_model(model).calibration is not None and (reference or policy):
-            say(NO_PROBABILITY)
-        for text in score_to_folder(model, data, output, split, reference, policy, workers, resume, skip_bad):
-            say(f"skipped: {text}")
-        return
-    settings = check_engine(model, engine)
-    check_policy(settings, policy)
-    for other in (reference, policy):
-        if other is not None:
-            if engine != "transformers":
-                raise InputError(f"--engine {engine} computes logits alone: leave --reference and --policy out")
-            check_model(other)
-    check_output(output)
-    if settings.calibration is not None and (reference or policy):
-        say(NO_PROBABILITY)
-    skipped: list[str] | None = [] if skip_bad else None
-    count = sum(
-        1 for _ in candidate_rows(data, split, skipped, settings.template)
-    )  # all rows are checked before the model is loaded
-    if count == 0:
-        raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
-    models, origin, done = {"model": model, "--reference": reference, "--policy": policy}, None, 0
-    if output is not None:
-        origin = origin_of("score", models, data, split=split, engine=engine)
-    if resume and (part := left_of(output, origin)):
-        done = finished_rows(part)
-        say(f"going on after {done} rows")
-    reward_model = load_scorer(model, engine)
-    others = [load_beside(reward_model, other) for other in (reference, policy)]
-    rows = candidate_rows(data, split, None if skipped is None else [], settings.template)
-    too_long: list[str] | None = None if skipped is None else []
-    scored = score_rows(reward_model, rows, *others, skipped=too_long, done=done)
-    progress = tqdm(desc="scored", total=count, initial=done, unit="")
-    with rows_to(output, append=resume, origin=origin) as file, progress:
-        for row in scored:
-            write_row(file, row)
-            progress.update()
-    for text in [*(skipped or ()), *(too_long or ())]:
-        say(f"skipped: {text}")
+    run_score(
+        ScoreOptions(
+            model=model,
+            data=data,
+            output=output,
+            split=split,
+            engine=engine,
+            workers=workers,
+            reference=reference,
+            policy=policy,
+            resume=resume,
+            skip_bad=skip_bad,
+        )
+    )
 
 
 @commands.command()
@@ -139,52 +98,19 @@ def rerank(
     json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
 ) -> None:
     """Choose among candidates; where answers are known, compare with majority, log-prob, length and oracle."""
-    import dataclasses
-    import json
+    from tracereward.commands.rerank import RerankOptions, run_rerank
 
-    from tracereward.commands.partial_output import check_output, rows_to, write_row
-    from tracereward.commands.rerank import rerank_rows, summary
-    from tracereward.commands.score import score_rows
-    from tracereward.data.trace_rows import candidate_rows, check_facts
-    from tracereward.errors import check_choice
-    from tracereward.modeling.loading import best_device
-    from tracereward.rewards.model import TokenRewardModel
-    from tracereward.rewards.settings import check_reward_model
-    from tracereward.rewards.token_scores import AGGREGATES
-    from tracereward.selection import METHODS
-    from tracereward.tasks.recipes import get_task
-
-    known = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
-    check_choice("method", method, known)
-    if aggregate is not None:
-        check_choice("aggregate", aggregate, AGGREGATES)
-    settings = check_reward_model(model)
-    recipe = get_task(task or settings.task)
-    check_output(output)
-    rows = list(candidate_rows(data, template=settings.template))
-    if not rows:
-        raise InputError(f"{data}: no rows")
-    for where, row in rows:
-        check_facts(where, row)
-        if "completion" not in row or ("logprob" in method and row.get("logprob") is None):
-            single = "completion" in row
-            need = f"a logprob in each row for --method {method}" if single else "a completion in each row"
-            raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
-    reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
-    if aggregate is not None:
-        reward_model.settings = dataclasses.replace(settings, aggregate=aggregate)
-    chosen, questions = rerank_rows(score_rows(reward_model, rows), recipe, method)
-    table = summary(questions, recipe)
-    if output is not None or not json_table:
-        with rows_to(output) as file:
-            for row in chosen:
-                write_row(file, row)
-    if json_table:
-        print(json.dumps(table))
-    elif table is not None:
-        from tracereward.reports.tables import print_ranking
-
-        print_ranking(table)
+    run_rerank(
+        RerankOptions(
+            model=model,
+            data=data,
+            task=task,
+            method=method,
+            aggregate=aggregate,
+            output=output,
+            json_table=json_table,
+        )
+    )
 
 
 @commands.command()
@@ -259,7 +185,7 @@ def inspect(
 ) -> None:
     """Look at traces token by token: one HTML page that needs no network, or the terminal."""
 
-    from tracereward.commands.inspect import rows_to_inspect
+    from tracereward.commands.inspect import InspectOptions, rows_to_inspect
     from tracereward.commands.partial_output import check_output
     from tracereward.errors import check_choice, check_number
     from tracereward.reports.inspection import write_inspection
@@ -268,7 +194,9 @@ def inspect(
     check_number("--threshold", threshold)
     check_choice("colour", colour, COLOURS)
     check_output(None if output is None else str(output))
-    rows = rows_to_inspect(data, model, task, reference, policy, limit)
+    rows = rows_to_inspect(
+        InspectOptions(data=data, model=model, task=task, reference=reference, policy=policy, limit=limit)
+    )
     if output is None:
         print_ansi(rows, sys.stdout, width, colour, threshold)
         return
@@ -313,38 +241,18 @@ def export(
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
     """Distil a reward model into a token-classification checkpoint, and say how well that fits."""
-    import dataclasses
-    import json
-    from contextlib import suppress
-
-    from tracereward.commands.partial_output import check_output
-    from tracereward.data.trace_rows import candidate_rows
+    from tracereward.commands.export import ExportOptions, run_export
     from tracereward.errors import check_choice
-    from tracereward.modeling.loading import best_device, local_folder
-    from tracereward.rewards.distillation import check_rows, distill, examples_of
-    from tracereward.rewards.model import TokenRewardModel
-    from tracereward.rewards.settings import check_reward_model
 
     check_choice("head", head, ["token"])
-    if not 0 < learning_rate <= 1:  # nan is not either
-        raise InputError(f"--learning-rate must be over 0 and at most 1, not {learning_rate}")
-    settings = check_reward_model(model)
-    if output.exists():
-        raise InputError(f"{output} exists already: choose another --output")
-    with suppress(OSError):  # which check_output then says
-        output.parent.mkdir(parents=True, exist_ok=True)
-    check_output(str(output))
-    rows = list(candidate_rows(data, template=settings.template))
-    check_rows(rows)
-    teacher = TokenRewardModel.from_pretrained(model).to(best_device())
-    examples = examples_of(rows, teacher)
-    student, fit = distill(teacher, local_folder(model), examples, epochs, learning_rate, token_budget, seed)
-    numbers = without_nan(dataclasses.asdict(fit))
-    note = (
-        f"\nDistilled from a reward model with head `{teacher.settings.head}` on {fit.traces} traces: R2 {fit.r2:.3f} "
-        f"on {fit.held_out} traces of held-out prompts; within-prompt AUROC {fit.auroc_before:.3f} before, "
-        f"{fit.auroc_after:.3f} after.\n"
+    run_export(
+        ExportOptions(
+            model=model,
+            data=data,
+            output=output,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            token_budget=token_budget,
+            seed=seed,
+        )
     )
-    student.save_pretrained(output, note)
-    say(note.strip())
-    print(json.dumps({"output": str(output), **numbers}))

@@ -18,6 +18,7 @@ from tracereward.modeling.loading import check_model
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import load_tokenizer, pad_id, render_prompt
 from tracereward.rewards.log_prob_scorer import LogProbs
+from tracereward.rewards.scoring import Trace
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks import get_task
 
@@ -101,10 +102,11 @@ def corrected_rows(
     prompts = [render_prompt(tokenizer, row["prompt"], settings.template, where) for where, row in rows]
     given = {"temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size}
     guide = load_guide(model, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
-    encoded = [
-        guide.scorer.check_length(where, prompt, row["completion"], row.get("finished") is not False)
-        for prompt, (where, row) in zip(prompts, rows, strict=True)
-    ]
+    encoded = []
+    for prompt, (where, row) in zip(prompts, rows, strict=True):
+        finished = row.get("finished") is not False
+        trace = guide.scorer.encode(Trace(where=where, prompt=prompt, completion=row["completion"], finished=finished))
+        encoded.append((trace.prompt, trace.completion))
     detector = guide
     if suspect == "logprob":
         detector = replace(guide, scorer=LogProbs(guide.policy, tokenizer, settings), reference=None)

@@ -14,7 +14,7 @@ from tracereward.generation import decoding
 from tracereward.generation.guide import Guide, Guided, check_tokenizers
 from tracereward.modeling.loading import best_device, check_model, load_causal_lm, local_folder
 from tracereward.modeling.tokenization import load_tokenizer
-from tracereward.rewards.engines import load_beside
+from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import get_task
@@ -113,7 +113,7 @@ def load_guide(
     if reference is not None:
         check_model(reference)
     scorer = TokenRewardModel.from_pretrained(reward_model).to(best_device())
-    beside = load_beside(scorer, reference)
+    beside = load_log_prob_model(scorer, reference)
     policy = load_causal_lm(model, device=best_device())
     guide = Guide(policy, tokenizer, scorer, max_new_tokens, reference=beside, **given)
     guide.encode(prompts)

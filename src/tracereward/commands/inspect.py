@@ -1,5 +1,6 @@
 """`tracereward inspect`: rows with their scores, to look at."""
 
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -7,42 +8,57 @@ from tracereward.commands.score import score_rows
 from tracereward.data.readers import read_rows
 from tracereward.data.trace_rows import candidate_rows, check_facts, check_scores, gold_of, traces_in
 from tracereward.errors import InputError
-from tracereward.modeling.loading import best_device, check_model
-from tracereward.rewards.engines import load_beside
-from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import check_policy, check_reward_model
+from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
+from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks import get_task
 
 
-def rows_to_inspect(
-    data: str, model: str | None, task: str | None, reference: str | None, policy: str | None, limit: int | None
-) -> list[dict[str, Any]]:
-    """Rows with scores, which `score` wrote or `model` gives now, with their answers found and checked.
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """Which rows `tracereward inspect` shows.
+
+    Attributes:
+        data: rows that `score` wrote, or rows to score.
+        model: folder or Hub id of the reward model, for rows without scores.
+        task: recipe that finds and checks answers; the reward model's if None.
+        reference: folder or Hub id of the model whose log-prob is added.
+        policy: folder or Hub id of the model whose log-prob is subtracted.
+        limit: use the first N rows.
+    """
+
+    data: str
+    model: str | None = None
+    task: str | None = None
+    reference: str | None = None
+    policy: str | None = None
+    limit: int | None = None
+
+
+def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
+    """Rows with scores, which `score` wrote or the model gives now, with their answers found and checked.
 
     Raises:
         InputError: rows without scores and no model, or anything that cannot be read.
     """
-    rows = list(islice(read_rows(data), limit))
+    data, model = options.data, options.model
+    rows = list(islice(read_rows(data), options.limit))
     if not rows:
         raise InputError(f"{data}: no rows")
     bare = [where for where, row in rows if ("scores" if "candidates" in row else "token_rewards") not in row]
-    recipe = get_task(task) if task else None
+    recipe = get_task(options.task) if options.task else None
     scored = [row for _, row in rows]
     if bare:
         if model is None:
             raise InputError(f"{bare[0]}: no scores; give --model, or rows that `tracereward score` wrote")
         settings = check_reward_model(model)
-        check_policy(settings, policy)
-        for other in (reference, policy):
-            if other is not None:
-                check_model(other)
+        check_log_prob_models(settings, options.reference, options.policy)
         recipe = recipe or get_task(settings.task)
-        checked = list(islice(candidate_rows(data, template=settings.template), limit))
+        checked = list(islice(candidate_rows(data, template=settings.template), options.limit))
         for where, row in checked:
             check_facts(where, row)
-        reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
-        beside = load_beside(reward_model, reference), load_beside(reward_model, policy)
-        scored = list(score_rows(reward_model, checked, *beside))
+        reward_model = load_scorer(model, "transformers")
+        extra = load_log_prob_models(reward_model, reference=options.reference, policy=options.policy)
+        scored = list(score_rows(reward_model, checked, extra=extra))
     else:
         for where, row in rows:
             if "candidates" in row and not _fit(row["candidates"], row["scores"]):

@@ -58,6 +58,11 @@ def part_of(output: str) -> Path:
     return Path(output + ".part")
 
 
+def is_finished(output: str) -> bool:
+    """Whether all rows of an output are there."""
+    return Path(output).is_file() and not part_of(output).exists()
+
+
 def _origin_file(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 

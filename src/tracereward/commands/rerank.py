@@ -2,19 +2,97 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from tracereward.data.trace_rows import gold_of
+from tracereward.commands.partial_output import check_output, rows_to, write_row
+from tracereward.commands.score import score_rows
+from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
+from tracereward.errors import InputError, check_choice
 from tracereward.files import without_nan
-from tracereward.selection import Candidate, choose, ranking_aurocs, ranking_table
-from tracereward.tasks import Task
+from tracereward.reports.tables import print_ranking
+from tracereward.rewards.engines import load_scorer
+from tracereward.rewards.settings import check_reward_model
+from tracereward.rewards.token_scores import AGGREGATES
+from tracereward.selection import METHODS, Candidate, choose, ranking_aurocs, ranking_table
+from tracereward.tasks import Task, get_task
+
+RERANK_METHODS = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
+"""Those that choose without knowing which answers are right, what wrote them, or a fitted temperature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RerankOptions:
+    """What `tracereward rerank` is asked for.
+
+    Attributes:
+        model: folder or Hub id of the reward model.
+        data: rows with a prompt and one completion.
+        task: recipe that checks answers; the reward model's if None.
+        method: one of `RERANK_METHODS`.
+        aggregate: of token rewards to a trace reward; the reward model's if None.
+        output: JSONL file of the chosen rows; stdout if None.
+        json_table: print the table as JSON on stdout.
+    """
+
+    model: str
+    data: str
+    task: str | None = None
+    method: str = "vote"
+    aggregate: str | None = None
+    output: str | None = None
+    json_table: bool = False
+
+
+def run_rerank(options: RerankOptions) -> None:
+    """`tracereward rerank`: write the chosen rows, and print a table where answers are known.
+
+    Raises:
+        InputError: anything that cannot be read; a row without what the method needs.
+        RunFailed: a reward is not finite.
+    """
+    check_choice("method", options.method, RERANK_METHODS)
+    if options.aggregate is not None:
+        check_choice("aggregate", options.aggregate, AGGREGATES)
+    settings = check_reward_model(options.model)
+    task = get_task(options.task or settings.task)
+    check_output(options.output)
+    rows = list(candidate_rows(options.data, template=settings.template))
+    if not rows:
+        raise InputError(f"{options.data}: no rows")
+    for where, row in rows:
+        check_facts(where, row)
+        if "completion" not in row or ("logprob" in options.method and row.get("logprob") is None):
+            single = "completion" in row
+            need = f"a logprob in each row for --method {options.method}" if single else "a completion in each row"
+            raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
+    model = load_scorer(options.model, "transformers")
+    if options.aggregate is not None:
+        model.settings = replace(settings, aggregate=options.aggregate)
+    chosen, questions = rerank_rows(score_rows(model, rows), task, options.method)
+    table = summary(questions, task)
+    if options.output is not None or not options.json_table:
+        with rows_to(options.output) as file:
+            for row in chosen:
+                write_row(file, row)
+    if options.json_table:
+        print(json.dumps(table))
+    elif table is not None:
+        print_ranking(table)
 
 
 def candidate_of(row: dict[str, Any], task: Task) -> Candidate:
     """A scored row as a candidate; its answer is extracted, and verified where the gold one is known."""
     text, gold, correct = row["completion"], gold_of(row), row.get("correct")
     correct = task.verify(text, gold) if gold is not None else None if correct is None else bool(correct)
-    return Candidate(text, task.extract(text), row["reward"], row.get("logprob"), len(text), correct)
+    return Candidate(
+        text=text,
+        answer=task.extract(text),
+        reward=row["reward"],
+        logprob=row.get("logprob"),
+        length=len(text),
+        correct=correct,
+    )
 
 
 def rerank_rows(

@@ -1,25 +1,149 @@
 """`tracereward score`: rows with the rewards of their traces."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from transformers import PreTrainedModel
+from tqdm.auto import tqdm
 
-from tracereward.data.trace_rows import traces_of
-from tracereward.errors import InputError
+from tracereward.commands.partial_output import (
+    check_output,
+    finished_rows,
+    is_finished,
+    origin_of,
+    rows_to,
+    unfinished,
+    write_row,
+)
+from tracereward.console import say
+from tracereward.data.trace_rows import candidate_rows, traces_of
+from tracereward.errors import InputError, check_choice
 from tracereward.modeling.tokenization import render_prompt
-from tracereward.rewards.scorer import Scorer, check_finite
+from tracereward.rewards.engines import (
+    ENGINES,
+    check_engine,
+    check_log_prob_models,
+    load_log_prob_models,
+    load_scorer,
+)
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.scoring import CHUNK, EncodedTrace, LogProbModels, Trace
+from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 
-CHUNK = 256  # rows scored together: enough to sort by length, few enough to see that it goes on
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """What `tracereward score` is asked for.
+
+    Attributes:
+        model: folder or Hub id of the reward model.
+        data: what `candidate_rows` reads.
+        output: JSONL file, stdout if None; with engine ``ray`` a folder that all machines see.
+        split: of a Hub set.
+        engine: one of `ENGINES`, or ``ray``.
+        workers: processes of engine ``ray`` with a model each; a GPU of the cluster each if None, or one process.
+        reference: folder or Hub id of the model whose log-prob is added.
+        policy: folder or Hub id of the model whose log-prob is subtracted.
+        resume: continue what an earlier call left in `output`.
+        skip_bad: leave rows out that cannot be scored, instead of stopping.
+    """
+
+    model: str
+    data: str
+    output: str | None = None
+    split: str = "train"
+    engine: str = "transformers"
+    workers: int | None = None
+    reference: str | None = None
+    policy: str | None = None
+    resume: bool = False
+    skip_bad: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether rewards are those that a calibration is fitted to: without other models' log-probs."""
+        return self.reference is None and self.policy is None
+
+
+def run_score(options: ScoreOptions) -> None:
+    """`tracereward score`: write scored rows to the output, and what was left out to stderr.
+
+    Raises:
+        InputError: before any model is loaded, if an option or a row cannot be used; later, if a row is too long.
+        RunFailed: a reward is not finite, or the disk is full.
+    """
+    check_choice("engine", options.engine, [*ENGINES, "ray"])
+    if options.workers is not None and options.engine != "ray":
+        raise InputError("--workers is of --engine ray")
+    if options.engine == "ray":
+        from tracereward.commands.score_ray import score_to_folder
+
+        _note_no_probability(check_reward_model(options.model), options)
+        skipped = score_to_folder(options)
+    else:
+        skipped = _score_to_file(options)
+    for text in skipped:
+        say(f"skipped: {text}")
+
+
+def _note_no_probability(settings: RewardSettings, options: ScoreOptions) -> None:
+    if settings.calibration is not None and not options.calibrated:
+        say("no probability: the model is calibrated for its reward without --reference and --policy")
+
+
+def _score_to_file(options: ScoreOptions) -> list[str]:
+    """Score in this process; returns what is wrong with each row that was left out."""
+    settings = check_engine(options.model, options.engine)
+    check_log_prob_models(settings, options.reference, options.policy, options.engine)
+    check_output(options.output)
+    _note_no_probability(settings, options)
+    skipped: list[str] | None = [] if options.skip_bad else None
+    # All rows are checked before the model is loaded.
+    count = sum(1 for _ in candidate_rows(options.data, options.split, skipped, settings.template))
+    check_any_rows(count, options.data, skipped)
+    origin, done = None, 0
+    if options.output is not None:
+        models = {"model": options.model, "--reference": options.reference, "--policy": options.policy}
+        origin = origin_of("score", models, options.data, split=options.split, engine=options.engine)
+    if options.resume:
+        if options.output is None or origin is None:
+            raise InputError("--resume needs --output")
+        if is_finished(options.output):
+            say(f"{options.output} is finished")
+            return []
+        if part := unfinished(options.output, origin):
+            done = finished_rows(part)
+            say(f"going on after {done} rows")
+    model = load_scorer(options.model, options.engine)
+    extra = load_log_prob_models(model, reference=options.reference, policy=options.policy)
+    rows = candidate_rows(options.data, options.split, [] if options.skip_bad else None, settings.template)
+    too_long: list[str] | None = [] if options.skip_bad else None
+    scored = score_rows(model, rows, extra=extra, skipped=too_long, done=done)
+    progress = tqdm(desc="scored", total=count, initial=done, unit="")
+    with rows_to(options.output, append=options.resume, origin=origin) as file, progress:
+        for row in scored:
+            write_row(file, row)
+            progress.update()
+    return [*(skipped or ()), *(too_long or ())]
+
+
+def check_any_rows(count: int, data: str, skipped: list[str] | None) -> None:
+    """Refuse data without a row that can be scored.
+
+    Raises:
+        InputError: names the first row that was left out, if there is one.
+    """
+    if count == 0:
+        raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
 
 
 def score_rows(
     model: Scorer,
     rows: Iterable[tuple[str, dict[str, Any]]],
-    reference: PreTrainedModel | None = None,
-    policy: PreTrainedModel | None = None,
+    *,
+    extra: LogProbModels | None = None,
     skipped: list[str] | None = None,
     done: int = 0,
 ) -> Iterator[dict[str, Any]]:
@@ -32,57 +156,70 @@ def score_rows(
     Args:
         model: the reward model.
         rows: as `candidate_rows` yields them.
-        reference: as in `Scorer.score`.
-        policy: as in `Scorer.score`.
-        skipped: takes what is wrong with each row that the model cannot read, too long for one, which is then left
-            out; None makes it fatal.
-        done: how many rows that can be scored are left out at the start, since an earlier run has scored them. A chunk
-            that it scored in part is scored whole once more: other neighbours would change the last digits.
+        extra: models whose log-probs enter the rewards.
+        skipped: receives the error of each row that the model cannot read, which is then left out; None makes it
+            fatal.
+        done: number of scorable rows to leave out at the start, since an earlier run has scored them. A chunk that was
+            scored in part is scored again in full: other neighbours would change the last digits.
 
     Raises:
         InputError: a row that the model cannot read.
         RunFailed: a reward is not finite.
     """
     rows = iter(rows)
-    calibrated = reference is None and policy is None  # a calibration is fitted to the reward without them
+    calibrated = extra is None or not extra.signed  # a calibration is fitted to the reward without them
     while chunk := list(islice(rows, CHUNK)):
-        kept: list[tuple[str, dict[str, Any], list[str], list[tuple[int, int]]]] = []
-        ids: list[tuple[list[int], list[int]]] = []
+        kept: list[tuple[dict[str, Any], list[Trace]]] = []
+        encoded: list[EncodedTrace] = []
         for where, row in chunk:
-            traces, ended, spans = traces_of(row, model.settings.step_delimiter)
             try:
-                rendered = render_prompt(model.tokenizer, row["prompt"], model.settings.template, where)
-                encoded = [model.check_length(where, rendered, *trace) for trace in zip(traces, ended, strict=True)]
-                if spans:
-                    model.check_steps(where, traces[0], spans, encoded[0][1])
+                traces = _traces(model, where, row)
+                encoded += [model.encode(trace) for trace in traces]
             except InputError as error:
                 if skipped is None:
                     raise
                 skipped.append(str(error))
-                continue
-            kept.append((where, row, traces, spans))
-            ids += encoded
+            else:
+                kept.append((row, traces))
         if done >= len(kept):
             done -= len(kept)
             continue
-        prompts, completions = [prompt for prompt, _ in ids], [completion for _, completion in ids]
-        scores = iter(model.score_ids(prompts, completions, reference=reference, policy=policy))
-        for index, (where, row, traces, spans) in enumerate(kept):
-            found = [next(scores) for _ in traces]
-            for trace in found:
-                check_finite(where, "reward", trace.rewards)
-            scored = [as_row(trace, model, calibrated) for trace in found]
-            if spans:
-                scored[0] |= {"completion": traces[0], "step_rewards": found[0].span_rewards(spans)}
+        scores = iter(model.score_encoded(encoded, extra))
+        for index, (row, traces) in enumerate(kept):
+            scored = _scored_row(model, row, traces, list(islice(scores, len(traces))), calibrated)
             if index >= done:
-                yield {**row, "scores": scored} if "candidates" in row else {**row, **scored[0]}
+                yield scored
         done = 0
 
 
+def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
+    """The traces of a row that `candidate_rows` let through, with the prompt rendered."""
+    prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.template, where)
+    texts, finished, spans = traces_of(row, model.settings.step_delimiter)
+    return [
+        Trace(where=where, prompt=prompt, completion=text, finished=ended, spans=spans)
+        for text, ended in zip(texts, finished, strict=True)
+    ]
+
+
+def _scored_row(
+    model: Scorer, row: dict[str, Any], traces: Sequence[Trace], scores: Sequence[TokenScores], calibrated: bool
+) -> dict[str, Any]:
+    """A row with its scores."""
+    scored = [as_row(found, model, calibrated) for found in scores]
+    if "candidates" in row:
+        return {**row, "scores": scored}
+    if spans := traces[0].spans:
+        scored[0] |= {"completion": traces[0].completion, "step_rewards": scores[0].span_rewards(spans)}
+    return {**row, **scored[0]}
+
+
 def as_row(scores: TokenScores, model: Scorer, calibrated: bool = True) -> dict[str, Any]:
-    """What `score` writes of one trace: its reward, the probability that it is right where the model is calibrated for
-    this reward, every aggregate, the steps' rewards, and for each token its text, place, reward and whether it ends a
-    step."""
+    """The columns that `score` writes for a trace.
+
+    Its reward, the probability that it is right where the model is calibrated for this reward, every aggregate, the
+    steps' rewards, and for each token its text, offsets, reward and flags.
+    """
     reward = scores.aggregate(model.settings.aggregate)
     calibration = model.settings.calibration if calibrated else None
     return {

@@ -13,143 +13,114 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import parquet
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from tracereward import __version__
 from tracereward.commands import score_shards
-from tracereward.commands.score import score_rows
+from tracereward.commands.score import ScoreOptions, check_any_rows, score_rows
 from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, RunFailed
-from tracereward.modeling.loading import best_device, check_model, looks_local, model_fingerprint
-from tracereward.rewards.engines import load_beside
-from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import check_policy, check_reward_model
+from tracereward.modeling.loading import looks_local, model_fingerprint
+from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.scoring import LogProbModels
+from tracereward.rewards.settings import check_reward_model
 
 NEEDS_RAY = "--engine ray needs Ray: pip install 'tracereward[ray]'"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """What a worker must know.
 
     Attributes:
         folder: of the results, the same path on every machine.
         todo: folder of the rows, a file for each shard.
-        model: folder or Hub id of the reward model.
-        reference: see `TokenRewardModel.score`.
-        policy: see `TokenRewardModel.score`.
+        options: of the command, with models under names that workers in another folder can read.
         schema: of every shard.
-        skip_bad: leave rows out that are too long for the model, instead of stopping.
     """
 
     folder: Path
     todo: Path
-    model: str
-    reference: str | None
-    policy: str | None
+    options: ScoreOptions
     schema: pa.Schema
-    skip_bad: bool
 
 
-def score_to_folder(
-    model: str,
-    data: str,
-    output: str | None,
-    split: str = "train",
-    reference: str | None = None,
-    policy: str | None = None,
-    workers: int | None = None,
-    resume: bool = False,
-    skip_bad: bool = False,
-) -> list[str]:
-    """Score `data` with the workers of a Ray cluster into Parquet shards; see the module's docstring.
+def score_to_folder(options: ScoreOptions) -> list[str]:
+    """Score rows with the workers of a Ray cluster into Parquet shards; see the module's docstring.
 
-    The cluster is the one that ``RAY_ADDRESS`` names, or one of this machine that ends with the call.
-
-    Args:
-        model: folder or Hub id of the reward model.
-        data: what `candidate_rows` reads. Only this process reads it.
-        output: folder of the shards and of ``manifest.json``; all machines must see it.
-        split: of a Hub set.
-        reference: model whose log-prob is added.
-        policy: model whose log-prob is taken off.
-        workers: processes with a model each; a GPU of the cluster each if None, or one process.
-        resume: go on with what an earlier call left in `output`.
-        skip_bad: leave rows out that cannot be scored.
+    The cluster is the one that ``RAY_ADDRESS`` names, or one of this machine that ends with the call. The output is a
+    folder of the shards and of ``manifest.json``. Only this process reads the data.
 
     Returns:
         What was wrong with each row that was left out, in this call or an earlier one.
 
     Raises:
-        InputError: before any model is loaded, if Ray is not installed, anything cannot be read, or `output` holds
+        InputError: before any model is loaded, if Ray is not installed, anything cannot be read, or the output holds
             other scores; from a worker, if a row is too long for the model.
         RunFailed: a shard ended its workers, or the disk is full.
     """
     _require_ray()
-    settings = check_reward_model(model)
-    check_policy(settings, policy)
-    for other in (reference, policy):
-        if other is not None:
-            check_model(other)
-    if output is None:
+    settings = check_reward_model(options.model)
+    check_log_prob_models(settings, options.reference, options.policy)
+    if options.output is None:
         raise InputError("--engine ray needs --output, a folder")
-    folder = Path(output).absolute()
-    skipped: list[str] | None = [] if skip_bad else None
-    with score_shards.own_folder(folder, resume) as todo:
-        score_fields = score_shards.score_columns(
-            calibrated=settings.calibration is not None and reference is None and policy is None
-        )
-        rows = candidate_rows(data, split, skipped, settings.template)
+    folder = Path(options.output).absolute()
+    skipped: list[str] | None = [] if options.skip_bad else None
+    with score_shards.own_folder(folder, options.resume) as todo:
+        calibrated = settings.calibration is not None and options.calibrated
+        rows = candidate_rows(options.data, options.split, skipped, settings.template)
         with score_shards.room(folder):
-            count, fingerprint, schema = score_shards.cut(rows, folder, todo, score_fields)
-        if count == 0:
-            raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
+            count, fingerprint, schema = score_shards.cut(rows, folder, todo, score_shards.score_columns(calibrated))
+        check_any_rows(count, options.data, skipped)
         sizes = [min(score_shards.SHARD_ROWS, count - start) for start in range(0, count, score_shards.SHARD_ROWS)]
-        score_shards.check_manifest(
-            folder,
-            {
-                "tracereward": __version__,
-                "model": model,
-                "model_sha256": model_fingerprint(model),
-                "reference": reference,
-                "reference_sha256": model_fingerprint(reference),
-                "policy": policy,
-                "policy_sha256": model_fingerprint(policy),
-                "data": data,
-                "data_sha256": fingerprint,
-                "rows": count,
-                "rows_per_shard": score_shards.SHARD_ROWS,
-                "shards": len(sizes),
-            },
-        )
+        score_shards.check_manifest(folder, _manifest(options, count, len(sizes), fingerprint))
         missing = [n for n in range(len(sizes)) if not score_shards.part_file(folder, n).exists()]
-        done = len(sizes) - len(missing)
+        if not missing:
+            say(f"{options.output} is finished")
+        elif len(missing) < len(sizes):
+            say(f"going on after {len(sizes) - len(missing)} of {len(sizes)} shards")
         if missing:
-            if done:
-                say(f"going on after {done} of {len(sizes)} shards")
-            beside = {
-                "reference": reference and _absolute(reference),
-                "policy": policy and _absolute(policy),
-            }
-            job = Job(folder, todo, _absolute(model), **beside, schema=schema, skip_bad=skip_bad)
+            job = Job(folder=folder, todo=todo, options=_for_workers(options), schema=schema)
             scored = count - sum(sizes[n] for n in missing)
             with tqdm(desc="scored", total=count, initial=scored, unit="", file=sys.stderr) as progress:
-                for shard in _run(job, missing, workers):
+                for shard in _run(job, missing):
                     progress.update(sizes[shard])
-        else:
-            say(f"{output} is finished")
     footers = [parquet.read_metadata(score_shards.part_file(folder, n)) for n in range(len(sizes))]
-    say(f"{sum(footer.num_rows for footer in footers)} rows in {len(footers)} shards: {output}")
+    say(f"{sum(footer.num_rows for footer in footers)} rows in {len(footers)} shards: {options.output}")
     too_long = [text for footer in footers for text in json.loads(footer.metadata[score_shards.SKIPPED])]
     return [*(skipped or ()), *too_long]
+
+
+def _manifest(options: ScoreOptions, rows: int, shards: int, fingerprint: str) -> dict[str, Any]:
+    """What the scores are of: models and data by content."""
+    return {
+        "tracereward": __version__,
+        "model": options.model,
+        "model_sha256": model_fingerprint(options.model),
+        "reference": options.reference,
+        "reference_sha256": model_fingerprint(options.reference),
+        "policy": options.policy,
+        "policy_sha256": model_fingerprint(options.policy),
+        "data": options.data,
+        "data_sha256": fingerprint,
+        "rows": rows,
+        "rows_per_shard": score_shards.SHARD_ROWS,
+        "shards": shards,
+    }
+
+
+def _for_workers(options: ScoreOptions) -> ScoreOptions:
+    """The options with models' names that workers in another folder can read."""
+    names = {name: getattr(options, name) for name in ("model", "reference", "policy")}
+    return replace(options, **{name: value and _absolute(value) for name, value in names.items()})
 
 
 class ShardScorer:
@@ -159,14 +130,15 @@ class ShardScorer:
         self.job = job
 
     @functools.cached_property
-    def models(self) -> tuple[TokenRewardModel, PreTrainedModel | None, PreTrainedModel | None]:
-        """The reward model and those beside it.
+    def models(self) -> tuple[Scorer, LogProbModels]:
+        """The reward model, and the models whose log-probs enter its rewards.
 
         Loaded with the first shard, not with the worker: Ray gives a shard whose worker died to another one, but ends
         the run when a worker dies before its first.
         """
-        model = TokenRewardModel.from_pretrained(self.job.model).to(best_device())
-        return model, load_beside(model, self.job.reference), load_beside(model, self.job.policy)
+        options = self.job.options
+        model = load_scorer(options.model, "transformers")
+        return model, load_log_prob_models(model, reference=options.reference, policy=options.policy)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Score the shards that `batch` numbers; what went wrong is a value, since Ray would wrap an exception."""
@@ -196,9 +168,9 @@ class ShardScorer:
         score_shards.note_attempt(job.todo, shard)
         with open(score_shards.todo_file(job.todo, shard), encoding="utf-8") as file:
             rows = [tuple(json.loads(line)) for line in file]
-        skipped: list[str] | None = [] if job.skip_bad else None
-        model, reference, policy = self.models
-        scored = list(score_rows(model, rows, reference, policy, skipped))
+        skipped: list[str] | None = [] if job.options.skip_bad else None
+        model, extra = self.models
+        scored = list(score_rows(model, rows, extra=extra, skipped=skipped))
         schema = job.schema.with_metadata({score_shards.SKIPPED: json.dumps(skipped or [])})
         with score_shards.room(job.folder):
             score_shards.write_part(part, pa.Table.from_pylist(scored, schema=schema))
@@ -219,7 +191,7 @@ def _require_ray() -> None:
         raise InputError(NEEDS_RAY) from error
 
 
-def _run(job: Job, missing: list[int], workers: int | None) -> Iterator[int]:
+def _run(job: Job, missing: list[int]) -> Iterator[int]:
     """Have the shards scored; yields the number of each that is done.
 
     Raises:
@@ -229,7 +201,7 @@ def _run(job: Job, missing: list[int], workers: int | None) -> Iterator[int]:
     from ray.data import ActorPoolStrategy, from_items  # pyright: ignore[reportMissingImports]
 
     # Ray reports dead workers on stdout, which is for data.
-    with redirect_stdout(sys.stderr), _cluster(workers) as (size, num_cpus, num_gpus):
+    with redirect_stdout(sys.stderr), _cluster(job.options.workers) as (size, num_cpus, num_gpus):
         numbers = from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
         outcomes = numbers.map_batches(
             ShardScorer,

@@ -19,10 +19,10 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from pyarrow import parquet
 
-from tracereward.commands.score import CHUNK
 from tracereward.data.trace_rows import holds_steps
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import DISK_FULL, atomic_write_json, fsync_parent, remove_unfinished
+from tracereward.rewards.scoring import CHUNK
 from tracereward.rewards.token_scores import AGGREGATES
 
 SHARD_ROWS = CHUNK  # what `score` batches together, so that the numbers are the same; lost at most when a worker dies
@@ -116,7 +116,7 @@ def cut(
 
 
 def score_columns(calibrated: bool) -> list[pa.Field]:
-    """The columns that `pool.as_row` gives."""
+    """The columns that `commands.score.as_row` gives."""
     number, numbers, flags = pa.float64(), pa.list_(pa.float64()), pa.list_(pa.bool_())
     types = {
         "reward": number,
@@ -157,7 +157,7 @@ def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_f
         column = f"column {name!r}" if name else "a column"
         raise InputError(
             f"{chunk[0][0]} and the {len(chunk) - 1} rows after it: {column} does not fit in Parquet, where a column "
-            f"has one type ({error}). Mend the rows, or write JSON Lines, with --engine transformers"
+            f"has one type ({error}). Fix the rows, or write JSON Lines, with --engine transformers"
         ) from error
 
 

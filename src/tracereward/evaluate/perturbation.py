@@ -11,7 +11,7 @@ from tracereward.errors import InputError, check_choice
 from tracereward.evaluate.first_error import STEP_AGGREGATES, outcome, step_values, summarise
 from tracereward.evaluate.steps import (
     LABELS,
-    Encoded,
+    EncodedSteps,
     encode_steps,
     position_limit,
     token_values,
@@ -21,7 +21,8 @@ from tracereward.metrics import auroc, bootstrap_interval, perturbation_auroc
 from tracereward.modeling.tokenization import render
 from tracereward.reports.tables import Table, interval, percent
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.token_scores import TokenScores
+from tracereward.rewards.scoring import Trace
+from tracereward.rewards.token_scores import aggregate_rewards
 
 
 def split_steps(text: str, delimiter: str) -> list[tuple[int, int]]:
@@ -84,10 +85,11 @@ def evaluate_perturbations(
     delimiter = model.settings.step_delimiter
     rendered = render(list(rows), model.tokenizer, model.settings.template)
 
-    def encode(row: dict[str, Any], text: str) -> Encoded | None:
+    def encode(row: dict[str, Any], text: str) -> EncodedSteps | None:
         spans = split_steps(text, delimiter)
-        one = encode_steps(model.tokenizer, row["prompt"], text, spans, row.get("source", "a row"))
-        return one if len(one.prompt) + len(one.completion) <= limit else None
+        where = row.get("source", "a row")
+        one = encode_steps(model.tokenizer, Trace(where=where, prompt=row["prompt"], completion=text, spans=spans))
+        return one if one.length <= limit else None
 
     originals = {i: one for i, row in enumerate(rendered) if (one := encode(row, row["completion"])) is not None}
     if not originals:
@@ -115,11 +117,11 @@ def evaluate_perturbations(
 
     traces: list[dict[str, float]] = [{} for _ in encoded]
     steps: list[dict[str, list[float]]] = [{} for _ in encoded]
-    for index, values in token_values(model, encoded, policy, token_budget):
+    for index, values in token_values(model, encoded, policy=policy, token_budget=token_budget):
         values.pop("entropy", None)
         for name, of_tokens in values.items():
             how = model.settings.aggregate if name == "reward" else "mean"
-            traces[index][name] = TokenScores([], [], of_tokens, [], []).aggregate(how)
+            traces[index][name] = aggregate_rewards(of_tokens, how)
             steps[index][name] = step_values(of_tokens, encoded[index].steps, aggregate)
 
     def metrics(kind: str, name: str) -> dict[str, Any]:

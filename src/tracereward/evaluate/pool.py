@@ -3,7 +3,8 @@
 import math
 import random
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -19,7 +20,7 @@ from tracereward.evaluate.steps import position_limit
 from tracereward.files import without_nan
 from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, spearman, within_prompt_auroc
 from tracereward.modeling.log_probs import mean_log_probs
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render_prompt
+from tracereward.modeling.tokenization import pad_id, render_prompt
 from tracereward.reports.plots import histogram
 from tracereward.reports.tables import Table
 from tracereward.rewards.calibration import METHODS as CALIBRATIONS
@@ -33,6 +34,7 @@ from tracereward.rewards.calibration import (
 )
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import check_finite
+from tracereward.rewards.scoring import CHUNK, EncodedTrace, Trace
 from tracereward.selection import (
     METHODS,
     Candidate,
@@ -43,8 +45,6 @@ from tracereward.selection import (
     ranking_table,
 )
 
-CHUNK = 256  # candidates scored together: enough to sort by length, few enough to see that it goes on
-
 
 def score_pool(
     model: TokenRewardModel, rows: Sequence[PoolRow], policy: PreTrainedModel | None = None
@@ -54,64 +54,81 @@ def score_pool(
     Args:
         model: the reward model.
         rows: of a pool.
-        policy: causal LM of the same tokenizer whose mean log-prob stands beside the reward; without it the rows' own.
+        policy: causal LM of the same tokenizer whose mean log-prob is given with the reward; without it the rows' own.
 
     Raises:
         InputError: a prompt that does not go with the model's template, or no trace is left.
         RunFailed: a reward or a log-prob is not finite.
     """
     limit = position_limit(model.backbone, policy)
-    tokenizer = model.tokenizer
+    tokenizer, template = model.tokenizer, model.settings.template
+    prompts = {id(row): render_prompt(tokenizer, row.prompt, template, row.where) for row in rows}
     questions, left_out = [], 0
-    texts = {id(row): render_prompt(tokenizer, row.prompt, model.settings.template, row.where) for row in rows}
-    groups = list(by_question(list(rows)))
-    progress = tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr)
-    while groups:
-        taken: list[list[PoolRow]] = []
-        while groups and sum(map(len, taken)) < CHUNK:
-            taken.append(groups.pop(0))
-        flat: list[PoolRow] = []
-        prompts, completions = [], []
-        for row in (row for group in taken for row in group):
-            prompt = encode_prompt(tokenizer, texts[id(row)])
-            completion = encode_completion(tokenizer, row.completion, row.finished)
-            if completion and len(prompt) + len(completion) <= limit:
-                flat.append(row)
-                prompts.append(prompt)
-                completions.append(completion)
-        rewards = model.token_rewards(prompts, completions)
-        log_probs: Sequence[float | None] = [row.logprob for row in flat]
-        if policy is not None:
-            log_probs = mean_log_probs(policy, prompts, completions, pad_id(tokenizer))
-        for row, values, log_prob in zip(flat, rewards, log_probs, strict=True):
-            check_finite(row.where, "reward", values.tolist())
-            check_finite(row.where, "log-prob", [log_prob or 0.0])
-        how = model.settings.aggregate
-        scored = {
-            id(row): Candidate(
-                row.completion,
-                row.answer,
-                model.to_scores(completion, values).aggregate(how),
-                log_prob,
-                len(row.completion),
-                row.correct,
-                row.model,
-            )
-            for row, completion, values, log_prob in zip(flat, completions, rewards, log_probs, strict=True)
-        }
-        for group in taken:
-            candidates = [scored[id(row)] for row in group if id(row) in scored]
-            left_out += len(group) - len(candidates)
-            if candidates:
-                questions.append(candidates)
-            progress.update(len(group))
-    progress.close()
+    with tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr) as progress:
+        for chunk in _chunks(rows):
+            encoded: dict[int, tuple[PoolRow, EncodedTrace]] = {}
+            for row in (row for group in chunk for row in group):
+                trace = Trace(
+                    where=row.where, prompt=prompts[id(row)], completion=row.completion, finished=row.finished
+                )
+                with suppress(InputError):  # it is empty or too long
+                    encoded[id(row)] = row, model.encode(trace, limit)
+            scored = dict(zip(encoded, _candidates(model, list(encoded.values()), policy), strict=True))
+            for group in chunk:
+                candidates = [scored[id(row)] for row in group if id(row) in scored]
+                left_out += len(group) - len(candidates)
+                if candidates:
+                    questions.append(candidates)
+                progress.update(len(group))
     if not questions:
         raise InputError(
             f"{rows[0].where}: from here on none of {len(rows)} traces can be scored: they are empty, or longer with "
             f"their prompt than the model's {limit:.0f} positions"
         )
     return questions, left_out
+
+
+def _chunks(rows: Sequence[PoolRow]) -> Iterator[list[list[PoolRow]]]:
+    """The candidates of complete questions, at least `CHUNK` of them but for the last."""
+    chunk: list[list[PoolRow]] = []
+    for group in by_question(list(rows)):
+        chunk.append(group)
+        if sum(map(len, chunk)) >= CHUNK:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _candidates(
+    model: TokenRewardModel, traces: Sequence[tuple[PoolRow, EncodedTrace]], policy: PreTrainedModel | None
+) -> list[Candidate]:
+    """Each trace with its reward, and its mean log-prob under `policy`, or its row's own.
+
+    Raises:
+        RunFailed: a reward or a log-prob is not finite.
+    """
+    encoded = [trace for _, trace in traces]
+    scores = model.score_encoded(encoded)
+    log_probs: Sequence[float | None] = [row.logprob for row, _ in traces]
+    if policy is not None:
+        ids = [trace.prompt for trace in encoded], [trace.completion for trace in encoded]
+        log_probs = mean_log_probs(policy, *ids, pad_id(model.tokenizer))
+    found = []
+    for (row, _), of_trace, log_prob in zip(traces, scores, log_probs, strict=True):
+        check_finite(row.where, "log-prob", [log_prob or 0.0])
+        found.append(
+            Candidate(
+                text=row.completion,
+                answer=row.answer,
+                reward=of_trace.aggregate(model.settings.aggregate),
+                logprob=log_prob,
+                length=len(row.completion),
+                correct=row.correct,
+                model=row.model,
+            )
+        )
+    return found
 
 
 def split_questions(

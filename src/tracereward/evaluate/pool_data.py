@@ -20,7 +20,7 @@ ID_FIELDS = ("question_id", "qid", "id")
 there it is not read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PoolRow:
     """One candidate.
 
@@ -133,7 +133,17 @@ def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict
             raise InputError(f"{where}: neither correct (true or false) nor a gold answer to check against")
         correct = stated is not None and task.equal(stated, str(gold))
     model = None if row.get("model") is None else str(row["model"])
-    return PoolRow(where, str(name), prompt, text, stated, bool(correct), model, log_prob, finished is not False)
+    return PoolRow(
+        where=where,
+        question=str(name),
+        prompt=prompt,
+        completion=text,
+        answer=stated,
+        correct=bool(correct),
+        model=model,
+        logprob=log_prob,
+        finished=finished is not False,
+    )
 
 
 def _example(task: Task, row: dict[str, Any], where: str) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from tracereward.modeling.tokenization import encode_completion, encode_prompt, 
 from tracereward.reports.tables import Table, interval, percent
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import check_finite
+from tracereward.rewards.scoring import EncodedTrace, ForwardOptions, Trace
 from tracereward.tasks.recipes import Task, get_task
 
 LABELS = {
@@ -45,19 +46,14 @@ LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """A trace as token ids, the tokens of each of its steps (indices into `completion`), and where it was read."""
+@dataclass(frozen=True, kw_only=True)
+class EncodedSteps(EncodedTrace):
+    """A trace as token ids, and the tokens of each of its steps: indices into `completion`."""
 
-    where: str
-    prompt: list[int]
-    completion: list[int]
     steps: list[list[int]]
 
 
-def encode_steps(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, spans: Sequence[tuple[int, int]], where: str
-) -> Encoded:
+def encode_steps(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> EncodedSteps:
     """Token ids, and which tokens belong to which step: those that write one of its characters.
 
     Character offsets decide, because a step may hold the delimiter. A delimiter's own tokens, and the end-of-sequence
@@ -66,13 +62,16 @@ def encode_steps(
     Raises:
         InputError: a step has no token.
     """
-    ids = encode_completion(tokenizer, text)
-    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+    ids = encode_completion(tokenizer, trace.completion)
+    encoding = tokenizer(
+        trace.completion, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    )
     offsets: Any = encoding["offset_mapping"]
-    steps = [[t for t, (a, b) in enumerate(offsets) if a < end and b > start] for start, end in spans]
+    steps = [[t for t, (a, b) in enumerate(offsets) if a < end and b > start] for start, end in trace.spans]
     if [] in steps:
-        raise InputError(f"{where}: step {steps.index([])} (from 0) has no token in the reward model's vocabulary")
-    return Encoded(where, encode_prompt(tokenizer, prompt), ids, steps)
+        step = steps.index([])
+        raise InputError(f"{trace.where}: step {step} (from 0) has no token in the reward model's vocabulary")
+    return EncodedSteps(where=trace.where, prompt=encode_prompt(tokenizer, trace.prompt), completion=ids, steps=steps)
 
 
 def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
@@ -86,7 +85,11 @@ def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
 
 
 def token_values(
-    model: TokenRewardModel, traces: Sequence[Encoded], policy: PreTrainedModel | None, token_budget: int | None = None
+    model: TokenRewardModel,
+    traces: Sequence[EncodedSteps],
+    *,
+    policy: PreTrainedModel | None = None,
+    token_budget: int | None = None,
 ) -> Iterator[tuple[int, dict[str, list[float]]]]:
     """Token values of each trace, longest traces first, with its index: reward and, with a policy, logprob, entropy.
 
@@ -98,35 +101,36 @@ def token_values(
     token_budget = token_budget or scoring_budget(model.device)
     if policy is not None:
         policy.eval()
-    lengths = [len(trace.prompt) + len(trace.completion) for trace in traces]
+    options = ForwardOptions(token_budget=token_budget)
     with tqdm(total=len(traces), desc="scored", unit="") as progress:
-        for rows in token_budget_batches(lengths, token_budget):
-            prompts, completions = [traces[i].prompt for i in rows], [traces[i].completion for i in rows]
-            values = {"reward": model.token_rewards(prompts, completions, token_budget)}
+        for rows in token_budget_batches([trace.length for trace in traces], token_budget):
+            chunk = [traces[i] for i in rows]
+            values = {"reward": model.rewards_of(chunk, options)}
             if policy is not None:
-                batch = pack(prompts, completions, pad_id(model.tokenizer)).to(model.device)
-                log_probs, entropies = log_probs_and_entropies(policy, batch)
+                ids = [trace.prompt for trace in chunk], [trace.completion for trace in chunk]
+                log_probs, entropies = log_probs_and_entropies(
+                    policy, pack(*ids, pad_id(model.tokenizer)).to(model.device)
+                )
                 values |= {"logprob": list(log_probs.cpu()), "entropy": list(-entropies.cpu())}
-            for place, index in enumerate(rows):
-                length = len(traces[index].completion)
-                found = {name: rows_of[place][:length].tolist() for name, rows_of in values.items()}
+            for place, (index, trace) in enumerate(zip(rows, chunk, strict=True)):
+                found = {name: of[place][: len(trace.completion)].tolist() for name, of in values.items()}
                 for name, of_tokens in found.items():
-                    check_finite(traces[index].where, LABELS[name], of_tokens)
+                    check_finite(trace.where, LABELS[name], of_tokens)
                 yield index, found
             progress.update(len(rows))
 
 
 def encode_fitting(
     model: TokenRewardModel, traces: Sequence[StepTrace], task: Task, limit: float
-) -> tuple[list[StepTrace], list[Encoded]]:
+) -> tuple[list[StepTrace], list[EncodedSteps]]:
     """The traces of at most `limit` tokens with their prompts, and their token ids."""
     kept: list[StepTrace] = []
-    encoded: list[Encoded] = []
+    encoded: list[EncodedSteps] = []
     for trace in traces:
         prompt = render_prompt(model.tokenizer, prompt_of(trace, task), model.settings.template, trace.where)
         text, spans = join_steps(trace.steps, model.settings.step_delimiter)
-        one = encode_steps(model.tokenizer, prompt, text, spans, trace.where)
-        if len(one.prompt) + len(one.completion) <= limit:
+        one = encode_steps(model.tokenizer, Trace(where=trace.where, prompt=prompt, completion=text, spans=spans))
+        if one.length <= limit:
             kept.append(trace)
             encoded.append(one)
     return kept, encoded
@@ -134,14 +138,15 @@ def encode_fitting(
 
 def step_scores(
     model: TokenRewardModel,
-    encoded: Sequence[Encoded],
-    policy: PreTrainedModel | None,
+    encoded: Sequence[EncodedSteps],
     aggregate: str,
+    *,
+    policy: PreTrainedModel | None = None,
     token_budget: int | None = None,
 ) -> dict[str, list[list[float]]]:
     """For each method that has scores, the step scores of each trace."""
     scores: dict[str, list[list[float]]] = {}
-    for index, values in token_values(model, encoded, policy, token_budget):
+    for index, values in token_values(model, encoded, policy=policy, token_budget=token_budget):
         steps = {name: step_values(v, encoded[index].steps, aggregate) for name, v in values.items()}
         if policy is not None:
             steps["reward_logprob"] = [a + b for a, b in zip(steps["reward"], steps["logprob"])]
@@ -220,7 +225,7 @@ def evaluate_steps(
             "positions: use a longer backbone"
         )
 
-    scores = step_scores(model, [*fit_encoded, *encoded], policy, aggregate, token_budget)
+    scores = step_scores(model, [*fit_encoded, *encoded], aggregate, policy=policy, token_budget=token_budget)
     draws = [(random.Random(f"{seed} {trace.where}"), len(trace.steps)) for trace in [*fit_kept, *kept]]
     scores["noise"] = [[rng.random() for _ in range(n)] for rng, n in draws]
     errors, lengths = [t.first_error for t in kept], [len(t.steps) for t in kept]

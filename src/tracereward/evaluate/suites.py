@@ -26,7 +26,7 @@ from tracereward.modeling.loading import best_device, check_model, local_folder
 from tracereward.reports.report import write_report
 from tracereward.reports.tables import Table, print_tables
 from tracereward.rewards.calibration import Calibration, fit_calibration
-from tracereward.rewards.engines import load_beside
+from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model, write_calibration
 from tracereward.tasks.recipes import Task, get_task
@@ -35,7 +35,7 @@ from tracereward.tasks.recipes import Task, get_task
 def load(model: str, policy: str | None) -> tuple[TokenRewardModel, PreTrainedModel | None]:
     """A reward model and the causal LM beside it, on the best device."""
     reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
-    return reward_model, load_beside(reward_model, policy)
+    return reward_model, load_log_prob_model(reward_model, policy)
 
 
 def check(model: str, policy: str | None, task: str | None) -> Task:

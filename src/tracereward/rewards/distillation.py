@@ -25,14 +25,14 @@ from tracereward.modeling.batching import token_budget_batches
 from tracereward.modeling.tokenization import render_prompt
 from tracereward.rewards.heads import reads_log_probs
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.scorer import check_finite
+from tracereward.rewards.scoring import EncodedTrace, ForwardOptions, Trace
 
 HELD_OUT = 0.2  # of the prompts
 
 
-@dataclass(frozen=True)
-class Example:
-    """A trace to imitate the rewards of."""
+@dataclass(frozen=True, kw_only=True)
+class Example(EncodedTrace):
+    """A trace to imitate the rewards of, and whether it is right."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -88,8 +88,10 @@ def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardMo
     found = []
     for where, row in rows:
         prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.template, where)
-        ids = model.check_length(where, prompt, row["completion"], row.get("finished") is not False)
-        found.append(Example(tuple(ids[0]), tuple(ids[1]), row.get("correct")))
+        finished = row.get("finished") is not False
+        trace = model.encode(Trace(where=where, prompt=prompt, completion=row["completion"], finished=finished))
+        ids = {"prompt": tuple(trace.prompt), "completion": tuple(trace.completion)}
+        found.append(Example(where=where, **ids, correct=row.get("correct")))
     return found
 
 
@@ -131,13 +133,12 @@ def distill(
         same = {"temperature": teacher.settings.temperature, "calibration": teacher.settings.calibration}
         settings = dataclasses.replace(settings, **same)
         student = TokenRewardModel(teacher.backbone, teacher.tokenizer, settings)
-        return student.eval(), measure(teacher, student, train, test, token_budget)
+        return student.eval(), measure(teacher, student, len(train), test, token_budget)
     torch.manual_seed(seed)
     student = TokenRewardModel.from_backbone(str(folder), settings, teacher.tokenizer, dtype=teacher.backbone.dtype)
     student.to(teacher.device)
     targets = rewards_of(teacher, train, token_budget)
-    lengths = [len(example.prompt) + len(example.completion) for example in train]
-    batches = list(token_budget_batches(lengths, token_budget))
+    batches = list(token_budget_batches([example.length for example in train], token_budget))
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.01)
     total = epochs * len(batches)
     schedule = get_cosine_schedule_with_warmup(optimizer, total // 10, total)
@@ -156,7 +157,7 @@ def distill(
                 schedule.step()
                 progress.update()
                 progress.set_postfix({"loss": f"{value:.3g}"})
-    return student.eval(), measure(teacher, student, train, test, token_budget)
+    return student.eval(), measure(teacher, student, len(train), test, token_budget)
 
 
 def squared_error(student: TokenRewardModel, examples: Sequence[Example], targets: Sequence[Tensor]) -> Tensor:
@@ -173,20 +174,17 @@ def rewards_of(model: TokenRewardModel, examples: Sequence[Example], token_budge
     Raises:
         RunFailed: one is not finite.
     """
-    rewards = model.token_rewards([e.prompt for e in examples], [e.completion for e in examples], token_budget)
-    for values in rewards:
-        check_finite("a trace", "reward", values.tolist())
-    return rewards
+    return model.rewards_of(examples, ForwardOptions(token_budget=token_budget))
 
 
 def measure(
     teacher: TokenRewardModel,
     student: TokenRewardModel,
-    train: Sequence[Example],
+    trained: int,
     test: Sequence[Example],
     token_budget: int,
 ) -> Fit:
-    """Compare the two on held-out traces."""
+    """Compare the two on held-out traces; `trained` is the number of the others."""
     before = rewards_of(teacher, test, token_budget)
     try:
         after = rewards_of(student, test, token_budget)
@@ -205,4 +203,4 @@ def measure(
         within_prompt_auroc([float(rewards[i].mean()) for i in known], correct, groups) if known else math.nan
         for rewards in (before, after)
     ]
-    return Fit(r2, aurocs[0], aurocs[1], len(train), len(test))
+    return Fit(r2=r2, auroc_before=aurocs[0], auroc_after=aurocs[1], traces=trained, held_out=len(test))

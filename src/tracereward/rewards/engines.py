@@ -1,13 +1,14 @@
-"""The engine that scores: transformers or vLLM."""
+"""Load a reward model for scoring, with transformers or vLLM, and the models whose log-probs enter its rewards."""
 
 from transformers import PreTrainedModel
 
 from tracereward.errors import InputError, check_choice
-from tracereward.modeling.loading import best_device, load_causal_lm
+from tracereward.modeling.loading import best_device, check_model, load_causal_lm
 from tracereward.modeling.tokenization import load_tokenizer, same_tokenizer
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.settings import RewardSettings, check_reward_model
+from tracereward.rewards.scoring import LogProbModels
+from tracereward.rewards.settings import RewardSettings, check_policy, check_reward_model
 
 ENGINES = ("transformers", "vllm")
 
@@ -35,8 +36,33 @@ def load_scorer(model: str, engine: str) -> Scorer:
     return TokenRewardModel.from_pretrained(model).to(best_device())
 
 
-def load_beside(model: Scorer, name: str | None) -> PreTrainedModel | None:
-    """A causal LM whose log-probs enter a reward model's rewards; None for no name.
+def check_log_prob_models(
+    settings: RewardSettings, reference: str | None, policy: str | None, engine: str = "transformers"
+) -> None:
+    """Refuse models whose log-probs cannot enter a reward model's rewards; loads nothing.
+
+    Raises:
+        InputError: the head has no policy to subtract, the engine computes no log-probs, or a model is missing.
+    """
+    check_policy(settings, policy)
+    for name in (reference, policy):
+        if name is not None:
+            if engine != "transformers":
+                raise InputError(f"--engine {engine} computes logits alone: leave --reference and --policy out")
+            check_model(name)
+
+
+def load_log_prob_models(model: Scorer, *, reference: str | None = None, policy: str | None = None) -> LogProbModels:
+    """The models whose log-probs enter a reward model's rewards.
+
+    Raises:
+        InputError: one has another tokenizer.
+    """
+    return LogProbModels(reference=load_log_prob_model(model, reference), policy=load_log_prob_model(model, policy))
+
+
+def load_log_prob_model(model: Scorer, name: str | None) -> PreTrainedModel | None:
+    """A causal LM with the reward model's tokenizer, for its log-probs; None for no name.
 
     Raises:
         InputError: it has another tokenizer.

@@ -1,20 +1,20 @@
-"""A policy's own log-prob in the place of a reward: the control that needs no reward model."""
+"""A policy's own log-prob instead of a reward: the control that needs no reward model."""
 
 import math
-from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.modeling.batching import scoring_budget
 from tracereward.modeling.log_probs import log_probs
 from tracereward.modeling.tokenization import pad_id
 from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.scoring import ForwardOptions, TokenIds
 from tracereward.rewards.settings import RewardSettings
 
 
 class LogProbs(Scorer):
-    """A policy's own log-prob of each token in the place of a reward.
+    """A policy's own log-prob of each token instead of a reward.
 
     Args:
         policy: a causal LM.
@@ -35,16 +35,7 @@ class LogProbs(Scorer):
         """See `Scorer`."""
         return scoring_budget(self.policy.device)
 
-    def token_rewards(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        token_budget: int | None = None,
-        reference: nn.Module | None = None,
-        policy: nn.Module | None = None,
-        spread: bool = False,
-    ) -> list[Tensor]:
-        """Log-probs in nats, neither clipped nor backfilled; there is nothing to add to them or take off."""
-        assert reference is None
-        assert policy is None
-        return log_probs(self.policy, prompts, completions, pad_id(self.tokenizer), token_budget)
+    def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:
+        """Log-probs in nats, neither clipped nor backfilled; no other model's log-probs are added or subtracted."""
+        assert not options.extra.signed
+        return log_probs(self.policy, prompts, completions, pad_id(self.tokenizer), options.token_budget)

@@ -44,6 +44,7 @@ from tracereward.modeling.log_probs import (
 from tracereward.modeling.tokenization import load_tokenizer, pad_id, render
 from tracereward.rewards.heads import ActionHead, reads_log_probs
 from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.scoring import ForwardOptions, TokenIds
 from tracereward.rewards.settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, model_card, read_settings
 from tracereward.rewards.shaping import token_rewards
 
@@ -204,36 +205,24 @@ class TokenRewardModel(nn.Module, Scorer):
         return pack(prompts, completions, pad_id(self.tokenizer), ends).to(self.device)
 
     @torch.no_grad()
-    def token_rewards(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        token_budget: int | None = None,
-        reference: nn.Module | None = None,
-        policy: nn.Module | None = None,
-        spread: bool = False,
-    ) -> list[Tensor]:
-        """See `Scorer.token_rewards`."""
-        token_budget = token_budget or self.token_budget
+    def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:
+        """See `Scorer.compute_rewards`."""
+        extra = options.extra.signed
         was_training = self.training
         self.eval()
         rewards: list[Tensor] = [torch.empty(0)] * len(completions)
-        others = [model for model in (reference, policy) if model is not None]
-        share = not spread and all(can_share_prompts(model) for model in (self.backbone, *others))
-        batches = list(grouped_batches(prompts, completions, token_budget, share))
-        if spread:
+        share = not options.sharded and all(can_share_prompts(m) for m in (self.backbone, *(m for _, m in extra)))
+        batches = list(grouped_batches(prompts, completions, options.token_budget or self.token_budget, share))
+        if options.sharded:
             batches += batches[-1:] * (all_reduce_max(len(batches)) - len(batches))
         with self.active():
             for indices, sizes in batches:
                 batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
                 shared = sizes if len(sizes) < len(indices) else None
                 values = self(batch, shared)
-                for sign, model in ((1, reference), (-1, policy)):
-                    if model is not None:
-                        passed = (
-                            shared_log_probs(model, batch, shared) if shared else completion_log_probs(model, batch)
-                        )
-                        values = values + sign * passed[0]
+                for sign, model in extra:
+                    passed = shared_log_probs(model, batch, shared) if shared else completion_log_probs(model, batch)
+                    values = values + sign * passed[0]
                 shaped = token_rewards(
                     values, self.supervision(batch), self.settings.beta_clip, self.settings.temperature
                 ).cpu()

@@ -14,6 +14,7 @@ from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.first_error_rules import first_below
+from tracereward.rewards.scoring import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
 from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.supervision import supervision_mask
 from tracereward.rewards.token_scores import TokenScores
@@ -43,14 +44,17 @@ class Scorer(ABC):
         """Padded tokens that suit one forward pass."""
 
     @abstractmethod
+    def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:
+        """Clipped, backfilled rewards of token-id pairs: one float32 tensor of len(completion) each, on the CPU."""
+
     def token_rewards(
         self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
+        prompts: TokenIds,
+        completions: TokenIds,
         token_budget: int | None = None,
         reference: nn.Module | None = None,
         policy: nn.Module | None = None,
-        spread: bool = False,
+        sharded: bool = False,
     ) -> list[Tensor]:
         """Clipped, backfilled rewards of token-id pairs: one float32 tensor of len(completion) each, on the CPU.
 
@@ -59,9 +63,13 @@ class Scorer(ABC):
             completions: token ids of as many traces.
             token_budget: padded tokens per forward pass; `token_budget` if None.
             reference: causal LM whose log-prob of each token is added to f (``logit_plus_logprob``).
-            policy: causal LM whose log-prob is taken off (the logit of the heads ``airl`` and ``implicit``).
-            spread: whether weights of these are spread over processes, all of which then make as many passes.
+            policy: causal LM whose log-prob is subtracted (the logit of the heads ``airl`` and ``implicit``).
+            sharded: whether weights of these models are sharded over processes, which then all make the same number of
+                passes.
         """
+        extra = LogProbModels(reference=reference, policy=policy)
+        options = ForwardOptions(token_budget=token_budget, extra=extra, sharded=sharded)
+        return self.compute_rewards(prompts, completions, options)
 
     def step_ends(self, completion: Sequence[int]) -> list[bool]:
         """Which tokens of a completion end a step."""
@@ -99,19 +107,56 @@ class Scorer(ABC):
             InputError: a trace is empty, or longer than the backbone's positions; nothing is ever truncated.
         """
         finished = [True] * len(completions) if finished is None else finished
-        prompt_ids, completion_ids = [], []
-        for index, texts in enumerate(zip(prompts, completions, finished, strict=True)):
-            prompt, completion = self.check_length(f"row {index}", *texts)
-            prompt_ids.append(prompt)
-            completion_ids.append(completion)
-        return self.score_ids(prompt_ids, completion_ids, token_budget, reference, policy)
+        encoded = [
+            self.encode(Trace(where=f"row {index}", prompt=prompt, completion=completion, finished=ended))
+            for index, (prompt, completion, ended) in enumerate(zip(prompts, completions, finished, strict=True))
+        ]
+        ids = [trace.prompt for trace in encoded], [trace.completion for trace in encoded]
+        return self.score_ids(*ids, token_budget=token_budget, reference=reference, policy=policy)
 
-    def score_ids(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *args: Any, **kwargs: Any
-    ) -> list[TokenScores]:
-        """The same of token ids, see `token_rewards`."""
-        rewards = self.token_rewards(prompts, completions, *args, **kwargs)
+    def score_ids(self, prompts: TokenIds, completions: TokenIds, **options: Any) -> list[TokenScores]:
+        """The same of token ids; options as of `token_rewards`."""
+        rewards = self.token_rewards(prompts, completions, **options)
         return [self.to_scores(ids, values) for ids, values in zip(completions, rewards, strict=True)]
+
+    def encode(self, trace: Trace, limit: float = math.inf) -> EncodedTrace:
+        """Token ids of a trace that this model can read.
+
+        Args:
+            trace: as text.
+            limit: tokens of the longest prompt and completion, if lower than this model's.
+
+        Raises:
+            InputError: the trace is empty, or the tokenizer changes a character of its steps.
+            TooLong: it is longer than the backbone's positions, or `limit`.
+        """
+        prompt = encode_prompt(self.tokenizer, trace.prompt)
+        completion = encode_completion(self.tokenizer, trace.completion, trace.finished)
+        self.check_ids(trace.where, prompt, completion, limit)
+        if trace.spans:
+            self._check_steps(trace, completion)
+        return EncodedTrace(where=trace.where, prompt=prompt, completion=completion)
+
+    def rewards_of(self, traces: Sequence[EncodedTrace], options: ForwardOptions) -> list[Tensor]:
+        """Token rewards of encoded traces, as `token_rewards` gives them.
+
+        Raises:
+            RunFailed: one is not finite.
+        """
+        ids = [trace.prompt for trace in traces], [trace.completion for trace in traces]
+        rewards = self.compute_rewards(*ids, options)
+        for trace, values in zip(traces, rewards, strict=True):
+            check_finite(trace.where, "reward", values.tolist())
+        return rewards
+
+    def score_encoded(self, traces: Sequence[EncodedTrace], extra: LogProbModels | None = None) -> list[TokenScores]:
+        """Scores of encoded traces.
+
+        Raises:
+            RunFailed: a reward is not finite.
+        """
+        rewards = self.rewards_of(traces, ForwardOptions(extra=extra or LogProbModels()))
+        return [self.to_scores(trace.completion, values) for trace, values in zip(traces, rewards, strict=True)]
 
     def rerank(
         self, prompt: str, candidates: Sequence[str], method: str = "reward", log_probs: Sequence[float] | None = None
@@ -154,12 +199,14 @@ class Scorer(ABC):
         step's, so that a step may itself contain the delimiter.
 
         Raises:
-            InputError: as for `score`, or see `check_steps`.
+            InputError: as for `score`, or the tokenizer cannot round-trip a step.
         """
         joined = [join_steps(steps, self.settings.step_delimiter) for steps in traces]
-        for index, (text, spans) in enumerate(joined):
-            self.check_steps(f"trace {index}", text, spans, encode_completion(self.tokenizer, text))
-        scores = self.score(prompts, [text for text, _ in joined])
+        encoded = [
+            self.encode(Trace(where=f"trace {index}", prompt=prompt, completion=text, spans=spans))
+            for index, (prompt, (text, spans)) in enumerate(zip(prompts, joined, strict=True))
+        ]
+        scores = self.score_ids([trace.prompt for trace in encoded], [trace.completion for trace in encoded])
         return [trace.span_rewards(spans) for trace, (_, spans) in zip(scores, joined, strict=True)]
 
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
@@ -171,44 +218,33 @@ class Scorer(ABC):
         tokens = [text[start:end] for start, end in offsets]
         if completion and completion[-1] == self.tokenizer.eos_token_id:
             tokens[-1] = str(self.tokenizer.eos_token)
-        return TokenScores(tokens, offsets, rewards.tolist(), supervised[0].tolist(), ends)
+        return TokenScores(
+            tokens=tokens,
+            offsets=offsets,
+            rewards=rewards.tolist(),
+            supervised=supervised[0].tolist(),
+            step_ends=ends,
+        )
 
-    def check_length(self, where: str, prompt: str, completion: str, finished: bool) -> tuple[list[int], list[int]]:
-        """Token ids of a rendered prompt and a trace that this model can read.
-
-        Raises:
-            InputError: the trace is empty; names `where`.
-            TooLong: it is longer than the backbone's positions.
-        """
-        prompt_ids, ids = encode_prompt(self.tokenizer, prompt), encode_completion(self.tokenizer, completion, finished)
-        self.check_ids(where, prompt_ids, ids)
-        return prompt_ids, ids
-
-    def check_steps(self, where: str, text: str, spans: Sequence[tuple[int, int]], completion: Sequence[int]) -> None:
-        """Refuse steps that their tokens do not spell: it could not be said which tokens are a step's.
-
-        Args:
-            where: named in the message.
-            text: the joined steps.
-            spans: characters of each step.
-            completion: token ids of `text`.
+    def _check_steps(self, trace: Trace, completion: Sequence[int]) -> None:
+        """Refuse steps that the tokenizer cannot round-trip: it is ambiguous which tokens belong to which step.
 
         Raises:
             InputError: the tokenizer drops or changes a character; names the first step with one.
         """
-        spelt, _ = token_offsets(self.tokenizer, completion)
-        if spelt != text:
-            differ = (place for place, (a, b) in enumerate(zip(spelt, text)) if a != b)
-            at = next(differ, min(len(spelt), len(text)))
-            step = next((number for number, (_, end) in enumerate(spans, start=1) if at < end), len(spans))
+        text, (decoded, _) = trace.completion, token_offsets(self.tokenizer, completion)
+        if decoded != text:
+            differ = (place for place, (a, b) in enumerate(zip(decoded, text)) if a != b)
+            at = next(differ, min(len(decoded), len(text)))
+            step = next((number for number, (_, end) in enumerate(trace.spans, start=1) if at < end), len(trace.spans))
             raise InputError(
-                f"{where}: step {step}: the tokenizer does not give {text[at : at + 20]!r} back, so that a step's "
-                "tokens cannot be told from its neighbours': mend the text, or give the trace as one completion"
+                f"{trace.where}: step {step}: the tokenizer cannot round-trip {text[at : at + 20]!r}, so step "
+                "boundaries are ambiguous; edit the text or pass the trace as one completion"
             )
 
-    def check_ids(self, where: str, prompt: Sequence[int], completion: Sequence[int]) -> None:
-        """Refuse token ids that this model cannot read; see `check_length`."""
-        limit = self.max_positions
+    def check_ids(self, where: str, prompt: Sequence[int], completion: Sequence[int], limit: float = math.inf) -> None:
+        """Refuse token ids that this model cannot read; see `encode`."""
+        limit = min(limit, self.max_positions)
         if not completion:
             raise InputError(f"{where}: the completion is empty")
         if len(prompt) + len(completion) > limit:
@@ -220,7 +256,7 @@ class Scorer(ABC):
 
 
 def check_finite(where: str, name: str, values: Sequence[float]) -> None:
-    """Refuse what a damaged model gives: a nan would be ranked somewhere.
+    """Refuse nan and infinity, which a model with damaged weights gives: a nan would be ranked somewhere.
 
     Args:
         where: location of the trace in the error message.

@@ -30,24 +30,8 @@ class TokenScores:
     step_ends: list[bool]
 
     def aggregate(self, how: str = "mean") -> float:
-        """One number for the trace, never the sum, which would pay for length.
-
-        ``mean`` or ``min`` over tokens, the ``last`` token's reward, or ``discounted``, the mean with weights
-        `DISCOUNT` ** t of token t = 0, 1, ...: what a return from the first token weighs.
-
-        Raises:
-            ValueError: `how` is not one of `AGGREGATES`.
-        """
-        if how == "mean":
-            return sum(self.rewards) / len(self.rewards)
-        if how == "min":
-            return min(self.rewards)
-        if how == "last":
-            return self.rewards[-1]
-        if how == "discounted":
-            weights = [DISCOUNT**t for t in range(len(self.rewards))]
-            return sum(w * r for w, r in zip(weights, self.rewards, strict=True)) / sum(weights)
-        raise ValueError(f"unknown aggregate {how!r}; known: {', '.join(AGGREGATES)}")
+        """One number for the trace; see `aggregate_rewards`."""
+        return aggregate_rewards(self.rewards, how)
 
     def step_rewards(self) -> list[float]:
         """The mean reward of each step's tokens, in order."""
@@ -76,3 +60,24 @@ class TokenScores:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, for JSON."""
         return asdict(self)
+
+
+def aggregate_rewards(rewards: Sequence[float], how: str = "mean") -> float:
+    """One number for a trace, never the sum, which would pay for length.
+
+    ``mean`` or ``min`` over tokens, the ``last`` token's reward, or ``discounted``, the mean with weights
+    `DISCOUNT` ** t of token t = 0, 1, ...: the weights of a return from the first token.
+
+    Raises:
+        ValueError: `how` is not one of `AGGREGATES`.
+    """
+    if how == "mean":
+        return sum(rewards) / len(rewards)
+    if how == "min":
+        return min(rewards)
+    if how == "last":
+        return rewards[-1]
+    if how == "discounted":
+        weights = [DISCOUNT**t for t in range(len(rewards))]
+        return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)
+    raise ValueError(f"unknown aggregate {how!r}; known: {', '.join(AGGREGATES)}")

@@ -5,10 +5,9 @@ vLLM runs a token classifier only; a reward model with another head is distilled
 
 import importlib.util
 import math
-from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig
 
 from tracereward.errors import InputError
@@ -16,6 +15,7 @@ from tracereward.modeling.batching import pack
 from tracereward.modeling.loading import local_folder
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.scoring import ForwardOptions, TokenIds
 from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.rewards.shaping import token_rewards
 
@@ -80,17 +80,9 @@ class VllmScorer(Scorer):
         """Tokens handed to vLLM at once."""
         return TOKEN_BUDGET
 
-    def token_rewards(
-        self,
-        prompts: Sequence[Sequence[int]],
-        completions: Sequence[Sequence[int]],
-        token_budget: int | None = None,
-        reference: nn.Module | None = None,
-        policy: nn.Module | None = None,
-        spread: bool = False,
-    ) -> list[Tensor]:
-        """See `Scorer.token_rewards`; without the log-probs of other models."""
-        if reference is not None or policy is not None:
+    def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:
+        """See `Scorer.compute_rewards`; without the log-probs of other models."""
+        if options.extra.signed:
             raise InputError("the vLLM engine computes logits alone: leave --reference and --policy out")
         inputs = [{"prompt_token_ids": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
         outputs = self._llm.encode(inputs, pooling_params=self._params, pooling_task="token_classify", use_tqdm=False)

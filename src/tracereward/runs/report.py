@@ -77,14 +77,12 @@ def fresh_traces(
     ]
     bridge = trainer.bridge
     ids = [bridge.completion(s.ids) for s in samples]
-    rewards = reward_model.token_rewards(
-        [bridge.prompt(prompts[s.prompt]) for s in samples], ids, config.discriminator_token_budget
-    )
+    prompt_ids = [bridge.prompt(prompts[s.prompt]) for s in samples]
+    scored = reward_model.score_ids(prompt_ids, ids, token_budget=config.discriminator_token_budget)
     traces = []
-    for s, completion, values in zip(samples, ids, rewards, strict=True):
+    for s, scores in zip(samples, scored, strict=True):
         answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]
         correct = None if answer is None else task.verify(s.text, answer)
-        scores = reward_model.to_scores(completion, values)
         traces.append(Trace(prompt, s.text, scores, correct, task.extract(s.text)))
     return traces
 

@@ -234,10 +234,10 @@ class AdversarialTrainer(RolloutTrainer):
             return model.token_rewards(
                 prompts,
                 completions,
-                self.config.discriminator_token_budget,
-                reference if self.form.adds_reference else None,
-                policy if self.form.subtracts_policy else None,
-                is_sharded(self) or self.discriminator.sharded,
+                token_budget=self.config.discriminator_token_budget,
+                reference=reference if self.form.adds_reference else None,
+                policy=policy if self.form.subtracts_policy else None,
+                sharded=is_sharded(self) or self.discriminator.sharded,
             )
 
     def _aggregate(self, rewards: Tensor) -> float:

@@ -1,0 +1,83 @@
+"""`tracereward export`: a reward model distilled into a token-classification checkpoint."""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tracereward.commands.partial_output import check_output
+from tracereward.console import say
+from tracereward.data.trace_rows import candidate_rows
+from tracereward.errors import InputError
+from tracereward.files import without_nan
+from tracereward.modeling.loading import best_device, local_folder
+from tracereward.rewards.distillation import Fit, check_rows, distill, examples_of
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import check_reward_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What `tracereward export` is asked for.
+
+    Attributes:
+        model: folder or Hub id of the reward model.
+        data: rows to fit on.
+        output: folder of the new reward model.
+        epochs: passes over the rows.
+        learning_rate: of AdamW.
+        token_budget: padded tokens of one step.
+        seed: of the split, the order and the new head.
+    """
+
+    model: str
+    data: str
+    output: Path
+    epochs: int = 3
+    learning_rate: float = 1e-4
+    token_budget: int = 8192
+    seed: int = 0
+
+
+def run_export(options: ExportOptions) -> None:
+    """`tracereward export`: write the distilled reward model, and print its fit as JSON on stdout.
+
+    Raises:
+        InputError: an option or a row that cannot be used, or an output that exists.
+        RunFailed: the loss, or a reward, is not finite.
+    """
+    if not 0 < options.learning_rate <= 1:  # nan is not either
+        raise InputError(f"--learning-rate must be over 0 and at most 1, not {options.learning_rate}")
+    settings = check_reward_model(options.model)
+    output = options.output
+    if output.exists():
+        raise InputError(f"{output} exists already: choose another --output")
+    with suppress(OSError):  # which check_output then says
+        output.parent.mkdir(parents=True, exist_ok=True)
+    check_output(str(output))
+    rows = list(candidate_rows(options.data, template=settings.template))
+    check_rows(rows)
+    teacher = TokenRewardModel.from_pretrained(options.model).to(best_device())
+    student, fit = distill(
+        teacher,
+        local_folder(options.model),
+        examples_of(rows, teacher),
+        epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        token_budget=options.token_budget,
+        seed=options.seed,
+    )
+    note = _note(settings.head, fit)
+    student.save_pretrained(output, note)
+    say(note.strip())
+    numbers = without_nan(asdict(fit))
+    print(json.dumps({"output": str(output), **numbers}))
+
+
+def _note(head: str, fit: Fit) -> str:
+    """What the model card says of the fit."""
+    return (
+        f"\nDistilled from a reward model with head `{head}` on {fit.traces} traces: R2 {fit.r2:.3f} "
+        f"on {fit.held_out} traces of held-out prompts; within-prompt AUROC {fit.auroc_before:.3f} before, "
+        f"{fit.auroc_after:.3f} after.\n"
+    )

@@ -1,0 +1,85 @@
+"""Records of the scoring loop: traces in, as text and as token ids, and what else a forward pass is given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+TokenIds = Sequence[Sequence[int]]
+CHUNK = 256
+"""Rows scored together: enough to sort by length, few enough to show progress. Batches depend on it, and the last
+digits of a reward on its batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A trace to score, as text.
+
+    Attributes:
+        where: location of the row in error messages.
+        prompt: rendered, as in training.
+        completion: the text.
+        finished: whether the trace ended by itself; then its end-of-sequence token is scored too.
+        spans: characters of each step, of a trace that was given step by step.
+    """
+
+    where: str
+    prompt: str
+    completion: str
+    finished: bool = True
+    spans: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedTrace:
+    """A trace to score, as token ids that the reward model can read.
+
+    Attributes:
+        where: location of the row in error messages.
+        prompt: token ids.
+        completion: token ids.
+    """
+
+    where: str
+    prompt: Sequence[int]
+    completion: Sequence[int]
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and completion."""
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogProbModels:
+    """Causal LMs whose log-probs enter the rewards; both have the reward model's tokenizer.
+
+    Attributes:
+        reference: its log-prob of each token is added (``logit_plus_logprob``).
+        policy: its log-prob is subtracted (the logit of the heads ``airl`` and ``implicit``).
+    """
+
+    reference: nn.Module | None = None
+    policy: nn.Module | None = None
+
+    @property
+    def signed(self) -> list[tuple[int, nn.Module]]:
+        """Each model with the sign of its log-prob."""
+        pairs = ((1, self.reference), (-1, self.policy))
+        return [(sign, model) for sign, model in pairs if model is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardOptions:
+    """How token rewards are computed.
+
+    Attributes:
+        token_budget: padded tokens of a forward pass; what suits the device if None.
+        extra: models whose log-probs enter the rewards.
+        sharded: whether weights of any of these models are sharded over processes, which must then all make the same
+            number of passes.
+    """
+
+    token_budget: int | None = None
+    extra: LogProbModels = field(default_factory=LogProbModels)
+    sharded: bool = False
