@@ -15,6 +15,7 @@ from tracereward.evaluate.guided import beam_shape, candidates
 from tracereward.files import atomic_write_json, read_jsonl
 from tracereward.generation.decoding import beam, reject, tilt
 from tracereward.generation.guide import Guide, Guided
+from tracereward.generation.params import SamplingParams
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.scoring import Trace
@@ -81,7 +82,7 @@ class Bench:
 
     def pool_rows(self) -> list[Row]:
         """What choosing among N plain samples reaches, for N = 1, 2, 4, ...: method, budget, accuracy, tokens."""
-        curves = ranking_curves(self.pool, get_task(TASK).equal, self.guides["reward"].seed)
+        curves = ranking_curves(self.pool, get_task(TASK).equal, self.guides["reward"].sampling.seed)
         return [
             {"method": method, "budget": n, "accuracy": accuracy, "sampled_tokens": n * self.tokens}
             for method, points in curves.items()
@@ -96,9 +97,8 @@ def load_bench(site: Site, arm: str, part: str, n: int, asked: int | None = None
     prompts = [row["prompt"] for row in questions]
     policy = judging.load_policy(site, "sft")
     scorer = load_frozen(site, arm)
-    guide = Guide(
-        policy, load_tokenizer(str(site.run("init"))), scorer, site.world.completion, seed=site.seed, batch_size=512
-    )
+    sampling = SamplingParams(max_new_tokens=site.world.completion, seed=site.seed, batch_size=512)
+    guide = Guide(policy, load_tokenizer(str(site.run("init"))), scorer, sampling)
     own = LogProbs(policy, guide.tokenizer, scorer.settings)
     rows = judging.draw_samples(site, "sft", part, n)[: len(questions) * n]
     fields = ("prompt", "completion", "finished")
@@ -144,9 +144,10 @@ def guided(bench: Bench, score: str, method: str, setting: Row, budgets: Sequenc
     rows = []
     for budget in budgets:
         if method == "beam":
-            found = beam(guide, bench.prompts, *SHAPES[setting["shape"]](budget), setting["lookahead"])
+            width, expansions = SHAPES[setting["shape"]](budget)
+            found = beam(guide, bench.prompts, width=width, expansions=expansions, lookahead=setting["lookahead"])
         else:
-            found = reject(guide, bench.prompts, budget, every=setting["every"])
+            found = reject(guide, bench.prompts, n=budget, every=setting["every"])
         rows.append({"budget": budget, **_first(found, bench.golds)})
     return rows
 
@@ -154,9 +155,9 @@ def guided(bench: Bench, score: str, method: str, setting: Row, budgets: Sequenc
 def best_of(bench: Bench, guide: Guide, setting: Row, budgets: Sequence[int]) -> dict[str, list[Row]]:
     """What each of `rerank.METHODS` reaches among tilted traces at each budget; N of the most are what N alone are."""
     task = get_task(TASK)
-    found = tilt(guide, bench.prompts, max(budgets), alpha=setting["alpha"], top_k=setting["top_k"])
+    found = tilt(guide, bench.prompts, n=max(budgets), alpha=setting["alpha"], top_k=setting["top_k"])
     tokens = sum(traces[0].sampled_tokens for traces in found) / len(found) / max(budgets)
-    curves = ranking_curves(candidates(found, bench.golds, task), task.equal, guide.seed)
+    curves = ranking_curves(candidates(found, bench.golds, task), task.equal, guide.sampling.seed)
     return {
         method: [
             {"budget": n, "accuracy": accuracy, "sampled_tokens": n * tokens}
@@ -198,7 +199,7 @@ def tune(bench: Bench) -> Row:
                 tried.append({**setting, **row, "margin": gain})
             best = max(range(len(tried)), key=lambda index: tried[index]["margin"])
             found.setdefault(score, {})[method] = {"tried": tried, "chosen": best}
-    return {"questions": len(bench.prompts), "seed": bench.guides["reward"].seed, "grids": found}
+    return {"questions": len(bench.prompts), "seed": bench.guides["reward"].sampling.seed, "grids": found}
 
 
 def tuned(site: Site, arm: str, n: int) -> Row:
@@ -224,8 +225,9 @@ def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, 
     """
     tuning = tuned(*reward_of(TUNED_ON), n)
     bench = load_bench(*reward_of(seed), part, n)
-    alone = replace(bench.guides["reward"], temperature=0.0)
-    rows = [{"method": "greedy", "budget": 1, **_first(tilt(alone, bench.prompts, 1, alpha=0.0, top_k=1), bench.golds)}]
+    guide = bench.guides["reward"]
+    alone = replace(guide, sampling=replace(guide.sampling, temperature=0.0))
+    rows = [{"method": "greedy", "budget": 1, **_first(tilt(alone, bench.prompts, alpha=0.0, top_k=1), bench.golds)}]
     rows += bench.pool_rows()
     for score, methods in SCORES.items():
         for method in methods:

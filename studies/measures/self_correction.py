@@ -40,7 +40,8 @@ def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int,
     traces, rows = given, []
     drawn, cuts = [0] * len(given), [False] * len(given)
     for number in range(rounds):
-        seeded = replace(guide, seed=guide.seed + 1000 * number)
+        sampling = replace(guide.sampling, seed=guide.sampling.seed + 1000 * number)
+        seeded = replace(guide, sampling=sampling)
         found = self_correct(seeded, asked, traces, rounds=1, k=k, threshold=threshold, detector=bench.guides[detector])
         traces = [correction.ids for correction in found]
         drawn = [total + correction.sampled_tokens for total, correction in zip(drawn, found, strict=True)]

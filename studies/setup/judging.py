@@ -10,6 +10,7 @@ from studies.setup.site import TASK, Site
 from tracereward.commands.rerank import rerank_rows, summary
 from tracereward.commands.score import as_row
 from tracereward.files import atomic_write_json, read_jsonl, without_nan, write_jsonl
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.modeling.loading import best_device, load_causal_lm
@@ -37,15 +38,8 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
         return json.loads(kept.read_text(encoding="utf-8"))
     task, rows = get_task(TASK), read_jsonl(site.data(part))
     policy = load_policy(site, arm)
-    chunks = sample(
-        policy,
-        load_tokenizer(str(site.run("init"))),
-        [row["prompt"] for row in rows],
-        1,
-        site.world.completion,
-        0,
-        batch_size=512,
-    )
+    params = SamplingParams(max_new_tokens=site.world.completion, temperature=0.0, batch_size=512)
+    chunks = sample(policy, load_tokenizer(str(site.run("init"))), [row["prompt"] for row in rows], params)
     texts = [s.text for chunk in chunks for s in chunk]
     correct = [task.verify(text, row["answer"]) for text, row in zip(texts, rows, strict=True)]
     unseen = [is_right for is_right, row in zip(correct, rows, strict=True) if row.get("unseen")]
@@ -78,7 +72,8 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
     rows = []
     # A pretrained model's keys and values of 1,600 rows fill 6 GB.
     size = 2400 if site.world.model is None else 1600 if best_device().type == "cuda" else 320
-    for chunk in sample(policy, tokenizer, texts, n, site.world.completion, seed=site.seed, batch_size=size):
+    params = SamplingParams(max_new_tokens=site.world.completion, seed=site.seed, batch_size=size)
+    for chunk in sample(policy, tokenizer, texts, params, n=n):
         for s in chunk:
             gold = questions[s.prompt]["answer"]
             rows.append(

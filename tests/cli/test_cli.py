@@ -787,7 +787,7 @@ def test_scoring_that_was_killed_goes_on_to_the_same_file(bench, many, tmp_path,
     finished = part.read_bytes().count(b"\n")
     done = launcher()("score", bench.reward_model, many, "-o", output, "--resume")
     assert done.code == 0, done.err
-    assert f"going on after {finished} rows" in done.err
+    assert f"resuming after {finished} rows" in done.err
     assert output.read_bytes() == whole.read_bytes()
     assert not part.exists()
     again = launcher()("score", bench.reward_model, many, "-o", output, "--resume")

@@ -17,10 +17,11 @@ from helpers.tiny import launcher, rows, trap
 from tracereward.cli import app
 from tracereward.commands.correct import correction_summary
 from tracereward.errors import RunFailed
-from tracereward.evaluate.guided import POOL_METHODS, beam_shape, candidates, compare
+from tracereward.evaluate.guided import POOL_METHODS, Comparison, beam_shape, candidates, compare
 from tracereward.files import write_jsonl
 from tracereward.generation.decoding import beam, reject, tilt
 from tracereward.generation.guide import Guide, Guided
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.model import TokenRewardModel
@@ -28,6 +29,15 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model
 from tracereward.tasks.recipes import get_task
 
+ONE = Comparison(budgets=(1,), alpha=0.0, top_k=4)
+ORIGIN = {"command", "data", "model", "--reward-model", "--reference"} | {
+    "--task",
+    "--max-new-tokens",
+    "--temperature",
+    "--top-p",
+    "--seed",
+}
+"""Keys of ``NAME.part.json`` of both commands: outputs of earlier versions are resumed by them."""
 FIELDS = {"question", "prompt", "completion", "answer", "extracted", "correct", "finished", "length", "logprob"}
 
 
@@ -56,16 +66,17 @@ def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
     )
 
 
-def guide_of(bench, tokenizer, **changed) -> Guide:
+def guide_of(bench, tokenizer, reference=None, **changed) -> Guide:
     scorer = TokenRewardModel.from_pretrained(str(bench.reward_model))
     policy = AutoModelForCausalLM.from_pretrained(bench.model)
-    return Guide(policy, tokenizer, scorer, **{"max_new_tokens": 16, "seed": 3, **changed})
+    sampling = SamplingParams(**{"max_new_tokens": 16, "seed": 3, **changed})
+    return Guide(policy, tokenizer, scorer, sampling, reference=reference)
 
 
 METHODS = {
-    "beam": lambda guide, prompts: beam(guide, prompts, 2, 2, 1),
-    "reject": lambda guide, prompts: reject(guide, prompts, 4, 2),
-    "tilt": lambda guide, prompts: tilt(guide, prompts, 2, 2.0, 3),
+    "beam": lambda guide, prompts: beam(guide, prompts, width=2, expansions=2, lookahead=1),
+    "reject": lambda guide, prompts: reject(guide, prompts, n=4, keep=2),
+    "tilt": lambda guide, prompts: tilt(guide, prompts, n=2, alpha=2.0, top_k=3),
 }
 
 
@@ -114,7 +125,7 @@ def test_correct_reads_what_sample_writes(bench, tokenizer, tmp_path):
     guide = guide_of(bench, tokenizer)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in given]
     traces = [encode_completion(tokenizer, row["completion"], row["finished"]) for row in given]
-    expected = self_correct(guide, prompts, traces, 2, 3, 0.2)
+    expected = self_correct(guide, prompts, traces, rounds=2, k=3, threshold=0.2)
     assert any(result.cuts for result in expected)
     task = get_task("arithmetic")
     for row, before, result in zip(found, given, expected, strict=True):
@@ -187,7 +198,7 @@ def test_a_reference_enters_the_rewards(bench, tokenizer, experts, tmp_path):
     assert done.code == 0, done.err
     lm = AutoModelForCausalLM.from_pretrained(bench.model)
     guide = guide_of(bench, tokenizer, reference=lm)
-    found = [traces[0] for traces in reject(guide, [row["prompt"] for row in experts[:3]], 2)]
+    found = [traces[0] for traces in reject(guide, [row["prompt"] for row in experts[:3]], n=2)]
     asked = [tokenizer(row["prompt"])["input_ids"] for row in experts[:3]]
     for row, trace, prompt in zip(rows(tmp_path / "guided.jsonl"), found, asked, strict=True):
         (beside,) = guide.scorer.score_ids([prompt], [trace.ids], reference=lm)
@@ -212,21 +223,22 @@ def test_the_comparison_is_that_of_the_methods_alone(bench, experts, tokenizer):
     task = get_task("arithmetic")
     guide = guide_of(bench, tokenizer, max_new_tokens=8)
     prompts = [row["prompt"] for row in experts[:3]]
-    plain = tilt(guide, prompts, 2, 0.0, 99)
+    plain = tilt(guide, prompts, n=2, alpha=0.0, top_k=99)
     golds = [task.extract(traces[0].text) or "1" for traces in plain]
-    table = {(r["method"], r["budget"]): r for r in compare(guide, prompts, golds, task, [1, 2], 1.5, 4, 0.0)}
+    found = compare(guide, prompts, golds, task=task, comparison=Comparison(budgets=(1, 2), alpha=1.5, top_k=4))
+    table = {(r["method"], r["budget"]): r for r in found}
     assert len(table) == 1 + 12 + 13
     for (method, budget), found in (
-        (("beam", 2), beam(guide, prompts, 1, 2)),
-        (("reject", 2), reject(guide, prompts, 2)),
-        (("tilt", 2), tilt(guide, prompts, 2, 1.5, 4)),
+        (("beam", 2), beam(guide, prompts, width=1, expansions=2)),
+        (("reject", 2), reject(guide, prompts, n=2)),
+        (("tilt", 2), tilt(guide, prompts, n=2, alpha=1.5, top_k=4)),
         (("reward", 2), plain),
         (("logprob", 2), [sorted(traces, key=lambda trace: -trace.logprob) for traces in plain]),
         (
             ("reward_logprob", 2),
             [sorted(traces, key=lambda trace: -trace.reward - trace.logprob) for traces in plain],
         ),
-        (("majority", 1), tilt(guide, prompts, 1, 0.0, 99)),
+        (("majority", 1), tilt(guide, prompts, n=1, alpha=0.0, top_k=99)),
     ):
         expected = [float(task.verify(traces[0].text, gold)) for traces, gold in zip(found, golds, strict=True)]
         assert table[method, budget]["right"] == expected
@@ -234,8 +246,8 @@ def test_the_comparison_is_that_of_the_methods_alone(bench, experts, tokenizer):
     verified = [[task.verify(trace.text, gold) for trace in traces] for traces, gold in zip(plain, golds, strict=True)]
     assert table["oracle", 2]["right"] == [float(any(right)) for right in verified]
     asked = guide.encode(prompts)
-    single = [traces[0] for traces in tilt(guide, prompts, 1, 0.0, 99)]
-    corrected = self_correct(guide, asked, [trace.ids for trace in single], 1, 1)
+    single = [traces[0] for traces in tilt(guide, prompts, n=1, alpha=0.0, top_k=99)]
+    corrected = self_correct(guide, asked, [trace.ids for trace in single], rounds=1, k=1)
     tokens = sum(c.sampled_tokens + s.sampled_tokens for c, s in zip(corrected, single, strict=True)) / 3
     assert table["self_correct", 2]["sampled_tokens"] == tokens
 
@@ -243,7 +255,7 @@ def test_the_comparison_is_that_of_the_methods_alone(bench, experts, tokenizer):
 def test_a_reward_with_log_prob_in_it_gets_no_second_one(bench, experts, tokenizer):
     guide = guide_of(bench, tokenizer, max_new_tokens=4)
     guide = dataclasses.replace(guide, reference=guide.policy)
-    found = compare(guide, [experts[0]["prompt"]], ["1"], get_task("arithmetic"), [1], 0.0, 4, 0.0)
+    found = compare(guide, [experts[0]["prompt"]], ["1"], task=get_task("arithmetic"), comparison=ONE)
     assert not {row["method"] for row in found} & {"reward_logprob", "reward_logprob_vote"}
 
 
@@ -253,12 +265,13 @@ def test_a_damaged_reward_model_ends_the_comparison(bench, experts, tokenizer):
         for parameter in guide.scorer.parameters():
             parameter.fill_(torch.nan)
     with pytest.raises(RunFailed, match="the model gives a reward that is not finite"):
-        list(compare(guide, [experts[0]["prompt"]], ["1"], get_task("arithmetic"), [1], 0.0, 4, 0.0))
+        list(compare(guide, [experts[0]["prompt"]], ["1"], task=get_task("arithmetic"), comparison=ONE))
 
 
 def test_baselines_see_candidates_in_an_order_without_the_reward():
     """Ties of a vote go to the first: over many questions the best by reward stands first no more than by chance."""
-    traces = [Guided(0, [1], text, True, 0.0, reward, 8) for text, reward in (("a", 2.0), ("b", 1.0))]
+    common = {"prompt": 0, "ids": [1], "finished": True, "logprob": 0.0, "sampled_tokens": 8}
+    traces = [Guided(**common, text=text, reward=reward) for text, reward in (("a", 2.0), ("b", 1.0))]
     rows = candidates([traces] * 400, ["1"] * 400, get_task("arithmetic"))
     assert 150 < sum(row[0].reward == 2.0 for row in rows) < 250
 
@@ -298,10 +311,10 @@ def test_the_summary_by_hand():
         row(True, True),
     ]
     assert correction_summary(found) == (
-        "5 traces, 2 changed, 40 tokens drawn; of 5 with a known answer 3 right before, 3 right after "
+        "5 traces, 2 changed, 40 tokens sampled; of 5 with a known answer 3 right before, 3 right after "
         "(1 repaired, 1 broken)"
     )
-    assert correction_summary([row(None, None)]) == "1 traces, 0 changed, 10 tokens drawn"
+    assert correction_summary([row(None, None)]) == "1 traces, 0 changed, 10 tokens sampled"
 
 
 @pytest.fixture
@@ -377,6 +390,9 @@ def test_guided_samples_go_on_where_they_were_cut_off(bench, ran, tmp_path, word
     common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12, "--batch-size", 2]
     words = ["sample", bench.model, *common, "--reward-model", bench.reward_model, *words, "-o"]
     made_of = killed(words, tmp_path / "whole.jsonl")
+    assert json.loads(made_of).keys() == ORIGIN | {"--guide", "--split", "--limit", "--template"} | (
+        {"--beam", "--expansions", "--lookahead"} if "beam" in words else {"-n", "--alpha", "--top-k"}
+    )
     ran(*words, tmp_path / "whole.jsonl")
     whole = (tmp_path / "whole.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -386,7 +402,7 @@ def test_guided_samples_go_on_where_they_were_cut_off(bench, ran, tmp_path, word
         tail = lines[written][:20] if written < 6 else b""
         output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + tail)
         output.with_name(output.name + ".part.json").write_bytes(made_of)
-        assert f"going on after {done} questions" in ran(*words, output, "--resume")
+        assert f"resuming after {done} questions" in ran(*words, output, "--resume")
         assert output.read_bytes() == whole, written
     assert "is finished" in ran(*words, tmp_path / "whole.jsonl", "--resume")
 
@@ -398,6 +414,7 @@ def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
     words = ["correct", bench.model, tmp_path / "samples.jsonl", "--reward-model", bench.reward_model]
     words += ["--max-new-tokens", 12, "--share", 0.5, "--batch-size", 4, "-k", 2, "--rounds", 1, "-o"]
     made_of = killed(words, tmp_path / "whole.jsonl")
+    assert json.loads(made_of).keys() == ORIGIN | {"--rounds", "-k", "--suspect", "--threshold", "--share"}
     said = ran(*words, tmp_path / "whole.jsonl").splitlines()[-1]
     assert "6 traces, " in said
     whole = (tmp_path / "whole.jsonl").read_bytes()
@@ -407,7 +424,7 @@ def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
         output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + b'{"torn')
         output.with_name(output.name + ".part.json").write_bytes(made_of)
         resumed = ran(*words, output, "--resume").splitlines()
-        assert f"going on after {done} rows" in resumed[0]
+        assert f"resuming after {done} rows" in resumed[0]
         assert resumed[-1] == said
         assert output.read_bytes() == whole, written
 
@@ -419,10 +436,13 @@ def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
         (["--guide", "beam", "--alpha", 2], "--alpha is of --guide tilt, not of beam"),
         (["--guide", "beam", "-n", 2], "-n is of --guide reject and tilt, not of beam"),
         (["--guide", "tilt", "--top-k", 2, "--beam", 3], "--beam is of --guide beam, not of tilt"),
-        (["--guide", "reject", "-n", 2, "--keep", 5], "--keep 5: only -n 2 traces are drawn"),
+        (["--guide", "reject", "-n", 2, "--keep", 5], "--keep 5: only -n 2 traces are sampled"),
         (["--guide", "tilt", "--alpha", "nan"], "--alpha must be a finite number"),
         (["--guide", "reject", "--resume"], "--resume needs --output"),
-        (["--guide", "tilt", "--temperature", 0], "at temperature 0 all draws are the same: --guide tilt would draw 8"),
+        (
+            ["--guide", "tilt", "--temperature", 0],
+            "at temperature 0 all samples are the same: --guide tilt would sample 8",
+        ),
         (["--guide", "tilt", "--template", "chat"], "was trained on prompts by --template plain, not chat"),
         (["--beam", 3], "need --guide"),
         ([], "need --guide"),

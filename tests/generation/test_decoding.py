@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from helpers.scripted_policy import END, EOS, PAD, WORDS, A, B, C, Scripted, policy, word_tokenizer, words  # noqa: F401
 from tracereward.errors import InputError
-from tracereward.generation.continuation import choose_token, extend, first_step, uniform
+from tracereward.generation.continuation import OpenTrace, choose_token, extend, first_step, uniform
 from tracereward.generation.decoding import beam, reject, tilt, tilted
 from tracereward.generation.guide import Guide, digest
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct
 from tracereward.rewards.first_error_rules import first_token_below
 from tracereward.rewards.model import TokenRewardModel
@@ -68,12 +69,12 @@ def draw(probabilities: np.ndarray, number: float) -> int:
     return int(np.searchsorted(np.cumsum(probabilities), number, side="right"))
 
 
-def loop(policy, prompt, trace, stream, limit, temperature=1.0, step=False) -> list[int]:
-    """`trace` drawn on to `limit` tokens in all, or to the end of its step: a newline that follows a word."""
-    trace, new = list(trace), []
-    while len(trace) < limit:
-        log_probs = next_log_probs(policy, [*prompt, *trace], temperature or 1.0)
-        token = draw(np.exp(log_probs), uniform(stream, len(trace))) if temperature else int(log_probs.argmax())
+def loop(policy, start: OpenTrace, *, temperature=1.0, step=False) -> list[int]:
+    """A trace with as many tokens more as its limit, or to the end of its step: a newline that follows a word."""
+    trace, new = list(start.trace), []
+    while len(new) < start.limit:
+        log_probs = next_log_probs(policy, [*start.prompt, *trace], temperature or 1.0)
+        token = draw(np.exp(log_probs), uniform(start.stream, len(trace))) if temperature else int(log_probs.argmax())
         trace.append(token)
         new.append(token)
         if token == EOS or (step and token == END and set(new) != {END}):
@@ -81,46 +82,44 @@ def loop(policy, prompt, trace, stream, limit, temperature=1.0, step=False) -> l
     return trace
 
 
-def make(policy, words, value=table, aggregate="mean", **changed) -> Guide:
-    return Guide(policy, words, Scripted(words, value, aggregate), **{"max_new_tokens": 6, "seed": 5, **changed})
+def make(policy, words, value=table, aggregate="mean", step_tokens=256, **changed) -> Guide:
+    sampling = SamplingParams(**{"max_new_tokens": 6, "seed": 5, **changed})
+    return Guide(policy, words, Scripted(words, value, aggregate), sampling, step_tokens=step_tokens)
 
 
 def ids_of(words, texts: Sequence[str]) -> list[list[int]]:
     return [[WORDS.index(character) for character in text] for text in texts]
 
 
-# ---------- drawing ----------
+# ---------- continuations ----------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("step", [False, True])
-def test_rows_draw_what_a_loop_over_the_whole_text_draws(policy, words, temperature, step, counted):
+def test_rows_are_continued_as_by_a_loop_over_the_full_text(policy, words, temperature, step, counted):
     """Prompts and traces of different lengths in batches of three, each row with its own limit."""
     rng = random.Random(1)
     prompts = [rng.choices([END, A, B, C], k=rng.randint(1, 6)) for _ in range(40)]
     traces = [rng.choices([END, A, B, C], k=rng.randint(0, 4)) for _ in range(40)]
     streams = [f"row {row}" for row in range(40)]
     limits = [rng.randint(1, 7) for _ in range(40)]
-    found = extend(
-        policy, words, prompts, traces, streams, limits, "\n" if step else None, temperature, 1.0, batch_size=3
-    )
-    for row, drawn in enumerate(found):
-        limit = len(traces[row]) + limits[row]
-        whole = loop(policy, prompts[row], traces[row], streams[row], limit, temperature, step)
-        assert [*traces[row], *drawn.ids] == whole
-        assert drawn.count == len(drawn.ids)
-    assert sum(drawn.count for drawn in found) == sum(counted)
-    ends = {drawn.ids[-1] for drawn in found}
+    rows = list(map(OpenTrace, prompts, traces, streams, limits))
+    found = extend(policy, words, rows, delimiter="\n" if step else None, temperature=temperature, batch_size=3)
+    for row, added in enumerate(found):
+        expected = loop(policy, rows[row], temperature=temperature, step=step)
+        assert [*traces[row], *added.ids] == expected
+        assert added.count == len(added.ids)
+    assert sum(added.count for added in found) == sum(counted)
+    ends = {added.ids[-1] for added in found}
     assert ends >= ({EOS, END} if step else {EOS}) or not temperature
 
 
 def test_a_nucleus_leaves_the_likeliest_words(policy, words):
-    prompts = [[A, B]] * 60
-    found = extend(policy, words, prompts, [[]] * 60, [str(i) for i in range(60)], [1] * 60, top_p=0.6)
+    found = extend(policy, words, [OpenTrace([A, B], [], str(i), 1) for i in range(60)], top_p=0.6)
     order = sorted(DRAWABLE, key=lambda word: -next_log_probs(policy, [A, B])[word])
     sums = list(itertools.accumulate(math.exp(next_log_probs(policy, [A, B])[word]) for word in order))
     nucleus = order[: 1 + sum(value < 0.6 for value in sums)]
-    assert {drawn.ids[0] for drawn in found} == set(nucleus)
+    assert {added.ids[0] for added in found} == set(nucleus)
     assert 1 < len(nucleus) < 5
 
 
@@ -156,10 +155,10 @@ def test_a_token_behind_the_step_is_counted_and_given_back():
     dots = word_tokenizer(["<pad>", "<eos>", "x", ".", " x", "5"], r" x|[x.5]")
     model = build_model(dots, seed=1, hidden_size=16, layers=1, heads=2).eval()
     model.generation_config.suppress_tokens = [0]
-    rows = ([[2]] * 99, [[]] * 99, [str(i) for i in range(99)], [9] * 99)
-    found, whole = extend(model, dots, *rows, ". "), extend(model, dots, *rows)
+    rows = [OpenTrace([2], [], str(i), 9) for i in range(99)]
+    found, complete = extend(model, dots, rows, delimiter=". "), extend(model, dots, rows)
     short = 0
-    for part, trace in zip(found, whole, strict=True):
+    for part, trace in zip(found, complete, strict=True):
         ids, end = trace.ids, len(trace.ids)
         ends = [
             i for i in range(end - 1) if ids[i : i + 2] == [3, 4] and set(ids[:i]) - {3}
@@ -216,9 +215,9 @@ def test_another_tokenizer_cannot_guide(policy, words, tokenizer):
 def test_a_prompt_with_too_little_room_is_refused(policy, words):
     guide = make(policy, words)
     guide.scorer.max_positions = 8  # pyright: ignore[reportAttributeAccessIssue]
-    beam(guide, ["ab"], 1, 1)
+    beam(guide, ["ab"], width=1, expansions=1)
     with pytest.raises(InputError, match="prompt 1: 3 prompt tokens and 6 new ones; the reward model reads 8"):
-        beam(guide, ["ab", "abc"], 1, 1)
+        beam(guide, ["ab", "abc"], width=1, expansions=1)
 
 
 # ---------- beam ----------
@@ -227,10 +226,12 @@ def test_a_prompt_with_too_little_room_is_refused(policy, words):
 def test_a_beam_of_one_is_plain_sampling_step_by_step(policy, words):
     guide = make(policy, words, max_new_tokens=12)
     prompts = ["ab", "c", "a\n", "cc", "bb"]
-    for prompt, text, found in zip(ids_of(words, prompts), prompts, beam(guide, prompts, 1, 1), strict=True):
+    for prompt, text, found in zip(
+        ids_of(words, prompts), prompts, beam(guide, prompts, width=1, expansions=1), strict=True
+    ):
         trace, step = [], 0
         while len(trace) < 12 and trace[-1:] != [EOS]:
-            trace = loop(policy, prompt, trace, f"5 {digest(prompt)} {step} 0", 12, step=True)
+            trace = loop(policy, OpenTrace(prompt, trace, f"5 {digest(prompt)} {step} 0", 12 - len(trace)), step=True)
             step += 1
         assert [record.ids for record in found] == [trace], text
         assert found[0].sampled_tokens == len(trace)
@@ -266,7 +267,7 @@ def test_a_narrow_beam_keeps_the_best_prefixes(words, lookahead):
         def ahead(trace, prompt=prompt):
             for _ in range(lookahead):
                 if trace[-1] != EOS:
-                    trace = loop(policy, prompt, trace, "", min(4, len(trace) + 1), temperature=0.0)
+                    trace = loop(policy, OpenTrace(prompt, trace, "", min(1, 4 - len(trace))), temperature=0.0)
             return worth(guide, prompt, trace)
 
         kept = [[]]
@@ -284,7 +285,7 @@ def test_equal_texts_fill_the_beam_unless_they_must_differ(policy, words):
     greedy = make(policy, words, temperature=0.0)
     (same,) = beam(greedy, ["ab"], width=3, expansions=2, distinct=False)
     (different,) = beam(greedy, ["ab"], width=3, expansions=2)
-    expected = loop(policy, [A, B], [], "", 6, temperature=0.0)
+    expected = loop(policy, OpenTrace([A, B], [], "", 6), temperature=0.0)
     assert [trace.ids for trace in same] == [expected] * 3
     assert [trace.ids for trace in different] == [expected]
     (drawn,) = beam(make(policy, words), ["ab"], width=4, expansions=8)
@@ -309,9 +310,9 @@ def steps_of(trace: Sequence[int]) -> list[list[int]]:
 def test_the_survivors_are_those_of_brute_force(policy, words, n, keep, every):
     guide = make(policy, words, max_new_tokens=10)
     prompts = ["ab", "c", "bb\n"]
-    found = reject(guide, prompts, n, keep, every)
+    found = reject(guide, prompts, n=n, keep=keep, every=every)
     for prompt, survivors in zip(ids_of(words, prompts), found, strict=True):
-        whole = [loop(policy, prompt, [], f"5 {digest(prompt)} {i}", 10) for i in range(n)]
+        whole = [loop(policy, OpenTrace(prompt, [], f"5 {digest(prompt)} {i}", 10)) for i in range(n)]
         alive, step, tokens = list(range(n)), 0, 0
         while True:
             tokens += sum(len(steps_of(whole[i])[step]) for i in alive if step < len(steps_of(whole[i])))
@@ -338,7 +339,7 @@ def test_the_tilted_distribution_written_out(policy, words, seed, alpha, top_k):
     logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)) * 2
     contexts = [[A, B], [seed % 6]]
     guide = make(policy, words)
-    found = tilted(guide, contexts, logits, alpha, top_k).double().softmax(1).numpy()
+    found = tilted(guide, contexts, logits, weight=alpha, top_k=top_k).double().softmax(1).numpy()
     for row, context in enumerate(contexts):
         p = np.exp(logits[row].double().numpy())
         p /= p.sum()
@@ -352,7 +353,9 @@ def test_without_weight_tilting_is_plain_sampling(policy, words, temperature):
     guide = make(policy, words, temperature=temperature)
     found = tilt(guide, ["ab", "c"], n=5, alpha=0.0, top_k=6)
     for prompt, traces in zip(ids_of(words, ["ab", "c"]), found, strict=True):
-        plain = [loop(policy, prompt, [], f"5 {digest(prompt)} {i}", 6, temperature) for i in range(5)]
+        plain = [
+            loop(policy, OpenTrace(prompt, [], f"5 {digest(prompt)} {i}", 6), temperature=temperature) for i in range(5)
+        ]
         assert sorted(trace.ids for trace in traces) == sorted(plain)
         assert {trace.sampled_tokens for trace in traces} == {sum(map(len, plain))}
 
@@ -394,7 +397,7 @@ def test_the_reward_of_a_next_token_is_that_of_the_trace_that_ends_with_it(
     lm = build_model(tokenizer, seed=9).eval()
     for reference in (None, lm):
         guide = Guide(lm, tokenizer, model, reference=reference)
-        found = tilted(guide, [[*prompt, *trace]], logits, 1.0, 4)[0] - logits[0]
+        found = tilted(guide, [[*prompt, *trace]], logits, weight=1.0, top_k=4)[0] - logits[0]
         for token in (7, 3, 20, 1):
             whole = model.token_rewards([prompt], [[*trace, token]], reference=reference)[0]
             assert found[token].item() == pytest.approx(whole[-1].item(), abs=1e-5)
@@ -417,7 +420,7 @@ def test_cuts_before_the_first_suspected_step(policy, words):
     assert found.cuts == [3]
     assert found.ids[:3] == trace[:3]
     stream = f"5 {digest([C])} {digest(trace)} 0"
-    drawn = [loop(policy, [C], trace[:3], f"{stream} {i}", 14) for i in range(3)]
+    drawn = [loop(policy, OpenTrace([C], trace[:3], f"{stream} {i}", 11)) for i in range(3)]
     best = max(drawn, key=lambda ids: worth(guide, [C], ids))
     assert found.reward_before == pytest.approx(worth(guide, [C], trace))
     assert found.ids == (best if worth(guide, [C], best) > found.reward_before else trace)
@@ -469,7 +472,7 @@ def test_many_corrections_by_a_loop_of_their_rounds(policy, words, counted):
             if cut is None:
                 break
             stream = f"5 {digest([A, B])} {digest(given_trace)} {number}"
-            drawn = [loop(policy, [A, B], trace[:cut], f"{stream} {i}", 8) for i in range(2)]
+            drawn = [loop(policy, OpenTrace([A, B], trace[:cut], f"{stream} {i}", 8 - cut)) for i in range(2)]
             cuts.append(cut)
             tokens += sum(len(ids) - cut for ids in drawn)
             best = max(drawn, key=lambda ids: worth(guide, [A, B], ids))

@@ -289,7 +289,7 @@ def test_samples_go_on_after_a_kill(bench, tmp_path, tiny_model_folder):
     assert not cut.exists()
     resumed = launcher()(*command, cut, "--resume")
     assert resumed.code == 0
-    assert "going on after 6 questions" in resumed.err
+    assert "resuming after 6 questions" in resumed.err
     assert cut.read_bytes() == whole.read_bytes()
     assert not part.exists()
     finished = launcher()(*command, cut, "--resume")

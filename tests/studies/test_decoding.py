@@ -20,6 +20,7 @@ from studies.setup import judging
 from studies.setup.settings import WORLDS
 from tracereward.files import read_jsonl
 from tracereward.generation.guide import Guide
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct, threshold_of
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.settings import RewardSettings
@@ -72,21 +73,22 @@ def test_a_threshold_lets_suspect_its_share(share, suspected):
 
 def test_another_guide_may_suspect(policy, words):
     """The judge likes every token alike; the detector dislikes what follows the second newline."""
-    guide = Guide(policy, words, Scripted(words, lambda context: 1.0), max_new_tokens=8, seed=5)
+    guide = Guide(policy, words, Scripted(words, lambda context: 1.0), SamplingParams(max_new_tokens=8, seed=5))
     detector = dataclasses.replace(guide, scorer=Scripted(words, lambda context: 1.0 - 2 * (context.count(END) > 1)))
     trace = [A, END, B, END, C, C, EOS]
-    assert self_correct(guide, [[A]], [trace], 1, 1)[0].cuts == []
+    assert self_correct(guide, [[A]], [trace], rounds=1, k=1)[0].cuts == []
     # The second step's own newline is already disliked: (1 - 1) / 2 is not under 0, the third step is.
-    assert self_correct(guide, [[A]], [trace], 1, 1, 0.0, detector)[0].cuts == [4]
-    assert self_correct(guide, [[A]], [trace], 2, 1, 0.5, detector)[0].cuts == [2, 2]
+    assert self_correct(guide, [[A]], [trace], rounds=1, k=1, detector=detector)[0].cuts == [4]
+    assert self_correct(guide, [[A]], [trace], rounds=2, k=1, threshold=0.5, detector=detector)[0].cuts == [2, 2]
 
 
 def test_a_better_trace_is_suspected_by_the_detector_again(policy, words):
     """The judge prefers any other trace and suspects nothing; the detector suspects every first step."""
     trace = [A, END, B, END, C, C, EOS]
-    guide = Guide(policy, words, Scripted(words, lambda context: float(context != [A, *trace][: len(context)])), 8)
+    judge = Scripted(words, lambda context: float(context != [A, *trace][: len(context)]))
+    guide = Guide(policy, words, judge, SamplingParams(max_new_tokens=8))
     detector = dataclasses.replace(guide, scorer=Scripted(words, lambda context: -1.0))
-    (found,) = self_correct(guide, [[A]], [trace], 3, 2, 0.0, detector)
+    (found,) = self_correct(guide, [[A]], [trace], rounds=3, k=2, detector=detector)
     assert found.cuts == [0, 0, 0]
     assert found.ids != trace
 

@@ -130,9 +130,9 @@ def test_a_world_of_a_pretrained_model_starts_from_it_and_counts_unseen_stories(
     assert [bool(row.get("unseen")) for row in rows] == [False] * 6 + [True] * 2
     wrong = {1, 6}
 
-    def answers(policy, tokenizer, prompts, n, *args, **kwargs):
+    def answers(policy, tokenizer, prompts, params):
         texts = [f"#### {'no' if i in wrong else row['answer']}" for i, row in enumerate(rows)]
-        yield [Sample(i, [], text, True, 0.0) for i, text in enumerate(texts)]
+        yield [Sample(prompt=i, ids=[], text=text, finished=True, logprob=0.0) for i, text in enumerate(texts)]
 
     monkeypatch.setattr(judging, "sample", answers)
     judged = judging.greedy(site, "init", "test")

@@ -16,6 +16,7 @@ from trl import GRPOTrainer
 
 from tracereward.errors import InputError
 from tracereward.generation import sampling
+from tracereward.generation.params import SamplingParams
 from tracereward.modeling.tokenization import encode_prompt
 from tracereward.training.config import RewardConfig
 from tracereward.training.rollout_trainer import RolloutTrainer
@@ -126,7 +127,8 @@ def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(t
 def test_samples_in_chunks_of_one_shape_are_those_of_chunks_as_they_come(tiny_model_folder, tokenizer, monkeypatch):
     """What a GPU does in a long run: all prompts as wide as the longest, the last chunk filled up, a static cache."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
-    expected = list(sampling.sample(model, tokenizer, PROMPTS, 1, 6, 0.0, batch_size=2))
+    params = SamplingParams(max_new_tokens=6, temperature=0.0, batch_size=2)
+    expected = list(sampling.sample(model, tokenizer, PROMPTS, params))
     shapes, generate = [], model.generate
 
     def seen(*args, **kwargs):
@@ -135,7 +137,7 @@ def test_samples_in_chunks_of_one_shape_are_those_of_chunks_as_they_come(tiny_mo
 
     monkeypatch.setattr(model, "generate", seen)
     monkeypatch.setattr(sampling, "_compiles", lambda _, steps: steps == 12)
-    found = list(sampling.sample(model, tokenizer, PROMPTS, 1, 6, 0.0, batch_size=2))
+    found = list(sampling.sample(model, tokenizer, PROMPTS, params))
     longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in PROMPTS)
     assert shapes == [((2, longest), "static")] * 2
     assert [[sample.ids for sample in chunk] for chunk in found] == [[s.ids for s in chunk] for chunk in expected]

@@ -14,7 +14,7 @@ import typer.core
 
 from tracereward import __version__
 from tracereward.cli.evaluate import suites
-from tracereward.cli.reward import commands, left_of
+from tracereward.cli.reward import commands
 from tracereward.cli.serve import server
 from tracereward.console import say
 from tracereward.errors import InputError, Interrupted, RunFailed
@@ -108,13 +108,13 @@ def sample(
     template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
     batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume an unfinished --output.")] = False,
     guide: Annotated[
         str | None, typer.Option(help="Let --reward-model guide the decoding: beam, reject or tilt.")
     ] = None,
     reward_model: Annotated[str | None, typer.Option(help="Of --guide: folder or Hub id; same tokenizer.")] = None,
     beam: Annotated[int | None, typer.Option(min=1, help="Of beam: partial traces kept; 4 if not given.")] = None,
-    expansions: Annotated[int | None, typer.Option(min=1, help="Of beam: next steps drawn of each; 4.")] = None,
+    expansions: Annotated[int | None, typer.Option(min=1, help="Of beam: next steps sampled of each; 4.")] = None,
     lookahead: Annotated[int | None, typer.Option(min=0, help="Of beam: greedy steps before a score; 0.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="Of reject: survivors of the -n traces; 1.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Of tilt: weight of the reward; 1.")] = None,
@@ -123,66 +123,33 @@ def sample(
         str | None, typer.Option(help="Of --guide: model whose log-prob is added to the rewards, as for score.")
     ] = None,
 ) -> None:
-    """Draw completions from a policy: one JSON row each."""
-    from tqdm.auto import tqdm
+    """Sample completions from a policy: one JSON row each."""
+    from tracereward.commands.guided import Guidance, guide_options
+    from tracereward.commands.questions import Questions
+    from tracereward.commands.sample import run_sample
+    from tracereward.generation.params import SamplingParams
 
-    from tracereward.commands.partial_output import finished_questions, origin_of, rows_to, write_row
-    from tracereward.commands.sample import sample_rows
-
-    beside = {"beam": beam, "expansions": expansions, "lookahead": lookahead, "keep": keep, "alpha": alpha}
-    beside["top_k"] = top_k
-    made_of: dict[str, Any] = {"task": task, "max_new_tokens": max_new_tokens, "temperature": temperature}
-    made_of |= {"top_p": top_p, "seed": seed, "limit": limit, "split": split, "template": template}
-    models = {"model": model, "--reward-model": reward_model, "--reference": reference}
-    origin, done = None, 0
+    options = {"beam": beam, "expansions": expansions, "lookahead": lookahead, "keep": keep, "alpha": alpha}
+    options["top_k"] = top_k
+    guidance = None
     if guide is not None:
-        from tracereward.commands.guided import finished_guided, guide_options, guided_rows
-
         if reward_model is None:
             raise InputError("--guide needs --reward-model")
-        given = guide_options(guide, {"n": n, **beside})
-        if output is not None:
-            origin = origin_of("sample", models, data, guide=guide, **given, **made_of)
-        if resume and (part := left_of(output, origin)):
-            done = finished_guided(part, guide, given, batch_size)
-            say(f"going on after {done} questions")
-        chunks = guided_rows(
-            model,
-            reward_model,
-            guide,
-            given,
-            data,
-            task,
-            max_new_tokens,
-            temperature,
-            top_p,
-            seed,
-            limit,
-            split,
-            template,
-            batch_size,
-            reference,
-            done,
-        )
-    else:
-        if any(value is not None for value in (reward_model, reference, *beside.values())):
-            raise InputError("--reward-model, --reference and the options of beam, reject and tilt need --guide")
-        n = n or 8
-        if output is not None:  # a batch has one random seed, so that rows depend on its size
-            origin = origin_of("sample", models, data, n=n, batch_size=batch_size, **made_of)
-        if resume and (part := left_of(output, origin)):
-            done = finished_questions(part, n, max(1, batch_size // n))
-            say(f"going on after {done} questions")
-        chunks = sample_rows(
-            model, data, task, n, max_new_tokens, temperature, top_p, seed, limit, split, template, batch_size, done
-        )
-    progress = tqdm(desc="samples", initial=done * (n or 1), unit="")
-    with progress, rows_to(output, append=resume, origin=origin) as file:
-        for rows in chunks:
-            for row in rows:
-                write_row(file, row)
-            file.flush()
-            progress.update(len(rows))
+        method = guide_options(guide, n=n, **options)
+        guidance = Guidance(reward_model=reward_model, method=method, reference=reference)
+    elif any(value is not None for value in (reward_model, reference, *options.values())):
+        raise InputError("--reward-model, --reference and the options of beam, reject and tilt need --guide")
+    run_sample(
+        model,
+        Questions(data=data, task=task, split=split, limit=limit, template=template),
+        SamplingParams(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
+        ),
+        n=n or 8,
+        guidance=guidance,
+        output=output,
+        resume=resume,
+    )
 
 
 @app.command()
@@ -192,16 +159,16 @@ def quickstart(
         str, typer.Option(help="exposure, checked, hops, misconception, style or multi-skill.")
     ] = "exposure",
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume an unfinished run.")] = False,
     fast: Annotated[
         bool, typer.Option(help="A minute instead of several: fewer steps; the figures mean less.")
     ] = False,
     json_table: Annotated[bool, typer.Option("--json", help="Print the tables as JSON on stdout.")] = False,
 ) -> None:
-    """The whole method on generated arithmetic and a tiny Llama, offline, in minutes on two CPU cores."""
+    """The full method on generated arithmetic and a tiny Llama, offline, in minutes on two CPU cores."""
     from tracereward.quickstart.run import run_quickstart
 
-    run_quickstart(output, world, seed, resume, fast, json_table)
+    run_quickstart(output, world, seed, resume=resume, fast=fast, json_table=json_table)
 
 
 app.add_typer(commands)
@@ -212,7 +179,7 @@ app.add_typer(suites, name="evaluate")
 def main(application: typer.Typer = app) -> NoReturn:
     """Entry point: exit 0 when all went well, 1 when a run failed, 2 for bad input or usage, 130 when interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Names that TRL still uses and transformers has renamed: nothing that a user of the commands could mend.
+    # Names that TRL still uses and transformers has renamed: nothing that a user of the commands could fix.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     code: str | int | None = 0
     try:

@@ -18,7 +18,7 @@ def _finite(value: float) -> float:
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")]
 TaskName = Annotated[str | None, typer.Option("--task", help="Recipe. Default: the reward model's.")]
-Policy = Annotated[str | None, typer.Option(help="Causal LM whose log-probs stand beside the reward as a baseline.")]
+Policy = Annotated[str | None, typer.Option(help="Causal LM whose log-probs are a baseline for the reward.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use N rows.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed.")]
 Temperature = Annotated[float, typer.Option(min=0, callback=_finite, help="Of the samples.")]
@@ -27,6 +27,11 @@ Aggregate = Annotated[str, typer.Option(help="Step reward: mean or min of its to
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder. Default: evaluation/ in the model's run folder, or here.")
 ]
+QuestionData = Annotated[str | None, typer.Option(help="Questions with gold answers. Default: the task's own set.")]
+Recipe = Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")]
+Template = Annotated[str, typer.Option(help="plain or chat.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of a trace.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Traces generated together.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -46,10 +51,13 @@ def pool(
     output: Output = None,
     json_table: Json = False,
 ) -> None:
-    """Candidates of many questions: AUROC, best-of-N and vote curves, calibration, beside the baselines."""
-    from tracereward.evaluate.suites import run_pool
+    """Candidates of many questions: AUROC, best-of-N and vote curves, calibration, with baselines."""
+    from tracereward.evaluate.suites import Trial, run_pool
 
-    run_pool(model, data, questions, task, policy, fit, fit_share, limit, seed, output, json_table)
+    trial = Trial(
+        model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, output=output, as_json=json_table
+    )
+    run_pool(trial, questions=questions, fit=fit, fit_share=fit_share)
 
 
 def _step_suite(name: str, about: str) -> None:
@@ -71,11 +79,12 @@ def _step_suite(name: str, about: str) -> None:
         output: Output = None,
         json_table: Json = False,
     ) -> None:
-        from tracereward.evaluate.suites import run_steps
+        from tracereward.evaluate.suites import Trial, run_steps
 
-        run_steps(
-            name, model, data, fit, split, fit_split, task, policy, aggregate, limit, seed, output, as_json=json_table
+        trial = Trial(
+            model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, output=output, as_json=json_table
         )
+        run_steps(name, trial, split=split, fit=fit, fit_split=fit_split, aggregate=aggregate)
 
     suites.command(name, help=about)(suite)
 
@@ -99,53 +108,46 @@ def perturbation(
     json_table: Json = False,
 ) -> None:
     """Without labels: errors injected at known steps of right traces, found by kind of error."""
-    from tracereward.evaluate.suites import run_perturbation
+    from tracereward.evaluate.suites import Trial, run_perturbation
 
-    run_perturbation(model, data, split, task, policy, aggregate, limit, seed, output, json_table)
+    trial = Trial(
+        model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, output=output, as_json=json_table
+    )
+    run_perturbation(trial, split=split, aggregate=aggregate)
 
 
 @suites.command("policy")
 def policy_suite(
     policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
-    data: Annotated[str | None, typer.Option(help="Questions with gold answers. Default: the task's own set.")] = None,
-    task: Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")] = "generic",
+    data: QuestionData = None,
+    task: Recipe = "generic",
     n: Annotated[int, typer.Option("-n", "--n", min=0, help="Samples of each question; 0 for greedy alone.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
+    max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 1.0,
     split: Split = "test",
-    template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
+    template: Template = "plain",
     limit: Limit = None,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
+    batch_size: BatchSize = 64,
     output: Output = None,
     json_table: Json = False,
 ) -> None:
     """Greedy and sampled accuracy, pass@k, and traces that state no answer or were cut off, counted apart."""
+    from tracereward.commands.questions import Questions
     from tracereward.evaluate.suites import run_policy
+    from tracereward.generation.params import SamplingParams
 
-    run_policy(
-        policy,
-        data,
-        task,
-        n,
-        max_new_tokens,
-        temperature,
-        split,
-        template,
-        limit,
-        seed,
-        batch_size,
-        output,
-        as_json=json_table,
-    )
+    questions = Questions(data=data, task=task, split=split, limit=limit, template=template)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size)
+    run_policy(policy, questions, sampling, n=n, output=output, as_json=json_table)
 
 
 @suites.command("guided")
 def guided_suite(
     policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
-    data: Annotated[str | None, typer.Option(help="Questions with gold answers. Default: the task's own set.")] = None,
-    task: Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")] = "generic",
+    data: QuestionData = None,
+    task: Recipe = "generic",
     budget: Annotated[
         list[int] | None, typer.Option(min=1, help="Samples of a question; repeatable. Default: 4 and 16.")
     ] = None,
@@ -154,39 +156,34 @@ def guided_suite(
     threshold: Annotated[
         float, typer.Option(callback=_finite, help="Of self-correction: a step is suspected under it.")
     ] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
+    max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 1.0,
     split: Split = "test",
-    template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
+    template: Template = "plain",
     limit: Limit = None,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
+    batch_size: BatchSize = 64,
     reference: Annotated[
         str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
     ] = None,
     output: Output = None,
     json_table: Json = False,
 ) -> None:
-    """Beam, rejection, tilting and self-correction by a reward, beside best-of-N and votes, with the tokens drawn."""
-    from tracereward.evaluate.guided import run_guided
+    """Beam, rejection, tilting and self-correction by a reward, with best-of-N and votes, and the tokens sampled."""
+    from tracereward.commands.questions import Questions
+    from tracereward.evaluate.guided import Comparison, run_guided
+    from tracereward.generation.params import SamplingParams
 
+    questions = Questions(data=data, task=task, split=split, limit=limit, template=template)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size)
+    comparison = Comparison(budgets=tuple(budget or (4, 16)), alpha=alpha, top_k=top_k, threshold=threshold)
     run_guided(
         policy,
-        reward_model,
-        data,
-        task,
-        budget or [4, 16],
-        alpha,
-        top_k,
-        threshold,
-        max_new_tokens,
-        temperature,
-        split,
-        template,
-        limit,
-        seed,
-        batch_size,
-        reference,
-        output,
+        questions,
+        sampling,
+        comparison,
+        reward_model=reward_model,
+        reference=reference,
+        output=output,
         as_json=json_table,
     )

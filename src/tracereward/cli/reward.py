@@ -2,12 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tracereward.console import say
-from tracereward.errors import InputError
 
 commands = typer.Typer()
 
@@ -19,22 +18,6 @@ Policy = Annotated[
     str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
 ]
 Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pip install 'tracereward[vllm]').")]
-
-
-def left_of(output: str | None, origin: dict[str, list[Any]] | None) -> Path | None:
-    """What an interrupted command left of its --output; None if nothing. Ends the command where all of it is there.
-
-    Raises:
-        InputError: see `outputs.unfinished`.
-    """
-    from tracereward.commands.partial_output import is_finished, unfinished
-
-    if output is None or origin is None:
-        raise InputError("--resume needs --output")
-    if is_finished(output):
-        say(f"{output} is finished")
-        raise typer.Exit
-    return unfinished(output, origin)
 
 
 @commands.command()
@@ -119,7 +102,7 @@ def correct(
     data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion, as `tracereward sample` writes.")],
     reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
     rounds: Annotated[int, typer.Option(min=1, help="At most as many cuts of each trace.")] = 3,
-    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Continuations drawn from each cut.")] = 4,
+    k: Annotated[int, typer.Option("-k", "--k", min=1, help="Continuations sampled from each cut.")] = 4,
     suspect: Annotated[
         str, typer.Option(help="Where to cut: where the reward is low, or the policy's own logprob.")
     ] = "reward",
@@ -138,31 +121,26 @@ def correct(
     batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
     reference: Reference = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume an unfinished --output.")] = False,
 ) -> None:
-    """Cut traces before their first suspected step, draw on from there, keep what the reward prefers."""
-    from tracereward.commands.correct import corrected_rows, correction_summary, finished_corrections
-    from tracereward.commands.partial_output import origin_of, rows_to, write_row
+    """Cut traces before their first suspected step, continue them, keep what the reward prefers."""
+    from tracereward.commands.correct import Correcting, run_correct
+    from tracereward.generation.params import SamplingParams
 
-    done: list[dict[str, Any]] = []
-    origin = None
-    if output is not None:
-        made_of: dict[str, Any] = {"rounds": rounds, "k": k, "suspect": suspect, "threshold": threshold, "share": share}
-        made_of |= {"task": task, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-        models = {"model": model, "--reward-model": reward_model, "--reference": reference}
-        origin = origin_of("correct", models, data, seed=seed, **made_of)
-    if resume and (part := left_of(output, origin)):
-        done = finished_corrections(part, batch_size, k)
-        say(f"going on after {len(done)} rows")
-    drawing = (max_new_tokens, temperature, top_p, seed, batch_size, reference, len(done))
-    chunks = corrected_rows(model, data, reward_model, rounds, k, suspect, threshold, share, task, *drawing)
-    with rows_to(output, append=resume, origin=origin) as file:
-        for rows in chunks:
-            for row in rows:
-                write_row(file, row)
-            file.flush()
-            done += rows
-    say(correction_summary(done))
+    correcting = Correcting(
+        reward_model=reward_model,
+        rounds=rounds,
+        k=k,
+        suspect=suspect,
+        threshold=threshold,
+        share=share,
+        task=task,
+        reference=reference,
+    )
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
+    )
+    run_correct(model, data, correcting, sampling, output=output, resume=resume)
 
 
 @commands.command()
@@ -222,7 +200,7 @@ def calibrate(
     from tracereward.rewards.calibration import METHODS
 
     check_choice("method", method, METHODS)
-    calibration, left_out = run_calibrate(model, data, questions, task, method)
+    calibration, left_out = run_calibrate(model, data, questions=questions, task=task, method=method)
     if left_out:
         say(f"{left_out} traces are longer than the reward model reads and were left out")
     say(f"fitted on {calibration.traces} traces and written to {model}/tracereward.json")

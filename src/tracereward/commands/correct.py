@@ -2,17 +2,25 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from tracereward.commands.guided import load_guide
-from tracereward.commands.partial_output import whole_rows
-from tracereward.commands.sample import check_drawing
+from tracereward.commands.partial_output import (
+    complete_rows,
+    is_finished,
+    origin_of,
+    rows_to,
+    unfinished,
+    write_row,
+)
+from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
 from tracereward.files import write_jsonl
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import lowest_steps, self_correct, threshold_of
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.log_probs import mean_log_probs
@@ -23,73 +31,122 @@ from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks import get_task
 
 SUSPECTS = ("reward", "logprob")
-"""What may say where a trace is to be cut."""
+"""What may decide where a trace is cut."""
 
 
-def finished_corrections(part: Path, batch_size: int, k: int) -> list[dict[str, Any]]:
-    """Rows of the whole chunks in an unfinished output; those behind them are removed from it."""
-    rows, size = whole_rows(part, "sampled_tokens"), max(1, batch_size // k)
-    whole = rows[: len(rows) // size * size]
-    write_jsonl(part, whole)
-    return whole
+@dataclass(frozen=True, kw_only=True)
+class Correcting:
+    """How traces are self-corrected.
+
+    Attributes:
+        reward_model: folder or Hub id of the judge.
+        rounds, k: see `self_correct`.
+        suspect: one of `SUSPECTS`: the reward model's reward, or the policy's own log-prob.
+        threshold: of a step's mean, in log-odds for the reward and in nats for the log-prob.
+        share: instead, of the rows in which a step is to be suspected. Neither: threshold 0 for the reward.
+        task: recipe that checks answers; None: the reward model's.
+        reference: folder or Hub id of the model whose log-prob is added to the rewards.
+
+    Raises:
+        InputError: options that do not fit together.
+    """
+
+    reward_model: str
+    rounds: int = 3
+    k: int = 4
+    suspect: str = "reward"
+    threshold: float | None = None
+    share: float | None = None
+    task: str | None = None
+    reference: str | None = None
+
+    def __post_init__(self):
+        check_choice("suspect", self.suspect, SUSPECTS)
+        if self.threshold is not None and self.share is not None:
+            raise InputError("--threshold and --share say the same in two ways: give one of them")
+        if self.threshold is not None and math.isnan(self.threshold):
+            raise InputError("--threshold must be a number, not nan")
+        if self.suspect == "logprob" and self.threshold is None and self.share is None:
+            raise InputError(
+                "what a low log-prob is depends on the policy: give --share 0.2 to suspect a step in that share of "
+                "the traces, or --threshold, in nats"
+            )
+
+
+def run_correct(
+    model: str,
+    data: str,
+    correcting: Correcting,
+    sampling: SamplingParams,
+    *,
+    output: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Self-correct the traces in `data`, write one JSON row each and print a summary.
+
+    Args:
+        model: folder or Hub id of the policy.
+        data: file of the rows.
+        correcting: how to correct.
+        sampling: of the continuations.
+        output: JSONL file; None or ``-`` is stdout.
+        resume: resume an unfinished output.
+
+    Raises:
+        InputError: see `corrected_rows`, or the unfinished output is of another run.
+    """
+    done: list[dict[str, Any]] = []
+    origin = None
+    if output is not None:
+        options: dict[str, Any] = {**asdict(correcting), **asdict(sampling)}
+        del options["batch_size"]
+        models = {"model": model, "--reward-model": options.pop("reward_model")}
+        models["--reference"] = options.pop("reference")
+        origin = origin_of("correct", models, data, **options)
+    if resume:
+        if is_finished(output):
+            return
+        if part := unfinished(output, origin):
+            done = finished_corrections(part, sampling.prompts_together(correcting.k))
+            say(f"resuming after {len(done)} rows")
+    chunks = corrected_rows(model, data, correcting, sampling, done=len(done))
+    with rows_to(output, append=resume, origin=origin) as file:
+        for rows in chunks:
+            for row in rows:
+                write_row(file, row)
+            file.flush()
+            done += rows
+    say(correction_summary(done))
+
+
+def finished_corrections(part: Path, size: int) -> list[dict[str, Any]]:
+    """Rows of the complete chunks of `size` in an unfinished output; those behind them are removed from it."""
+    rows = complete_rows(part, "sampled_tokens")
+    done = rows[: len(rows) // size * size]
+    write_jsonl(part, done)
+    return done
 
 
 def corrected_rows(
-    model: str,
-    data: str,
-    reward_model: str,
-    rounds: int,
-    k: int,
-    suspect: str,
-    threshold: float | None,
-    share: float | None,
-    task_name: str | None,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 64,
-    reference: str | None = None,
-    done: int = 0,
+    model: str, data: str, correcting: Correcting, sampling: SamplingParams, *, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows with a prompt and a completion, self-corrected; see `correct.self_correct`.
+    """Rows with a prompt and a completion, self-corrected; see `self_correct`.
 
-    Args:
-        model: folder or Hub id of the policy, which draws.
-        data: file of the rows.
-        reward_model: folder or Hub id of what judges.
-        rounds, k: see there.
-        suspect: one of `SUSPECTS`: the reward model's reward, or the policy's own log-prob.
-        threshold: of a step's mean, in log-odds for the reward and in nats for the log-prob.
-        share: in its place, of the rows in which a step is to be suspected. Neither: 0 for the reward.
-        task_name: recipe that checks answers; None: the reward model's.
-        max_new_tokens: length limit of a trace.
-        temperature, top_p, seed, batch_size, reference: see `Guide`.
-        done: first rows, whole chunks of them, that are left out.
+    The first `done` rows, complete chunks of them, are left out.
 
     Yields:
         For each chunk its rows: question and answer as given, prompt, completion, extracted, correct and correct_before
         (None where no answer is known), finished, length, logprob, reward, reward_before, cuts and sampled_tokens.
 
     Raises:
-        InputError: before a model is loaded, if anything cannot be read; a trace or a prompt with `max_new_tokens` more
-            is longer than the reward model reads.
+        InputError: before a model is loaded, if anything cannot be read; a trace, or a prompt with the new tokens, is
+            longer than the reward model reads.
     """
-    check_drawing(temperature, top_p)
-    if temperature == 0 and k > 1:
+    k, share, threshold = correcting.k, correcting.share, correcting.threshold
+    if sampling.temperature == 0 and k > 1:
         raise InputError(f"-k is {k}: at temperature 0 all continuations are the same; use -k 1")
-    check_choice("suspect", suspect, SUSPECTS)
-    if threshold is not None and share is not None:
-        raise InputError("--threshold and --share say the same in two ways: give one of them")
-    if threshold is not None and math.isnan(threshold):
-        raise InputError("--threshold must be a number, not nan")
-    if suspect == "logprob" and threshold is None and share is None:
-        raise InputError(
-            "what a low log-prob is depends on the policy: give --share 0.2 to suspect a step in that share of the "
-            "traces, or --threshold, in nats"
-        )
-    settings = check_reward_model(reward_model)
-    task = get_task(task_name or settings.task)
+    settings = check_reward_model(correcting.reward_model)
+    task = get_task(correcting.task or settings.task)
     rows = list(candidate_rows(data, template=settings.template))
     if not rows:
         raise InputError(f"{data}: no rows")
@@ -100,25 +157,38 @@ def corrected_rows(
     check_model(model)
     tokenizer = load_tokenizer(model)
     prompts = [render_prompt(tokenizer, row["prompt"], settings.template, where) for where, row in rows]
-    given = {"temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size}
-    guide = load_guide(model, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
+    guide = load_guide(
+        model,
+        tokenizer,
+        prompts,
+        reward_model=correcting.reward_model,
+        sampling=sampling,
+        reference=correcting.reference,
+    )
     encoded = []
     for prompt, (where, row) in zip(prompts, rows, strict=True):
         finished = row.get("finished") is not False
         trace = guide.scorer.encode(Trace(where=where, prompt=prompt, completion=row["completion"], finished=finished))
         encoded.append((trace.prompt, trace.completion))
     detector = guide
-    if suspect == "logprob":
+    if correcting.suspect == "logprob":
         detector = replace(guide, scorer=LogProbs(guide.policy, tokenizer, settings), reference=None)
     if share is not None:
         lowest = lowest_steps(detector, [ids for ids, _ in encoded], [ids for _, ids in encoded])
         threshold = threshold_of(lowest, share)
-    cut_under = threshold or 0.0
     pairs = iter(list(zip(rows, encoded, strict=True))[done:])
-    while chunk := list(islice(pairs, max(1, batch_size // k))):
+    while chunk := list(islice(pairs, sampling.prompts_together(k))):
         asked = [prompt for _, (prompt, _) in chunk]
         traces = [trace for _, (_, trace) in chunk]
-        found = self_correct(guide, asked, traces, rounds, k, cut_under, None if detector is guide else detector)
+        found = self_correct(
+            guide,
+            asked,
+            traces,
+            rounds=correcting.rounds,
+            k=k,
+            threshold=threshold or 0.0,
+            detector=None if detector is guide else detector,
+        )
         log_probs = mean_log_probs(guide.policy, asked, [c.ids for c in found], pad_id(tokenizer))
         out = []
         for ((_, row), (_, old)), new, log_prob in zip(chunk, found, log_probs, strict=True):
@@ -153,7 +223,7 @@ def correction_summary(rows: Sequence[dict[str, Any]]) -> str:
     """
     tokens = sum(row["sampled_tokens"] for row in rows)
     changed = sum(row["reward"] > row["reward_before"] for row in rows)
-    text = f"{len(rows)} traces, {changed} changed, {tokens} tokens drawn"
+    text = f"{len(rows)} traces, {changed} changed, {tokens} tokens sampled"
     known = [(row["correct_before"], row["correct"]) for row in rows if row["correct"] is not None]
     if known:
         before, after = (sum(pair[side] for pair in known) for side in (0, 1))

@@ -1,82 +1,143 @@
 """`tracereward sample --guide`: completions that a reward model guides, as rows."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from tracereward.commands.partial_output import whole_rows
-from tracereward.commands.sample import check_drawing, load_questions, sample_row
+from tracereward.commands.partial_output import complete_rows
+from tracereward.commands.questions import Questions, load_questions, sample_row
 from tracereward.errors import InputError, check_choice, check_number
 from tracereward.files import write_jsonl
 from tracereward.generation import decoding
 from tracereward.generation.guide import Guide, Guided, check_tokenizers
+from tracereward.generation.params import SamplingParams
 from tracereward.modeling.loading import best_device, check_model, load_causal_lm, local_folder
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model
-from tracereward.tasks.recipes import get_task
-
-OPTIONS = {
-    "beam": {"beam": 4, "expansions": 4, "lookahead": 0},
-    "reject": {"n": 8, "keep": 1},
-    "tilt": {"n": 8, "alpha": 1.0, "top_k": 8},
-}
-"""What each method of `decode.GUIDES` is given, and the defaults."""
+from tracereward.tasks import get_task
 
 
-def guide_options(method: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a method, defaults filled in; those in `given` that are None were not given.
+@dataclass(frozen=True, kw_only=True)
+class Beam:
+    """Options of beam search, see `decoding.beam`."""
+
+    name: ClassVar = "beam"
+    beam: int = 4
+    expansions: int = 4
+    lookahead: int = 0
+
+    @property
+    def at_once(self) -> int:
+        """Traces of a prompt that are sampled together."""
+        return self.beam * self.expansions
+
+    def run(self, guide: Guide, prompts: Sequence[str]) -> list[list[Guided]]:
+        """Each prompt's traces."""
+        return decoding.beam(guide, prompts, width=self.beam, expansions=self.expansions, lookahead=self.lookahead)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """Options of early rejection, see `decoding.reject`.
+
+    Raises:
+        InputError: more traces are to be kept than are sampled.
+    """
+
+    name: ClassVar = "reject"
+    n: int = 8
+    keep: int = 1
+
+    def __post_init__(self):
+        if self.keep > self.n:
+            raise InputError(f"--keep {self.keep}: only -n {self.n} traces are sampled")
+
+    @property
+    def at_once(self) -> int:
+        """Traces of a prompt that are sampled together."""
+        return self.n
+
+    def run(self, guide: Guide, prompts: Sequence[str]) -> list[list[Guided]]:
+        """Each prompt's traces."""
+        return decoding.reject(guide, prompts, n=self.n, keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tilt:
+    """Options of tilted sampling, see `decoding.tilt`.
+
+    Raises:
+        InputError: alpha is not finite.
+    """
+
+    name: ClassVar = "tilt"
+    n: int = 8
+    alpha: float = 1.0
+    top_k: int = 8
+
+    def __post_init__(self):
+        check_number("--alpha", self.alpha)
+
+    @property
+    def at_once(self) -> int:
+        """Traces of a prompt that are sampled together."""
+        return self.n
+
+    def run(self, guide: Guide, prompts: Sequence[str]) -> list[list[Guided]]:
+        """Each prompt's traces."""
+        return decoding.tilt(guide, prompts, n=self.n, alpha=self.alpha, top_k=self.top_k)
+
+
+METHODS = {method.name: method for method in (Beam, Reject, Tilt)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """What guides the decoding.
+
+    Attributes:
+        reward_model: folder or Hub id; its tokenizer is the policy's.
+        method: with its options.
+        reference: folder or Hub id of the model whose log-prob is added to the rewards.
+    """
+
+    reward_model: str
+    method: Beam | Reject | Tilt
+    reference: str | None = None
+
+
+def guide_options(name: str, **given: Any) -> Beam | Reject | Tilt:
+    """The options of a method by its name; those in `given` that are None have their default.
 
     Raises:
         InputError: there is no such method, one of the options belongs to another, or has no such value.
     """
-    check_choice("guide", method, decoding.GUIDES)
-    known = OPTIONS[method]
-    for name, value in given.items():
-        if value is not None and name not in known:
-            owner = " and ".join(other for other, names in OPTIONS.items() if name in names)
-            dash = "-" if len(name) == 1 else "--"
-            raise InputError(f"{dash}{name.replace('_', '-')} is of --guide {owner}, not of {method}")
-    options = {name: default if given.get(name) is None else given[name] for name, default in known.items()}
-    if method == "reject" and options["keep"] > options["n"]:
-        raise InputError(f"--keep {options['keep']}: only -n {options['n']} traces are drawn")
-    if method == "tilt":
-        check_number("--alpha", options["alpha"])
-    return options
+    check_choice("guide", name, METHODS)
+    known = {other: {field.name for field in fields(method)} for other, method in METHODS.items()}
+    given = {option: value for option, value in given.items() if value is not None}
+    for option in given:
+        if option not in known[name]:
+            owner = " and ".join(other for other in METHODS if option in known[other])
+            dash = "-" if len(option) == 1 else "--"
+            raise InputError(f"{dash}{option.replace('_', '-')} is of --guide {owner}, not of {name}")
+    return METHODS[name](**given)
 
 
-def run_guide(guide: Guide, method: str, prompts: Sequence[str], options: dict[str, Any]) -> list[list[Guided]]:
-    """Each prompt's traces by one of `decode.GUIDES`; `options` as `guide_options` gives them."""
-    if method == "beam":
-        return decoding.beam(guide, prompts, options["beam"], options["expansions"], options["lookahead"])
-    if method == "reject":
-        return decoding.reject(guide, prompts, options["n"], options["keep"])
-    return decoding.tilt(guide, prompts, options["n"], options["alpha"], options["top_k"])
-
-
-def traces_at_once(method: str, options: dict[str, Any]) -> int:
-    """Traces of one prompt that are drawn together."""
-    return options["beam"] * options["expansions"] if method == "beam" else options["n"]
-
-
-def chunk_size(method: str, options: dict[str, Any], batch_size: int) -> int:
-    """Questions that are guided together."""
-    return max(1, batch_size // traces_at_once(method, options))
-
-
-def finished_guided(part: Path, method: str, options: dict[str, Any], batch_size: int) -> int:
-    """Questions in an unfinished output whose whole chunk is there; rows behind them are removed from it."""
-    rows, size = whole_rows(part, "question"), chunk_size(method, options, batch_size)
-    whole = rows[-1]["question"] // size * size if rows else 0  # a question may have fewer traces than were asked for
-    write_jsonl(part, [row for row in rows if row["question"] < whole])
-    return whole
+def finished_guided(part: Path, size: int) -> int:
+    """Questions in an unfinished output whose chunk of `size` is complete; rows behind them are removed from it."""
+    rows = complete_rows(part, "question")
+    done = rows[-1]["question"] // size * size if rows else 0  # a question may have fewer traces than were asked for
+    write_jsonl(part, [row for row in rows if row["question"] < done])
+    return done
 
 
 def check_template(reward_model: str, template: str) -> None:
-    """That prompts are rendered as those that a reward model was trained on.
+    """Check that prompts are rendered by the template that a reward model was trained with.
 
     Raises:
         InputError: they are not, or there is no such reward model.
@@ -89,83 +150,73 @@ def check_template(reward_model: str, template: str) -> None:
 def load_guide(
     model: str,
     tokenizer: PreTrainedTokenizerBase,
-    reward_model: str,
     prompts: Sequence[str],
-    max_new_tokens: int,
+    *,
+    reward_model: str,
+    sampling: SamplingParams,
     reference: str | None = None,
-    **given: Any,
 ) -> Guide:
     """A policy and a reward model, on the accelerator if there is one.
 
     Args:
         model: folder or Hub id of the policy.
         tokenizer: its tokenizer.
-        reward_model: folder or Hub id.
         prompts: rendered; all are measured.
-        max_new_tokens: length limit of a trace.
+        reward_model: folder or Hub id.
+        sampling: of the guide.
         reference: folder or Hub id of the model whose log-prob is added to the rewards.
-        **given: other fields of `Guide`.
 
     Raises:
-        InputError: their tokenizers differ (said before either is loaded), or a prompt leaves too little room.
+        InputError: their tokenizers differ (checked before either is loaded), or a prompt leaves too little room.
     """
     check_tokenizers(tokenizer, load_tokenizer(str(local_folder(reward_model))))
     if reference is not None:
         check_model(reference)
     scorer = TokenRewardModel.from_pretrained(reward_model).to(best_device())
-    beside = load_log_prob_model(scorer, reference)
+    reference_model = load_log_prob_model(scorer, reference)
     policy = load_causal_lm(model, device=best_device())
-    guide = Guide(policy, tokenizer, scorer, max_new_tokens, reference=beside, **given)
+    guide = Guide(policy, tokenizer, scorer, sampling, reference=reference_model)
     guide.encode(prompts)
     return guide
 
 
 def guided_rows(
-    model: str,
-    reward_model: str,
-    method: str,
-    options: dict[str, Any],
-    data: str | None,
-    task_name: str,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    limit: int | None = None,
-    split: str = "test",
-    template: str = "plain",
-    batch_size: int = 64,
-    reference: str | None = None,
-    done: int = 0,
+    model: str, questions: Questions, sampling: SamplingParams, guidance: Guidance, *, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Guided completions of a set's prompts: rows as `pool.sample_rows` makes them, with reward and sampled_tokens.
+    """Guided completions of a set's prompts: rows as `sample_rows` makes them, with reward and sampled_tokens.
 
-    The first `done` questions, whole chunks of them, are left out.
+    The first `done` questions, complete chunks of them, are left out.
 
     Yields:
-        For each chunk of questions its rows; those of a question stand together, by reward from the highest.
+        For each chunk of questions its rows, those of a question together, by reward from the highest.
 
     Raises:
         InputError: before a model is loaded, if anything cannot be read or does not fit.
     """
-    check_drawing(temperature, top_p)
-    at_once = traces_at_once(method, options)
-    if temperature == 0 and at_once > 1:
-        raise InputError(f"at temperature 0 all draws are the same: --guide {method} would draw {at_once}")
-    check_template(reward_model, template)
-    rows, prompts, tokenizer = load_questions(model, data, task_name, limit, split, template)
-    given = {"temperature": temperature, "top_p": top_p, "seed": seed, "batch_size": batch_size}
-    guide = load_guide(model, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
-    size = chunk_size(method, options, batch_size)
+    method = guidance.method
+    if sampling.temperature == 0 and method.at_once > 1:
+        raise InputError(
+            f"at temperature 0 all samples are the same: --guide {method.name} would sample {method.at_once}"
+        )
+    check_template(guidance.reward_model, questions.template)
+    rows, prompts, tokenizer = load_questions(questions, model)
+    guide = load_guide(
+        model,
+        tokenizer,
+        prompts,
+        reward_model=guidance.reward_model,
+        sampling=sampling,
+        reference=guidance.reference,
+    )
+    size = sampling.prompts_together(method.at_once)
     for start in range(done, len(prompts), size):
-        found = run_guide(guide, method, prompts[start : start + size], options)
         yield [
             {
-                **sample_row(trace, rows[start + trace.prompt], get_task(task_name)),
+                **sample_row(trace, rows[start + trace.prompt], get_task(questions.task)),
                 "question": start + trace.prompt,
                 "reward": trace.reward,
                 "sampled_tokens": trace.sampled_tokens,
             }
-            for traces in found
+            for traces in method.run(guide, prompts[start : start + size])
             for trace in traces
         ]

@@ -1,6 +1,6 @@
-"""Files of rows that appear under their name when all rows are there, and going on with one that was interrupted.
+"""Files of rows that appear under their name when they are complete, and resuming an interrupted one.
 
-Until then the rows are in ``NAME.part``, and what they are made of (models, data, options) in ``NAME.part.json``: rows
+Until then the rows are in ``NAME.part``, and their origin (models, data, options) in ``NAME.part.json``: rows
 of two different runs are never joined.
 """
 
@@ -13,21 +13,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from tracereward.console import say
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import DISK_FULL, atomic_write_json, write_jsonl
 from tracereward.modeling.loading import model_fingerprint
 
 Origin = dict[str, list[Any]]
-"""What rows are made of: for each argument its value as given, and what is compared."""
+"""The arguments that determine rows: for each its value as given, and the value that is compared."""
 
 
 def origin_of(command: str, models: dict[str, str | None], data: str | None, **options: Any) -> Origin:
-    """What the rows of an output are made of.
+    """The arguments that determine the rows of an output.
 
     Args:
         command: which writes them.
-        models: by argument; known by their content, since a folder may have been trained again under the same name.
-        data: file, known by its content, or Hub id.
+        models: by argument; compared by content, since a folder may have been trained again under the same name.
+        data: file, compared by content, or Hub id.
         **options: all others that change a row, by their names in Python.
 
     Raises:
@@ -43,7 +44,7 @@ def origin_of(command: str, models: dict[str, str | None], data: str | None, **o
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; the name of what is none: a set on the Hub, or nothing, which reading will say."""
+    """SHA-256 of a file; for anything else its name: a set on the Hub, or a missing file, which reading reports."""
     if not path.is_file():
         return str(path)
     try:
@@ -56,11 +57,6 @@ def _digest(path: Path) -> str:
 def part_of(output: str) -> Path:
     """Where the rows of an unfinished output are."""
     return Path(output + ".part")
-
-
-def is_finished(output: str) -> bool:
-    """Whether all rows of an output are there."""
-    return Path(output).is_file() and not part_of(output).exists()
 
 
 def _origin_file(part: Path) -> Path:
@@ -88,12 +84,12 @@ def check_output(output: str | None) -> None:
 
 @contextmanager
 def rows_to(output: str | None, append: bool = False, origin: Origin | None = None) -> Iterator[TextIO]:
-    """Where rows go: stdout, or a file that appears under its name when all of it is there.
+    """Where rows go: stdout, or a file that appears under its name when it is complete.
 
     Args:
         output: file; None and ``-`` are stdout.
         append: to what `unfinished` found.
-        origin: kept beside an output that a later call may go on with.
+        origin: kept with an output that a later call may resume.
 
     Raises:
         InputError: it cannot be written.
@@ -122,12 +118,28 @@ def write_row(file: TextIO, row: dict[str, Any]) -> None:
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def unfinished(output: str, origin: Origin) -> Path | None:
+def is_finished(output: str | None) -> bool:
+    """Whether the output of a command with ``--resume`` is complete already, which is printed.
+
+    Raises:
+        InputError: there is no output to resume.
+    """
+    if output is None:
+        raise InputError("--resume needs --output")
+    finished = Path(output).is_file() and not part_of(output).exists()
+    if finished:
+        say(f"{output} is finished")
+    return finished
+
+
+def unfinished(output: str | None, origin: Origin | None) -> Path | None:
     """The rows that an interrupted run with the same `origin` left of `output`; None if there are none.
 
     Raises:
-        InputError: they are of another run; says what differs.
+        InputError: they are of another run; names the difference.
     """
+    if output is None or origin is None:
+        raise InputError("--resume needs --output")
     part = part_of(output)
     if not part.is_file() or part.stat().st_size == 0:
         return None
@@ -159,10 +171,10 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def finished_rows(part: Path) -> int:
-    """How many whole rows an unfinished output has; half a line at its end is removed from it.
+    """The number of complete rows of an unfinished output; a partial line at its end is removed from it.
 
     Raises:
-        InputError: see `whole_rows`.
+        InputError: see `complete_rows`.
     """
     count = end = 0
     for size, _ in _lines(part, "prompt"):
@@ -172,19 +184,19 @@ def finished_rows(part: Path) -> int:
 
 
 def finished_questions(part: Path, n: int, chunk: int) -> int:
-    """Questions of `n` rows each in an unfinished output whose whole chunk is there; rows behind are removed from it.
+    """Questions of `n` rows each in an unfinished output whose chunk is complete; rows behind are removed from it.
 
     Raises:
-        InputError: see `whole_rows`.
+        InputError: see `complete_rows`.
     """
-    rows = whole_rows(part, "question")
-    whole = len(rows) // (n * chunk) * chunk
-    write_jsonl(part, rows[: whole * n])
-    return whole
+    rows = complete_rows(part, "question")
+    done = len(rows) // (n * chunk) * chunk
+    write_jsonl(part, rows[: done * n])
+    return done
 
 
-def whole_rows(part: Path, field: str) -> list[dict[str, Any]]:
-    """The rows of an unfinished output; half a line at its end is left out.
+def complete_rows(part: Path, field: str) -> list[dict[str, Any]]:
+    """The rows of an unfinished output; a partial line at its end is left out.
 
     Args:
         part: as `unfinished` found it.
@@ -197,7 +209,7 @@ def whole_rows(part: Path, field: str) -> list[dict[str, Any]]:
 
 
 def _lines(part: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Bytes and row of every whole line."""
+    """Bytes and row of every complete line."""
     with open(part, "rb") as file:
         for n, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):

@@ -1,47 +1,92 @@
-"""`tracereward sample`: completions of a policy, as rows."""
+"""`tracereward sample`: completions of a policy, plain or guided by a reward model, as rows."""
 
-import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from tqdm.auto import tqdm
 
-from tracereward.data.demonstrations import load_demonstrations
+from tracereward.commands.guided import Guidance, finished_guided, guided_rows
+from tracereward.commands.partial_output import (
+    finished_questions,
+    is_finished,
+    origin_of,
+    rows_to,
+    unfinished,
+    write_row,
+)
+from tracereward.commands.questions import Questions, load_questions, sample_row
+from tracereward.console import say
 from tracereward.errors import InputError
-from tracereward.generation.sampling import Sample, sample
-from tracereward.modeling.loading import best_device, check_model, load_causal_lm
-from tracereward.modeling.tokenization import load_tokenizer, render_prompt
-from tracereward.tasks import Task, get_task
+from tracereward.generation.params import SamplingParams
+from tracereward.generation.sampling import sample
+from tracereward.modeling.loading import best_device, load_causal_lm
+from tracereward.tasks import get_task
 
 
-def check_drawing(temperature: float, top_p: float) -> None:
-    """Refuse what tokens cannot be drawn by.
+def run_sample(
+    model: str,
+    questions: Questions,
+    sampling: SamplingParams,
+    *,
+    n: int = 8,
+    guidance: Guidance | None = None,
+    output: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Sample completions and write one JSON row each.
+
+    Args:
+        model: folder or Hub id of the policy.
+        questions: to sample for.
+        sampling: how to sample.
+        n: completions of each question; not read if guided, where the method has its own number.
+        guidance: guide the decoding by a reward model.
+        output: JSONL file; None or ``-`` is stdout.
+        resume: resume an unfinished output.
 
     Raises:
-        InputError: names the option.
+        InputError: anything cannot be read or does not fit, or the unfinished output is of another run.
     """
-    if not 0 <= temperature < math.inf:  # nan is not either
-        raise InputError(f"--temperature must be a number from 0, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise InputError(f"--top-p must be over 0 and at most 1, not {top_p}")
+    models = {"model": model, "--reward-model": None, "--reference": None}
+    options: dict[str, Any] = {**asdict(questions), **asdict(sampling)}
+    data = options.pop("data")
+    if guidance is None:  # a batch has one random seed, so that rows depend on its size
+        options["n"] = n
+    else:
+        models |= {"--reward-model": guidance.reward_model, "--reference": guidance.reference}
+        del options["batch_size"]
+        options |= {"guide": guidance.method.name, **asdict(guidance.method)}
+    origin = None if output is None else origin_of("sample", models, data, **options)
+    done = 0
+    if resume:
+        if is_finished(output):
+            return
+        if part := unfinished(output, origin):
+            if guidance is None:
+                done = finished_questions(part, n, sampling.prompts_together(n))
+            else:
+                done = finished_guided(part, sampling.prompts_together(guidance.method.at_once))
+            say(f"resuming after {done} questions")
+    if guidance is None:
+        chunks = sample_rows(model, questions, sampling, n=n, done=done)
+    else:
+        chunks = guided_rows(model, questions, sampling, guidance, done=done)
+    progress = tqdm(desc="samples", initial=done * (n if guidance is None else 1), unit="")
+    with progress, rows_to(output, append=resume, origin=origin) as file:
+        for rows in chunks:
+            for row in rows:
+                write_row(file, row)
+            file.flush()
+            progress.update(len(rows))
 
 
 def sample_rows(
-    model: str,
-    data: str | None,
-    task_name: str,
-    n: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    limit: int | None = None,
-    split: str = "test",
-    template: str = "plain",
-    batch_size: int = 64,
-    done: int = 0,
+    model: str, questions: Questions, sampling: SamplingParams, *, n: int, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Completions of a set's prompts, as rows; see `sampling.sample`.
+    """Completions of a set's prompts, as rows; see `generation.sampling.sample`.
+
+    The first `done` questions, complete chunks of them, are left out.
 
     Yields:
         For each chunk of prompts, rows with question (its number), prompt, completion, answer (gold), extracted,
@@ -50,48 +95,10 @@ def sample_rows(
     Raises:
         InputError: before the model is loaded, if anything cannot be read.
     """
-    check_drawing(temperature, top_p)
-    if temperature == 0 and n > 1:
+    if sampling.temperature == 0 and n > 1:
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
-    rows, prompts, tokenizer = load_questions(model, data, task_name, limit, split, template)
+    rows, prompts, tokenizer = load_questions(questions, model)
     policy = load_causal_lm(model, device=best_device())
-    size = max(1, batch_size // n)
-    for chunk in sample(
-        policy, tokenizer, prompts, n, max_new_tokens, temperature, top_p, seed, batch_size, first_chunk=done // size
-    ):
-        yield [sample_row(s, rows[s.prompt], get_task(task_name)) for s in chunk]
-
-
-def load_questions(
-    model: str, data: str | None, task_name: str, limit: int | None, split: str, template: str
-) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
-    """The questions to draw completions of, their rendered prompts and the policy's tokenizer; loads no model.
-
-    Raises:
-        InputError: anything cannot be read.
-    """
-    task = get_task(task_name)
-    source = data or task.dataset
-    if source is None:
-        raise InputError(f"task {task.name!r} has no set of its own: give --data, a file or a Hub id")
-    subset = task.subset if data in (None, task.dataset) else None
-    rows = load_demonstrations(source, task, split, subset, limit, require_completion=False)
-    check_model(model)
-    tokenizer = load_tokenizer(model)
-    prompts = [render_prompt(tokenizer, row["prompt"], template, row["source"]) for row in rows]
-    return rows, prompts, tokenizer
-
-
-def sample_row(drawn: Sample, row: dict[str, Any], task: Task) -> dict[str, Any]:
-    """What `sample` writes of one completion of the question in `row`."""
-    return {
-        "question": drawn.prompt,
-        "prompt": row["prompt"],
-        "completion": drawn.text,
-        "answer": row["answer"],
-        "extracted": task.extract(drawn.text),
-        "correct": None if row["answer"] is None else task.verify(drawn.text, row["answer"]),
-        "finished": drawn.finished,
-        "length": len(drawn.ids),
-        "logprob": drawn.logprob,
-    }
+    first_chunk = done // sampling.prompts_together(n)
+    for chunk in sample(policy, tokenizer, prompts, sampling, n=n, first_chunk=first_chunk):
+        yield [sample_row(s, rows[s.prompt], get_task(questions.task)) for s in chunk]

@@ -108,14 +108,11 @@ def _score_to_file(options: ScoreOptions) -> list[str]:
         models = {"model": options.model, "--reference": options.reference, "--policy": options.policy}
         origin = origin_of("score", models, options.data, split=options.split, engine=options.engine)
     if options.resume:
-        if options.output is None or origin is None:
-            raise InputError("--resume needs --output")
         if is_finished(options.output):
-            say(f"{options.output} is finished")
             return []
         if part := unfinished(options.output, origin):
             done = finished_rows(part)
-            say(f"going on after {done} rows")
+            say(f"resuming after {done} rows")
     model = load_scorer(options.model, options.engine)
     extra = load_log_prob_models(model, reference=options.reference, policy=options.policy)
     rows = candidate_rows(options.data, options.split, [] if options.skip_bad else None, settings.template)

@@ -1,18 +1,19 @@
-"""`tracereward evaluate guided`: guided decoding and self-correction beside choosing among whole samples, by budget."""
+"""`tracereward evaluate guided`: guided decoding and self-correction against choosing among samples, by budget."""
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tracereward.commands.guided import check_template, load_guide
-from tracereward.commands.sample import load_questions
+from tracereward.commands.questions import Questions, load_questions
 from tracereward.console import note
 from tracereward.errors import InputError
 from tracereward.evaluate.suites import check_answers, output_folder, publish
 from tracereward.generation.decoding import beam, reject, tilt
 from tracereward.generation.guide import Guide, Guided
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct
 from tracereward.metrics import bootstrap_interval
 from tracereward.reports.tables import Table
@@ -31,9 +32,25 @@ POOL_METHODS = (
     "reward_logprob_vote",
     "oracle",
 )
-"""Those of `rerank.METHODS` that choose among plain samples: a reward must beat the ones without it."""
+"""Those of `selection.METHODS` that choose among plain samples: a reward must beat the ones without it."""
 ROUNDS = 3
-"""Of self-correction; the budget's other samples are shared out among them."""
+"""Of self-correction; the budget's other samples are divided among them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        budgets: samples of a question.
+        alpha, top_k: of tilted sampling, see `tilt`.
+        threshold: of self-correction: a step is suspected under it.
+    """
+
+    budgets: tuple[int, ...] = (4, 16)
+    alpha: float = 1.0
+    top_k: int = 8
+    threshold: float = 0.0
 
 
 def beam_shape(budget: int) -> tuple[int, int]:
@@ -46,7 +63,14 @@ def candidates(found: Sequence[Sequence[Guided]], golds: Sequence[str], task: Ta
     """The traces of each question as candidates to choose among, in an order that says nothing about them."""
     rows = [
         [
-            Candidate(t.text, task.extract(t.text), t.reward, t.logprob, len(t.ids), task.verify(t.text, gold))
+            Candidate(
+                text=t.text,
+                answer=task.extract(t.text),
+                reward=t.reward,
+                logprob=t.logprob,
+                length=len(t.ids),
+                correct=task.verify(t.text, gold),
+            )
             for t in traces
         ]
         for traces, gold in zip(found, golds, strict=True)
@@ -58,16 +82,9 @@ def candidates(found: Sequence[Sequence[Guided]], golds: Sequence[str], task: Ta
 
 
 def compare(
-    guide: Guide,
-    prompts: Sequence[str],
-    golds: Sequence[str],
-    task: Task,
-    budgets: Sequence[int],
-    alpha: float,
-    top_k: int,
-    threshold: float,
+    guide: Guide, prompts: Sequence[str], golds: Sequence[str], *, task: Task, comparison: Comparison
 ) -> Iterator[dict[str, Any]]:
-    """Accuracy of each method at each budget, a number N of whole samples.
+    """Accuracy of each method at each budget, a number N of complete samples.
 
     greedy: one trace. `POOL_METHODS`: of N plain samples; those that add a log-prob only where the guide's reward has
     none in it. beam: width * expansions <= N. reject: N at the start. tilt: the best reward of N tilted traces.
@@ -89,26 +106,37 @@ def compare(
     def first(found: Sequence[Sequence[Guided]]) -> list[tuple[str, int]]:
         return [(traces[0].text, traces[0].sampled_tokens) for traces in found]
 
-    yield row("greedy", 0, first(tilt(replace(guide, temperature=0.0), prompts, 1, 0.0, 1)))
-    singles = tilt(guide, prompts, 1, 0.0, vocabulary)
+    greedy = replace(guide, sampling=replace(guide.sampling, temperature=0.0))
+    yield row("greedy", 0, first(tilt(greedy, prompts, alpha=0.0, top_k=1)))
+    singles = tilt(guide, prompts, alpha=0.0, top_k=vocabulary)
     for prompt, traces in zip(prompts, singles, strict=True):
         check_finite(f"a trace of {prompt!r}", "reward", [traces[0].reward])
-    for budget in budgets:
-        plain = tilt(guide, prompts, budget, 0.0, vocabulary)  # alpha 0 and all words: plain samples
+    for budget in comparison.budgets:
+        # With alpha 0 and the full vocabulary these are plain samples.
+        plain = tilt(guide, prompts, n=budget, alpha=0.0, top_k=vocabulary)
         questions = candidates(plain, golds, task)
-        drawn = sum(traces[0].sampled_tokens for traces in plain) / len(plain)
+        tokens = sum(traces[0].sampled_tokens for traces in plain) / len(plain)
         for method in POOL_METHODS:
             if guide.reference is None or not method.startswith("reward_logprob"):
-                right = outcomes(questions, method, task.equal, guide.seed)
-                yield {"method": method, "budget": budget, "right": right, "sampled_tokens": drawn}
-        yield row("beam", budget, first(beam(guide, prompts, *beam_shape(budget))))
-        yield row("reject", budget, first(reject(guide, prompts, budget)))
-        yield row("tilt", budget, first(tilt(guide, prompts, budget, alpha, top_k)))
+                right = outcomes(questions, method, task.equal, guide.sampling.seed)
+                yield {"method": method, "budget": budget, "right": right, "sampled_tokens": tokens}
+        width, expansions = beam_shape(budget)
+        yield row("beam", budget, first(beam(guide, prompts, width=width, expansions=expansions)))
+        yield row("reject", budget, first(reject(guide, prompts, n=budget)))
+        tilted = tilt(guide, prompts, n=budget, alpha=comparison.alpha, top_k=comparison.top_k)
+        yield row("tilt", budget, first(tilted))
         if budget > 1:
             rounds = min(ROUNDS, budget - 1)
             given = [traces[0] for traces in singles]
             asked = guide.encode(prompts)
-            found = self_correct(guide, asked, [t.ids for t in given], rounds, (budget - 1) // rounds, threshold)
+            found = self_correct(
+                guide,
+                asked,
+                [t.ids for t in given],
+                rounds=rounds,
+                k=(budget - 1) // rounds,
+                threshold=comparison.threshold,
+            )
             texts = guide.tokenizer.batch_decode([c.ids for c in found], skip_special_tokens=True)
             counts = [c.sampled_tokens + t.sampled_tokens for c, t in zip(found, given, strict=True)]
             yield row("self_correct", budget, list(zip(texts, counts, strict=True)))
@@ -120,56 +148,61 @@ def guided_table(rows: Sequence[dict[str, Any]], questions: int) -> Table:
         [r["budget"], r["method"], *(100 * x for x in (r["accuracy"], *r["interval"])), round(r["sampled_tokens"])]
         for r in rows
     ]
-    columns = ["samples", "method", "accuracy %", "low", "high", "drawn tokens of a question"]
+    columns = ["samples", "method", "accuracy %", "low", "high", "sampled tokens of a question"]
     return Table(f"Guided decoding, {questions} questions", columns, cells)
 
 
 def run_guided(
     policy: str,
+    questions: Questions,
+    sampling: SamplingParams,
+    comparison: Comparison,
+    *,
     reward_model: str,
-    data: str | None,
-    task_name: str,
-    budgets: Sequence[int],
-    alpha: float,
-    top_k: int,
-    threshold: float,
-    max_new_tokens: int,
-    temperature: float,
-    split: str,
-    template: str,
-    limit: int | None,
-    seed: int,
-    batch_size: int,
-    reference: str | None,
-    output: Path | None,
-    as_json: bool,
+    reference: str | None = None,
+    output: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """`tracereward evaluate guided`.
+
+    Args:
+        policy: folder or Hub id.
+        questions: with gold answers.
+        sampling: of the traces.
+        comparison: budgets and the methods' options.
+        reward_model: folder or Hub id; its tokenizer is the policy's.
+        reference: folder or Hub id of the model whose log-prob is added to the rewards.
+        output: folder, see `output_folder`.
+        as_json: print JSON instead of tables.
 
     Raises:
         InputError: a question without a gold answer, temperature 0, or models that do not fit together.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         raise InputError("at temperature 0 all samples of a question are the same: set --temperature above 0")
-    task = get_task(task_name)
+    task = get_task(questions.task)
     folder = output_folder(policy, output)
-    check_template(reward_model, template)
-    rows, prompts, tokenizer = load_questions(policy, data, task_name, limit, split, template)
+    check_template(reward_model, questions.template)
+    rows, prompts, tokenizer = load_questions(questions, policy)
     check_answers(rows)
-    given = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
-    guide = load_guide(policy, tokenizer, reward_model, prompts, max_new_tokens, reference, **given)
+    guide = load_guide(policy, tokenizer, prompts, reward_model=reward_model, sampling=sampling, reference=reference)
     found = []
-    for row in compare(guide, prompts, [r["answer"] for r in rows], task, budgets, alpha, top_k, threshold):
+    for row in compare(guide, prompts, [r["answer"] for r in rows], task=task, comparison=comparison):
         right = row.pop("right")
-        found.append({**row, "accuracy": sum(right) / len(right), "interval": bootstrap_interval(right, seed)})
+        interval = bootstrap_interval(right, sampling.seed)
+        found.append({**row, "accuracy": sum(right) / len(right), "interval": interval})
         note(f"{row['method']} at {row['budget'] or 1}: {100 * found[-1]['accuracy']:.1f} %")
-    result = {"policy": policy, "reward_model": reward_model, "data": data or task.dataset, "questions": len(rows)}
-    result |= {
-        "temperature": temperature,
-        "seed": seed,
-        "alpha": alpha,
-        "top_k": top_k,
-        "threshold": threshold,
+    options = asdict(comparison)
+    del options["budgets"]
+    result = {
+        "policy": policy,
+        "reward_model": reward_model,
+        "data": questions.data or task.dataset,
+        "questions": len(rows),
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        **options,
         "reference": reference,
+        "rows": found,
     }
-    publish(folder, "guided", {**result, "rows": found}, [guided_table(found, len(rows))], [], as_json)
+    publish(folder, "guided", result, [guided_table(found, len(rows))], as_json=as_json)

@@ -13,7 +13,7 @@ def pass_at_k(n: int, right: int, k: int) -> float:
     """Unbiased estimate of the chance that one of k samples is right: 1 - C(n - right, k) / C(n, k) (Chen et al. 2021).
 
     Args:
-        n: samples drawn.
+        n: samples.
         right: how many of them are right.
         k: at most n.
     """
@@ -24,7 +24,7 @@ def evaluate_policy(greedy: Sequence[dict[str, Any]], sampled: Sequence[dict[str
     """Accuracies with 95 % intervals (greedy: Wilson; sampled and pass@k: bootstrap over questions), and failures.
 
     Args:
-        greedy: one row a question, as `pool.sample_rows` makes them; ``correct`` must be known.
+        greedy: one row a question, as `sample_rows` makes them; ``correct`` must be known.
         sampled: rows of the same questions, as many for each, a question's together; may be empty.
         seed: of the bootstrap.
 

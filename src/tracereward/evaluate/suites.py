@@ -3,12 +3,14 @@
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from tracereward.commands.sample import load_questions, sample_rows
+from tracereward.commands.questions import Questions, load_questions
+from tracereward.commands.sample import sample_rows
 from tracereward.console import note
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError, check_choice
@@ -21,6 +23,7 @@ from tracereward.evaluate.pool_data import read_pool
 from tracereward.evaluate.step_data import read_step_traces, split_by_question
 from tracereward.evaluate.steps import evaluate_steps, step_tables
 from tracereward.files import atomic_write_json
+from tracereward.generation.params import SamplingParams
 from tracereward.metrics import auroc
 from tracereward.modeling.loading import best_device, check_model, local_folder
 from tracereward.reports.report import write_report
@@ -32,14 +35,39 @@ from tracereward.rewards.settings import check_reward_model, write_calibration
 from tracereward.tasks.recipes import Task, get_task
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """The options that all suites of a reward model have.
+
+    Attributes:
+        model: folder or Hub id of the reward model.
+        data: file or Hub id to judge it on.
+        task: name of a recipe; None is the reward model's.
+        policy: causal LM whose log-probs are a baseline.
+        limit: use as many rows only.
+        seed: of every random number.
+        output: folder, see `output_folder`.
+        as_json: print JSON instead of tables.
+    """
+
+    model: str
+    data: str
+    task: str | None = None
+    policy: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    output: Path | None = None
+    as_json: bool = False
+
+
 def load(model: str, policy: str | None) -> tuple[TokenRewardModel, PreTrainedModel | None]:
-    """A reward model and the causal LM beside it, on the best device."""
+    """A reward model and the causal LM of its baseline, on the best device."""
     reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
     return reward_model, load_log_prob_model(reward_model, policy)
 
 
 def check(model: str, policy: str | None, task: str | None) -> Task:
-    """Refuse what cannot be used before anything long starts; the recipe, the reward model's own by default."""
+    """Refuse unusable models before anything slow starts; returns the recipe, by default the reward model's own."""
     settings = check_reward_model(model)
     if policy is not None:
         check_model(policy)
@@ -47,7 +75,7 @@ def check(model: str, policy: str | None, task: str | None) -> Task:
 
 
 def check_answers(rows: Sequence[dict[str, Any]]) -> None:
-    """Refuse questions whose gold answer is not known.
+    """Refuse questions without a gold answer.
 
     Raises:
         InputError: there is one, by file and line.
@@ -63,8 +91,8 @@ def output_folder(model: str, output: Path | None) -> Path:
     Raises:
         InputError: a file is in the way.
     """
-    beside = Path(model).parent
-    folder = output or (beside if (beside / "config.yaml").is_file() else Path()) / "evaluation"
+    run = Path(model).parent
+    folder = output or (run if (run / "config.yaml").is_file() else Path()) / "evaluation"
     in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
     if in_the_way is not None:
         raise InputError(f"{in_the_way}: is a file, not a folder; choose another --output")
@@ -76,8 +104,9 @@ def publish(
     suite: str,
     result: dict[str, Any],
     tables: list[Table],
-    figures: list[dict[str, Any]],
+    *,
     as_json: bool,
+    figures: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write ``SUITE.json`` and ``SUITE.html``, and print the tables, or the JSON, on stdout."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,36 +130,31 @@ def publish(
     note(f"written: {folder / suite}.json and .html")
 
 
-def run_pool(
-    model: str,
-    data: str,
-    questions: str | None,
-    task: str | None,
-    policy: str | None,
-    fit: str | None,
-    fit_share: float,
-    limit: int | None,
-    seed: int,
-    output: Path | None,
-    as_json: bool,
-) -> None:
+def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share: float) -> None:
     """`tracereward evaluate pool`.
+
+    Args:
+        trial: options of all suites.
+        questions: file of the questions, where rows name them by id only.
+        fit: other candidates to fit on; None: a share of the data.
+        fit_share: share of the questions to fit on.
 
     Raises:
         InputError: anything that cannot be read, too few questions to fit and to judge on, or one that is in both sets.
     """
-    recipe = check(model, policy, task)
-    folder = output_folder(model, output)
-    rows = read_pool(data, recipe, questions, limit)
+    model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
+    recipe = check(model, policy, trial.task)
+    folder = output_folder(model, trial.output)
+    rows = read_pool(data, recipe, questions, trial.limit)
     fit_rows = read_pool(fit, recipe, questions) if fit else []
     asked = {row.asked: row.where for row in rows}
     for row in fit_rows:
         if row.asked in asked:
             raise InputError(f"{row.where}: its question is judged too, in {asked[row.asked]}: fit on other questions")
-    reward_model, beside = load(model, policy)
-    judged, left_out = score_pool(reward_model, rows, beside)
+    reward_model, baseline = load(model, policy)
+    judged, left_out = score_pool(reward_model, rows, baseline)
     if fit:
-        fit_questions = score_pool(reward_model, fit_rows, beside)[0]
+        fit_questions = score_pool(reward_model, fit_rows, baseline)[0]
     else:
         fit_questions, judged = split_questions(judged, fit_share, seed)
         if not judged or not fit_questions:
@@ -142,100 +166,99 @@ def run_pool(
         note(f"{left_out} candidates are empty or longer than the model reads and were left out")
     if result["uncalibrated"]:
         note(f"{fit or data}: no calibrations: {result['uncalibrated']}")
-    publish(folder, "pool", result, pool_tables(result), pool_figures(result), as_json)
+    publish(folder, "pool", result, pool_tables(result), as_json=trial.as_json, figures=pool_figures(result))
 
 
-def run_steps(
-    suite: str,
-    model: str,
-    data: str,
-    fit: str | None,
-    split: str,
-    fit_split: str,
-    task: str | None,
-    policy: str | None,
-    aggregate: str,
-    limit: int | None,
-    seed: int,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """`tracereward evaluate processbench`, `prmbench` and `mrben`."""
-    recipe = check(model, policy, task)
+def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_split: str, aggregate: str) -> None:
+    """`tracereward evaluate processbench`, `prmbench` and `mrben`.
+
+    Args:
+        suite: its name.
+        trial: options of all suites.
+        split: of a Hub set.
+        fit: another subset, for the threshold; None: half of the data.
+        fit_split: split of a Hub set in `fit`.
+        aggregate: of a step's token rewards, one of `STEP_AGGREGATES`.
+    """
+    model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
+    recipe = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = output_folder(model, output)
-    traces = read_step_traces(data, suite, split, limit=limit)
+    folder = output_folder(model, trial.output)
+    traces = read_step_traces(data, suite, split, limit=trial.limit)
     if fit:
         fit_traces = read_step_traces(fit, suite, fit_split)
     else:
         fit_traces, traces = split_by_question(traces, 0.5, seed)
-    reward_model, beside = load(model, policy)
+    reward_model, baseline = load(model, policy)
     result = {"model": model, "data": data, "policy": policy, "fit": fit}
     result |= evaluate_steps(
-        reward_model, traces, fit_traces, policy=beside, task=recipe.name, aggregate=aggregate, seed=seed
+        reward_model, traces, fit_traces, policy=baseline, task=recipe.name, aggregate=aggregate, seed=seed
     )
-    publish(folder, suite, result, step_tables(result), [], as_json)
+    publish(folder, suite, result, step_tables(result), as_json=trial.as_json)
 
 
-def run_perturbation(
-    model: str,
-    data: str,
-    split: str,
-    task: str | None,
-    policy: str | None,
-    aggregate: str,
-    limit: int | None,
-    seed: int,
-    output: Path | None,
-    as_json: bool,
-) -> None:
-    """`tracereward evaluate perturbation`."""
-    recipe = check(model, policy, task)
+def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
+    """`tracereward evaluate perturbation`.
+
+    Args:
+        trial: options of all suites.
+        split: of a Hub set.
+        aggregate: of a step's token rewards, one of `STEP_AGGREGATES`.
+    """
+    model, data, policy = trial.model, trial.data, trial.policy
+    recipe = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = output_folder(model, output)
+    folder = output_folder(model, trial.output)
     subset = recipe.subset if data == recipe.dataset else None
-    rows = load_demonstrations(data, recipe, split, subset, limit)
-    reward_model, beside = load(model, policy)
+    rows = load_demonstrations(data, recipe, split, subset=subset, limit=trial.limit)
+    reward_model, baseline = load(model, policy)
     result = {"model": model, "data": data, "policy": policy}
-    result |= evaluate_perturbations(reward_model, rows, policy=beside, aggregate=aggregate, seed=seed)
-    publish(folder, "perturbation", result, perturbation_tables(result), [], as_json)
+    result |= evaluate_perturbations(reward_model, rows, policy=baseline, aggregate=aggregate, seed=trial.seed)
+    publish(folder, "perturbation", result, perturbation_tables(result), as_json=trial.as_json)
 
 
 def run_policy(
     policy: str,
-    data: str | None,
-    task: str,
+    questions: Questions,
+    sampling: SamplingParams,
+    *,
     n: int,
-    max_new_tokens: int,
-    temperature: float,
-    split: str,
-    template: str,
-    limit: int | None,
-    seed: int,
-    batch_size: int,
-    output: Path | None,
-    as_json: bool,
+    output: Path | None = None,
+    as_json: bool = False,
 ) -> None:
     """`tracereward evaluate policy`.
+
+    Args:
+        policy: folder or Hub id.
+        questions: with gold answers.
+        sampling: of the samples; greedy traces have the same length limit.
+        n: samples of each question; 0 for greedy alone.
+        output: folder, see `output_folder`.
+        as_json: print JSON instead of tables.
 
     Raises:
         InputError: a question without a gold answer, or several samples of each at temperature 0.
     """
-    if n > 1 and temperature == 0:
+    if n > 1 and sampling.temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
     folder = output_folder(policy, output)
-    common: dict[str, Any] = {"limit": limit, "split": split, "template": template, "batch_size": batch_size}
-    check_answers(load_questions(policy, data, task, limit, split, template)[0])
-    greedy = [row for chunk in sample_rows(policy, data, task, 1, max_new_tokens, 0.0, **common) for row in chunk]
-    drawn = sample_rows(policy, data, task, n, max_new_tokens, temperature, seed=seed, **common) if n else []
-    sampled = [row for chunk in drawn for row in chunk]
-    result = {"policy": policy, "data": data or get_task(task).dataset, "temperature": temperature, "seed": seed}
-    result |= evaluate_policy(greedy, sampled, seed)
-    publish(folder, "policy", result, policy_tables(result), [], as_json)
+    check_answers(load_questions(questions, policy)[0])
+    greedy_chunks = sample_rows(policy, questions, replace(sampling, temperature=0.0), n=1)
+    greedy = [row for chunk in greedy_chunks for row in chunk]
+    chunks = sample_rows(policy, questions, sampling, n=n) if n else []
+    sampled = [row for chunk in chunks for row in chunk]
+    result = {
+        "policy": policy,
+        "data": questions.data or get_task(questions.task).dataset,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+    }
+    result |= evaluate_policy(greedy, sampled, sampling.seed)
+    publish(folder, "policy", result, policy_tables(result), as_json=as_json)
 
 
 def run_calibrate(
-    model: str, data: str, questions: str | None, task: str | None, method: str
+    model: str, data: str, *, questions: str | None, task: str | None, method: str
 ) -> tuple[Calibration, int]:
     """`tracereward calibrate`: fit on labelled traces and store the fit in the model's ``tracereward.json``.
 

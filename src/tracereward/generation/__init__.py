@@ -1,1 +1,1 @@
-"""Sampling from a policy: whole completions, continuations, decoding guided by a reward model, self-correction."""
+"""Sampling from a policy: complete traces, continuations, decoding guided by a reward model, self-correction."""

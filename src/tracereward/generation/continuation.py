@@ -1,7 +1,7 @@
-"""Drawing on from where traces stand: rows of one `generate` call, each with a random stream and a limit of its own.
+"""Continuing traces: rows of one `generate` call, each with a random stream and a limit of its own.
 
-`sampling` draws whole completions from torch's global random state, so that what a row gets depends on its neighbours.
-Here token t of a row is drawn with the uniform number that its stream's name and t give: a row is the same in any
+`sampling` samples complete traces from torch's global random state, so that what a row gets depends on its neighbours.
+Here token t of a row is sampled with the uniform number that its stream's name and t give: a row is the same in any
 batch, and after any number of stops (up to rounding of the logits, which differs a little between batch shapes).
 """
 
@@ -31,12 +31,29 @@ Tilt = Callable[[list[list[int]], Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What one row got.
+class OpenTrace:
+    """A trace to be continued.
+
+    Attributes:
+        prompt: token ids.
+        trace: token ids sampled so far, without an end; may be empty.
+        stream: name of its random stream; with temperature 0 it is not read.
+        limit: the most tokens to add, at least 1.
+    """
+
+    prompt: Sequence[int]
+    trace: Sequence[int]
+    stream: str
+    limit: int
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The tokens added to one trace.
 
     Attributes:
         ids: the tokens to keep.
-        count: the tokens drawn: where a step's end shows only in the token behind it, more than are kept.
+        count: the tokens sampled: where a step's end shows only in the token behind it, more than are kept.
     """
 
     ids: list[int]
@@ -47,26 +64,21 @@ class Drawn:
 def extend(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    traces: Sequence[Sequence[int]],
-    streams: Sequence[str],
-    limits: Sequence[int],
+    rows: Sequence[OpenTrace],
+    *,
     delimiter: str | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 64,
     tilt: Tilt | None = None,
-) -> list[Drawn]:
-    """Draw on from prompt and trace until the end of the trace, of a step, or the row's limit.
+) -> list[Continuation]:
+    """Continue each trace until its end, the end of a step, or its limit.
 
     Args:
         model: the policy.
         tokenizer: its tokenizer.
-        prompts: R lists of token ids.
-        traces: R lists of token ids already drawn, without an end; may be empty.
-        streams: R names of random streams; with temperature 0 they are not read.
-        limits: the most tokens of each row, at least 1.
-        delimiter: what ends a step; None goes on to the end of the trace.
+        rows: R traces.
+        delimiter: what ends a step; None continues to the end of the trace.
         temperature: 0 takes the likeliest token.
         top_p: nucleus, of the tilted distribution if there is a tilt.
         batch_size: rows generated together.
@@ -76,36 +88,35 @@ def extend(
         R records.
     """
     model.eval()
-    found: list[Drawn] = []
-    for start in range(0, len(prompts), batch_size):
-        part = slice(start, start + batch_size)
-        contexts = [[*prompt, *trace] for prompt, trace in zip(prompts[part], traces[part], strict=True)]
+    found: list[Continuation] = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        contexts = [[*row.prompt, *row.trace] for row in part]
         batch = pack(contexts, [[]] * len(contexts), pad_id(tokenizer)).to(model.device)
-        width = batch.input_ids.size(1)
-        stop = _Stop(tokenizer, eos_ids(model, tokenizer), width, limits[part], delimiter)
-        places = [len(trace) for trace in traces[part]]
-        draw = _Draw(stop, contexts, streams[part], places, temperature, top_p, tilt)
+        width, limits = batch.input_ids.size(1), [row.limit for row in part]
+        stop = _Stop(tokenizer, eos_ids(model, tokenizer), width=width, limits=limits, delimiter=delimiter)
+        sampler = _Sampler(stop, part, temperature=temperature, top_p=top_p, tilt=tilt)
         options: dict[str, Any] = {"do_sample": False, "eos_token_id": stop.eos, "pad_token_id": pad_id(tokenizer)}
         output = model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            max_new_tokens=max(limits[part]),
-            logits_processor=LogitsProcessorList([draw]),
+            max_new_tokens=max(limits),
+            logits_processor=LogitsProcessorList([sampler]),
             stopping_criteria=StoppingCriteriaList([stop]),
             **options,
         )
-        rows = output[:, width:].tolist()
-        found += [Drawn(row[: stop.kept[i]], stop.counts[i]) for i, row in enumerate(rows)]
+        new = output[:, width:].tolist()
+        found += [Continuation(row[: stop.kept[i]], stop.counts[i]) for i, row in enumerate(new)]
     return found
 
 
 def uniform(stream: str, place: int) -> float:
-    """The number in [0, 1) that draws token `place` of a stream."""
+    """The number in [0, 1) that samples token `place` of a stream."""
     return random.Random(f"{stream} {place}").random()
 
 
 def choose_token(logits: Tensor, number: float) -> int:
-    """The token that `number` in [0, 1) draws from softmax(logits), by inverting the cumulative distribution."""
+    """The token that `number` in [0, 1) samples from softmax(logits), by inverting the cumulative distribution."""
     cumulative = logits.float().softmax(0).cumsum(0)
     # right=True skips tokens of probability 0, which share the sum before them.
     found = torch.searchsorted(cumulative, cumulative[-1:] * number, right=True)
@@ -132,10 +143,10 @@ def first_step(tokenizer: PreTrainedTokenizerBase, ids: list[int], delimiter: st
 
 
 class _Stop(StoppingCriteria):
-    """Ends each row at its end of sequence, its step's end or its limit, and keeps what it was cut to.
+    """Ends each row at its end of sequence, its step's end or its limit, and records the lengths.
 
     Attributes:
-        counts: tokens drawn, by row, of the rows that ended.
+        counts: tokens sampled, by row, of the rows that ended.
         kept: tokens to keep, by row.
     """
 
@@ -143,6 +154,7 @@ class _Stop(StoppingCriteria):
         self,
         tokenizer: PreTrainedTokenizerBase,
         eos: list[int],
+        *,
         width: int,
         limits: Sequence[int],
         delimiter: str | None,
@@ -166,21 +178,11 @@ class _Stop(StoppingCriteria):
         return torch.tensor([row in self.counts for row in range(len(new))], device=input_ids.device)
 
 
-class _Draw(LogitsProcessor):
-    """Leaves one token of each row: the one that its stream draws."""
+class _Sampler(LogitsProcessor):
+    """Leaves one token of each row: the one that its stream samples."""
 
-    def __init__(
-        self,
-        stop: _Stop,
-        contexts: list[list[int]],
-        streams: Sequence[str],
-        places: list[int],
-        temperature: float,
-        top_p: float,
-        tilt: Tilt | None,
-    ):
-        self.stop, self.contexts, self.streams, self.places = stop, contexts, streams, places
-        self.temperature, self.tilt = temperature, tilt
+    def __init__(self, stop: _Stop, rows: Sequence[OpenTrace], *, temperature: float, top_p: float, tilt: Tilt | None):
+        self.stop, self.rows, self.temperature, self.tilt = stop, rows, temperature, tilt
         self.nucleus = TopPLogitsWarper(top_p) if top_p < 1 else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -188,12 +190,13 @@ class _Draw(LogitsProcessor):
         new = input_ids[:, self.stop.width :]
         logits = scores[rows].float()
         if self.tilt is not None:
-            logits = self.tilt([self.contexts[row] + new[row].tolist() for row in rows], logits)
+            contexts = [[*self.rows[row].prompt, *self.rows[row].trace, *new[row].tolist()] for row in rows]
+            logits = self.tilt(contexts, logits)
         if self.temperature:
             logits = logits / self.temperature
             logits = logits if self.nucleus is None else self.nucleus(input_ids[rows], logits)  # pyright: ignore[reportArgumentType]
             tokens = [
-                choose_token(values, uniform(self.streams[row], self.places[row] + new.size(1)))
+                choose_token(values, uniform(self.rows[row].stream, len(self.rows[row].trace) + new.size(1)))
                 for row, values in zip(rows, logits, strict=True)
             ]
         else:

@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.errors import InputError
-from tracereward.generation.continuation import Tilt, extend
+from tracereward.generation.continuation import OpenTrace, Tilt, extend
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import Sample
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_prompt, eos_ids, pad_id, same_tokenizer
@@ -15,13 +16,13 @@ from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Guided(Sample):
     """A trace that a reward model chose.
 
     Attributes:
         reward: the aggregate of its token rewards.
-        sampled_tokens: all tokens drawn for its prompt, those of other traces and of dropped ones too.
+        sampled_tokens: all tokens sampled for its prompt, those of other traces and of dropped ones too.
     """
 
     reward: float
@@ -30,19 +31,15 @@ class Guided(Sample):
 
 @dataclass(frozen=True)
 class Guide:
-    """A policy, the reward model that guides it, and how tokens are drawn.
+    """A policy, the reward model that guides it, and how tokens are sampled.
 
     Attributes:
         policy: a causal LM.
         tokenizer: its tokenizer, which must be the reward model's.
         scorer: the reward model.
-        max_new_tokens: length limit of a trace.
-        step_tokens: length limit of a step; what is longer goes on as another step.
-        temperature: 0 takes the likeliest token.
-        top_p: nucleus.
-        seed: of everything. With it, a prompt's tokens give its random numbers: neither its place in a list nor its
-            neighbours matter.
-        batch_size: traces generated together.
+        sampling: of traces. A prompt's random numbers depend on the seed and its tokens: neither its place in a list
+            nor its neighbours matter.
+        step_tokens: length limit of a step; a longer one continues as another step.
         reference: causal LM whose log-prob is added to the rewards, see `Scorer.score`.
 
     Raises:
@@ -52,13 +49,9 @@ class Guide:
     policy: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     scorer: Scorer
-    max_new_tokens: int = 512
-    step_tokens: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-    batch_size: int = 64
-    reference: PreTrainedModel | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    step_tokens: int = field(default=256, kw_only=True)
+    reference: PreTrainedModel | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         check_tokenizers(self.tokenizer, self.scorer.tokenizer)
@@ -67,20 +60,20 @@ class Guide:
         """Token ids of rendered prompts.
 
         Raises:
-            InputError: with `max_new_tokens` more, one would be longer than the reward model reads.
+            InputError: with `sampling.max_new_tokens` more, one would be longer than the reward model reads.
         """
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for index, ids in enumerate(encoded):
-            if len(ids) + self.max_new_tokens > self.scorer.max_positions:
+            if len(ids) + self.sampling.max_new_tokens > self.scorer.max_positions:
                 raise InputError(
-                    f"prompt {index}: {len(ids)} prompt tokens and {self.max_new_tokens} new ones; the reward model "
-                    f"reads {self.scorer.max_positions:.0f}. Set a lower length limit (--max-new-tokens)."
+                    f"prompt {index}: {len(ids)} prompt tokens and {self.sampling.max_new_tokens} new ones; the reward "
+                    f"model reads {self.scorer.max_positions:.0f}. Set a lower length limit (--max-new-tokens)."
                 )
         return encoded
 
     def ended(self, trace: Sequence[int]) -> bool:
         """Whether a trace ended by itself or is as long as it may get."""
-        return len(trace) >= self.max_new_tokens or self.finished(trace)
+        return len(trace) >= self.sampling.max_new_tokens or self.finished(trace)
 
     def finished(self, trace: Sequence[int]) -> bool:
         """Whether a trace ended by itself."""
@@ -91,31 +84,37 @@ class Guide:
         prompts: Sequence[Sequence[int]],
         traces: Sequence[Sequence[int]],
         streams: Sequence[str],
+        *,
         by_step: bool = True,
         greedy: bool = False,
         tilt: Tilt | None = None,
     ) -> tuple[list[list[int]], list[int]]:
-        """Traces with one more step each, or grown to their end, and how many tokens were drawn for each.
+        """Traces with one more step each, or grown to their end, and how many tokens were sampled for each.
 
-        Traces that have ended come back as they are. A stream is named within its prompt.
+        Traces that have ended come back unchanged. A stream is named within its prompt.
         """
-        rows = [row for row, trace in enumerate(traces) if not self.ended(trace)]
-        room = [self.max_new_tokens - len(traces[row]) for row in rows]
-        drawn = extend(
+        open_rows = [row for row, trace in enumerate(traces) if not self.ended(trace)]
+        longest = self.step_tokens if by_step else self.sampling.max_new_tokens
+        continuations = extend(
             self.policy,
             self.tokenizer,
-            [prompts[row] for row in rows],
-            [traces[row] for row in rows],
-            [f"{self.seed} {digest(prompts[row])} {streams[row]}" for row in rows],
-            [min(self.step_tokens, limit) for limit in room] if by_step else room,
-            self.scorer.settings.step_delimiter if by_step else None,
-            0.0 if greedy else self.temperature,
-            self.top_p,
-            self.batch_size,
-            tilt,
+            [
+                OpenTrace(
+                    prompts[row],
+                    traces[row],
+                    f"{self.sampling.seed} {digest(prompts[row])} {streams[row]}",
+                    min(longest, self.sampling.max_new_tokens - len(traces[row])),
+                )
+                for row in open_rows
+            ],
+            delimiter=self.scorer.settings.step_delimiter if by_step else None,
+            temperature=0.0 if greedy else self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            batch_size=self.sampling.batch_size,
+            tilt=tilt,
         )
         grown, counts = [list(trace) for trace in traces], [0] * len(traces)
-        for row, part in zip(rows, drawn, strict=True):
+        for row, part in zip(open_rows, continuations, strict=True):
             grown[row] += part.ids
             counts[row] = part.count
         return grown, counts
@@ -129,7 +128,7 @@ class Guide:
         return [scores.aggregate(self.scorer.settings.aggregate) for scores in self.score(prompts, traces)]
 
     def results(
-        self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[Sequence[int]]], drawn: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[Sequence[int]]], sampled: Sequence[int]
     ) -> list[list[Guided]]:
         """Each prompt's traces as records, by reward from the highest; of equals the first comes first."""
         owners = [owner for owner, found in enumerate(traces) for _ in found]
@@ -137,17 +136,24 @@ class Guide:
         asked = [prompts[owner] for owner in owners]
         log_probs = mean_log_probs(self.policy, asked, ids, pad_id(self.tokenizer))
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        rewards = self.rewards(asked, ids)
         records: list[list[Guided]] = [[] for _ in prompts]
-        for row in zip(owners, ids, texts, log_probs, self.rewards(asked, ids), strict=True):
-            owner, trace, text, log_prob, reward = row
-            records[owner].append(
-                Guided(owner, trace, text, self.finished(trace), log_prob, reward, sampled_tokens=drawn[owner])
+        for row, owner in enumerate(owners):
+            record = Guided(
+                prompt=owner,
+                ids=ids[row],
+                text=texts[row],
+                finished=self.finished(ids[row]),
+                logprob=log_probs[row],
+                reward=rewards[row],
+                sampled_tokens=sampled[owner],
             )
+            records[owner].append(record)
         return [sorted(found, key=lambda record: -record.reward) for found in records]
 
 
 def check_tokenizers(policy: PreTrainedTokenizerBase, reward_model: PreTrainedTokenizerBase) -> None:
-    """Guiding passes token ids from one model to the other.
+    """Refuse a policy and a reward model that cannot share token ids.
 
     Raises:
         InputError: the tokenizers differ.
@@ -155,7 +161,7 @@ def check_tokenizers(policy: PreTrainedTokenizerBase, reward_model: PreTrainedTo
     if not same_tokenizer(policy, reward_model):
         raise InputError(
             "the policy has another tokenizer than the reward model, which therefore cannot guide it token by token: "
-            "draw whole traces with `tracereward sample` and choose with `tracereward rerank`"
+            "sample complete traces with `tracereward sample` and choose with `tracereward rerank`"
         )
 
 

@@ -1,4 +1,4 @@
-"""Drawing completions from a policy with transformers' `generate`, reproducibly and in chunks."""
+"""Sampling completions from a policy with transformers' `generate`, reproducibly and in chunks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracereward.generation.params import SamplingParams
 from tracereward.modeling.batching import pack
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_prompt, eos_ids, pad_id
 
 COMPILE_FROM = 2048
-"""Decoding steps of a whole run from which compiling the step, which takes about a minute, pays on a GPU."""
+"""Decoding steps of a run from which compiling the step, which takes about a minute, pays on a GPU."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sample:
     """One completion.
 
@@ -39,53 +40,61 @@ def sample(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    n: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    batch_size: int = 64,
+    params: SamplingParams,
+    *,
+    n: int = 1,
     first_chunk: int = 0,
 ) -> Iterator[list[Sample]]:
-    """Draw `n` completions of each prompt; one list of samples for each chunk of prompts.
+    """Sample `n` completions of each prompt; one list of samples for each chunk of prompts.
 
-    A chunk holds about `batch_size` completions, always of whole prompts, and has a random seed of its own, so that
-    the result does not depend on where an earlier run stopped.
+    A chunk holds about `params.batch_size` completions, always all of a prompt, and has a random seed of its own, so
+    that the result does not depend on where an earlier run stopped.
 
     Args:
         model: the policy.
         tokenizer: its tokenizer.
         prompts: rendered prompts.
+        params: how to sample; the seed is that of the run.
         n: completions of each; with temperature 0 all are the same, so n must be 1.
-        max_new_tokens: length limit.
-        temperature: 0 is greedy decoding.
-        top_p: nucleus.
-        seed: of the whole run.
-        batch_size: completions generated together.
         first_chunk: chunks to skip, because they are done.
     """
-    size = max(1, batch_size // n)
+    size = params.prompts_together(n)
     eos = eos_ids(model, tokenizer)
-    steps = -(-len(prompts) // size) * max_new_tokens
+    steps = -(-len(prompts) // size) * params.max_new_tokens
     width = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) if _compiles(model, steps) else None
     for chunk, start in enumerate(range(0, len(prompts), size)):
         if chunk < first_chunk:
             continue
-        torch.manual_seed(seed * 1_000_003 + chunk)
+        torch.manual_seed(params.seed * 1_000_003 + chunk)
         part = list(prompts[start : start + size])
         rows = part if width is None else [*part, *part[-1:] * (size - len(part))]
-        completions = generate(model, tokenizer, rows, n, max_new_tokens, temperature, top_p, width)[: len(part) * n]
+        completions = generate(
+            model,
+            tokenizer,
+            rows,
+            n=n,
+            max_new_tokens=params.max_new_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            width=width,
+        )[: len(part) * n]
         ids = [encode_prompt(tokenizer, prompt) for prompt in part for _ in range(n)]
         log_probs = mean_log_probs(model, ids, completions, pad_id(tokenizer))
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         yield [
-            Sample(start + row // n, completion, text, completion[-1] in eos, log_prob)
+            Sample(
+                prompt=start + row // n,
+                ids=completion,
+                text=text,
+                finished=completion[-1] in eos,
+                logprob=log_prob,
+            )
             for row, (completion, text, log_prob) in enumerate(zip(completions, texts, log_probs, strict=True))
         ]
 
 
 def _compiles(model: PreTrainedModel, steps: int) -> bool:
-    """Whether a run of so many decoding steps is compiled."""
+    """Whether the decoding step is compiled for a run of `steps` steps."""
     return model.device.type == "cuda" and steps >= COMPILE_FROM
 
 
@@ -94,10 +103,11 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    n: int,
+    *,
     max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    n: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
     width: int | None = None,
 ) -> list[list[int]]:
     """`n` completions of each prompt in one call of transformers' `generate`, from torch's global random state.

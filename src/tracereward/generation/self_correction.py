@@ -1,4 +1,4 @@
-"""Self-correction: cut a trace before its first suspected step, draw on from there, keep what the reward prefers."""
+"""Self-correction: cut a trace before its first suspected step, continue it, keep what the reward prefers."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from tracereward.rewards.first_error_rules import first_token_below
 from tracereward.rewards.token_scores import TokenScores
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Correction:
     """A trace after self-correction.
 
@@ -19,8 +19,8 @@ class Correction:
         finished: whether it ended by itself.
         reward: of it, never lower than `reward_before`.
         reward_before: of the trace that was given.
-        cuts: of each round that drew, the number of tokens kept before the suspected step.
-        sampled_tokens: all tokens drawn for it, kept or not.
+        cuts: of each round that sampled, the number of tokens kept before the suspected step.
+        sampled_tokens: all tokens sampled for it, kept or not.
     """
 
     ids: list[int]
@@ -35,6 +35,7 @@ def self_correct(
     guide: Guide,
     prompts: Sequence[Sequence[int]],
     traces: Sequence[Sequence[int]],
+    *,
     rounds: int = 3,
     k: int = 4,
     threshold: float = 0.0,
@@ -42,10 +43,10 @@ def self_correct(
 ) -> list[Correction]:
     """Correct traces for up to `rounds` rounds.
 
-    In each round the first step whose mean reward is under `threshold` and all behind it are dropped, and `k` traces
-    are drawn on from there. The one of the highest reward takes the trace's place if its reward is higher; otherwise
-    the next round draws again from the same cut. A trace without such a step is left alone, and so is one whose cut
-    leaves no room under the length limit.
+    In each round the first step whose mean reward is under `threshold` and all behind it are dropped, and `k`
+    continuations are sampled from there. The one of the highest reward replaces the trace if its reward is higher;
+    otherwise the next round samples again from the same cut. A trace without such a step is left alone, and so is one
+    whose cut leaves no room under the length limit.
 
     Args:
         guide: policy and reward model.
@@ -54,7 +55,7 @@ def self_correct(
         rounds: at most.
         k: continuations of each round.
         threshold: in log-odds, as for `Scorer.first_error`.
-        detector: whose step rewards say where to cut, where another than the guide's reward shall; it draws nothing.
+        detector: whose step rewards say where to cut, instead of the guide's; it samples nothing.
 
     Returns:
         One record a trace.
@@ -63,7 +64,7 @@ def self_correct(
     current = [list(trace) for trace in traces]
     scores = guide.score(prompts, current)
     before = [found.aggregate(how) for found in scores]
-    rewards, drawn = list(before), [0] * len(current)
+    rewards, sampled = list(before), [0] * len(current)
     cuts: list[list[int]] = [[] for _ in current]
 
     def suspected(owners: Sequence[int], scores: Sequence[TokenScores]) -> list[int | None]:
@@ -74,12 +75,12 @@ def self_correct(
 
     places = suspected(range(len(current)), scores)
     for number in range(rounds):
-        rows = [row for row, place in enumerate(places) if place is not None and place < guide.max_new_tokens]
+        rows = [row for row, place in enumerate(places) if place is not None and place < guide.sampling.max_new_tokens]
         if not rows:
             break
         owners = [row for row in rows for _ in range(k)]
         starts = [current[row][: places[row]] for row in owners]
-        streams = [f"{digest(traces[row])} {number} {draw}" for row in rows for draw in range(k)]
+        streams = [f"{digest(traces[row])} {number} {i}" for row in rows for i in range(k)]
         asked = [prompts[row] for row in owners]
         grown, counts = guide.grow(asked, starts, streams, by_step=False)
         found = guide.score(asked, grown)
@@ -87,7 +88,7 @@ def self_correct(
         better: dict[int, TokenScores] = {}
         for index, row in enumerate(rows):
             mine = range(index * k, index * k + k)
-            drawn[row] += sum(counts[i] for i in mine)
+            sampled[row] += sum(counts[i] for i in mine)
             cuts[row].append(len(starts[index * k]))
             top = best(values, mine, 1)[0]
             if values[top] > rewards[row]:
@@ -96,7 +97,14 @@ def self_correct(
         for row, place in zip(better, suspected(list(better), list(better.values())), strict=True):
             places[row] = place
     return [
-        Correction(ids, guide.finished(ids), rewards[row], before[row], cuts[row], drawn[row])
+        Correction(
+            ids=ids,
+            finished=guide.finished(ids),
+            reward=rewards[row],
+            reward_before=before[row],
+            cuts=cuts[row],
+            sampled_tokens=sampled[row],
+        )
         for row, ids in enumerate(current)
     ]
 

@@ -22,6 +22,7 @@ from datasets import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 
+from tracereward.commands.questions import Questions
 from tracereward.commands.rerank import rerank_rows, summary
 from tracereward.commands.sample import sample_rows
 from tracereward.commands.score import score_rows
@@ -30,6 +31,7 @@ from tracereward.console import note
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_folder, atomic_write_json, without_nan, write_jsonl
+from tracereward.generation.params import SamplingParams
 from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.quickstart.report import write_quickstart_report
 from tracereward.quickstart.worlds import COMMON, WORLDS, World, write_rows
@@ -265,16 +267,13 @@ def evaluate(run: Quickstart) -> None:
 
 def sample(run: Quickstart, policy: str, part: str, n: int, temperature: float = 1.0) -> list[dict[str, Any]]:
     """``tracereward sample``: `n` completions of each question, as rows."""
-    chunks = sample_rows(
-        run.policy(policy),
-        run.data(part),
-        TASK,
-        n,
-        run.world.completion,
-        temperature,
+    sampling = SamplingParams(
+        max_new_tokens=run.world.completion,
+        temperature=temperature,
         seed=run.seed,
         batch_size=2400 if n > 1 else 512,
     )
+    chunks = sample_rows(run.policy(policy), Questions(data=run.data(part), task=TASK), sampling, n=n)
     return [row for rows in chunks for row in rows]
 
 

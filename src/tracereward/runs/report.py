@@ -7,6 +7,7 @@ from accelerate.utils.memory import clear_device_cache
 from trl import ModelConfig
 
 from tracereward.console import note
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.reports.report import Trace
@@ -68,13 +69,8 @@ def fresh_traces(
     reward_model.to(device)
     policy = load_policy(left).to(device)  # pyright: ignore[reportArgumentType]
     assert config.max_completion_length is not None
-    samples = [
-        s
-        for chunk in sample(
-            policy, trainer.tokenizer, prompts, 4, config.max_completion_length, seed=config.seed, batch_size=128
-        )
-        for s in chunk
-    ]
+    params = SamplingParams(max_new_tokens=config.max_completion_length, seed=config.seed, batch_size=128)
+    samples = [s for chunk in sample(policy, trainer.tokenizer, prompts, params, n=4) for s in chunk]
     bridge = trainer.bridge
     ids = [bridge.completion(s.ids) for s in samples]
     prompt_ids = [bridge.prompt(prompts[s.prompt]) for s in samples]

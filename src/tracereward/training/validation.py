@@ -44,7 +44,9 @@ class Validation:
         right = []
         for start in range(0, len(self.prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
-            ids = generate(policy, self.tokenizer, self.prompts[part], 1, self.max_new_tokens, 0.0, 1.0)
+            ids = generate(
+                policy, self.tokenizer, self.prompts[part], max_new_tokens=self.max_new_tokens, temperature=0.0
+            )
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
             right += [self.task.verify(text, gold) for text, gold in zip(texts, self.answers[part], strict=True)]
         policy.train(training)

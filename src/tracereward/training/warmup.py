@@ -181,7 +181,14 @@ class WarmUp(TrainerCallback):
         limit = config.max_completion_length
         assert limit is not None
         prompts = [row["prompt"] for row in rows]
-        drawn = generate(self.model, trainer.tokenizer, prompts, 1, limit, config.temperature, config.top_p)
+        drawn = generate(
+            self.model,
+            trainer.tokenizer,
+            prompts,
+            max_new_tokens=limit,
+            temperature=config.temperature,
+            top_p=config.top_p,
+        )
         texts = trainer.tokenizer.batch_decode(drawn, skip_special_tokens=True)
         correct = trainer.verify(texts, [row["answer"] for row in rows])
         return trainer.as_rollouts([row["demonstration"] for row in rows], drawn, correct)

@@ -1,0 +1,38 @@
+"""`SamplingParams`: how tokens are sampled. No model and no tensor is imported for it."""
+
+import math
+from dataclasses import dataclass
+
+from tracereward.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How completions are sampled.
+
+    Attributes:
+        max_new_tokens: length limit of a completion.
+        temperature: 0 is greedy decoding.
+        top_p: nucleus.
+        seed: of every random number.
+        batch_size: completions generated together.
+
+    Raises:
+        InputError: a value that no token can be sampled with; names the option.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < math.inf:  # nan is not either
+            raise InputError(f"--temperature must be a number from 0, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p must be over 0 and at most 1, not {self.top_p}")
+
+    def prompts_together(self, n: int) -> int:
+        """Prompts of `n` completions each that are generated together, at least one."""
+        return max(1, self.batch_size // n)
