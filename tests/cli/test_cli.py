@@ -475,7 +475,7 @@ def test_bad_sampling(command, bench, tmp_path):
 
 @pytest.mark.parametrize("option", ["--temperature", "--top-p"])
 @pytest.mark.parametrize("value", [-1, "nan", "inf"])
-def test_what_tokens_cannot_be_drawn_by(command, bench, option, value):
+def test_invalid_sampling_parameters_are_refused(command, bench, option, value):
     data = ["--task", "arithmetic", "--data", bench.experts, option, value]
     refused(command("sample", bench.bare, *data), f"{option} must be ", value)
     refused(command("sample", bench.bare, *data, "--guide", "tilt", "--reward-model", bench.bare_reward), option)
@@ -489,7 +489,7 @@ def test_top_p_of_none_and_of_more_than_all(command, bench):
         refused(command(*given, value), "--top-p must be over 0 and at most 1", value)
 
 
-def test_only_a_language_model_draws_or_stands_beside(command, bench, token_reward_model, tmp_path):
+def test_only_a_language_model_is_a_policy_or_a_reference(command, bench, token_reward_model, tmp_path):
     """A token classifier, for one the reward model of a token head, would be given an LM head of random numbers."""
     bare = tmp_path / "bare"
     shutil.copytree(token_reward_model, bare)

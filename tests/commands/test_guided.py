@@ -219,7 +219,7 @@ def test_the_beam_of_a_budget(budget, shape):
 
 
 def test_the_comparison_is_that_of_the_methods_alone(bench, experts, tokenizer):
-    """Each row again from the method itself, with answers that make one of the drawn traces right."""
+    """Each row again from the method itself, with answers that make one of the sampled traces right."""
     task = get_task("arithmetic")
     guide = guide_of(bench, tokenizer, max_new_tokens=8)
     prompts = [row["prompt"] for row in experts[:3]]
@@ -385,8 +385,8 @@ def test_rows_of_two_runs_are_not_joined(bench, ran, refused, tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--guide", "beam", "--beam", 2, "--expansions", 2], ["--guide", "tilt", "-n", 2]])
-def test_guided_samples_go_on_where_they_were_cut_off(bench, ran, tmp_path, words):
-    """In chunks of one question; a question whose rows may not all be there is drawn again, to the same text."""
+def test_interrupted_guided_samples_are_resumed(bench, ran, tmp_path, words):
+    """In chunks of one question; a question whose rows may be incomplete is sampled again, to the same text."""
     common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12, "--batch-size", 2]
     words = ["sample", bench.model, *common, "--reward-model", bench.reward_model, *words, "-o"]
     made_of = killed(words, tmp_path / "whole.jsonl")
@@ -407,7 +407,7 @@ def test_guided_samples_go_on_where_they_were_cut_off(bench, ran, tmp_path, word
     assert "is finished" in ran(*words, tmp_path / "whole.jsonl", "--resume")
 
 
-def test_correct_goes_on_where_it_was_cut_off(bench, ran, tmp_path):
+def test_interrupted_correct_is_resumed(bench, ran, tmp_path):
     """In chunks of two; the threshold is that of all rows, and the last sentence counts all of them."""
     data = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12]
     ran("sample", bench.model, *data, "-n", 2, "-o", tmp_path / "samples.jsonl")
@@ -484,6 +484,6 @@ def test_rows_that_cannot_be_corrected(bench, refused, tmp_path, row, given, mes
     assert message in refused(*words, "--reward-model", bench.folder / "bare_reward_model", *given)
 
 
-def test_too_long_a_limit_is_refused_before_anything_is_drawn(bench, refused):
+def test_too_long_a_limit_is_refused_before_sampling(bench, refused):
     words = ["sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "--guide", "reject"]
     assert "the reward model reads 128" in refused(*words, "--reward-model", bench.reward_model)

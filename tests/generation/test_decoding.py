@@ -1,4 +1,4 @@
-"""Guided decoding against loops that read the whole text again for every token, and against enumeration.
+"""Guided decoding against loops that read the full text again for every token, and against enumeration.
 
 The policy is a real Llama over four words and an end; the reward model is a table, so that the best trace is known.
 """
@@ -59,7 +59,7 @@ def counted(policy, monkeypatch):
 
 @torch.no_grad()
 def next_log_probs(policy, context: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-    """log p of each word in float64, from the whole text at once; padding is left out."""
+    """log p of each word in float64, from the full text at once; padding is left out."""
     logits = policy(input_ids=torch.tensor([context])).logits[0, -1].double().numpy() / temperature
     logits[PAD] = -np.inf
     return logits - np.logaddexp.reduce(logits)
@@ -127,7 +127,7 @@ def test_a_nucleus_leaves_the_likeliest_words(policy, words):
     weights=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
     number=st.floats(0, 1, exclude_max=True, allow_subnormal=False),
 )
-def test_a_number_draws_the_word_whose_share_holds_it(weights, number):
+def test_a_number_samples_the_word_whose_share_contains_it(weights, number):
     logits = torch.tensor(weights, dtype=torch.float32).log()
     token = choose_token(logits, number)
     low, high = sum(weights[:token]) / sum(weights), sum(weights[: token + 1]) / sum(weights)
@@ -194,7 +194,7 @@ def test_a_prompt_gets_the_same_alone_and_in_any_batch(policy, words, method, co
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_records_say_what_was_drawn(policy, words, method):
+def test_records_describe_what_was_sampled(policy, words, method):
     guide = make(policy, words)
     for index, found in enumerate(METHODS[method](guide, PROMPTS)):
         (prompt,) = ids_of(words, [PROMPTS[index]])
@@ -246,7 +246,7 @@ def all_traces(length: int) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize("aggregate", ["mean", "min", "last"])
 def test_a_wide_beam_finds_the_best_of_all_traces(words, aggregate):
-    """Steps of one token; 50 draws of a prefix from a policy near uniform miss a word with probability 5 * 0.8^50."""
+    """Steps of one token; 50 samples of a prefix from a policy near uniform miss a word with probability 5 * 0.8^50."""
     near_uniform = build_model(words, seed=0, hidden_size=16, layers=1, heads=2)
     near_uniform.generation_config.suppress_tokens = [PAD]
     guide = make(near_uniform, words, aggregate=aggregate, max_new_tokens=3, step_tokens=1, batch_size=4000)
@@ -296,7 +296,7 @@ def test_equal_texts_fill_the_beam_unless_they_must_differ(policy, words):
 
 
 def steps_of(trace: Sequence[int]) -> list[list[int]]:
-    """Steps as they are drawn: to a newline behind a word."""
+    """Steps end with a newline after a word."""
     steps, step = [], []
     for token in trace:
         step.append(token)
@@ -449,7 +449,7 @@ def test_rounds_end_when_no_step_is_suspected(policy, words, counted):
     assert sum(result.sampled_tokens for result in found) == sum(counted)
 
 
-def test_a_cut_at_the_length_limit_draws_nothing(policy, words, counted):
+def test_a_cut_at_the_length_limit_samples_nothing(policy, words, counted):
     guide = make(policy, words, no_b, max_new_tokens=3)
     (found,) = self_correct(guide, [[C]], [[A, A, END, B, EOS]])
     assert (found.ids, found.cuts) == ([A, A, END, B, EOS], [])
