@@ -151,7 +151,7 @@ def serve() -> None:
     """Read lists of orders from stdin, run each order in a fork, answer with their exit statuses."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import tracereward.commands.score
+    import tracereward.commands.score  # noqa: F401
     import tracereward.commands.train  # noqa: F401
 
     torch.set_num_threads(1)
