@@ -23,7 +23,7 @@ from tracereward.evaluate.step_data import StepTrace, read_step_traces, split_by
 from tracereward.evaluate.steps import encode_steps, evaluate_steps, step_scores, step_tables
 from tracereward.files import write_jsonl
 from tracereward.modeling.alignment import join_steps
-from tracereward.reports.report import write_report
+from tracereward.reports.report import Report, write_report
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scoring import Trace
 from tracereward.rewards.settings import RewardSettings
@@ -324,17 +324,7 @@ def test_tables_show_the_result(model, tokenizer, policy, halves, tmp_path):
     assert groups.rows[0][:4] == ["right", 0, 4, None]
     assert groups.rows[1][:4] == ["wrong", 4, 0, "100.0"]
     page = tmp_path / "report.html"
-    write_report(
-        page,
-        title="t",
-        summary="s",
-        tables=[table, groups],
-        metrics=[],
-        rewards_correct=[],
-        rewards_wrong=[],
-        traces=[],
-        command="c",
-    )
+    write_report(page, Report(title="t", summary="s", command="c", tables=[table, groups]))
     assert "Where is the first error?" in page.read_text(encoding="utf-8")
 
 

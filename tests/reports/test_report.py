@@ -8,7 +8,7 @@ import pytest
 from markupsafe import Markup
 
 from tracereward.reports import plots, report
-from tracereward.reports.report import Trace, heatmap_html, reward_colour, write_report
+from tracereward.reports.report import Report, Trace, heatmap_html, reward_colour, write_report
 from tracereward.reports.tables import Table
 from tracereward.rewards.token_scores import TokenScores
 
@@ -75,7 +75,7 @@ def render(path, **changes) -> str:
         "traces": [],
         "command": "tracereward train",
     }
-    write_report(path, **{**arguments, **changes})
+    write_report(path, Report(**{**arguments, **changes}))
     return path.read_text(encoding="utf-8")
 
 

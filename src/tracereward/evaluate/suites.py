@@ -26,7 +26,7 @@ from tracereward.files import atomic_write_json
 from tracereward.generation.params import SamplingParams
 from tracereward.metrics import auroc
 from tracereward.modeling.loading import best_device, check_model, local_folder
-from tracereward.reports.report import write_report
+from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
 from tracereward.rewards.calibration import Calibration, fit_calibration
 from tracereward.rewards.engines import load_log_prob_model
@@ -113,15 +113,13 @@ def publish(
     atomic_write_json(folder / f"{suite}.json", result)
     write_report(
         folder / f"{suite}.html",
-        title=f"Evaluation: {suite}",
-        summary=f"{result.get('model') or result['policy']} on {result['data']}",
-        tables=tables,
-        metrics=[],
-        rewards_correct=[],
-        rewards_wrong=[],
-        traces=[],
-        command=" ".join(["tracereward", *sys.argv[1:]]),
-        figures=figures,
+        Report(
+            title=f"Evaluation: {suite}",
+            summary=f"{result.get('model') or result['policy']} on {result['data']}",
+            command=" ".join(["tracereward", *sys.argv[1:]]),
+            tables=tables,
+            figures=figures,
+        ),
     )
     if as_json:
         print(json.dumps(result))

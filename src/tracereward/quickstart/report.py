@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tracereward.files import read_jsonl
-from tracereward.reports.report import Trace, write_report
+from tracereward.reports.report import Report, Trace, write_report
 from tracereward.reports.tables import AUROC_LABELS, Table
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.runs.report import pick_traces
@@ -48,8 +48,7 @@ def write_quickstart_report(output: Path, world: str, seed: int, results: dict[s
         ],
         note="Pooled AUROC mostly measures which questions are hard; a reranker sees the one within the prompt.",
     )
-    write_report(
-        output / "report.html",
+    report = Report(
         title=f"tracereward quickstart: {world}",
         summary="Generated arithmetic, a tiny Llama trained from scratch, experts' traces, no verifier in training. "
         "Everything on this page was measured in this run.",
@@ -60,3 +59,4 @@ def write_quickstart_report(output: Path, world: str, seed: int, results: dict[s
         traces=pick_traces(traces),
         command=f"tracereward quickstart --world {world} --seed {seed}",
     )
+    write_report(output / "report.html", report)

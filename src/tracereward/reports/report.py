@@ -46,39 +46,41 @@ class Trace:
     label: str = ""
 
 
-def write_report(
-    path: str | os.PathLike,
-    *,
-    title: str,
-    summary: str,
-    tables: list[Table],
-    metrics: list[dict],
-    rewards_correct: list[float],
-    rewards_wrong: list[float],
-    traces: list[Trace],
-    command: str,
-    config: dict | None = None,
-    figures: Sequence[dict[str, Any]] = (),
-) -> None:
-    """Write the report to `path`: one HTML file that needs no network. An older report stays if this one fails.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a report shows.
 
-    Args:
-        path: where the page goes.
-        title: its heading.
+    Attributes:
+        title: heading of the page.
         summary: one sentence: what was run and what came out.
+        command: the command that made the run.
         tables: shown in this order.
         metrics: rows of `metrics.jsonl`; rows with `phase == "warmup"` count in `update`, the others in `step`. Keys
             that `PANELS` names are drawn if present; None and NaN leave gaps.
         rewards_correct: trace rewards (log-odds) of traces with the right answer, for the histogram.
         rewards_wrong: the same of traces with a wrong answer.
         traces: shown as token heatmaps on one common colour scale; neighbours with the same question share its heading.
-        command: the command that made the run.
         config: the resolved configuration, if it is to be shown.
         figures: title and svg of further pictures.
     """
-    limit = _common_limit(traces)
-    warmup = [row for row in metrics if row.get("phase") == "warmup"]
-    training = [row for row in metrics if row.get("phase") != "warmup"]
+
+    title: str
+    summary: str
+    command: str
+    tables: Sequence[Table] = ()
+    metrics: Sequence[dict] = ()
+    rewards_correct: Sequence[float] = ()
+    rewards_wrong: Sequence[float] = ()
+    traces: Sequence[Trace] = ()
+    config: dict | None = None
+    figures: Sequence[dict[str, Any]] = ()
+
+
+def write_report(path: str | os.PathLike, report: Report) -> None:
+    """Write a report to `path`: one HTML file that needs no network. An older report stays if this one fails."""
+    limit = _common_limit(report.traces)
+    warmup = [row for row in report.metrics if row.get("phase") == "warmup"]
+    training = [row for row in report.metrics if row.get("phase") != "warmup"]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -87,10 +89,10 @@ def write_report(
         undefined=jinja2.StrictUndefined,
     )
     html = environment.get_template("report.html.jinja").render(
-        title=title,
-        summary=summary,
-        command=command,
-        tables=[_table_view(table) for table in tables],
+        title=report.title,
+        summary=report.summary,
+        command=report.command,
+        tables=[_table_view(table) for table in report.tables],
         curves=[
             (heading, figures)
             for heading, figures in (
@@ -99,14 +101,14 @@ def write_report(
             )
             if figures
         ],
-        histogram=histogram(rewards_correct, rewards_wrong),
-        figures=figures,
+        histogram=histogram(report.rewards_correct, report.rewards_wrong),
+        figures=report.figures,
         questions=[
             (question, [_trace_view(trace, limit) for trace in group])
-            for question, group in groupby(traces, key=lambda trace: trace.question)
+            for question, group in groupby(report.traces, key=lambda trace: trace.question)
         ],
         limit=_digits(limit),
-        config=_config_text(config),
+        config=_config_text(report.config),
         heatmap_css=HEATMAP_CSS,
         palette_css=_palette_css(),
     )

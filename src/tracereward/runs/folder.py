@@ -34,8 +34,7 @@ from tracereward.files import (
     require_free_disk,
 )
 from tracereward.modeling.distributed import broadcast_object, is_peer_failure, zero3_disabled
-from tracereward.reports.report import write_report
-from tracereward.reports.tables import Table
+from tracereward.reports.report import Report, write_report
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.training.checkpoints import kept, last_complete_checkpoint
@@ -100,18 +99,15 @@ class Run:
         """Write ``report.html``."""
         if not is_main_process():
             return
-        content = {"rewards_correct": [], "rewards_wrong": [], "traces": [], **content}
-        tables: list[Table] = content.pop("tables", [])
-        write_report(
-            self.folder / "report.html",
+        report = Report(
             title=f"tracereward {self.kind}: {self.folder.name}",
             summary=summary,
-            tables=tables,
-            metrics=read_jsonl(self.metrics.path),
             command=f"tracereward {self.kind} --config {shlex.quote(str(self.folder / 'config.yaml'))}",
+            metrics=read_jsonl(self.metrics.path),
             config=self.settings,
             **content,
         )
+        write_report(self.folder / "report.html", report)
 
 
 @contextlib.contextmanager
