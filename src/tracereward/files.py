@@ -19,11 +19,15 @@ def fsync_tree(folder: Path) -> None:
     """Flush every file below `folder`, and the folders themselves, to the disk."""
     for root, _, names in os.walk(folder):
         for path in [*(os.path.join(root, name) for name in names), root]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _fsync(path)
+
+
+def _fsync(path: str | os.PathLike) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
@@ -89,11 +93,12 @@ def remove_unfinished(folder: Path) -> None:
 
 def fsync_parent(path: Path) -> None:
     """Make a rename of `path` durable."""
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _fsync(path.parent)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def without_nan(value: Any) -> Any:
@@ -121,6 +126,17 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 def write_jsonl(path: str | os.PathLike, rows: list[dict]) -> None:
     """Replace the file at `path` by one JSON object a line."""
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def require_parent_folder(path: str | os.PathLike) -> None:
+    """Refuse an output whose folder does not exist.
+
+    Raises:
+        InputError: names the folder.
+    """
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise InputError(f"{path}: the folder {parent} does not exist")
 
 
 def require_free_disk(folder: str | os.PathLike, needed: int, what: str) -> None:

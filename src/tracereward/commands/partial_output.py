@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tracereward.errors import InputError, RunFailed
-from tracereward.files import DISK_FULL, atomic_write_json, write_jsonl
+from tracereward.files import DISK_FULL, atomic_write_json, read_json, require_parent_folder, write_jsonl
 from tracereward.modeling.loading import model_fingerprint
 
 Origin = dict[str, list[Any]]
@@ -67,8 +67,7 @@ def check_output(output: str | None) -> None:
     if output in (None, "-"):
         return
     path, part = Path(output), part_of(output)
-    if not path.parent.is_dir():
-        raise InputError(f"{output}: the folder {path.parent} does not exist")
+    require_parent_folder(path)
     if path.is_dir():
         raise InputError(f"{output}: is a folder; name a file")
     was_there = part.exists()
@@ -128,7 +127,7 @@ def unfinished(output: str, origin: Origin) -> Path | None:
         return None
     anew = f"remove {part} to start anew"
     try:
-        earlier = json.loads(_origin_file(part).read_text(encoding="utf-8"))
+        earlier = read_json(_origin_file(part))
         old = {name: (shown, value) for name, (shown, value) in earlier.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(

@@ -15,8 +15,6 @@ from tracereward.tasks.recipes import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATES = ("plain", "chat")
-
 
 def load_demonstrations(
     source: str,
@@ -46,13 +44,7 @@ def load_demonstrations(
         raise InputError(f"limit is {limit}: it must be at least 1")
     rows: list[dict[str, Any]] = []
     for location, raw in read_rows(source, split, subset):
-        try:
-            row = task.example(raw)
-        except KeyError as error:
-            has = ", ".join(map(repr, raw)) or "none"
-            raise InputError(f"{location}: field {error} is missing for task {task.name!r}; fields: {has}") from error
-        except ValueError as error:
-            raise InputError(f"{location}: {error}") from error
+        row = checked_example(task, raw, location)
         if wrong := not_json(row):  # half of a surrogate pair is no text that a tokenizer takes
             raise InputError(f"{location}: {wrong}")
         if require_completion and row["completion"] is None:
@@ -65,6 +57,21 @@ def load_demonstrations(
     if not rows:
         raise InputError(f"{source}: no rows")
     return rows
+
+
+def checked_example(task: Task, raw: dict[str, Any], location: str) -> dict[str, Any]:
+    """The prompt, completion and answer that a recipe reads in a raw row.
+
+    Raises:
+        InputError: a field is missing, empty or of a wrong type; names `location` and the field.
+    """
+    try:
+        return task.example(raw)
+    except KeyError as error:
+        has = ", ".join(map(repr, raw)) or "none"
+        raise InputError(f"{location}: field {error} is missing for task {task.name!r}; fields: {has}") from error
+    except ValueError as error:
+        raise InputError(f"{location}: {error}") from error
 
 
 def check_lengths(
