@@ -135,9 +135,7 @@ def test_log_probs_and_states_are_those_of_the_plain_pass(tiny_model_folder, tok
 
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("other", ["reference", "policy"])
-def test_another_model_beside_shares_as_well_unless_its_weights_are_spread(
-    tiny_model_folder, tokenizer, shared, other, spread
-):
+def test_reference_and_policy_share_prompts_unless_sharded(tiny_model_folder, tokenizer, shared, other, spread):
     model = build(tiny_model_folder, tokenizer, "token")
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
     rewards = model.token_rewards(*MIXED, **{other: lm}, spread=spread)
@@ -150,7 +148,7 @@ def test_another_model_beside_shares_as_well_unless_its_weights_are_spread(
         assert_close([reward], [value + sign * added])
 
 
-def test_spread_weights_are_read_as_often_by_each_process(tiny_model_folder, tokenizer, monkeypatch):
+def test_sharded_models_make_equally_many_passes_on_each_process(tiny_model_folder, tokenizer, monkeypatch):
     """A process with fewer batches reads its last again: the others' weights are gathered in every pass."""
     model = build(tiny_model_folder, tokenizer, "action")
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
@@ -158,7 +156,7 @@ def test_spread_weights_are_read_as_often_by_each_process(tiny_model_folder, tok
     lm.register_forward_pre_hook(lambda *_: passes.append(1))
     alone = model.token_rewards(*MIXED, reference=lm, spread=True, token_budget=60)
     own = len(passes)
-    monkeypatch.setattr(module, "most", lambda count: count + 2)
+    monkeypatch.setattr(module, "all_reduce_max", lambda count: count + 2)
     again = model.token_rewards(*MIXED, reference=lm, spread=True, token_budget=60)
     assert len(passes) == own + own + 2
     assert_close(again, alone)
