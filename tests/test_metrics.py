@@ -70,7 +70,7 @@ def test_pooled_auroc_measures_difficulty_where_within_prompt_does_not():
 
 
 @given(rows=st.lists(st.tuples(st.integers(-30, 30), st.booleans()), min_size=3, max_size=25))
-def test_point_biserial_is_scipys(rows):
+def test_point_biserial_matches_scipy(rows):
     scores, correct = zip(*rows)
     assume(len(set(scores)) > 1)
     assume(len(set(correct)) > 1)
@@ -127,7 +127,7 @@ def test_two_traces_are_enough():
     assert point_biserial([1, 2], [True, False]) == pytest.approx(-1.0)
 
 
-def test_a_prompt_short_is_refused():
+def test_missing_prompt_is_refused():
     with pytest.raises(ValueError, match="shorter"):
         within_prompt_auroc([1, 2], [True, False], ["a"])
 
@@ -176,7 +176,7 @@ def test_auprc_written_out():
     assert auprc([1, 1, 1, 1], [True, False, False, False]) == pytest.approx(0.25)
 
 
-def test_a_score_of_length_alone_is_chance_among_traces_of_a_length():
+def test_score_of_length_alone_has_length_matched_auroc_of_chance():
     """Right traces are short, so that length tells all; inside bins of one length it tells nothing."""
     lengths = [10] * 8 + [20] * 8
     correct = [True] * 6 + [False] * 2 + [True] * 2 + [False] * 6

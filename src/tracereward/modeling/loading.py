@@ -1,4 +1,4 @@
-"""Finding and loading models and tokenizers, with a clear sentence where they cannot be."""
+"""Finding, checking and loading causal LMs, with clear errors."""
 
 import difflib
 import hashlib
@@ -36,8 +36,7 @@ def local_folder(name: str) -> Path:
 
 
 def model_fingerprint(name: str | None) -> str | None:
-    """SHA-256 of all that is read of a model's folder, which may have been trained again under the same name; of a Hub
-    model the commit.
+    """SHA-256 of a local model's config and weight files, which change if it is trained again; a Hub model's commit.
 
     Raises:
         InputError: there is no such model.
@@ -61,7 +60,7 @@ def check_model(name: str, revision: str = "main") -> None:
     """Read a causal LM's configuration, before anything slow starts.
 
     Raises:
-        InputError: it cannot be read, or is another kind of model's: transformers would give that a random LM head.
+        InputError: it cannot be read, or is of another class of model, which transformers would give a random LM head.
     """
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
