@@ -1,6 +1,7 @@
 """Files are whole or absent, also when the writing stops half-way."""
 
 import json
+import math
 import os
 
 import pytest
@@ -11,9 +12,14 @@ from tracereward.files import (
     atomic_folder,
     atomic_write_json,
     atomic_write_text,
+    nearest_path,
+    read_json,
     read_jsonl,
     remove_unfinished,
     require_free_disk,
+    require_parent_folder,
+    sha256_of,
+    without_nan,
     write_jsonl,
 )
 
@@ -124,6 +130,25 @@ def test_leftovers_of_an_earlier_attempt_are_excluded(tmp_path):
     with atomic_folder(tmp_path / "model") as folder:
         (folder / "fresh").write_text("y")
     assert names(tmp_path / "model") == ["fresh"]
+
+
+def test_nan_and_infinity_become_null(tmp_path):
+    value = {"a": [1.5, math.nan, (math.inf, "x")], "b": {"c": -math.inf, "d": True}, "e": 2}
+    clean = {"a": [1.5, None, [None, "x"]], "b": {"c": None, "d": True}, "e": 2}
+    assert without_nan(value) == clean
+    atomic_write_json(tmp_path / "a.json", without_nan(value))
+    assert read_json(tmp_path / "a.json") == clean
+
+
+def test_nearest_path_and_parent_folder(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("abc")
+    assert nearest_path(tmp_path / "row.jsonl") == tmp_path / "rows.jsonl"
+    assert nearest_path(tmp_path / "zzz") is None
+    assert nearest_path(tmp_path / "no" / "rows.jsonl") is None
+    require_parent_folder(tmp_path / "new")
+    with pytest.raises(InputError, match="does not exist"):
+        require_parent_folder(tmp_path / "no" / "new")
+    assert sha256_of(tmp_path / "rows.jsonl").startswith("ba7816bf8f01cfea")  # FIPS 180-2, "abc"
 
 
 def test_jsonl_round_trip(tmp_path):

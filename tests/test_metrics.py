@@ -15,6 +15,7 @@ from tracereward.metrics import (
     bootstrap_interval,
     length_matched_auroc,
     point_biserial,
+    spearman,
     wilson_interval,
     within_prompt_auroc,
 )
@@ -75,6 +76,13 @@ def test_point_biserial_matches_scipy(rows):
     assume(len(set(scores)) > 1)
     assume(len(set(correct)) > 1)
     assert point_biserial(scores, correct) == pytest.approx(stats.pointbiserialr(correct, scores).statistic, abs=1e-9)
+
+
+def test_spearman_by_hand():
+    """1 - 6 sum d^2 / (n (n^2 - 1)); ranks 1 2 3 4 5 and 1 2 4 3 5 differ by 1 twice."""
+    assert spearman([1, 2, 3, 4, 9], [0.1, 5, 70, 6, 800]) == pytest.approx(0.9)
+    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(spearman([1], [2]))
 
 
 def test_point_biserial_of_constants_is_nan():

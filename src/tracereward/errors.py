@@ -22,6 +22,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, to suggest instead of a misspelt name; None if none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+
+
 def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     """Return `value` if it is one of `choices`.
 
@@ -31,8 +36,8 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     names = list(choices)
     if value in names:
         return value
-    near = difflib.get_close_matches(value, names, n=1)
-    fix = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(value, names)
+    fix = f"did you mean {near!r}? " if near else ""
     raise InputError(f"unknown {what} {value!r}: {fix}Known: {', '.join(names)}.")
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tracereward.errors import InputError
+from tracereward.errors import InputError, nearest
 
 DISK_FULL = (errno.EFBIG, errno.ENOSPC)
 
@@ -126,6 +127,19 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 def write_jsonl(path: str | os.PathLike, rows: list[dict]) -> None:
     """Replace the file at `path` by one JSON object a line."""
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def sha256_of(path: str | os.PathLike) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nearest_path(path: Path) -> Path | None:
+    """The path with the most similar name in the folder of a missing `path`; None if there is none."""
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, siblings)
+    return None if near is None else path.parent / near
 
 
 def require_parent_folder(path: str | os.PathLike) -> None:

@@ -294,6 +294,8 @@ def test_encoding_by_hand():
     prompt = encode_prompt(tokenizer, "1 + 2 = ?\n")
     assert tokenizer.convert_ids_to_tokens(prompt) == ["1", " + ", "2", " = ", "?", "\n"]
     assert tokenizer.convert_ids_to_tokens(encode_completion(tokenizer, "#### 3")) == ["#### ", "3", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(encode_completion(tokenizer, "#### 3", finished=False)) == ["#### ", "3"]
+    assert encode_completion(tokenizer, "", finished=False) == []
     bos = chat_tokenizer(True)
     assert bos.convert_ids_to_tokens(encode_prompt(bos, "3")) == ["<bos>", "3"]
     assert bos.convert_ids_to_tokens(encode_completion(bos, "3")) == ["3", "<eos>"]

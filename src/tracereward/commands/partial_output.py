@@ -4,7 +4,6 @@ Until then the rows are in ``NAME.part``, and what they are made of (models, dat
 of two different runs are never joined.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tracereward.errors import InputError, RunFailed
-from tracereward.files import DISK_FULL, atomic_write_json, read_json, require_parent_folder, write_jsonl
+from tracereward.files import DISK_FULL, atomic_write_json, read_json, require_parent_folder, sha256_of, write_jsonl
 from tracereward.modeling.loading import model_fingerprint
 
 Origin = dict[str, list[Any]]
@@ -47,8 +46,7 @@ def _digest(path: Path) -> str:
     if not path.is_file():
         return str(path)
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 

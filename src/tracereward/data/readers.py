@@ -4,10 +4,10 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 
 from tracereward.errors import InputError
+from tracereward.files import nearest_path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
@@ -79,8 +79,8 @@ def _missing(path: Path) -> str:
         return "is a folder; name a file in it"
     if not path.parent.is_dir():
         return f"no such file; the folder {path.parent} does not exist either"
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f"no such file; did you mean {path.parent / near[0]}?" if near else f"no such file in {path.parent}"
+    near = nearest_path(path)
+    return f"no such file; did you mean {near}?" if near else f"no such file in {path.parent}"
 
 
 def _json_type(value: object) -> str:

@@ -49,7 +49,13 @@ def pack(
         if ends is not None:
             steps[row, : len(completion)] = torch.tensor(ends[row])
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return Batch(input_ids, attention_mask, position_ids, attention_mask[:, prompt_width:], steps)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        completion_mask=attention_mask[:, prompt_width:],
+        step_ends=steps,
+    )
 
 
 def hide_tokens(batch: Batch, rate: float, seeds: Sequence[int]) -> Batch:
