@@ -1,6 +1,7 @@
 """Files are whole or absent, also when the writing stops half-way."""
 
 import json
+import math
 import os
 
 import pytest
@@ -11,9 +12,14 @@ from tracereward.files import (
     atomic_folder,
     atomic_write_json,
     atomic_write_text,
+    nearest_path,
+    read_json,
     read_jsonl,
     remove_unfinished,
     require_free_disk,
+    require_parent_folder,
+    sha256_of,
+    without_nan,
     write_jsonl,
 )
 
@@ -31,7 +37,7 @@ def test_text_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, where):
+def test_failed_write_keeps_the_old_file_and_no_temporary_file(tmp_path, monkeypatch, where):
     path = tmp_path / "a.txt"
     atomic_write_text(path, "old")
 
@@ -46,7 +52,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
+def test_readers_never_see_a_partial_file(tmp_path, monkeypatch):
     """When the new file takes its name, all of it is already on the disk."""
     path = tmp_path / "a.txt"
     atomic_write_text(path, "old")
@@ -68,7 +74,7 @@ def test_json_keeps_other_alphabets(tmp_path):
     assert "é" in text
 
 
-def test_a_folder_replaces_the_old_one_whole(tmp_path):
+def test_atomic_folder_replaces_the_complete_old_folder(tmp_path):
     target = tmp_path / "new" / "model"
     for content in ("one", "two"):
         with atomic_folder(target) as folder:
@@ -79,7 +85,7 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path):
     assert names(tmp_path / "new") == ["model"]
 
 
-def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
+def test_failed_block_keeps_the_old_folder(tmp_path):
     target = tmp_path / "model"
     with atomic_folder(target) as folder:
         (folder / "weights").write_text("old")
@@ -95,7 +101,7 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
-def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path, monkeypatch):
+def test_failed_rename_keeps_the_old_folder(tmp_path, monkeypatch):
     target = tmp_path / "model"
     with atomic_folder(target) as folder:
         (folder / "weights").write_text("old")
@@ -117,13 +123,32 @@ def test_a_folder_that_cannot_take_its_name_leaves_the_old_one(tmp_path, monkeyp
     assert names(tmp_path) == ["model"]
 
 
-def test_what_an_earlier_attempt_left_does_not_get_in(tmp_path):
+def test_leftovers_of_an_earlier_attempt_are_excluded(tmp_path):
     stale = tmp_path / f".model.{os.getpid()}.tmp"
     stale.mkdir()
     (stale / "stale").write_text("x")
     with atomic_folder(tmp_path / "model") as folder:
         (folder / "fresh").write_text("y")
     assert names(tmp_path / "model") == ["fresh"]
+
+
+def test_nan_and_infinity_become_null(tmp_path):
+    value = {"a": [1.5, math.nan, (math.inf, "x")], "b": {"c": -math.inf, "d": True}, "e": 2}
+    clean = {"a": [1.5, None, [None, "x"]], "b": {"c": None, "d": True}, "e": 2}
+    assert without_nan(value) == clean
+    atomic_write_json(tmp_path / "a.json", without_nan(value))
+    assert read_json(tmp_path / "a.json") == clean
+
+
+def test_nearest_path_and_parent_folder(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("abc")
+    assert nearest_path(tmp_path / "row.jsonl") == tmp_path / "rows.jsonl"
+    assert nearest_path(tmp_path / "zzz") is None
+    assert nearest_path(tmp_path / "no" / "rows.jsonl") is None
+    require_parent_folder(tmp_path / "new")
+    with pytest.raises(InputError, match="does not exist"):
+        require_parent_folder(tmp_path / "no" / "new")
+    assert sha256_of(tmp_path / "rows.jsonl").startswith("ba7816bf8f01cfea")  # FIPS 180-2, "abc"
 
 
 def test_jsonl_round_trip(tmp_path):
@@ -133,7 +158,7 @@ def test_jsonl_round_trip(tmp_path):
     assert read_jsonl(tmp_path / "none.jsonl") == []
 
 
-def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path):
+def test_last_line_cut_by_a_kill_is_skipped(tmp_path):
     """Also when what is left of it happens to be JSON, or ends inside a character."""
     path = tmp_path / "a.jsonl"
     whole = b'{"n": 1}\n{"n": 2}\n'
@@ -149,7 +174,7 @@ def test_a_full_disk_is_refused_before_the_run(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_a_kill_left_between_two_renames_comes_back(tmp_path):
+def test_folder_killed_between_two_renames_is_restored(tmp_path):
     """The old folder is the only whole one then; a temporary one and an old one that was replaced are removed."""
     for name in (".policy.7.old", ".policy.7.tmp", ".reward.7.old", "reward"):
         (tmp_path / name).mkdir()

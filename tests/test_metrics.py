@@ -15,6 +15,7 @@ from tracereward.metrics import (
     bootstrap_interval,
     length_matched_auroc,
     point_biserial,
+    spearman,
     wilson_interval,
     within_prompt_auroc,
 )
@@ -70,11 +71,18 @@ def test_pooled_auroc_measures_difficulty_where_within_prompt_does_not():
 
 
 @given(rows=st.lists(st.tuples(st.integers(-30, 30), st.booleans()), min_size=3, max_size=25))
-def test_point_biserial_is_scipys(rows):
+def test_point_biserial_matches_scipy(rows):
     scores, correct = zip(*rows)
     assume(len(set(scores)) > 1)
     assume(len(set(correct)) > 1)
     assert point_biserial(scores, correct) == pytest.approx(stats.pointbiserialr(correct, scores).statistic, abs=1e-9)
+
+
+def test_spearman_by_hand():
+    """1 - 6 sum d^2 / (n (n^2 - 1)); ranks 1 2 3 4 5 and 1 2 4 3 5 differ by 1 twice."""
+    assert spearman([1, 2, 3, 4, 9], [0.1, 5, 70, 6, 800]) == pytest.approx(0.9)
+    assert math.isnan(spearman([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(spearman([1], [2]))
 
 
 def test_point_biserial_of_constants_is_nan():
@@ -127,7 +135,7 @@ def test_two_traces_are_enough():
     assert point_biserial([1, 2], [True, False]) == pytest.approx(-1.0)
 
 
-def test_a_prompt_short_is_refused():
+def test_missing_prompt_is_refused():
     with pytest.raises(ValueError, match="shorter"):
         within_prompt_auroc([1, 2], [True, False], ["a"])
 
@@ -176,7 +184,7 @@ def test_auprc_written_out():
     assert auprc([1, 1, 1, 1], [True, False, False, False]) == pytest.approx(0.25)
 
 
-def test_a_score_of_length_alone_is_chance_among_traces_of_a_length():
+def test_score_of_length_alone_has_length_matched_auroc_of_chance():
     """Right traces are short, so that length tells all; inside bins of one length it tells nothing."""
     lengths = [10] * 8 + [20] * 8
     correct = [True] * 6 + [False] * 2 + [True] * 2 + [False] * 6

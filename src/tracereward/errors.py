@@ -1,4 +1,4 @@
-"""The two ways a command ends early, and the sentence it ends with."""
+"""The exceptions that end a command, each with its exit code, and checks of what a user gives."""
 
 import difflib
 import math
@@ -6,20 +6,25 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: names the file, line or field and the mend. The commands exit with 2."""
+    """Invalid user input: names the file, line or field and the fix. The commands exit with 2."""
 
 
 class TooLong(InputError):
-    """A trace that the model has no positions for."""
+    """A trace that is longer than the model's context."""
 
 
 class RunFailed(RuntimeError):
-    """A run that started could not go on: says at which step, and what was kept. The commands exit with 1."""
+    """A run failed after it started: says at which step, and what was saved. The commands exit with 1."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its kind; 200 characters at the most."""
+    """The first line of an error's message, or the name of its class; at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The most similar of `names`, to suggest instead of a misspelt name; None if none is similar."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
 
 
 def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
@@ -31,9 +36,9 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     names = list(choices)
     if value in names:
         return value
-    near = difflib.get_close_matches(value, names, n=1)
-    mend = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"unknown {what} {value!r}: {mend}Known: {', '.join(names)}.")
+    near = nearest(value, names)
+    fix = f"did you mean {near!r}? " if near else ""
+    raise InputError(f"unknown {what} {value!r}: {fix}Known: {', '.join(names)}.")
 
 
 def check_number(what: str, value: object) -> None:
@@ -47,4 +52,4 @@ def check_number(what: str, value: object) -> None:
 
 
 class Interrupted(RuntimeError):
-    """The user stopped the run; says how to go on. The commands exit with 130, as shells expect of Ctrl-C."""
+    """The user interrupted the run; says how to resume. The commands exit with 130, the code of Ctrl-C in shells."""

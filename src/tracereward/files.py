@@ -1,7 +1,8 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
+"""Atomic writes: a file or folder is written under a temporary name, flushed to disk, then renamed."""
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tracereward.errors import InputError
+from tracereward.errors import InputError, nearest
 
 DISK_FULL = (errno.EFBIG, errno.ENOSPC)
 
@@ -19,15 +20,19 @@ def fsync_tree(folder: Path) -> None:
     """Flush every file below `folder`, and the folders themselves, to the disk."""
     for root, _, names in os.walk(folder):
         for path in [*(os.path.join(root, name) for name in names), root]:
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _fsync(path)
+
+
+def _fsync(path: str | os.PathLike) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a part."""
+    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a partial one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,7 +52,7 @@ def atomic_write_json(path: str | os.PathLike, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends well, replacing what was there."""
+    """Yield a temporary folder that replaces `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -72,9 +77,9 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left in `folder` of files and folders that it was writing.
+    """Remove temporary files and folders that a killed process left in `folder`.
 
-    Between the two renames of `atomic_folder` the finished folder has no name: it gets its own back.
+    A finished folder that was moved aside between the two renames of `atomic_folder` gets its name back.
     """
     for path in folder.glob(".*.old"):
         target = folder / path.name.removeprefix(".").rsplit(".", 2)[0]
@@ -82,18 +87,19 @@ def remove_unfinished(folder: Path) -> None:
             path.rename(target)
     for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # another process of the same run may be at it too
+            shutil.rmtree(path, ignore_errors=True)  # another process of the same run may remove it too
         else:
             path.unlink(missing_ok=True)
 
 
 def fsync_parent(path: Path) -> None:
     """Make a rename of `path` durable."""
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _fsync(path.parent)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value of a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def without_nan(value: Any) -> Any:
@@ -106,7 +112,7 @@ def without_nan(value: Any) -> Any:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The complete rows of a JSONL file that a run appends to; a last line cut short by a kill is left out."""
+    """The complete rows of a JSONL file that a run appends to; a last line cut short by a kill is skipped."""
     path = Path(path)
     if not path.exists():
         return []
@@ -123,13 +129,37 @@ def write_jsonl(path: str | os.PathLike, rows: list[dict]) -> None:
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def sha256_of(path: str | os.PathLike) -> str:
+    """Hex digest of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def nearest_path(path: Path) -> Path | None:
+    """The path with the most similar name in the folder of a missing `path`; None if there is none."""
+    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = nearest(path.name, siblings)
+    return None if near is None else path.parent / near
+
+
+def require_parent_folder(path: str | os.PathLike) -> None:
+    """Refuse an output whose folder does not exist.
+
+    Raises:
+        InputError: names the folder.
+    """
+    parent = Path(path).parent
+    if not parent.is_dir():
+        raise InputError(f"{path}: the folder {parent} does not exist")
+
+
 def require_free_disk(folder: str | os.PathLike, needed: int, what: str) -> None:
-    """Refuse to start when the disk cannot hold what the run will write.
+    """Check that the disk can hold what the run will write.
 
     Args:
-        folder: where it will be written; need not exist yet.
+        folder: output folder; need not exist yet.
         needed: bytes.
-        what: named in the message, e.g. "2 checkpoints and the finished models".
+        what: for the message, e.g. "2 checkpoints and the finished models".
 
     Raises:
         InputError: less than `needed` bytes are free.

@@ -1,6 +1,5 @@
 """Study of guided decoding: what each method reaches at each budget, and the tokens that it drew."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +11,7 @@ from studies.setup import judging
 from studies.setup.frozen import load_frozen
 from studies.setup.site import TASK, Site
 from tracereward.evaluate.guided import beam_shape, candidates
-from tracereward.files import atomic_write_json, read_jsonl
+from tracereward.files import atomic_write_json, read_json, read_jsonl
 from tracereward.generation.decoding import beam, reject, tilt
 from tracereward.generation.guide import Guide, Guided
 from tracereward.generation.params import SamplingParams
@@ -208,7 +207,7 @@ def tuned(site: Site, arm: str, n: int) -> Row:
     with FileLock(f"{file}.lock"):
         if not file.exists():
             atomic_write_json(file, tune(load_bench(site, arm, "validation", n, asked=ASKED)))
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, n: int) -> Row:

@@ -1,6 +1,5 @@
 """How the policies and reward models of a study are judged."""
 
-import json
 from typing import Any
 
 import torch
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel
 from studies.setup.site import TASK, Site
 from tracereward.commands.rerank import rerank_rows, summary
 from tracereward.commands.score import as_row
-from tracereward.files import atomic_write_json, read_jsonl, without_nan, write_jsonl
+from tracereward.files import atomic_write_json, read_json, read_jsonl, without_nan, write_jsonl
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.metrics import point_biserial, wilson_interval
@@ -35,7 +34,7 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
     """
     kept = site.run(arm) / f"greedy-{part}.json"
     if kept.exists():
-        return json.loads(kept.read_text(encoding="utf-8"))
+        return read_json(kept)
     task, rows = get_task(TASK), read_jsonl(site.data(part))
     policy = load_policy(site, arm)
     params = SamplingParams(max_new_tokens=site.world.completion, temperature=0.0, batch_size=512)

@@ -54,7 +54,7 @@ def test_blank_lines_are_skipped_but_counted(tmp_path):
     assert [location for location, _ in read_rows(source)] == [f"{source}:2", f"{source}:4"]
 
 
-def test_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+def test_byte_order_mark_is_not_part_of_the_first_line(tmp_path):
     path = tmp_path / "bom.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
     assert [row for _, row in read_rows(str(path))] == [{"a": 1}]
@@ -100,7 +100,7 @@ def test_invalid_json_names_its_line(tmp_path):
     assert refused(source).startswith(f"{source}:1: not valid JSON: Exceeds the limit")
 
 
-def test_json_file_that_is_lines(tmp_path):
+def test_json_lines_under_a_json_suffix(tmp_path):
     source = write_lines(tmp_path / "a.json", ROWS)
     assert refused(source) == f"{source}:2: not valid JSON: Extra data (one object a line? then name it .jsonl)"
     source = write_lines(tmp_path / "b.json", [{"data": []}])
@@ -294,6 +294,8 @@ def test_encoding_by_hand():
     prompt = encode_prompt(tokenizer, "1 + 2 = ?\n")
     assert tokenizer.convert_ids_to_tokens(prompt) == ["1", " + ", "2", " = ", "?", "\n"]
     assert tokenizer.convert_ids_to_tokens(encode_completion(tokenizer, "#### 3")) == ["#### ", "3", "<eos>"]
+    assert tokenizer.convert_ids_to_tokens(encode_completion(tokenizer, "#### 3", finished=False)) == ["#### ", "3"]
+    assert encode_completion(tokenizer, "", finished=False) == []
     bos = chat_tokenizer(True)
     assert bos.convert_ids_to_tokens(encode_prompt(bos, "3")) == ["<bos>", "3"]
     assert bos.convert_ids_to_tokens(encode_completion(bos, "3")) == ["3", "<eos>"]
@@ -370,7 +372,7 @@ def test_split_by_number_and_seed():
 
 
 @pytest.mark.parametrize("validation", [0, -1, 2, 5])
-def test_split_that_leaves_a_side_empty(validation):
+def test_split_with_an_empty_part_is_refused(validation):
     with pytest.raises(InputError, match=f"validation is {validation} for 2 rows: give a share under 1, or fewer"):
         split_rows(ROWS, validation, seed=0)
 

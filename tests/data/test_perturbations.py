@@ -341,7 +341,7 @@ def test_kinds_that_cannot_apply_give_none_and_never_the_original():
     assert perturb("one\ntwo", random.Random(0), ["operator", "number", "swap_steps"]) is None
 
 
-def test_the_kinds_are_tried_in_an_order_drawn_at_random():
+def test_kinds_are_tried_in_random_order():
     """Where all apply each comes about equally often; where one applies it always comes."""
     text = "1 + 1 = 2\n2 + 2 = 4\n#### 4"
     counts = Counter(perturb(text, random.Random(seed)).kind for seed in range(1000))
@@ -351,7 +351,7 @@ def test_the_kinds_are_tried_in_an_order_drawn_at_random():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_place_is_drawn_equally_often(kind):
+def test_positions_are_sampled_uniformly(kind):
     text = "\n".join(f"{n} + {n} = x" for n in range(31, 41)) + "\nso"
     counts = Counter(text[: draw(text, kind, seed).first_change].count("\n") for seed in range(1000))
     places = 9 if kind == "swap_steps" else 10
@@ -487,7 +487,7 @@ def test_the_seed_decides():
     assert len({perturb(text, rng).text for _ in range(20)}) > 15
 
 
-def test_the_global_random_state_is_neither_read_nor_moved():
+def test_global_random_state_is_neither_read_nor_advanced():
     random.seed(3)
     state = random.getstate()
     first = perturb("1 + 2 = 3\n4\n5", random.Random(0))

@@ -89,7 +89,7 @@ def test_an_end_token_on_experts_only_is_found_and_named():
     assert probe.auroc > 0.99
     assert [feature.name for feature in probe.features] == ["finished"]
     assert leak_warning(probe) == (
-        f"surface features alone tell experts from rollouts with AUROC {probe.auroc:.2f} "
+        f"surface features alone distinguish experts from rollouts with AUROC {probe.auroc:.2f} "
         "(in experts: share with an end-of-sequence token higher, AUROC 1.00 alone)"
     )
 
@@ -124,7 +124,7 @@ def test_no_prompt_is_in_two_folds_and_each_row_is_held_out_once():
     assert sorted(row for _, held_out in folds for row in held_out) == list(range(92))
 
 
-def test_the_probe_knows_no_prompt_by_its_looks():
+def test_probe_does_not_recognise_prompts():
     """A prompt has one text, and one class: folds that split it would give it away."""
     aurocs = []
     for seed in range(6):
@@ -186,7 +186,7 @@ def test_a_warning_is_above_the_bound_only():
     assert leak_warning(Probe(0.7, features, 50)) is None
     assert leak_warning(Probe(0.2, features, 50)) is None
     assert leak_warning(Probe(0.7 + 1e-9, features, 50)) == (
-        "surface features alone tell experts from rollouts with AUROC 0.70 "
+        "surface features alone distinguish experts from rollouts with AUROC 0.70 "
         "(in experts: number of digits lower, AUROC 0.25 alone; number of words higher, AUROC 0.60 alone)"
     )
 

@@ -201,7 +201,7 @@ def test_bad_rows_with_questions_are_named(tmp_path, row, message):
         ({"qid": 1, "reasoning": "x", "answer": "3"}, "no prompt or question; give --questions"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3"}, "neither correct (true or false) nor a gold answer"),
         ({"prompt": "1 + 2 = ?\n", "reasoning": "x", "answer": "3"}, "neither correct (true or false) nor a gold"),
-        ({"question": "1?", "solution": "x", "correct": True}, "which recipe 'mmlu_pro' needs"),
+        ({"question": "1?", "solution": "x", "correct": True}, "is missing for task 'mmlu_pro'"),
         ({"prompt": 5, "completion": "x", "correct": True}, "field 'prompt' is int, neither text nor a list"),
         ({"prompt": " ", "completion": "x", "correct": True}, "field 'prompt' is empty"),
         ({"prompt": "1?", "completion": "x", "answer": {"a": 1}}, "field 'answer' is dict, not text"),

@@ -178,7 +178,7 @@ def test_prompts_have_the_tasks_words(tmp_path):
     [trace] = read(tmp_path, "processbench", PROCESSBENCH)
     assert prompt_of(trace, get_task("math")).startswith("Problem: 1 + 1 + 1?\nPut the final answer in")
     assert prompt_of(trace, get_task("gsm8k")).startswith("Question: 1 + 1 + 1?\nEnd with ####")
-    with pytest.raises(InputError, match=r"rows.jsonl:1: task 'mmlu_pro' needs the field 'options': choose another"):
+    with pytest.raises(InputError, match=r"rows.jsonl:1: field 'options' is missing for task 'mmlu_pro'"):
         prompt_of(trace, get_task("mmlu_pro"))
 
 

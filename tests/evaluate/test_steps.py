@@ -269,7 +269,7 @@ def test_what_is_refused(model, halves):
         evaluate_steps(model, traces, fit, aggregate="max")
     with pytest.raises(InputError, match="unknown task"):
         evaluate_steps(model, traces, fit, task="maths")
-    with pytest.raises(InputError, match="rows:8: task 'mmlu_pro' needs the field 'options'"):
+    with pytest.raises(InputError, match="rows:8: field 'options' is missing for task 'mmlu_pro'"):
         evaluate_steps(
             model, traces, traces_of([{"prompt": "1?", "completion": "1 + 1 = 2"}] * 9, {})[8:], task="mmlu_pro"
         )

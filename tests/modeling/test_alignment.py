@@ -70,7 +70,7 @@ def test_multi_byte_text_is_covered(text):
 
 
 @given(ids=st.lists(st.integers(0, len(BYTES) - 1), max_size=16))
-def test_sampled_bytes_that_are_no_text(ids):
+def test_sampled_bytes_that_are_invalid_utf8(ids):
     """A policy may sample half a character, in the middle or, cut off by the length limit, at the end."""
     check(BYTES, ids)
 
@@ -107,12 +107,12 @@ def test_a_stray_byte_undoes_the_character_before_it():
 
 @pytest.mark.parametrize("tokenizer", [STRIPPED, KEPT], ids=["stripped", "kept"])
 @given(ids=st.lists(st.integers(0, len(KEPT) - 1), max_size=16))
-def test_sampled_fallback_bytes_that_are_no_text(tokenizer, ids):
+def test_sampled_fallback_bytes_that_are_invalid_utf8(tokenizer, ids):
     check(tokenizer, ids)
 
 
 @given(text=st.text(st.characters(codec="utf-8", exclude_characters="<▁"), max_size=20))
-def test_any_text_is_covered_by_fallback_tokens(text):
+def test_fallback_token_spans_cover_any_text(text):
     tokens_of(KEPT, text)
     tokens_of(STRIPPED, text)
 
@@ -141,7 +141,7 @@ def test_a_character_and_a_part_of_the_next_in_one_token():
     assert check(BYTES, ids) == ("aaé", [(0, 1), (1, 1), (1, 3)])
 
 
-def test_text_needs_no_quadratic_time(monkeypatch):
+def test_text_takes_linear_time(monkeypatch):
     monkeypatch.setattr("tracereward.modeling.alignment._ends_by_prefixes", None)
     for tokenizer in (BYTES, KEPT, STRIPPED):
         assert "".join(tokens_of(tokenizer, TEXT)) == TEXT
@@ -222,7 +222,7 @@ def test_one_character_tokens_follow_the_definition(text):
     assert step_ends(text, offsets) == expected
 
 
-def test_thousands_of_blank_lines_take_no_time():
+def test_thousands_of_blank_lines_take_linear_time():
     """The pattern repeats inside a repeat; it must not backtrack exponentially."""
     text = "a" + "\n \n\t" * 5000 + "b" + "\n" * 5000
     ends = step_ends(text, [(i, i + 1) for i in range(len(text))])

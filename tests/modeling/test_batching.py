@@ -21,7 +21,7 @@ from tracereward.modeling.log_probs import completion_log_probs
     groups=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4)), max_size=12),
     budget=st.integers(1, 120),
 )
-def test_batches_hold_each_group_once_and_keep_to_the_budget(groups, budget):
+def test_batches_contain_each_group_once_within_the_budget(groups, budget):
     """Padded tokens are the longest times the sequences of all groups; only a group alone may exceed the budget."""
     lengths, sizes = [length for length, _ in groups], [size for _, size in groups]
     batches = list(token_budget_batches(lengths, budget, sizes))
@@ -55,7 +55,7 @@ def batch():
     return pack([[5, 6], [7]], [[8, 9, 10], list(range(11, 211))], pad_id=0)
 
 
-def test_only_completion_tokens_are_hidden_and_only_from_the_others(batch):
+def test_dropout_hides_only_completion_tokens_from_other_tokens(batch):
     before = batch.attention_mask.clone()
     shown = hide_tokens(batch, 0.5, [3, 4])
     hidden = before - shown.attention_mask
@@ -69,12 +69,12 @@ def test_only_completion_tokens_are_hidden_and_only_from_the_others(batch):
 
 
 @pytest.mark.parametrize(("rate", "low", "high"), [(0.0, 0, 0), (0.1, 3, 45), (0.9, 155, 197)])
-def test_the_rate_is_the_share_hidden(batch, rate, low, high):
+def test_dropout_rate_is_the_share_of_hidden_tokens(batch, rate, low, high):
     hidden = batch.attention_mask - hide_tokens(batch, rate, [0, 1]).attention_mask
     assert low <= int(hidden[1].sum()) <= high
 
 
-def test_what_is_hidden_depends_on_the_rows_seed_alone(batch):
+def test_hidden_tokens_depend_only_on_the_seed_of_the_row(batch):
     """Not on its neighbours, nor on the padding that they cause."""
     both = hide_tokens(batch, 0.5, [3, 4]).attention_mask
     alone = hide_tokens(pack([[7]], [list(range(11, 211))], pad_id=0), 0.5, [4]).attention_mask
@@ -122,7 +122,7 @@ def by_softmax(model, batch):
 
 @pytest.mark.parametrize("model", models(), ids=["plain", "capped"])
 @pytest.mark.parametrize("logits", [97, 500, 2**23])
-def test_log_probs_gradients_and_their_gradients_by_the_definition(model, logits, monkeypatch):
+def test_log_probs_and_two_orders_of_gradients_match_the_definition(model, logits, monkeypatch):
     """Of one, of several and of all tokens a chunk; second derivatives too, as the gradient penalties take them."""
     monkeypatch.setattr(log_probs_module, "LOGITS", logits)
     batch = ragged()
@@ -152,7 +152,7 @@ class LargestLogits(TorchDispatchMode):
         return out
 
 
-def test_all_logits_are_never_there_at_once(monkeypatch):
+def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
     """In the forward and in the backward pass; the head is frozen: its gradient has that width too."""
     monkeypatch.setattr(log_probs_module, "LOGITS", 4 * 97)
     model = models()[0]

@@ -156,7 +156,7 @@ def test_backfill_gives_the_pieces_of_a_split_token_its_value():
     assert backfill(torch.tensor([moved]), torch.tensor([landed])).tolist() == [[1.0, 2.0, 2.0, 2.0, 3.0]]
 
 
-def test_tokens_that_cross():
+def test_tokens_with_crossing_boundaries():
     """ab|cd|e against a|bc|de: a value goes to where its token ends, never to an earlier one."""
     source, target = [(0, 2), (2, 4), (4, 5)], [(0, 1), (1, 3), (3, 5)]
     assert containing_tokens(source, target, False) == [1, 2, 2]
@@ -227,7 +227,7 @@ def test_special_tokens_inside():
     assert containing_tokens(policy, reward_model, True) == [0, 1, 1, 2]
 
 
-def test_what_lies_beyond_the_target_goes_to_its_last_token_with_text():
+def test_tokens_beyond_the_target_text_map_to_its_last_token_with_text():
     target = [(0, 1), (1, 2), (2, 2)]
     assert containing_tokens([(0, 2), (2, 4), (4, 5)], target, False) == [1, 1, 1]
     assert containing_tokens([(0, 4)], target, False) == [1]

@@ -93,7 +93,7 @@ def assert_close(actual, expected):
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("head", ["action", "implicit", "token", "airl"])
-def test_rewards_are_those_of_one_pass_a_sequence(tiny_model_folder, tokenizer, shared, head, peft):
+def test_rewards_match_one_pass_per_sequence(tiny_model_folder, tokenizer, shared, head, peft):
     """Several prompts of other lengths, groups of one to seven, in one batch and in many."""
     model = build(tiny_model_folder, tokenizer, head, peft)
     for budget in (10_000, 60, 1):
@@ -119,7 +119,7 @@ def test_learned_positions_are_counted_from_the_prompts_start(tokenizer, shared,
     assert_close(rewards, one_by_one(model, *MIXED))
 
 
-def test_log_probs_and_states_are_those_of_the_plain_pass(tiny_model_folder, tokenizer):
+def test_shared_log_probs_and_states_match_the_unshared_pass(tiny_model_folder, tokenizer):
     """The first token's log-prob comes from the prompt's last state, the others' from the one before them."""
     model = build(tiny_model_folder, tokenizer, "action")
     prompts, completions = zip(*sorted(zip(*MIXED)))
@@ -135,9 +135,7 @@ def test_log_probs_and_states_are_those_of_the_plain_pass(tiny_model_folder, tok
 
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("other", ["reference", "policy"])
-def test_another_model_beside_shares_as_well_unless_its_weights_are_spread(
-    tiny_model_folder, tokenizer, shared, other, spread
-):
+def test_reference_and_policy_share_prompts_unless_sharded(tiny_model_folder, tokenizer, shared, other, spread):
     model = build(tiny_model_folder, tokenizer, "token")
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
     rewards = model.token_rewards(*MIXED, **{other: lm}, sharded=spread)
@@ -150,7 +148,7 @@ def test_another_model_beside_shares_as_well_unless_its_weights_are_spread(
         assert_close([reward], [value + sign * added])
 
 
-def test_spread_weights_are_read_as_often_by_each_process(tiny_model_folder, tokenizer, monkeypatch):
+def test_sharded_models_make_equally_many_passes_on_each_process(tiny_model_folder, tokenizer, monkeypatch):
     """A process with fewer batches reads its last again: the others' weights are gathered in every pass."""
     model = build(tiny_model_folder, tokenizer, "action")
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
@@ -158,7 +156,7 @@ def test_spread_weights_are_read_as_often_by_each_process(tiny_model_folder, tok
     lm.register_forward_pre_hook(lambda *_: passes.append(1))
     alone = model.token_rewards(*MIXED, reference=lm, sharded=True, token_budget=60)
     own = len(passes)
-    monkeypatch.setattr(module, "most", lambda count: count + 2)
+    monkeypatch.setattr(module, "all_reduce_max", lambda count: count + 2)
     again = model.token_rewards(*MIXED, reference=lm, sharded=True, token_budget=60)
     assert len(passes) == own + own + 2
     assert_close(again, alone)
@@ -182,7 +180,7 @@ def models(vocab) -> dict[str, tuple[torch.nn.Module, bool]]:
     }
 
 
-def test_only_plain_attention_is_shared(tokenizer):
+def test_prompts_are_shared_only_under_full_attention(tokenizer):
     for name, (model, plain) in models(len(tokenizer)).items():
         assert can_share_prompts(model) == plain, name
 
@@ -207,7 +205,7 @@ def test_rewards_are_right_with_and_without_windows(tokenizer, shared, tmp_path,
     budget=st.integers(1, 120),
     share=st.booleans(),
 )
-def test_groups_hold_each_row_once_one_prompt_and_no_more_than_the_budget(rows, budget, share):
+def test_groups_contain_each_row_once_one_prompt_within_the_budget(rows, budget, share):
     prompts, completions = [[p] * (p + 1) for p, _ in rows], [[7] * n for _, n in rows]
     groups = prompt_groups(prompts, completions, budget, share)
     assert sorted(index for group in groups for index in group) == list(range(len(rows)))

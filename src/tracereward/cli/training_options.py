@@ -1,14 +1,14 @@
 """Options of the training commands: YAML by ``--config``, overridden by ``--name value``, with mistakes explained."""
 
 import dataclasses
-import difflib
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import ModelConfig, TrlParser
 
-from tracereward.errors import InputError
+from tracereward.errors import InputError, nearest
+from tracereward.files import nearest_path
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RETIRED, RewardConfig, SupervisedConfig
 from tracereward.training.options import DataArguments
@@ -64,8 +64,8 @@ def _given_names(argv: list[str]) -> list[str]:
 
 
 def _unknown(what: str, name: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown {what}: " + (f"did you mean {near[0]!r}?" if near else "see `tracereward COMMAND --help`")
+    near = nearest(name, known)
+    return f"unknown {what}: " + (f"did you mean {near!r}?" if near else "see `tracereward COMMAND --help`")
 
 
 def _with_config(argv: list[str], known: set[str]) -> list[str]:
@@ -77,8 +77,8 @@ def _with_config(argv: list[str], known: set[str]) -> list[str]:
         raise InputError("--config needs a file name")
     path = Path(argv[position + 1])
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], n=1)
-        raise InputError(f"{path}: no such file" + (f" (did you mean {path.parent / near[0]}?)" if near else ""))
+        near = nearest_path(path)
+        raise InputError(f"{path}: no such file" + (f" (did you mean {near}?)" if near else ""))
     try:
         text = path.read_text(encoding="utf-8")
         options, tree = yaml.safe_load(text) or {}, yaml.compose(text)

@@ -4,7 +4,6 @@ Until then the rows are in ``NAME.part``, and their origin (models, data, option
 of two different runs are never joined.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import Any, TextIO
 
 from tracereward.console import say
 from tracereward.errors import InputError, RunFailed
-from tracereward.files import DISK_FULL, atomic_write_json, write_jsonl
+from tracereward.files import DISK_FULL, atomic_write_json, read_json, require_parent_folder, sha256_of, write_jsonl
 from tracereward.modeling.loading import model_fingerprint
 
 Origin = dict[str, list[Any]]
@@ -48,8 +47,7 @@ def _digest(path: Path) -> str:
     if not path.is_file():
         return str(path)
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
@@ -68,8 +66,7 @@ def check_output(output: str | None) -> None:
     if output in (None, "-"):
         return
     path, part = Path(output), part_of(output)
-    if not path.parent.is_dir():
-        raise InputError(f"{output}: the folder {path.parent} does not exist")
+    require_parent_folder(path)
     if path.is_dir():
         raise InputError(f"{output}: is a folder; name a file")
     was_there = part.exists()
@@ -145,7 +142,7 @@ def unfinished(output: str | None, origin: Origin | None) -> Path | None:
         return None
     anew = f"remove {part} to start anew"
     try:
-        earlier = json.loads(_origin_file(part).read_text(encoding="utf-8"))
+        earlier = read_json(_origin_file(part))
         old = {name: (shown, value) for name, (shown, value) in earlier.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(

@@ -21,7 +21,14 @@ from pyarrow import parquet
 
 from tracereward.data.trace_rows import holds_steps
 from tracereward.errors import InputError, RunFailed
-from tracereward.files import DISK_FULL, atomic_write_json, fsync_parent, remove_unfinished
+from tracereward.files import (
+    DISK_FULL,
+    atomic_write_json,
+    fsync_parent,
+    read_json,
+    remove_unfinished,
+    require_parent_folder,
+)
 from tracereward.rewards.scoring import CHUNK
 from tracereward.rewards.token_scores import AGGREGATES
 
@@ -59,8 +66,7 @@ def own_folder(folder: Path, resume: bool) -> Iterator[Path]:
     Raises:
         InputError: it cannot be one, holds something else, or another process writes to it.
     """
-    if not folder.parent.is_dir():
-        raise InputError(f"{folder}: the folder {folder.parent} does not exist")
+    require_parent_folder(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; --engine ray writes a folder")
     if (folder / MANIFEST).exists() and not resume:
@@ -172,7 +178,7 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         atomic_write_json(path, manifest)
         return
     try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = read_json(path)
         old = {name: earlier[name] for name in manifest}
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged ({error!r}): choose another --output") from error

@@ -1,6 +1,6 @@
-"""Demonstrations: read, checked, rendered to text and measured in tokens.
+"""Reading demonstrations, checking their fields and lengths, splitting them.
 
-Nothing is skipped or cut silently: a row is kept, left out with a count, or refused with its file and line.
+Nothing is skipped or truncated silently: a row is kept, dropped with a count, or refused with its file and line.
 """
 
 import json
@@ -15,8 +15,6 @@ from tracereward.tasks.recipes import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATES = ("plain", "chat")
-
 
 def load_demonstrations(
     source: str,
@@ -26,7 +24,7 @@ def load_demonstrations(
     limit: int | None = None,
     require_completion: bool = True,
 ) -> list[dict[str, Any]]:
-    """Read and check demonstrations; identical rows are all kept, more fields than needed are ignored.
+    """Read and check demonstrations; duplicate rows are kept, extra fields are ignored.
 
     Args:
         source: file or Hub id, as for `read_rows`.
@@ -46,14 +44,8 @@ def load_demonstrations(
         raise InputError(f"limit is {limit}: it must be at least 1")
     rows: list[dict[str, Any]] = []
     for location, raw in read_rows(source, split, subset):
-        try:
-            row = task.example(raw)
-        except KeyError as error:
-            has = ", ".join(map(repr, raw)) or "none"
-            raise InputError(f"{location}: field {error} is missing for task {task.name!r}; fields: {has}") from error
-        except ValueError as error:
-            raise InputError(f"{location}: {error}") from error
-        if wrong := not_json(row):  # half of a surrogate pair is no text that a tokenizer takes
+        row = checked_example(task, raw, location)
+        if wrong := not_json(row):  # a tokenizer cannot encode half of a surrogate pair
             raise InputError(f"{location}: {wrong}")
         if require_completion and row["completion"] is None:
             raise InputError(
@@ -67,6 +59,21 @@ def load_demonstrations(
     return rows
 
 
+def checked_example(task: Task, raw: dict[str, Any], location: str) -> dict[str, Any]:
+    """The prompt, completion and answer that a recipe reads in a raw row.
+
+    Raises:
+        InputError: a field is missing, empty or of a wrong type; names `location` and the field.
+    """
+    try:
+        return task.example(raw)
+    except KeyError as error:
+        has = ", ".join(map(repr, raw)) or "none"
+        raise InputError(f"{location}: field {error} is missing for task {task.name!r}; fields: {has}") from error
+    except ValueError as error:
+        raise InputError(f"{location}: {error}") from error
+
+
 def check_lengths(
     rows: list[dict[str, Any]],
     tokenizer: "PreTrainedTokenizerBase",
@@ -74,7 +81,7 @@ def check_lengths(
     max_completion_length: int,
     on_long: str,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Refuse or leave out rows that are too long; nothing is ever cut.
+    """Refuse or drop rows that are too long; nothing is truncated.
 
     Args:
         rows: rendered rows.
@@ -84,10 +91,10 @@ def check_lengths(
         on_long: ``refuse`` or ``drop``.
 
     Returns:
-        The rows that fit and the number left out.
+        The rows that fit and the number dropped.
 
     Raises:
-        InputError: under ``refuse``, how many are too long, the first and the longest; under ``drop``, none is left.
+        InputError: under ``refuse``, says how many are too long, the first and the longest; under ``drop``, none fits.
     """
     check_choice("on_long", on_long, ("refuse", "drop"))
     kept: list[dict[str, Any]] = []
@@ -111,34 +118,34 @@ def check_lengths(
 
 
 def _too_long(found: dict[str, list[tuple[int, str]]], max_prompt: int | None, max_completion: int) -> str:
-    """What is too long, where first, by how much, and the mend."""
-    parts, mends = [], []
+    """What is too long, the first location, the longest length, and the fix."""
+    parts, fixes = [], []
     for what, limit in (("prompt", max_prompt), ("completion", max_completion)):
         if found[what]:
             length, first = found[what][0]
             longest = max(found[what])[0]
             over = f"{len(found[what])} {what}s over {limit} tokens"
             parts.append(f"{over}, first {first} ({length}), longest {longest} tokens")
-            mends.append(f"--max_{what}_length {longest}")
-    return f"{'; '.join(parts)}. Use {' '.join(mends)} or --on_long drop."
+            fixes.append(f"--max_{what}_length {longest}")
+    return f"{'; '.join(parts)}. Use {' '.join(fixes)} or --on_long drop."
 
 
 def split_rows(
     rows: list[dict[str, Any]], validation: float, seed: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Split demonstrations into training and validation rows so that no prompt is on both sides.
+    """Split demonstrations into training and validation rows that share no prompt.
 
     Args:
-        rows: demonstrations; the order within each side stays.
-        validation: share of the rows if under 1, else their number. All rows of a prompt go together, so that the
-            validation side may be larger by a few.
+        rows: demonstrations; the order within each part stays.
+        validation: share of the rows if under 1, else their number. All rows of a prompt stay together, so the
+            validation part may be larger by a few.
         seed: the same seed gives the same split.
 
     Returns:
         Training rows and validation rows, neither empty.
 
     Raises:
-        InputError: a share or number that would leave one side empty.
+        InputError: a share or number that would leave one part empty.
     """
     wanted = validation * len(rows) if validation < 1 else validation
     if validation <= 0 or wanted >= len(rows):

@@ -1,9 +1,9 @@
-"""Wrong traces from right ones: one small change that surface features cannot tell.
+"""Perturbations: wrong traces made from correct ones by one small change that surface features do not reveal.
 
 A perturbed expert trace is a negative for the discriminator and the test of its label-free monitor (arXiv 2510.01857).
-Each kind changes one thing and keeps the rest of the text: its layout, its number formats, its last step. What looks
-like arithmetic but may be something else (hyphens, ranges, dates, labels of steps) is left alone: a rarer change is
-better than one that reads as a misprint.
+Each kind changes one thing and keeps the rest of the text: its layout, its number formats, its last step. Text that
+only resembles arithmetic (hyphens, ranges, dates, step labels) is not changed: fewer perturbations are better than ones
+that read like misprints.
 """
 
 import itertools
@@ -20,7 +20,7 @@ KINDS = ("operator", "nearby_number", "number", "drop_step", "swap_steps")
 _NEARBY = 2
 """Units of the last written place by which a nearby number differs at most, and another number at least exceeds."""
 _MOST_DIGITS = 100
-"""Longer digit runs are no numbers of a trace, and Python refuses to convert the longest."""
+"""Longer digit runs are not numbers of a trace, and Python refuses to convert the longest."""
 
 _FLIPPED = {"-": "+", "−": "+", "–": "+", "*": "/", "/": "*", "×": "÷", "÷": "×"}  # "+" depends on the text's minus
 
@@ -75,24 +75,24 @@ class Perturbed:
 
 
 def perturb(text: str, rng: random.Random, kinds: Sequence[str] = KINDS, delimiter: str = "\n") -> Perturbed | None:
-    """Make one wrong trace from an expert's right one.
+    """Make one wrong trace from a correct expert trace.
 
-    The kinds are tried in a random order; the first that applies is taken, at a uniformly drawn place.
+    The kinds are tried in random order; the first that applies is used, at a position sampled uniformly.
 
     - operator: one binary operator becomes its opposite, + and -, * and /, × and ÷. A tight operator, a minus or a
       slash counts only in a clause with an equals sign.
     - nearby_number: one number moves by 1 or 2 units of its last written place.
     - number: one number becomes another that differs by more than 2 such units. Both keep the number of digits, the
       decimals and the thousands separators; neither becomes zero or makes a new leading zero.
-    - drop_step: one step is removed with its delimiter, never the last. A numbered step goes only where no numbered
-      one follows, because a gap in the numbers would show.
+    - drop_step: one step is removed with its delimiter, never the last. A numbered step is removed only if no
+      numbered one follows, because a gap in the numbers would be visible.
     - swap_steps: two adjacent, different steps exchange places, neither of them the last. White space, delimiters and
       the numbers of numbered steps stay where they are.
 
     Args:
-        text: the right trace.
+        text: the correct trace.
         rng: the same state and arguments give the same result.
-        kinds: those to choose from.
+        kinds: the kinds to choose from.
         delimiter: what separates steps; a run of delimiters is one boundary, and blank steps do not count.
 
     Returns:
@@ -154,7 +154,7 @@ def _operators(text: str) -> Iterator[int]:
             operator, tight = match["operator"], not match["space"]
             if operator is None:
                 continue
-            # "10 - 12 years", "120 / 80 mmHg", "A+B": arithmetic only beside an equals sign.
+            # "10 - 12 years", "120 / 80 mmHg", "A+B": arithmetic only in a clause with an equals sign.
             if not equation and (tight or operator in "-−–/"):
                 continue
             # A word is the unit of a number before it ("5 hats - 3 hats"); otherwise it is a heading ("Monday - 5").
@@ -207,7 +207,7 @@ def _numbers(text: str) -> Iterator[tuple[int, int]]:
 
 
 def _same_format(number: str, digits: str) -> tuple[int, int]:
-    """Smallest and largest digit run of the same length that make no new leading zero, nor zero ("1/0" would show)."""
+    """Smallest and largest digit run of the same length that make no new leading zero, nor zero (avoids "1/0")."""
     whole = number.partition(".")[0]
     lowest = 10 ** (len(digits) - 1) if len(whole) > 1 and digits[0] != "0" else 1
     return lowest, 10 ** len(digits) - 1

@@ -1,13 +1,13 @@
-"""Rows of JSONL, JSON and Parquet files and of sets on the Hub, each with the location that errors name."""
+"""Readers of JSONL, JSON and Parquet files and Hub data sets; each row comes with its location for error messages."""
 
 import gzip
 import json
 import zlib
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 
 from tracereward.errors import InputError
+from tracereward.files import nearest_path
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
@@ -21,11 +21,11 @@ def read_rows(
         source: path that ends in one of `SUFFIXES`, or a Hub id such as ``openai/gsm8k``.
         split: split of a Hub set; a local file has none.
         subset: configuration of a Hub set.
-        skipped: takes what is wrong with each line of a JSON Lines file that is no JSON object, which is then left out;
-            None makes it fatal.
+        skipped: receives a message for each invalid line of a JSON Lines file, which is then skipped; None makes the
+            first one an error.
 
     Yields:
-        The location is ``path:12``, where 12 counts the lines of a JSON Lines file (blank ones too) or the rows of any
+        The location is ``path:12``, where 12 is the line of a JSON Lines file (blank ones count) or the row of any
         other file, from 1; for the Hub ``openai/gsm8k:train:12``.
 
     Raises:
@@ -57,12 +57,12 @@ def read_rows(
 
 
 def not_json(row: dict) -> str | None:
-    """Why a row cannot be written as JSON: a date of Parquet's, half of a surrogate pair, nan; None if it can."""
+    """Why a row cannot be written as JSON, such as a Parquet date, half of a surrogate pair or nan; None if it can."""
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            return f"field {name!r} does not fit in JSON ({error}): leave it out or mend it"
+            return f"field {name!r} does not fit in JSON ({error}): remove or change it"
     return None
 
 
@@ -74,24 +74,24 @@ def _is_local(source: str, path: Path) -> bool:
 
 
 def _missing(path: Path) -> str:
-    """Why there is no file at `path`, and the nearest name beside it."""
+    """Why there is no file at `path`, and the most similar file name in its folder."""
     if path.is_dir():
         return "is a folder; name a file in it"
     if not path.parent.is_dir():
         return f"no such file; the folder {path.parent} does not exist either"
-    near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
-    return f"no such file; did you mean {path.parent / near[0]}?" if near else f"no such file in {path.parent}"
+    near = nearest_path(path)
+    return f"no such file; did you mean {near}?" if near else f"no such file in {path.parent}"
 
 
 def _json_type(value: object) -> str:
-    """JSON's name for the type of a value that is no object."""
+    """JSON's name for the type of a value that is not an object."""
     if value is None:
         return "null"
     return {list: "array", str: "string", bool: "boolean"}.get(type(value), "number")
 
 
 def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, object]]:
-    """Line number and value of every line that is not blank; lines that are not JSON go to `skipped` if it is given."""
+    """Line number and value of every line that is not blank; invalid lines are added to `skipped` if given."""
     n = 0
     try:
         open_text = gzip.open if path.suffix == ".gz" else open
@@ -111,7 +111,7 @@ def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, ob
                     skipped.append(wrong)
                     continue
                 yield n, value
-    except UnicodeDecodeError as error:  # read in blocks, so the line is only roughly known
+    except UnicodeDecodeError as error:  # text is read in blocks, so the line is approximate
         raise InputError(f"{path}: not UTF-8 text after line {n}: {error.reason}") from error
     except InputError:
         raise
@@ -128,8 +128,8 @@ def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
-        mend = " (one object a line? then name it .jsonl)" if error.msg == "Extra data" else ""
-        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{mend}") from error
+        fix = " (one object a line? then name it .jsonl)" if error.msg == "Extra data" else ""
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{fix}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error.reason}") from error
     except (ValueError, RecursionError) as error:

@@ -1,7 +1,7 @@
-"""A probe for leaks: can experts be told from rollouts by looks alone, without reading the reasoning?
+"""A probe for leaks: do surface features alone distinguish experts from rollouts, without the reasoning?
 
-What the probe finds, a discriminator finds too, and sooner than it finds errors: a line end that only the experts have
-is then what the policy is rewarded for.
+A discriminator finds what the probe finds, and earlier than it finds errors: the policy is then rewarded for, say, a
+line ending that only experts have.
 """
 
 import math
@@ -18,15 +18,15 @@ from sklearn.preprocessing import StandardScaler
 
 from tracereward.metrics import auroc
 
-# Experts are better than the policy and so a little longer or tidier: 0.6 is common and harmless. Above 0.7, seven of
-# ten pairs are ordered without a look at the reasoning, and a good part of the loss is earned that way.
+# Experts are better than the policy and therefore a little longer or tidier: 0.6 is common and harmless. Above 0.7,
+# surface features order seven of ten pairs, and explain much of the discriminator's loss.
 LEAK_BOUND = 0.7
 FOLDS = 5  # each model sees 80 % of the prompts
-# Of either class. With fewer, the standard error of the AUROC is above 0.11 and the bound lies within two of them.
+# Of each class. With fewer, the standard error of the AUROC is above 0.11, so the bound is within two of them.
 MIN_TRACES = 10
-# Features are named whose standardised coefficient is above this share of the largest; the rest are bystanders.
+# Features are named if their standardised coefficient is above this share of the largest.
 NAMED_SHARE = 0.25
-MAX_NAMED = 3  # a sentence, not a table
+MAX_NAMED = 3  # so that the warning stays one sentence
 SEED = 0  # of the folds: the same traces give the same figure
 
 LABELS = {
@@ -49,7 +49,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class TraceText:
-    """A trace as the probe sees it: its prompt (any name), its text and whether it has an end-of-sequence token."""
+    """Input of the probe: prompt (any identifier), text, and whether the trace has an end-of-sequence token."""
 
     prompt: str
     text: str
@@ -58,7 +58,7 @@ class TraceText:
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature that separates: its standardised coefficient (expert is high) and its AUROC on its own."""
+    """A feature that separates: its standardised coefficient (positive if higher in experts) and its own AUROC."""
 
     name: str
     coefficient: float
@@ -67,7 +67,7 @@ class Feature:
 
 @dataclass(frozen=True)
 class Probe:
-    """What the probe found.
+    """Result of the probe.
 
     Attributes:
         auroc: of held-out scores; nan if there were too few traces. Chance is 0.5; a little under it is noise too.
@@ -81,10 +81,10 @@ class Probe:
 
 
 def surface_features(text: str, finished: bool) -> dict[str, float]:
-    """Looks of one completion, as numbers; the keys are those of `LABELS`.
+    """Surface features of one completion; the keys are those of `LABELS`.
 
-    Leading and trailing white space are counted in characters and left out of all other features, so that each leak
-    has a feature of its own. `double_spaces` counts runs of two or more spaces, `calculator_marks` counts ``<<``.
+    Leading and trailing white space are counted in characters and excluded from all other features, so that each leak
+    has its own feature. `double_spaces` counts runs of two or more spaces, `calculator_marks` counts ``<<``.
     """
     body = text.strip()
     return {
@@ -108,8 +108,8 @@ def surface_features(text: str, finished: bool) -> dict[str, float]:
 def prompt_folds(is_expert: Sequence[bool], prompts: Sequence[str], folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(training rows, held-out rows) of each fold; all traces of a prompt are in one fold, and classes are balanced.
 
-    An expert and the rollouts of its prompt speak of the same things. Were they in different folds, the probe could
-    know a prompt by its length.
+    An expert and the rollouts of its prompt have similar content. In different folds, the probe could recognise a
+    prompt by its length.
     """
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=SEED)
     return list(splitter.split(np.zeros(len(prompts)), np.asarray(is_expert, dtype=int), np.asarray(prompts)))
@@ -138,7 +138,7 @@ def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText]) -
     y = np.array(is_expert)
     scores = np.zeros(len(traces))
     for train, held_out in prompt_folds(is_expert, prompts, folds):
-        if len(set(y[train])) < 2:  # the prompts of one class can all be in the fold that is held out
+        if len(set(y[train])) < 2:  # all prompts of one class can be in the held-out fold
             return Probe(math.nan, (), len(traces))
         scores[held_out] = _model().fit(x[train], y[train]).decision_function(x[held_out])
     coefficients = _model().fit(x, y).named_steps["logisticregression"].coef_[0]
@@ -146,14 +146,16 @@ def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText]) -
 
 
 def leak_warning(probe: Probe) -> str | None:
-    """One sentence if the probe is above `LEAK_BOUND`, with the features that give the experts away; else None."""
+    """One sentence if the probe is above `LEAK_BOUND`, with the features that reveal experts; else None."""
     if not probe.auroc > LEAK_BOUND:  # nan is not
         return None
     named = "; ".join(
         f"{LABELS[feature.name]} {'higher' if feature.coefficient > 0 else 'lower'}, AUROC {feature.auroc:.2f} alone"
         for feature in probe.features
     )
-    return f"surface features alone tell experts from rollouts with AUROC {probe.auroc:.2f} (in experts: {named})"
+    return (
+        f"surface features alone distinguish experts from rollouts with AUROC {probe.auroc:.2f} (in experts: {named})"
+    )
 
 
 def _model():

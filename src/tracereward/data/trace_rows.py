@@ -1,4 +1,4 @@
-"""Rows of traces: read, and each field that a command uses checked once, with the row's place in what is said."""
+"""Reading rows of traces and checking the fields that commands use; errors name the row's location."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,11 +17,11 @@ def candidate_rows(
     Args:
         source: file or Hub id.
         split: of a Hub set.
-        skipped: takes what is wrong with each bad row, which is then left out; None makes the first one fatal.
-        template: of the reward model; one of plain texts reads no lists of messages. None: not checked.
+        skipped: receives a message for each invalid row, which is then skipped; None makes the first one an error.
+        template: of the reward model; ``plain`` refuses lists of messages. None: not checked.
 
     Raises:
-        InputError: a row without them or that JSON cannot hold, by file and line.
+        InputError: a row lacks them or does not fit in JSON; names file and line.
     """
     for where, row in read_rows(source, split, skipped=skipped):
         wrong = not_json(row) or _wrong_prompt(row, template) or _wrong_trace(row)
@@ -51,11 +51,11 @@ def _wrong_prompt(row: dict[str, Any], template: str | None) -> str | None:
 def _wrong_trace(row: dict[str, Any]) -> str | None:
     if holds_steps(row):
         steps = row["steps"]
-        whole = isinstance(steps, list) and steps and all(isinstance(step, str) and step.strip() for step in steps)
-        return _wrong_finished(row, 1) if whole else "steps must be a list of texts that are not empty"
+        valid = isinstance(steps, list) and steps and all(isinstance(step, str) and step.strip() for step in steps)
+        return _wrong_finished(row, 1) if valid else "steps must be a list of texts that are not empty"
     traces = row["candidates"] if "candidates" in row else [row.get("completion")]
     if isinstance(traces, list) and traces and all(isinstance(trace, str) for trace in traces):
-        # A policy's trace may be nothing but the end-of-sequence token; then it must say so.
+        # An empty trace is only an end-of-sequence token; its row must say that it is finished.
         ended = row["finished"] if isinstance(row.get("finished"), list) else [row.get("finished")] * len(traces)
         wrong = _wrong_finished(row, len(traces))
         if wrong is not None or all(trace or end is True for trace, end in zip(traces, ended, strict=True)):
@@ -72,7 +72,7 @@ def _wrong_finished(row: dict[str, Any], count: int) -> str | None:
 
 
 def check_facts(where: str, row: dict[str, Any]) -> None:
-    """Refuse a row whose answer, correct or logprob cannot be what they are called; each may be missing or null.
+    """Check the types of a row's answer, correct and logprob; each may be missing or null.
 
     Raises:
         InputError: names `where` and the field.
@@ -84,7 +84,7 @@ def check_facts(where: str, row: dict[str, Any]) -> None:
 
 
 def check_labels(where: str, row: dict[str, Any]) -> None:
-    """Refuse a row whose correct or logprob is neither missing, null nor valid.
+    """Check the types of a row's correct and logprob; each may be missing or null.
 
     Raises:
         InputError: names `where` and the field.
@@ -96,12 +96,12 @@ def check_labels(where: str, row: dict[str, Any]) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether JSON would call a value a number."""
+    """Whether a value is a JSON number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def gold_of(row: dict[str, Any]) -> str | None:
-    """The gold answer of a row as text, as demonstrations have it; None if it is not known."""
+    """The gold answer of a row as text, as in demonstrations; None if unknown."""
     answer = row.get("answer")
     if isinstance(answer, bool):
         return "yes" if answer else "no"
@@ -114,11 +114,11 @@ def holds_steps(row: dict[str, Any]) -> bool:
 
 
 def traces_of(row: dict[str, Any], delimiter: str) -> tuple[list[str], list[bool], list[tuple[int, int]]]:
-    """What is to be scored of a row that `candidate_rows` let through.
+    """The traces of a row from `candidate_rows`.
 
     Returns:
-        Its traces; whether each ended by itself, which one does that does not say; of a row of steps the characters of
-        each step, else nothing.
+        Its traces; whether each is finished (true if not given); the character span of each step for a row of steps,
+        else an empty list.
     """
     spans: list[tuple[int, int]] = []
     if holds_steps(row):
@@ -144,7 +144,7 @@ def traces_in(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def check_scores(where: str, row: dict[str, Any]) -> None:
-    """Refuse a trace whose scores are not what `tracereward score` writes.
+    """Check that a trace has scores as `tracereward score` writes them.
 
     Raises:
         InputError: names `where` and the field.
@@ -165,8 +165,9 @@ def check_scores(where: str, row: dict[str, Any]) -> None:
 
 
 def text_read(tokens: Sequence[str], offsets: Sequence[tuple[int, int]], completion: str) -> str:
-    """The text that the offsets index: the tokens' own where they tile it, for a tokenizer may have normalised the
-    completion before it cut it; else the completion.
+    """The text that the offsets index: the joined tokens if the spans tile it, else the completion.
+
+    The two differ where a tokenizer normalises the completion before it is tokenised.
     """
     placed = [(token, start, end) for token, (start, end) in zip(tokens, offsets) if end > start]
     starts = [0, *(end for _, _, end in placed)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from tracereward.data.demonstrations import checked_example
 from tracereward.data.readers import read_rows
 from tracereward.data.trace_rows import check_labels
 from tracereward.errors import InputError
@@ -65,7 +66,7 @@ def read_questions(source: str, task: Task) -> dict[str, dict[str, Any]]:
     subset = task.subset if source == task.dataset else None
     for index, (where, row) in enumerate(read_rows(source, "test", subset)):
         name = next((str(row[field]) for field in ID_FIELDS if row.get(field) is not None), str(index))
-        questions[name] = _example(task, row, where)
+        questions[name] = checked_example(task, row, where)
     return questions
 
 
@@ -111,11 +112,11 @@ def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict
         prompt, gold = known[name]["prompt"], known[name]["answer"]
     elif row.get("prompt"):
         answer = row.get("answer") if field == "completion" else None
-        example = _example(get_task("generic"), {"prompt": row["prompt"], "answer": answer}, where)
+        example = checked_example(get_task("generic"), {"prompt": row["prompt"], "answer": answer}, where)
         prompt, gold = example["prompt"], example["answer"]
         name = name or str(prompt if row.get("question") is None else row["question"])
     elif row.get("question") is not None:
-        prompt, gold = _example(task, {**row, "answer": None}, where)["prompt"], None
+        prompt, gold = checked_example(task, {**row, "answer": None}, where)["prompt"], None
         name = name or str(row["question"])
     else:
         raise InputError(f"{where}: no prompt or question; give --questions where rows have only an id")
@@ -144,12 +145,3 @@ def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict
         logprob=log_prob,
         finished=finished is not False,
     )
-
-
-def _example(task: Task, row: dict[str, Any], where: str) -> dict[str, Any]:
-    try:
-        return task.example(row)
-    except KeyError as error:
-        raise InputError(f"{where}: field {error} is missing, which recipe {task.name!r} needs") from error
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from error

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from tracereward.data.demonstrations import checked_example
 from tracereward.data.readers import read_rows
 from tracereward.errors import InputError, check_choice
 from tracereward.tasks.recipes import Task
@@ -116,12 +117,7 @@ def prompt_of(trace: StepTrace, task: Task) -> str:
         question = f"{trace.question}\n{trace.options}".rstrip()
         # A generic prompt has no words of its own: it ends in a newline, so that the trace does not run into it.
         row = {"question": question, "problem": question, "prompt": question + "\n"}
-    try:
-        return task.example(row)["prompt"]
-    except KeyError as error:
-        raise InputError(f"{trace.where}: task {task.name!r} needs the field {error}: choose another --task") from error
-    except ValueError as error:
-        raise InputError(f"{trace.where}: {error}") from error
+    return checked_example(task, row, trace.where)["prompt"]
 
 
 def _processbench(where: str, row: dict) -> Iterator[StepTrace]:

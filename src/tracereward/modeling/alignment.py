@@ -1,4 +1,4 @@
-"""Token ids to text with character offsets, where steps end, and values moved between two tokenizers' tokens."""
+"""Character offsets of token ids, step boundaries, and projection of values between two tokenizers' tokens."""
 
 import math
 import re
@@ -13,12 +13,11 @@ from tracereward.errors import InputError
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """Decode a completion and say which characters each token wrote.
+    """Decode a completion and return the character span of each token.
 
-    Works on sampled ids as they are, without tokenising again. A character whose bytes are spread over several tokens
-    belongs to the last of them, with what else the token of its first bytes holds, as " " of b" \\xc3", b"\\xb1";
-    the others have an empty span,
-    as special tokens have.
+    Works on sampled ids, without tokenising again. A character whose bytes are split over several tokens belongs to the
+    last of them, together with other characters in the token of its first bytes, such as " " in b" \\xc3", b"\\xb1".
+    The other tokens have an empty span, as special tokens have.
 
     Returns:
         The text without special tokens, and len(ids) pairs (start, end) into it.
@@ -31,7 +30,7 @@ def token_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tup
     ends = _ends_by_stream(backend, ids, text)
     if ends is None:
         ends = _ends_by_prefixes(backend, ids, text)
-    if ends and ends[-1] < len(text):  # a trace cut off inside a character: it waits for its other bytes
+    if ends and ends[-1] < len(text):  # a trace cut off inside a character, whose last bytes are missing
         last = max(i for i, token_id in enumerate(ids) if backend.decode([token_id], skip_special_tokens=True))
         ends[last:] = [len(text)] * (len(ids) - last)
     return text, list(zip([0, *ends], ends))
@@ -53,10 +52,10 @@ def _ends_by_stream(backend: Tokenizer, ids: list[int], text: str) -> list[int] 
 
 
 def _ends_by_prefixes(backend: Tokenizer, ids: list[int], text: str) -> list[int]:
-    """The same from the decoded prefixes of `ids`, in quadratic time.
+    """As `_ends_by_stream`, from the decoded prefixes of `ids`, in quadratic time.
 
-    For vocabularies with byte fallback: there a run of byte tokens is text or, if one byte does not fit, no character
-    of the run is. A byte may thus undo the characters before it.
+    For vocabularies with byte fallback: a run of byte tokens is decoded as text only if all its bytes are valid, so
+    that one invalid byte undoes the characters before it.
     """
     ends = [0]
     for length in range(1, len(ids) + 1):
@@ -162,7 +161,7 @@ def project(
     target: Sequence[tuple[int, int]],
     ended: bool,
 ) -> tuple[list[float], list[bool]]:
-    """Move values from the tokens of a reward model to those of a policy with another tokenizer.
+    """Move values from a reward model's tokens to those of a policy with another tokenizer.
 
     The value of a supervised source token goes to the target token that holds its last character
     (`containing_tokens`); those that meet there add up, because the log-odds of a span are the sum of its tokens'

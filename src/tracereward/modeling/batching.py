@@ -1,4 +1,4 @@
-"""Token ids to padded batches, and what a causal LM says about the completions in them."""
+"""Padded batches of token ids, under a budget of tokens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts padded at the left, completions at the right, so that completions share their first column.
+    """Prompts padded on the left, completions on the right, so that all completions start in the same column.
 
     Attributes:
         input_ids: (B, P + T).
-        attention_mask: (B, P + T), 1 for the tokens that others may look at.
-        position_ids: (B, P + T), counted from each row's first token, so that left padding changes nothing.
+        attention_mask: (B, P + T), 1 for tokens that others may attend to.
+        position_ids: (B, P + T), counted from each row's first token, so that left padding has no effect.
         completion_mask: (B, T).
         step_ends: (B, T) bool.
     """
@@ -36,7 +36,7 @@ def pack(
     pad_id: int,
     ends: Sequence[Sequence[bool]] | None = None,
 ) -> Batch:
-    """Pad token ids to a `Batch`; `ends` are the step ends of each completion, if they are needed."""
+    """Pad token ids to a `Batch`; `ends` are the step ends of each completion, if needed."""
     rows, prompt_width = len(prompts), max(map(len, prompts))
     width = max(map(len, completions))
     input_ids = torch.full((rows, prompt_width + width), pad_id)
@@ -49,19 +49,25 @@ def pack(
         if ends is not None:
             steps[row, : len(completion)] = torch.tensor(ends[row])
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return Batch(input_ids, attention_mask, position_ids, attention_mask[:, prompt_width:], steps)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        completion_mask=attention_mask[:, prompt_width:],
+        step_ends=steps,
+    )
 
 
 def hide_tokens(batch: Batch, rate: float, seeds: Sequence[int]) -> Batch:
     """Token dropout: each completion token is hidden from the others with probability `rate`.
 
-    A hidden token keeps its place, its own logit and its label. Its neighbours cannot rely on it, so that no single
-    token gives a trace away (word dropout: Iyyer et al. 2015).
+    A hidden token keeps its position, logit and label, but other tokens cannot attend to it, so that no single token
+    gives a trace away (word dropout: Iyyer et al. 2015).
 
     Args:
         batch: as `pack` makes it.
         rate: in [0, 1).
-        seeds: one a row, so that what is hidden does not depend on how rows are batched.
+        seeds: one a row, so that the hidden tokens do not depend on batching.
     """
     attention_mask = batch.attention_mask.clone()
     width = batch.completion_mask.size(1)
@@ -79,7 +85,7 @@ def token_budget_batches(
 ) -> Iterator[list[int]]:
     """Indices of sequences of similar length, longest first, with at most `budget` padded tokens a batch.
 
-    What is longer than the budget is a batch of its own.
+    A sequence longer than the budget is a batch by itself.
 
     Args:
         lengths: of the sequences, or of the longest of each group of sequences that must stay together.
@@ -102,7 +108,7 @@ def token_budget_batches(
 
 
 def scoring_budget(device: torch.device) -> int:
-    """Padded tokens of one forward pass without gradients: few on a CPU, where larger logits only leave its caches."""
+    """Padded tokens of one forward pass without gradients: few on a CPU, where larger logits do not fit its caches."""
     return 1024 if device.type == "cpu" else 16384
 
 
@@ -134,9 +140,9 @@ def grouped_batches(
     budget: int,
     share: bool,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Batches of at most `budget` padded tokens, longest first: indices of rows, and how many in a row share a prompt.
+    """Batches of at most `budget` padded tokens, longest first: row indices, and the sizes of runs that share a prompt.
 
-    Where no prompt is shared each row is alone.
+    Without `share` each run has one row.
     """
     groups = prompt_groups(prompts, completions, budget, share)
     lengths = [len(prompts[group[0]]) + max(len(completions[i]) for i in group) for group in groups]

@@ -1,6 +1,5 @@
-"""Finding and loading models and tokenizers, with a clear sentence where they cannot be."""
+"""Finding, checking and loading causal LMs, with clear errors."""
 
-import difflib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tracereward.errors import InputError, first_line
+from tracereward.files import nearest_path, sha256_of
 
 
 def looks_local(name: str) -> bool:
-    """Whether a model name is meant as a path: it exists, or is no `owner/name`."""
+    """Whether a model name is meant as a path: it exists, or is not `owner/name`."""
     return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
 
 
@@ -28,7 +28,7 @@ def local_folder(name: str) -> Path:
     if path.is_dir():
         return path
     if looks_local(name):
-        raise InputError(f"{name}: no such model folder{_nearest(path)}.")
+        raise InputError(f"{name}: no such model folder{_suggestion(path)}.")
     try:
         return Path(snapshot_download(name))
     except Exception as error:  # the Hub client raises many kinds; each means the same to the user
@@ -36,8 +36,7 @@ def local_folder(name: str) -> Path:
 
 
 def model_fingerprint(name: str | None) -> str | None:
-    """SHA-256 of all that is read of a model's folder, which may have been trained again under the same name; of a Hub
-    model the commit.
+    """SHA-256 of a local model's config and weight files, which change if it is trained again; a Hub model's commit.
 
     Raises:
         InputError: there is no such model.
@@ -52,8 +51,7 @@ def model_fingerprint(name: str | None) -> str | None:
     total = hashlib.sha256()
     for path in sorted(local_folder(name).iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin"):
-            with open(path, "rb") as file:
-                total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            total.update(f"{path.name} {sha256_of(path)}\n".encode())
     return total.hexdigest()
 
 
@@ -61,11 +59,13 @@ def check_model(name: str, revision: str = "main") -> None:
     """Read a causal LM's configuration, before anything slow starts.
 
     Raises:
-        InputError: it cannot be read, or is another kind of model's: transformers would give that a random LM head.
+        InputError: it cannot be read, or is of another class of model, which transformers would give a random LM head.
     """
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
-        raise InputError(f"{name}: no such model folder{_nearest(path)}. Give a folder or a Hub id such as owner/name.")
+        raise InputError(
+            f"{name}: no such model folder{_suggestion(path)}. Give a folder or a Hub id such as owner/name."
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise InputError(f"{name}: not a model folder, config.json is missing")
     try:
@@ -82,10 +82,9 @@ def _is_causal(architecture: str) -> bool:
     return architecture in known or architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _nearest(path: Path) -> str:
-    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, siblings, n=1)
-    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+def _suggestion(path: Path) -> str:
+    near = nearest_path(path)
+    return f" (did you mean {near}?)" if near else ""
 
 
 def best_device() -> torch.device:

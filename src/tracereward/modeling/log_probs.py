@@ -1,4 +1,4 @@
-"""Log-probs of completions under a causal LM, without logits of the whole vocabulary in memory at once."""
+"""Log-probs of completions under a causal LM, without holding the logits of all tokens in memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,17 +16,17 @@ from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_
 LOGITS = 2**23  # of one chunk: 32 MiB in float32
 
 
-# What some models do to logits behind the LM head (Gemma, Cohere, Granite, Falcon-H1).
+# Config fields of models that transform logits after the LM head (Gemma, Cohere, Granite, Falcon-H1).
 AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "output_multiplier", "logits_scaling", "lm_head_multiplier")
 
 
 @dataclass
 class HeadInput:
-    """What entered an LM head in one pass.
+    """Input of an LM head in one forward pass.
 
     Attributes:
         states: (B, T, H).
-        passes_logits: whether the pass's output has logits: the model changes them behind the head.
+        passes_logits: whether the output holds logits, because the model transforms them after the head.
     """
 
     states: Tensor
@@ -39,10 +39,10 @@ class HeadInput:
 
 @contextlib.contextmanager
 def log_probs_at_the_head(model: nn.Module, targets: Tensor) -> Iterator[HeadInput]:
-    """Within, a forward pass of a causal LM reads the log-probs of (B, T - 1) `targets` at its LM head, in chunks.
+    """Make a causal LM's forward pass return log-probs of (B, T - 1) `targets` from its LM head, in chunks.
 
-    So the logits of all tokens are never held at once. The model's own pass calls the head, and the log-probs leave it
-    in the place of the logits: hooks that gather spread weights, in the backward pass too, still run.
+    The logits of all tokens are thus never in memory at once. The model's own forward pass calls the head, whose output
+    is log-probs instead of logits, so hooks that gather sharded weights still run, also in the backward pass.
     """
     lm_head = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     text_config = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
@@ -69,13 +69,13 @@ def log_probs_at_the_head(model: nn.Module, targets: Tensor) -> Iterator[HeadInp
 def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Log-probs of the completion tokens under a causal LM, and the final hidden states after each of them.
 
-    The hidden state is what enters the LM head, whatever the architecture calls its parts; asking the model for
-    hidden states would keep every layer's.
+    The hidden state is the input of the LM head, whatever the architecture calls its modules; output_hidden_states
+    would keep those of every layer.
 
     Args:
         model: the causal LM.
-        batch: what it reads.
-        inputs_embeds: (B, P + T, H) in the place of the embeddings of `batch.input_ids`, which stay the targets.
+        batch: its input.
+        inputs_embeds: (B, P + T, H) instead of the embeddings of `batch.input_ids`, which remain the targets.
 
     Returns:
         log p(y_t | x, y_<t), (B, T) float32, and h_t, (B, T, H).
@@ -98,7 +98,7 @@ def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor |
 def _chunked_log_probs(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
     """log softmax(project(states)) at `targets`, (B, T) float32, with at most `LOGITS` logits at a time.
 
-    With gradients the logits of a chunk are computed again in the backward pass.
+    With gradients, each chunk's logits are recomputed in the backward pass.
     """
 
     def log_probs(part: Tensor, ids: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def _chunked_log_probs(project: Callable[[Tensor], Tensor], states: Tensor, targ
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     """log softmax(logits) at `targets`, (B, T) float32, of (B, T, V) logits and (B, T) token ids.
 
-    Row by row: a second copy of all logits would be the largest tensor of the forward pass.
+    Row by row, because a second copy of all logits would be the largest tensor of the forward pass.
     """
     rows = [F.cross_entropy(row.float(), ids, reduction="none") for row, ids in zip(logits, targets, strict=True)]
     return -torch.stack(rows)
@@ -135,7 +135,7 @@ def log_probs_and_entropies(model: PreTrainedModel, batch: Batch) -> tuple[Tenso
     ).logits
     log_probs = torch.zeros(batch.completion_mask.shape, device=logits.device)
     entropies = torch.zeros_like(log_probs)
-    for row, length in enumerate(batch.completion_mask.sum(1).tolist()):  # a row at a time: vocabularies are large
+    for row, length in enumerate(batch.completion_mask.sum(1).tolist()):  # row by row, because vocabularies are large
         distribution = logits[row, :length].float().log_softmax(-1)
         targets = batch.input_ids[row, -width:][:length, None]
         log_probs[row, :length] = distribution.gather(1, targets)[:, 0]
@@ -172,7 +172,8 @@ def mean_log_probs(
     token_budget: int | None = None,
 ) -> list[float]:
     """Mean log-prob of each completion's tokens under `model`, in nats."""
-    return [float(row.mean()) for row in log_probs(model, prompts, completions, pad_id, token_budget)]
+    found = log_probs(model, prompts, completions, pad_id, token_budget=token_budget)
+    return [float(row.mean()) for row in found]
 
 
 def can_share_prompts(model: torch.nn.Module) -> bool:
@@ -188,7 +189,7 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
 
 
 def _read_prompts(model: torch.nn.Module, batch: Batch, sizes: Sequence[int], **kwargs: Any) -> tuple[Tensor, Cache]:
-    """One pass over one row of each run of `sizes` rows with the same prompt: logits and cache, for all rows."""
+    """One pass over one prompt of each run of `sizes` rows that share it: logits and cache, expanded to all rows."""
     prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
     counts = torch.tensor(list(sizes), device=batch.input_ids.device)
     starts = counts.cumsum(0) - counts
@@ -207,7 +208,7 @@ def _read_prompts(model: torch.nn.Module, batch: Batch, sizes: Sequence[int], **
 
 
 def _read_completions(model: torch.nn.Module, batch: Batch, cache: Cache) -> Tensor:
-    """One pass over all completions, which go on from their prompts' cache: its logits."""
+    """Logits of one pass over all completions, continued from the cache of their prompts."""
     prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
     return model(
         input_ids=batch.input_ids[:, prompt_width:],
@@ -219,9 +220,9 @@ def _read_completions(model: torch.nn.Module, batch: Batch, cache: Cache) -> Ten
 
 
 def shared_log_probs(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """`completion_log_probs` where runs of `sizes` rows have the same prompt, which is then read once.
+    """`completion_log_probs` where runs of `sizes` rows have the same prompt, which is then processed once.
 
-    The numbers are those of one pass over all rows, up to rounding.
+    Equal to one pass over all rows up to rounding.
     """
     targets = batch.input_ids[:, -batch.completion_mask.size(1) :]
     logits, cache = _read_prompts(model, batch, sizes, logits_to_keep=1)

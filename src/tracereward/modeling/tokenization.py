@@ -1,4 +1,4 @@
-"""Prompts and completions as text and as token ids: the same in training, sampling, scoring and serving."""
+"""Rendering and encoding of prompts and completions, shared by training, sampling, scoring and serving."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ TEMPLATES = ("plain", "chat")
 
 
 def render(rows: list[dict], tokenizer: PreTrainedTokenizerBase, template: str) -> list[dict]:
-    """Turn prompts and completions into the exact texts that are tokenised; returns new rows.
+    """Render prompts and completions to the exact texts that are tokenised; returns new rows.
 
     Args:
         rows: demonstrations, with texts or lists of ``{"role", "content"}`` messages.
         tokenizer: the policy's.
-        template: ``plain`` keeps texts as they are; ``chat`` puts each prompt through the tokenizer's chat template, up
-            to the start of the assistant's turn. The completion is then the assistant's plain text.
+        template: ``plain`` keeps texts; ``chat`` applies the tokenizer's chat template to each prompt, up to the start
+            of the assistant's turn. The completion is then the assistant's plain text.
 
     Raises:
         InputError: unknown template, messages under ``plain``, a tokenizer without a chat template, messages that the
@@ -130,12 +130,12 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The padding token's id; 0 if there is none, which a mask hides all the same."""
+    """The padding token's id; 0 if there is none, because padding is masked anyway."""
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
 def same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers cut text alike: vocabulary, end-of-sequence token and the encoding of a probe text."""
+    """Whether two tokenizers agree on vocabulary, end-of-sequence token and the encoding of a probe text."""
     probe = "Step 1: 12,345 + 6.5 = 12,351.5\n\nSo the answer is (C). \\boxed{x^2}"
     return (
         policy.get_vocab() == other.get_vocab()
@@ -145,7 +145,7 @@ def same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBa
 
 
 def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a completion: the model's generation settings may name more than the tokenizer's one."""
+    """The tokens that end a completion: the tokenizer's, and those of the model's generation config."""
     declared = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = [declared] if isinstance(declared, int) else list(declared or [])
     assert isinstance(tokenizer.eos_token_id, int)

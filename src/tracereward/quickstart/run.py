@@ -30,7 +30,7 @@ from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.console import note
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, check_choice
-from tracereward.files import atomic_folder, atomic_write_json, without_nan, write_jsonl
+from tracereward.files import atomic_folder, atomic_write_json, read_json, without_nan, write_jsonl
 from tracereward.generation.params import SamplingParams
 from tracereward.metrics import point_biserial, wilson_interval
 from tracereward.quickstart.report import write_quickstart_report
@@ -159,7 +159,7 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
     ):
         stages.run(title, output / name / "report.html", lambda work=work: work(run))
     stages.run("evaluation on held-out questions", output / "results.json", lambda: evaluate(run))
-    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    results = read_json(output / "results.json")
     write_quickstart_report(output, world_name, seed, results)
     if json_table:
         sys.stdout.write(json.dumps(results) + "\n")
@@ -175,7 +175,7 @@ def _claim(output: Path, options: dict[str, Any], resume: bool) -> None:
     """Make the folder this run's, or check that it is."""
     settings = output / "quickstart.json"
     if settings.is_file():
-        stored = json.loads(settings.read_text(encoding="utf-8"))
+        stored = read_json(settings)
         if not resume:
             raise InputError(f"{output} already holds a run: continue with --resume, or choose another --output")
         if stored != options:

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from tracereward.data.trace_rows import check_scores, text_read, traces_in
 from tracereward.files import atomic_write_text, without_nan
 from tracereward.modeling.alignment import step_ends
-from tracereward.reports.report import HEATMAP_CSS, reward_colour
+from tracereward.reports.report import HEATMAP_CSS, page_template, reward_colour
 from tracereward.rewards.first_error_rules import ERROR_MARGIN, first_below_others
 from tracereward.rewards.token_scores import TokenScores
 
@@ -74,14 +73,7 @@ def write_inspection(
         HEATMAP_CSS, *palette, (here / "inspection.css").read_text(encoding="utf-8")
     )
     script = "\n" + (here / "inspection.js").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(here),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    html = environment.get_template("inspection.html.jinja").render(
+    html = page_template("inspection.html.jinja").render(
         title=visible(title),
         command=visible(command),
         limit=f"{limit:.2f}",

@@ -81,14 +81,7 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
     limit = _common_limit(report.traces)
     warmup = [row for row in report.metrics if row.get("phase") == "warmup"]
     training = [row for row in report.metrics if row.get("phase") != "warmup"]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    html = environment.get_template("report.html.jinja").render(
+    html = page_template("report.html.jinja").render(
         title=report.title,
         summary=report.summary,
         command=report.command,
@@ -143,6 +136,18 @@ HEATMAP_CSS = Markup("""\
   .heat .t:focus::after { background: #e9ebee; color: #16181b; }
 }
 """)
+
+
+def page_template(name: str) -> jinja2.Template:
+    """A template of this folder: text is escaped, and a variable that is missing is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(name)
 
 
 def reward_colour(reward: float, limit: float, dark: bool = False) -> str:

@@ -1,11 +1,10 @@
 """What a reward model's folder says of itself: ``tracereward.json``, its check, and the model card."""
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from tracereward.errors import InputError, check_choice
-from tracereward.files import atomic_write_json
+from tracereward.files import atomic_write_json, read_json
 from tracereward.modeling.loading import local_folder
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
@@ -113,7 +112,7 @@ def read_settings(folder: str | Path) -> RewardSettings:
     if not path.is_file():
         raise InputError(f"{folder} is not a reward model: {SETTINGS_FILE} is missing. `tracereward train` writes one.")
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
         known = {field.name for field in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
@@ -137,7 +136,7 @@ def read_settings(folder: str | Path) -> RewardSettings:
 def write_calibration(folder: str | Path, calibration: Calibration) -> None:
     """Put a calibration into a reward model's ``tracereward.json``; all else in it stays as it is."""
     path = Path(folder) / SETTINGS_FILE
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
     atomic_write_json(path, {**stored, "calibration": asdict(calibration)})
 
 

@@ -6,7 +6,6 @@ is done, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
 
 import contextlib
 import dataclasses
-import json
 import shlex
 import shutil
 import sys
@@ -29,6 +28,7 @@ from tracereward.files import (
     DISK_FULL,
     atomic_write_json,
     atomic_write_text,
+    read_json,
     read_jsonl,
     remove_unfinished,
     require_free_disk,
@@ -291,7 +291,7 @@ def check_same_batch(path: Path, config: Config) -> None:
     """
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     now = {"rows": rows, "rollouts": getattr(config, "generation_batch_size", None)}
-    before = now | (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+    before = now | (read_json(path) if path.is_file() else {})
     folder = path.parent.parent
     if before["rows"] != rows:
         raise InputError(
