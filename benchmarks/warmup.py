@@ -1,14 +1,13 @@
-"""What it saves that the warm-up draws its rollouts once: against fresh rollouts for each update, in one run.
+"""Time saved by sampling the warm-up's rollouts once, compared with fresh rollouts for each update.
 
     python benchmarks/warmup.py [MODEL_FOLDER] [--updates 250] [--fresh 24] [--demonstrations 50 512] [--json FILE]
 
-Without a folder: a random Llama of 0.9 M parameters, of 218 M with CUDA. "once" is the warm-up of `tracereward train`
-with its defaults, 8 rollouts of each of at most 512 demonstrations, then `--updates` updates with their monitors and
-saves. "fresh" draws as many rollouts for each update as it reads, 16 demonstrations x 4, by the same engine, and
-updates on them, with the same monitors; `--fresh` updates are measured, half of them before and half after "once", and
-scaled to `--updates`. "whole steps" is a run without a warm-up phase, whose policy stands still meanwhile: each update
-belongs to a step of 24 x 8 rollouts (32 x 8 with CUDA), with rewards and the policy's loss. Every completion has 32
-tokens on a CPU, 256 with CUDA.
+Without a folder: a random Llama of 0.9 M parameters, 218 M with CUDA. "once" is the warm-up of `tracereward train` with
+its defaults: 8 rollouts for each of at most 512 demonstrations, then `--updates` updates with monitoring metrics and
+saves. "fresh" generates new rollouts for each update, 16 demonstrations x 4, with the same engine and the same metrics;
+`--fresh` updates are measured, half of them before and half after "once", and scaled to `--updates`. "whole steps" is a
+run without a warm-up phase and with a fixed policy: each update belongs to a full step of 24 x 8 rollouts (32 x 8 with
+CUDA), with rewards and the policy's loss. Every completion has 32 tokens on a CPU, 256 with CUDA.
 """
 
 import random
@@ -24,7 +23,7 @@ from tracereward.training.trainer import AdversarialTrainer
 
 
 def once(trainer: AdversarialTrainer) -> tuple[float, float]:
-    """Seconds of the whole warm-up, and of its drawing."""
+    """Seconds of the full warm-up, and of its sampling."""
     warm_up = trainer.warm_up
     draw, drawing = warm_up._draw, []
 
@@ -42,7 +41,7 @@ def once(trainer: AdversarialTrainer) -> tuple[float, float]:
 
 
 def fresh(trainer: AdversarialTrainer, updates: int, rng: random.Random) -> list[tuple[float, float]]:
-    """Seconds of each update on rollouts of its own, and of their drawing."""
+    """Seconds of each update on fresh rollouts, and of their sampling."""
     config, discriminator = trainer.config, trainer.discriminator
     rows = [row for row in trainer.demonstration_rows if row["demonstration"] not in discriminator.held_out]
     times = []
