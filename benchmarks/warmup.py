@@ -25,19 +25,19 @@ from tracereward.training.trainer import AdversarialTrainer
 def once(trainer: AdversarialTrainer) -> tuple[float, float]:
     """Seconds of the full warm-up, and of its sampling."""
     warm_up = trainer.warm_up
-    draw, drawing = warm_up._draw, []
+    sample, sampling = warm_up._draw, []
 
     def timed(rows):
         start = common.now()
-        pool = draw(rows)
-        drawing.append(common.now() - start)
+        pool = sample(rows)
+        sampling.append(common.now() - start)
         return pool
 
     warm_up._draw = timed  # pyright: ignore[reportAttributeAccessIssue]
     start = common.now()
     warm_up.run()
-    warm_up._draw = draw
-    return common.now() - start, drawing[0]
+    warm_up._draw = sample
+    return common.now() - start, sampling[0]
 
 
 def fresh(trainer: AdversarialTrainer, updates: int, rng: random.Random) -> list[tuple[float, float]]:
@@ -48,12 +48,12 @@ def fresh(trainer: AdversarialTrainer, updates: int, rng: random.Random) -> list
     for _ in range(updates):
         start = common.now()
         chosen = rng.sample(rows, config.discriminator_prompts)
-        drawn = trainer.warm_up._by_the_engine([row for row in chosen for _ in range(config.discriminator_rollouts)])
-        drawing = common.now() - start
-        discriminator.remember(drawn)
-        discriminator.update(drawn)
+        rollouts = trainer.warm_up._by_the_engine([row for row in chosen for _ in range(config.discriminator_rollouts)])
+        sampling = common.now() - start
+        discriminator.remember(rollouts)
+        discriminator.update(rollouts)
         trainer.warm_up._accuracy()
-        times.append((common.now() - start, drawing))
+        times.append((common.now() - start, sampling))
     return times
 
 
@@ -74,37 +74,37 @@ def main() -> None:
             options = {**common.trainer_options(prompts, group, tokens, path / "run"), "max_steps": 7}
             rows = common.expert_rows(count, lines=tokens // 12)
             trainer = adversarial_trainer(folder, rows, options, discriminator_warmup_updates=args.updates)
-            trainer.config.replay_share = 0.0  # "fresh" reads what it drew
+            trainer.config.replay_share = 0.0  # "fresh" uses only its own rollouts
             rng = random.Random(0)
             fresh(trainer, 1, rng)  # warms up, compiles
             times = fresh(trainer, args.fresh // 2, rng)
             trainer.config.replay_share, trainer.discriminator.updates = 0.5, 0
-            whole, drawing = once(trainer)
+            total, sampling = once(trainer)
             assert trainer.discriminator.updates == args.updates
             trainer.config.replay_share = 0.0
             times += fresh(trainer, args.fresh - args.fresh // 2, rng)
             trainer.config.discriminator_warmup_updates = 0
             clock = Clock(trainer)
             trainer.train()
-            steps = [step["step"] for step in clock.steps[1:]]  # every second one has monitors
-            whole_steps = statistics.mean(steps)
-            pairs = list(zip(times[::2], times[1::2], strict=True))  # of which one update has monitors
+            steps = [step["step"] for step in clock.steps[1:]]  # every second one has metrics
+            full_steps = statistics.mean(steps)
+            pairs = list(zip(times[::2], times[1::2], strict=True))  # one update of each pair has metrics
             each = [(one[0] + two[0]) / 2 for one, two in pairs]
-            drawn = [(one[1] + two[1]) / 2 for one, two in pairs]
+            samplings = [(one[1] + two[1]) / 2 for one, two in pairs]
             result.rows.append(
                 {
                     "demonstrations": count,
                     "rollouts drawn once": 8 * count,
-                    "once, s": whole,
-                    "of it drawing": drawing,
-                    "an update": (whole - drawing) / args.updates,
+                    "once, s": total,
+                    "of it drawing": sampling,
+                    "an update": (total - sampling) / args.updates,
                     "fresh, s an update": median(each),
                     "IQR": iqr(each),
-                    "of it drawing ": median(drawn),
+                    "of it drawing ": median(samplings),
                     "fresh, s (scaled)": args.updates * median(each),
-                    "fresh / once": args.updates * median(each) / whole,
-                    "a whole step, s": whole_steps,
-                    "whole steps / once": args.updates * whole_steps / whole,
+                    "fresh / once": args.updates * median(each) / total,
+                    "a whole step, s": full_steps,
+                    "whole steps / once": args.updates * full_steps / total,
                 }
             )
             shutil.rmtree(path / "run", ignore_errors=True)
