@@ -1,4 +1,4 @@
-"""What the benchmarks share: models, rows, trainers, clocks, tables and JSON."""
+"""Shared code of the benchmarks: models, rows, trainers, timing, tables and JSON."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ CPU_TIME = not GPU and torch.get_num_threads() == 1  # see `now`
 
 @dataclass(frozen=True)
 class Size:
-    """Of a random Llama on the arithmetic world's words, and of `words` more that no text uses."""
+    """Dimensions of a random Llama with the arithmetic vocabulary and `words` additional unused tokens."""
 
     hidden: int
     layers: int
@@ -50,7 +50,7 @@ class Size:
 
 
 def parser(doc: str | None, model: bool = True) -> argparse.ArgumentParser:
-    """With the arguments that all benchmarks have."""
+    """Argument parser with the options shared by all benchmarks."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if model:
         made.add_argument("model", nargs="?", help="folder of a causal LM instead of the random one")
@@ -65,10 +65,10 @@ def quiet() -> None:
 
 
 def save_model(folder: Path, size: Size, seed: int = 0) -> str:
-    """A random Llama with its tokenizer in `folder`."""
+    """Save a random Llama and its tokenizer to `folder`."""
     tokenizer = build_tokenizer()
     tokenizer.add_tokens([f"word{n}" for n in range(size.words)])
-    model = build_model(tokenizer, seed, size.hidden, size.layers, size.heads)
+    model = build_model(tokenizer, seed, hidden_size=size.hidden, layers=size.layers, heads=size.heads)
     model.config.max_position_embeddings = 4096
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -76,12 +76,12 @@ def save_model(folder: Path, size: Size, seed: int = 0) -> str:
 
 
 def millions(folder: str) -> float:
-    """Parameters of a saved model."""
+    """Parameters of a saved model in millions."""
     return sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters()) / 1e6
 
 
 def expert_rows(count: int, lines: int = 1) -> list[dict[str, Any]]:
-    """Demonstrations of the arithmetic world; with more `lines`, each is longer by others' first lines (12 tokens)."""
+    """Demonstrations of the arithmetic world; with `lines` > 1, prefixed with others' first lines (12 tokens each)."""
     rows = generate("misconception", count, seed=1, unique=False)
     rng = random.Random(0)
     for row in rows:
@@ -91,7 +91,7 @@ def expert_rows(count: int, lines: int = 1) -> list[dict[str, Any]]:
 
 
 def trainer_options(prompts: int, group: int, tokens: int, output: Path) -> dict[str, Any]:
-    """Options of TRL that all trainers have: completions of exactly `tokens`, and a policy that does not move."""
+    """TRL options shared by all trainers: completions of exactly `tokens` tokens, and learning rate 0."""
     hardware: dict[str, Any] = {} if GPU else {"use_cpu": True, "bf16": False}
     return {
         "output_dir": str(output),
@@ -117,7 +117,7 @@ def lora() -> LoraConfig:
 def plain_trainer(
     folder: str, rows: list[dict], options: dict[str, Any], peft: bool = False, compiled: bool = False
 ) -> GRPOTrainer:
-    """`trl.GRPOTrainer` with the verifier as its reward; `compiled`, the same with `--compile_rollouts`."""
+    """`trl.GRPOTrainer` with the verifier as reward; if `compiled`, with `--compile_rollouts`."""
     task = get_task("arithmetic")
 
     def correct(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
@@ -142,14 +142,14 @@ def adversarial_trainer(
     peft: bool = False,
     **more: Any,
 ) -> AdversarialTrainer:
-    """`AdversarialTrainer` without a warm-up, its buffers full as behind one.
+    """`AdversarialTrainer` without a warm-up, with buffers filled as after one.
 
     Args:
         folder: the policy.
         rows: demonstrations.
-        options: TRL's.
-        discriminator: folder of another model than the policy's.
-        peft: LoRA for both.
+        options: TRL options.
+        discriminator: folder of the discriminator's backbone; default: the policy's.
+        peft: use LoRA for both.
         **more: options of `AdversarialConfig`.
     """
     tokenizer = load_tokenizer(folder)
@@ -186,9 +186,9 @@ def without_bars(trainer: Any) -> Any:
 
 
 def now() -> float:
-    """Seconds of a wall clock, when a GPU has done what it was given; on one CPU thread, of this process's CPU time.
+    """Wall-clock seconds, after synchronising the GPU; on one CPU thread, the CPU time of this process.
 
-    Other work on the machine does not count in the latter, which is what a wall clock shows on an idle core.
+    CPU time equals the wall-clock time on an idle core, and excludes other work on the machine.
     """
     if GPU:
         torch.cuda.synchronize()
@@ -198,9 +198,9 @@ def now() -> float:
 
 
 class Clock(TrainerCallback):
-    """Seconds of each step by part, taken around the methods that are the part.
+    """Seconds of each step by part, measured by wrapping methods.
 
-    What a part calls belongs to it, unless the part is a frame: then the parts within are taken out of it.
+    Nested calls count for the outer part, unless that part is a frame: then nested parts are subtracted from it.
     """
 
     def __init__(self, trainer: GRPOTrainer):
@@ -267,7 +267,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def iqr(values: Sequence[float]) -> float:
-    """Width of the middle half."""
+    """Interquartile range."""
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -293,7 +293,7 @@ def installed(name: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what a benchmark ran."""
+    """Hardware and software versions."""
     packages = ("torch", "transformers", "trl", "peft", "vllm")
     return {
         "device": torch.cuda.get_device_name() if GPU else f"CPU ({platform.machine()})",
@@ -308,7 +308,7 @@ def machine() -> dict[str, Any]:
 
 @dataclass
 class Result:
-    """Rows of a table, and what else belongs into the JSON."""
+    """Rows of a table, and further fields of the JSON."""
 
     name: str
     settings: dict[str, Any]
@@ -316,7 +316,7 @@ class Result:
     more: dict[str, Any] = field(default_factory=dict)
 
     def print(self) -> None:
-        """A Markdown table; a column for each key, numbers to three digits."""
+        """Print a Markdown table with one column per key and three significant digits."""
         keys = list(dict.fromkeys(key for row in self.rows for key in row))
         print("| " + " | ".join(keys) + " |")
         print("|" + "|".join("---" if isinstance(self.rows[0].get(key), str) else "---:" for key in keys) + "|")
@@ -324,7 +324,7 @@ class Result:
             print("| " + " | ".join(shown(row.get(key)) for key in keys) + " |")
 
     def write(self, path: Path | None) -> None:
-        """Print the table, and write the JSON if a path is given."""
+        """Print the table; write the JSON if a path is given."""
         self.print()
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
-"""How a step grows: seconds against completion length, group size and the discriminator's size, with exponents.
+"""Scaling of the step time with completion length, group size and discriminator size, with fitted exponents.
 
     python benchmarks/growth.py [MODEL_FOLDER] [--repeat 2] [--json FILE]
 
-Without a folder: a random Llama of 3.4 M parameters, of 218 M with CUDA. 4 prompts (8 with CUDA) x 8 completions of 64
-tokens (256), of which one number at a time changes: completions of 32 to 256 tokens (128 to 1,024), groups of 4 to 32,
-and discriminators from a sixteenth of the policy's width to all of it. Demonstrations grow with the completions. The
-discriminator's update has 4 demonstrations, each with 4 rollouts and a perturbed copy; every second step has monitors.
-Each point is the median of `--repeat` pairs of steps after a first step; an exponent is the slope of log seconds over
-log x: 1 is linear. Of the parts and of plain GRPO, which is not measured for the discriminator's size, the same.
+Without a folder: a random Llama of 3.4 M parameters, 218 M with CUDA. The base case is 4 prompts (8 with CUDA) x 8
+completions of 64 tokens (256). One dimension is varied at a time: completions of 32 to 256 tokens (128 to 1,024),
+groups of 4 to 32, and discriminators from a sixteenth of the policy's width to the full width. Demonstrations grow with
+the completions. A discriminator update has 4 demonstrations, each with 4 rollouts and a perturbed copy; every second
+step computes the monitoring metrics. Each point is the median of `--repeat` pairs of steps after one warm-up step. An
+exponent is the slope of log seconds over log x; 1 is linear. The same is reported for the parts and, except for the
+discriminator's size, for plain GRPO.
 """
 
 from pathlib import Path
@@ -24,7 +25,7 @@ UPDATE: dict[str, Any] = {"discriminator_prompts": 4, "discriminator_rollouts": 
 
 
 def pairs(trainer: Any, repeat: int) -> list[dict[str, float]]:
-    """Mean seconds of two steps, of which one has monitors; the first step is left out."""
+    """Mean seconds of pairs of steps, one with monitoring metrics and one without; the first step is excluded."""
     clock = Clock(trainer)
     trainer.train()
     steps = clock.steps[1 : 1 + 2 * repeat]
@@ -51,7 +52,9 @@ def main() -> None:
             saved = common.save_model(path / f"part{part}", Size(size.hidden // part, size.layers, heads))
             smaller[common.millions(saved)] = saved
 
-        def measure(what: str, x: float, group: int, length: int, discriminator: str | None = None) -> None:
+        def measure(
+            what: str, x: float, *, group: int = GROUP, length: int = LENGTH, discriminator: str | None = None
+        ) -> None:
             rows = common.expert_rows(64, lines=length // 12)
             options = common.trainer_options(PROMPTS, group, length, path / "run")
             options["max_steps"] = 1 + 2 * args.repeat
@@ -66,11 +69,11 @@ def main() -> None:
             result.rows.append(row)
 
         for length in LENGTHS:
-            measure("tokens of a completion", length, GROUP, length)
+            measure("tokens of a completion", length, length=length)
         for group in GROUPS:
-            measure("completions of a prompt", group, group, LENGTH)
+            measure("completions of a prompt", group, group=group)
         for parameters, saved in sorted(smaller.items()):
-            measure("discriminator, M parameters", parameters, GROUP, LENGTH, saved)
+            measure("discriminator, M parameters", parameters, discriminator=saved)
         exponents = []
         for what in dict.fromkeys(row["what"] for row in result.rows):
             points = [row for row in result.rows if row["what"] == what]

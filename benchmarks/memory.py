@@ -1,16 +1,16 @@
-"""Peak memory of adversarial steps against plain GRPO, each in a fresh process, and its growth with the micro-batch.
+"""Peak memory of adversarial steps compared with plain GRPO, each in a fresh process, by micro-batch size.
 
     python benchmarks/memory.py [MODEL_FOLDER] [--json FILE]
 
-Without a folder: a random Llama of 35 M parameters and 8,000 words, of 234 M with CUDA. A step is 16 rollouts of 64
-tokens (64 of 256 with CUDA) in micro-batches of `--rows` each, and an update of the discriminator on 4 demonstrations,
-each with 3 rollouts and a perturbed copy; a forward pass of the discriminator has as many tokens as a micro-batch. Two
-steps, so that all optimiser states are there. Without gradient checkpointing, float32 on a CPU.
+Without a folder: a random Llama of 35 M parameters and 8,000 words, 234 M with CUDA. A step has 16 rollouts of 64
+tokens (64 of 256 with CUDA) in micro-batches of `--rows` each, and a discriminator update on 4 demonstrations, each
+with 3 rollouts and a perturbed copy; a forward pass of the discriminator has as many tokens as a micro-batch. Two steps
+are run, so that all optimiser states exist. No gradient checkpointing; float32 on a CPU.
 
-On a CPU "peak" is the largest resident set (VmHWM) less the resident set when all is imported and no model is loaded;
-tensors of 64 KiB or more are allocated by mmap (`MALLOC_MMAP_THRESHOLD_`) and given back when they are freed, so that
-the resident set follows them. With CUDA it is the allocator's peak. The slope is that of the least-squares line of the
-peak over a micro-batch's tokens, at the numbers of rows in `--fit`.
+On a CPU, "peak" is the peak resident set size (VmHWM) minus the resident set size after imports, before a model is
+loaded. Tensors of 64 KiB or more are allocated by mmap (`MALLOC_MMAP_THRESHOLD_`) and returned when freed, so that the
+resident set follows them. With CUDA it is the allocator's peak. The slope is from a least-squares fit of the peak over
+a micro-batch's tokens, for the numbers of rows in `--fit`.
 """
 
 import gc
@@ -33,7 +33,7 @@ MIB = 2**20
 
 
 def resident(name: str) -> float:
-    """MiB of VmRSS, or of VmHWM, its peak; of the allocator with CUDA."""
+    """MiB of VmRSS or of its peak, VmHWM; with CUDA, of the allocator."""
     if common.GPU:
         held = torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()
         return held / MIB
@@ -41,15 +41,15 @@ def resident(name: str) -> float:
     return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(name))
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     if common.GPU:
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def child(folder: str, smaller: str, name: str, rows: int, output: str) -> None:
-    """Two steps of a variant; prints its memory."""
+def child(folder: str, smaller: str, name: str, *, rows: int, output: str) -> None:
+    """Run two steps of a variant and print its peak memory."""
     total = PROMPTS * GROUP
     options = {
         **common.trainer_options(PROMPTS, GROUP, TOKENS, Path(output)),
@@ -59,11 +59,11 @@ def child(folder: str, smaller: str, name: str, rows: int, output: str) -> None:
     }
     demonstrations = common.expert_rows(64, lines=TOKENS // 12)
     more = variants(smaller)[name]
-    warm = torch.nn.Linear(8, 8)  # libraries that load late: before the baseline
+    warm = torch.nn.Linear(8, 8)  # load lazily imported libraries before the baseline
     torch.optim.AdamW(warm.parameters()).step()
     gc.collect()
     start = resident("VmRSS")
-    forget_peak()
+    reset_peak()
     trainer: Any
     if more is None:
         trainer = plain_trainer(folder, demonstrations, options, peft=name == PLAIN_LORA)
@@ -75,7 +75,8 @@ def child(folder: str, smaller: str, name: str, rows: int, output: str) -> None:
     print(resident("VmHWM") - start)
 
 
-def measure(folder: str, smaller: str, name: str, rows: int, output: Path) -> float:
+def measure(folder: str, smaller: str, name: str, *, rows: int, output: Path) -> float:
+    """Peak memory of one variant in MiB, measured in a fresh process."""
     words = [sys.executable, __file__, "--child", folder, smaller, name, str(rows), str(output)]
     memory = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(words, env={**os.environ, **memory}, capture_output=True, text=True)
@@ -108,7 +109,7 @@ def main() -> None:
         result = Result("memory", settings)
         peaks = {}
         for name in variants(smaller):
-            values = [measure(folder, smaller, name, args.rows, path / "run") for _ in range(args.repeat)]
+            values = [measure(folder, smaller, name, rows=args.rows, output=path / "run") for _ in range(args.repeat)]
             peaks[name] = sum(values) / len(values)
             result.rows.append(
                 {
@@ -121,7 +122,7 @@ def main() -> None:
         growth = []
         for name in (PLAIN, SAME):
             tokens = [rows * (PROMPT_TOKENS + TOKENS) for rows in args.fit]
-            values = [measure(folder, smaller, name, rows, path / "run") for rows in args.fit]
+            values = [measure(folder, smaller, name, rows=rows, output=path / "run") for rows in args.fit]
             slope, intercept = line(tokens, values)
             fitted = [slope * x + intercept for x in tokens]
             growth.append(
@@ -143,6 +144,6 @@ if __name__ == "__main__":
     common.quiet()
     if sys.argv[1:2] == ["--child"]:
         _, _, policy, discriminator, variant, count, output = sys.argv
-        child(policy, discriminator, variant, int(count), output)
+        child(policy, discriminator, variant, rows=int(count), output=output)
     else:
         main()

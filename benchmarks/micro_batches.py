@@ -1,11 +1,11 @@
-"""What micro-batches by length save: the policy's passes over one generation, as TRL splits it and by length, in turn.
+"""Time saved by length-sorted micro-batches: the policy's passes over one generation, as TRL splits it and by length.
 
     python benchmarks/micro_batches.py [MODEL_FOLDER] [--data FILE --task gsm8k] [--repeat 5] [--json FILE]
 
-Without a folder: a random Llama of 3.4 M parameters, of 218 M with CUDA. The generation holds the first `--rollouts`
-traces of `--data`, or generated ones of 1 to 20 lines, in four optimiser steps of four micro-batches; forward and
-backward pass of TRL's loss, without the optimiser. Prints the median of the repeats, the width of their middle half,
-the padded tokens, and the ratio.
+Without a folder: a random Llama of 3.4 M parameters, 218 M with CUDA. The generation batch has the first `--rollouts`
+traces of `--data`, or generated ones of 1 to 20 lines, in four optimiser steps of four micro-batches. Measures forward
+and backward passes of TRL's loss, without the optimiser, alternating between the two. Prints the median of the repeats,
+the interquartile range, the padded tokens, and the ratio.
 """
 
 import random
@@ -59,17 +59,17 @@ def main() -> None:
             "num_items_in_batch": batch.completion_mask.sum(),
         }
         torch.manual_seed(0)
-        of_trl = split_tensor_dict(shuffle_sequence_dict(generation), STEPS * ACCUMULATION)
+        trl_batches = split_tensor_dict(shuffle_sequence_dict(generation), STEPS * ACCUMULATION)
         trainer.current_gradient_accumulation_steps = ACCUMULATION
         trainer.model.train()
-        ways = {"as TRL splits it": lambda: of_trl, "by length": lambda: by_length(of_trl, ACCUMULATION)}
+        ways = {"as TRL splits it": lambda: trl_batches, "by length": lambda: by_length(trl_batches, ACCUMULATION)}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(args.repeat + 1):
             for name, made in ways.items():
                 start = common.now()
                 for micro_batch in made():
                     trainer._compute_loss(trainer.model, micro_batch).backward()
-                if turn:  # the first is left out
+                if turn:  # the first is a warm-up
                     seconds[name].append(common.now() - start)
                 trainer.model.zero_grad()
         result = Result("micro_batches", {"policy, M": common.millions(folder), "rollouts": len(rows)})

@@ -1,4 +1,4 @@
-"""The figure of the README, from the results of `training_step.py` and `memory.py`.
+"""Plot the README's figure from the results of `training_step.py` and `memory.py`.
 
 python benchmarks/plot.py [--results benchmarks/results] [--output docs/images/benchmarks.png]
 """

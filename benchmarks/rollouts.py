@@ -1,19 +1,18 @@
-"""Tokens a second of engines that draw rollouts: same model, prompts, lengths and sampling, in turn, in one process.
+"""Throughput of generation engines: same model, prompts, lengths and sampling, alternating in one process.
 
     python benchmarks/rollouts.py [MODEL_FOLDER] [--engines eager static continuous vllm] [--json FILE]
 
-Without a folder: a random Llama of 3.4 M parameters, of 218 M with CUDA. 24 prompts x 8 completions of exactly 64
-tokens on a CPU, 64 x 8 of 512 with CUDA, all in one call, temperature 1, no top-k or top-p. Engines, of those that are
-installed:
+Without a folder: a random Llama of 3.4 M parameters, 218 M with CUDA. 24 prompts x 8 completions of exactly 64 tokens
+on a CPU, 64 x 8 of 512 with CUDA, all in one call, temperature 1, no top-k or top-p. Engines (vllm only if installed):
 
-- eager: transformers' `generate` with a cache that grows, as TRL calls it;
+- eager: transformers' `generate` with a dynamic cache, as TRL calls it;
 - static: `generate` with `cache_implementation="static"`, whose decoding is compiled with CUDA (the default of
   `tracereward train` there);
-- continuous: transformers' continuous batching (`generate_batch`); on a CPU with a cache of the size that is needed;
+- continuous: transformers' continuous batching (`generate_batch`); on a CPU with a cache of the required size;
 - vllm: `vllm.LLM` in the same process.
 
-"start" is the time until an engine has made its first call, less a later call: building, compiling, warming up. Prints
-the median of the other calls, the width of the middle half, and tokens a second against eager.
+"start" is the time of building an engine and its first call, minus a later call: building, compiling, warming up.
+Prints the median of the other calls, the interquartile range, and the throughput relative to eager.
 """
 
 import importlib.util
@@ -36,7 +35,7 @@ ENGINES = ("eager", "static", "continuous", "vllm")
 
 
 class Work:
-    """What all engines do."""
+    """The generation workload, and a function for each engine that runs it and returns the number of tokens."""
 
     def __init__(self, folder: str, prompts: int, group: int, tokens: int):
         self.folder, self.group, self.tokens = folder, group, tokens
@@ -77,9 +76,9 @@ class Work:
 
     def continuous(self) -> Callable[[], int]:
         model = self.model()
-        config = GenerationConfig(**self.sampling, eos_token_id=-1)  # nothing ends early; it has no minimum length
+        config = GenerationConfig(**self.sampling, eos_token_id=-1)  # no early end; min_new_tokens is not supported
         limits: dict[str, Any] = {}
-        if not common.GPU:  # it would fill the memory with an empty cache at each call
+        if not common.GPU:  # the default cache would fill the memory at each call
             pages = len(self.ids) * -(-(max(map(len, self.ids)) + self.tokens) // 32)
             limits = {"page_size": 32, "num_blocks": pages, "max_batch_tokens": 256}
         batching = ContinuousBatchingConfig(**limits)
@@ -94,7 +93,7 @@ class Work:
         return call
 
     def vllm(self) -> Callable[[], int]:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else another process has the CPU time
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # otherwise another process uses the CPU time
         from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
 
         dtype = "bfloat16" if common.GPU else "float32"
@@ -135,10 +134,10 @@ def main() -> None:
                 continue
             start = common.now()
             calls[engine] = work.engine(engine)
-            drawn = calls[engine]()
+            generated = calls[engine]()
             starts[engine] = common.now() - start
             expected = prompts * group * args.tokens
-            assert drawn == expected, f"{engine}: {drawn} tokens, not {expected}"
+            assert generated == expected, f"{engine}: {generated} tokens, not {expected}"
         times: dict[str, list[float]] = {engine: [] for engine in calls}
         for _ in range(args.repeat):
             for engine, call in calls.items():

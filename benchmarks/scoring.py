@@ -1,12 +1,12 @@
-"""What scoring text costs beyond the forward pass: `TokenRewardModel.score` against the backbone alone, in one process.
+"""Overhead of scoring text: `TokenRewardModel.score` compared with the backbone's forward pass alone, in one process.
 
     python benchmarks/scoring.py [MODEL_FOLDER] [--data FILE --task gsm8k] [--traces 128] [--candidates 1] [--bf16]
 
-Without a folder: a random Llama of 22 M parameters and 8,000 words, of 234 M with CUDA. The raw forward sees the same
-token ids in the order they come, in batches of 16, padded to the longest of each: what a plain loop over the model
-does. Traces are the first rows of `--data`, or generated ones of 1 to 20 lines, of which `--candidates` in a row have
-the same prompt, of about 70 words if there are several. Three turns; prints the median seconds of both, their range,
-the ratio, traces and tokens a second, and the most memory that the process held.
+Without a folder: a random Llama of 22 M parameters and 8,000 words, 234 M with CUDA. The raw forward pass processes the
+same token ids in input order, in batches of 16, padded to the longest of each batch, like a plain loop over the model.
+Traces are the first rows of `--data`, or generated ones of 1 to 20 lines; `--candidates` consecutive traces share a
+prompt (about 70 words if there are several). Runs three times; prints the median seconds of both, their range, the
+ratio, traces and tokens per second, and the peak memory of the process.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, folder: str) -> None:
                 model.backbone(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
 
     times: dict[str, list[float]] = {"raw": [], "score": []}
-    for turn in range(4):  # the first of each warms up
+    for turn in range(4):  # the first is a warm-up
         for name, work in (("raw", raw), ("score", lambda: model.score(prompts, texts))):
             start = common.now()
             work()

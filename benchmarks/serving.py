@@ -1,14 +1,14 @@
-"""What a server makes of many clients: `tracereward serve` in a process of its own against offline calls, in one run.
+"""Throughput and latency of `tracereward serve` with many clients, compared with offline calls.
 
     python benchmarks/serving.py [REWARD_MODEL] [--requests 512] [--clients 1 8 64] [--data FILE --task gsm8k]
 
-Each request has one trace, from the rows of `--data` or of the arithmetic world; without a folder the reward model is a
-new tiny one, which measures what is not the forward pass. `--requests` requests are sent by each number of clients in
-turn, each client one at a time over a connection of its own; a first round warms up. "sequential" scores the same
-traces one by one with `model.score` in this process, "offline" all at once. Every answer must be the offline score, or
-the run fails. Prints requests a second, the median and the 99th percentile of their time, the mean number of traces of
-a batch, and the memory of the server before and after. With `--minutes`, the last number of clients goes on for that
-long, and the memory is printed every minute.
+Each request has one trace, from the rows of `--data` or of the arithmetic world. Without a folder the reward model is a
+new tiny one, which measures the overhead around the forward pass. For each number of clients, `--requests` requests are
+sent; each client sends one at a time over its own connection, after a warm-up round. "sequential" scores the same
+traces one by one with `model.score` in this process, "offline" all at once. The run fails unless every response equals
+the offline score. Prints requests per second, the median and the 99th percentile of the latency, the mean number of
+traces per batch, and the server's memory before and after. With `--minutes`, the last number of clients continues for
+that long, and the memory is printed every minute.
 """
 
 import asyncio
@@ -36,7 +36,7 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model, build_tokenizer, generate
 from tracereward.tasks.recipes import get_task
 
-ATOL = 1e-3  # a batch of another shape sums in another order
+ATOL = 1e-3  # the summation order depends on the batch shape
 
 
 def save_tiny(folder: Path) -> str:
@@ -60,33 +60,33 @@ def start(model: str, log: Path) -> tuple[subprocess.Popen, str]:
 
 
 def memory(process: subprocess.Popen) -> float:
-    """MiB that the server holds."""
+    """Resident memory of the server in MiB."""
     pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def batches(url: str) -> tuple[float, float]:
-    """Traces and turns so far."""
+    """Numbers of traces and batches so far."""
     text = httpx.get(f"{url}/metrics", trust_env=False).text
     found = [re.search(rf"tracereward_batch_traces_{name} (\S+)", text) for name in ("sum", "count")]
-    traces, turns = (float(match[1]) for match in found if match)
-    return traces, turns
+    traces, count = (float(match[1]) for match in found if match)
+    return traces, count
 
 
 async def load(url: str, rows: list[tuple[str, str]], clients: int) -> tuple[float, list[float], list[list[float]]]:
-    """Seconds of all, of each request, and the token rewards."""
+    """Send all requests; return the total seconds, the seconds of each request, and the token rewards."""
     left = iter(range(len(rows)))
     times, rewards = [0.0] * len(rows), [[]] * len(rows)
 
     async def client(http: httpx.AsyncClient) -> None:
-        for index in left:  # shared: each takes the next
+        for index in left:  # shared iterator: each client takes the next row
             body = {"prompt": rows[index][0], "completion": rows[index][1]}
             began = time.perf_counter()
             response = await http.post("/v1/score", json=body)
             times[index] = time.perf_counter() - began
             rewards[index] = response.raise_for_status().json()["results"][0]["token_rewards"]
 
-    # One pool of many connections would be slower than the server; the context of each pool takes long to make.
+    # One pool of many connections would be slower than the server; creating an SSL context per pool is slow.
     context = ssl.create_default_context()
     async with contextlib.AsyncExitStack() as stack:
         pools = [httpx.AsyncClient(base_url=url, timeout=300, verify=context, trust_env=False) for _ in range(clients)]
@@ -98,7 +98,7 @@ async def load(url: str, rows: list[tuple[str, str]], clients: int) -> tuple[flo
 
 
 def line(name: str, seconds: float, times: list[float], more: str = "") -> dict[str, Any]:
-    """Print and return what a round came to."""
+    """Print and return the figures of one round."""
     ordered = sorted(times)
     p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
     rate, median = len(times) / seconds, statistics.median(times)
@@ -140,10 +140,10 @@ def main() -> None:
             asyncio.run(load(url, rows, 8))
             before = memory(process)
             for clients in args.clients:
-                traces, turns = batches(url)
+                traces, count = batches(url)
                 seconds, times, rewards = asyncio.run(load(url, rows, clients))
-                after_traces, after_turns = batches(url)
-                mean = (after_traces - traces) / (after_turns - turns)
+                after_traces, after_count = batches(url)
+                mean = (after_traces - traces) / (after_count - count)
                 row = line(f"{clients} clients", seconds, times, f"   {mean:5.1f} traces a batch")
                 result.rows.append({**row, "traces a batch": mean})
                 for got, wanted in zip(rewards, expected, strict=True):
@@ -157,8 +157,8 @@ def main() -> None:
                 answers += len(rewards)
                 if time.perf_counter() - shown > 60:
                     shown += 60
-                    print(f"{answers:8d} more answers; server memory {memory(process):.0f} MiB", flush=True)
-            print(f"every answer is the offline score; server memory {before:.0f} MiB, then {memory(process):.0f} MiB")
+                    print(f"{answers:8d} more responses; server memory {memory(process):.0f} MiB", flush=True)
+            print(f"all responses match; server memory {before:.0f} MiB before, {memory(process):.0f} MiB after")
             result.more = {"server memory, MiB": [before, memory(process)]}
             result.write(args.json)
         finally:

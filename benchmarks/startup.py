@@ -1,10 +1,10 @@
-"""How long nothing takes: `tracereward --help` and `import tracereward` against bare Python and `import trl`.
+"""Startup time: `tracereward --help` and `import tracereward` compared with bare Python and `import trl`.
 
     python benchmarks/startup.py [--repeat 15] [--json FILE]
 
-Each is a fresh process, in turn, after one of each that is left out. Prints the median wall-clock seconds and the width
-of the middle half, the median CPU seconds, which other work on the machine does not change, and the ratio of these to
-`python -c pass`.
+Each command runs in a fresh process, alternating, after one warm-up round. Prints the median wall-clock seconds and
+their interquartile range, the median CPU seconds, which exclude other work on the machine, and the ratio of CPU seconds
+to `python -c pass`.
 """
 
 import resource
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def children() -> float:
-    """CPU seconds of the processes that have ended."""
+    """CPU seconds of finished child processes."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

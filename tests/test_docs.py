@@ -1,4 +1,4 @@
-"""The documentation runs: the tutorial from top to bottom, each example, each command line, each file name."""
+"""The documentation is correct: the tutorial and the examples run, and command lines, options and file names exist."""
 
 import dataclasses
 import json
@@ -35,10 +35,10 @@ def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
 
 
 def command_lines(page: Path) -> list[list[str]]:
-    """Each ``tracereward ...`` line of a page's bash blocks, as words, continuation lines joined."""
+    """Each ``tracereward ...`` command of a page's bash blocks, split into words, with continuation lines joined."""
     found = []
     for _, text in blocks(page, "bash", "console", "sh"):
-        text = re.sub(r"<<'END'\n.*?^END$", "", text, flags=re.MULTILINE | re.DOTALL)  # a file's text
+        text = re.sub(r"<<'END'\n.*?^END$", "", text, flags=re.MULTILINE | re.DOTALL)  # content of a file
         for line in text.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removeprefix("$ "), comments=True)
             words = [re.sub(r"^.*/bin/", "", word) for word in words]
@@ -54,7 +54,7 @@ LINES = [(page, words) for page in PAGES for words in command_lines(page)]
 
 @pytest.mark.long
 def test_tutorial_runs(tmp_path):
-    """Every block, in order, in one folder; then what the prose promises of the files."""
+    """Run all blocks in order in one folder; then check the files that the page describes."""
     commands = tmp_path / "bin"
     commands.mkdir()
     (commands / "tracereward").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tracereward "$@"\n')
@@ -106,7 +106,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("page", ["gsm8k.md", "demonstrations.md", "method.md"])
 def test_examples_run(page, capsys):
-    """The other pages' Python blocks, one after the other in one name space; the page shows the tables they print."""
+    """Run a page's Python blocks in one namespace; the page shows the tables that they print."""
     found = blocks(DOCS / page, "python")
     assert found
     names: dict[str, Any] = {}
@@ -126,14 +126,14 @@ def test_python_blocks_compile(page):
     ("page", "words"), LINES, ids=lambda value: value.name if isinstance(value, Path) else " ".join(value)[:40]
 )
 def test_command_lines_parse(page, words, monkeypatch, tmp_path):
-    """Options exist and their values fit. Files that an earlier line of the page writes need not exist."""
+    """Options exist and their values are valid. Files written by an earlier command of the page need not exist."""
     monkeypatch.chdir(tmp_path)
     kind = words[0]
     if kind in CONFIGS and "--help" not in words:
         if "--config" in words:
             place = words.index("--config") + 1
             given = ROOT / words[place]
-            if not given.is_file():  # made by a block of the page, or the reader's own
+            if not given.is_file():  # created by a block of the page, or by the reader
                 made = [text for _, text in blocks(page, "bash") if f"> {words[place]} <<" in text]
                 given = tmp_path / words[place]
                 text = re.search(r"<<'END'\n(.*?)^END$", "".join(made), flags=re.MULTILINE | re.DOTALL)
@@ -151,15 +151,15 @@ def test_command_lines_parse(page, words, monkeypatch, tmp_path):
         command.make_context(kind, words[1:])
 
 
-def test_functions_of_the_method_exist():
-    """The table of docs/method.md names each part's function: the names are real."""
+def test_method_functions_exist():
+    """The functions named in the table of docs/method.md exist."""
     rows = re.findall(r"`(tracereward\.[\w.]+)` \|$", (DOCS / "method.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(rows) > 25
     for name in rows:
         assert pydoc.locate(name) is not None, name
 
 
-def test_every_command_is_shown():
+def test_docs_show_every_command():
     assert {words[0] for _, words in LINES if not words[0].startswith("-")} >= {
         "sft",
         "train",
@@ -183,7 +183,7 @@ def test_mentioned_files_exist(page):
 
 
 def test_mentioned_options_exist():
-    """Every ``--option`` in the text of a page is one of some command."""
+    """Every ``--option`` in the text of a page belongs to some command."""
     group = typer.main.get_command(app)
     known = {"--config", "--resume", "--help", "--version"}
     commands = [c for found in group.commands.values() for c in (found, *getattr(found, "commands", {}).values())]
@@ -200,19 +200,19 @@ def test_mentioned_options_exist():
 
 
 def sections() -> dict[str, str]:
-    """Text of each ``## recipe`` section of demonstrations.md, by the name in backticks."""
+    """Text of each task section of demonstrations.md, by the name in backticks."""
     text = (DOCS / "demonstrations.md").read_text(encoding="utf-8")
     parts = re.split(r"^#{2,3} (.*)$", text, flags=re.MULTILINE)
     return {heading.strip("`"): body for heading, body in zip(parts[1::2], parts[2::2]) if heading.startswith("`")}
 
 
-def test_every_recipe_is_documented():
+def test_every_task_is_documented():
     assert sections().keys() == TASKS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(TASKS))
-def test_recipe_examples(name):
-    """The section's row gives exactly the prompt, trace and answer that the section shows."""
+def test_task_examples(name):
+    """The row in the section yields exactly the prompt, trace and answer shown there."""
     text, task = sections()[name], TASKS[name]
     found = BLOCK.findall(text)
     row = json.loads(next(block for language, block in found if language == "json"))
@@ -227,8 +227,8 @@ def test_recipe_examples(name):
         assert f"`{task.dataset}`" in text
 
 
-def test_lists_are_whole():
-    """Choices that the prose lists are those of the code."""
+def test_lists_match_code():
+    """Choices listed in the docs are those of the code."""
     method = (DOCS / "method.md").read_text(encoding="utf-8")
     for name in (*HEADS, *GRANULARITIES, *METHODS):
         assert f"`{name}`" in method, name

@@ -1,4 +1,4 @@
-"""The formulae of `estimate`, each against the real thing: models without memory, a real optimiser, cache and hook."""
+"""The formulae of `memory_estimate`, checked against models on the meta device, a real optimiser, cache and hook."""
 
 import contextlib
 import io
@@ -39,7 +39,7 @@ from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.discriminator import Discriminator
 from tracereward.training.discriminator_batch import Expert
 
-PUBLISHED = {  # weights of the three models
+PUBLISHED = {  # number of weights
     "Llama-3.2-3B": 3_212_749_824,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.1-70B": 70_553_706_496,
@@ -75,7 +75,7 @@ def test_weights(name):
     shape, model = SHAPES[name], on_meta(SHAPES[name])
     assert sum(p.numel() for p in model.parameters()) == shape.weights == PUBLISHED[name]
     assert sum(p.numel() for p in model.model.layers[0].parameters()) == shape.layer_weights
-    # What FSDP2 and ZeRO-3 gather: two layers, and the head with the norm before it.
+    # Gathered by FSDP2 and ZeRO-3: two layers, and the head with the final norm.
     whole = [*model.model.layers[:2].parameters(), *model.lm_head.parameters(), *model.model.norm.parameters()]
     assert gathered(Setup(shape, "fsdp2", 8)) == size(whole)
     assert gathered(Setup(shape, "fsdp2", 1)) == gathered(Setup(shape, "ddp", 8)) == 0
@@ -84,7 +84,7 @@ def test_weights(name):
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("rank", [8, 64])
 def test_adapter(name, rank):
-    """PEFT's own, which are float32 on a bfloat16 base."""
+    """Counts equal those of PEFT, whose adapters are float32 on a bfloat16 base."""
     with torch.device("meta"):
         model = get_peft_model(on_meta(SHAPES[name]), LoraConfig(r=rank, target_modules="all-linear"))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -92,11 +92,11 @@ def test_adapter(name, rank):
     assert sum(p.numel() for p in trained) == SHAPES[name].adapter(rank)
     assert {p.dtype for p in trained} == {torch.float32}
     state = policy_state(Setup(SHAPES[name], "ddp", 1, rank))
-    assert state["weights"] == size(frozen) + size(trained) * 3 / 2  # and autocast's bfloat16 copies
+    assert state["weights"] == size(frozen) + size(trained) * 3 / 2  # including autocast copies in bfloat16
     assert policy_state(Setup(SHAPES[name], "fsdp2", 1, rank))["weights"] == size(frozen) + size(trained)
 
 
-def test_states_are_adamws():
+def test_optimiser_states_match_adamw():
     model = LlamaForCausalLM(config(TINY))
     optimizer = torch.optim.AdamW(model.parameters())
     model(input_ids=torch.arange(10)[None], labels=torch.arange(10)[None]).loss.backward()
@@ -110,20 +110,20 @@ def test_states_are_adamws():
 
 
 @pytest.mark.parametrize("rank", [0, 64])
-def test_what_each_strategy_shares_out(rank):
-    """Bytes a weight as in the paper on ZeRO (arXiv 1910.02054, figure 1): 16, 2 + 14 / N, 16 / N."""
+def test_bytes_per_weight_of_each_strategy(rank):
+    """Bytes per weight as in the ZeRO paper (arXiv 1910.02054, figure 1): 16, 2 + 14 / N, 16 / N."""
     for gpus in (1, 8, 1000):
         states = {s: policy_state(Setup(L8, s, gpus, rank, sync_each_batch=True)) for s in STRATEGIES}
         trained = L8.adapter(rank) if rank else L8.weights
         frozen = 2 * L8.weights if rank else 0
         total = {s: sum(state.values()) for s, state in states.items()}
-        assert total["ddp"] == frozen + 18 * trained  # with autocast's copies
+        assert total["ddp"] == frozen + 18 * trained  # including autocast copies
         assert total["zero2"] == pytest.approx(frozen + (2 + 14 / gpus) * trained)
         assert total["zero3"] == pytest.approx((frozen + 16 * trained) / gpus)
         assert total["fsdp2"] == pytest.approx(total["zero3"])
 
 
-def test_gradients_wait_for_the_last_micro_batch_under_fsdp2():
+def test_fsdp2_keeps_unsharded_gradients_between_micro_batches():
     setup = Setup(L8, "fsdp2", 64, rank=0)
     waiting = policy_state(setup)["gradients"] - policy_state(replace(setup, sync_each_batch=True))["gradients"]
     assert waiting == 2 * L8.weights
@@ -142,14 +142,14 @@ def test_kv_cache(dtype):
 
 
 def kept(model: torch.nn.Module, ids: torch.Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass, without the weights."""
+    """Bytes that autograd saves for the backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     storages = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            storages[storage.data_ptr()] = storage  # held, so that its address is not used again
+            storages[storage.data_ptr()] = storage  # keep a reference, so that the address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -158,7 +158,7 @@ def kept(model: torch.nn.Module, ids: torch.Tensor) -> int:
 
 
 def test_activations():
-    """A layer's are those that autograd keeps; what one more layer keeps leaves embeddings and head out."""
+    """Per layer, equal to the tensors that autograd saves; the difference of two depths drops embeddings and head."""
     shape = Shape(layers=1, hidden=256, heads=8, kv_heads=4, intermediate=768, vocabulary=10, tied=False)
     ids = torch.zeros(4, 64, dtype=torch.long)
     of = {}
@@ -175,7 +175,7 @@ def test_activations():
 
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["all", "lora"])
 def test_all_reduce_of_the_discriminator(peft, tiny_model_folder, tokenizer, experts, monkeypatch, tmp_path):
-    """What `Discriminator` gives to torch.distributed: float32 gradients, and seven sums."""
+    """`Discriminator` reduces float32 gradients and seven sums."""
     model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(head="action"), tokenizer, peft)
     traces = [
         Expert(tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]) for row in experts
@@ -188,13 +188,13 @@ def test_all_reduce_of_the_discriminator(peft, tiny_model_folder, tokenizer, exp
     discriminator._add_up(sums)
     llama = model.backbone.config
     shape = Shape(
-        llama.num_hidden_layers,
-        llama.hidden_size,
-        llama.num_attention_heads,
-        llama.num_key_value_heads,
-        llama.intermediate_size,
-        llama.vocab_size,
-        llama.tie_word_embeddings,
+        layers=llama.num_hidden_layers,
+        hidden=llama.hidden_size,
+        heads=llama.num_attention_heads,
+        kv_heads=llama.num_key_value_heads,
+        intermediate=llama.intermediate_size,
+        vocabulary=llama.vocab_size,
+        tied=llama.tie_word_embeddings,
     )
     setup = Setup(shape, "ddp", 2, rank=4 if peft else 0)
     assert size(sent) == 4 * discriminator_weights(setup) + size([sums])
@@ -203,18 +203,18 @@ def test_all_reduce_of_the_discriminator(peft, tiny_model_folder, tokenizer, exp
 
 
 def test_rollouts_are_pickled():
-    """What `gather_object` packs for the discriminator and for the monitors, with ids that need more than two bytes."""
+    """Size of the objects gathered for the discriminator and the metrics, with ids of more than two bytes."""
     setup = Setup(L8, "ddp", gpus=2, rows=4, accumulation=2)
     ids = [list(range(100_000, 100_000 + setup.completion)) for _ in range(setup.rows * setup.accumulation)]
-    of_discriminator = [discriminator_batch.Rollout(index, row) for index, row in enumerate(ids)]
-    of_monitors = [rollout_metrics.Rollout("?", row, True, [token / 7 for token in row], 0.5, 1.0) for row in ids]
-    packed = len(pickle.dumps(of_discriminator)) + len(pickle.dumps(of_monitors))
+    for_discriminator = [discriminator_batch.Rollout(index, row) for index, row in enumerate(ids)]
+    for_metrics = [rollout_metrics.Rollout("?", row, True, [token / 7 for token in row], 0.5, 1.0) for row in ids]
+    packed = len(pickle.dumps(for_discriminator)) + len(pickle.dumps(for_metrics))
     assert rollouts(setup) == pytest.approx(setup.gpus * packed, rel=0.02)
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 5])
-def test_rings(gpus):
-    """Count what one of a ring sends: N - 1 times an N-th to gather, and twice that to reduce first."""
+def test_ring_collectives(gpus):
+    """Each GPU sends N - 1 times an N-th of the data in an all-gather, and twice that in an all-reduce."""
     size, gathers, reduces = 60.0, 0.0, 0.0
     for _ in range(gpus - 1):
         gathers += size / gpus
@@ -250,54 +250,54 @@ def test_one_gpu_sends_nothing(strategy):
 
 def test_peak_and_shared_base():
     own, shared = (memory(Setup(L8, "ddp", 8, shared_base=shared)) for shared in (False, True))
-    assert own["peak"] - shared["peak"] == pytest.approx(
-        2 * L8.weights
-    )  # the second base, in bfloat16, and nothing else
+    assert own["peak"] - shared["peak"] == pytest.approx(2 * L8.weights)  # only the second base, in bfloat16
     *resident, policy, discriminator, start = list(own.values())[:-1]
     assert own["peak"] == sum(resident) + max(policy, discriminator)
     assert start == 0
     assert memory(Setup(L8, "ddp", 8, rank=0))["frozen starting policy"] == 4 * L8.weights
     assert memory(Setup(L8, "ddp", 8, rank=0, frozen_start=False))["frozen starting policy"] == 0
     assert memory(Setup(L8, "ddp", 8, reads_logits=False))["discriminator: update"] < own["discriminator: update"]
-    with pytest.raises(ValueError, match="no shard_discriminator"):
+    with pytest.raises(ValueError, match="shard_discriminator is not supported"):
         Setup(L8, "ddp", 8, shared_base=True, shard_discriminator=True)
-    with pytest.raises(ValueError, match="shared base needs LoRA"):
+    with pytest.raises(ValueError, match="shared base requires LoRA"):
         Setup(L8, "ddp", 8, rank=0, shared_base=True)
-    with pytest.raises(ValueError, match="whole on each GPU"):
+    with pytest.raises(ValueError, match="requires strategy ddp"):
         Setup(L8, "fsdp2", 8, shared_base=True)
     assert LOGITS == log_probs.LOGITS
-    with pytest.raises(ValueError, match="none of ddp"):
+    with pytest.raises(ValueError, match="not one of ddp"):
         Setup(L8, "fsdp", 8)
 
 
 @pytest.mark.parametrize("rank", [0, 64])
-def test_a_sharded_discriminator(rank):
-    """As FSDP2 shares out a policy: 16 bytes of a trained weight and 2 of a frozen one, over all GPUs."""
+def test_sharded_discriminator(rank):
+    """As FSDP2 shards a policy: 16 bytes per trained weight and 2 per frozen one, divided by the number of GPUs."""
     gpus = 8
     share = (gpus - 1) / gpus
-    whole = Setup(L8, "ddp", gpus, rank, discriminator_updates=3, accumulation=2, rows=4, prompt=24, completion=1000)
-    parts = replace(whole, shard_discriminator=True)
+    replicated = Setup(
+        L8, "ddp", gpus, rank, discriminator_updates=3, accumulation=2, rows=4, prompt=24, completion=1000
+    )
+    sharded = replace(replicated, shard_discriminator=True)
     trained, frozen = (L8.adapter(rank) + L8.hidden + 2, L8.weights) if rank else (L8.weights + L8.hidden + 2, 0)
-    assert sum(discriminator_state(parts).values()) == pytest.approx((2 * frozen + 16 * trained) / gpus)
-    assert policy_state(parts) == policy_state(whole)
+    assert sum(discriminator_state(sharded).values()) == pytest.approx((2 * frozen + 16 * trained) / gpus)
+    assert policy_state(sharded) == policy_state(replicated)
     start = 0 if rank else 4 * L8.weights
-    assert memory(parts)["frozen starting policy"] == pytest.approx(start / gpus)
-    assert memory(whole)["frozen starting policy"] == start
-    assert traffic(parts)["frozen starting policy"] == pytest.approx(2 * share * start)
-    assert traffic(whole)["frozen starting policy"] == 0
+    assert memory(sharded)["frozen starting policy"] == pytest.approx(start / gpus)
+    assert memory(replicated)["frozen starting policy"] == start
+    assert traffic(sharded)["frozen starting policy"] == pytest.approx(2 * share * start)
+    assert traffic(replicated)["frozen starting policy"] == 0
     layers = 2 * L8.layer_weights + L8.vocabulary * L8.hidden + L8.hidden
-    updates = [memory(setup)["discriminator: update"] for setup in (parts, whole)]
+    updates = [memory(setup)["discriminator: update"] for setup in (sharded, replicated)]
     assert updates[0] - updates[1] == (2 if rank else 6) * layers
-    sent, before = traffic(parts), traffic(whole)
+    sent, before = traffic(sharded), traffic(replicated)
     assert sent["discriminator: gradients"] == pytest.approx(before["discriminator: gradients"] / 2)
-    # Eight rollouts of 1,024 tokens are two passes of 4,096; an update gathers forwards and backwards.
+    # Eight rollouts of 1,024 tokens are two passes of 4,096; an update gathers in the forward and the backward pass.
     assert sent["discriminator: weights"] == pytest.approx((3 * 2 + 2) * share * (2 * frozen + 4 * trained))
     assert before["discriminator: weights"] == 0
-    assert memory(replace(parts, gpus=1))["peak"] < memory(replace(whole, gpus=1))["peak"] + 1
+    assert memory(replace(sharded, gpus=1))["peak"] < memory(replace(replicated, gpus=1))["peak"] + 1
 
 
-def test_page():
-    """The tables with numbers in docs/scale.md are those that its code prints, all of them and no other."""
+def test_scale_page_shows_printed_tables():
+    """The numeric tables in docs/scale.md are exactly those that its code prints."""
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
     names, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -306,7 +306,7 @@ def test_page():
     shown = re.findall(r"^\|.*\|\n\|---\|--:.*\n(?:\|.*\n)+", page, flags=re.MULTILINE)
     assert len(shown) == 4
     lines = [line for found in shown for line in found.splitlines()]
-    heading = "| model | layers |"  # the first table prints its rows only
+    heading = "| model | layers |"  # the code prints only the rows of the first table
     assert [line for line in lines[:2] if not line.startswith((heading, "|---"))] == []
     assert lines[2:] == printed.getvalue().splitlines()
 

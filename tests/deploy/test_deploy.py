@@ -1,4 +1,4 @@
-"""The container, compose and Kubernetes files: schemas, linters, the options in them, how they are locked down."""
+"""Container, compose and Kubernetes files: schemas, linters, command-line options, and hardening."""
 
 import re
 import shutil
@@ -23,25 +23,25 @@ MANIFESTS = sorted(DEPLOY.glob("kubernetes*.yaml"))
 
 
 def documents(path: Path) -> dict[str, dict[str, Any]]:
-    """By kind."""
+    """Documents of a manifest by kind."""
     return {document["kind"]: document for document in yaml.safe_load_all(path.read_text())}
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
-def test_manifest_fits_the_schema(path):
+def test_manifest_matches_schema(path):
     validator = pytest.importorskip("kubernetes_validate", reason="kubernetes-validate is not installed")
     for document in documents(path).values():
         validator.validate(document, validator.latest_version(), strict=True)
 
 
-def test_compose_fits_the_schema():
+def test_compose_matches_schema():
     pytest.importorskip("check_jsonschema", reason="check-jsonschema is not installed")
     words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
     done = subprocess.run([*words, DEPLOY / "compose.yaml"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
-def test_dockerfile_has_no_lint():
+def test_dockerfile_passes_hadolint():
     hadolint = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if hadolint is None:
         pytest.skip("hadolint is not installed")
@@ -53,7 +53,7 @@ def test_dockerfile_has_no_lint():
 
 
 def options(words: list[str]) -> dict[str, Any]:
-    """What `tracereward serve` makes of its words; an error if it does not know one."""
+    """Options of `tracereward serve` parsed from its arguments; an unknown one is an error."""
     return typer.main.get_command(server).make_context("serve", list(words)).params
 
 
@@ -62,12 +62,12 @@ def seconds(text: str) -> int:
 
 
 def instruction(name: str) -> str:
-    """The last one of the Dockerfile, which counts."""
+    """The last instruction of this name in the Dockerfile, the effective one."""
     return re.findall(rf"^{name} ((?:.*\\\n)*.*)$", DOCKERFILE, flags=re.MULTILINE)[-1].replace("\\\n", "")
 
 
 def test_image():
-    """Not root, from a base with a version, without a secret, and healthy where the server listens."""
+    """Non-root, pinned base image, no secrets, and a health check on the port of the server."""
     user, _, group = instruction("USER").partition(":")
     assert int(user) > 0
     assert int(group) > 0
@@ -83,7 +83,7 @@ def test_image():
 
 
 def test_compose():
-    """Only the server has a port, on the loopback address; it is locked down, and its key is no variable."""
+    """Only the server publishes a port, on the loopback address; it is hardened, and its key is a secret file."""
     policy, served = COMPOSE["services"]["policy"], COMPOSE["services"]["tracereward"]
     given = options(served["command"])
     assert "ports" not in policy
@@ -93,16 +93,16 @@ def test_compose():
     assert (served["read_only"], served["cap_drop"]) == (True, ["ALL"])
     assert served["security_opt"] == ["no-new-privileges:true"]
     assert "privileged" not in served
-    assert "user" not in served  # the image's
+    assert "user" not in served  # set by the image
     assert not [name for service in (policy, served) for name in service.get("environment", {}) if "KEY" in name]
     assert [str(given["api_key_file"])] == [f"/run/secrets/{name}" for name in served["secrets"]]
     assert COMPOSE["secrets"].keys() == set(served["secrets"])
     assert all(volume.endswith(":ro") for volume in served["volumes"])
     assert seconds(served["stop_grace_period"]) > given["drain_seconds"]
-    assert re.search(r":\$\{VLLM_TAG:\?", policy["image"])  # a version has to be given
+    assert re.search(r":\$\{VLLM_TAG:\?", policy["image"])  # the version is required
 
 
-def test_pods_of_the_server():
+def test_server_pods():
     kinds = documents(DEPLOY / "kubernetes.yaml")
     template = kinds["Deployment"]["spec"]["template"]
     pod = template["spec"]
@@ -140,7 +140,7 @@ def assert_locked_down(pod: dict[str, Any], container: dict[str, Any]) -> None:
 # Training
 
 
-def test_pods_of_the_job_find_one_another():
+def test_training_pods_rendezvous():
     kinds = documents(DEPLOY / "kubernetes-train.yaml")
     assert kinds.keys() == {"Service", "Job"}
     service, job = kinds["Service"], kinds["Job"]
@@ -168,7 +168,7 @@ def test_pods_of_the_job_find_one_another():
     assert parse(kind, [word for word in options if not word.startswith("--config")])[3], "it must resume"
 
 
-def test_volumes_of_the_job():
+def test_training_volumes():
     pod = documents(DEPLOY / "kubernetes-train.yaml")["Job"]["spec"]["template"]["spec"]
     [container] = pod["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}

@@ -1,4 +1,4 @@
-"""Files that launch runs: accelerate reads them, linters pass, and the Slurm script runs two nodes on one machine."""
+"""Launch files: accelerate parses them, linters pass, and the Slurm script runs two nodes on one machine."""
 
 import json
 import os
@@ -24,12 +24,12 @@ SLURM = ROOT / "deploy" / "slurm"
 # accelerate
 
 
-def test_there_is_a_file_for_each_strategy():
+def test_each_strategy_has_a_launch_file():
     assert FILES.keys() == {"ddp", "fsdp2", "zero2", "zero3"}
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_accelerate_reads(name):
+def test_accelerate_parses_launch_file(name):
     config = load_config_from_file(str(FILES[name]))
     kind = {"ddp": DistributedType.MULTI_GPU, "fsdp2": DistributedType.FSDP}.get(name, DistributedType.DEEPSPEED)
     assert config.distributed_type == kind
@@ -46,11 +46,11 @@ def test_accelerate_reads(name):
         assert options["zero_stage"] == int(name[-1])
         assert options["zero3_init_flag"] is (name == "zero3")
         assert options.get("zero3_save_16bit_model", False) is (name == "zero3")
-        assert options["deepspeed_multinode_launcher"] == "standard"  # pdsh would need logins
+        assert options["deepspeed_multinode_launcher"] == "standard"  # pdsh would need ssh
 
 
-def test_what_reaches_the_processes_of_fsdp2(monkeypatch):
-    """The launcher hands its file on in variables, and accelerate in each process makes its plugin of them."""
+def test_fsdp2_plugin_in_the_processes(monkeypatch):
+    """The launcher passes its file as environment variables, from which accelerate builds its plugin."""
     argv = ["--config_file", str(FILES["fsdp2"]), "--main_process_port", "0", "-m", "tracereward", "train"]
     arguments, *_ = _validate_launch_command(launch_command_parser().parse_args(argv))
     for name, value in prepare_multi_gpu_env(arguments).items():
@@ -58,7 +58,7 @@ def test_what_reaches_the_processes_of_fsdp2(monkeypatch):
     plugin = FullyShardedDataParallelPlugin()
     assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
     assert "FULL_STATE_DICT" in str(plugin.state_dict_type)
-    assert plugin.cpu_ram_efficient_loading is False  # else the discriminator is empty on all ranks but the first
+    assert plugin.cpu_ram_efficient_loading is False  # otherwise the discriminator is empty on ranks other than 0
     assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
@@ -66,7 +66,7 @@ def test_what_reaches_the_processes_of_fsdp2(monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["train.sbatch", "node.sh"])
-def test_shell(script):
+def test_shellcheck(script):
     done = subprocess.run(["bash", "-n", SLURM / script], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     shellcheck = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(Path(sys.executable).parent))
@@ -77,7 +77,7 @@ def test_shell(script):
 
 
 SRUN = """#!/usr/bin/env bash
-# Both nodes are this machine; as Slurm does, signals go to the tasks and not to what they started.
+# Both nodes are this machine; as in Slurm, signals go to the tasks and not to their children.
 while [[ $1 == --* ]]; do shift; done
 SLURM_NODEID=0 "$@" & first=$!
 SLURM_NODEID=1 "$@" & second=$!
@@ -96,7 +96,7 @@ exit $status
 SCONTROL = """#!/usr/bin/env bash
 if [ "$1" = show ]; then echo 127.0.0.1; echo other; else echo "$@" >> requeued; fi
 """
-# A launcher with one process; it notes a signal that is not meant for it.
+# A launcher with one process; it records signals sent to the launcher by mistake.
 ACCELERATE = """#!/usr/bin/env bash
 trap 'touch launcher-was-told' TERM
 sleep "$SECONDS_OF_WORK" &
@@ -112,7 +112,7 @@ def executable(path: Path, text: str) -> None:
 
 
 def submit(folder: Path, *argv: str, **variables: str) -> subprocess.Popen:
-    """The batch script as Slurm runs it, on two nodes with one process each."""
+    """Run the batch script like Slurm, on two nodes with one process each."""
     executable(folder / "bin" / "srun", SRUN)
     executable(folder / "bin" / "scontrol", SCONTROL)
     environment = {
@@ -164,13 +164,13 @@ def test_slurm_stops_the_processes_and_requeues_at_the_time_limit(tmp_path, numb
     finally:
         script.kill()
     assert not (tmp_path / "launcher-was-told").exists()
-    assert (tmp_path / "requeued").exists() is (number == signal.SIGUSR1)  # after a preemption Slurm itself does it
+    assert (tmp_path / "requeued").exists() is (number == signal.SIGUSR1)  # after a preemption Slurm itself requeues
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("pkill") is None, reason="pkill is not installed")
 def test_slurm_trains_stops_and_resumes(tmp_path, tiny_model_folder):
-    """The real launcher and two processes that train; the second submission goes on where the first was stopped."""
+    """With the real launcher and two training processes; the second submission resumes where the first stopped."""
     rows = generate("misconception", 60, seed=1)
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {**TINY_RUN, "model_name_or_path": str(tiny_model_folder), "save_steps": 100}

@@ -1,4 +1,4 @@
-"""A training run on two nodes of a Ray cluster, of which one is killed on the way."""
+"""A training run on two nodes of a Ray cluster, one of which is killed."""
 
 import importlib.util
 import json
@@ -29,8 +29,15 @@ def load() -> ModuleType:
     return module
 
 
-def test_the_launchers_arguments():
-    command = load().launcher("fsdp2.yaml", 3, 8, 1, ("10.0.0.7", 4321), ["--config", "recipe.yaml", "--resume"])
+def test_launcher_arguments():
+    command = load().launcher(
+        "fsdp2.yaml",
+        nodes=3,
+        processes=8,
+        rank=1,
+        address=("10.0.0.7", 4321),
+        training=["--config", "recipe.yaml", "--resume"],
+    )
     assert command[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
     arguments = launch_command_parser().parse_args(command[3:])
     assert (arguments.config_file, arguments.num_machines, arguments.num_processes) == ("fsdp2.yaml", 3, 24)
@@ -40,11 +47,11 @@ def test_the_launchers_arguments():
 
 
 @pytest.mark.slow
-def test_a_run_survives_a_lost_node_and_stops_when_told(tmp_path, tiny_model_folder, monkeypatch):
-    """Two raylets on this machine are the nodes. One is killed: the run waits for another and goes on; then SIGTERM."""
+def test_run_survives_lost_node_and_stops_on_sigterm(tmp_path, tiny_model_folder, monkeypatch):
+    """Two raylets on this machine act as nodes. One is killed: the run waits for another and resumes; then SIGTERM."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other programs may fill this machine
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "0")  # other programs may use the memory
 
     rows = generate("misconception", 60, seed=1)
     (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -85,7 +92,7 @@ def test_a_run_survives_a_lost_node_and_stops_when_told(tmp_path, tiny_model_fol
         cluster.add_node(num_cpus=1)
         wait_for(lambda: saved()[-1] > reached, script, 300, tmp_path)
         [left] = [path for path in checkpoints.glob("checkpoint-*") if path.name.endswith(f"-{saved()[-1]}")]
-        assert (left / "rng_state_1.pth").is_file(), "there was one process only"
+        assert (left / "rng_state_1.pth").is_file(), "only one process ran"
         script.send_signal(signal.SIGTERM)
         assert script.wait(timeout=120) != 0
     finally:
@@ -94,4 +101,4 @@ def test_a_run_survives_a_lost_node_and_stops_when_told(tmp_path, tiny_model_fol
         cluster.shutdown()
     assert f"going on from run/checkpoints/checkpoint-{reached}" in output()
     assert steps() == list(range(1, len(steps()) + 1))
-    assert saved()[-1] == steps()[-1], "the step that was running is saved"
+    assert saved()[-1] == steps()[-1], "the running step must be saved"

@@ -113,17 +113,17 @@ def splits(
     """
     sizes = {"experts": n_experts, "validation": n_validation, "unlabeled": n_unlabeled}
     unseen = n_test // 4 if world in _UNSEEN else 0
-    parts = {"test": generate(world, n_test - unseen, _TEST_SEED)}
+    rows_of = {"test": generate(world, n_test - unseen, _TEST_SEED)}
     if unseen:
-        parts["test"] += [{**row, "unseen": True} for row in generate(world, unseen, _TEST_SEED, unseen=True)]
-    used = {row["prompt"] for row in parts["test"]}
+        rows_of["test"] += [{**row, "unseen": True} for row in generate(world, unseen, _TEST_SEED, unseen=True)]
+    used = {row["prompt"] for row in rows_of["test"]}
     rows = generate(world, sum(sizes.values()), seed, exclude=used)
     start = 0
     for name, size in sizes.items():
-        parts[name] = rows[start : start + size]
+        rows_of[name] = rows[start : start + size]
         start += size
-    parts["unlabeled"] = [{**row, "completion": None} for row in parts["unlabeled"]]
-    return parts
+    rows_of["unlabeled"] = [{**row, "completion": None} for row in rows_of["unlabeled"]]
+    return rows_of
 
 
 def build_tokenizer(digits: bool = False) -> "PreTrainedTokenizerFast":
