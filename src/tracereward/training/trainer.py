@@ -140,7 +140,16 @@ class AdversarialTrainer(RolloutTrainer):
         if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
-        self.discriminator: Discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
+        self.discriminator: Discriminator = Discriminator(
+            reward_model,
+            experts,
+            args,
+            seed=args.seed,
+            held_out=held_out,
+            judged_every=args.monitor_every,
+            device=args.device,
+            policy_log_probs=self._policy_log_probs,
+        )
         if self._starting_policy is not None:
             if self.discriminator.sharded:
                 shard(self._starting_policy, self.accelerator.device)
