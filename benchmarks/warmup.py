@@ -49,7 +49,7 @@ def fresh(trainer: AdversarialTrainer, updates: int, rng: random.Random) -> list
     for _ in range(updates):
         start = common.now()
         chosen = rng.sample(rows, config.discriminator_prompts)
-        drawn = trainer.warm_up._by_the_engine([row for row in chosen for _ in range(config.discriminator_rollouts)])
+        drawn = trainer.collect([row for row in chosen for _ in range(config.discriminator_rollouts)])
         drawing = common.now() - start
         discriminator.remember(drawn)
         discriminator.update(drawn)
