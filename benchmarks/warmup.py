@@ -48,7 +48,7 @@ def fresh(trainer: AdversarialTrainer, updates: int, rng: random.Random) -> list
     for _ in range(updates):
         start = common.now()
         chosen = rng.sample(rows, config.discriminator_prompts)
-        rollouts = trainer.warm_up._by_the_engine([row for row in chosen for _ in range(config.discriminator_rollouts)])
+        rollouts = trainer.collect([row for row in chosen for _ in range(config.discriminator_rollouts)])
         sampling = common.now() - start
         discriminator.remember(rollouts)
         discriminator.update(rollouts)

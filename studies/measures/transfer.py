@@ -99,7 +99,7 @@ def adapt(
     config = AdversarialConfig(**site.options("adapted", given))
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
-    discriminator = Discriminator(model, experts, config)
+    discriminator = Discriminator(model, experts, config, seed=config.seed)
     for row in rollouts:
         if row["question"] < len(experts):
             ids = encode_completion(model.tokenizer, row["completion"], row["finished"])

@@ -35,9 +35,9 @@ from tracereward.modeling import log_probs
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.training import discriminator_batch, rollout_metrics
-from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.discriminator import Discriminator
 from tracereward.training.discriminator_batch import Expert
+from tracereward.training.options import DiscriminatorOptions
 
 PUBLISHED = {  # number of weights
     "Llama-3.2-3B": 3_212_749_824,
@@ -180,7 +180,7 @@ def test_all_reduce_of_the_discriminator(peft, tiny_model_folder, tokenizer, exp
     traces = [
         Expert(tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]) for row in experts
     ]
-    discriminator = Discriminator(model, traces, AdversarialConfig(output_dir=str(tmp_path), head="action"))
+    discriminator = Discriminator(model, traces, DiscriminatorOptions(head="action"), seed=0)
     sent = []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", sent.append)

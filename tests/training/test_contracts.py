@@ -36,22 +36,19 @@ class Recorded(AdversarialTrainer):
 
     def learned_reward(self, *args, **kwargs):
         assert not args, "TRL now passes reward functions positional arguments"
-        if self.warm_up.pooled is None:
-            self.calls.append(("learned", kwargs))
+        self.calls.append(("learned", kwargs))
         return super().learned_reward(**kwargs)
 
     def correct(self, *args, **kwargs):
-        if self.warm_up.pooled is None:
-            self.calls.append(("correct", kwargs))
+        self.calls.append(("correct", kwargs))
         given = super().correct(**kwargs)
         # An untrained policy is never right; half of it is, so that correctness would show if it had a weight.
         return [float(row % 2) for row in range(len(given))]
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
-        if self.warm_up.pooled is None:
-            copied = {k: v.clone() if torch.is_tensor(v) else v for k, v in output.items()}
-            self.batches.append((inputs, copied, self.rewards_of(copied)))
+        copied = {k: v.clone() if torch.is_tensor(v) else v for k, v in output.items()}
+        self.batches.append((inputs, copied, self.rewards_of(copied)))
         return output
 
     def rewards_of(self, batch) -> list[np.ndarray]:

@@ -61,7 +61,7 @@ def make(tiny_model_folder, tokenizer, pairs, tmp_path):
         settings = RewardSettings(head=head, **dict(settings))
         model = TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer, dtype=torch.float32)
         config = AdversarialConfig(output_dir=str(tmp_path), report_to="none", **{**ALL, **options})
-        return Discriminator(model, list(experts), config)
+        return Discriminator(model, list(experts), config, seed=config.seed, judged_every=config.monitor_every)
 
     return build
 
@@ -446,11 +446,11 @@ def test_processes_start_from_the_same_weights(make, monkeypatch):
     built = [make("token").model for _ in range(2)]
     with torch.no_grad():
         next(built[1].parameters()).add_(1.0)
-    config, experts = make().config, make().experts
+    options, experts = make().options, make().experts
     processes = Processes(2)
     for owner in (module, distributed):
         monkeypatch.setattr(owner, "dist", processes)
-    one, two = processes.run(lambda rank: Discriminator(built[rank], experts, config))
+    one, two = processes.run(lambda rank: Discriminator(built[rank], experts, options, seed=0))
     assert largest_difference(parameters_of(one), parameters_of(two)) == 0.0
 
 
@@ -594,7 +594,7 @@ def test_gradient_checkpointing_changes_memory_only(make, tiny_model_folder, tok
         layer.register_forward_pre_hook(lambda *_, seen=forwards: seen.append(1))
         if checkpointing:
             model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        discriminator = Discriminator(model, list(pairs), discriminator.config)
+        discriminator = Discriminator(model, list(pairs), discriminator.options, seed=discriminator.seed)
         discriminator.update(rollouts)
         results.append((gradients_of(discriminator), len(forwards)))
     (plain, once), (checkpointed, twice) = results

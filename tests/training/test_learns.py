@@ -70,7 +70,7 @@ def test_right_working_comes_to_score_above_fluent_mistakes(tiny_model_folder, t
         perturbed_per_expert=0,
     )
     experts = [Expert(encode_prompt(tokenizer, p), encode_completion(tokenizer, right), right) for p, right, _ in train]
-    discriminator = Discriminator(model, experts, config)
+    discriminator = Discriminator(model, experts, config, seed=config.seed)
     discriminator.remember([Rollout(i, encode_completion(tokenizer, wrong)) for i, (_, _, wrong) in enumerate(train)])
     for _ in range(45):
         row = discriminator.update([])

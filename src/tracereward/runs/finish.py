@@ -16,7 +16,6 @@ from tracereward.modeling.loading import load_causal_lm
 from tracereward.runs.folder import Run
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.failures import Failure
-from tracereward.training.trainer import AdversarialTrainer
 from tracereward.training.validation import Validation
 
 
@@ -49,7 +48,7 @@ def train_and_choose(
             trainer.start_accuracy = validation.accuracy(start)
         note(f"validation: the start answers {100 * trainer.start_accuracy:.1f} % of {len(validation)} right")
     run.train(trainer)
-    failure = trainer.watch.stopped if isinstance(trainer, AdversarialTrainer) else None
+    failure = trainer.failure
     folder, text = run.folder / "policy", ""
     if failure is None and validation is None:
         save_policy(trainer, folder, tokenizer, model)

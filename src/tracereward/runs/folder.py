@@ -18,7 +18,7 @@ import yaml
 from accelerate import init_empty_weights
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig
 
 from tracereward import __version__
@@ -37,10 +37,9 @@ from tracereward.modeling.distributed import broadcast_object, is_peer_failure, 
 from tracereward.reports.report import Report, write_report
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
-from tracereward.training.checkpoints import kept, last_complete_checkpoint
+from tracereward.training.checkpoints import SafeTrainer, kept, last_complete_checkpoint
 from tracereward.training.config import RETIRED, PolicyConfig, RewardConfig, SupervisedConfig
 from tracereward.training.options import DataArguments
-from tracereward.training.trainer import AdversarialTrainer
 
 Config = SupervisedConfig | RewardConfig | AdversarialConfig
 CHECKPOINTS = "checkpoints"
@@ -57,7 +56,7 @@ class Run:
     checkpoint: Path | None
     settings: dict[str, Any]
 
-    def train(self, trainer: Trainer) -> None:
+    def train(self, trainer: SafeTrainer) -> None:
         """Train from the last whole checkpoint, if there is one.
 
         Raises:
@@ -65,8 +64,8 @@ class Run:
             RunFailed: numbers that are not finite, a full disk, or another process that is gone.
         """
         warmed = 0
-        if isinstance(trainer, AdversarialTrainer) and self.checkpoint is None:
-            warmed = trainer.warm_up.load()
+        if self.checkpoint is None:
+            warmed = trainer.load_before_training()
         if is_main_process():
             self.metrics.rewind(
                 0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_write_json, fsync_tree
 from tracereward.modeling.distributed import gather_head_for_gradient, local_shard
-from tracereward.training.failures import CORRECT, PERTURBATION
+from tracereward.training.failures import CORRECT, PERTURBATION, Failure
 from tracereward.training.validation import Validation
 
 COMPLETE = "complete.json"  # written last: a checkpoint without it was cut short by a kill
@@ -70,6 +70,15 @@ class SafeTrainer(Trainer):
 
     validation: Validation | None = None
     start_accuracy: float = math.nan
+
+    @property
+    def failure(self) -> Failure | None:
+        """The failure that ended the run, by a rule of the trainer's."""
+        return None
+
+    def load_before_training(self) -> int:
+        """Load what a run without a checkpoint has already done; returns its updates."""
+        return 0
 
     def checkpoint_score(self) -> float:
         """How good the policy is now: its accuracy on the validation questions, nan without them."""

@@ -35,7 +35,6 @@ from tracereward.modeling.distributed import (
 from tracereward.modeling.log_probs import can_share_prompts
 from tracereward.rewards.heads import subtracts_policy
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.discriminator_batch import (
     Expert,
     Labelled,
@@ -53,6 +52,7 @@ from tracereward.training.discriminator_batch import (
 )
 from tracereward.training.gradient_penalties import gradient_penalties, r1_penalties
 from tracereward.training.losses import bce, centre, limit_spectral_norm, pairwise, sequence_scores, wasserstein
+from tracereward.training.options import DiscriminatorOptions
 
 LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
 HELD_OUT_ROLLOUTS = 128  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
@@ -69,8 +69,11 @@ class Discriminator:
     Args:
         model: the reward model to train.
         experts: each demonstration; its index names it everywhere.
-        config: the run's options.
+        options: of its training.
+        seed: of the choice of demonstrations and rollouts.
         held_out: demonstrations that are never learned from; the held-out accuracy is measured on them.
+        judged_every: batches of rollouts between two held-out accuracies.
+        device: where each process's shard goes with `shard_discriminator`; by default the model's.
         policy_log_probs: log pi(y_t) of a batch, (B, T): what the heads ``airl`` and ``implicit`` take off.
     """
 
@@ -78,17 +81,23 @@ class Discriminator:
         self,
         model: TokenRewardModel,
         experts: Sequence[Expert],
-        config: AdversarialConfig,
+        options: DiscriminatorOptions,
+        *,
+        seed: int,
         held_out: Sequence[int] = (),
+        judged_every: int = 1,
+        device: torch.device | None = None,
         policy_log_probs: Callable[[Batch], Tensor] | None = None,
     ):
         self.model = model
         self.experts: list[Expert] = list(experts)
-        self.config = config
+        self.options: DiscriminatorOptions = options
+        self.seed: int = seed
+        self.judged_every: int = judged_every
         self.held_out: frozenset[int] = frozenset(held_out)
         self.policy_log_probs = policy_log_probs
-        self.sharded: bool = config.shard_discriminator and is_distributed()
-        device = config.device if self.sharded else model.device
+        self.sharded: bool = options.shard_discriminator and is_distributed()
+        device = device if device is not None and self.sharded else model.device
         if dist.is_initialized():  # the same start on every rank, whatever the seed did
             broadcast_parameters(self._trained().values(), device)
         if self.sharded:
@@ -96,15 +105,15 @@ class Discriminator:
             model.to(device)  # its head
         self.parameters: dict[str, nn.Parameter] = self._trained()
         self.optimizer: torch.optim.AdamW = torch.optim.AdamW(
-            self.parameters.values(), lr=config.discriminator_learning_rate, weight_decay=0.01
+            self.parameters.values(), lr=options.discriminator_learning_rate, weight_decay=0.01
         )
         self.average: dict[str, Tensor] = (
-            {n: p.detach().clone() for n, p in self.parameters.items()} if config.discriminator_ema else {}
+            {n: p.detach().clone() for n, p in self.parameters.items()} if options.discriminator_ema else {}
         )
-        self.random: random.Random = random.Random(config.seed)
+        self.random: random.Random = random.Random(seed)
         self.updates: int = 0
         self.batches: int = 0
-        self.replay: ReplayBuffer = ReplayBuffer(config.replay_size)
+        self.replay: ReplayBuffer = ReplayBuffer(options.replay_size)
         self.held_out_rollouts: ReplayBuffer = ReplayBuffer(HELD_OUT_ROLLOUTS)
         self.perturbed: Perturber = perturber(model.tokenizer, model.settings.step_delimiter)
 
@@ -121,19 +130,19 @@ class Discriminator:
         """Take in a batch of the policy's rollouts: remember it, and update after every `discriminator_every`-th.
 
         Returns:
-            Metrics of the last update, with the number of `updates` and, where `monitor_every` divides the number of
+            Metrics of the last update, with the number of `updates` and, where `judged_every` divides the number of
             batches or a gate looks at it, `held_out_accuracy`; nothing if the batch was only remembered.
         """
-        config = self.config
+        options = self.options
         self.remember(fresh)
         self.batches += 1
-        if self.batches % config.discriminator_every:
+        if self.batches % options.discriminator_every:
             return {}
-        gate = config.discriminator_gate_high
-        judged = bool(self.held_out) and (gate is not None or self.batches % config.monitor_every == 0)
+        gate = options.discriminator_gate_high
+        judged = bool(self.held_out) and (gate is not None or self.batches % self.judged_every == 0)
         # All processes go by one number: an update of some alone would wait for the others for ever.
         accuracy = broadcast_object(self.held_out_accuracy()) if judged else math.nan
-        count = 0 if gate is not None and accuracy > gate else config.discriminator_updates
+        count = 0 if gate is not None and accuracy > gate else options.discriminator_updates
         metrics: dict[str, float] = {}
         for _ in range(count):
             metrics = self.update(fresh)
@@ -174,27 +183,27 @@ class Discriminator:
         if not math.isfinite(norm):
             raise RunFailed(f"the norm of the discriminator's gradient is {norm} at its update {self.updates + 1}")
         self.optimizer.step()
-        if self.config.spectral_norm:
+        if self.options.spectral_norm:
             assert self.model.head_weight is not None
             limit_spectral_norm(self.model.head_weight)
         self.updates += 1
-        decay = ema_decay(self.config.discriminator_ema, self.updates)
+        decay = ema_decay(self.options.discriminator_ema, self.updates)
         for name, average in self.average.items():
             average.lerp_(self.parameters[name].detach(), 1 - decay)
         right = dict(zip(("expert", "policy", "perturbed"), zip(counts[::2], counts[1::2], strict=True), strict=True))
-        if not self.config.perturbed_per_expert:
+        if not self.options.perturbed_per_expert:
             del right["perturbed"]
         accuracies = {f"accuracy_{kind}": n / total if total else math.nan for kind, (n, total) in right.items()}
         return {"loss": loss, **accuracies, **shares, "grad_norm": norm}
 
     def _draw(self, fresh: Sequence[Rollout]) -> tuple[list[Labelled], dict[str, float]]:
-        config = self.config
+        options = self.options
         recipe = Recipe(
-            config.discriminator_prompts,
-            config.discriminator_rollouts,
-            config.replay_share,
-            config.perturbed_per_expert,
-            config.first_difference,
+            options.discriminator_prompts,
+            options.discriminator_rollouts,
+            options.replay_share,
+            options.perturbed_per_expert,
+            options.first_difference,
         )
         rollouts = [rollout for rollout in fresh if rollout.demonstration not in self.held_out]
         return draw(self.experts, rollouts, self.replay, recipe, self.random, self.perturbed)
@@ -205,15 +214,15 @@ class Discriminator:
         Returns:
             loss; then right and all supervised positions of experts, of rollouts, and of perturbed experts.
         """
-        config = self.config
+        options = self.options
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        weights = weigh(traces, config.objective)
-        paired = config.objective == "pairwise" or config.centre_penalty > 0
-        todo = [(rows, 1.0) for rows in passes(traces, paired, config.discriminator_token_budget, rank, world)]
+        weights = weigh(traces, options.objective)
+        paired = options.objective == "pairwise" or options.centre_penalty > 0
+        todo = [(rows, 1.0) for rows in passes(traces, paired, options.discriminator_token_budget, rank, world)]
         if self.sharded or subtracts_policy(
-            config.head
+            options.head
         ):  # as many passes as the other processes make, see `distributed`
-            first = passes(traces, paired, config.discriminator_token_budget)[:1]
+            first = passes(traces, paired, options.discriminator_token_budget)[:1]
             todo += [(rows, 0.0) for rows in first] * (all_reduce_max(len(todo)) - len(todo))
         sums = torch.zeros(7, device=self.model.device)
         for rows, share in todo:
@@ -221,13 +230,13 @@ class Discriminator:
             (share * loss).backward()
             sums += share * torch.stack([loss.detach(), *counted])
         counting = [trace for trace in traces if trace.counts]
-        if config.gradient_penalty:
+        if options.gradient_penalty:
             points = [self.random.random() for _ in traces]  # drawn by all ranks alike
-            terms = gradient_penalties(self.model, counting, points, config.discriminator_token_budget, rank, world)
-            sums[0] += self._backward(terms, config.gradient_penalty)
-        if config.r1_penalty:
-            terms = r1_penalties(self.model, counting, config.discriminator_token_budget, rank, world)
-            sums[0] += self._backward(terms, config.r1_penalty)
+            terms = gradient_penalties(self.model, counting, points, options.discriminator_token_budget, rank, world)
+            sums[0] += self._backward(terms, options.gradient_penalty)
+        if options.r1_penalty:
+            terms = r1_penalties(self.model, counting, options.discriminator_token_budget, rank, world)
+            sums[0] += self._backward(terms, options.r1_penalty)
         return sums
 
     def _loss(self, traces: Sequence[Labelled], rows: Sequence[int], weights: Weights) -> tuple[Tensor, list[Tensor]]:
@@ -238,7 +247,7 @@ class Discriminator:
             rows: their places in the update.
             weights: theirs.
         """
-        config, expert = self.config, weights.is_expert
+        options, expert = self.options, weights.is_expert
         batch = self.model.pack([trace.prompt for trace in traces], [trace.completion for trace in traces])
         device, width = batch.input_ids.device, batch.completion_mask.size(1)
         lengths = [len(trace.completion) for trace in traces]
@@ -248,19 +257,19 @@ class Discriminator:
         logits, log_probs = self._logits(batch, rows)
         own_positions = position_weights * (labels == expert[:, None])  # not the part before a perturbation
         scores = sequence_scores(logits, own_positions)
-        if config.objective == "bce":
-            losses = bce(logits, position_weights, labels, config.label_smoothing)
-        elif config.objective == "pairwise":
+        if options.objective == "bce":
+            losses = bce(logits, position_weights, labels, options.label_smoothing)
+        elif options.objective == "pairwise":
             losses = pairwise(scores, expert, weights.groups)
         else:
             losses = wasserstein(scores, expert)
         loss = (losses * weights.in_loss).sum()
-        if config.centre_penalty:
-            loss = loss + config.centre_penalty * (centre(scores, expert, weights.groups) * weights.in_pairs).sum()
-        if config.expert_nll:
+        if options.centre_penalty:
+            loss = loss + options.centre_penalty * (centre(scores, expert, weights.groups) * weights.in_pairs).sum()
+        if options.expert_nll:
             assert log_probs is not None
             nll = -sequence_scores(log_probs, batch.completion_mask.float())
-            loss = loss + config.expert_nll * (nll * weights.of_experts).sum()
+            loss = loss + options.expert_nll * (nll * weights.of_experts).sum()
         positions = own_positions > 0
         right = positions & ((logits > 0) == expert[:, None])
         perturbed = torch.tensor([trace.is_perturbed for trace in traces], device=device)
@@ -270,9 +279,9 @@ class Discriminator:
     def _logits(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The discriminator's logits of a batch, and log p_phi where the head reads it."""
         shown = batch
-        if self.config.token_dropout:
-            seeds = [hash((self.config.seed, self.updates, row)) % 2**31 for row in rows]
-            shown = hide_tokens(batch, self.config.token_dropout, seeds)
+        if self.options.token_dropout:
+            seeds = [hash((self.seed, self.updates, row)) % 2**31 for row in rows]
+            shown = hide_tokens(batch, self.options.token_dropout, seeds)
         values, log_probs = self.model.values_and_log_probs(shown)
         if subtracts_policy(self.model.settings.head):
             assert self.policy_log_probs is not None
@@ -293,11 +302,11 @@ class Discriminator:
     @property
     def learning_rate(self) -> float:
         """The next update's learning rate."""
-        online = self.config.discriminator_online_learning_rate
-        warmed = self.batches > 0 or self.updates >= self.config.discriminator_warmup_updates  # it may end early
+        online = self.options.discriminator_online_learning_rate
+        warmed = self.batches > 0 or self.updates >= self.options.discriminator_warmup_updates  # it may end early
         if online is not None and warmed:
             return online
-        return self.config.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
+        return self.options.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
 
     @torch.no_grad()
     def held_out_accuracy(self) -> float:
@@ -328,7 +337,7 @@ class Discriminator:
         scores = torch.zeros(len(prompts))
         subtracts = subtracts_policy(self.model.settings.head)
         share = not subtracts and can_share_prompts(self.model.backbone)
-        for rows, sizes in grouped_batches(prompts, completions, self.config.discriminator_token_budget, share):
+        for rows, sizes in grouped_batches(prompts, completions, self.options.discriminator_token_budget, share):
             batch = self.model.pack([prompts[i] for i in rows], [completions[i] for i in rows])
             values = self.model(batch, sizes if len(sizes) < len(rows) else None)
             if subtracts:

@@ -44,9 +44,10 @@ from tracereward.training.callbacks import FailureWatch, MetricsFile, StopSignal
 from tracereward.training.checkpoints import better_than_start, save_state, score_of
 from tracereward.training.discriminator import Discriminator, held_out_demonstrations
 from tracereward.training.discriminator_batch import Expert, Rollout, perturbed_pairs
+from tracereward.training.failures import Failure
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.token_bridge import TokenBridge
-from tracereward.training.warmup import DISCRIMINATOR_FILE, WarmUp
+from tracereward.training.warmup import DISCRIMINATOR_FILE, RolloutCollector, WarmUp
 
 NO_DEMONSTRATION = -1
 KL_ROWS = 32  # rollouts of a process that the KL is estimated on
@@ -140,7 +141,16 @@ class AdversarialTrainer(RolloutTrainer):
         if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
-        self.discriminator: Discriminator = Discriminator(reward_model, experts, args, held_out, self._policy_log_probs)
+        self.discriminator: Discriminator = Discriminator(
+            reward_model,
+            experts,
+            args,
+            seed=args.seed,
+            held_out=held_out,
+            judged_every=args.monitor_every,
+            device=args.device,
+            policy_log_probs=self._policy_log_probs,
+        )
         if self._starting_policy is not None:
             if self.discriminator.sharded:
                 shard(self._starting_policy, self.accelerator.device)
@@ -178,10 +188,6 @@ class AdversarialTrainer(RolloutTrainer):
         """Train the discriminator on the rollouts, then reward each by the aggregate of its token rewards."""
         self._correct = self.verify(completions, answer)
         rollouts = self.as_rollouts(demonstration, completion_ids, self._correct)
-        if self.warm_up.pooled is not None:
-            self.warm_up.pooled += rollouts
-            self._correct = [math.nan] * len(prompts)
-            return [0.0] * len(prompts)
         if self.policy.training:
             fresh = gather_object(rollouts)
             with self.accelerator.autocast():  # the discriminator is not prepared: it would train in float32
@@ -222,6 +228,17 @@ class AdversarialTrainer(RolloutTrainer):
             for index, ids, right in zip(demonstrations, completions, correct, strict=True)
             if index != NO_DEMONSTRATION
         ]
+
+    def collect(self, rows: list[dict[str, Any]]) -> list[Rollout]:
+        """Rollouts of the local rows' prompts by the engine that the run uses; nothing learns from them here."""
+        collector, functions = RolloutCollector(self), self.reward_funcs
+        self.reward_funcs = [collector.keep, *([collector.unknown] * (len(functions) - 1))]
+        self.policy.train()
+        try:
+            super()._generate_and_score_completions(rows)
+        finally:
+            self.reward_funcs = functions
+        return collector.rollouts
 
     def token_rewards(self, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
         """What training rewards: the averaged discriminator's values in the run's reward form, in its own tokens."""
@@ -331,8 +348,6 @@ class AdversarialTrainer(RolloutTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self.warm_up.pooled is not None:
-            return output
         if self.config.advantages == "token":
             output["advantages"] = self._token_advantages(output["completion_mask"])
         return output
@@ -371,6 +386,15 @@ class AdversarialTrainer(RolloutTrainer):
         if self.validation is not None:
             return super().beats_start()
         return better_than_start(self.state.best_metric, self.watch.history)
+
+    def load_before_training(self) -> int:
+        """Continue an interrupted warm-up."""
+        return self.warm_up.load()
+
+    @property
+    def failure(self) -> Failure | None:
+        """The failure that ended the run."""
+        return self.watch.stopped
 
     def restore_best(self) -> str | None:
         """The discriminator comes back with the policy, or as it was after its warm-up."""

@@ -1,5 +1,6 @@
 """The warm-up: the policy does not move, so its rollouts are drawn once and it has no backward pass."""
 
+import math
 import random
 from collections.abc import Callable
 from itertools import cycle, islice
@@ -33,6 +34,35 @@ DISCRIMINATOR_FILE = "discriminator.pt"  # not in a subfolder with an adapter's 
 SAVED_UPDATES = 20  # updates between two saves
 
 
+class RolloutCollector:
+    """Reward functions for rollouts that are only collected: the first keeps them, the others know nothing of them.
+
+    Args:
+        trainer: an AdversarialTrainer, which imports this module.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.rollouts: list[Rollout] = []
+
+    def keep(
+        self,
+        completions: list[str],
+        completion_ids: list[list[int]],
+        demonstration: list[int],
+        answer: list[str | None],
+        **_: Any,
+    ) -> list[float]:
+        """Called by TRL with the local rows."""
+        correct = self.trainer.verify(completions, answer)
+        self.rollouts += self.trainer.as_rollouts(demonstration, completion_ids, correct)
+        return [0.0] * len(completions)
+
+    def unknown(self, completions: list[str], **_: Any) -> list[float]:
+        """Called by TRL with the local rows."""
+        return [math.nan] * len(completions)
+
+
 class WarmUp(TrainerCallback):
     """Trains the discriminator on a pool of the starting policy's rollouts, before the policy's first step.
 
@@ -43,7 +73,6 @@ class WarmUp(TrainerCallback):
     def __init__(self, trainer: Any):  # an AdversarialTrainer, which imports this module
         self.trainer = trainer
         self.config: AdversarialConfig = trainer.config
-        self.pooled: list[Rollout] | None = None  # what `learned_reward` fills while the pool is drawn
         self.model: PreTrainedModel | None = None  # another model that draws the pool
 
     def on_train_begin(
@@ -159,21 +188,11 @@ class WarmUp(TrainerCallback):
             set_seed(self.config.seed + 1000 + start, device_specific=True)
             begin = start + trainer.accelerator.process_index * local
             draw: Callable[[list[dict[str, Any]]], list[Rollout]]
-            draw = self._by_the_engine if self.model is None else self._by_the_other
+            draw = trainer.collect if self.model is None else self._by_the_other
             pool += gather_object(draw(rows[begin : begin + local]))
             if trainer.is_world_process_zero():
                 write_jsonl(path, [dict(rollout._asdict()) for rollout in pool])
         return pool
-
-    def _by_the_engine(self, rows: list[dict[str, Any]]) -> list[Rollout]:
-        """The policy's rollouts of the local rows, by way of the hook that serves all of TRL's engines."""
-        self.trainer.policy.train()
-        self.pooled = []
-        try:
-            self.trainer._generate_and_score_completions(rows)
-            return self.pooled
-        finally:
-            self.pooled = None
 
     def _by_the_other(self, rows: list[dict[str, Any]]) -> list[Rollout]:
         trainer, config = self.trainer, self.config
