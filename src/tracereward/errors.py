@@ -1,4 +1,4 @@
-"""The two ways a command ends early, and the sentence it ends with."""
+"""Exceptions that end a command early, and checks of user input."""
 
 import difflib
 import math
@@ -6,19 +6,19 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used: names the file, line or field and the mend. The commands exit with 2."""
+    """Invalid user input. The message names the file, line or field and the fix. Commands exit with 2."""
 
 
 class TooLong(InputError):
-    """A trace that the model has no positions for."""
+    """A trace longer than the model's positions."""
 
 
 class RunFailed(RuntimeError):
-    """A run that started could not go on: says at which step, and what was kept. The commands exit with 1."""
+    """A started run could not continue. The message names the step and what was saved. Commands exit with 1."""
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or the name of its kind; 200 characters at the most."""
+    """The first line of an error's message, or its type's name if empty; at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
@@ -32,12 +32,12 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
     if value in names:
         return value
     near = difflib.get_close_matches(value, names, n=1)
-    mend = f"did you mean {near[0]!r}? " if near else ""
-    raise InputError(f"unknown {what} {value!r}: {mend}Known: {', '.join(names)}.")
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise InputError(f"unknown {what} {value!r}: {hint}Known: {', '.join(names)}.")
 
 
 def check_number(what: str, value: object) -> None:
-    """Refuse what is not a finite number.
+    """Reject a value that is not a finite number.
 
     Raises:
         InputError: with the value, e.g. ``--threshold must be a finite number, not nan``
@@ -47,4 +47,4 @@ def check_number(what: str, value: object) -> None:
 
 
 class Interrupted(RuntimeError):
-    """The user stopped the run; says how to go on. The commands exit with 130, as shells expect of Ctrl-C."""
+    """The user stopped the run. The message says how to resume. Commands exit with 130, as shells expect of Ctrl-C."""

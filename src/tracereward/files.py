@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, flushed to disk, then renamed."""
+"""Atomic writes: a file is complete or absent. It is written under a temporary name, flushed, then renamed."""
 
 import contextlib
 import errno
@@ -27,7 +27,7 @@ def fsync_tree(folder: Path) -> None:
 
 
 def atomic_write_text(path: str | os.PathLike, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a part."""
+    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a partial one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -47,7 +47,7 @@ def atomic_write_json(path: str | os.PathLike, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends well, replacing what was there."""
+    """Yield a temporary folder that replaces `path` when the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -72,9 +72,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left in `folder` of files and folders that it was writing.
+    """Remove temporary files and folders that a killed process left in `folder`.
 
-    Between the two renames of `atomic_folder` the finished folder has no name: it gets its own back.
+    A process killed between the two renames of `atomic_folder` leaves the old folder under a temporary name; its name
+    is restored.
     """
     for path in folder.glob(".*.old"):
         target = folder / path.name.removeprefix(".").rsplit(".", 2)[0]
@@ -82,7 +83,7 @@ def remove_unfinished(folder: Path) -> None:
             path.rename(target)
     for path in [*folder.glob(".*.tmp"), *folder.glob(".*.old")]:
         if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)  # another process of the same run may be at it too
+            shutil.rmtree(path, ignore_errors=True)  # another process of the same run may be removing it too
         else:
             path.unlink(missing_ok=True)
 
@@ -106,7 +107,7 @@ def without_nan(value: Any) -> Any:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The complete rows of a JSONL file that a run appends to; a last line cut short by a kill is left out."""
+    """The complete rows of a JSONL file that a run appends to; a last line truncated by a kill is skipped."""
     path = Path(path)
     if not path.exists():
         return []
@@ -119,20 +120,20 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def write_jsonl(path: str | os.PathLike, rows: list[dict]) -> None:
-    """Replace the file at `path` by one JSON object a line."""
+    """Replace the file at `path` by one JSON object per line."""
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def require_free_disk(folder: str | os.PathLike, needed: int, what: str) -> None:
-    """Refuse to start when the disk cannot hold what the run will write.
+    """Check that the disk has space for what the run will write.
 
     Args:
-        folder: where it will be written; need not exist yet.
+        folder: the output folder; need not exist yet.
         needed: bytes.
-        what: named in the message, e.g. "2 checkpoints and the finished models".
+        what: description for the message, e.g. "2 checkpoints and the finished models".
 
     Raises:
-        InputError: less than `needed` bytes are free.
+        InputError: fewer than `needed` bytes are free.
     """
     existing = Path(folder).absolute()
     while not existing.exists():
