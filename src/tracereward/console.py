@@ -5,12 +5,12 @@ import sys
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes, also before torch.distributed has started."""
+    """Whether this is rank 0, also before torch.distributed has started."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def say(text: str) -> None:
-    """Print a line on stderr, in every process that calls it."""
+    """Print a line on stderr, in every process."""
     print(text, file=sys.stderr, flush=True)
 
 

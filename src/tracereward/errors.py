@@ -42,7 +42,7 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
 
 
 def check_number(what: str, value: object) -> None:
-    """Refuse what is not a finite number.
+    """Reject a value that is not a finite number.
 
     Raises:
         InputError: with the value, e.g. ``--threshold must be a finite number, not nan``

@@ -125,7 +125,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def write_jsonl(path: str | os.PathLike, rows: list[dict]) -> None:
-    """Replace the file at `path` by one JSON object a line."""
+    """Replace the file at `path` by one JSON object per line."""
     atomic_write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -162,7 +162,7 @@ def require_free_disk(folder: str | os.PathLike, needed: int, what: str) -> None
         what: for the message, e.g. "2 checkpoints and the finished models".
 
     Raises:
-        InputError: less than `needed` bytes are free.
+        InputError: fewer than `needed` bytes are free.
     """
     existing = Path(folder).absolute()
     while not existing.exists():

@@ -1,4 +1,4 @@
-"""Statistics of rewards, correctness and accuracy: what monitors log and tables print."""
+"""Statistics of rewards, correctness and accuracy, for training logs and result tables."""
 
 import math
 from collections.abc import Hashable, Sequence
@@ -9,14 +9,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
-    """Probability that a correct trace scores above a wrong one, ties counting half; nan if one kind is missing."""
+    """Probability that a correct trace scores above a wrong one, ties counting half; nan if one class is missing."""
     if len(set(correct)) < 2:
         return math.nan
     return float(roc_auc_score(np.asarray(correct, dtype=bool), np.asarray(scores, dtype=float)))
 
 
 def auprc(scores: Sequence[float], correct: Sequence[bool]) -> float:
-    """Average precision of correct traces, the area under precision over recall; chance is their share. nan if none."""
+    """Average precision of correct traces (area under precision over recall); chance is their share. nan if none."""
     if not any(correct):
         return math.nan
     return float(average_precision_score(np.asarray(correct, dtype=bool), np.asarray(scores, dtype=float)))
@@ -27,7 +27,7 @@ def length_matched_auroc(
 ) -> float:
     """AUROC among traces of similar length: its mean over `bins` quantile bins, weighted by their pairs.
 
-    A score that only knows how long a trace is has about 0.5. nan if no bin holds correct and wrong traces.
+    A score that depends only on the trace's length has about 0.5. nan if no bin holds correct and wrong traces.
     """
     values, labels = np.asarray(scores, dtype=float), np.asarray(correct, dtype=bool)
     edges = np.quantile(lengths, np.linspace(0, 1, bins + 1)[1:-1])
@@ -43,9 +43,9 @@ def length_matched_auroc(
 
 
 def within_prompt_auroc(scores: Sequence[float], correct: Sequence[bool], prompts: Sequence) -> float:
-    """Mean over prompts, of those that have both correct and wrong traces, of the AUROC inside the prompt.
+    """Mean AUROC within a prompt, over the prompts that have both correct and wrong traces.
 
-    This is what a group-normalised policy gradient and a reranker see: pooled AUROC mostly measures which prompts are
+    This is what a group-normalised policy gradient and a reranker see; pooled AUROC mostly measures which prompts are
     hard. nan if no prompt has both.
     """
     groups: dict = {}
@@ -80,7 +80,7 @@ def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean over seeds with its 95 % interval, mean +- t(n - 1) s / sqrt(n); the interval is nan for one seed.
 
-    A seed whose value is undefined makes the mean undefined: leaving it out would choose among seeds.
+    A seed whose value is nan makes the mean nan: dropping it would select among seeds.
     """
     array = np.asarray(values, dtype=float)
     centre = float(array.mean())
@@ -95,7 +95,7 @@ def centred(values: Sequence[float], prompts: Sequence[Hashable]) -> list[float]
     groups: dict[Hashable, list[float]] = {}
     for value, prompt in zip(values, prompts, strict=True):
         groups.setdefault(prompt, []).append(value)
-    # Equal values are exactly 0: a rounding error of their mean would look like variation, and have a correlation.
+    # Equal values must give exactly 0: a rounding error of their mean would look like variation and could correlate.
     means = {prompt: float(np.mean(group)) if np.ptp(group) else group[0] for prompt, group in groups.items()}
     return [value - means[prompt] for value, prompt in zip(values, prompts)]
 
@@ -115,22 +115,22 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def perturbation_auroc(expert_rewards: Sequence[float], perturbed_rewards: Sequence[float]) -> float:
-    """Share of expert traces that score above their own altered copy, ties counting half; nan without pairs.
+    """Share of expert traces that score above their own perturbed copy, ties counting half; nan without pairs.
 
     (1 / N) sum_i ( [R(expert_i) > R(perturbed_i)] + [R(expert_i) = R(perturbed_i)] / 2 ). An AUROC of matched pairs: it
     needs no verified answer, and the difficulty of the prompts cancels. 0.5 is chance.
 
     Args:
         expert_rewards: N trace rewards.
-        perturbed_rewards: N trace rewards; the i-th is of the i-th expert trace with an error put in.
+        perturbed_rewards: N trace rewards, the i-th for the i-th expert trace with an injected error.
 
     Raises:
-        ValueError: the two differ in length.
+        ValueError: the sequences differ in length.
     """
     pairs = zip(expert_rewards, perturbed_rewards, strict=True)
     return mean([1.0 if expert > perturbed else 0.5 if expert == perturbed else 0.0 for expert, perturbed in pairs])
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean; nan of no values."""
+    """The mean; nan for an empty sequence."""
     return float(np.mean(values)) if len(values) else math.nan

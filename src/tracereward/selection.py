@@ -1,4 +1,4 @@
-"""Choosing among candidates of one question: by reward, by vote, and by the baselines that a reward must beat."""
+"""Best-of-N selection among candidates of one question: by reward, by vote, and baselines that a reward must beat."""
 
 import math
 import random
@@ -17,12 +17,12 @@ class Candidate:
 
     Attributes:
         text: the trace.
-        answer: its extracted final answer, None if it has none.
+        answer: the extracted final answer, None if it has none.
         reward: trace reward, in log-odds.
         logprob: mean policy log-prob, None if unknown.
-        length: tokens or characters; only compared.
+        length: in tokens or characters; used only for comparison.
         correct: 1 or 0, None if there is no gold answer.
-        model: who wrote it, where a pool holds several models' answers.
+        model: the model that generated it, in a pool with answers of several models.
     """
 
     text: str
@@ -37,9 +37,9 @@ class Candidate:
 def vote_weights(rewards: Sequence[float], temperature: float | None = None) -> list[float]:
     """exp((r - max) / temperature); without a temperature exp(z), z = (r - mean) / std within the question.
 
-    A mean log-odds of a whole trace differs by little between candidates: without a scale, from the question or fitted
-    on other questions (`fit_vote_temperature`), a softmax of it would weigh all alike, which is a majority vote. All 1
-    where the rewards are equal.
+    Mean log-odds of full traces differ little between candidates. Without a scale (from the question, or fitted on
+    other questions with `fit_vote_temperature`), their softmax would be nearly uniform, which is a majority vote. All
+    weights are 1 if the rewards are equal.
     """
     if temperature is not None:
         top = max(rewards)
@@ -56,8 +56,8 @@ def weighted_vote(
 ) -> int:
     """Index of the candidate that represents the answer with the largest summed weight.
 
-    Answers that `equal` calls the same are one answer, so that 0.5 and 1/2 meet; candidates without an answer do not
-    vote. Among the winners the one with the largest weight represents it; without any answer, the largest weight wins.
+    Answers that `equal` accepts as the same are merged, e.g. 0.5 and 1/2; candidates without an answer do not vote.
+    The candidate with the largest weight represents its answer; if no candidate has an answer, the largest weight wins.
     """
     groups: list[list[int]] = []
     for index, candidate in enumerate(candidates):
@@ -83,14 +83,14 @@ def choose(
     """Index of the candidate that a method picks.
 
     Args:
-        candidates: of one question; at least one.
-        method: one of `METHODS` but ``oracle``, ``mean`` and ``model``, which pick nothing by a candidate alone.
+        candidates: candidates of one question; at least one.
+        method: one of `METHODS` except ``oracle``, ``mean`` and ``model``, which need more than the candidates.
         equal: whether two extracted answers are the same.
         seed: for ``random``.
-        temperature: of ``softmax_vote``, see `fit_vote_temperature`.
+        temperature: for ``softmax_vote``, see `fit_vote_temperature`.
 
     Raises:
-        ValueError: unknown method, one with log-probs where a candidate has none, or no temperature.
+        ValueError: the method is unknown, needs a log-prob that a candidate lacks, or needs a temperature.
     """
     rewards = [c.reward for c in candidates]
     if method == "majority":
@@ -102,7 +102,7 @@ def choose(
     if method == "softmax_vote":
         if temperature is None:
             raise ValueError("softmax_vote needs a temperature; fit_vote_temperature gives one")
-        # What states no answer does not vote: its reward must not make the weights of all others vanish.
+        # A candidate without an answer does not vote, so its reward must not scale the weights of the others to 0.
         top = max([c.reward for c in candidates if c.answer is not None] or rewards)
         return weighted_vote(candidates, vote_weights([min(r, top) for r in rewards], temperature), equal)
     if method == "random":
@@ -160,7 +160,7 @@ def outcomes(
     seed: int = 0,
     temperature: float | None = None,
 ) -> list[float]:
-    """For each question whether what a method picks is right, 1 or 0; ``mean`` gives the share that is right."""
+    """For each question, 1 if the candidate that the method picks is correct, else 0; ``mean``: the share correct."""
     if method == "mean":
         return [sum(bool(c.correct) for c in candidates) / len(candidates) for candidates in questions]
     if method == "oracle":
@@ -173,9 +173,9 @@ def outcomes(
 
 
 def model_scores(questions: Sequence[Sequence[Candidate]]) -> list[list[float]]:
-    """For each candidate the share of right answers that its model gives to the other questions; 0.5 if to none.
+    """For each candidate, its model's accuracy on the other questions; 0.5 if the model has no other candidates.
 
-    Needs no reward and no look at the trace: in a pool of several models, who wrote an answer says much about it.
+    A baseline that uses neither rewards nor traces: in a pool of several models, the model alone predicts correctness.
     """
     right: dict[str | None, int] = {}
     total: dict[str | None, int] = {}
@@ -194,7 +194,7 @@ def model_scores(questions: Sequence[Sequence[Candidate]]) -> list[list[float]]:
 
 
 def methods_for(questions: Sequence[Sequence[Candidate]], temperature: float | None = None) -> list[str]:
-    """Those of `METHODS` for which the candidates have what they need: log-probs, models, a fitted temperature."""
+    """The `METHODS` whose inputs are present: log-probs, model names, a fitted temperature."""
     flat = [c for candidates in questions for c in candidates]
     missing = {
         "logprob": any(c.logprob is None for c in flat),
@@ -210,7 +210,7 @@ def ranking_table(
     seed: int = 0,
     temperature: float | None = None,
 ) -> list[RankingRow]:
-    """Accuracy of each of `methods_for` on questions whose candidates are marked correct or not."""
+    """Accuracy of each method of `methods_for` on questions with verified candidates."""
     n = max(map(len, questions))
     rows = []
     for method in methods_for(questions, temperature):
@@ -227,13 +227,13 @@ def ranking_curves(
     temperature: float | None = None,
     draws: int = 8,
 ) -> dict[str, list[tuple[int, float, float, float]]]:
-    """Accuracy of each method from N = 1, 2, 4, ... candidates of each question, with 95 % bootstrap intervals.
+    """Accuracy of each method at N = 1, 2, 4, ... candidates of each question, with 95 % bootstrap intervals.
 
-    A point is the mean over `draws` random subsets of each question, the same for all methods; questions with fewer
-    than N candidates give all they have. The last N is the most candidates a question has.
+    A point is the mean over `draws` random subsets of each question, the same for all methods. Questions with fewer
+    than N candidates use all of them. The last N is the largest number of candidates of a question.
 
     Returns:
-        For each method rows (N, accuracy, low, high).
+        For each method, rows (N, accuracy, low, high).
     """
     most = max(map(len, questions))
     sizes = [1 << power for power in range(most.bit_length()) if 1 << power < most] + [most]
@@ -241,23 +241,23 @@ def ranking_curves(
     for size in sizes:
         rng = random.Random(f"{seed}{size}")
         subsets = [[rng.sample(list(cs), min(size, len(cs))) for cs in questions] for _ in range(draws)]
-        if size == most:  # in their own order, on which ties depend: what `ranking_table` says
+        if size == most:  # ties depend on the order: keep it, so that the last point equals `ranking_table`'s
             subsets = [questions]
         for method, points in curves.items():
-            drawn = [outcomes(subset, method, equal, seed, temperature) for subset in subsets]
-            values = np.mean(drawn, axis=0).tolist()
+            sampled = [outcomes(subset, method, equal, seed, temperature) for subset in subsets]
+            values = np.mean(sampled, axis=0).tolist()
             points.append((size, float(np.mean(values)), *bootstrap_interval(values, seed)))
     return curves
 
 
 TEMPERATURES = [2.0**power for power in range(-8, 4)]
-"""What `fit_vote_temperature` tries, in log-odds."""
+"""The grid of `fit_vote_temperature`, in log-odds."""
 
 
 def fit_vote_temperature(questions: Sequence[Sequence[Candidate]], equal: Callable[[str, str], bool]) -> float:
-    """The temperature with which ``softmax_vote`` is right most often; of equals the highest, nearest a majority vote.
+    """The temperature of the most accurate ``softmax_vote``; ties go to the highest, nearest to a majority vote.
 
-    Fit it on other questions than those it is judged on.
+    Fit it on held-out questions, not on the ones it is evaluated on.
     """
     return max(
         reversed(TEMPERATURES), key=lambda temperature: sum(outcomes(questions, "softmax_vote", equal, 0, temperature))
@@ -265,7 +265,7 @@ def fit_vote_temperature(questions: Sequence[Sequence[Candidate]], equal: Callab
 
 
 def ranking_aurocs(questions: Sequence[Sequence[Candidate]]) -> dict[str, float]:
-    """AUROC of reward, of log-prob and of their sum for correctness, pooled and within the question."""
+    """AUROC of the reward, the log-prob and their sum for correctness, pooled and within the question."""
     result = {}
     flat = [(index, c) for index, candidates in enumerate(questions) for c in candidates]
     correct = [bool(c.correct) for _, c in flat]
