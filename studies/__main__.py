@@ -1,4 +1,4 @@
-"""``python -m studies NAME``, from a clone: run what is missing of a study, then write its page."""
+"""``python -m studies NAME``, from a clone: run the missing cells of a study, then write its page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,24 +12,24 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, add_com
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Study; an unknown name is answered with those there are.")],
+    name: Annotated[str, typer.Argument(help="Study; an unknown name lists all studies.")],
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeatable. Default: the study's.")] = None,
     worlds: Annotated[
         list[str] | None,
         typer.Option("--world", help="World; repeatable. Default: the study's. word-problems takes hours on a CPU."),
     ] = None,
-    pages: Annotated[Path, typer.Option(help="Folder of pages, NAME.md, and figures.")] = Path("docs/studies"),
-    results: Annotated[Path, typer.Option(help="Folder of results, NAME.jsonl.")] = Path("studies/results"),
-    work: Annotated[Path, typer.Option(help="Folder of policies and reward models.")] = Path("runs/studies"),
+    pages: Annotated[Path, typer.Option(help="Output folder of pages (NAME.md) and figures.")] = Path("docs/studies"),
+    results: Annotated[Path, typer.Option(help="Folder of results (NAME.jsonl).")] = Path("studies/results"),
+    work: Annotated[Path, typer.Option(help="Output folder of policies and reward models.")] = Path("runs/studies"),
     jobs: Annotated[int, typer.Option(min=1, help="Processes, one thread each.")] = 2,
     quick: Annotated[
         bool,
-        typer.Option(help="One seed, a tenth of the steps, in folders quick/: to try out; the figures mean little."),
+        typer.Option(help="A trial: one seed, a tenth of the steps, output in folders quick/. Not for reporting."),
     ] = False,
 ) -> None:
-    """Run a study on generated worlds and write its page; cells that are in its results are not run again.
+    """Run the missing cells of a study and write its page. Stored cells are not run again.
 
-    With a world that is not the study's, page and results are NAME-WORLD.
+    With a world outside the study, page and results are named NAME-WORLD.
     """
     from studies.cells import Place, run_cells
     from studies.definitions import STUDIES

@@ -1,4 +1,4 @@
-"""Cells of a study: one row of its results each, run side by side, and gone on with where an earlier run stopped."""
+"""Cells of a study, one row of its results each. They run in parallel; an interrupted study resumes."""
 
 import json
 import os
@@ -31,26 +31,25 @@ from tracereward.errors import Interrupted, RunFailed
 from tracereward.quickstart.worlds import World
 
 SAMPLES = 8
-"""Samples of the SFT policy for each question that a reward model ranks."""
+"""Samples per question of the SFT policy, which a reward model ranks."""
 BY_REWARD = {"decoding": decoding.measure, "self-correction": self_correction.measure}
-"""Kinds that train a reward model and measure what the SFT policy does with it."""
+"""Kinds that train a reward model and then use it to guide or correct the SFT policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A row of a study's tables, or a point of a line "LINE @ X" of its curves.
+    """A row of a study's tables, or the point X of a curve if it is named "LINE @ X".
 
     Attributes:
-        name: of the row; irl rows are named after what differs from the recipe.
-        kind: ``policy`` (evaluate what preparing the world trained), ``sft-continued``, ``grpo-logprob``,
-            ``grpo-logratio``, ``grpo-verifier``, ``irl``, ``log-probs`` (a ranking without a reward model),
-            ``calibration`` or ``transfer`` (see the modules of these names), or one of `BY_REWARD`.
-        options: of adversarial training, in a cell the recipe's included; for ``policy`` the name of the policy; for
-            ``log-probs`` the sign of the base model's. ``choose`` in what trains a policy: the validation questions
-            choose among start and checkpoints.
-        experts, corrupt: of the demonstrations, see `Site`.
-        backbone: see `Site`.
-        seeds: how many of the study's seeds it has, the first ones; None: all.
+        name: label of the row; an irl arm is named after its difference from the recipe.
+        kind: ``policy`` (evaluate the base or SFT policy), ``sft-continued``, ``grpo-logprob``, ``grpo-logratio``,
+            ``grpo-verifier``, ``irl``, ``log-probs`` (a ranking without a reward model), ``calibration`` or
+            ``transfer`` (see the modules of these names), or one of `BY_REWARD`.
+        options: options of adversarial training, complete in a cell; for ``policy`` the name of the policy; for
+            ``log-probs`` the sign of the base model's term. ``choose``: validation accuracy selects among the
+            starting policy and the checkpoints.
+        experts, corrupt, backbone: see `Site`.
+        seeds: use only this many of the study's seeds, the first ones; None: all.
     """
 
     name: str
@@ -64,14 +63,14 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One training or evaluation: a row of a study's table for one seed.
+    """One training or evaluation: one arm in one world with one seed.
 
     Attributes:
         world: sizes and options.
-        seed: of data, models and training.
-        arm: what is trained or measured, with all its options.
-        split: ``validation`` where results choose something, ``test`` where they are reported once.
-        samples: of the SFT policy for each question, ranked by an irl cell's reward model.
+        seed: seed of data, models and training.
+        arm: the arm, with all its options.
+        split: ``validation`` where results select something, ``test`` where they are reported.
+        samples: samples per question of the SFT policy, ranked by an irl cell's reward model.
     """
 
     world: World
@@ -82,17 +81,17 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of what it leaves behind when it fails."""
+        """Name of the traceback file if the cell fails."""
         return f"{self.world.name}--{slug(self.arm.name)}--{self.seed}"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a study's work and results are.
+    """Paths of a study's work and results.
 
     Attributes:
-        work: policies and reward models; worlds are shared by studies.
-        results: file of its results, see `results_file`.
+        work: folder of policies and reward models; studies share worlds.
+        results: file of results, see `results_file`.
         fast: a tenth of the steps.
     """
 
@@ -101,37 +100,37 @@ class Place:
     fast: bool = False
 
     def site(self, world: World, seed: int, **given: Any) -> Site:
-        """The folder of one world and seed; other sizes or options of the world are another folder.
+        """The site of one world and seed. Worlds with different sizes or options have different folders.
 
         Args:
             world: sizes and options.
-            seed: of data, models and training.
+            seed: seed of data, models and training.
             given: experts, corrupt and backbone, see `Site`.
         """
         of = options_of(world)
-        for later in ("grpo", "adversarial", "lora"):  # nothing that is shared depends on them
+        for later in ("grpo", "adversarial", "lora"):  # shared data and policies do not depend on them
             of.pop(later, None)
         folder = self.work / f"{world.name}-{seed}-{digest([of, self.fast])}"
         return Site(folder, world_of(given.get("backbone"), world), seed, self.fast, quiet=True, **given)
 
     def site_of(self, cell: Cell, seed: int | None = None) -> Site:
-        """The site of a cell, or the same with another seed."""
+        """The site of a cell, optionally with another seed."""
         seed, arm = cell.seed if seed is None else seed, cell.arm
         return self.site(cell.world, seed, experts=arm.experts, corrupt=arm.corrupt, backbone=arm.backbone)
 
 
 def slug(text: str) -> str:
-    """`text` as a part of a file name."""
+    """`text` made safe for a file name."""
     return re.sub(r"[^a-zA-Z0-9.+]+", "-", text).strip("-")
 
 
 def options_of(world: World) -> dict[str, Any]:
-    """All that it has; what it has not, e.g. a pretrained model, is left out."""
+    """The world's fields that are not None."""
     return {name: value for name, value in asdict(world).items() if value is not None}
 
 
 def settings_of(cell: Cell, fast: bool) -> Result:
-    """Everything a cell's result depends on, as JSON has it: when it changes, the cell is run again."""
+    """All settings a cell's result depends on, as JSON values. When they change, the cell is run again."""
     settings = {
         "world": cell.world.name,
         "seed": cell.seed,
@@ -150,20 +149,20 @@ def settings_of(cell: Cell, fast: bool) -> Result:
 
 
 def quieten() -> None:
-    """One thread for each worker, and no progress bars of parts."""
+    """One thread per worker, and no progress bars within cells."""
     from datasets import disable_progress_bar
 
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    # As the command line does: names that TRL still uses and transformers has renamed.
+    # As in the command line: TRL still uses names that transformers has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     disable_progress_bar()
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def prepare_base(site: Site) -> None:
-    """Data and pretraining of one world and seed, unless they are there."""
+    """Generate the data and pretrain the base model, unless they exist."""
     if not site.run("init").exists():
         make_site(site)
     if site.world.pretraining and not (site.run("base") / "report.html").exists():
@@ -171,7 +170,7 @@ def prepare_base(site: Site) -> None:
 
 
 def prepare(site: Site) -> None:
-    """Data, pretraining and tuned SFT of one world and seed, unless they are there."""
+    """Generate the data, pretrain the base model and tune SFT, unless they exist."""
     prepare_base(site)
     choose_demonstrations(site)
     if not site.run("sft").exists():
@@ -179,12 +178,12 @@ def prepare(site: Site) -> None:
 
 
 def lock(site: Site) -> FileLock:
-    """Held while what cells share is made; a backbone does not wait for the world's Llama."""
+    """Lock on the data and models that cells share. Each backbone has its own, so it need not wait for the Llama."""
     return FileLock(f"{site.folder}{'' if site.backbone is None else f'-{site.backbone}'}.lock")
 
 
 def prepared(site: Site, cell: Cell) -> list[dict[str, Any]]:
-    """Samples of the site's SFT policy, which is trained if it is not there."""
+    """Samples of the site's SFT policy, which is trained first if it does not exist."""
     write_world(site)
     with lock(site):
         prepare(site)
@@ -192,7 +191,7 @@ def prepared(site: Site, cell: Cell) -> list[dict[str, Any]]:
 
 
 def prepare_discriminator(place: Place, cell: Cell) -> None:
-    """Pretrain the backbone that an arm's discriminator starts from, ``BACKBONE/base``, if it is another one."""
+    """Pretrain the arm's discriminator model if it is another backbone's, given as ``BACKBONE/base``."""
     backbone, _, arm = str(cell.arm.options.get("discriminator_model")).partition("/")
     if arm != "base":
         return
@@ -203,7 +202,7 @@ def prepare_discriminator(place: Place, cell: Cell) -> None:
 
 
 def write_world(site: Site) -> None:
-    """The data, which a backbone shares with the world's Llama."""
+    """Generate the data, which a backbone shares with the world's Llama, unless it exists."""
     site.folder.parent.mkdir(parents=True, exist_ok=True)
     llama = replace(site, backbone=None)
     with lock(llama):
@@ -212,7 +211,7 @@ def write_world(site: Site) -> None:
 
 
 def run_cell(place: Place, cell: Cell) -> Result:
-    """Train and judge one cell; writes and returns its result."""
+    """Train and evaluate one cell; write and return its result."""
     quieten()
     site = place.site_of(cell)
     samples = prepared(site, cell)
@@ -231,7 +230,7 @@ def run_cell(place: Place, cell: Cell) -> Result:
 
 
 def measured(place: Place, cell: Cell, site: Site, samples: list[dict[str, Any]]) -> Result:
-    """What a cell of its kind measures, by the name of the measure."""
+    """Measurements of a cell by name; its kind selects them."""
     arm = cell.arm
     if arm.kind in BY_REWARD:
         return BY_REWARD[arm.kind](lambda seed: reward_of(place, cell, seed), cell.seed, cell.split, cell.samples)
@@ -252,7 +251,7 @@ def measured(place: Place, cell: Cell, site: Site, samples: list[dict[str, Any]]
 
 
 def policy(place: Place, cell: Cell, site: Site, samples: list[dict[str, Any]]) -> Result:
-    """Train a cell's policy and judge it, and its reward model as a ranking of the SFT policy's samples."""
+    """Train and evaluate a cell's policy, and rank samples of the SFT policy with its reward model."""
     start = time.perf_counter()
     name = _train(site, cell, place.fast)
     result: Result = {"train_seconds": round(time.perf_counter() - start, 1)}
@@ -270,7 +269,7 @@ def policy(place: Place, cell: Cell, site: Site, samples: list[dict[str, Any]]) 
 
 
 def reward_of(place: Place, cell: Cell, seed: int) -> tuple[Site, str]:
-    """A seed's site, and the arm with the reward model that a cell uses as it is; trained unless it is there."""
+    """A seed's site and the arm of the cell's frozen reward model, which is trained if it does not exist."""
     site = place.site_of(cell, seed)
     prepared(site, cell)
     with lock(site):
@@ -278,7 +277,7 @@ def reward_of(place: Place, cell: Cell, seed: int) -> tuple[Site, str]:
 
 
 def _train(site: Site, cell: Cell, fast: bool) -> str:
-    """Train a cell's policy unless it is there; returns the name of its arm."""
+    """Train a cell's policy unless it exists; return its run name."""
     kind, options = cell.arm.kind, cell.arm.options
     if kind == "policy":
         return site.start if options["policy"] == "base" else options["policy"]
@@ -294,7 +293,7 @@ def _train(site: Site, cell: Cell, fast: bool) -> str:
 
 
 def stored(place: Place, cells: Sequence[Cell]) -> list[Result | None]:
-    """The cells' results; None where there is none of the same settings."""
+    """The stored result of each cell; None if there is none with the same settings."""
     known = {key_of(result): result for result in read_results(place.results)}
 
     def of(cell: Cell) -> Result | None:
@@ -306,14 +305,14 @@ def stored(place: Place, cells: Sequence[Cell]) -> list[Result | None]:
 
 
 def run_cells(place: Place, cells: Sequence[Cell], jobs: int) -> list[Result]:
-    """Results of all cells, in their order; those that are stored are not run again.
+    """Results of all cells, in order. Stored cells are not run again.
 
     Raises:
-        RunFailed: some cells failed; the others' results are stored.
+        RunFailed: some cells failed; the results of the others are stored.
     """
     missing = [cell for cell, result in zip(cells, stored(place, cells), strict=True) if result is None]
-    note(f"{len(cells) - len(missing)} of {len(cells)} cells are there; running {len(missing)} on {jobs} processes")
-    # Arm by arm, so that the first cells are of different worlds: each is prepared by one process while others wait.
+    note(f"{len(cells) - len(missing)} of {len(cells)} cells are stored; running {len(missing)} in {jobs} processes")
+    # Cells are ordered by arm, so the first ones have different sites, which workers prepare in parallel.
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")
     works = parallel([joblib.delayed(attempt)(place, cell) for cell in missing])
     failures = list(tqdm(works, total=len(missing), desc="cells", file=sys.stderr, disable=not missing))
@@ -326,12 +325,12 @@ def run_cells(place: Place, cells: Sequence[Cell], jobs: int) -> list[Result]:
 
 
 def attempt(place: Place, cell: Cell) -> str | None:
-    """Run one cell; what went wrong, if anything did, so that the other cells go on."""
+    """Run one cell. Returns the error message on failure, so that the other cells continue."""
     try:
         run_cell(place, cell)
     except Interrupted:
         raise
-    except Exception as error:  # any failure belongs to this cell alone, and is reported at the end
+    except Exception as error:  # a failure concerns this cell alone and is reported at the end
         path = place.work / "failed" / f"{cell.name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(traceback.format_exc(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The studies. Each is data: its arms over worlds and seeds, the question, and the split it looks at."""
+"""Definitions of the studies: question, worlds, seeds, arms and split of each."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,7 +28,7 @@ from tracereward.quickstart.worlds import FIRST_RECIPE, R1_RECIPE, STEADY
 
 GRANULARITIES = ("sparse", "step", "interval", "dense")
 SHARES = (10, 25, 50, 75, 100)
-"""Percent of a world's demonstrations."""
+"""Shares of a world's demonstrations, in percent."""
 NAIVE: dict[str, Any] = {
     "head": "token",
     "reward_form": "logit",
@@ -40,26 +40,26 @@ NAIVE: dict[str, Any] = {
     "discriminator_every": 1,
     "on_failure": "ignore",
 }
-"""Dense rewards with nothing that steadies them: a classifier's logit on every token, its return-to-go as advantage."""
+"""Dense rewards without stabilisers: a classifier's logit on every token, its return-to-go as advantage."""
 HEADS = {"token": {}, "action": {}, "airl": {"reward_form": "f"}}
 
 _CONTROLS = (
-    "GRPO and IRL also use further prompts without traces where the world has them (3,000 in `exposure`, `checked` and "
-    "`misconception`); SFT cannot. GRPO with the verifier uses gold answers: the upper bound. SFT is tuned over "
-    "learning rates and lengths on validation questions; the same questions choose between the start and four "
-    "checkpoints in every arm that trains."
+    "GRPO and IRL also use prompts without traces where the world has them (3,000 in `exposure`, `checked` and "
+    "`misconception`); SFT cannot. GRPO with the verifier uses gold answers and is the upper bound. SFT is tuned over "
+    "learning rates and numbers of steps on validation questions; the same questions select among the starting policy "
+    "and four checkpoints in every arm that trains."
 )
 
 
 def _of_backbones(backbones: Iterable[str], kind: str, options: dict[str, Any], label: str = "{}") -> tuple[Arm, ...]:
-    """An arm of each backbone."""
+    """One arm per backbone."""
     return tuple(
         Arm(name=label.format(LABELS[name]), kind=kind, options=options, backbone=own(name)) for name in backbones
     )
 
 
 def _rewards_of(backbones: Iterable[str]) -> tuple[Arm, ...]:
-    """The reward of each backbone on the policies of all."""
+    """One arm per backbone: its reward on the policies of all backbones."""
     options = {**FROZEN, "policies": list(backbones), "demonstrations": [5, 10, 25, 50]}
     options |= {"updates": 20, "head_learning_rate": 1e-2}
     return _of_backbones(backbones, "transfer", options, label="reward of {}")
@@ -67,27 +67,28 @@ def _rewards_of(backbones: Iterable[str]) -> tuple[Arm, ...]:
 
 STUDIES = {
     "recipe": Study(
-        "Does the learned reward carry more than log-prob?",
-        "The default recipe against what needs no reward model, at equal demonstrations, on seeds and test questions "
-        f"that chose nothing, where mistakes leave a mark that experts never make. {_CONTROLS}",
+        "Does the learned reward carry more information than log-prob?",
+        "The default recipe against baselines without a reward model, with the same demonstrations. Neither seeds nor "
+        "test questions were used to select options. In this world mistakes leave a mark that experts never make. "
+        f"{_CONTROLS}",
         worlds=("exposure",),
         seeds=range(40, 48),
         arms=chosen(CONTROLS_AND_IRL),
     ),
     "worlds": Study(
         "The recipe in other worlds",
-        "As the study of the recipe: `checked`, where the mark stands behind a check that does not come out; `style`, "
-        "where experts are right in ways that the student can and cannot follow; `multi-skill`, where they have "
-        "several ways of working of unequal reliability; `misconception`, where nothing gives a mistake away but the "
-        f"wrong value. {_CONTROLS}",
+        "The recipe study in four other worlds: `checked`, where the mark follows a failed check; `style`, where "
+        "experts use correct styles that the student can follow and others that it cannot; `multi-skill`, where they "
+        "have several solution methods of unequal reliability; `misconception`, where only the wrong value reveals a "
+        f"mistake. {_CONTROLS}",
         worlds=("checked", "style", "multi-skill", "misconception"),
         seeds=range(40, 45),
         arms=chosen(CONTROLS_AND_IRL),
     ),
     "longer": Study(
         "The recipe with twice the steps",
-        "World `checked` as in the study of other worlds, where the last of 100 steps was the best in all five runs: "
-        f"200 steps for every arm that trains, on other seeds. {_CONTROLS}",
+        "200 steps for every arm that trains, in world `checked` on new seeds: in the study of other worlds the last "
+        f"of 100 steps was the best in all five runs. {_CONTROLS}",
         worlds=("checked",),
         seeds=range(50, 55),
         arms=chosen(CONTROLS_AND_IRL),
@@ -95,17 +96,17 @@ STUDIES = {
     ),
     "unmarked": Study(
         "Does the reward help where a mistake leaves no mark?",
-        "As the study of the recipe, in a world where nothing gives a mistaken trace away but the wrong value, and "
-        "with what the studies of objective and granularity chose there (R1 penalty 1, learning rate 3e-4).",
+        "The recipe study in a world where only the wrong value reveals a mistake, with the options that the studies "
+        "of objective and granularity selected there (R1 penalty 1, learning rate 3e-4).",
         worlds=("misconception",),
         seeds=range(10, 15),
         recipe=R1_RECIPE,
         arms=CONTROLS_AND_IRL,
     ),
     "granularity": Study(
-        "Which tokens are supervised, by which head, with which advantages?",
-        "Supervision granularity times head times advantages, all else as in the recipe. Head `airl` rewards f, the "
-        "others the logit plus the log-prob under the starting policy.",
+        "Which supervised tokens, which head, which advantages?",
+        "Supervision granularity times head times advantages, all else as in the recipe. The reward of head `airl` is "
+        "f; that of the others is the logit plus the log-prob under the starting policy.",
         worlds=("misconception",),
         seeds=range(3),
         split="validation",
@@ -130,7 +131,7 @@ STUDIES = {
     ),
     "objective": Study(
         "Objective, negatives, unlabeled prompts, updates, stabilisers",
-        "One factor at a time from a first recipe, then combinations of what helped.",
+        "One change at a time from a first recipe, then combinations of the changes that helped.",
         worlds=("misconception",),
         seeds=range(3),
         split="validation",
@@ -199,12 +200,12 @@ STUDIES = {
         "What keeps dense rewards from collapsing?",
         "Naive dense rewards: a new head on the last hidden states, cross-entropy, the logit of each token as its "
         "reward, the return-to-go as its advantage, updates after every batch, no replay, no smoothing, no perturbed "
-        "experts, no mask, no failure rule. Each stabiliser is added to that alone, and taken from the recipe alone. "
-        "A collapse was defined before the runs. The first five arms have eight seeds, the others the first three. "
-        "The two arms behind the recipe were added when its own runs on these seeds had been seen: in the first, "
-        "validation questions choose among start and checkpoints; the second has what the study of the objective chose "
-        "here on other seeds: R1 penalty 1, learning rates 3e-4 and 5e-5, 32 demonstrations with 2 rollouts in an "
-        "update.",
+        "experts, no mask, no failure rule. Each stabiliser is added alone to this baseline and removed alone from the "
+        "recipe. Collapse was defined before the runs. The first five arms have eight seeds, the others the first "
+        "three of them. The two arms after the recipe were added after its results on these seeds were known: in the "
+        "first, validation questions select among the starting policy and the checkpoints; the second has the options "
+        "that the study of the objective selected here on other seeds: R1 penalty 1, learning rates 3e-4 and 5e-5, 32 "
+        "demonstrations with 2 rollouts per update.",
         worlds=("misconception",),
         seeds=range(40, 48),
         arms=(
@@ -249,9 +250,9 @@ STUDIES = {
     ),
     "scarcity": Study(
         "How few demonstrations are enough?",
-        "10 to 100 % of the demonstrations, for SFT, which is tuned for each share, as for the discriminator. Rewards "
-        "of each supervision granularity are frozen after their warm-up and judged as rankings; dense ones also train "
-        "a policy, with the recipe and half of the world's steps, where validation questions choose among start and "
+        "SFT, tuned for each share, and the discriminator both get 10 to 100 % of the demonstrations. Rewards of each "
+        "supervision granularity are frozen after the warm-up and rank samples; dense ones also train a policy, with "
+        "the recipe and half of the world's steps, where validation questions select among the starting policy and the "
         "checkpoints.",
         worlds=("checked",),
         seeds=range(40, 45),
@@ -267,22 +268,23 @@ STUDIES = {
         steps=50,
     ),
     "corrupt": Study(
-        "How far do wrong experts take the method down?",
-        "0, 10 or 25 % of the demonstrations end in a wrong answer: they are what the pretrained model would write. "
-        "SFT is tuned for each share, and validation questions choose among start and checkpoints in every arm.",
+        "How much do wrong experts hurt?",
+        "0, 10 or 25 % of the demonstrations end in a wrong answer, with mistakes of the pretraining corpus. SFT is "
+        "tuned for each share, and validation questions select among the starting policy and the checkpoints in every "
+        "arm.",
         worlds=("checked",),
         seeds=range(40, 43),
         arms=chosen(at(arm, f"{share}", corrupt=share / 100) for share in (0, 10, 25) for arm in (SFT, IRL)),
     ),
     "smollm2": Study(
         "A pretrained language model as policy",
-        "SmolLM2-135M-Instruct on generated word problems: 400 demonstrations in eleven stories, 3,000 prompts without "
-        "traces; a quarter of the test are four stories that no other part has. SFT trains all weights for one epoch "
-        "and is tuned over two learning rates on validation questions. GRPO trains LoRA adapters of rank 16 on the "
-        "upper half of the layers, with 288 rollouts in 12 steps, and the policy after the last of them is judged: "
-        "what two cores of a CPU do in a night. The frozen reward only ranks; its policy takes one step, at a learning "
-        "rate of 0. The page shows whether such training holds on a pretrained model and how well its reward ranks, "
-        "not how far long training would come.",
+        "SmolLM2-135M-Instruct on generated word problems: 400 demonstrations from eleven story templates, 3,000 "
+        "prompts without traces; a quarter of the test questions use four templates that no other part has. SFT trains "
+        "all weights for one epoch and is tuned over two learning rates on validation questions. GRPO trains LoRA "
+        "adapters of rank 16 on the upper half of the layers, with 288 rollouts in 12 steps, and the policy after the "
+        "last step is evaluated: one night on two CPU cores. The frozen reward only ranks; its policy takes one step "
+        "at learning rate 0. The page shows whether such training is stable on a pretrained model and how well its "
+        "reward ranks, not what long training would reach.",
         worlds=("word-problems",),
         seeds=range(40, 43),
         recipe=PRETRAINED_RECIPE,
@@ -298,15 +300,15 @@ STUDIES = {
     ),
     "multihop": Study(
         "Does the reward help more where reasoning is longer?",
-        "World `hops`: a question asks 2 to 6 facts, which are known by heart, one after another, each of what the "
-        "last gave. From a third of the numbers the pretrained policy mostly goes one too far, sure of itself, and "
-        "goes on from there. Each hop is a chance to go wrong: their number is the difficulty. SFT is tuned over "
-        "learning rates and lengths on validation questions; the same questions choose between the start and four "
-        "checkpoints where GRPO trains, which also has 3,000 prompts without traces. With the verifier it uses gold "
-        "answers: the upper bound. The frozen reward is trained on rollouts drawn once. As in `misconception` nothing "
-        "but a wrong value gives a mistake away, and options are what the study of the objective chose there (R1 "
-        "penalty 1, learning rate 3e-4), with one perturbed copy of each expert. An earlier `hops`, whose facts stood "
-        "in the prompt, was given up: in most seeds so small a model never learned to look them up.",
+        "World `hops`: a question chains 2 to 6 memorised facts, each applied to the result of the last. From a third "
+        "of the numbers the pretrained policy mostly goes one too far, confidently, and continues from there. Each hop "
+        "can go wrong, so their number is the difficulty. SFT is tuned over learning rates and numbers of steps on "
+        "validation questions; the same questions select among the starting policy and four checkpoints of GRPO, which "
+        "also has 3,000 prompts without traces. GRPO with the verifier uses gold answers and is the upper bound. The "
+        "frozen reward is trained on rollouts sampled once. As in `misconception` only the wrong value reveals a "
+        "mistake; the options are those that the study of the objective selected there (R1 penalty 1, learning rate "
+        "3e-4), with one perturbed copy of each expert. An earlier version of `hops`, with the facts in the prompt, "
+        "was abandoned: in most seeds a model of this size never learned to look them up.",
         worlds=("hops",),
         seeds=range(50, 55),
         recipe=STEADY,
@@ -316,31 +318,31 @@ STUDIES = {
         ),
     ),
     "decoding": Study(
-        "Does guided decoding beat choosing among whole samples at equal tokens?",
-        "The policy is SFT's; the reward model guides it or chooses among its samples. Beam: the next steps of each of "
-        "several partial traces are drawn, those of highest reward go on. Reject: the better half of the traces goes "
-        "on, until one is left. Tilt: each token is drawn from p exp(alpha r) over the likeliest few, then the "
-        "best of N such traces is chosen; top-k is the same without the reward in the drawing. Everything that was "
-        "drawn counts, dropped traces and lookahead too.",
+        "Does guided decoding beat best-of-N at equal tokens?",
+        "The policy is SFT's; the reward model guides it or selects among its samples. Beam: several next steps of "
+        "each partial trace are sampled, and those of highest reward are kept. Reject: the better half of the partial "
+        "traces continues, until one is left. Tilt: each token is sampled from p exp(alpha r) over the top-k tokens, "
+        "then the best of N such traces is selected; top-k is the same without the reward in sampling. All sampled "
+        "tokens count, including dropped traces and lookahead.",
         worlds=("checked",),
         seeds=range(40, 45),
         arms=(Arm(name="frozen after warm-up", kind="decoding", options=FROZEN),),
         samples=32,
     ),
     "self-correction": Study(
-        "Does cutting at the first suspected step mend more than it breaks?",
-        "A sample of the SFT policy is cut before its first step whose mean token score is under a threshold, k "
-        "continuations are drawn from there, and the one that the judge prefers takes its place if the judge prefers "
-        "it to what was there, for up to r rounds.",
+        "Does resampling from the first suspected step fix more than it breaks?",
+        "A sample of the SFT policy is cut before the first step whose mean token score is under a threshold, and k "
+        "continuations are sampled. The judge's best one replaces the original if the judge prefers it. This repeats "
+        "for up to r rounds.",
         worlds=("checked",),
         seeds=range(40, 45),
         arms=(Arm(name="frozen after warm-up", kind="self-correction", options=FROZEN),),
         samples=16,
     ),
     "reranking": Study(
-        "Choosing one of 16 samples by a discriminator frozen after its warm-up",
-        "The paper's second experiment: the policy stays as SFT left it; the discriminator is trained on rollouts "
-        "drawn once, and ranks 16 samples of it.",
+        "Reranking 16 samples with a discriminator frozen after its warm-up",
+        "The paper's second experiment: the SFT policy is not trained further; the discriminator is trained on "
+        "rollouts sampled once and ranks 16 samples of the policy.",
         worlds=("exposure", "checked", "style", "multi-skill", "misconception"),
         seeds=range(40, 45),
         arms=(
@@ -354,24 +356,24 @@ STUDIES = {
     ),
     "calibration": Study(
         "Why do some backbones give better calibrated rewards than others?",
-        "The frozen reward of the study of reranking, learned alike by backbones of about the same size, on samples of "
-        "each backbone's own SFT policy. The probability that a trace is right is the sigmoid of its reward. Each "
-        "reward model is judged as it was trained, and after its head or all its weights were tuned on the labelled "
-        "first samples of a third of the validation questions. Platt scaling and a linear probe of the trace's mean "
-        "last hidden state are fitted on all samples of the others.",
+        "The frozen reward of the reranking study, learned with the same options by backbones of about the same size, "
+        "on samples of each backbone's own SFT policy. The predicted probability that a trace is right is the sigmoid "
+        "of its reward. Each reward model is evaluated as trained, and after tuning its head or all its weights on the "
+        "labelled first samples of a third of the validation questions. Platt scaling and a linear probe of the "
+        "trace's mean last hidden state are fitted on all samples of the other validation questions.",
         worlds=("checked",),
         seeds=range(40, 43),
         arms=_of_backbones(COMPARED, "calibration", FROZEN),
         pretrained=_of_backbones(PRETRAINED, "calibration", FROZEN),
     ),
     "transfer": Study(
-        "Does a reward serve other backbones?",
-        "The frozen reward of each backbone of the study of calibration ranks samples of each backbone's SFT policy. "
-        "Between two tokenizers a token's reward goes to the policy's token that holds its last character. Then the "
-        "reward is adapted to the other policy: 20 more updates of the discriminator's head alone, on the first 5 to "
-        "50 of the demonstrations and rollouts of the other pretrained model on their prompts. And full adversarial "
-        "training with a discriminator of a seventh of the policy's parameters, pretrained alike, beside the usual "
-        "one.",
+        "Does a reward transfer to other backbones?",
+        "The frozen reward of each backbone of the calibration study ranks samples of each backbone's SFT policy. "
+        "Between two tokenizers a token's reward goes to the policy's token with its last character. Then the reward "
+        "is adapted to the other policy: 20 more updates of the discriminator's head alone, on the first 5 to 50 "
+        "demonstrations and rollouts of the other pretrained model on their prompts. Finally, adversarial training "
+        "with a discriminator of a seventh of the policy's parameters, pretrained in the same way, is compared to "
+        "training with the usual one.",
         worlds=("checked",),
         seeds=range(40, 43),
         arms=(

@@ -1,4 +1,4 @@
-"""What a study is made of: arms, and how they become cells."""
+"""A study: its arms, and how they expand into cells."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -17,15 +17,15 @@ class Study:
 
     Attributes:
         title: heading of the page.
-        question: what is asked, and how to read the answer.
-        worlds: names in `worlds.WORLDS`.
-        seeds: of data, models and training.
+        question: the question, and how to read the tables.
+        worlds: names in `settings.WORLDS`.
+        seeds: seeds of data, models and training.
         arms: rows of the tables.
-        split: ``validation`` where the results choose something, ``test`` where they are the report.
-        samples: of the SFT policy for each question, ranked by each learned reward.
-        recipe: what the arms differ from.
-        steps: of GRPO in the place of the world's.
-        pretrained: the arms in a world of a pretrained model, whose backbones are others; None: the same.
+        split: ``validation`` where the results select something, ``test`` where they are reported.
+        samples: samples per question of the SFT policy, ranked by each learned reward.
+        recipe: default options of adversarial training.
+        steps: number of GRPO steps; None: the world's.
+        pretrained: arms for worlds with a pretrained model, which has other backbones; None: `arms`.
     """
 
     title: str
@@ -44,11 +44,11 @@ class Study:
         """One cell for each world, arm and seed.
 
         Args:
-            worlds: any whose parts the arms need; None for the study's.
-            seeds: None for the study's.
+            worlds: names of worlds; None: the study's.
+            seeds: None: the study's.
 
         Raises:
-            InputError: there is no such world, or it lacks a part.
+            InputError: unknown world, or an arm needs data that the world does not have.
         """
         chosen = [WORLDS[check_choice("world", world, WORLDS)] for world in worlds or self.worlds]
         for world in chosen:
@@ -63,24 +63,24 @@ class Study:
         ]
 
     def _arms_in(self, world: World) -> list[Arm]:
-        """The arms in one world, but those that compare with a base model where nothing is pretrained."""
+        """The arms in one world, without comparisons to a base model if the world has no pretraining."""
         arms = self.arms if world.model is None or self.pretrained is None else self.pretrained
         return [arm for arm in arms if world.pretraining or arm.kind not in ("log-probs", "grpo-logratio")]
 
     def _arm_in(self, world: World, arm: Arm) -> Arm:
-        """The arm with all options: what learns a reward has the recipe's, the world's and its own over them."""
+        """The arm with all options. If it learns a reward: the recipe's, overridden by the world's, then by its own."""
         learned = arm.kind in ("irl", "calibration", "transfer", *BY_REWARD)
         return replace(arm, options={**self.recipe, **world.adversarial, **arm.options}) if learned else arm
 
     def _check(self, world: World) -> None:
-        """Refuse a world that lacks what an arm needs."""
+        """Refuse a world without the data that an arm needs."""
         if world.name not in MISTAKE_RATES and any(arm.corrupt for arm in self.arms):
             known = ", ".join(MISTAKE_RATES)
-            raise InputError(f"world {world.name}: this study has wrong experts, which the worlds {known} have")
+            raise InputError(f"world {world.name} has no wrong experts, which this study needs; use one of {known}")
 
 
 def irl(name: str, **options: Any) -> Arm:
-    """The recipe with some options replaced."""
+    """An arm with the recipe, some of its options replaced."""
     return Arm(name=name, kind="irl", options=options)
 
 
@@ -98,11 +98,11 @@ CONTROLS_AND_IRL = (BASE, SFT, CONTINUED, LOGPROB, VERIFIER, IRL, RATIO, SUM)
 
 
 def chosen(arms: Iterable[Arm]) -> tuple[Arm, ...]:
-    """The arms, those that train with the validation questions choosing among start and checkpoints."""
+    """The arms; where they train, validation accuracy selects among the starting policy and the checkpoints."""
     trained = ("irl", "sft-continued", "grpo-logprob", "grpo-verifier")
     return tuple(replace(arm, options={**arm.options, "choose": True}) if arm.kind in trained else arm for arm in arms)
 
 
 def at(arm: Arm, x: str, **demonstrations: Any) -> Arm:
-    """A point of the arm's line."""
+    """The point `x` of the arm's curve."""
     return replace(arm, name=f"{arm.name} @ {x}", **demonstrations)

@@ -1,4 +1,4 @@
-"""The file of a study's results, ``NAME.jsonl``: the options of each world once, then one row for each cell."""
+"""``NAME.jsonl``, the results of a study: the options of each world once, then one row per cell."""
 
 import json
 from collections.abc import Iterable
@@ -14,19 +14,19 @@ Result = dict[str, Any]
 
 
 def key_of(result: Result) -> tuple[str, str, int]:
-    """What tells a study's cells apart: world, arm and seed."""
+    """Identity of a cell within a study: world, arm and seed."""
     return result["world"], result["arm"], result["seed"]
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results of all cells; none without a file. Half a line at the end is left out."""
+    """The results of all cells; empty if there is no file. An incomplete last line is dropped."""
     rows = read_jsonl(path)
     worlds = {row["id"]: row["options"] for row in rows if "id" in row}
     return [{**row, "world_options": worlds[row["world_options"]]} for row in rows if "id" not in row]
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:
-    """Replace the file: rows ``{"id", "options"}`` of worlds, then cells whose ``world_options`` is such an id."""
+    """Write the file: rows ``{"id", "options"}`` of worlds, then cells, whose ``world_options`` is such an id."""
     worlds, cells = {}, []
     for result in sorted(results, key=key_of):
         world = f"{result['world']}-{digest(result['world_options'])}"
@@ -38,7 +38,7 @@ def write_results(path: Path, results: Iterable[Result]) -> None:
 
 
 def add_result(path: Path, result: Result) -> None:
-    """Write a cell's result to the file, over an older one of the cell; other processes may do so at the same time."""
+    """Add a cell's result, replacing an older one of the cell. Safe with concurrent processes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         others = (other for other in read_results(path) if key_of(other) != key_of(result))

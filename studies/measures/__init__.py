@@ -1,1 +1,1 @@
-"""What the studies measure."""
+"""Measurements of the studies."""

@@ -1,7 +1,7 @@
-"""How far a learned reward's probabilities can be trusted, and what of the backbone that goes with.
+"""Calibration of a learned reward, and what it correlates with.
 
-The probability that a trace is right is the sigmoid of its reward. Three states of one reward model are judged: as it
-was trained, with its head tuned on a few labelled traces, and with all its weights tuned on the same traces.
+The predicted probability that a trace is right is the sigmoid of its reward. One reward model is evaluated in three
+states: as trained, with its head tuned on a few labelled traces, and with all weights tuned on the same traces.
 """
 
 import math
@@ -36,26 +36,26 @@ from tracereward.rewards.calibration import (
 from tracereward.rewards.model import TokenRewardModel
 
 LABELLED = 100
-"""Validation questions, at most a third of them, whose first sample is labelled for tuning the reward model."""
+"""Validation questions (at most a third) whose first sample is labelled, to tune the reward model."""
 UPDATES, LEARNING_RATE = 40, 1e-4
-"""Of all weights: passes over the labelled traces, each one step of AdamW."""
+"""AdamW steps when all weights are tuned, each on all labelled traces."""
 TOKENS = 8192
-"""Padded tokens of one forward pass."""
+"""Padded tokens per forward pass."""
 
 Sample = dict[str, Any]
 
 
 def run(site: Site, arm: str, samples: list[Sample]) -> dict[str, Any]:
-    """Tune a backbone's reward, and judge all states on test samples of its own SFT policy.
+    """Tune a backbone's reward model, and evaluate each state on test samples of the backbone's own SFT policy.
 
     Args:
-        site: of the backbone.
-        arm: whose reward model it is.
-        samples: of the SFT policy for the test questions.
+        site: the backbone's site.
+        arm: the arm of the reward model.
+        samples: samples of the SFT policy for the test questions.
 
     Returns:
-        ``states``, for each state what `judge` gives; ``parameters``; ``accuracy`` of the samples; and
-        ``digits_per_token``.
+        ``states``: the output of `judge` by state; ``parameters``; ``accuracy`` of the samples; ``labelled`` and
+        ``labelled_right``, numbers of labelled traces; and ``digits_per_token``.
     """
     count = len(samples) // len({row["question"] for row in samples})
     labelled, fit = split(judging.draw_samples(site, "sft", "validation", count))
@@ -76,7 +76,7 @@ def run(site: Site, arm: str, samples: list[Sample]) -> dict[str, Any]:
 
 
 def split(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Labelled traces, the first of each of the first questions, and all traces of the other questions."""
+    """Labelled traces (the first of each of the first questions), and all traces of the other questions."""
     questions = sorted({row["question"] for row in samples})
     chosen = set(questions[: min(LABELLED, len(questions) // 3)])
     first: dict[int, Sample] = {}
@@ -90,14 +90,14 @@ def judge(model: TokenRewardModel, fit: Sequence[Sample], test: Sequence[Sample]
 
     Args:
         model: the reward model.
-        fit: traces of other questions, which Platt scaling and the linear probe are fitted on.
-        test: traces that are judged.
+        fit: traces of other questions, to fit Platt scaling and the linear probe.
+        test: traces to evaluate.
 
     Returns:
         auroc, auroc_within_prompt; ece and brier of the sigmoid of the reward, and ece_platt, brier_platt after Platt
         scaling; bins and bins_platt (probability, accuracy, traces); mean_probability; separation; effective_rank;
-        probe_accuracy, probe_auroc, probe_auroc_within_prompt. What is undefined, because all traces are right or all
-        wrong, is left out.
+        probe_accuracy, probe_auroc, probe_auroc_within_prompt. Undefined values are omitted (all traces right, or all
+        wrong).
     """
     correct, questions = [bool(row["correct"]) for row in test], [row["question"] for row in test]
     known = [bool(row["correct"]) for row in fit]
@@ -148,7 +148,7 @@ def trace_rewards(model: TokenRewardModel, samples: Sequence[Sample]) -> np.ndar
 
 
 def separation(rewards: np.ndarray, correct: Sequence[bool]) -> float:
-    """Mean reward of right traces minus that of wrong ones, in standard deviations pooled over both (Cohen's d)."""
+    """Cohen's d: mean reward of right minus wrong traces, in pooled standard deviations."""
     labels = np.asarray(correct, dtype=bool)
     right, wrong = rewards[labels], rewards[~labels]
     if not len(right) or not len(wrong):
@@ -159,13 +159,13 @@ def separation(rewards: np.ndarray, correct: Sequence[bool]) -> float:
 
 
 def effective_rank(singular_values: np.ndarray) -> float:
-    """exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007)."""
+    """exp of the entropy of the normalised singular values (Roy and Vetterli 2007)."""
     shares = singular_values[singular_values > 0] / singular_values.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def digits_per_token(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
-    """Digits in the texts, for each token with a digit in it."""
+    """Mean number of digits per token, over tokens with digits."""
     digits = sum(len(re.findall(r"\d", text)) for text in texts)
     words = {token_id: str(tokenizer.decode([token_id])) for token_id in tokenizer.get_vocab().values()}
     with_digits = {token_id for token_id, word in words.items() if re.search(r"\d", word)}
@@ -173,7 +173,7 @@ def digits_per_token(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -
 
 
 def batches(model: TokenRewardModel, samples: Sequence[Sample]) -> list[tuple[list[int], Batch]]:
-    """Traces in the model's tokens, by length, with their places among `samples`."""
+    """Tokenized traces in batches of similar length, each with the indices of its `samples`."""
     prompts = [encode_prompt(model.tokenizer, row["prompt"]) for row in samples]
     completions = [encode_completion(model.tokenizer, row["completion"], row["finished"]) for row in samples]
     lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
@@ -185,11 +185,11 @@ def batches(model: TokenRewardModel, samples: Sequence[Sample]) -> list[tuple[li
 
 @torch.no_grad()
 def features(model: TokenRewardModel, samples: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the ``action`` head reads of each trace.
+    """Inputs of the ``action`` head for each trace.
 
     Returns:
-        Mean log p_phi of its tokens, (n,); mean hidden state after them, (n, H); and the H singular values of the
-        matrix of all supervised tokens' hidden states.
+        Mean log p_phi over tokens, (n,); mean hidden state over tokens, (n, H); and the H singular values of the
+        matrix of hidden states at all supervised tokens.
     """
     size = model.backbone.config.get_text_config().hidden_size
     log_prob, hidden = np.zeros(len(samples)), np.zeros((len(samples), size))
@@ -206,7 +206,7 @@ def features(model: TokenRewardModel, samples: Sequence[Sample]) -> tuple[np.nda
 
 
 def tune_head(model: TokenRewardModel, labelled: Sequence[Sample]) -> TokenRewardModel:
-    """The model with a, b and w of its head fitted to labelled traces, see `fit_head`."""
+    """Fit a, b and w of the model's head to labelled traces, see `fit_head`; returns the model."""
     assert model.head is not None
     log_prob, hidden, _ = features(model, labelled)
     inputs = np.column_stack([log_prob, np.ones(len(labelled)), hidden])
@@ -219,12 +219,12 @@ def tune_head(model: TokenRewardModel, labelled: Sequence[Sample]) -> TokenRewar
 
 
 def fit_head(inputs: np.ndarray, labels: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """The minimum of the summed cross-entropy of sigmoid(inputs @ theta) plus |theta - start|^2 / 2.
+    """Minimise the summed cross-entropy of sigmoid(inputs @ theta) plus |theta - start|^2 / 2.
 
     Args:
         inputs: (n, d).
         labels: (n,), 0 or 1.
-        start: (d,), the head before: where labels say nothing it stays.
+        start: (d,), the head before fitting, which the penalty keeps where labels carry no information.
     """
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -237,7 +237,7 @@ def fit_head(inputs: np.ndarray, labels: np.ndarray, start: np.ndarray) -> np.nd
 
 
 def tune_all(model: TokenRewardModel, labelled: Sequence[Sample]) -> TokenRewardModel:
-    """The model with all weights tuned: cross-entropy of the sigmoid of the mean value of a trace, `UPDATES` steps."""
+    """Tune all weights for `UPDATES` steps: cross-entropy of the sigmoid of a trace's mean value; returns the model."""
     labels = torch.tensor([float(row["correct"]) for row in labelled], device=model.device)
     parts = batches(model, labelled)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)

@@ -1,4 +1,4 @@
-"""Study of guided decoding: what each method reaches at each budget, and the tokens that it drew."""
+"""Study of guided decoding: accuracy and sampled tokens of each method at each budget."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,34 +24,34 @@ from tracereward.tasks.recipes import get_task
 Row = dict[str, Any]
 Points = list[tuple[float, float]]
 BUDGETS = (1, 2, 4, 8, 16)
-"""Numbers N of whole samples, as `evaluate.guided.compare` has them."""
+"""Sample budgets N, as in `evaluate.guided.compare`."""
 SCORES: dict[str, tuple[str, ...]] = {
     "reward": ("beam", "reject", "tilt"),
     "reward_logprob": ("beam", "reject", "tilt"),
     "logprob": ("beam", "reject"),
 }
-"""What guides, and which methods: the learned reward alone, with the policy's log-prob of each token in it, or, as a
-control, that log-prob alone (by which a tilt would only be a lower temperature)."""
+"""Guided methods by score: the learned reward, the reward plus the policy's token log-prob, or, as a control, the
+log-prob alone (for which tilting would only lower the temperature)."""
 TILTED = {"reward": (1, 2, 4, 8), "reward_logprob": (1, 2, 4)}
-"""Budgets of tilted sampling by score: each of its tokens costs passes of one model more, or two."""
+"""Budgets of tilted sampling by score; each token costs forward passes of one or two more models."""
 SHAPES: dict[str, Callable[[int], tuple[int, int]]] = {
     "square": beam_shape,
     "narrow": lambda budget: (1, budget),
     "wide": lambda budget: (max(1, budget // 2), min(2, budget)),
 }
-"""Width and expansions of a beam by budget."""
+"""Beam width and expansions as functions of the budget."""
 GRID: dict[str, list[Row]] = {
     "beam": [{"shape": shape, "lookahead": ahead} for ahead in (0, 1) for shape in SHAPES],
     "reject": [{"every": every} for every in (1, 2, 3, 4)],
     "tilt": [{"alpha": alpha, "top_k": top_k} for top_k in (2, 4) for alpha in (0.25, 0.5, 1.0, 2.0)],
 }
-"""What is tried on validation questions."""
+"""Grid searched on validation questions."""
 TUNED_AT = {"beam": 8, "reject": 16, "tilt": 2}
-"""Their budget. Tilted traces are drawn each by itself: what two reach says what more would."""
+"""Sample budget of each grid search. Tilted samples are independent, so two are enough."""
 TUNED_ON = 40
-"""The seed whose validation questions choose for all seeds."""
+"""Seed whose validation questions select the settings of all seeds."""
 ASKED = 200
-"""How many of them."""
+"""Number of these questions."""
 FEW = 20
 """Questions of a quick run."""
 
@@ -61,10 +61,10 @@ class Bench:
     """One part's questions, plain samples of the SFT policy, and guides by an arm's reward model.
 
     Attributes:
-        prompts, golds: of the questions.
-        guides: by score.
-        samples: token ids of each question's samples, in the order in which they were drawn.
-        pool: the same as candidates; their reward is without a log-prob.
+        prompts, golds: prompt and reference answer of each question.
+        guides: guides by score.
+        samples: token ids of each question's samples, in sampling order.
+        pool: the same samples as candidates; their reward has no log-prob added.
     """
 
     prompts: list[str]
@@ -75,12 +75,12 @@ class Bench:
 
     @property
     def tokens(self) -> float:
-        """Of a plain sample, the mean."""
+        """Mean length of a plain sample."""
         lengths = [len(ids) for drawn in self.samples for ids in drawn]
         return sum(lengths) / len(lengths)
 
     def pool_rows(self) -> list[Row]:
-        """What choosing among N plain samples reaches, for N = 1, 2, 4, ...: method, budget, accuracy, tokens."""
+        """Accuracy and tokens of each selection method among N = 1, 2, 4, ... plain samples."""
         curves = ranking_curves(self.pool, get_task(TASK).equal, self.guides["reward"].sampling.seed)
         return [
             {"method": method, "budget": n, "accuracy": accuracy, "sampled_tokens": n * self.tokens}
@@ -90,7 +90,7 @@ class Bench:
 
 
 def load_bench(site: Site, arm: str, part: str, n: int, asked: int | None = None) -> Bench:
-    """The bench of one part's questions, all or the first `asked`, with `n` samples of each."""
+    """The bench of one part's questions, or of its first `asked`, with `n` samples per question."""
     task = get_task(TASK)
     questions = read_jsonl(site.data(part))[: FEW if site.fast else asked]
     prompts = [row["prompt"] for row in questions]
@@ -136,7 +136,7 @@ def points_of(rows: Sequence[Row], method: str) -> Points:
 
 
 def guided(bench: Bench, score: str, method: str, setting: Row, budgets: Sequence[int]) -> list[Row]:
-    """What one of `decode.GUIDES` reaches at each budget: budget, accuracy, tokens."""
+    """Accuracy and tokens of one guided method at each budget."""
     guide = bench.guides[score]
     if method == "tilt":
         return best_of(bench, guide, setting, budgets)["reward"]
@@ -152,7 +152,7 @@ def guided(bench: Bench, score: str, method: str, setting: Row, budgets: Sequenc
 
 
 def best_of(bench: Bench, guide: Guide, setting: Row, budgets: Sequence[int]) -> dict[str, list[Row]]:
-    """What each of `rerank.METHODS` reaches among tilted traces at each budget; N of the most are what N alone are."""
+    """Accuracy and tokens of each selection method among N tilted samples, subsets of the largest budget's."""
     task = get_task(TASK)
     found = tilt(guide, bench.prompts, n=max(budgets), alpha=setting["alpha"], top_k=setting["top_k"])
     tokens = sum(traces[0].sampled_tokens for traces in found) / len(found) / max(budgets)
@@ -168,14 +168,14 @@ def best_of(bench: Bench, guide: Guide, setting: Row, budgets: Sequence[int]) ->
 
 
 def truncated(bench: Bench, tuning: Row) -> list[Row]:
-    """The control of a tilt: the best of N samples from as many likeliest tokens, with no reward in their drawing."""
+    """Control for tilting: best of N samples with the same top-k and no reward in sampling."""
     top_k = GRID["tilt"][tuning["grids"]["reward"]["tilt"]["chosen"]]["top_k"]
     found = best_of(bench, bench.guides["reward"], {"alpha": 0.0, "top_k": top_k}, TILTED["reward"])
     return [{"method": "top-k", "score": score, **row} for score in TILTED for row in found[score]]
 
 
 def _first(found: Sequence[Sequence[Guided]], golds: Sequence[str]) -> Row:
-    """Accuracy of each question's best trace, and the tokens drawn for it."""
+    """Accuracy of the first trace of each question, and mean tokens sampled per question."""
     task = get_task(TASK)
     right = [task.verify(traces[0].text, gold) for traces, gold in zip(found, golds, strict=True)]
     tokens = [traces[0].sampled_tokens for traces in found]
@@ -183,10 +183,10 @@ def _first(found: Sequence[Sequence[Guided]], golds: Sequence[str]) -> Row:
 
 
 def tune(bench: Bench) -> Row:
-    """For each score and method the grid with what it reaches, and the place of the best.
+    """Grid search for each score and method: all results, and the index of the best.
 
-    The best is farthest above best-of-N by the same score at the same tokens, the first of equals: by accuracy alone
-    the setting that draws most would win.
+    The best has the largest margin over best-of-N by the same score at equal tokens, the first if tied. Accuracy alone
+    would favour the setting that samples most.
     """
     plain, found = bench.pool_rows(), {}
     for score, methods in SCORES.items():
@@ -202,7 +202,7 @@ def tune(bench: Bench) -> Row:
 
 
 def tuned(site: Site, arm: str, n: int) -> Row:
-    """`tune` on a site's validation questions; done once and kept beside the reward model."""
+    """`tune` on a site's validation questions; run once and stored with the reward model."""
     file = site.run(arm) / "guides.json"
     with FileLock(f"{file}.lock"):
         if not file.exists():
@@ -211,16 +211,16 @@ def tuned(site: Site, arm: str, n: int) -> Row:
 
 
 def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, n: int) -> Row:
-    """A cell's result.
+    """The result of a cell.
 
     Args:
-        reward_of: for a seed its site, and the arm whose reward model guides.
-        seed: of the cell.
-        part: whose questions are asked.
-        n: plain samples of each question.
+        reward_of: maps a seed to its site and the arm of its reward model.
+        seed: seed of the cell.
+        part: data part with the questions.
+        n: plain samples per question.
 
     Returns:
-        questions, their number; decoding: the tuning, and rows of all methods with ``score`` where a guide has one.
+        questions: their number; decoding: the grid search, and rows of all methods, guided ones with their ``score``.
     """
     tuning = tuned(*reward_of(TUNED_ON), n)
     bench = load_bench(*reward_of(seed), part, n)

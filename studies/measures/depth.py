@@ -1,4 +1,4 @@
-"""World ``hops`` by the number of hops: what choosing by the reward gains, and whether it finds first wrong lines."""
+"""World ``hops`` by the number of hops: accuracy of reranking and localisation of the first wrong line."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -16,12 +16,12 @@ Row = dict[str, Any]
 
 
 def by_depth(site: Site, scored: Sequence[Row]) -> dict[str, Any]:
-    """`summaries` of an arm's scored samples of the SFT policy, with that policy's log-probs."""
+    """`summaries` of scored samples of the SFT policy, with that policy's log-probs."""
     return summaries(scored, token_log_probs(site, "sft", scored))
 
 
 def token_log_probs(site: Site, arm: str, rows: Sequence[Row]) -> list[list[float]]:
-    """Log-prob of each token of each completion under an arm's policy, in nats."""
+    """Log-prob of each completion token under an arm's policy, in nats."""
     policy = judging.load_policy(site, arm).eval()
     tokenizer = load_tokenizer(str(site.folder / "init"))
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
@@ -36,14 +36,14 @@ def token_log_probs(site: Site, arm: str, rows: Sequence[Row]) -> list[list[floa
 
 
 def summaries(scored: Sequence[Row], log_probs: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """For each number of hops, how well each way of choosing does, and how well first wrong lines are found.
+    """Ranking and localisation for each number of hops.
 
     Args:
-        scored: rows of `judging.rank`; those of a question stand together.
-        log_probs: of each row's tokens.
+        scored: rows of `judging.rank`, grouped by question.
+        log_probs: token log-probs of each row.
 
     Returns:
-        For each depth, as text: ``ranking``, as of all questions, and ``localisation``, as `localisation` has it.
+        By depth, as text: the outputs of `judging.ranking` and `localisation`.
     """
     pairs = list(zip(scored, log_probs, strict=True))
     depths = sorted({hops.depth_of(row["prompt"]) for row in scored})
@@ -58,19 +58,18 @@ def summaries(scored: Sequence[Row], log_probs: Sequence[Sequence[float]]) -> di
 
 
 def localisation(scored: Sequence[Row], log_probs: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """Share of wrong traces whose lowest line is the first wrong one, by the mean of each line's token values.
+    """Share of wrong traces whose lowest-scored line is the first wrong one; a line scores its mean token value.
 
     Returns:
-        wrong: traces that are; a wrong trace that lacks the line an expert would go on with has no such line.
-        reward, logprob, reward_logprob: the shares, by `evaluate.localisation.hit`.
-        chance: the share of a line drawn at random. first: that of always taking the first line.
-        All but the number are None without a wrong trace.
+        wrong: number of wrong traces with a first wrong line (a trace that stops too early has none).
+        reward, logprob, reward_logprob: shares by score, see `first_error.hit`. chance: share for a random line.
+        first: share for always naming the first line. The shares are None without a wrong trace.
     """
     hits: dict[str, list[float]] = {name: [] for name in ("reward", "logprob", "reward_logprob", "chance", "first")}
     for row, values in zip(scored, log_probs, strict=True):
         steps = _steps(row["step_ends"])
         wrong = None if row["correct"] else hops.first_wrong_line(row["prompt"], row["completion"])
-        # A blank line is no step of its own; what writes one is not to be judged by lines.
+        # A blank line is not a step, so lines and steps of such a trace do not match.
         if wrong is None or not wrong < len(steps) == row["completion"].count("\n") + 1:
             continue
         reward, logprob = (step_values(of, steps, "mean") for of in (row["token_rewards"], values))
@@ -84,6 +83,6 @@ def localisation(scored: Sequence[Row], log_probs: Sequence[Sequence[float]]) ->
 
 
 def _steps(ends: Sequence[bool]) -> list[range]:
-    """The tokens of each step."""
+    """Token range of each step."""
     last = [-1, *(place for place, is_end in enumerate(ends) if is_end)]
     return [range(before + 1, end + 1) for before, end in pairwise(last)]

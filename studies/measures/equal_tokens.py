@@ -1,4 +1,4 @@
-"""Comparing methods at equal sampled tokens, where their budgets do not coincide."""
+"""Comparison of methods at equal sampled tokens, with interpolation between budgets."""
 
 import math
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from itertools import pairwise
 
 
 def accuracy_at(points: Sequence[tuple[float, float]], tokens: float) -> float:
-    """What a baseline reaches with a number of tokens: linear in log tokens between two of its points.
+    """A baseline's accuracy at a number of tokens, interpolated linearly in log tokens.
 
     Args:
-        points: its (tokens, accuracy), one for each budget; no two with the same tokens.
-        tokens: of the method that is compared.
+        points: (tokens, accuracy) of each of its budgets, with distinct tokens.
+        tokens: tokens of the compared method.
 
     Returns:
-        The accuracy. Under the baseline's least budget that budget counts, although it draws more: there is nothing
-        less than one trace to choose from. nan above its largest, which says nothing about more.
+        The accuracy. Below the smallest budget that budget's, although it samples more: there is no budget below one
+        trace. nan above the largest budget, since nothing is extrapolated.
     """
     points = sorted(points)
     if tokens <= points[0][0]:
@@ -27,11 +27,11 @@ def accuracy_at(points: Sequence[tuple[float, float]], tokens: float) -> float:
 
 
 def margin(method: tuple[float, float], *baselines: Sequence[tuple[float, float]]) -> float:
-    """A method's accuracy minus the best of the baselines' at its tokens.
+    """A method's accuracy minus that of the best baseline at equal tokens.
 
     Args:
-        method: its (tokens, accuracy).
-        baselines: the points of each; see `accuracy_at`. All must reach as far, or the margin is nan.
+        method: (tokens, accuracy).
+        baselines: points of each, see `accuracy_at`; the margin is nan if one does not reach the method's tokens.
     """
     tokens, accuracy = method
     reached = [accuracy_at(points, tokens) for points in baselines]

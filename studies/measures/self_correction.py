@@ -1,4 +1,4 @@
-"""Study of self-correction: what cutting before the first suspected step and drawing on reaches, mends and breaks."""
+"""Study of self-correction: accuracy, fixed and broken traces of cutting at the first suspected step and resampling."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,21 +17,21 @@ WAYS = (
     ("logprob", "reward_logprob"),
     ("logprob", "logprob"),
 )
-"""What suspects a step, and what judges whole traces; the last needs no reward model."""
+"""(detector, judge): the scores that suspect steps and that compare full traces. The last needs no reward model."""
 ROUNDS = 3
 DRAWS = (1, 2, 4)
-"""k, continuations of each round."""
+"""Values of k, the continuations per round."""
 TUNED_AT = {"rounds": 2, "k": 2}
 VALIDATION = 8
-"""Plain samples of a validation question, for the best-of-N to compare with."""
+"""Plain samples per validation question, for the best-of-N baseline."""
 SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
-"""Of validation traces that a threshold lets suspect; with the last a trace is drawn anew from its beginning."""
+"""Shares of validation traces that a threshold suspects; the last resamples full traces."""
 
 
 def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int, k: int) -> list[Row]:
-    """`summary` after each round of correcting each question's first sample.
+    """`summary` after each round of correcting the first sample of each question.
 
-    A round goes on from what the one before left, with random numbers of its own: what `rounds` at once would do.
+    Each round starts from the traces of the last one with a new seed, equivalent to `rounds` rounds in one call.
     """
     detector, judge = way
     task, guide = get_task(TASK), bench.guides[judge]
@@ -54,17 +54,17 @@ def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int,
 
 
 def summary(before: Sequence[bool], after: Sequence[bool], suspected: Sequence[bool], tokens: Sequence[int]) -> Row:
-    """What self-correction did.
+    """Statistics of self-correction.
 
     Args:
         before, after: whether each trace is right.
-        suspected: whether a step of it ever was.
-        tokens: drawn for it, its own among them.
+        suspected: whether a step of it was suspected in any round.
+        tokens: tokens sampled for it, including its own.
 
     Returns:
-        accuracy; sampled_tokens, the mean; mended, of wrong traces the share that is right now; broken, of right ones
-        the share that is wrong now; suspected_right and suspected_wrong, the shares in which a step was suspected;
-        untouched, of all traces the share in which none was. A share of nothing is None.
+        accuracy; sampled_tokens, the mean; mended, the share of wrong traces that became right; broken, the share of
+        right traces that became wrong; suspected_right and suspected_wrong, the shares of right and wrong traces with
+        a suspected step; untouched, the share of all traces without one. A share of no traces is None.
     """
 
     def share(hits: Sequence[bool], among: Sequence[bool]) -> float | None:
@@ -84,9 +84,9 @@ def summary(before: Sequence[bool], after: Sequence[bool], suspected: Sequence[b
 
 
 def tune(bench: Bench, way: tuple[str, str]) -> Row:
-    """Of the thresholds tried for one way, what they reach, and the place of the best.
+    """Threshold search for one (detector, judge): all results, and the index of the best.
 
-    The best is farthest above best-of-N by the same judge at the same tokens, the first of equals.
+    The best has the largest margin over best-of-N by the same judge at equal tokens, the first if tied.
     """
     detector, judge = way
     firsts = [drawn[0] for drawn in bench.samples]
@@ -103,16 +103,16 @@ def tune(bench: Bench, way: tuple[str, str]) -> Row:
 
 
 def measure(reward_of: Callable[[int], tuple[Site, str]], seed: int, part: str, n: int) -> dict[str, Any]:
-    """A cell's result.
+    """The result of a cell.
 
     Args:
-        reward_of: for a seed its site, and the arm whose reward model suspects and judges.
-        seed: of the cell; its validation questions choose each way's threshold.
-        part: whose questions are asked.
-        n: plain samples of each question.
+        reward_of: maps a seed to its site and the arm of its reward model.
+        seed: seed of the cell; its validation questions select the thresholds.
+        part: data part with the questions.
+        n: plain samples per question.
 
     Returns:
-        questions, their number; self_correction: the tuning, rows of each way, and those of plain samples.
+        questions: their number; self_correction: the threshold search, the corrections, and the plain samples (pool).
     """
     site, arm = reward_of(seed)
     known = load_bench(site, arm, "validation", VALIDATION, asked=ASKED)

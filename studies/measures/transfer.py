@@ -1,4 +1,4 @@
-"""One backbone's reward on another's samples, across tokenizers, and how few demonstrations adapt it."""
+"""Transfer of one backbone's reward to other backbones' policies, as trained and adapted on few demonstrations."""
 
 import math
 from collections.abc import Sequence
@@ -22,32 +22,32 @@ from tracereward.training.discriminator_batch import Expert, Rollout
 from tracereward.training.token_bridge import TokenBridge
 
 OWN = ("policies", "demonstrations", "updates", "head_learning_rate")
-"""Options of a cell that are not those of adversarial training."""
+"""Options of a cell that are not options of adversarial training."""
 
 Sample = dict[str, Any]
 
 
 def of_training(options: dict[str, Any]) -> dict[str, Any]:
-    """Options without a cell's own."""
+    """The options of adversarial training."""
     return {name: value for name, value in options.items() if name not in OWN}
 
 
 def run(
     site: Site, arm: str, others: dict[str, Site], options: dict[str, Any], samples: dict[str, list[Sample]]
 ) -> dict[str, Any]:
-    """Rank all backbones' samples by it, as it is and adapted to each.
+    """Rank all backbones' samples by one reward model, as trained and adapted to each policy.
 
     Args:
-        site: of the reward's backbone.
-        arm: whose reward model it is.
-        others: of each policy's backbone, the reward's own among them.
-        options: of adversarial training, ``demonstrations`` (numbers of them to adapt with), ``updates`` and
-            ``head_learning_rate``.
-        samples: of each SFT policy, for the test questions.
+        site: site of the reward model's backbone.
+        arm: arm of the reward model.
+        others: site of each policy's backbone, including the reward model's own.
+        options: those of adversarial training, ``demonstrations`` (numbers of demonstrations to adapt with),
+            ``updates`` and ``head_learning_rate``.
+        samples: samples of each SFT policy for the test questions.
 
     Returns:
-        For each policy, for 0 and (but for the reward's own) each number of demonstrations, what `choices` gives; for
-        0 also what `aurocs` gives.
+        By policy and number of demonstrations: `choices`, and for 0 (not adapted) also `aurocs`. The reward model's
+        own policy has only 0.
     """
     given = of_training(options)
     found: dict[str, Any] = {}
@@ -74,17 +74,17 @@ def adapt(
     count: int,
     updates: int,
 ) -> TokenRewardModel:
-    """The head trained on: the first `count` demonstrations against another policy's rollouts of their prompts.
+    """Train the head further: the first `count` demonstrations against another policy's rollouts on their prompts.
 
-    The backbone stays: with all weights few demonstrations are fitted at the cost of what was learned from many.
+    The backbone is frozen: tuning all weights overfits few demonstrations and forgets the others.
 
     Args:
         model: the reward model; its head is changed.
-        site: of the model's backbone.
-        options: of its training, with the online learning rate for the head.
-        rollouts: of the other policy for each demonstration, in order; translated through their text.
-        count: of demonstrations.
-        updates: of the discriminator.
+        site: site of the model's backbone.
+        options: its training options, with the head's learning rate as the online one.
+        rollouts: rollouts of the other policy, in the order of demonstrations; retokenized from their text.
+        count: number of demonstrations.
+        updates: number of discriminator updates.
     """
     rows = read_jsonl(site.data(site.demonstrations))[:count]
     experts = [
@@ -110,7 +110,7 @@ def adapt(
 
 
 def score(model: TokenRewardModel, other: Site, samples: Sequence[Sample]) -> list[Sample]:
-    """A policy's samples with their reward, projected to the policy's tokens, and whether it could read all of them."""
+    """A policy's samples with ``reward``, projected to the policy's tokens, and ``unknown``, see `projected`."""
     tokenizer = load_tokenizer(str(other.run("init")))
     assert isinstance(tokenizer.eos_token_id, int)
     bridge = TokenBridge(tokenizer, model, [tokenizer.eos_token_id])
@@ -121,11 +121,11 @@ def score(model: TokenRewardModel, other: Site, samples: Sequence[Sample]) -> li
 
 
 def choices(scored: Sequence[Sample]) -> dict[str, float]:
-    """What choosing one sample of each question reaches.
+    """Accuracy of choosing one sample per question.
 
     Returns:
         Accuracy of majority vote, of the shortest, of the best by logprob, reward and sum (of the two), and of the
-        oracle; and gain: sum's above the better of majority and logprob.
+        oracle; and gain: sum minus the better of majority and logprob.
     """
     task = get_task(TASK)
     _, questions = rerank_rows(scored, task, "majority")
@@ -136,8 +136,8 @@ def choices(scored: Sequence[Sample]) -> dict[str, float]:
 
 
 def aurocs(scored: Sequence[Sample]) -> dict[str, float]:
-    """Within-prompt AUROC of the reward, of the policy's log-prob and of their sum, where a question has right
-    and wrong samples; the share of samples that the reward's tokenizer cannot write."""
+    """Within-prompt AUROC of the reward, of the policy's log-prob and of their sum, omitted where undefined; and the
+    share of samples with tokens unknown to the reward model."""
     correct, questions = [bool(row["correct"]) for row in scored], [row["question"] for row in scored]
     scores = {
         "auroc": [row["reward"] for row in scored],
@@ -150,8 +150,7 @@ def aurocs(scored: Sequence[Sample]) -> dict[str, float]:
 
 
 def projected(model: TokenRewardModel, bridge: TokenBridge, samples: Sequence[Sample]) -> list[tuple[float, bool]]:
-    """Of each sample the mean over the policy's tokens of the rewards projected to them, and whether the reward model's
-    tokenizer has unknown tokens in it."""
+    """Mean reward over the policy's tokens of each sample, and whether it has tokens unknown to the reward model."""
     policy_ids = [encode_completion(bridge.tokenizer, row["completion"], row["finished"]) for row in samples]
     reward_ids = [bridge.completion(ids) for ids in policy_ids]
     found = model.token_rewards([bridge.prompt(row["prompt"]) for row in samples], reward_ids)

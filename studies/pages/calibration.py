@@ -1,4 +1,4 @@
-"""Sections and figure of the study of calibration, from the rows of its results."""
+"""Page sections and figure of the calibration study, from its results."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ FIXED: dict[str, tuple[str, int]] = {
     "digits_per_token": ("digits per token", 2),
     "accuracy": ("right samples, %", 1),
 }
-"""What no tuning changes, as columns, and decimals."""
+"""Columns that tuning does not change: heading and decimals."""
 MEASURES: dict[str, tuple[str, int]] = {
     "auroc": ("AUROC", 3),
     "auroc_within_prompt": ("within-prompt AUROC", 3),
@@ -34,7 +34,7 @@ MEASURES: dict[str, tuple[str, int]] = {
     "probe_auroc": ("probe: AUROC", 3),
     "probe_auroc_within_prompt": ("probe: within-prompt AUROC", 3),
 }
-"""What `measures.calibration.judge` gives, as columns, and decimals."""
+"""Measurements of `measures.calibration.judge`: heading and decimals."""
 TARGETS = ("ece", "ece_platt", "auroc", "auroc_within_prompt")
 PREDICTORS = {
     "share of right samples": "accuracy",
@@ -50,13 +50,13 @@ _LEGEND = (
     "ECE: expected calibration error over ten bins. Separation: mean reward of right traces minus that of wrong ones, "
     "in pooled standard deviations. Effective rank: exp of the entropy of the normalised singular values of the "
     "reward model's last hidden states at supervised tokens. Probe: logistic regression on a trace's mean last "
-    "hidden state. Between backbones: their share of the sum of squares over all cells, and p of the F test, in which "
-    "cells of one seed count as independent."
+    "hidden state. Between backbones: share of the sum of squares over all cells, and p of the F test, which treats "
+    "cells of one seed as independent."
 )
 
 
 def sections(path: Path, results: Sequence[Result]) -> list[str]:
-    """Parts of the page; writes ``NAME-reliability.png`` beside `path`."""
+    """Parts of the page; writes ``NAME-reliability.png`` next to `path`."""
     judged = frame_of(results)
     trained = judged[judged["state"] == FIRST]
     figure = path.with_name(f"{path.stem}-reliability.png")
@@ -71,14 +71,14 @@ def sections(path: Path, results: Sequence[Result]) -> list[str]:
         "### After tuning on labelled traces",
         _tuned_words(trained),
         _tuned(judged),
-        "### What goes with calibration and ranking",
+        "### What correlates with calibration and ranking",
         _correlation_words(trained),
         *chain(*correlations),
     ]
 
 
 def frame_of(results: Sequence[Result]) -> pd.DataFrame:
-    """One row for each cell and state of its reward model: `FIXED`, `MEASURES` (nan where undefined) and bins."""
+    """One row per cell and state of its reward model: `FIXED`, `MEASURES` (nan where undefined) and bins."""
     rows = [
         {"arm": result["arm"], "cell": cell, "state": state, **result["calibration"], **measured}
         for cell, result in enumerate(results)
@@ -90,7 +90,7 @@ def frame_of(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def between(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Share of the sum of squares that lies between groups, and p of the one-way F test; nan where all are alike."""
+    """Between-group share of the sum of squares, and p of the one-way F test; nan if all values are equal."""
     everything = np.concatenate([np.asarray(group, dtype=float) for group in groups])
     total = ((everything - everything.mean()) ** 2).sum()
     inside = sum(((np.asarray(group) - np.mean(group)) ** 2).sum() for group in groups)
@@ -100,7 +100,7 @@ def between(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def _backbones(trained: pd.DataFrame) -> str:
-    """One row a backbone, and what lies between them."""
+    """One row per backbone, and the variation between them."""
     cells = trained.assign(accuracy=100 * trained["accuracy"]).groupby("arm", sort=False)
     shown = pd.DataFrame(
         {head: cells[name].agg(mean, digits=digits) for name, (head, digits) in {**FIXED, **MEASURES}.items()}
@@ -114,26 +114,26 @@ def _backbones(trained: pd.DataFrame) -> str:
 
 
 def _levels(trained: pd.DataFrame) -> str:
-    """How far probabilities follow the policies' accuracy."""
+    """Predicted probabilities against the policies' accuracy."""
     said, right = trained["mean_probability"], trained["accuracy"]
     return (
         f"Over the {len(trained)} cells the mean probability is {said.min():.2f} to {said.max():.2f}, the share of "
-        f"right samples {right.min():.2f} to {right.max():.2f}; in {(said < right).sum()} cells it is above the mean "
-        "probability."
+        f"right samples {right.min():.2f} to {right.max():.2f}; in {(said < right).sum()} cells the share exceeds the "
+        "mean probability."
     )
 
 
 def _tuned_words(trained: pd.DataFrame) -> str:
     right = trained["labelled_right"]
     return (
-        f"On {trained['labelled'].iloc[0]} labelled traces, {right.min()} to {right.max()} of them right. The last "
-        f"rows: differences to the same cell as trained, over all {len(trained)} cells. Tuning the head alone leaves "
-        "the hidden states as they were."
+        f"Tuned on {trained['labelled'].iloc[0]} labelled traces, {right.min()} to {right.max()} of them right. The "
+        f"last rows are paired differences to the same cell as trained, over all {len(trained)} cells. Tuning the head "
+        "alone does not change hidden states."
     )
 
 
 def _tuned(judged: pd.DataFrame) -> str:
-    """Every backbone and state, and paired differences over all cells."""
+    """One row per backbone and state, and paired differences over all cells."""
     states = judged.groupby("state", sort=False)
     first = states.get_group(FIRST).set_index("cell")
     changes = {
@@ -149,12 +149,12 @@ def _tuned(judged: pd.DataFrame) -> str:
 
 
 def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[int] = ()) -> tuple[float, float]:
-    """Spearman's rho and its two-sided p by permutations; nan if either is constant or has an undefined value.
+    """Spearman's rho and its two-sided permutation p; nan if `x` or `y` is constant or has an undefined value.
 
     Args:
         x: n values.
         y: n values.
-        groups: sizes of groups of neighbours that values stay within when they are permuted; one of all by default.
+        groups: sizes of consecutive groups to permute within; by default one group.
     """
     if any(np.ptp(values) == 0 or np.isnan(values).any() for values in (x, y)):
         return float("nan"), float("nan")
@@ -171,7 +171,7 @@ def _standard_ranks(values: Sequence[float]) -> np.ndarray:
 
 @lru_cache
 def orders(sizes: tuple[int, ...]) -> np.ndarray:
-    """All orders of groups of neighbours, each within itself, or 10,000 with the first in its place, (k, n)."""
+    """All permutations within consecutive groups, or the identity and 9,999 random ones, (k, n)."""
     starts = np.cumsum([0, *sizes[:-1]])
     if math.prod(map(math.factorial, sizes)) <= ORDERS:
         parts = (permutations(range(start, start + size)) for start, size in zip(starts, sizes, strict=True))
@@ -186,12 +186,12 @@ def orders(sizes: tuple[int, ...]) -> np.ndarray:
 
 def centred(values: pd.Series, groups: pd.Series) -> pd.Series:
     """Values minus the mean of their group."""
-    # Rounded, so that what is constant within groups is exactly 0 and has no ranks.
+    # Rounded, so that values that are constant within groups are exactly 0 and tied.
     return (values - values.groupby(groups).transform("mean")).round(12)
 
 
 def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which p-values survive Holm's correction for their number; nan never does."""
+    """Whether each p-value is significant after Holm's correction; nan never is."""
     order = sorted((p, index) for index, p in enumerate(ps) if not np.isnan(p))
     kept = [False] * len(ps)
     for rank, (p, index) in enumerate(order):
@@ -202,19 +202,19 @@ def holm(ps: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def _correlation_words(trained: pd.DataFrame) -> str:
-    """How to read the tables."""
+    """Legend of the correlation tables."""
     backbones = trained["arm"].nunique()
     return (
-        f"n = {len(trained)} cells, of {backbones} backbones with {len(trained) // backbones} seeds each. p "
-        "by permutation; cells of one backbone are not independent, so p over all cells is too small. Within "
-        "backbones: each backbone's mean is taken off first, and values are permuted among its seeds. Mean probability "
-        "and separation are computed from the same rewards as what they are compared with: they say how, not why. "
-        "Digits per token differ between two tokenizers alone."
+        f"n = {len(trained)} cells: {backbones} backbones with {len(trained) // backbones} seeds each. p by "
+        "permutation; cells of one backbone are not independent, so p over all cells is too small. Within backbones: "
+        "each backbone's mean is subtracted, and values are permuted among its seeds. Mean probability and separation "
+        "are computed from the same rewards as the targets, so they describe but do not explain. Digits per token take "
+        "only two values, one per tokenizer."
     )
 
 
 def _correlations(judged: pd.DataFrame, state: str) -> list[str]:
-    """A table of rho, with all cells and within backbones, and what it says."""
+    """A summary sentence and the table of rho over all cells and within backbones."""
     arms = judged["arm"]
     sizes = judged.groupby("arm", sort=False).size().tolist()
     rows = []
@@ -233,8 +233,9 @@ def _correlations(judged: pd.DataFrame, state: str) -> list[str]:
     survivors = pairs.loc[pairs["kept"], "predictor"] + " with " + pairs.loc[pairs["kept"], "target"]
     tested = pairs["p"].dropna()
     words = (
-        f"{state.capitalize()}: of {len(tested)} pairs {(tested < 0.05).sum()} have p under .05, where chance alone "
-        f"gives {0.05 * len(tested):.1f}. Holm's correction leaves (bold): {'; '.join(survivors) or 'none'}."
+        f"{state.capitalize()}: of {len(tested)} pairs {(tested < 0.05).sum()} have p under .05, where "
+        f"{0.05 * len(tested):.1f} are expected by chance. Significant after Holm's correction (bold): "
+        f"{'; '.join(survivors) or 'none'}."
     )
     return [words, table(f"Spearman's rho (p), {state}", shown)]
 
@@ -244,7 +245,7 @@ def _rho(rho: float, p: float) -> str:
 
 
 def reliability_figure(path: Path, trained: pd.DataFrame) -> None:
-    """Write a PNG: accuracy against probability of each backbone as trained, its seeds pooled; ECE of each cell against
+    """Write a PNG of reward models as trained: reliability of each backbone, seeds pooled; ECE of each cell against
     the share of right samples and against the effective rank."""
     from matplotlib.figure import Figure
 
@@ -271,7 +272,7 @@ def reliability_figure(path: Path, trained: pd.DataFrame) -> None:
 
 
 def pooled(bins: pd.Series) -> tuple[pd.Series, pd.Series]:
-    """Mean probability and accuracy of each bin of width 0.1, the traces of several cells taken together."""
+    """Mean probability and accuracy of each bin of width 0.1, with the traces of several cells pooled."""
     rows = pd.DataFrame(chain(*bins), columns=["probability", "accuracy", "traces"])
     rows["bin"] = (rows["probability"] * 10).astype(int).clip(upper=9)
     sums = rows[["probability", "accuracy"]].mul(rows["traces"], axis=0).groupby(rows["bin"]).sum()

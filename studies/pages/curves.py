@@ -1,4 +1,4 @@
-"""Section and figure of arms that are lines over the demonstrations ("LINE @ X"), from the rows of results."""
+"""Page section and figure of arms that form curves over the demonstrations ("LINE @ X"), from results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +15,16 @@ FIELDS = ("arm", "seed", "samples", "options", "accuracy", "collapsed", "chosen"
 
 
 def is_point(result: Result) -> bool:
-    """Whether a cell's arm is a point of a line."""
+    """Whether a cell's arm is a point of a curve."""
     return AT in result["arm"]
 
 
 def sections(path: Path, results: Sequence[Result]) -> list[str]:
-    """Parts of the page `path`; writes the figure ``NAME.png`` beside it."""
+    """Parts of the page `path`; writes the figure ``NAME.png`` next to it."""
     cells = pd.DataFrame(results, columns=FIELDS)
     cells[["line", "x"]] = cells["arm"].str.split(AT, expand=True)
     cells = cells.assign(x=cells["x"].astype(int), point=cells["line"] + ", " + cells["x"] + " %")
-    # A frozen discriminator's policy has hardly moved: such an arm is a reward model alone.
+    # With a frozen discriminator only the reward model is evaluated: its policy took almost no steps.
     trained = cells[[options.get("discriminator_updates") != 0 for options in cells["options"]]]
     ranked = cells[cells["ranking"].notna()]
     aurocs = pd.DataFrame(columns=["line", "x", "value"])
@@ -40,7 +40,7 @@ def sections(path: Path, results: Sequence[Result]) -> list[str]:
 
 
 def _alike(ranked: pd.DataFrame) -> pd.DataFrame:
-    """One cell for each share and seed: all lines rank the same samples."""
+    """One cell per share and seed: all curves rank the same samples."""
     return ranked.drop_duplicates(["x", "seed"])
 
 
@@ -50,7 +50,7 @@ def _log_prob(ranked: pd.DataFrame) -> pd.DataFrame:
 
 
 def _policies(trained: pd.DataFrame) -> str:
-    """Accuracy of each trained policy, against SFT on the same demonstrations and against its line's first point."""
+    """Accuracy of each trained policy, minus SFT on the same demonstrations, and minus its curve's smallest share."""
     is_sft, is_least = trained["line"] == "SFT", trained["x"] == trained.groupby("line")["x"].transform("min")
     cells = trained.assign(
         sft=against(trained, trained[is_sft], ["seed", "x"]).mask(is_sft),
@@ -60,7 +60,7 @@ def _policies(trained: pd.DataFrame) -> str:
     shown = {
         "greedy accuracy": cells["accuracy"].agg(percent),
         "minus SFT with that share": cells["sft"].agg(paired),
-        "minus the line's least": cells["least"].agg(paired),
+        "minus the smallest share": cells["least"].agg(paired),
         "collapsed": cells["collapsed"].agg(counted).where(cells["line"].first() != "SFT"),
         "start kept": cells["kept"].agg(counted).where(cells["chosen"].count() > 0),
     }
@@ -68,7 +68,7 @@ def _policies(trained: pd.DataFrame) -> str:
 
 
 def _baselines(ranked: pd.DataFrame) -> str:
-    """What choosing among the SFT policy's samples reaches without a reward, for each share."""
+    """Accuracy of the selection methods without a reward, for each share."""
     n = ranked["samples"].iloc[0]
     names = ["mean sample", f"majority@{n}", f"log-prob best-of-{n}", "shortest", f"oracle@{n}"]
     shown = _alike(ranked).groupby("x", sort=False)[names].agg(percent)
@@ -76,7 +76,7 @@ def _baselines(ranked: pd.DataFrame) -> str:
 
 
 def _rankings(ranked: pd.DataFrame) -> str:
-    """What the rewards say of samples of the SFT policy with the same share, and what choosing by them gains."""
+    """AUROC of each reward, and gains of selecting by it, on samples of the SFT policy with the same share."""
     n = ranked["samples"].iloc[0]
     reward, both = (ranked[f"{score} best-of-{n}"] for score in ("reward", "reward + log-prob"))
     scores = {

@@ -1,4 +1,4 @@
-"""Sections and figure of the study of guided decoding, from the rows of its results."""
+"""Page sections and figure of the guided decoding study, from its results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ AGAINST = {
 }
 """Baselines of the differences."""
 _TUNED = (
-    "It is farthest above best-of-N by the same score at the same tokens, in points. Shape square: width and "
-    "expansions are alike; narrow: one partial trace; wide: two expansions of each."
+    "It has the largest margin, in points, over best-of-N by the same score at equal tokens. Shape square: equal width "
+    "and expansions; narrow: one partial trace; wide: two expansions of each partial trace."
 )
 _GUIDED = {"beam": "#c2571a", "reject": "#8a2be2", "tilt": "#1f6fb2", "top-k": "#1f6fb2"}
 
 
 def sections(path: Path, results: Sequence[Result]) -> list[str]:
-    """Parts of the page; writes ``NAME.png`` beside `path`."""
+    """Parts of the page; writes ``NAME.png`` next to `path`."""
     rows = frame_of(result["decoding"]["rows"] for result in results)
     rows = rows[rows["score"].notna() | rows["method"].isin(POOL)]
     guides = rows["method"] + " by " + rows["score"].map(SCORES)
@@ -38,22 +38,22 @@ def sections(path: Path, results: Sequence[Result]) -> list[str]:
         _budgets(rows),
         EQUAL,
         _equal_tokens(rows),
-        f"What was tried, on {tuning['questions']} validation questions of seed {tuning['seed']}; the choice, in bold, "
-        f"stands for all seeds. {_TUNED}",
+        f"Grid search on {tuning['questions']} validation questions of seed {tuning['seed']}. The setting in bold is "
+        f"used for all seeds. {_TUNED}",
         _tuning(tuning["grids"]),
     ]
 
 
 def _budgets(rows: pd.DataFrame) -> str:
-    """Accuracy of each method by its number of samples, and the tokens that the largest took."""
+    """Accuracy of each method by number of samples, and tokens per question at the largest."""
     shown = rows.groupby(["label", "budget"], observed=True)["accuracy"].agg(percent).unstack().add_prefix("N = ")
     largest = rows[rows["budget"] == rows.groupby("label", observed=True)["budget"].transform("max")]
     tokens = largest.groupby("label", observed=True)["sampled_tokens"].agg(mean, digits=0)
-    return table("accuracy, %", shown.assign(**{"tokens of a question, largest N": tokens}))
+    return table("accuracy, %", shown.assign(**{"tokens per question, largest N": tokens}))
 
 
 def _equal_tokens(rows: pd.DataFrame) -> str:
-    """Guided methods, and what chooses by the reward, against baselines at the same tokens; three budgets of each."""
+    """Methods with a reward minus baselines at equal tokens, for the three largest budgets of each."""
     pool, guided = rows[rows["score"].isna()], rows["score"].notna()
     learned = guided | rows["method"].isin(["vote", "reward_logprob", "reward_logprob_vote"])
     own = rows[learned & (rows["budget"] <= rows.loc[guided, "budget"].max())]
@@ -70,7 +70,7 @@ def _equal_tokens(rows: pd.DataFrame) -> str:
 
 
 def _tuning(grids: dict[str, dict[str, dict]]) -> str:
-    """Settings that were tried, and the chosen ones."""
+    """All settings of the grid search, the selected ones in bold."""
     lines = []
     for score, methods in grids.items():
         for method, grid in methods.items():
@@ -93,7 +93,7 @@ _MEASURED = ("budget", "accuracy", "sampled_tokens", "margin")
 
 
 def decoding_figure(path: Path, rows: pd.DataFrame) -> None:
-    """Write a PNG: accuracy against mean sampled tokens, a line for each method, a panel for each score that guides."""
+    """Write a PNG: accuracy against mean sampled tokens, one panel per guiding score, one line per method."""
     from matplotlib.figure import Figure
 
     scores = list(dict.fromkeys(rows["score"].dropna()))

@@ -1,4 +1,4 @@
-"""Section and figure of results against the number of hops, from the rows of a study's results."""
+"""Page section and figure of results by number of hops."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +21,15 @@ FOUND = {
     "reward": "reward",
     "reward_logprob": "reward + log-prob",
 }
-"""Keys of `depth.localisation`, and what they are called."""
+"""Keys of `measures.depth.localisation`, and their labels."""
 _HOW_TO_READ = (
-    "By the number of hops that a question takes. First wrong line: of the wrong samples, the share whose lowest line, "
-    "by the mean of its tokens' values, is the first that an expert would not write; chance is a line drawn at random."
+    "Results by number of hops. First wrong line: the share of wrong samples whose lowest-scored line (mean of its "
+    "token values) is the first one that an expert would not write; chance is a random line."
 )
 
 
 def sections(path: Path, results: Sequence[Result]) -> list[str]:
-    """Parts of the page `path`; writes ``NAME-depth.png`` beside it."""
+    """Parts of the page `path`; writes ``NAME-depth.png`` next to it."""
     figure = path.with_name(f"{path.stem}-depth.png")
     rows = pd.DataFrame(
         [
@@ -45,11 +45,11 @@ def sections(path: Path, results: Sequence[Result]) -> list[str]:
     rows["gain"] = rows[f"reward + log-prob best-of-{n}"] - rows["plain"]
     _draw(figure, rows)
     picture = f"![Gain and localisation against depth]({figure.name})"
-    return ["### Against depth", _HOW_TO_READ, picture, _choice(rows, n), _localisation(rows)]
+    return ["### By depth", _HOW_TO_READ, picture, _choice(rows, n), _localisation(rows)]
 
 
 def _choice(rows: pd.DataFrame, n: int) -> str:
-    """What each way of choosing one of `n` samples reaches, and within-prompt AUROCs."""
+    """Accuracy of each way of choosing one of `n` samples, and within-prompt AUROCs."""
     cells = rows.groupby("point", sort=False)
     shown = {
         "questions": cells["questions"].first(),
@@ -62,10 +62,10 @@ def _choice(rows: pd.DataFrame, n: int) -> str:
 
 
 def _localisation(rows: pd.DataFrame) -> str:
-    """Share of wrong samples whose first wrong line is found, in %."""
+    """Share of wrong samples whose first wrong line is found, in %, by score."""
     cells = rows.assign(more=rows["reward"] - rows["logprob"]).groupby("point", sort=False)
     shown = {
-        "wrong samples a seed": cells["wrong"].mean().map("{:.0f}".format),
+        "wrong samples per seed": cells["wrong"].mean().map("{:.0f}".format),
         **{name: cells[score].agg(percent) for score, name in FOUND.items()},
         "reward minus log-prob": cells["more"].agg(points),
     }
@@ -73,7 +73,7 @@ def _localisation(rows: pd.DataFrame) -> str:
 
 
 def _draw(figure: Path, rows: pd.DataFrame) -> None:
-    """Gain of each arm, and localisation by each score; of log-prob and chance it is the same in all arms."""
+    """Figure of gains and localisation; log-prob and chance are the same for all arms and drawn once."""
     rewards, *controls = (
         rows.assign(line=line, value=100 * rows[score])
         for score, line in (("reward", "reward, " + rows["arm"]), ("logprob", "log-prob"), ("chance", "chance"))

@@ -1,4 +1,4 @@
-"""Methods at equal sampled tokens: what choosing among whole samples reaches, margins above it, and how it is drawn."""
+"""Comparison at equal sampled tokens: selection among full samples, margins over it, and its lines in figures."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,14 +19,14 @@ POOL = {
     "reward_logprob_vote": "vote weighted by reward + log-prob",
     "oracle": "oracle",
 }
-"""What chooses among whole samples."""
+"""Methods that select among full samples, with their labels."""
 SCORES = {"reward": "reward", "reward_logprob": "reward + log-prob", "logprob": "log-prob"}
 PLAIN = ("majority", "logprob")
-"""What needs no reward, the better of which is a baseline."""
+"""Methods without a reward; the better of them is a baseline."""
 EQUAL = (
-    "Differences are at equal sampled tokens: a baseline's accuracy is interpolated, linearly in log tokens, between "
-    "its numbers of samples, for each seed by itself. Accuracies of N whole samples are means over random subsets of "
-    "all that were drawn."
+    "Differences are at equal sampled tokens: for each seed, a baseline's accuracy is interpolated linearly in log "
+    "tokens between its numbers of samples. Accuracies with N full samples are means over random subsets of all "
+    "samples."
 )
 TICKS = (25, 50, 100, 200, 400, 800)
 _STROKES = {
@@ -39,16 +39,16 @@ _STROKES = {
 
 
 def frame_of(rows: Iterable[Sequence[dict[str, Any]]]) -> pd.DataFrame:
-    """The rows of all seeds, with the number of the seed in ``cell``."""
+    """The rows of all seeds, with the index of the seed in ``cell``."""
     return pd.DataFrame([{"cell": cell, **row} for cell, own in enumerate(rows) for row in own])
 
 
 def margins(rows: pd.DataFrame, pool: pd.DataFrame, methods: Sequence[str]) -> list[float]:
-    """What each row is above the best of some baselines of its seed at its tokens.
+    """Margin of each row over the best baseline of its seed at equal tokens.
 
     Args:
         rows: cell, sampled_tokens and accuracy.
-        pool: the same and method of what chooses among whole samples.
+        pool: method and the same columns of selection among full samples.
         methods: the baselines.
     """
     curves = {key: list(zip(own["sampled_tokens"], own["accuracy"])) for key, own in pool.groupby(["cell", "method"])}
@@ -65,14 +65,14 @@ def means(rows: pd.DataFrame, by: str | list[str] = "budget") -> tuple[pd.Series
 
 
 def draw_pool(axis: Any, pool: pd.DataFrame) -> None:
-    """The lines of what chooses among whole samples, but the oracle's."""
+    """Draw the lines of the selection methods in `_STROKES`."""
     for method, (colour, stroke) in _STROKES.items():
         line = means(pool[pool["method"] == method])
         axis.plot(*line, stroke, color=colour, linewidth=1.3, label=POOL[method])
 
 
 def set_axes(axis: Any, title: str, ticks: Sequence[int]) -> None:
-    """Log tokens below, accuracy at the left."""
+    """Style axes with log tokens on x."""
     axis.set_xscale("log")
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.minorticks_off()

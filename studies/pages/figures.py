@@ -1,5 +1,5 @@
-"""A study's figures: accuracies, one panel a world, one row an arm, a dot for each seed and a bar at their mean; and
-lines against depth or a share of demonstrations."""
+"""Figures: accuracies of arms (one panel per world, one dot per seed, a bar at the mean), and curves over depth or
+share of demonstrations."""
 
 import math
 from collections.abc import Collection
@@ -11,7 +11,7 @@ import pandas as pd
 from tracereward.metrics import mean_interval
 
 COLOURS = ("#0b6e4f", "#e07b39", "#3b6fb6", "#8e4a9e", "#b5322e")
-"""Of learned rewards."""
+"""Colours of learned rewards."""
 GREY = "#7a7a7a"
 
 
@@ -19,8 +19,8 @@ def accuracy_dots(path: Path, cells: pd.DataFrame) -> None:
     """Write a PNG of greedy accuracies; arms with a learned reward are green.
 
     Args:
-        path: of the picture.
-        cells: world, arm, kind and accuracy; those of a world stand together.
+        path: output file.
+        cells: world, arm, kind and accuracy, grouped by world.
     """
     from matplotlib.figure import Figure
 
@@ -51,11 +51,11 @@ def depth_lines(path: Path, gains: pd.DataFrame, found: pd.DataFrame) -> None:
     """Write a PNG of two panels against the number of hops.
 
     Args:
-        path: of the picture.
-        gains: line, x and value of each seed: what choosing by reward and log-prob reaches above what needs no
-            reward, in points.
-        found: the same of how often a score's lowest line is the first wrong one, in %; lines that begin with
-            "reward" are coloured, the others grey.
+        path: output file.
+        gains: line, x and value of each seed: gain of selecting by reward + log-prob over the better baseline
+            without a reward, in points.
+        found: line, x and value of each seed: how often a score's lowest line is the first wrong one, in %. Lines
+            whose name begins with "reward" are coloured, the others grey.
     """
     from matplotlib.figure import Figure
 
@@ -76,10 +76,11 @@ def curve_lines(path: Path, label: str, accuracies: pd.DataFrame, aurocs: pd.Dat
     """Write a PNG of two panels against a share of demonstrations.
 
     Args:
-        path: of the picture.
-        label: of the horizontal axes.
-        accuracies: line, x and value of each seed: of each arm's policy, in %.
-        aurocs: the same within-prompt, of each arm's reward + log-prob and of log-prob, in %.
+        path: output file.
+        label: label of the x axes.
+        accuracies: line, x and value of each seed: accuracy of each arm's policy, in %.
+        aurocs: line, x and value of each seed: within-prompt AUROC of each arm's reward + log-prob and of log-prob,
+            in %.
     """
     from matplotlib.figure import Figure
 
@@ -88,13 +89,13 @@ def curve_lines(path: Path, label: str, accuracies: pd.DataFrame, aurocs: pd.Dat
     _draw(left, accuracies, {line for line in accuracies["line"] if line.startswith("IRL")}, label)
     left.set_title("held-out greedy accuracy, %", loc="left", fontsize=9)
     _draw(right, aurocs, set(aurocs["line"]) - {"log-prob"}, label)
-    right.set_ylim(max(0, right.get_ylim()[0]), 100)  # an interval may reach beyond what an AUROC can be
+    right.set_ylim(max(0, right.get_ylim()[0]), 100)  # an interval may exceed the range of an AUROC
     right.set_title("within-prompt AUROC of reward + log-prob, %", loc="left", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 def _draw(axis: Any, lines: pd.DataFrame, learned: Collection[str], label: str) -> None:
-    """Lines with 95 % bars, side by side where they would cover each other; what is not learned is grey."""
+    """Draw lines with 95 % bars, slightly offset to avoid overlap; lines not in `learned` are grey."""
     colours, strokes = iter(COLOURS), iter(("-", "--", ":", "-."))
     ticks = sorted(lines["x"].unique())
     apart = 0.012 * (ticks[-1] - ticks[0])

@@ -1,4 +1,4 @@
-"""Tables of pages: means over seeds as text, and frames of texts as Markdown."""
+"""Markdown tables, and means over seeds as text."""
 
 import math
 
@@ -9,7 +9,7 @@ from tracereward.metrics import mean_interval
 
 
 def cell(interval: tuple[float, float, float], digits: int = 1) -> str:
-    """``mean ± half the interval``; the mean alone where one seed has no interval."""
+    """``mean ± half the interval``; only the mean if there is one seed."""
     mean, low, high = interval
     if math.isnan(mean):
         return "undefined"
@@ -25,12 +25,12 @@ def signed(interval: tuple[float, float, float], digits: int = 1) -> str:
 
 
 def mean(values: pd.Series, digits: int = 1) -> str:
-    """Mean over seeds, with its interval."""
+    """Mean over seeds with its interval."""
     return cell(mean_interval(values), digits)
 
 
 def difference(values: pd.Series, digits: int = 1) -> str:
-    """Mean over seeds of a difference."""
+    """Mean over seeds of a difference, with its interval."""
     return signed(mean_interval(values), digits)
 
 
@@ -45,21 +45,21 @@ def points(values: pd.Series) -> str:
 
 
 def paired(values: pd.Series) -> str:
-    """`points` of the seeds that have a partner; nothing without any."""
+    """`points` over seeds with a partner; empty if none has one."""
     return points(values.dropna()) if values.notna().any() else ""
 
 
 def counted(flags: pd.Series) -> str:
-    """How many of how many."""
+    """``true/all``."""
     return f"{np.count_nonzero(flags)}/{len(flags)}"
 
 
 def table(corner: str, frame: pd.DataFrame) -> str:
-    """A Markdown table of texts; the index is the first column, all others are to the right, what is missing is blank.
+    """A Markdown table with the index as first column, other columns right-aligned and missing values blank.
 
     Args:
         corner: heading of the index.
-        frame: texts; its columns' names are headings.
+        frame: cell texts; column names are headings.
     """
     rows = frame.astype(object).where(frame.notna(), "")
     lines = ["| " + " | ".join([corner, *map(str, frame.columns)]) + " |", "|---" + "|---:" * len(frame.columns) + "|"]

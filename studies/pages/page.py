@@ -1,4 +1,4 @@
-"""A study's page: Markdown and a figure, from the rows of its results alone."""
+"""A study's page, Markdown and figures, from its results alone."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,17 +20,17 @@ BASELINES = (
     "log-prob-weighted vote@{n}",
     "oracle@{n}",
 )
-"""Labels of `rerank.METHODS` that need no reward."""
+"""Labels of selection methods without a reward."""
 LEARNED = {
     "reward": ("reward best-of-{n}", "reward-weighted vote@{n}", "reward"),
     "reward + log-prob": ("reward + log-prob best-of-{n}", "vote@{n} weighted by reward + log-prob", "reward_logprob"),
 }
-"""Labels of best-of and weighted vote by each score, and its name in AUROCs."""
+"""Labels of best-of and weighted vote by each score, and the prefix of its AUROCs."""
 FIELDS = (
     *("world", "seed", "arm", "kind", "samples", "questions", "accuracy", "accuracy_unseen", "distinct"),
     *("collapsed", "chosen", "stopped", "train_seconds", "ranking"),
 )
-"""What the tables of policies and rankings read of a cell; not every kind has all."""
+"""Fields of a cell that the tables of policies and rankings read; not every kind has all."""
 SECTIONS: dict[str, Callable[[Path, Sequence[Result]], list[str]]] = {
     "calibration": calibration.sections,
     "decoding": decoding.sections,
@@ -38,18 +38,18 @@ SECTIONS: dict[str, Callable[[Path, Sequence[Result]], list[str]]] = {
     "self_correction": self_correction.sections,
     "transfer": transfer.sections,
 }
-"""What else a world's cells may hold, and the parts of the page that show it."""
+"""Further measurements of a cell, and their page sections."""
 
 
 def write_page(path: Path, study: Study, command: str, results: Sequence[Result], tried: int) -> None:
-    """Write `path` and the figures beside it.
+    """Write `path` and its figures.
 
     Args:
-        path: ``NAME.md``; figures are ``NAME.png`` and, of some sections, ``NAME-SECTION.png``.
-        study: whose title and question stand on top.
-        command: what made the page.
-        results: of all cells.
-        tried: `configurations_tried`.
+        path: ``NAME.md``; figures are ``NAME.png`` and, for some sections, ``NAME-SECTION.png``.
+        study: gives title and question.
+        command: the command that made the page.
+        results: results of all cells.
+        tried: see `configurations_tried`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     parts = [f"# {study.title}", study.question, _provenance(results, command, tried)]
@@ -78,45 +78,43 @@ def write_page(path: Path, study: Study, command: str, results: Sequence[Result]
 
 
 def configurations_tried(folder: Path) -> int:
-    """How many arms with a learned reward, in how many worlds, were looked at on validation questions.
+    """Number of (world, arm) pairs with a learned reward that were evaluated on validation questions.
 
     Args:
-        folder: of all studies' results.
+        folder: results of all studies.
     """
     results = [result for path in folder.glob("*.jsonl") for result in read_results(path)]
     return len({(r["world"], r["arm"]) for r in results if r["kind"] == "irl" and r["split"] == "validation"})
 
 
 def _provenance(results: Sequence[Result], command: str, tried: int) -> str:
-    """What was run, where, and for how long."""
+    """What was run, on which machine, for how long, and how to read the tables."""
     first = next((result for result in results if "accuracy" in result), results[0])
     seeds = sorted({result["seed"] for result in results})
     splits = sorted({result["split"] for result in results})
     failed = [result["collapsed"] for result in results if result["kind"] == "irl"]
     hours = sum(result["seconds"] for result in results) / 3600
-    fast = " **Fewer steps (`--quick`): these figures mean little.**" if first["fast"] else ""
-    alike = "the same for all seeds" if splits == ["test"] else "others for each seed"
+    fast = " **A trial with a tenth of the steps (`--quick`), not a result.**" if first["fast"] else ""
+    alike = "the same for all seeds" if splits == ["test"] else "different for each seed"
     made = (
         f"`{command}`: {len(results)} cells, seeds {', '.join(map(str, seeds))}, {first['questions']} "
-        f"{' and '.join(splits)} questions, {alike}, {hours:.1f} hours of one core without pretraining and SFT "
+        f"{' and '.join(splits)} questions, {alike}, {hours:.1f} core hours without pretraining and SFT "
         f"({first['machine']}; torch {first['torch']}, TRL {first['trl']}).{fast}"
     )
     if not failed:
-        return f"{made} Intervals are 95 % t intervals over seeds: over data, models and training, not over questions."
+        return f"{made} Intervals are 95 % t intervals over seeds (data, models and training), not over questions."
     return (
-        f"{made} In all studies {tried} "
-        "configurations of adversarial training, arms times worlds, were looked at on validation questions. Of the "
-        f"{len(failed)} adversarial runs on this page {sum(failed)} collapsed (accuracy "
-        "more than 5 points under SFT's, or fewer than half its distinct traces). Stopped: a failure rule ended the "
-        "run and put its best checkpoint back, or, without a better one, the SFT policy itself. Start kept: validation "
-        "questions, where they choose, preferred the start to all checkpoints. Accuracies are in %, "
-        "with 95 % t intervals over seeds, which are of data, models and training, not of questions; differences are "
-        "paired by seed."
+        f"{made} All studies together evaluated {tried} configurations of adversarial training (arm and world) on "
+        f"validation questions. Of the {len(failed)} adversarial runs on this page {sum(failed)} collapsed (accuracy "
+        "more than 5 points below SFT, or fewer than half of its distinct traces). Stopped: a failure rule ended the "
+        "run and restored its best checkpoint, or the SFT policy if none was better. Start kept: validation questions "
+        "preferred the starting policy to all checkpoints. Accuracies are in %, with 95 % t intervals over seeds "
+        "(data, models and training), not over questions; differences are paired by seed."
     )
 
 
 def _policies(cells: pd.DataFrame) -> str:
-    """Greedy accuracy of each arm, and its differences to SFT and to the log-prob control."""
+    """Greedy accuracy of each arm, minus SFT, and minus the log-prob control."""
     baselines = {f"minus {arm}": arm for arm in ("SFT", "GRPO on log-prob")}
     gaps = {head: against(cells, cells[cells["arm"] == arm], ["seed"]) for head, arm in baselines.items()}
     flags = {"stopped": cells["stopped"].notna(), "start kept": cells["chosen"] == "start"}
@@ -125,7 +123,7 @@ def _policies(cells: pd.DataFrame) -> str:
     shown = pd.DataFrame(
         {
             "greedy accuracy": arms["accuracy"].agg(percent),
-            "of unseen kinds": arms["accuracy_unseen"].agg(percent),
+            "on unseen kinds": arms["accuracy_unseen"].agg(percent),
             **{head: arms[head].agg(paired).where(kind.index != arm) for head, arm in baselines.items()},
             "collapsed": arms["collapsed"].agg(counted).where(kind != "policy"),
             "stopped": arms["stopped"].agg(counted),
@@ -137,15 +135,15 @@ def _policies(cells: pd.DataFrame) -> str:
     of_learned = ["minus GRPO on log-prob", "stopped"]
     shown[of_learned] = shown[of_learned].where(kind == "irl")
     if cells["accuracy_unseen"].isna().any():
-        shown = shown.drop(columns="of unseen kinds")
+        shown = shown.drop(columns="on unseen kinds")
     return table("arm", shown)
 
 
 def _ranking(cells: pd.DataFrame) -> str:
-    """What choosing among samples of the SFT policy reaches, by each arm's reward and by the baselines."""
+    """Accuracy of choosing among samples of the SFT policy by each arm's reward and by the baselines."""
     n = cells["samples"].iloc[0]
     arms = dict(iter(ranking_frame(cells).groupby("arm", sort=False)))
-    first = next(iter(arms.values()))  # the baselines choose among the same samples in all
+    first = next(iter(arms.values()))  # all arms have the same samples and so the same baselines
     rows = {"log-prob": [_within_prompt(first, "logprob").partition(" (")[0], "", "", ""]}
     for label in BASELINES:
         rows[label.format(n=n)] = ["", percent(first[label.format(n=n)]), "", ""]
@@ -167,9 +165,9 @@ def _ranking(cells: pd.DataFrame) -> str:
 
 
 def _within_prompt(cells: pd.DataFrame, score: str) -> str:
-    """Within-prompt AUROC of one score, and what it is above the log-prob's of the same samples.
+    """Within-prompt AUROC of one score, and its difference to that of the log-prob on the same samples.
 
-    Undefined where no question has both right and wrong samples.
+    Undefined if no question has both right and wrong samples.
     """
     own, logprob = (cells[f"{name}_auroc_within_prompt"].astype(float) for name in (score, "logprob"))
     return mean(own, 3) if own.isna().any() else f"{mean(own, 3)} ({difference(own - logprob, 3)})"

@@ -1,4 +1,4 @@
-"""Frames of what choosing among samples of the SFT policy reaches, and of differences to a baseline."""
+"""Data frames of selection among the SFT policy's samples, and differences to a baseline."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import pandas as pd
 
 
 def ranking_frame(cells: pd.DataFrame) -> pd.DataFrame:
-    """What each cell's ``ranking`` has, in columns beside the cell's own.
+    """Expand each cell's ``ranking`` into columns.
 
     Args:
         cells: with columns ``samples`` and ``ranking``.
 
     Returns:
-        The cells with a column for each way of choosing, its accuracy; those of their AUROCs; and ``plain``, the
-        better of majority and log-prob, which need no reward.
+        The cells with the accuracy of each selection method, the AUROCs, and ``plain``, the better accuracy of
+        majority and log-prob.
     """
     n = cells["samples"].iloc[0]
     rows = pd.DataFrame([_row(ranking) for ranking in cells["ranking"]], index=cells.index)
@@ -27,12 +27,12 @@ def _row(ranking: dict[str, Any]) -> dict[str, Any]:
 
 
 def against(cells: pd.DataFrame, baseline: pd.DataFrame, alike: list[str]) -> pd.Series:
-    """Accuracy of each cell minus that of the baseline's that is alike in some columns; nan without such a one."""
+    """Accuracy of each cell minus that of the baseline cell with equal columns `alike`; nan without one."""
     partner = baseline.set_index(alike)["accuracy"].rename("partner")
     return cells["accuracy"] - cells.join(partner, on=alike)["partner"]
 
 
 def with_control(lines: pd.DataFrame, control: pd.DataFrame) -> pd.DataFrame:
-    """Lines of a figure: the first, then what all are compared with, then the others."""
+    """Lines of a figure in legend order: the first, the control, then the others."""
     is_first = lines["line"] == lines["line"].iloc[0]
     return pd.concat([lines[is_first], control, lines[~is_first]])

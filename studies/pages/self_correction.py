@@ -1,4 +1,4 @@
-"""Sections and figure of the study of self-correction, from the rows of its results."""
+"""Page sections and figure of the self-correction study, from its results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,21 +10,21 @@ from studies.pages.markdown import mean, percent, points, table
 from studies.results_file import Result
 
 SHARES = {
-    "mended": "mended, %",
+    "mended": "fixed, %",
     "broken": "broken, %",
-    "suspected_wrong": "wrong: suspected, %",
-    "suspected_right": "right: suspected, %",
+    "suspected_wrong": "suspected among wrong, %",
+    "suspected_right": "suspected among right, %",
     "untouched": "untouched, %",
 }
-"""Keys of `self_correction.summary`, as columns."""
+"""Keys of `measures.self_correction.summary`, with their headings."""
 _HOW_TO_READ = (
-    "The sample that is corrected counts too. Mended: of wrong traces those that are right afterwards. Broken: of "
-    "right traces those that are wrong afterwards. Suspected: with a step under the threshold."
+    "Tokens include the corrected sample. Fixed: share of wrong traces that become right. Broken: share of right "
+    "traces that become wrong. Suspected: with a step under the threshold. Untouched: share of all traces without one."
 )
 _THRESHOLDS = (
-    "The threshold of each way and seed is the one farthest above best-of-N by the same judge at the same tokens, on "
-    "the seed's validation questions, with two rounds of two. Those that were tried let suspect a given share of the "
-    "validation traces; with 100 % each trace is drawn anew from its beginning."
+    "For each pair of detector and judge and each seed, the threshold with the largest margin over best-of-N by the "
+    "same judge at equal tokens is selected on the seed's validation questions, with two rounds of two continuations. "
+    "Each candidate threshold suspects a given share of the validation traces; 100 % resamples every trace in full."
 )
 _LOOKS = {
     ("reward", "reward"): ("#0b6e4f", "s"),
@@ -35,7 +35,7 @@ _LOOKS = {
 
 
 def sections(path: Path, results: Sequence[Result]) -> list[str]:
-    """Parts of the page; writes ``NAME.png`` beside `path`."""
+    """Parts of the page; writes ``NAME.png`` next to `path`."""
     found = [result["self_correction"] for result in results]
     pool, rows = (frame_of(own[name] for own in found) for name in ("pool", "rows"))
     tried = [
@@ -56,21 +56,21 @@ def sections(path: Path, results: Sequence[Result]) -> list[str]:
 
 
 def _way(rows: pd.DataFrame) -> pd.Series:
-    """What suspects and what judges, in words."""
-    return rows["detector"].map(SCORES) + " suspects, " + rows["judge"].map(SCORES) + " judges"
+    """Labels of detector and judge."""
+    return "detector " + rows["detector"].map(SCORES) + ", judge " + rows["judge"].map(SCORES)
 
 
 def _whole_samples(pool: pd.DataFrame) -> str:
-    """What choosing among whole samples reaches."""
+    """Accuracy of choosing among full samples."""
     reached = pool.groupby(["method", "budget"])["accuracy"].agg(percent).unstack().rename(POOL)
     shown = reached.reindex([label for label in POOL.values() if label in reached.index])
     one = pool[pool["method"] == pool["method"].iloc[0]]
-    shown.loc["tokens of a question"] = one.groupby("budget")["sampled_tokens"].agg(mean, digits=0)
-    return table("choosing among whole samples, %", shown.add_prefix("N = "))
+    shown.loc["tokens per question"] = one.groupby("budget")["sampled_tokens"].agg(mean, digits=0)
+    return table("choosing among full samples, %", shown.add_prefix("N = "))
 
 
 def _corrections(pool: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """What each way, number of rounds and of continuations reaches."""
+    """Results for each detector and judge, number of rounds r and of continuations k."""
     rows = rows.assign(
         point=_way(rows) + ": r " + rows["rounds"].astype(str) + ", k " + rows["k"].astype(str),
         plain=margins(rows, pool, PLAIN),
@@ -89,16 +89,16 @@ def _corrections(pool: pd.DataFrame, rows: pd.DataFrame) -> str:
 
 
 def _thresholds(tried: pd.DataFrame) -> str:
-    """Of each way the margins of the thresholds tried, and how often each share was chosen."""
+    """Margins of the candidate thresholds, and how many seeds selected each."""
     cells = tried.assign(way=_way(tried)).groupby(["way", "share"], sort=False)
     shown = cells["margin"].agg(points) + cells["chosen"].sum().map(" ({})".format)
     wide = shown.unstack()[tried["share"].unique()].reindex(_way(tried).unique())
     heads = [f"{100 * share:.0f} % suspected" for share in wide.columns]
-    return table("validation: above best-of-N by the judge (seeds that chose it)", wide.set_axis(heads, axis=1))
+    return table("validation: minus best-of-N by the judge (seeds that selected it)", wide.set_axis(heads, axis=1))
 
 
 def correction_figure(path: Path, pool: pd.DataFrame, rows: pd.DataFrame) -> None:
-    """Write a PNG: accuracy against mean sampled tokens, a mark for each way, number of rounds and of continuations."""
+    """Write a PNG: accuracy against mean sampled tokens, a mark for each detector and judge, r and k."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.6, 3.8), layout="constrained")

@@ -1,4 +1,4 @@
-"""Sections and figure of the study of transfer, from the rows of its results."""
+"""Page sections and figure of the transfer study, from its results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,22 +11,22 @@ from studies.results_file import Result
 from studies.setup.backbones import LABELS, OWN_TOKENIZER
 
 RESTORED = 0.9
-"""Share of the own reward's gain that an adapted one must reach."""
+"""Share of the own reward's gain that counts as restored."""
 MEASURES = ("auroc", "auroc_logprob", "majority", "logprob", "shortest", "oracle", "gain", "unknown")
-"""What is shown of what `measures.transfer.run` gives."""
+"""Measurements of `measures.transfer.run` that the page shows."""
 _LEGEND = (
-    "Rows: the backbone that the reward was learned with. Columns: the backbone whose SFT policy wrote the samples. "
-    "Gain: choosing one of 8 by reward + log-prob, minus the better of majority vote and log-prob, in points. Each "
-    "policy has its own log-prob."
+    "Rows: backbone of the reward model. Columns: backbone of the SFT policy that wrote the samples. Gain: choosing "
+    "one of 8 samples by reward + log-prob, minus the better of majority vote and log-prob, in points. The log-prob is "
+    "that of the policy."
 )
 
 
 def sections(path: Path, results: Sequence[Result]) -> list[str]:
-    """Parts of the page; writes ``NAME-matrix.png`` beside `path`."""
+    """Parts of the page; writes ``NAME-matrix.png`` next to `path`."""
     figure = path.with_name(f"{path.stem}-matrix.png")
     rows = frame_of(results)
     as_is = rows[rows["demonstrations"] == 0]
-    # Rewards on other backbones' policies, with the gain of the policy's own reward.
+    # Rewards on other backbones' policies, joined with AUROC and gain of the policy's own reward.
     own = as_is[as_is["reward"] == as_is["policy"]].set_index(["policy", "seed"])[["auroc", "gain"]].add_suffix("_own")
     others = rows[rows["reward"] != rows["policy"]].join(own, on=["policy", "seed"], how="inner")
     heat_maps(figure, as_is)
@@ -40,15 +40,15 @@ def sections(path: Path, results: Sequence[Result]) -> list[str]:
         _words(as_is),
         _degradation(others[others["demonstrations"] == 0]),
         "### Adapted with few demonstrations",
-        f"Gain by the number of demonstrations. Restored: the smallest number whose mean gain is at least "
-        f"{RESTORED:.0%} of that of the policy's own reward, which saw all of them. With three seeds the "
-        "intervals are wide: a mean over that line is no proof.",
+        f"Gain by number of demonstrations. Restored: the smallest number whose mean gain is at least {RESTORED:.0%} "
+        "of that of the policy's own reward, which was trained on all demonstrations. With three seeds the intervals "
+        "are wide: a mean above that line is weak evidence.",
         _adaptation(others),
     ]
 
 
 def frame_of(results: Sequence[Result]) -> pd.DataFrame:
-    """One row for each backbone of a reward and of a policy, number of demonstrations and seed; nan if undefined."""
+    """One row per reward, policy, number of demonstrations and seed; nan where undefined."""
     rows = [
         {
             "reward": result.get("backbone") or result["options"]["policies"][0],
@@ -67,13 +67,13 @@ def frame_of(results: Sequence[Result]) -> pd.DataFrame:
 
 
 def _matrix(as_is: pd.DataFrame, what: str, name: str, text: Callable[[pd.Series], str]) -> str:
-    """One measure of each reward on each policy."""
+    """One measurement of each reward on each policy."""
     shown = as_is.groupby(["reward", "policy"], observed=True)[name].agg(text).unstack()
     return table("on samples of", shown.rename(index=lambda reward: f"{what} {LABELS[reward]}", columns=LABELS))
 
 
 def _policies(as_is: pd.DataFrame) -> str:
-    """What each policy's own log-prob and votes reach, which no reward changes, and what its own reward adds."""
+    """Baselines of each policy, which do not depend on the reward."""
     cells = as_is[as_is["reward"] == as_is["reward"].iloc[0]].groupby("policy", observed=True)
     shown = {"within-prompt AUROC of log-prob": cells["auroc_logprob"].agg(mean, digits=3)}
     heads = {"majority": "majority", "logprob": "log-prob best-of", "shortest": "shortest", "oracle": "oracle"}
@@ -86,7 +86,7 @@ def _pair(others: pd.DataFrame) -> pd.Series:
 
 
 def _degradation(others: pd.DataFrame) -> str:
-    """Differences to the own reward, paired by seed."""
+    """Differences to the policy's own reward, paired by seed."""
     gaps = others.assign(
         pair=_pair(others),
         auroc=others["auroc"] - others["auroc_own"],
@@ -108,27 +108,27 @@ def _degradation(others: pd.DataFrame) -> str:
 
 
 def _words(as_is: pd.DataFrame) -> str:
-    """How often the own reward is the best, and what could not be read."""
+    """How often a policy's own reward is the best, and the largest share of samples with unknown tokens."""
     means = as_is.groupby(["reward", "policy"], observed=True)[["auroc", "gain"]].mean().unstack()
     rewards = as_is["reward"].unique()
     own = [policy for policy in as_is["policy"].unique() if policy in rewards]
     best = {name: sum(means[name, policy].idxmax() == policy for policy in own) for name in ("auroc", "gain")}
     return (
         f"By the means, a policy's own reward is the best of {len(rewards)} for {best['auroc']} of {len(own)} policies "
-        f"in AUROC and for {best['gain']} in gain. At most {as_is['unknown'].max():.1%} of a policy's samples hold a "
-        "number that a reward's tokenizer cannot write."
+        f"in AUROC and for {best['gain']} in gain. At most {as_is['unknown'].max():.1%} of a policy's samples have a "
+        "number that a reward's tokenizer cannot encode."
     )
 
 
 def restored(gains: Mapping[int, float], own: float) -> str:
-    """The smallest number of demonstrations whose gain is at least `RESTORED` of `own`, if there is one."""
+    """The smallest number of demonstrations whose gain is at least `RESTORED` of `own`, as text."""
     if own <= 0:
         return "nothing to restore"
     return str(min((count for count, gain in gains.items() if gain >= RESTORED * own), default="none of these"))
 
 
 def _adaptation(others: pd.DataFrame) -> str:
-    """Gain of each reward by the number of demonstrations, and the number that restores the own reward's."""
+    """Gain of each reward by number of demonstrations, and the number that restores the own reward's gain."""
     wide = others.assign(pair=_pair(others)).pivot(
         index=["pair", "seed"], columns="demonstrations", values=["gain", "gain_own"]
     )
@@ -142,7 +142,7 @@ def _adaptation(others: pd.DataFrame) -> str:
 
 
 def heat_maps(path: Path, as_is: pd.DataFrame) -> None:
-    """Write a PNG of two matrices, rewards by policies: within-prompt AUROC and gain in points, means over seeds."""
+    """Write a PNG of two reward-by-policy matrices: within-prompt AUROC and gain in points, means over seeds."""
     from matplotlib.figure import Figure
 
     means = as_is.groupby(["reward", "policy"], observed=True)[["auroc", "gain"]].mean().unstack()

@@ -1,4 +1,4 @@
-"""The arms of a study: one world's policies, each trained in a run folder of its own."""
+"""Training of a study's arms, each in its own run folder."""
 
 import json
 import math
@@ -17,27 +17,27 @@ from tracereward.training.config import RewardConfig, SupervisedConfig
 from tracereward.training.options import DataArguments
 
 MODEL_OPTIONS = ("discriminator_model", "warmup_model")
-"""Options whose value may be the name of an arm, e.g. ``base``."""
+"""Options that accept the name of an arm, e.g. ``base``."""
 LINEAR = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),
     *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
 )
-"""Linear maps of a layer, by the names that Llama, Qwen and Gemma give them."""
+"""Linear layers of a transformer block, as Llama, Qwen and Gemma name them."""
 
 
 def train_sft(
     site: Site, arm: str, start: str, given: dict[str, Any], part: str | None = None, choose: bool = False
 ) -> None:
-    """SFT of one arm's policy on the demonstrations, or on another part of the data; see `data_of` for `choose`."""
+    """SFT of one arm's policy on the demonstrations or another part of the data; `choose` as in `data_of`."""
     data = data_of(site, part or site.demonstrations, choose)
     model = ModelConfig(model_name_or_path=str(site.policy(start)))
     run_sft(data, SupervisedConfig(**site.options(arm, given)), model, site.unfinished(arm))
 
 
 def tune_sft(site: Site) -> None:
-    """SFT with each of the world's settings; ``sft`` is the one with the best greedy accuracy on validation questions.
+    """Grid search for SFT: ``sft`` is the setting with the best greedy validation accuracy, the first if tied.
 
-    Writes ``sft/tuning.json``. The first of equals wins.
+    Writes ``sft/tuning.json``.
     """
     tried = []
     for index, setting in enumerate(site.world.sft_grid):
@@ -52,19 +52,19 @@ def tune_sft(site: Site) -> None:
 
 
 def continue_sft(site: Site, arm: str, choose: bool = False) -> None:
-    """The same SFT continued from ``sft`` for as many steps as GRPO takes."""
+    """Control: continue SFT from ``sft`` for as many steps as GRPO."""
     given = {**site.sft, "max_steps": site.world.grpo["max_steps"]}
     train_sft(site, arm, "sft", {**given, **saves(given, choose)}, choose=choose)
 
 
 def data_of(site: Site, part: str, choose: bool) -> DataArguments:
-    """One part of the data; with `choose` the validation questions choose among start and checkpoints."""
+    """One part of the data. With `choose`, validation accuracy selects among starting policy and checkpoints."""
     validation = str(site.data("validation")) if choose else None
     return DataArguments(task=TASK, dataset_name=str(site.data(part)), validation_dataset_name=validation)
 
 
 def saves(given: dict[str, Any], choose: bool) -> dict[str, Any]:
-    """Four checkpoints to choose from, or the last alone."""
+    """Save options: four checkpoints to select from, or only the last."""
     if not choose:
         return {}
     return {"save_strategy": "steps", "save_steps": max(1, math.ceil(given["max_steps"] / 4))}
@@ -84,9 +84,9 @@ def prompts(site: Site, unlabeled: int | None = None, choose: bool = False) -> D
 
 
 def lora(site: Site) -> dict[str, Any]:
-    """Options of `trl.ModelConfig` for the world's LoRA; none where all weights are trained.
+    """LoRA options of `trl.ModelConfig` for the world; empty where all weights are trained.
 
-    The lower half of the layers then has no backward pass: a third of a step's time.
+    Only the upper half of the layers has adapters: without a backward pass below, a step takes a third less time.
     """
     rank = site.world.lora
     if rank is None:
@@ -97,7 +97,7 @@ def lora(site: Site) -> dict[str, Any]:
 
 
 def train_grpo(site: Site, arm: str, reward: str, choose: bool = False) -> None:
-    """GRPO from ``sft`` on a given reward: ``logprob`` or ``logratio`` (controls), or ``verifier`` (upper)."""
+    """GRPO from ``sft`` on ``logprob`` or ``logratio`` (controls) or ``verifier`` (upper bound)."""
     base = str(site.policy(site.start)) if reward == "logratio" else None
     given = {**site.world.grpo, **saves(site.world.grpo, choose)}
     config = RewardConfig(**site.options(arm, given), reward=reward, base_model=base)
@@ -112,9 +112,12 @@ def train_grpo(site: Site, arm: str, reward: str, choose: bool = False) -> None:
 def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
     """Warm-up and adversarial GRPO.
 
-    Beside the options of `AdversarialConfig`, ``unlabeled`` says how many further prompts there are, ``start`` which
-    arm the policy starts from (default: ``sft``) and ``choose`` whether validation questions choose the checkpoint; a
-    model option may name an arm.
+    Args:
+        site: where to train.
+        arm: name of the run.
+        options: those of `AdversarialConfig`, in which a model may be the name of an arm; and ``unlabeled`` (number
+            of prompts without traces), ``start`` (arm of the starting policy, default ``sft``) and ``choose`` (see
+            `data_of`).
     """
     given = {**site.world.grpo, **options}
     unlabeled, start, choose = given.pop("unlabeled", None), given.pop("start", "sft"), given.pop("choose", False)

@@ -1,9 +1,9 @@
-"""Backbones of several architectures, and one with another tokenizer, beside the worlds' own.
+"""Backbones of several architectures, and one with another tokenizer, as alternatives to the worlds' own.
 
-``neox`` has GPT-NeoX's shape (LayerNorm, biases, a plain MLP beside the attention), ``qwen3`` Qwen3's (normalised
-queries and keys, two heads to each key and value); both have as many parameters as the Llama to 2 %. ``digits`` is the
-Llama with a tokenizer that writes numbers digit by digit. ``small`` is a Llama of one layer, half as wide. Beside a
-pretrained model stands another one.
+``neox`` is a GPT-NeoX (LayerNorm, biases, attention parallel to a plain MLP), ``qwen3`` a Qwen3 (normalised queries and
+keys, grouped-query attention with two heads per group); their parameter counts are within 2 % of the Llama's.
+``digits`` is the Llama with a tokenizer that splits numbers into digits. ``small`` is a Llama of one layer, half as
+wide. The alternative to a pretrained model is another pretrained model.
 """
 
 from collections.abc import Callable
@@ -39,27 +39,27 @@ LABELS = {
 }
 """Names of the backbones in tables."""
 OWN_TOKENIZER = {"digits", "smollm2", "gemma3"}
-"""Those whose tokenizer no other has."""
+"""Backbones that share their tokenizer with no other."""
 COMPARED = ("llama", "neox", "qwen3", "digits")
-"""Those of about the same size."""
+"""Backbones of about the same size."""
 PRETRAINED = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct", "gemma3": "google/gemma-3-270m-it"}
-"""Hub ids of the pretrained ones."""
+"""Hub ids of the pretrained backbones."""
 
 
 def own(name: str) -> str | None:
-    """What `Site` calls a backbone: the world's own is None there."""
+    """The backbone as in `Site.backbone`: None for the world's own."""
     return None if name in ("llama", "smollm2") else name
 
 
 def build_neox(tokenizer: PreTrainedTokenizerBase, seed: int) -> GPTNeoXForCausalLM:
-    """Untrained GPT-NeoX of the size of the worlds' Llama, on the CPU in float32."""
+    """Untrained GPT-NeoX as large as the worlds' Llama, on the CPU in float32."""
     config = GPTNeoXConfig(
         hidden_size=64,
         intermediate_size=280,  # two matrices where the Llama has three
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=128,
-        # Usual is a quarter of a head of 64 or more; a quarter of 16 is too little to keep one's place with.
+        # Usually rotary positions take a quarter of a head of 64 or more; a quarter of 16 did not learn.
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
         tie_word_embeddings=False,
         **_ids(tokenizer),
@@ -70,10 +70,10 @@ def build_neox(tokenizer: PreTrainedTokenizerBase, seed: int) -> GPTNeoXForCausa
 
 
 def build_qwen3(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
-    """Untrained Qwen3 of the size of the worlds' Llama, on the CPU in float32."""
+    """Untrained Qwen3 as large as the worlds' Llama, on the CPU in float32."""
     config = Qwen3Config(
         hidden_size=64,
-        intermediate_size=213,  # what the fewer keys and values save
+        intermediate_size=213,  # spends what grouped-query attention saves
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -106,14 +106,14 @@ BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
 
 
 def world_of(backbone: str | None, world: World) -> World:
-    """The world with the backbone's weights, or with room for the longer traces of a tokenizer that splits numbers."""
+    """The world with the backbone's model; ``digits`` gets longer completions, since it splits numbers."""
     if backbone in PRETRAINED:
         return replace(world, model=PRETRAINED[backbone])
     return replace(world, completion=world.completion * 4 // 3) if backbone == "digits" else world
 
 
 def write_untrained(backbone: str, seed: int, llama: Path, folder: Path) -> None:
-    """Write an untrained backbone with its tokenizer, which is that of the world's Llama but for ``digits``."""
+    """Write an untrained backbone and its tokenizer, the Llama's unless the backbone is ``digits``."""
     tokenizer = build_tokenizer(digits=True) if backbone == "digits" else load_tokenizer(str(llama))
     with atomic_folder(folder) as target:
         BUILDERS[backbone](tokenizer, seed).save_pretrained(target)
@@ -121,7 +121,7 @@ def write_untrained(backbone: str, seed: int, llama: Path, folder: Path) -> None
 
 
 def make_site(site: Site) -> None:
-    """Write a site's rows and its untrained model, which may be a backbone that trains beside the world's Llama."""
+    """Write a site's rows and its untrained model."""
     if site.backbone is not None and site.world.model is None:
         write_untrained(site.backbone, site.seed, replace(site, backbone=None).run("init"), site.run("init"))
     else:

@@ -1,4 +1,4 @@
-"""The reward of the study of reranking: a discriminator frozen after its warm-up, of any backbone."""
+"""The frozen reward: a discriminator of any backbone that is not updated after its warm-up."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -9,11 +9,11 @@ from tracereward.modeling.loading import best_device
 from tracereward.rewards.model import TokenRewardModel
 
 FROZEN: dict[str, Any] = {"discriminator_updates": 0, "max_steps": 4, "discriminator_warmup_updates": 40}
-"""What it has in the place of the recipe's."""
+"""Its differences from the recipe."""
 
 
 def train_frozen(site: Site, options: dict[str, Any]) -> str:
-    """Train it unless it is there; returns the name of its arm, which studies with the same options share."""
+    """Train the frozen reward unless it exists; return the name of its arm, shared by studies with the same options."""
     arm = f"frozen-{digest(options)}"
     if not (site.run(arm) / "report.html").exists():
         arms.train_irl(site, arm, options)
@@ -24,7 +24,7 @@ Value = TypeVar("Value")
 
 
 def once(samples: Sequence[dict[str, Any]], of: Callable[[list[dict[str, Any]]], Sequence[Value]]) -> list[Value]:
-    """`of` of all samples, computed once for those that are alike: a policy repeats itself."""
+    """`of` for all samples, computed once per distinct sample: policies repeat themselves."""
     keys = [(row["prompt"], row["completion"], row["finished"]) for row in samples]
     different = dict(zip(keys, samples, strict=True))
     found = dict(zip(different, of(list(different.values())), strict=True))

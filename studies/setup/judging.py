@@ -1,4 +1,4 @@
-"""How the policies and reward models of a study are judged."""
+"""Evaluation of a study's policies and reward models."""
 
 from typing import Any
 
@@ -20,17 +20,17 @@ from tracereward.tasks.recipes import get_task
 
 
 def load_policy(site: Site, arm: str) -> PreTrainedModel:
-    """An arm's policy, on the accelerator if there is one."""
+    """An arm's policy, on the GPU if there is one."""
     return load_causal_lm(str(site.policy(arm)), torch.float32, best_device())
 
 
 def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
-    """Greedy accuracy of an arm on one part's questions.
+    """Greedy accuracy of an arm on one part's questions; stored, since every cell reads the SFT policy's.
 
     Returns:
-        accuracy with its Wilson interval low, high; no_answer, traces without one; distinct, the share of questions
-        with a trace of their own: a collapsed policy writes the same to all. Where some are of kinds that no
-        demonstration has, accuracy_unseen is of these alone. Kept, as the SFT policy's is asked for by every cell.
+        accuracy with its Wilson interval low, high; no_answer, the number of traces without one; distinct, distinct
+        traces over questions (a collapsed policy repeats one trace); questions. accuracy_unseen: accuracy on
+        questions of kinds without demonstrations, if there are any.
     """
     kept = site.run(arm) / f"greedy-{part}.json"
     if kept.exists():
@@ -60,7 +60,7 @@ def greedy(site: Site, arm: str, part: str) -> dict[str, Any]:
 
 
 def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]]:
-    """`n` samples of an arm's policy for each question of one part; drawn once and kept."""
+    """`n` samples of an arm's policy per question of one part; sampled once and stored."""
     file = site.run("samples") / f"{arm}-{part}-{n}.jsonl"
     if file.exists():
         return read_jsonl(file)
@@ -69,7 +69,7 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
     tokenizer = load_tokenizer(str(site.run("init")))
     texts = [row["prompt"] for row in questions]
     rows = []
-    # A pretrained model's keys and values of 1,600 rows fill 6 GB.
+    # The KV cache of a pretrained model takes 6 GB at 1,600 rows.
     size = 2400 if site.world.model is None else 1600 if best_device().type == "cuda" else 320
     params = SamplingParams(max_new_tokens=site.world.completion, seed=site.seed, batch_size=size)
     for chunk in sample(policy, tokenizer, texts, params, n=n):
@@ -92,7 +92,7 @@ def draw_samples(site: Site, arm: str, part: str, n: int) -> list[dict[str, Any]
 
 
 def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Samples scored by an arm's reward model, without a log-prob added, and what each way of choosing reaches."""
+    """The accuracy of each selection method, and the samples scored by an arm's reward model without added log-prob."""
     model = TokenRewardModel.from_pretrained(str(site.run(arm) / "reward_model")).to(best_device())
     scores = model.score(
         [row["prompt"] for row in samples],
@@ -108,7 +108,7 @@ def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str,
 
 
 def rank_by_log_probs(site: Site, samples: list[dict[str, Any]], sign: float) -> dict[str, Any]:
-    """What choosing by log p_SFT + sign * log p_base reaches: -1 is the log-ratio, which needs no discriminator."""
+    """`ranking` by log p_SFT + sign * log p_base; -1 is the log-ratio, which needs no discriminator."""
     tokenizer = load_tokenizer(str(site.run("init")))
     base = load_policy(site, site.start)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in samples]
@@ -121,7 +121,7 @@ def rank_by_log_probs(site: Site, samples: list[dict[str, Any]], sign: float) ->
 
 
 def ranking(scored: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy of each way of choosing, and AUROCs."""
+    """Accuracy of each selection method, and AUROCs."""
     task = get_task(TASK)
     _, questions = rerank_rows(scored, task, "vote")
     table = summary(questions, task)
@@ -130,17 +130,17 @@ def ranking(scored: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def collapsed(accuracy: float, distinct: float, start: dict[str, Any]) -> bool:
-    """Accuracy more than 5 points under the starting policy's, or under half its share of distinct traces."""
+    """Whether accuracy is over 5 points below the starting policy's, or distinct traces below half of its share."""
     return accuracy < start["accuracy"] - 0.05 or distinct < start["distinct"] / 2
 
 
 def stopped(site: Site, arm: str) -> str | None:
-    """Name of the failure that ended an adversarial run, if one did."""
+    """Name of the failure rule that stopped an adversarial run; None if none did."""
     rows = read_jsonl(site.run(arm) / "metrics.jsonl")
     return next((row["failure"] for row in rows if row.get("phase") == "failure"), None)
 
 
 def chosen(site: Site, arm: str) -> str | None:
-    """Which checkpoint the validation questions chose, or ``start``; None of a run that was not chosen from."""
+    """The checkpoint that validation selected, or ``start``; None for a run without validation."""
     rows = read_jsonl(site.run(arm) / "metrics.jsonl")
     return next((row["chosen"] for row in rows if row.get("phase") == "choice"), None)

@@ -1,4 +1,4 @@
-"""The worlds of the studies: those of the quickstart, and word problems for a pretrained model."""
+"""Worlds of the studies: those of the quickstart, and word problems for a pretrained model."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ PRETRAINED_RECIPE: dict[str, Any] = {
     "warmup_rollouts": 2,
     "discriminator_token_budget": 2560,
 }
-"""What differs for a pretrained language model with LoRA, so little that two cores of a CPU do it in minutes."""
+"""Options for a pretrained language model with LoRA, small enough for two CPU cores."""
 
 WORD_PROBLEMS = World(
     name="word-problems",

@@ -1,4 +1,4 @@
-"""A world drawn with a seed: its folder, its rows and its untrained model."""
+"""A site: the folder, rows and models of one world and seed."""
 
 import hashlib
 import json
@@ -16,23 +16,23 @@ TASK = "arithmetic"
 
 
 def digest(value: Any) -> str:
-    """Eight hexadecimal digits that change with any option."""
+    """Eight hexadecimal digits of a JSON value's SHA-256."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A world drawn with a seed, and the folder in which its policies are trained.
+    """One world and seed, and the folder in which its policies are trained.
 
     Attributes:
-        folder: holds ``data/``, ``init/`` and a run folder for each arm.
+        folder: holds ``data/``, ``init/`` and one run folder per arm.
         world: sizes and options.
-        seed: of data, models and training.
-        fast: a tenth of the steps, for trying out.
+        seed: seed of data, models and training.
+        fast: a tenth of the steps, for trials.
         quiet: no progress bars.
-        experts: how many of the world's demonstrations there are, the first ones; None: all.
-        corrupt: share of them that end in a wrong answer.
-        backbone: one of `backbones.LABELS`, which trains beside the world's own on the same data; None: the world's.
+        experts: use only this many of the world's demonstrations, the first ones; None: all.
+        corrupt: share of the demonstrations that end in a wrong answer.
+        backbone: one of `backbones.LABELS`, trained on the same data as the world's own; None: the world's own.
     """
 
     folder: Path
@@ -50,13 +50,13 @@ class Site:
 
     @property
     def demonstrations(self) -> str:
-        """The part of the data that holds them."""
+        """Name of the data part with the demonstrations."""
         few = "" if self.experts is None else f"-{self.experts}"
         wrong = "" if self.corrupt is None else f"-corrupt-{self.corrupt:g}"
         return f"experts{few}{wrong}"
 
     def run(self, arm: str) -> Path:
-        """Run folder of an arm; what knows no demonstrations is shared by all parts of them."""
+        """Run folder of an arm. ``init`` and ``base`` do not depend on the demonstrations and are shared."""
         shared = arm in ("init", "base") or self.demonstrations == "experts"
         home = self.folder if self.backbone is None else self.folder / self.backbone
         return home / arm if shared else home / self.demonstrations / arm
@@ -69,17 +69,17 @@ class Site:
 
     @property
     def sft(self) -> dict[str, Any]:
-        """The world's options of SFT; a batch is no larger than the demonstrations."""
+        """The world's SFT options; a batch has at most as many rows as there are demonstrations."""
         batch = min(self.world.sft["per_device_train_batch_size"], self.experts or self.world.experts)
         return {**self.world.sft, "per_device_train_batch_size": batch}
 
     @property
     def start(self) -> str:
-        """What SFT starts from: ``base``, the pretrained model, or ``init`` where the world has no pretraining."""
+        """Arm that SFT starts from: ``base``, or ``init`` if the world has no pretraining."""
         return "base" if self.world.pretraining else "init"
 
     def options(self, arm: str, given: dict[str, Any]) -> dict[str, Any]:
-        """All options of an arm's training."""
+        """All training options of an arm."""
         merged = {**COMMON, "max_completion_length": self.world.completion, "save_steps": given["max_steps"], **given}
         if self.fast:
             merged["max_steps"] = max(4, merged["max_steps"] // 10)
@@ -88,13 +88,13 @@ class Site:
         return {**merged, **quiet, "output_dir": str(self.run(arm)), "seed": self.seed}
 
     def unfinished(self, arm: str) -> bool:
-        """Whether a run of this arm was begun: then it goes on."""
+        """Whether a run of this arm exists and must be resumed."""
         return (self.run(arm) / "config.yaml").is_file()
 
 
 def make_world(site: Site) -> None:
-    """Write the rows and the untrained model, ``init`` last; of a pretrained model the tokenizer alone."""
-    if site.backbone is None:  # another one's rows are the same
+    """Write the rows and then ``init``: the untrained model, or only the tokenizer of a pretrained one."""
+    if site.backbone is None:  # other backbones use the same rows
         write_rows(site.world, site.seed, site.folder / "data")
     with atomic_folder(site.run("init")) as folder:
         if site.world.model is not None:
@@ -106,9 +106,9 @@ def make_world(site: Site) -> None:
 
 
 def choose_demonstrations(site: Site) -> None:
-    """Write the site's part of the demonstrations, unless it is there.
+    """Write the site's demonstrations, unless they exist.
 
-    A corrupt one is of the kind that the pretraining corpus holds, on a problem of its own, and its answer is wrong.
+    Corrupt ones are wrong traces like those in the pretraining corpus, on problems of their own.
     """
     path = site.data(site.demonstrations)
     if path.exists():
@@ -119,7 +119,7 @@ def choose_demonstrations(site: Site) -> None:
     if count:
         parts = ("experts", "validation", "test", "unlabeled")
         used = {row["prompt"] for part in parts if site.data(part).exists() for row in read_jsonl(site.data(part))}
-        drawn = generate(world.name, 10 * count, 9000 + site.seed, MISTAKE_RATES[world.name], used)
+        drawn = generate(world.name, 10 * count, 9000 + site.seed, MISTAKE_RATES[world.name], exclude=used)
         wrong = [row for row in drawn if not task.verify(row["completion"], row["answer"])]
         rows[:count] = wrong[:count]
     write_jsonl(path, rows)
