@@ -168,7 +168,7 @@ def outcomes(
     if method == "model":
         picks = [max(range(len(scores)), key=scores.__getitem__) for scores in model_scores(questions)]
     else:
-        picks = [choose(candidates, method, equal, seed, temperature) for candidates in questions]
+        picks = [choose(candidates, method, equal, seed=seed, temperature=temperature) for candidates in questions]
     return [float(bool(candidates[pick].correct)) for candidates, pick in zip(questions, picks, strict=True)]
 
 
@@ -214,9 +214,17 @@ def ranking_table(
     n = max(map(len, questions))
     rows = []
     for method in methods_for(questions, temperature):
-        values = outcomes(questions, method, equal, seed, temperature)
+        values = outcomes(questions, method, equal, seed=seed, temperature=temperature)
         low, high = bootstrap_interval(values, seed)
-        rows.append(RankingRow(method, METHODS[method].format(n=n), sum(values) / len(values), low, high))
+        rows.append(
+            RankingRow(
+                method=method,
+                label=METHODS[method].format(n=n),
+                accuracy=sum(values) / len(values),
+                low=low,
+                high=high,
+            )
+        )
     return rows
 
 
@@ -244,7 +252,7 @@ def ranking_curves(
         if size == most:  # ties depend on the order: keep it, so that the last point equals `ranking_table`'s
             subsets = [questions]
         for method, points in curves.items():
-            sampled = [outcomes(subset, method, equal, seed, temperature) for subset in subsets]
+            sampled = [outcomes(subset, method, equal, seed=seed, temperature=temperature) for subset in subsets]
             values = np.mean(sampled, axis=0).tolist()
             points.append((size, float(np.mean(values)), *bootstrap_interval(values, seed)))
     return curves
@@ -260,7 +268,8 @@ def fit_vote_temperature(questions: Sequence[Sequence[Candidate]], equal: Callab
     Fit it on held-out questions, not on the ones it is evaluated on.
     """
     return max(
-        reversed(TEMPERATURES), key=lambda temperature: sum(outcomes(questions, "softmax_vote", equal, 0, temperature))
+        reversed(TEMPERATURES),
+        key=lambda temperature: sum(outcomes(questions, "softmax_vote", equal, temperature=temperature)),
     )
 
 

@@ -80,7 +80,7 @@ def test_the_fit_is_the_formula(tiny_model_folder, tokenizer, examples):
     teacher = build(tiny_model_folder, tokenizer, "action", granularity="step")
     student = build(tiny_model_folder, tokenizer, "token", granularity="step")
     test = examples[:24]
-    fit = measure(teacher, student, 6, test, 512)
+    fit = measure(teacher, student, test, trained=6, token_budget=512)
     y, f, newline = [], [], tokenizer.convert_tokens_to_ids("\n")
     wins = []
     before, after = rewards_of(teacher, test, 512), rewards_of(student, test, 512)

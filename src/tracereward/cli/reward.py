@@ -176,10 +176,10 @@ def inspect(
         InspectOptions(data=data, model=model, task=task, reference=reference, policy=policy, limit=limit)
     )
     if output is None:
-        print_ansi(rows, sys.stdout, width, colour, threshold)
+        print_ansi(rows, sys.stdout, width=width, colour=colour, threshold=threshold)
         return
     command = " ".join(["tracereward", *sys.argv[1:]])
-    write_inspection(output, rows, title or Path(data).name, command, threshold)
+    write_inspection(output, rows, title or Path(data).name, command=command, threshold=threshold)
     say(f"{len(rows)} rows: {output}")
 
 

@@ -183,7 +183,7 @@ def score_rows(
             continue
         scores = iter(model.score_encoded(encoded, extra))
         for index, (row, traces) in enumerate(kept):
-            scored = _scored_row(model, row, traces, list(islice(scores, len(traces))), calibrated)
+            scored = _scored_row(model, row, traces, scores=list(islice(scores, len(traces))), calibrated=calibrated)
             if index >= done:
                 yield scored
         done = 0
@@ -200,7 +200,7 @@ def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
 
 
 def _scored_row(
-    model: Scorer, row: dict[str, Any], traces: Sequence[Trace], scores: Sequence[TokenScores], calibrated: bool
+    model: Scorer, row: dict[str, Any], traces: Sequence[Trace], *, scores: Sequence[TokenScores], calibrated: bool
 ) -> dict[str, Any]:
     """A row with its scores."""
     scored = [as_row(found, model, calibrated) for found in scores]

@@ -116,8 +116,14 @@ def outcome(scores: Sequence[float], first_error: int | None, predicted: int | N
     found = float(predicted == first_error)
     if first_error is None:
         return Outcome(False, found)
-    hits = hit(scores, first_error), hit(scores, first_error, 1)
-    return Outcome(True, found, *hits, chance(len(scores), first_error), chance(len(scores), first_error, 1))
+    return Outcome(
+        is_error=True,
+        found=found,
+        hit=hit(scores, first_error),
+        hit_within_1=hit(scores, first_error, 1),
+        chance=chance(len(scores), first_error),
+        chance_within_1=chance(len(scores), first_error, 1),
+    )
 
 
 def outcomes(scores: Sequence[Sequence[float]], first_errors: Sequence[int | None], threshold: float) -> list[Outcome]:
@@ -156,12 +162,17 @@ def summarise(results: Sequence[Outcome], questions: Sequence[Hashable], seed: i
     found, at_1, within_1 = columns["found"], columns["hit"], columns["hit_within_1"]
     chance_1, chance_within = columns["chance"], columns["chance_within_1"]
     right = (found * error, error, found * (1 - error), 1 - error)
-    result: dict[str, Any] = _with_interval("f1", right, _f1_of_counts, questions, seed)
+    over: dict[str, Any] = {"questions": questions, "seed": seed}
+    result: dict[str, Any] = _with_interval("f1", right, _f1_of_counts, **over)
     result |= _accuracy("acc_error", found[error == 1]) | _accuracy("acc_correct", found[error == 0])
-    result |= _with_interval("hit_at_1", (at_1, error), np.divide, questions, seed)
-    result |= _with_interval("hit_within_1", (within_1, error), np.divide, questions, seed)
-    result |= _with_interval("hit_at_1_normalised", (at_1, chance_1, error), _normalised, questions, seed)
-    result |= _with_interval("hit_within_1_normalised", (within_1, chance_within, error), _normalised, questions, seed)
+    result |= _with_interval("hit_at_1", (at_1, error), np.divide, **over)
+    result |= _with_interval("hit_within_1", (within_1, error), np.divide, **over)
+    result |= _with_interval(
+        "hit_at_1_normalised", (at_1, chance_1, error), _normalised, questions=questions, seed=seed
+    )
+    result |= _with_interval(
+        "hit_within_1_normalised", (within_1, chance_within, error), _normalised, questions=questions, seed=seed
+    )
     return result
 
 

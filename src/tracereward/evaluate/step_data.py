@@ -127,7 +127,13 @@ def _processbench(where: str, row: dict) -> Iterator[StepTrace]:
     if not -1 <= label < len(steps):
         raise ValueError(f"field 'label' is {label}: give a step from 0 to {len(steps) - 1}, or -1 for no error")
     first_error = None if label == -1 else label
-    yield StepTrace(where, _text(row, "problem"), steps, first_error, _text(row, "generator"))
+    yield StepTrace(
+        where=where,
+        question=_text(row, "problem"),
+        steps=steps,
+        first_error=first_error,
+        group=_text(row, "generator"),
+    )
 
 
 def _prmbench(where: str, row: dict) -> Iterator[StepTrace]:
@@ -141,9 +147,21 @@ def _prmbench(where: str, row: dict) -> Iterator[StepTrace]:
     if first is not None and not 1 <= first <= len(steps):
         raise ValueError(f"field 'error_steps' starts with {first}: give steps from 1 to {len(steps)}")
     original = _steps(row, "original_process")
-    yield StepTrace(f"{where} (original_process)", _text(row, "original_question"), original, None, ORIGINAL)
+    yield StepTrace(
+        where=f"{where} (original_process)",
+        question=_text(row, "original_question"),
+        steps=original,
+        first_error=None,
+        group=ORIGINAL,
+    )
     first_error = None if first is None else first - 1
-    yield StepTrace(where, _text(row, "modified_question"), steps, first_error, _text(row, "classification"))
+    yield StepTrace(
+        where=where,
+        question=_text(row, "modified_question"),
+        steps=steps,
+        first_error=first_error,
+        group=_text(row, "classification"),
+    )
 
 
 def _mrben(where: str, row: dict) -> Iterator[StepTrace]:
@@ -167,7 +185,14 @@ def _mrben(where: str, row: dict) -> Iterator[StepTrace]:
     options = row.get("Options") or ""
     if not isinstance(options, str):
         raise ValueError(f"field 'Options' is {type(options).__name__}: give one text, an option a line")
-    yield StepTrace(where, _text(row, "Question"), steps, first_error, _text(row, "Sampled_Model"), options.strip())
+    yield StepTrace(
+        where=where,
+        question=_text(row, "Question"),
+        steps=steps,
+        first_error=first_error,
+        group=_text(row, "Sampled_Model"),
+        options=options.strip(),
+    )
 
 
 def _numbered_steps(lines: list[str]) -> tuple[list[int], list[str]]:

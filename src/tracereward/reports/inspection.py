@@ -130,12 +130,12 @@ def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
     text = text_read(tokens, offsets, row["completion"])
     ends = list(step_ends(text, offsets) if row.get("step_ends") is None else row["step_ends"])
     ends[-1:] = [True] * min(len(ends), 1)  # no token is left out
-    means = TokenScores(tokens, offsets, rewards, [], ends).step_rewards()
+    means = TokenScores(tokens=tokens, offsets=offsets, rewards=rewards, supervised=[], step_ends=ends).step_rewards()
     given = row.get("step_rewards") or []
     step_rewards = given if len(given) == len(means) else means
     # The supervised positions are worth a mark where they are not all positions.
     marks = supervised if supervised is not None and not all(supervised) else [False] * len(tokens)
-    pieces = _pieces(text, tokens, offsets, rewards, ends, marks)
+    pieces = _pieces(text, tokens, offsets, rewards=rewards, ends=ends, marks=marks)
     reward = row.get("reward")
     return {
         "reward": _rounded(sum(rewards) / len(rewards) if reward is None and rewards else reward),

@@ -5,6 +5,7 @@ matplotlib draws with stand-in colours, which become CSS variables, so that one 
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import TYPE_CHECKING, Any
@@ -152,7 +153,7 @@ def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]
     return to_svg(figure, label)
 
 
-def histogram(correct: list[float], wrong: list[float]) -> dict[str, Any] | None:
+def histogram(correct: Sequence[float], wrong: Sequence[float]) -> dict[str, Any] | None:
     """Trace rewards of correct traces above the axis and of wrong ones below, in the same bins; None without values."""
     import numpy as np
 

@@ -133,7 +133,7 @@ def distill(
         same = {"temperature": teacher.settings.temperature, "calibration": teacher.settings.calibration}
         settings = dataclasses.replace(settings, **same)
         student = TokenRewardModel(teacher.backbone, teacher.tokenizer, settings)
-        return student.eval(), measure(teacher, student, len(train), test, token_budget)
+        return student.eval(), measure(teacher, student, test, trained=len(train), token_budget=token_budget)
     torch.manual_seed(seed)
     student = TokenRewardModel.from_backbone(str(folder), settings, teacher.tokenizer, dtype=teacher.backbone.dtype)
     student.to(teacher.device)
@@ -157,7 +157,7 @@ def distill(
                 schedule.step()
                 progress.update()
                 progress.set_postfix({"loss": f"{value:.3g}"})
-    return student.eval(), measure(teacher, student, len(train), test, token_budget)
+    return student.eval(), measure(teacher, student, test, trained=len(train), token_budget=token_budget)
 
 
 def squared_error(student: TokenRewardModel, examples: Sequence[Example], targets: Sequence[Tensor]) -> Tensor:
@@ -180,8 +180,9 @@ def rewards_of(model: TokenRewardModel, examples: Sequence[Example], token_budge
 def measure(
     teacher: TokenRewardModel,
     student: TokenRewardModel,
-    trained: int,
     test: Sequence[Example],
+    *,
+    trained: int,
     token_budget: int,
 ) -> Fit:
     """Compare the two on held-out traces; `trained` is the number of the others."""

@@ -38,4 +38,5 @@ class LogProbs(Scorer):
     def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:
         """Log-probs in nats, neither clipped nor backfilled; no other model's log-probs are added or subtracted."""
         assert not options.extra.signed
-        return log_probs(self.policy, prompts, completions, pad_id(self.tokenizer), options.token_budget)
+        pad = pad_id(self.tokenizer)
+        return log_probs(self.policy, prompts, completions, pad, token_budget=options.token_budget)

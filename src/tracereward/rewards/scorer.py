@@ -174,7 +174,7 @@ class Scorer(ABC):
         rewards = [scores.aggregate(how) for scores in self.score([prompt] * len(candidates), candidates)]
         known = [None] * len(candidates) if log_probs is None else log_probs
         rows = [
-            Candidate(text, task.extract(text), reward, log_prob, len(text))
+            Candidate(text=text, answer=task.extract(text), reward=reward, logprob=log_prob, length=len(text))
             for text, reward, log_prob in zip(candidates, rewards, known, strict=True)
         ]
         first = choose(rows, method, task.equal)

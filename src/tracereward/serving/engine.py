@@ -123,7 +123,9 @@ class Engine:
             ScoringFailed: a trace could not be scored.
         """
         text = sum(map(len, {*prompts})) + sum(map(len, completions))
-        work = partial(encode_traces, self.model, prompts, completions, finished, max_tokens, field)
+        work = partial(
+            encode_traces, self.model, prompts, completions, finished=finished, max_tokens=max_tokens, field=field
+        )
         return await self._scored(await self._tokenised(text, work))
 
     async def score_inputs(
@@ -135,7 +137,9 @@ class Engine:
 
     async def prompt_tokens(self, prompt: str, max_tokens: float = math.inf) -> int:
         """Tokens of a rendered prompt; `InputError` where it has none, or leaves no room for a trace."""
-        work = partial(encode_traces, self.model, [prompt], [""], [True], max_tokens, "prompt")
+        work = partial(
+            encode_traces, self.model, [prompt], [""], finished=[True], max_tokens=max_tokens, field="prompt"
+        )
         [(ids, _)] = await self._tokenised(len(prompt), work)
         return len(ids)
 

@@ -100,7 +100,7 @@ class Proxy:
         deadline = time.monotonic() + VOTE_SECONDS
         loop = asyncio.get_running_loop()
         candidates, method, first = await loop.run_in_executor(
-            self.voting, self._choose, texts, rewards, selection.method, deadline
+            self.voting, lambda: self._choose(texts, rewards, selection.method, deadline)
         )
         order = sorted(range(len(candidates)), key=lambda place: (place != first, -rewards[place]))
         told = {
@@ -134,7 +134,7 @@ class Proxy:
     async def _rewards(self, prompt: str, texts: list[str], ended: list[bool]) -> list[float]:
         service, prompts = self.service, [prompt] * len(texts)
         limit = service.settings.max_tokens
-        scores, read, written = await service.engine.score(prompts, texts, ended, limit, "sample")
+        scores, read, written = await service.engine.score(prompts, texts, ended, max_tokens=limit, field="sample")
         service.count(len(texts), read, written)
         return [service.reward(one) for one in scores]
 

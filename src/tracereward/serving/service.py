@@ -101,7 +101,13 @@ class Service:
         self.traces = Counter("traces", "Traces scored.", **named)
         self.tokens = Counter("tokens", "Tokens read, prompts included.", **named)
         self.batches = Histogram("batch_traces", "Traces of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **named)
-        self.engine = Engine(model, settings.max_wait, settings.max_queue, settings.token_budget, self.batches.observe)
+        self.engine = Engine(
+            model,
+            max_wait=settings.max_wait,
+            max_queue=settings.max_queue,
+            token_budget=settings.token_budget,
+            on_batch=self.batches.observe,
+        )
         queued = Gauge("queued_tokens", "Tokens that wait.", **named)
         queued.set_function(lambda: self.engine.queued)
 
@@ -147,7 +153,9 @@ class Service:
         """Scores of traces of one rendered prompt, given in the request's field of that name."""
         self.log_prompt(prompt)
         prompts, ended = [prompt] * len(texts), [finished] * len(texts)
-        scores, read, written = await self.engine.score(prompts, texts, ended, self.settings.max_tokens, field)
+        scores, read, written = await self.engine.score(
+            prompts, texts, ended, max_tokens=self.settings.max_tokens, field=field
+        )
         return scores, self.count(len(texts), read, written)
 
     async def score_inputs(self, inputs: list[str] | list[list[int]]) -> tuple[list[TokenScores], Usage]:
