@@ -217,11 +217,13 @@ def train(name: str, folder: Path) -> dict[str, Any]:
             tokenizer,
             lora,
         ),
-        demonstrations=generate("misconception", 12, seed=11),
+        demonstrations=[
+            *generate("misconception", 12, seed=11),
+            *({**row, "completion": None} for row in unlabeled),
+        ],
         args=config,
         task=get_task("arithmetic"),
         processing_class=tokenizer,
-        unlabeled=[{**row, "completion": None} for row in unlabeled],
         peft_config=lora,
     )
     trainer.remove_callback(PrinterCallback)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from helpers.faults import COMMON, GRPO, TRAIN, sentence, whole_checkpoints
 from helpers.tiny import assert_same, launcher, options, result, rows, trap, weights
 from tracereward.files import write_jsonl
+from tracereward.training.warmup import SAVED_UPDATES
 
 LORA = {
     **TRAIN,
@@ -50,7 +51,7 @@ RUNS = {
 }
 # In a run of `train` with these options the first six rows of metrics.jsonl are the warm-up's.
 POOL = trap("rename", "warmup/rollouts.jsonl", 2)
-MID_WARM_UP = trap("open", "metrics.jsonl", 4)  # the last save was after update 2
+MID_WARM_UP = trap("open", "metrics.jsonl", 4)  # before the first save
 FIRST_STEP = trap("open", "metrics.jsonl", 7)
 AFTER_CHECKPOINT = trap("open", "metrics.jsonl", 9)
 MID_CHECKPOINT = trap("open", "checkpoint-4/trainer_state.json")
@@ -165,13 +166,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(bench, tmp_path, name, 
 def test_the_warm_up_does_not_start_over(bench, tmp_path):
     """Resuming after a kill keeps the pool and the updates that were saved."""
     output = tmp_path / "run"
-    launcher()(*bench.words("full", output), trap=MID_WARM_UP)
+    words = bench.words("full", output, discriminator_warmup_updates=SAVED_UPDATES + 3)
+    launcher()(*words, trap=trap("open", "metrics.jsonl", SAVED_UPDATES + 2))
     pool = output / "checkpoints" / "warmup" / "rollouts.jsonl"
     before = pool.stat().st_mtime_ns, pool.read_bytes()
-    # Killed again before its first row of metrics: if update 3 is the next one, rows 1 and 2 have stayed.
-    again = launcher()(*bench.words("full", output), "--resume", trap=trap("open", "metrics.jsonl", 1))
+    # Killed again before its first row of metrics: if the next update follows the saved one, the rows before stay.
+    again = launcher()(*words, "--resume", trap=trap("open", "metrics.jsonl", 1))
     assert again.code == -signal.SIGKILL
-    assert [row["update"] for row in rows(output / "metrics.jsonl")] == [1, 2]
+    assert [row["update"] for row in rows(output / "metrics.jsonl")] == [*range(1, SAVED_UPDATES + 1)]
     assert (pool.stat().st_mtime_ns, pool.read_bytes()) == before
 
 

@@ -119,11 +119,10 @@ def make(tiny_model_folder, tokenizer, experts, tmp_path_factory):
         trainer = Recorded(
             model=AutoModelForCausalLM.from_pretrained(tiny_model_folder),
             reward_model=TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer),
-            demonstrations=[dict(row) for row in experts],
+            demonstrations=[dict(row) for row in [*experts, *unlabeled]],
             args=config,
             task=get_task("arithmetic"),
             processing_class=tokenizer,
-            unlabeled=unlabeled,
             peft_config=peft,
             callbacks=[at_first_step],
         )

@@ -142,11 +142,13 @@ def run(base, folder, shares, head):
     trainer = Scripted(
         model=policy,
         reward_model=reward_model,
-        demonstrations=generate("misconception", 12, seed=11),
+        demonstrations=[
+            *generate("misconception", 12, seed=11),
+            *({**row, "completion": None} for row in generate("misconception", 8, seed=77)),
+        ],
         args=config,
         task=get_task("arithmetic"),
         processing_class=tokenizer,
-        unlabeled=[{**row, "completion": None} for row in generate("misconception", 8, seed=77)],
         peft_config=None if shares else lora,
     )
     trainer.remove_callback(PrinterCallback)

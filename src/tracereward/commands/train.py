@@ -281,16 +281,12 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             trainer = AdversarialTrainer(
                 model=starting,
                 reward_model=reward_model,
-                demonstrations=prepared.rows,
+                demonstrations=with_reward_prompts(reward_tokenizer, prepared, data.template),
                 args=config,
                 task=task,
                 processing_class=tokenizer,
-                unlabeled=prepared.unlabeled,
                 peft_config=policy_peft,
-                metrics_file=run.metrics,
-                stop=run.stop,
                 callbacks=[run.metrics, run.stop],
-                reward_prompts=rendered_for(reward_tokenizer, prepared, data.template),
             )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
         with trainer.discriminator.averaged():
@@ -305,9 +301,12 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     return run.folder
 
 
-def rendered_for(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, template: str) -> dict[str, str] | None:
-    """The reward model's rendering of each prompt, by the policy's; None where both are the same."""
+def with_reward_prompts(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, template: str) -> list[dict[str, Any]]:
+    """Demonstrations, then unlabeled prompts, with the reward model's rendering of each prompt if it may differ."""
+    rows = [*prepared.rows, *prepared.unlabeled]
     if template == "plain" or same_tokenizer(prepared.tokenizer, tokenizer):
-        return None
-    rows = zip([*prepared.rows, *prepared.unlabeled], prepared.raw, strict=True)
-    return {row["prompt"]: render_prompt(tokenizer, raw["prompt"], template, raw["source"]) for row, raw in rows}
+        return rows
+    return [
+        {**row, "reward_prompt": render_prompt(tokenizer, raw["prompt"], template, raw["source"])}
+        for row, raw in zip(rows, prepared.raw, strict=True)
+    ]

@@ -7,7 +7,7 @@ reward function. A contract test pins what is used.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,16 +59,14 @@ class AdversarialTrainer(RolloutTrainer):
     Args:
         model: the starting policy; with its LoRA adapter if the reward model shares its base.
         reward_model: the starting discriminator; it may have another tokenizer than the policy.
-        demonstrations: rows with prompt (rendered text), completion and, for monitoring only, answer.
+        demonstrations: rows with prompt (rendered text), completion and, for monitoring only, answer. Rows whose
+            completion is None are further prompts for the policy's rollouts. A row's `reward_prompt` is the reward
+            model's rendering of its prompt, if that differs.
         args: the run's options.
         task: recipe that verifies answers for the monitors.
         processing_class: the policy's tokenizer.
-        unlabeled: rows with a prompt and no completion, for further rollouts of the policy.
         peft_config: LoRA settings of the policy.
-        metrics_file: where the warm-up logs; training steps log through TRL.
-        stop: asked during the warm-up whether to stop.
-        callbacks: as in TRL.
-        reward_prompts: the reward model's rendering of prompts that the policy's chat template renders otherwise.
+        callbacks: as in TRL. The warm-up logs to the `MetricsFile` among them and stops when the `StopSignal` does.
 
     Raises:
         InputError: an option needs answers that are not there, or one tokenizer where there are two.
@@ -84,19 +82,18 @@ class AdversarialTrainer(RolloutTrainer):
         args: AdversarialConfig,
         task: Task,
         processing_class: PreTrainedTokenizerBase,
-        unlabeled: Sequence[dict[str, Any]] = (),
         peft_config: LoraConfig | None = None,
-        metrics_file: MetricsFile | None = None,
-        stop: StopSignal | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        reward_prompts: Mapping[str, str] | None = None,
     ):
+        reward_prompts = {row["prompt"]: row["reward_prompt"] for row in demonstrations if "reward_prompt" in row}
+        unlabeled = [row for row in demonstrations if row["completion"] is None]
+        demonstrations = [row for row in demonstrations if row["completion"] is not None]
         self.task = task
         self.tokenizer = processing_class
         self.config = args
         self.form: RewardSettings = reward_model.settings
         self.bridge: TokenBridge = TokenBridge(
-            processing_class, reward_model, eos_ids(model, processing_class), reward_prompts
+            processing_class, reward_model, eos_ids(model, processing_class), reward_prompts or None
         )
         if not self.bridge.same and (subtracts_policy(args.head) or self.form.adds_reference):
             raise InputError(
@@ -106,8 +103,9 @@ class AdversarialTrainer(RolloutTrainer):
         self._starting_policy = None
         if self.form.adds_reference and peft_config is None and not isinstance(model, PeftModel):
             self._starting_policy = frozen_copy(model)
-        self.metrics_file = metrics_file
-        self.stop: StopSignal = stop or StopSignal()
+        callbacks = callbacks or []
+        self.metrics_file: MetricsFile | None = next((c for c in callbacks if isinstance(c, MetricsFile)), None)
+        self.stop: StopSignal = next((c for c in callbacks if isinstance(c, StopSignal)), StopSignal())
         rows = prompt_rows(demonstrations, unlabeled, args.expert_prompt_share)
         monitored = all(row["answer"] is not None for row in rows)
         if args.positives == "mixed" and not any(row.get("answer") for row in demonstrations):
@@ -123,7 +121,7 @@ class AdversarialTrainer(RolloutTrainer):
             train_dataset=Dataset.from_list(rows),
             processing_class=processing_class,
             peft_config=peft_config,
-            callbacks=[*(callbacks or []), self.watch, self.warm_up],
+            callbacks=[*callbacks, self.watch, self.warm_up],
         )
         experts = [
             Expert(
