@@ -41,14 +41,10 @@ UNFINISHED = {
     "src/tracereward/evaluate/steps.py",
     "src/tracereward/modeling/batching.py",
     "src/tracereward/modeling/log_probs.py",
-    "src/tracereward/quickstart/report.py",
-    "src/tracereward/quickstart/worlds.py",
     "src/tracereward/reports/inspection.py",
     "src/tracereward/rewards/distillation.py",
     "src/tracereward/rewards/log_prob_scorer.py",
     "src/tracereward/rewards/scorer.py",
-    "src/tracereward/runs/folder.py",
-    "src/tracereward/runs/report.py",
     "src/tracereward/selection.py",
     "src/tracereward/serving/engine.py",
     "src/tracereward/serving/proxy.py",
@@ -58,7 +54,6 @@ UNFINISHED = {
     "src/tracereward/training/token_bridge.py",
     "src/tracereward/training/trainer.py",
     "src/tracereward/training/validation.py",
-    "studies/setup/site.py",
 }
 """To be emptied: files with calls that still pass more than four arguments by position."""
 

@@ -197,6 +197,6 @@ def test_slurm_trains_stops_and_resumes(tmp_path, tiny_model_folder):
 
     script = submit(tmp_path, "recipe.yaml", "--max_steps", str(stopped + 2), **variables)
     assert script.wait(timeout=300) == 0, (tmp_path / "output.txt").read_text()[-4000:]
-    assert f"going on from run/checkpoints/checkpoint-{stopped}" in (tmp_path / "output.txt").read_text()
+    assert f"resuming from run/checkpoints/checkpoint-{stopped}" in (tmp_path / "output.txt").read_text()
     assert steps() == list(range(1, stopped + 3))
     assert (tmp_path / "run" / "policy" / "model.safetensors").is_file()

@@ -99,6 +99,6 @@ def test_run_survives_lost_node_and_stops_on_sigterm(tmp_path, tiny_model_folder
         if script is not None:
             script.kill()
         cluster.shutdown()
-    assert f"going on from run/checkpoints/checkpoint-{reached}" in output()
+    assert f"resuming from run/checkpoints/checkpoint-{reached}" in output()
     assert steps() == list(range(1, len(steps()) + 1))
     assert saved()[-1] == steps()[-1], "the running step must be saved"

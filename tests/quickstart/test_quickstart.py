@@ -87,7 +87,7 @@ def test_quickstart(small, monkeypatch, capsys, tmp_path):
     code, again, err = run(monkeypatch, capsys, "-o", str(output), "--json", "--resume")
     assert code == 0, err
     assert json.loads(again) == results
-    assert err.count("done before") == 7
+    assert err.count("already done") == 7
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.safetensors")}
     code, again, err = run(monkeypatch, capsys, "-o", str(output), "--json", "--resume", "--seed", "1")
     assert code == 2

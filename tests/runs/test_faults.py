@@ -157,7 +157,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(bench, tmp_path, name, 
     assert not (output / "report.html").exists()
     resumed = launcher()(*bench.words(name, output), "--resume")
     assert resumed.code == 0, resumed.err
-    assert (f"going on from {output}/checkpoints/{left[-1]}" in resumed.err) if left else "going on" not in resumed.err
+    assert (f"resuming from {output}/checkpoints/{left[-1]}" in resumed.err) if left else "resuming" not in resumed.err
     assert_same(output, bench.reference(name))
     assert (output / "report.html").exists()
     assert not [*output.glob(".*")], "what the killed process was writing is cleared away"
@@ -221,7 +221,7 @@ def test_an_unfinished_checkpoint_is_ignored_and_removed(bench, tmp_path):
     assert (unfinished / "optimizer.pt").exists()
     stop = launcher()(*bench.words("full", output), "--resume", trap=trap("open", "metrics.jsonl", 1))
     assert stop.code == -signal.SIGKILL
-    assert f"going on from {output}/checkpoints/checkpoint-2" in stop.err
+    assert f"resuming from {output}/checkpoints/checkpoint-2" in stop.err
     assert not unfinished.exists()
 
 
@@ -442,7 +442,7 @@ def test_a_run_is_neither_written_over_nor_continued_with_other_options(bench):
     before = result(output)[1]
     over = launcher()(*bench.words("full", output))
     assert over.code == 2
-    assert "already holds a run" in over.err
+    assert "already has a run" in over.err
     assert "--resume" in over.err
     other = launcher()(*bench.words("full", output, learning_rate=2e-3, beta_clip=4.0), "--resume")
     assert other.code == 2

@@ -74,7 +74,7 @@ def test_a_fresh_run_needs_no_resume_and_is_not_written_over(bench):
     assert (output / "checkpoints" / "checkpoint-6" / "rng_state_1.pth").exists(), "there was one process only"
     before = (output / "metrics.jsonl").read_bytes()
     words = refused(launcher().two(*bench.words(output)))
-    assert f"{output} already holds a run" in words
+    assert f"{output} already has a run" in words
     assert "--resume" in words
     assert (output / "metrics.jsonl").read_bytes() == before
 
@@ -129,15 +129,15 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batch(bench
     launcher().two(*bench.words(output), traps=(AFTER_CHECKPOINT, None))
     half = launcher()(*bench.words(output), "--resume")
     words = refused([half])
-    assert "8 rows in an optimiser step, this command has 4 (1 processes)" in words
+    assert "8 rows per optimiser step, this command has 4 (1 processes)" in words
     assert "--per_device_train_batch_size" in words
     more = launcher()(*bench.words(output, per_device_train_batch_size=8, steps_per_generation=2), "--resume")
     words = refused([more])
-    assert "8 rollouts in a generation, this command has 16" in words
+    assert "8 rollouts per generation, this command has 16" in words
     assert "--steps_per_generation" in words
     alone = launcher()(*bench.words(output, per_device_train_batch_size=8), "--resume")
     assert alone.code == 0, alone.err
-    assert f"going on from {output}/checkpoints/checkpoint-2" in alone.err
+    assert f"resuming from {output}/checkpoints/checkpoint-2" in alone.err
     kept = [row for row in rows(output / "metrics.jsonl") if row["phase"] == "train"]
     assert [row["step"] for row in kept] == [1, 2, 3, 4, 5, 6]
     assert (output / "policy" / "model.safetensors").is_file()

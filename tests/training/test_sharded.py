@@ -259,7 +259,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(given, tmp_path, engine
     assert killed[1].code != 0
     resumed = launcher().two("train", *options(**words, output_dir=cut), "--resume", engine=engine)
     assert [result.code for result in resumed] == [0, 0], "".join(result.err[-4000:] for result in resumed)
-    assert f"going on from {cut}/checkpoints/checkpoint-2" in resumed[0].err
+    assert f"resuming from {cut}/checkpoints/checkpoint-2" in resumed[0].err
     assert weights(cut / "policy").keys() == weights(whole / "policy").keys()
     assert_same(cut, whole)
 
@@ -272,7 +272,7 @@ def test_sharded_discriminator_resumes_unsharded(given, tmp_path):
     assert [result.code for result in ended] == [0, 0], "".join(result.err[-4000:] for result in ended)
     alone = launcher()("train", *options(**{**words, "per_device_train_batch_size": 8}), "--resume")
     assert alone.code == 0, alone.err
-    assert f"going on from {tmp_path}/run/checkpoints/checkpoint-4" in alone.err
+    assert f"resuming from {tmp_path}/run/checkpoints/checkpoint-4" in alone.err
     assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 

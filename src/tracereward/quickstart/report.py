@@ -1,4 +1,4 @@
-"""The page that the quickstart ends with."""
+"""The quickstart's report."""
 
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,19 @@ from tracereward.tasks.recipes import get_task
 
 
 def write_quickstart_report(output: Path, world: str, seed: int, results: dict[str, Any]) -> None:
-    """The page that the command ends with."""
+    """Write ``report.html``: policies, reranking, metrics and scored traces."""
     samples = read_jsonl(output / "samples.jsonl")
     traces = []
     for row in samples:
         scores = TokenScores(
-            row["tokens"], [tuple(o) for o in row["offsets"]], row["token_rewards"], row["supervised"], row["step_ends"]
+            tokens=row["tokens"],
+            offsets=[tuple(o) for o in row["offsets"]],
+            rewards=row["token_rewards"],
+            supervised=row["supervised"],
+            step_ends=row["step_ends"],
         )
         answer = get_task("arithmetic").extract(row["completion"])
-        traces.append(Trace(row["prompt"], row["completion"], scores, row["correct"], answer))
+        traces.append(Trace(row["prompt"], row["completion"], scores, correct=row["correct"], answer=answer))
     policies = Table(
         f"Greedy accuracy on {results['questions']} held-out questions, %",
         ["policy", "accuracy", "95 % interval", "no answer"],
@@ -28,7 +32,7 @@ def write_quickstart_report(output: Path, world: str, seed: int, results: dict[s
             [r["label"], 100 * r["accuracy"], f"[{100 * r['low']:.1f}, {100 * r['high']:.1f}]", r["no_answer"]]
             for r in results["policies"]
         ],
-        note="Wilson intervals. The controls say what a reward model must beat.",
+        note="Wilson intervals. A reward model must beat the controls.",
     )
     ranking = Table(
         "Choosing one of 8 samples of the SFT policy, %",
@@ -46,12 +50,12 @@ def write_quickstart_report(output: Path, world: str, seed: int, results: dict[s
             [label, results["ranking"][f"{key}_auroc"], results["ranking"][f"{key}_auroc_within_prompt"]]
             for key, label in AUROC_LABELS.items()
         ],
-        note="Pooled AUROC mostly measures which questions are hard; a reranker sees the one within the prompt.",
+        note="Pooled AUROC mostly measures which questions are hard; within-prompt AUROC matters for reranking.",
     )
     report = Report(
         title=f"tracereward quickstart: {world}",
-        summary="Generated arithmetic, a tiny Llama trained from scratch, experts' traces, no verifier in training. "
-        "Everything on this page was measured in this run.",
+        summary="Generated arithmetic, a tiny Llama trained from scratch on expert traces, no verifier in training. "
+        "All figures on this page are from this run.",
         tables=[policies, ranking, aurocs],
         metrics=read_jsonl(output / "train" / "metrics.jsonl"),
         rewards_correct=[row["reward"] for row in samples if row["correct"]],

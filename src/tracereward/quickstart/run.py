@@ -1,10 +1,10 @@
 """`tracereward quickstart`: the full method on generated arithmetic and a tiny Llama, on two CPU cores.
 
-Each stage is a command that a user types (sft, grpo, train, sample, score, rerank) as a function call, so this file is
-also an example of the Python API. In world ``exposure`` a policy pretrained on a corpus of half-remembered facts marks
-what it doubts and continues; fifty experts are right in chains of six to eight steps. In world ``misconception`` it is
-fluent, confident and wrong by a rule, without a mark. In every stage that trains, validation questions choose between
-the start and four checkpoints. Everything printed is measured in the run.
+Each stage calls the function behind a command (sft, grpo, train, sample, score, rerank), so this file is also an
+example of the Python API. In world ``exposure`` the pretrained policy marks facts that it is unsure of and continues
+with a mistake; fifty expert traces are right over six to eight steps. In world ``misconception`` the policy makes a
+systematic mistake confidently, without a mark. In every stage that trains, validation questions select among the
+starting policy and four checkpoints. All printed figures are measured in the run.
 """
 
 import json
@@ -44,8 +44,8 @@ from tracereward.training.config import RewardConfig, SupervisedConfig
 from tracereward.training.options import DataArguments
 
 TASK = "arithmetic"
-SAMPLES = 8  # of the SFT policy for each held-out question
-CHECKPOINTS = 4  # that validation questions choose from, with the start
+SAMPLES = 8  # per held-out question, from the SFT policy
+CHECKPOINTS = 4  # candidates for validation, with the starting policy
 POLICIES = {
     "base": "base (pretrained)",
     "init": "base (untrained)",
@@ -58,12 +58,12 @@ POLICIES = {
 
 @dataclass(frozen=True)
 class Quickstart:
-    """One quickstart: its folder holds ``data/``, ``init/`` (the untrained model) and a run folder for each policy.
+    """One quickstart.
 
     Attributes:
-        folder: of everything.
+        folder: holds ``data/``, ``init/`` (the untrained model) and one run folder per policy.
         world: sizes and options.
-        seed: of data, models and training.
+        seed: seed of data, models and training.
         fast: a tenth of the steps.
     """
 
@@ -74,7 +74,7 @@ class Quickstart:
 
     @property
     def start(self) -> str:
-        """What SFT starts from: the pretrained model, or the untrained one in a world without pretraining."""
+        """Name of the model that SFT starts from: ``base``, or ``init`` if the world has no pretraining."""
         return "base" if self.world.pretraining else "init"
 
     def data(self, part: str) -> str:
@@ -82,15 +82,15 @@ class Quickstart:
         return str(self.folder / "data" / f"{part}.jsonl")
 
     def model(self, name: str) -> ModelConfig:
-        """The policy that a run left."""
+        """Model options for the policy of a run."""
         return ModelConfig(model_name_or_path=self.policy(name))
 
     def policy(self, name: str) -> str:
-        """Folder of that policy."""
+        """Folder of the policy of a run."""
         return str(self.folder / name if name == "init" else self.folder / name / "policy")
 
     def demonstrations(self, part: str = "experts", choose: bool = True, unlabeled: bool = False) -> DataArguments:
-        """What a run learns from; with `choose` the validation questions choose the checkpoint that it leaves."""
+        """Data options of a run. With `choose`, validation questions select its final checkpoint."""
         return DataArguments(
             task=TASK,
             dataset_name=self.data(part),
@@ -99,7 +99,7 @@ class Quickstart:
         )
 
     def options(self, name: str, given: dict[str, Any], choose: bool = True) -> dict[str, Any]:
-        """All training options of a run: the world's `given` ones over those that all runs have."""
+        """All training options of a run: `COMMON`, overridden by `given`."""
         options = {**COMMON, "max_completion_length": self.world.completion, "save_steps": given["max_steps"], **given}
         if choose:
             options |= {"save_strategy": "steps", "save_steps": max(1, math.ceil(given["max_steps"] / CHECKPOINTS))}
@@ -109,7 +109,7 @@ class Quickstart:
         return {**options, "output_dir": str(self.folder / name), "seed": self.seed}
 
     def begun(self, name: str) -> bool:
-        """Whether a run was begun before: then it resumes."""
+        """Whether a run exists and must be resumed."""
         return (self.folder / name / "config.yaml").is_file()
 
 
@@ -122,10 +122,10 @@ class Stages:
         self.seconds: dict[str, float] = {}
 
     def run(self, name: str, result: Path, work: Callable[[], object]) -> None:
-        """Do `work` unless `result`, which it writes as its last act, exists."""
+        """Call `work` unless its last output, `result`, exists."""
         self.number += 1
         if result.exists():
-            note(f"[{self.number}/{self.total}] {name}: done before")
+            note(f"[{self.number}/{self.total}] {name}: already done")
             return
         note(f"[{self.number}/{self.total}] {name}")
         start = time.perf_counter()
@@ -137,13 +137,13 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
     """SFT, warm-up, adversarial GRPO, two controls, reranking and the report, on generated arithmetic.
 
     Raises:
-        InputError: unknown world, or `output` holds a run and `resume` is not given or its options differ.
+        InputError: unknown world; or `output` has a run and `resume` is False, or its options differ.
     """
     check_choice("world", world_name, WORLDS)
     _claim(output, {"world": world_name, "seed": seed, "fast": fast}, resume)
-    transformers_logging.disable_progress_bar()  # of loading and saving files of half a megabyte
+    transformers_logging.disable_progress_bar()  # the files are half a megabyte
     disable_progress_bar()
-    torch.set_num_threads(1)  # a second one gains nothing at this size, and sums would depend on the machine's cores
+    torch.set_num_threads(1)  # two are no faster at this size, and results would depend on the number of cores
     start = time.perf_counter()
     run = Quickstart(output, WORLDS[world_name], seed, fast)
     stages = Stages(7 if run.world.pretraining else 6)
@@ -172,14 +172,16 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast:
 
 
 def _claim(output: Path, options: dict[str, Any], resume: bool) -> None:
-    """Make the folder this run's, or check that it is."""
+    """Store the options in the folder, or check that they equal the stored ones."""
     settings = output / "quickstart.json"
     if settings.is_file():
         stored = read_json(settings)
         if not resume:
-            raise InputError(f"{output} already holds a run: continue with --resume, or choose another --output")
+            raise InputError(f"{output} already has a run; resume it with --resume, or use another --output")
         if stored != options:
-            raise InputError(f"{output} holds a run with other options ({stored}): give the same, or another --output")
+            raise InputError(
+                f"{output} has a run with other options ({stored}); pass the same, or use another --output"
+            )
     output.mkdir(parents=True, exist_ok=True)
     atomic_write_json(settings, options)
 
@@ -194,13 +196,13 @@ def make_world(run: Quickstart) -> None:
 
 
 def pretrain(run: Quickstart) -> None:
-    """``tracereward sft`` on the corpus, which has the mistakes that the policy is to unlearn."""
+    """``tracereward sft`` on the corpus, whose mistakes the policy is to unlearn."""
     config = SupervisedConfig(**run.options("base", run.world.pretraining, choose=False))
     run_sft(run.demonstrations("corpus", choose=False), config, run.model("init"), run.begun("base"))
 
 
 def tune_sft(run: Quickstart) -> None:
-    """``tracereward sft`` with each of the world's settings; ``sft`` is the best one on validation questions."""
+    """``tracereward sft`` with each setting of the world's grid; ``sft`` is the best on validation questions."""
     tried = []
     for index, setting in enumerate(run.world.sft_grid):
         name = f"sft-{index}"
@@ -215,7 +217,7 @@ def tune_sft(run: Quickstart) -> None:
 
 
 def continue_sft(run: Quickstart) -> None:
-    """``tracereward sft`` from ``sft`` for as many steps as GRPO takes."""
+    """``tracereward sft`` from ``sft`` for as many steps as GRPO."""
     given = {**run.world.sft, "max_steps": run.world.grpo["max_steps"]}
     config = SupervisedConfig(**run.options("sft-continued", given))
     run_sft(run.demonstrations(), config, run.model("sft"), run.begun("sft-continued"))
@@ -240,7 +242,7 @@ def train(run: Quickstart) -> None:
 
 
 def evaluate(run: Quickstart) -> None:
-    """Greedy accuracy of all policies, and the SFT policy's samples scored and ranked; writes ``results.json``."""
+    """Measure greedy accuracy of all policies, score and rank samples of SFT, and write ``results.json``."""
     left_out = "init" if run.world.pretraining else "base"
     policies = [
         {"label": label, **greedy_accuracy(run, name, "test")} for name, label in POLICIES.items() if name != left_out
@@ -266,7 +268,7 @@ def evaluate(run: Quickstart) -> None:
 
 
 def sample(run: Quickstart, policy: str, part: str, n: int, temperature: float = 1.0) -> list[dict[str, Any]]:
-    """``tracereward sample``: `n` completions of each question, as rows."""
+    """``tracereward sample``: rows of `n` completions per question."""
     sampling = SamplingParams(
         max_new_tokens=run.world.completion,
         temperature=temperature,
@@ -278,7 +280,7 @@ def sample(run: Quickstart, policy: str, part: str, n: int, temperature: float =
 
 
 def greedy_accuracy(run: Quickstart, policy: str, part: str) -> dict[str, Any]:
-    """Greedy accuracy with its Wilson interval, traces without an answer, and the share of distinct traces."""
+    """Greedy accuracy with Wilson interval, number of traces without an answer, and share of distinct traces."""
     rows = sample(run, policy, part, n=1, temperature=0.0)
     correct = sum(row["correct"] for row in rows)
     low, high = wilson_interval(correct, len(rows))

@@ -1,4 +1,4 @@
-"""Sizes and training options of the generated worlds, the same for the quickstart and for the studies."""
+"""Sizes and training options of the generated worlds, shared by the quickstart and the studies."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,17 +13,17 @@ class World:
     """One generated world with a tiny Llama, or with a pretrained model.
 
     Attributes:
-        name: of the generator, see `tracereward.synthetic.arithmetic`.
-        experts: demonstrations.
-        unlabeled: further prompts for the policy's rollouts, without a trace.
-        corpus: size of the pretraining corpus; 0 for a world whose SFT starts from an untrained model, or from `model`.
-        completion: longest completion in tokens.
-        pretraining, sft, grpo, adversarial: options of the stages, over `COMMON`. `adversarial` holds what differs from
-            the recipe.
-        sft_grid: what SFT is tuned over on the validation questions.
-        model: folder or Hub id of the pretrained causal LM whose world it is; None: a tiny Llama from scratch.
-        lora: rank of the LoRA adapters, on the upper half of the layers, that are what GRPO trains of policy and
-            discriminator; None: all weights.
+        name: name of the generator, see `tracereward.synthetic.arithmetic`.
+        experts: number of demonstrations.
+        unlabeled: number of prompts without traces, for rollouts.
+        corpus: rows of the pretraining corpus; 0 if SFT starts from an untrained model or from `model`.
+        completion: maximum completion length in tokens.
+        pretraining, sft, grpo, adversarial: options of the stages, over `COMMON`; `adversarial` over the recipe.
+        sft_grid: SFT settings to select from on the validation questions.
+        validation, test: numbers of questions.
+        model: folder or Hub id of a pretrained causal LM; None: a tiny Llama from scratch.
+        lora: rank of LoRA adapters on the upper half of the layers, for GRPO of policy and discriminator; None: all
+            weights are trained.
     """
 
     name: str
@@ -65,13 +65,13 @@ FIRST_RECIPE: dict[str, Any] = {
     "warmup_rollouts": 16,
     "perturbed_per_expert": 0,
 }
-"""Options of adversarial training that the studies started from."""
+"""First options of adversarial training in the studies."""
 R1_RECIPE: dict[str, Any] = {**FIRST_RECIPE, "r1_penalty": 1.0}
-"""What they chose in `misconception`, where no mistake leaves a mark."""
+"""The options that the studies selected in `misconception`, where mistakes leave no mark."""
 STEADY: dict[str, Any] = {**R1_RECIPE, "perturbed_per_expert": 1}
 """The same with perturbed experts."""
 UNMARKED = {"misconception": R1_RECIPE, "hops": STEADY}
-"""The recipes of worlds where nothing but a wrong value gives a mistake away."""
+"""Recipes of worlds where only the wrong value reveals a mistake."""
 RECIPE: dict[str, Any] = {
     **FIRST_RECIPE,
     "discriminator_learning_rate": 1e-3,
@@ -80,7 +80,7 @@ RECIPE: dict[str, Any] = {
     "discriminator_rollouts": 4,
     "perturbed_per_expert": 1,
 }
-"""The default in all other worlds; `docs/recipe.md` says why each is what it is."""
+"""The default recipe of all other worlds; `docs/recipe.md` has the reasons."""
 
 _SFT = {"lr_scheduler_type": "cosine", "warmup_steps": 20, "weight_decay": 0.01}
 _PRETRAINING = {**_SFT, "max_steps": 900, "learning_rate": 4e-3, "per_device_train_batch_size": 128}
@@ -92,10 +92,10 @@ _GRPO = {
     "warmup_steps": 5,
     "max_steps": 50,
 }
-# At 3e-4 a third of the policies on a learned reward collapsed: in long chains they ended too early.
+# At 3e-4 a third of the policies on a learned reward collapsed: they stopped too early in long chains.
 _SLOW_GRPO = {**_GRPO, "learning_rate": 1e-4, "max_steps": 100}
-# Few experts leave none to hold out: with a tenth of fifty held out, the policy gained less. SFT memorises them: its
-# rollouts on their prompts equal the demonstrations and teach nothing, so the warm-up looks at the pretrained model's.
+# No expert is held out: with a tenth of fifty held out, the policy gained less. SFT memorises the demonstrations, so
+# its rollouts on their prompts equal them and teach nothing: the warm-up uses rollouts of the pretrained model.
 _FEW_EXPERTS = {"held_out_fraction": 0.0, "discriminator_model": "base", "warmup_model": "base"}
 _FEW_SFT = {**_SFT, "max_steps": 60, "learning_rate": 5e-4, "per_device_train_batch_size": 25}
 _FEW_GRID = [{"learning_rate": rate, "max_steps": steps} for rate in (1e-4, 2e-4, 5e-4) for steps in (30, 120)]
@@ -151,12 +151,21 @@ WORLDS = {world.name: world for world in _WORLDS}
 
 
 def write_rows(world: World, seed: int, folder: Path) -> None:
-    """Generate a world's parts as ``folder/PART.jsonl``; the corpus has no question of test or validation."""
-    parts = splits(world.name, seed, world.experts, world.validation, world.test, world.unlabeled)
+    """Generate the data as ``folder/PART.jsonl``; the corpus has no test or validation question."""
+    parts = splits(
+        world.name,
+        seed,
+        n_experts=world.experts,
+        n_validation=world.validation,
+        n_test=world.test,
+        n_unlabeled=world.unlabeled,
+    )
     if world.corpus:
         held_out = {row["prompt"] for part in ("test", "validation") for row in parts[part]}
-        rates = MISTAKE_RATES[world.name]
-        parts["corpus"] = generate(world.name, world.corpus, 5000 + seed, rates, held_out, unique=False)
+        rate = MISTAKE_RATES[world.name]
+        parts["corpus"] = generate(
+            world.name, world.corpus, 5000 + seed, mistake_rate=rate, exclude=held_out, unique=False
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for part, rows in parts.items():
         write_jsonl(folder / f"{part}.jsonl", rows)

@@ -1,4 +1,4 @@
-"""What a training run leaves as its policy: the last, or, after a failure or by validation questions, the best."""
+"""The final policy of a training run: the last weights, or the best after a failure or with validation."""
 
 import copy
 from pathlib import Path
@@ -39,7 +39,7 @@ def train_and_choose(
     """Train and write ``policy/``: the last weights, or, after a failure or with validation questions, the best.
 
     Returns:
-        For the report, with a space before it: how the policy was chosen; nothing if it is the last.
+        A sentence for the report on how the policy was selected, with a leading space; empty for the last weights.
     """
     trainer.validation = validation
     if validation is not None:
@@ -67,7 +67,7 @@ def train_and_choose(
 
 
 def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions: int) -> str:
-    """Say which checkpoint the validation questions chose: on the screen, in ``metrics.jsonl`` and for the report."""
+    """Report the checkpoint that validation selected: on the screen, in ``metrics.jsonl``, and as the returned text."""
     best, start = trainer.state.best_metric, trainer.start_accuracy
     accuracy = start if restored is None or best is None else best
     text = (
@@ -82,7 +82,7 @@ def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions:
 
 
 def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
-    """Say which failure ended a run, why, and what was restored: on the screen and in ``metrics.jsonl``."""
+    """Report the failure that ended a run, its reason and what was restored, on the screen and in ``metrics.jsonl``."""
     what = restored or "the starting policy and the discriminator of the warm-up"
     note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason}. Restored: {what}.")
     if is_main_process():
@@ -91,7 +91,7 @@ def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
 
 
 def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
-    """Write the policy as a plain checkpoint, LoRA merged, whole or not at all; every process must ask."""
+    """Write the policy as a plain checkpoint with LoRA merged, atomically. A collective call."""
     weights = full_state_dict(trainer) if is_sharded(trainer) else None
     if not trainer.is_world_process_zero():
         return
@@ -102,13 +102,13 @@ def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBa
         policy = get_peft_model(fresh, policy.peft_config["default"]) if isinstance(policy, PeftModel) else fresh
         policy.load_state_dict(weights)
     elif isinstance(policy, PeftModel):
-        policy = copy.deepcopy(policy)  # merging in place and undoing it would change the weights by rounding
+        policy = copy.deepcopy(policy)  # merging in place and unmerging would change the weights by rounding
     whole = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
     save_model(whole, folder, tokenizer)  # pyright: ignore[reportArgumentType]
 
 
 def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a plain checkpoint with its tokenizer, whole or not at all.
+    """Write a plain checkpoint with its tokenizer, atomically.
 
     Raises:
         RunFailed: a weight is not finite.
@@ -117,7 +117,7 @@ def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedToken
         return
     for name, parameter in policy.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
-            raise RunFailed(f"the policy's weights {name} are not finite: {folder} is not written")
+            raise RunFailed(f"the policy's weights {name} are not finite; {folder} was not written")
     with atomic_folder(folder) as target:
         policy.save_pretrained(target)
         tokenizer.save_pretrained(target)

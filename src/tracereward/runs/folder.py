@@ -1,7 +1,7 @@
-"""The run folder: opened by one process, never written over, continued from the last whole checkpoint.
+"""The run folder: opened by one process, never overwritten, resumed from the last complete checkpoint.
 
-It holds ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoints/`` (each complete or ignored), and, when the run
-is done, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
+It holds ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoints/`` (each complete or ignored) and, when the run is
+finished, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
 """
 
 import contextlib
@@ -57,11 +57,11 @@ class Run:
     settings: dict[str, Any]
 
     def train(self, trainer: SafeTrainer) -> None:
-        """Train from the last whole checkpoint, if there is one.
+        """Train from the last complete checkpoint, if there is one.
 
         Raises:
             Interrupted: the user stopped it.
-            RunFailed: numbers that are not finite, a full disk, or another process that is gone.
+            RunFailed: non-finite numbers, a full disk, or another process ended.
         """
         warmed = 0
         if self.checkpoint is None:
@@ -85,13 +85,13 @@ class Run:
                     raise
                 raise RunFailed(
                     f"another process of this run ended after step {trainer.state.global_step} of "
-                    f"{trainer.state.max_steps}; what it said, if anything, is above. "
-                    f"{kept(self.folder / CHECKPOINTS)}: the same command with --resume goes on from there."
+                    f"{trainer.state.max_steps}; see its message above, if any. "
+                    f"{kept(self.folder / CHECKPOINTS)}: the same command with --resume continues from there."
                 ) from error
         if self.stop.received() and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                "the same command with --resume goes on from there"
+                "the same command with --resume continues from there"
             )
 
     def report(self, summary: str, **content: Any) -> None:
@@ -111,17 +111,17 @@ class Run:
 
 @contextlib.contextmanager
 def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfig, resume: bool) -> Iterator[Run]:
-    """Open a run folder; refuses to write over another run.
+    """Open a run folder; refuses to overwrite another run.
 
     Raises:
-        InputError: the folder holds a run and `resume` is not given, or that run had other options.
+        InputError: the folder has a run and `resume` is False, or that run had other options.
         RunFailed: the disk is full.
     """
     folder = Path(str(config.output_dir))
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file, not a folder")
     with explain_full_disk(folder), locked(folder):
-        yield _open(kind, folder, data, config, model, resume)
+        yield _open(kind, folder, data, config, model=model, resume=resume)
 
 
 def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: ModelConfig, resume: bool) -> Run:
@@ -129,7 +129,7 @@ def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: M
     checkpoint: Path | InputError | None = None
     if is_main_process():
         try:
-            checkpoint = _claim(kind, folder, settings, config, resume)
+            checkpoint = _claim(kind, folder, settings, config, resume=resume)
         except InputError as error:
             checkpoint = error
     checkpoint = broadcast_object(checkpoint)
@@ -137,34 +137,34 @@ def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: M
         raise checkpoint
     config.output_dir = str(folder / CHECKPOINTS)  # what the trainers write while they run
     if checkpoint is not None:
-        note(f"going on from {checkpoint}")
+        note(f"resuming from {checkpoint}")
     metrics = MetricsFile(folder / "metrics.jsonl", kind)
     stop = StopSignal(config.rollout_steps if isinstance(config, PolicyConfig) else 1)
-    return Run(kind, folder, metrics, stop, checkpoint, settings)
+    return Run(kind=kind, folder=folder, metrics=metrics, stop=stop, checkpoint=checkpoint, settings=settings)
 
 
 def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, resume: bool) -> Path | None:
-    """Make the folder this run's; returns the checkpoint to go on from."""
+    """Check the folder and write the run's options to it; returns the checkpoint to resume from."""
     stored, checkpoints = folder / "config.yaml", folder / CHECKPOINTS
     made = what_was_made(folder)
     if made and not stored.is_file():
         raise InputError(
-            f"{folder} holds {made[0]} and is no run folder (config.yaml is missing): choose another --output_dir. "
-            "Nothing is written over."
+            f"{folder} has {made[0]} but is not a run folder (config.yaml is missing); use another --output_dir. "
+            "Nothing was overwritten."
         )
     if made and not resume:
         raise InputError(
-            f"{folder} already holds a run: go on with --resume, or choose another --output_dir. "
-            "Nothing is written over."
+            f"{folder} already has a run; resume it with --resume, or use another --output_dir. "
+            "Nothing was overwritten."
         )
     if made:
         defaults = option_defaults(DataArguments, type(config), ModelConfig)
         check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, defaults, folder)
-    else:  # a run that ended before it began, as for an option that was wrong
+    else:  # a run that ended before training, for example by an invalid option
         (checkpoints / "batch.json").unlink(missing_ok=True)
     checkpoint = last_complete_checkpoint(checkpoints) if resume else None
     if checkpoint is None and "report.html" in made:
-        raise InputError(f"{folder} is finished, and has no checkpoint to go on from: choose another --output_dir")
+        raise InputError(f"{folder} is finished and has no checkpoint to resume from; use another --output_dir")
     remove_unfinished(folder)
     checkpoints.mkdir(parents=True, exist_ok=True)
     check_same_batch(checkpoints / "batch.json", config)
@@ -174,7 +174,7 @@ def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, re
 
 
 def what_was_made(folder: Path) -> list[str]:
-    """What of a run's parts a folder has, whoever made them."""
+    """The files and checkpoints of a run that exist in a folder."""
     parts = ("policy", "reward_model", "report.html", "metrics.jsonl", f"{CHECKPOINTS}/warmup")
     found = [name for name in parts if (folder / name).exists()]
     return found + [f"{CHECKPOINTS}/{path.name}" for path in sorted((folder / CHECKPOINTS).glob("checkpoint-*"))]
@@ -182,7 +182,7 @@ def what_was_made(folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this run: two in one folder would mix their checkpoints. A kill lets it go.
+    """Lock a run folder: two runs in one would mix their checkpoints. The lock ends with the process.
 
     Raises:
         InputError: another process holds it.
@@ -194,15 +194,13 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         lock = FileLock(folder / CHECKPOINTS / ".lock", timeout=0).acquire()
     except Timeout as error:
-        raise InputError(
-            f"another process is running in {folder}: wait for it, or choose another --output_dir"
-        ) from error
+        raise InputError(f"another process is running in {folder}; wait for it, or use another --output_dir") from error
     with lock:
         yield
 
 
 def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[str, Any]:
-    """The options as given, with tracereward's own defaults: what ``--config`` reads again."""
+    """The options as given and the defaults of tracereward's own, in the format of ``--config``."""
     own = {
         name
         for cls in type(config).__mro__
@@ -220,7 +218,7 @@ def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[st
     return {name: value for name, value in settings.items() if value is not None}
 
 
-# What may change between a run and its continuation; anything else would not be the same run.
+# Options that may change when a run is resumed.
 MAY_CHANGE = {
     "max_steps",
     "num_train_epochs",
@@ -232,7 +230,7 @@ MAY_CHANGE = {
     "disable_tqdm",
     "per_device_eval_batch_size",
     "shard_discriminator",
-    # As long as the product with the number of processes stays, see `check_same_batch`.
+    # Their product with the number of processes must not change, see `check_same_batch`.
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "steps_per_generation",
@@ -249,18 +247,18 @@ def option_defaults(*classes: type) -> dict[str, Any]:
 
 
 def check_same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue a run with other options.
+    """Refuse to resume a run with other options.
 
-    An option that is not stored had its default, also one that the version that wrote the run did not have.
+    An option that is not stored had its default, including options added since the run was written.
 
     Args:
-        stored: the run's ``config.yaml``, perhaps an earlier version's.
+        stored: the run's ``config.yaml``, possibly of an earlier version.
         given: the options of the command, see `resolved`.
-        defaults: every option that this version has, with its default.
+        defaults: all options of this version, with their defaults.
         folder: the run folder.
 
     Raises:
-        InputError: names the options that differ, with both values, or those that this version does not have.
+        InputError: options differ (named with both values), or this version does not have them.
     """
     unknown = stored.keys() - defaults.keys()
     gone = [
@@ -268,8 +266,8 @@ def check_same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict
     ]
     if gone:
         raise InputError(
-            f"{folder} holds a run with options that this version of tracereward does not have ({'; '.join(gone)}): "
-            "continue it with the version that began it, or choose another --output_dir"
+            f"{folder} has a run with options that this version of tracereward does not have ({'; '.join(gone)}); "
+            "resume it with the version that started it, or use another --output_dir"
         )
     before, now = defaults | stored, defaults | given
     names = (stored.keys() | given.keys()) - MAY_CHANGE - unknown
@@ -278,15 +276,15 @@ def check_same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict
     ]
     if differing:
         raise InputError(
-            f"{folder} holds a run with other options ({'; '.join(differing)}): give the same, or another --output_dir"
+            f"{folder} has a run with other options ({'; '.join(differing)}); pass those, or use another --output_dir"
         )
 
 
 def check_same_batch(path: Path, config: Config) -> None:
-    """Keep the rows of an optimiser step and of a generation in `path`: a run may go on with other processes.
+    """Store the batch sizes in `path`, or check them: a run may be resumed with another number of processes.
 
     Raises:
-        InputError: the run was begun with another number of rows.
+        InputError: the run was started with another batch size.
     """
     rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     now = {"rows": rows, "rollouts": getattr(config, "generation_batch_size", None)}
@@ -294,13 +292,13 @@ def check_same_batch(path: Path, config: Config) -> None:
     folder = path.parent.parent
     if before["rows"] != rows:
         raise InputError(
-            f"{folder} holds a run with {before['rows']} rows in an optimiser step, this command has {rows} "
+            f"{folder} has a run with {before['rows']} rows per optimiser step, this command has {rows} "
             f"({config.world_size} processes): change --per_device_train_batch_size or "
             "--gradient_accumulation_steps so that their product with the processes stays the same"
         )
     if before["rollouts"] != now["rollouts"]:
         raise InputError(
-            f"{folder} holds a run with {before['rollouts']} rollouts in a generation, this command has "
+            f"{folder} has a run with {before['rollouts']} rollouts per generation, this command has "
             f"{now['rollouts']}: change --steps_per_generation so that its product with the processes and "
             "--per_device_train_batch_size stays the same"
         )
@@ -309,7 +307,7 @@ def check_same_batch(path: Path, config: Config) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn a write that failed for want of space into a sentence; what was finished before stays."""
+    """Re-raise writes that failed on a full disk as `RunFailed`."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -323,21 +321,21 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
             raise
         raise RunFailed(
             f"the disk of {folder} is full ({free} bytes free). {kept(folder / CHECKPOINTS)}: "
-            "free some space, then give the same command with --resume."
+            "free some space, then run the same command with --resume."
         ) from error
 
 
 def check_disk(config: Config, model: ModelConfig, models: int) -> None:
-    """Refuse when the checkpoints of `models` models and their final weights do not fit on the disk.
+    """Refuse if the checkpoints and final weights of `models` models do not fit on the disk.
 
-    What the run folder holds already counts: a run that goes on replaces it.
+    Existing files of the run folder count as free space, since a resumed run replaces them.
     """
     with zero3_disabled(), init_empty_weights():
         shape = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
         )
     weights = sum(p.numel() for p in shape.parameters())
-    trained = weights // 10 if model.use_peft else weights  # LoRA of a generous rank
+    trained = weights // 10 if model.use_peft else weights  # an upper estimate for LoRA
     checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
     needed = models * (checkpoints * trained * 12 + weights * 4)  # float32 weights and two Adam moments; final weights
     present = sum(path.stat().st_size for path in Path(str(config.output_dir)).rglob("*") if path.is_file())

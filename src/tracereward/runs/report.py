@@ -1,4 +1,4 @@
-"""The report of an adversarial run: its curves, and fresh rollouts of the policy that it has left."""
+"""The report of an adversarial run: curves, and fresh rollouts of the final policy."""
 
 from typing import Any
 
@@ -27,19 +27,22 @@ def report_rewards(
     task: Task,
     chosen: str,
 ) -> None:
-    """The run's report: curves, rewards of fresh rollouts on some of its prompts, and five of them token by token.
+    """Write the report: curves, rewards of fresh rollouts on training prompts, and heatmaps of five rollouts.
 
-    Everything else is saved by then: models that do not fit beside what is still in memory leave the rollouts out.
+    Everything else is saved before. If policy and reward model do not fit in memory, the rollouts are skipped.
     """
     config = trainer.config
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
     gold = {row["prompt"]: row["answer"] for row in rows}
     shown = f"Rewards and heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts."
     try:
-        with zero3_disabled():  # generate would wait for the other processes under ZeRO-3
-            traces = fresh_traces(trainer, policy, reward_model, prompts, gold, task)
+        with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes
+            traces = fresh_traces(trainer, policy, reward_model, prompts=prompts, gold=gold, task=task)
     except torch.OutOfMemoryError:
-        traces, shown = [], "No rewards and heatmaps: policy and reward model did not fit beside the training."
+        traces, shown = (
+            [],
+            "No rewards and heatmaps: policy and reward model did not fit in memory with the trainer.",
+        )
         note(shown)
     how = config.reward_aggregate
     right = [t.scores.aggregate(how) for t in traces if t.correct]
@@ -63,7 +66,7 @@ def fresh_traces(
     gold: dict[str, str | None],
     task: Task,
 ) -> list[Trace]:
-    """Four scored rollouts of each prompt by the policy that the run has left."""
+    """Four scored rollouts per prompt by the final policy."""
     config, device = trainer.config, trainer.accelerator.device
     clear_device_cache(garbage_collection=True)
     reward_model.to(device)
@@ -79,12 +82,12 @@ def fresh_traces(
     for s, scores in zip(samples, scored, strict=True):
         answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]
         correct = None if answer is None else task.verify(s.text, answer)
-        traces.append(Trace(prompt, s.text, scores, correct, task.extract(s.text)))
+        traces.append(Trace(prompt, s.text, scores, correct=correct, answer=task.extract(s.text)))
     return traces
 
 
 def pick_traces(traces: list[Trace], count: int = 5) -> list[Trace]:
-    """Up to `count` different traces for a page: a wrong and a right one of the same question first, then the rest."""
+    """Up to `count` distinct traces: pairs of a wrong and a right one of the same question first, then the rest."""
     questions: dict[str, dict[str, Trace]] = {}
     for trace in traces:
         questions.setdefault(trace.question, {}).setdefault(trace.completion, trace)
