@@ -191,7 +191,7 @@ def test_the_reward_model_is_told_whether_weights_are_spread(
     model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(head="action"), tokenizer)
     trainer = make(tiny_model_folder, tokenizer, model, experts, tmp_path)
     told = []
-    monkeypatch.setattr(model, "token_rewards", lambda *args: told.append(args[-1]))
+    monkeypatch.setattr(model, "token_rewards", lambda *_, sharded, **__: told.append(sharded))
     monkeypatch.setattr(trainer_module, "is_sharded", lambda _: spread)
     trainer.token_rewards([[5]], [[6]])
     assert told == [spread]
