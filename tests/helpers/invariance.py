@@ -68,7 +68,7 @@ TOKEN = {
 
 
 # Three demonstrations per update: of two processes one makes two passes and the other one.
-SPREAD = {**TOKEN, "reward_form": "logit_plus_logprob", "discriminator_prompts": 3, "max_steps": 10}
+SHARDED = {**TOKEN, "reward_form": "logit_plus_logprob", "discriminator_prompts": 3, "max_steps": 10}
 
 
 FEW_TOKENS = 120  # one demonstration with its negatives fills a pass
@@ -86,18 +86,21 @@ RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
     # Six rollouts per process: the second prompt's group spans both.
     "token, two processes": (TOKEN, Layout(3, accumulation=2, processes=2)),
     # For test_sharded; the log-probs of the policy and of the starting policy enter both losses.
-    "spread": (SPREAD, Layout(12)),
-    "spread, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS)),
-    "spread, 1 % faster": ({**SPREAD, "learning_rate": 1.01e-3}, Layout(12)),
-    "spread, LoRA": (SPREAD, Layout(12, lora=True)),
-    "spread, LoRA, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS, lora=True)),
-    "in parts": ({**SPREAD, "shard_discriminator": True}, Layout(12)),
-    "in parts, two processes": (
-        {**SPREAD, "shard_discriminator": True},
+    "sharded": (SHARDED, Layout(12)),
+    "sharded, two processes": (SHARDED, Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS)),
+    "sharded, 1 % faster": ({**SHARDED, "learning_rate": 1.01e-3}, Layout(12)),
+    "sharded, LoRA": (SHARDED, Layout(12, lora=True)),
+    "sharded, LoRA, two processes": (
+        SHARDED,
+        Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS, lora=True),
+    ),
+    "sharded discriminator": ({**SHARDED, "shard_discriminator": True}, Layout(12)),
+    "sharded discriminator, two processes": (
+        {**SHARDED, "shard_discriminator": True},
         Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS),
     ),
-    "in parts, LoRA, two processes": (
-        {**SPREAD, "shard_discriminator": True},
+    "sharded discriminator, LoRA, two processes": (
+        {**SHARDED, "shard_discriminator": True},
         Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS, checkpointing=True, lora=True),
     ),
     "no all-reduce": ({**TRAJECTORY, "max_steps": 2}, Layout(8, processes=2)),
