@@ -142,11 +142,11 @@ def test_self_correction_page(tmp_path):
         results.append({"arm": "frozen", "self_correction": found})
     page = "\n".join(correction_page.sections(tmp_path / "self-correction.md", results))
     assert (tmp_path / "self-correction.png").stat().st_size > 1000
-    found = row_of(page, "reward suspects, reward judges: r 1, k 2")
+    found = row_of(page, "detector reward, judge reward: r 1, k 2")
     # log(5.6 / 4) / log 2 = .4854 of the way from 60 to 70 %, and from 50 to 50.
     assert found[:4] == ["56 ± 0", "80.0 ± 0.0", "**+15.1 ± 0.0**", "**+30.0 ± 0.0**"]
     assert found[4:6] == ["undefined", "1.0 ± 0.0"]
-    assert row_of(page, "reward suspects, reward judges") == ["**+2.0 ± 0.0** (1)", "**-1.0 ± 0.0** (1)"]
+    assert row_of(page, "detector reward, judge reward") == ["**+2.0 ± 0.0** (1)", "**-1.0 ± 0.0** (1)"]
     assert row_of(page, "majority") == ["40.0 ± 0.0", "50.0 ± 0.0", "60.0 ± 0.0"]
 
 

@@ -427,11 +427,11 @@ def test_page_with_unseen_kinds_and_all_wrong_samples(tmp_path):
     aurocs = dict.fromkeys(ranking(0.5, 0.8), None) | {"accuracy": ranking(0.5, 0.8)["accuracy"]}
     rows += [result("log p", "log-probs", seed, 0.5, accuracy_unseen=0.5, ranking=aurocs) for seed in (0, 1)]
     page = page_of(tmp_path, rows)
-    assert "| arm | greedy accuracy | of unseen kinds | minus SFT |" in page
+    assert "| arm | greedy accuracy | on unseen kinds | minus SFT |" in page
     assert "| SFT | 50.0 ± 0.0 | 15.0 ± 63.5 |" in page
     assert "| log-prob | undefined |" in page
     assert "| log p | undefined | 50.0 ± 0.0 |" in page
-    assert "of unseen kinds" not in page_of(tmp_path, [*rows, result("b", "policy", 0, 0.2)])
+    assert "on unseen kinds" not in page_of(tmp_path, [*rows, result("b", "policy", 0, 0.2)])
 
 
 def by_hops(reward: float, found: float | None) -> dict:
