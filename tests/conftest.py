@@ -12,7 +12,7 @@ from hypothesis import settings
 from tracereward.synthetic.arithmetic import build_model, build_tokenizer, generate
 
 torch.set_num_threads(1)
-# The same examples every time, and no time limit: neither chance nor other work on the machine may fail a test.
+# Deterministic examples without a deadline: neither chance nor load on the machine may fail a test.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
 

@@ -1,4 +1,4 @@
-"""The package and its help start without torch, and what needs no TRL does not load it (the layers: `make lint`)."""
+"""Imports: no torch for the package and its help, no TRL where it is not needed (`make lint` checks layers)."""
 
 import ast
 import subprocess
@@ -12,11 +12,11 @@ SOURCES = sorted((ROOT / "src" / "tracereward").rglob("*.py"))
 FLAT = {"__init__", "__main__", "console", "errors", "files", "metrics", "selection"}
 
 
-def test_every_module_is_in_the_folder_of_its_stage():
+def test_flat_modules_are_the_known_ones():
     assert {path.stem for path in (ROOT / "src" / "tracereward").glob("*.py")} == FLAT
 
 
-def test_nothing_is_taken_from_trls_experimental_part():
+def test_no_import_from_trl_experimental():
     for path in SOURCES:
         assert "trl.experimental" not in path.read_text(encoding="utf-8"), path.name
 
@@ -47,7 +47,7 @@ def test_no_call_passes_more_than_four_arguments_by_position(folder):
 
 
 def loaded(code: str) -> set[str]:
-    """Names of the modules that a fresh interpreter has loaded after `code`."""
+    """Names of the modules that a new interpreter has loaded after `code`."""
     report = "import atexit, sys; atexit.register(lambda: print('LOADED', *sys.modules))\n"
     done = subprocess.run([sys.executable, "-c", report + code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -58,13 +58,13 @@ def loaded(code: str) -> set[str]:
 HEAVY = {"torch", "transformers", "trl", "datasets", "numpy", "scipy"}
 
 
-def test_importing_the_package_loads_no_torch():
+def test_import_does_not_load_torch():
     modules = loaded("import tracereward; dir(tracereward)")
     assert "tracereward" in modules
     assert not modules & HEAVY
 
 
-def test_help_answers_without_torch():
+def test_help_does_not_load_torch():
     code = """
 import runpy
 sys.argv = ["tracereward", "--help"]
@@ -78,15 +78,15 @@ except SystemExit as end:
     assert not modules & HEAVY
 
 
-def test_evaluating_and_calibrating_load_no_trl():
-    """The import contract says so of the package's own imports; here of what those load in turn."""
+def test_evaluate_and_calibrate_do_not_load_trl():
+    """The import contract checks direct imports; this checks transitive ones."""
     modules = loaded("import tracereward.evaluate.suites, tracereward.commands.score, tracereward.serving.app")
     assert "torch" in modules
     assert "trl" not in modules
 
 
 @pytest.mark.parametrize("command", ["sft", "grpo", "train"])
-def test_help_of_training_answers_without_torch(command):
+def test_training_help_does_not_load_torch(command):
     code = f"""
 from tracereward.cli import main
 sys.argv = ["tracereward", "{command}", "--help"]
@@ -98,7 +98,7 @@ except SystemExit as end:
     assert not loaded(code) & (HEAVY | {"peft", "accelerate"})
 
 
-def test_public_names_are_all_there():
+def test_public_names_exist():
     import tracereward
 
     for name in tracereward.__all__:

@@ -1,4 +1,4 @@
-"""The wheel, as pip would install it."""
+"""The wheel as pip installs it."""
 
 import configparser
 import importlib.util
@@ -17,7 +17,7 @@ from helpers.paths import ROOT
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """A folder that holds what the wheel installs, and nothing else."""
+    """A folder with the installed contents of the wheel."""
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling is not installed: it builds the wheel")
     folder = tmp_path_factory.mktemp("wheel")
@@ -30,7 +30,7 @@ def site(tmp_path_factory):
 
 
 @pytest.mark.long
-def test_wheel_has_the_package_alone(site):
+def test_wheel_contains_only_package(site):
     (information,) = site.glob("*.dist-info")
     assert {path.name for path in site.iterdir()} == {"tracereward", information.name}
     names = {path.relative_to(site / "tracereward").as_posix() for path in (site / "tracereward").rglob("*")}
@@ -43,20 +43,20 @@ def test_wheel_has_the_package_alone(site):
 
 @pytest.mark.long
 def test_exported_names_have_known_types(site, tmp_path):
-    """Of the names that the package exports, and of all that their signatures and attributes lead to."""
+    """Exported names and all symbols that their signatures and attributes reference."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     checked = subprocess.run(
         ["pyright", "--outputjson", "--verifytypes", "tracereward", "--ignoreexternal"],
-        cwd=tmp_path,  # away from the source and its settings
+        cwd=tmp_path,  # outside the source tree and its settings
         env={**os.environ, "PATH": path, "PYTHONPATH": str(site)},
         capture_output=True,
         text=True,
     )
     report = json.loads(checked.stdout)["typeCompleteness"]
-    assert report["pyTypedPath"] == str(site / "tracereward/py.typed")  # not the source, installed for development
+    assert report["pyTypedPath"] == str(site / "tracereward/py.typed")  # not the editable install
     symbols = report["symbols"]
     names = [symbol["name"] for symbol in symbols]
-    # Pyright reports a module's names in order, each with what it leads to; `__getattr__` comes behind the imports.
+    # Pyright reports names in order, each with its references; `__getattr__` comes after the imports.
     exported = symbols[: names.index("tracereward.__getattr__")]
     assert {f"tracereward.{name}" for name in tracereward.__all__ if name != "__version__"} <= {
         symbol["name"] for symbol in exported

@@ -1,4 +1,4 @@
-"""Tokenizers of different kinds."""
+"""Byte-level and byte-fallback BPE tokenizers."""
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -7,7 +7,7 @@ TEXT = "The cat sat. The dog sees é and 日本語, naïve.\n\nSo the answer is 
 
 
 def train_bytes() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: frequent words are one token, ".\\n\\n" too, an unseen emoji is four."""
+    """Byte-level BPE: frequent words and ".\\n\\n" are one token each, an unseen emoji is four."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -28,10 +28,10 @@ def train_bytes() -> PreTrainedTokenizerFast:
 
 
 def build_fallback(at_start: str) -> PreTrainedTokenizerFast:
-    """Spaces are "▁" and open a token, other bytes are tokens of their own: SentencePiece with byte fallback.
+    """SentencePiece-like BPE with byte fallback: "▁" for a space starts a token.
 
     Args:
-        at_start: "stripped" as in Llama 2, where encoding puts a space before the text and decoding takes it away;
+        at_start: "stripped" as in Llama 2, where encoding adds a space before the text and decoding removes it;
             "kept" as in Gemma.
     """
     pieces = ["<pad>", "<eos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]

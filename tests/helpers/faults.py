@@ -1,4 +1,4 @@
-"""What tests of interrupted runs share."""
+"""Options and helpers for tests of interrupted runs."""
 
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ TRAIN = {
     "discriminator_every": 1,
     "discriminator_prompts": 6,
     "perturbed_per_expert": 0,
-    "reward_form": "logit",  # an untrained policy's log-probs lie beyond the clip
+    "reward_form": "logit",  # log-probs of an untrained policy exceed the clip
     "warmup_rollouts": 2,
-    "replay_size": 40,  # so small that old rollouts have to leave
+    "replay_size": 40,  # small enough that old rollouts are dropped
 }
 
 
 def sentence(ended: Result) -> str:
-    """What the command said at its end; a line of its own, not behind a progress bar."""
+    """The final message of a command, which must be on its own line and not after a progress bar."""
     said = [line for line in ended.err.splitlines() if line.startswith("tracereward: ")]
     assert len(said) == 1, ended.err
     return said[0]

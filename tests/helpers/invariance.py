@@ -1,4 +1,4 @@
-"""Training runs that must come to the same weights, and how far apart two of them are."""
+"""Training runs that must end with equal weights, and differences between two runs."""
 
 import random
 from pathlib import Path
@@ -23,13 +23,13 @@ from tracereward.training.trainer import AdversarialTrainer
 STEPS, GROUP, LONGEST = 50, 4, 21
 
 
-CHOICES, SHARPNESS = 3, 10.0  # a trace is drawn in proportion to its mean token probability, to this power
+CHOICES, SHARPNESS = 3, 10.0  # a trace is sampled with probability proportional to exp(SHARPNESS * mean token log-prob)
 
 
 class Layout(NamedTuple):
-    """How the rollouts of a batch are cut up."""
+    """How the rollouts of a batch are split."""
 
-    rows: int  # of a micro-batch
+    rows: int  # per micro-batch
     accumulation: int = 1
     processes: int = 1
     token_budget: int = 8192  # of the discriminator's micro-batches
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
     lora: bool = False  # both models
 
 
-# Four prompts a batch, on-policy, the discriminator sees the rollouts of demonstrations only.
+# Four prompts per batch, on-policy; the discriminator sees only rollouts on demonstrations.
 TRAJECTORY = {
     "reward_form": "logit",
     "objective": "bce",
@@ -48,7 +48,7 @@ TRAJECTORY = {
 }
 
 
-# Three prompts a batch, two optimiser steps on each batch, and all that is computed over groups or in the policy.
+# Three prompts per batch, two optimiser steps per batch, and all options computed over groups or in the policy.
 TOKEN = {
     "head": "implicit",
     "objective": "pairwise",
@@ -67,11 +67,11 @@ TOKEN = {
 }
 
 
-# Three demonstrations an update: of two processes one has two passes to make where the other has one.
-SPREAD = {**TOKEN, "reward_form": "logit_plus_logprob", "discriminator_prompts": 3, "max_steps": 10}
+# Three demonstrations per update: of two processes one makes two passes and the other one.
+SHARDED = {**TOKEN, "reward_form": "logit_plus_logprob", "discriminator_prompts": 3, "max_steps": 10}
 
 
-FEW_TOKENS = 120  # a demonstration with its negatives fills a pass
+FEW_TOKENS = 120  # one demonstration with its negatives fills a pass
 
 
 RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
@@ -83,21 +83,24 @@ RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
     "trajectory, policy at rest": ({**TRAJECTORY, "learning_rate": 0.0, "max_steps": 15}, Layout(16)),
     "token": (TOKEN, Layout(12)),
     "token, micro-batches": (TOKEN, Layout(3, accumulation=4, token_budget=250)),
-    # Six rollouts a process: the second prompt's group spans both.
+    # Six rollouts per process: the second prompt's group spans both.
     "token, two processes": (TOKEN, Layout(3, accumulation=2, processes=2)),
-    # In test_sharded, where the weights are spread; the log-probs of the policy and of its start enter both losses.
-    "spread": (SPREAD, Layout(12)),
-    "spread, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS)),
-    "spread, 1 % faster": ({**SPREAD, "learning_rate": 1.01e-3}, Layout(12)),
-    "spread, LoRA": (SPREAD, Layout(12, lora=True)),
-    "spread, LoRA, two processes": (SPREAD, Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS, lora=True)),
-    "in parts": ({**SPREAD, "shard_discriminator": True}, Layout(12)),
-    "in parts, two processes": (
-        {**SPREAD, "shard_discriminator": True},
+    # For test_sharded; the log-probs of the policy and of the starting policy enter both losses.
+    "sharded": (SHARDED, Layout(12)),
+    "sharded, two processes": (SHARDED, Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS)),
+    "sharded, 1 % faster": ({**SHARDED, "learning_rate": 1.01e-3}, Layout(12)),
+    "sharded, LoRA": (SHARDED, Layout(12, lora=True)),
+    "sharded, LoRA, two processes": (
+        SHARDED,
+        Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS, lora=True),
+    ),
+    "sharded discriminator": ({**SHARDED, "shard_discriminator": True}, Layout(12)),
+    "sharded discriminator, two processes": (
+        {**SHARDED, "shard_discriminator": True},
         Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS),
     ),
-    "in parts, LoRA, two processes": (
-        {**SPREAD, "shard_discriminator": True},
+    "sharded discriminator, LoRA, two processes": (
+        {**SHARDED, "shard_discriminator": True},
         Layout(3, accumulation=2, processes=2, token_budget=FEW_TOKENS, checkpointing=True, lora=True),
     ),
     "no all-reduce": ({**TRAJECTORY, "max_steps": 2}, Layout(8, processes=2)),
@@ -105,14 +108,14 @@ RUNS: dict[str, tuple[dict[str, Any], Layout]] = {
 
 
 class Scripted(AdversarialTrainer):
-    """Completions are drawn from the policy by a generator of their own; keeps what each batch was."""
+    """Samples completions with a separate random generator, and records each batch."""
 
     def __init__(self, *args, **kwargs):
         self.batches = []
         super().__init__(*args, **kwargs)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, **_):
-        first = self.accelerator.process_index * len(prompt_ids)  # of this process's rows among all of the batch
+        first = self.accelerator.process_index * len(prompt_ids)  # index of this process's first row in the batch
         traces = {tuple(expert.prompt): expert.completion for expert in self.discriminator.experts}
         candidates, draws = [], []
         for row, prompt in enumerate(prompt_ids):
@@ -135,7 +138,7 @@ class Scripted(AdversarialTrainer):
 
 
 def weights(trainer: AdversarialTrainer) -> dict[str, torch.Tensor]:
-    """All trained parameters of both models, each in one row."""
+    """All trained parameters of each model as one vector."""
     trained = {name for name, parameter in trainer.policy.named_parameters() if parameter.requires_grad}
     if is_sharded(trainer):
         policy = [parameter for name, parameter in full_state_dict(trainer).items() if name in trained]
@@ -151,7 +154,7 @@ def weights(trainer: AdversarialTrainer) -> dict[str, torch.Tensor]:
 
 
 def mutated(trace: list[int], rng: random.Random) -> list[int]:
-    """A trace with up to three tokens replaced, and cut off behind any token; half of these get an end."""
+    """A trace with up to three tokens replaced, and sometimes cut; half of the cut ones get an end token."""
     ids = list(trace) or [rng.randrange(3, 51) for _ in range(12)]
     for _ in range(rng.randrange(1, 4)):
         ids[rng.randrange(len(ids) - 1)] = rng.randrange(3, 51)
@@ -162,13 +165,13 @@ def mutated(trace: list[int], rng: random.Random) -> list[int]:
 
 
 def train(name: str, folder: Path) -> dict[str, Any]:
-    """Train as `RUNS` says.
+    """Train one of `RUNS`.
 
     Returns:
-        The number of processes, what each step logged, (prompt, completion) of each rollout of this process in each
-        batch, and both models' weights at the start (unless they are spread) and at the end. Of all the policy's
-        parameters, frozen ones too: the part that this process holds, and, on the main process, the whole; of the
-        discriminator's and of the frozen start's, how many weights this process holds, and of how many.
+        The number of processes; the log of each step; (prompt, completion) of each rollout of this process in each
+        batch; and both models' weights at the start (unless sharded) and at the end. For all parameters of the policy,
+        including frozen ones: this process's shard and, on the main process, the full tensor. For discriminator and
+        frozen starting policy: numbers of weights in this process's shard and in total.
     """
     settings, layout = RUNS[name]
     torch.set_num_threads(1)
@@ -186,7 +189,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
             "max_steps": STEPS,
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
-            # Adam divides by the gradient's size: where that is rounding error, it would make whole steps of noise.
+            # Adam normalises gradients: without a larger epsilon it would amplify rounding errors to full steps.
             "adam_epsilon": 1e-5,
             "report_to": "none",
             "save_strategy": "no",
@@ -208,7 +211,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
     lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear") if layout.lora else None
     assert config.generation_batch_size == layout.rows * layout.accumulation * layout.processes
     unlabeled = generate("misconception", 8, seed=77) if "expert_prompt_share" in settings else []
-    torch.manual_seed(0)  # LoRA starts at random
+    torch.manual_seed(0)  # LoRA weights are initialised at random
     trainer = Scripted(
         model=AutoModelForCausalLM.from_pretrained(model),
         reward_model=TokenRewardModel.from_backbone(
@@ -257,10 +260,10 @@ def folder(tmp_path_factory, tokenizer):
 LOSSES = ["loss", "grad_norm", "reward", "reward_std", "discriminator/loss", "discriminator/grad_norm"]
 
 
-# float32 sums in another order differ by about 1e-7 in a step; here 50 steps each follow from the last. Measured on
-# "token": 1.4e-5 at most. On "trajectory" the gradient of the penalised gradient is ill-conditioned where the latter is
-# small (1.0e-3 in its norm), rewards of a group lie close together and are divided by their standard deviation (1.7e-4
-# in the policy's loss), all else is 7e-5 or less. About ten times as much is allowed, for other processors.
+# Reordered float32 sums differ by about 1e-7 per step, accumulated over 50 steps. Measured on "token": at most 1.4e-5.
+# On "trajectory" the gradient of the gradient penalty is ill-conditioned for small gradients (1.0e-3 in its norm), and
+# close rewards of a group are divided by their standard deviation (1.7e-4 in the policy's loss); all else is at most
+# 7e-5. Tolerances are about ten times larger, for other processors.
 TOLERANCES = {
     "trajectory": dict.fromkeys([*LOSSES, "policy", "discriminator"], 5e-4)
     | {"loss": 2e-3, "discriminator/grad_norm": 1e-2},
@@ -269,12 +272,12 @@ TOLERANCES = {
 
 
 def beyond(found: dict[str, float], settings: str) -> dict[str, float]:
-    """The differences that are not within their tolerance."""
+    """The differences that exceed their tolerance."""
     return {name: value for name, value in found.items() if not value <= TOLERANCES[settings][name]}
 
 
 def differences(run: dict[str, Any], other: dict[str, Any], names: list[str]) -> dict[str, float]:
-    """Largest difference of logged numbers over the steps, relative to their root mean square."""
+    """Largest difference of each logged metric over the steps, relative to its root mean square."""
     found = {}
     for name in names:
         pairs = [(a.get(name), b.get(name)) for a, b in zip(run["log"], other["log"])]

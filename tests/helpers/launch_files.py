@@ -1,4 +1,4 @@
-"""A tiny run under a launcher."""
+"""Options of a tiny run under a launcher."""
 
 import subprocess
 import time
@@ -26,7 +26,7 @@ TINY_RUN: dict[str, Any] = {
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float, folder: Path) -> None:
-    """Until it holds; the script must not end before."""
+    """Wait for the condition; fail if the process ends or the time runs out first."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, (folder / "output.txt").read_text()[-4000:]

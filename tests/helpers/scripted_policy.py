@@ -1,4 +1,4 @@
-"""A policy that writes what a test scripts, with a tokenizer of few words."""
+"""A scorer with scripted rewards, and a tiny policy with a tokenizer of few words."""
 
 import math
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def words():
 
 @pytest.fixture(scope="module")
 def policy(words):
-    """Not near uniform, and it never draws padding, so that padding in what `generate` returns is no draw."""
+    """A policy far from uniform that never samples padding, so padding in `generate` output is real padding."""
     model = build_model(words, seed=3, hidden_size=16, layers=1, heads=2).eval()
     with torch.no_grad():
         model.lm_head.weight *= 12

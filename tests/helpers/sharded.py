@@ -3,9 +3,9 @@
     python -m torch.distributed.run --nproc_per_node 2 tests/helpers/sharded.py ENGINE -- train --config recipe.yaml
     python -m torch.distributed.run --nproc_per_node 2 tests/helpers/sharded.py ENGINE FOLDER NAME...
 
-The first is the command line; the second trains `test_invariance.RUNS`. An engine is set up as `accelerate launch` does
-it with its file in configs/accelerate, but in float32. Only the refusals are taken away: what wraps, gathers and steps
-is accelerate's, torch's and DeepSpeed's own.
+The first runs the command line; the second trains runs of `invariance.RUNS`. An engine is set up as by `accelerate
+launch` with its file in configs/accelerate, but in float32. Only accelerate's CPU checks are disabled; wrapping,
+gathering and optimiser steps are accelerate's, torch's and DeepSpeed's own.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # of helpers, not within it
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # so that `helpers` is importable
 
 from helpers.paths import ROOT
 from helpers.tiny import free_port, set_trap
@@ -26,7 +26,7 @@ FILES = ROOT / "configs" / "accelerate"
 
 
 def launch_variables(engine: str) -> dict[str, str]:
-    """What `accelerate launch` hands to its processes in their environment."""
+    """The environment variables that `accelerate launch` sets for its processes."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
@@ -42,7 +42,7 @@ def launch_variables(engine: str) -> dict[str, str]:
 
 
 def allow(engine: str) -> None:
-    """Make this process one of those that train with `engine`; before any option is parsed."""
+    """Let this process train with `engine`; call before options are parsed."""
     os.environ.update(launch_variables(engine))
     if engine == "ddp":
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -53,7 +53,7 @@ def allow(engine: str) -> None:
 
 
 def allow_fsdp2() -> None:
-    """accelerate takes processes without an accelerator for plain data parallelism."""
+    """Allow FSDP2 on CPUs: accelerate would use plain data parallelism."""
     os.environ["ACCELERATE_USE_CPU"] = "true"
     import torch
     from accelerate import state
@@ -74,7 +74,7 @@ def allow_fsdp2() -> None:
 
 
 def allow_deepspeed() -> None:
-    """accelerate starts DeepSpeed on accelerators only."""
+    """Allow DeepSpeed on CPUs: accelerate starts it on GPUs only."""
     os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_TORCH_DEVICE="cpu")
     from accelerate import state
     from accelerate.utils import DeepSpeedPlugin, DistributedType
@@ -86,13 +86,13 @@ def allow_deepspeed() -> None:
 
     def on_no_cpu(options: Any) -> dict[str, Any]:
         given = prepare(options)
-        options.use_cpu = False  # transformers would leave DeepSpeed out
+        options.use_cpu = False  # otherwise transformers would skip DeepSpeed
         return given
 
     def small(self: Any) -> None:
         plugin(self)
-        # accelerate replaces AdamW by DeepSpeed's, which has to be compiled; and a tiny model's weights would stay
-        # whole on each process.
+        # accelerate would use DeepSpeed's AdamW, which must be compiled, and DeepSpeed would not shard a tiny model's
+        # weights.
         self.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
         self.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
@@ -102,9 +102,9 @@ def allow_deepspeed() -> None:
 
 
 def script() -> None:
-    """Rollouts that depend on no process's random state, see `test_invariance`, and scripted validation results.
+    """Patch in rollouts independent of process random states (`invariance.Scripted`) and scripted validation results.
 
-    The questions are answered all the same. The best checkpoint is the first.
+    Validation still generates answers. The first checkpoint is the best.
     """
     from helpers.invariance import Scripted
     from tracereward.commands import train
@@ -125,14 +125,14 @@ def launch(engine: str, *words: str, output: Path, trap: dict[str, Any] | None =
 
     Args:
         engine: one of `ENGINES`.
-        words: behind it.
-        output: file that gets all that is written.
-        trap: of the first process.
+        words: arguments after the engine.
+        output: file for stdout and stderr.
+        trap: trap of the first process.
 
     Returns:
-        The launcher's exit code, or that it had to be ended.
+        The launcher's exit code, or "timed out".
     """
-    # `accelerate launch --num_processes 2 --cpu` runs a single process and says nothing.
+    # `accelerate launch --num_processes 2 --cpu` silently runs a single process.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1"]
     command += ["--master_port", str(free_port()), __file__, engine, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRAP": json.dumps(trap)}
@@ -151,7 +151,7 @@ def main() -> None:
     allow(engine)
     trap = json.loads(os.environ.get("TRAP", "null"))
     if trap is not None and os.environ["RANK"] == "0":
-        assert not trap.pop("other"), "only the processes of `tiny` know one another"
+        assert not trap.pop("other"), "`other` works only with `tiny.Launcher`"
         set_trap(**trap, told=os.getpid())
     if words[0] == "--":
         from tracereward.cli import app

@@ -1,4 +1,4 @@
-"""A small world, `python -m studies` in this process, and pages of results by hand."""
+"""A small world, `python -m studies` in this process, and pages of handwritten results."""
 
 import dataclasses
 import sys
@@ -35,7 +35,7 @@ def command(monkeypatch, capsys, *words: str) -> tuple[int, str]:
 
 
 def folders(path: Path) -> list[str]:
-    """Options that keep all of a study below a folder, in one process."""
+    """Options that run a study in one process, with all output in a folder."""
     return [*(f"--{name}={path / name}" for name in ("pages", "results", "work")), "--jobs=1"]
 
 

@@ -1,9 +1,9 @@
-"""Runs of the command line that a test can kill at an exact point.
+"""Command-line runs that a test can kill at an exact point.
 
-`Launcher` starts one process that has imported the package and nothing else, and forks a child from it for each
-command: a real process with a real exit status, without five seconds of imports each. A `trap` is an audit hook of the
-interpreter: when the command opens or renames the file it names for the n-th time, the process sends itself a signal.
-Nothing of the package is replaced, and no test waits for a moment that a slow machine would miss.
+`Launcher` starts one process that only imports the package and forks a child for each command: a real process with a
+real exit status, without five seconds of imports. A `trap` is an audit hook of the interpreter: when the command opens
+or renames the named file for the n-th time, the process sends itself a signal. Nothing in the package is patched, and
+no test depends on timing.
 """
 
 import atexit
@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from helpers.paths import ROOT
 
 WRITE_FLAGS = os.O_WRONLY | os.O_RDWR
+# Metrics of the machine's speed, which differ between equal runs.
 CLOCKS = {"step_time", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
-# What reads these numbers is not the run's result but the machine's speed.
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Result:
 
 
 class Launcher:
-    """Runs `tracereward` commands in processes forked from one that has its imports."""
+    """Runs `tracereward` commands in forks of a process that has imported the package."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -58,7 +58,7 @@ class Launcher:
         )
 
     def __call__(self, *argv: object, trap: dict[str, Any] | None = None, scripted: bool = False) -> Result:
-        """Run ``tracereward ARGV``; `trap` as `trap` makes it, `scripted` as in `sharded`."""
+        """Run ``tracereward ARGV``; `trap` is from `trap`, `scripted` as in `sharded.script`."""
         return self._run(argv, [trap], scripted=scripted)[0]
 
     def two(
@@ -68,13 +68,13 @@ class Launcher:
         engine: str = "ddp",
         scripted: bool = False,
     ) -> list[Result]:
-        """Run ``tracereward ARGV`` in two processes, as a launcher does: when one fails, the other is sent SIGTERM.
+        """Run ``tracereward ARGV`` in two processes like a launcher: when one fails, the other gets SIGTERM.
 
         Args:
-            argv: of both.
-            traps: of each.
-            engine: see `sharded`.
-            scripted: see `sharded`.
+            argv: arguments of both.
+            traps: trap of each.
+            engine: one of `sharded.ENGINES`.
+            scripted: see `sharded.script`.
         """
         return self._run(argv, list(traps), engine=engine, scripted=scripted, port=free_port())
 
@@ -105,7 +105,7 @@ class Launcher:
 
 @functools.cache
 def launcher() -> Launcher:
-    """The one launcher of a test session; tests that need none start none."""
+    """The launcher of the test session, started on first use."""
     folder = tempfile.TemporaryDirectory(prefix="tracereward-tests-")
     started = Launcher(Path(folder.name))
     atexit.register(folder.cleanup)
@@ -124,10 +124,9 @@ def trap(
 ) -> dict[str, Any]:
     """A signal (by default SIGKILL) at the `count`-th `event` on a file whose path ends with `path`.
 
-    `event` is ``open`` (for writing) or ``rename`` (to that name). It may also be ``size``: the kernel then kills the
-    process with SIGXFSZ as soon as any file that it writes would grow over `count` bytes. With `fill`, instead of a
-    signal, the file at `fill` is grown until its disk has `leave` bytes left. With `other`, the first process of two
-    has the signal sent to the second.
+    `event` is ``open`` (for writing), ``rename`` (to that name) or ``size``: the kernel kills the process with SIGXFSZ
+    when a file that it writes would exceed `count` bytes. With `fill` there is no signal; the file at `fill` is grown
+    until its disk has `leave` bytes left. With `other` the signal goes from the first of two processes to the second.
     """
     return {
         "event": event,
@@ -141,14 +140,14 @@ def trap(
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on."""
+    """A free port of 127.0.0.1."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
 
 
 def serve() -> None:
-    """Read lists of orders from stdin, run each order in a fork, answer with their exit statuses."""
+    """Read lists of orders from stdin, run each order in a fork, and write their exit statuses."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import tracereward.commands.score  # noqa: F401
@@ -174,11 +173,11 @@ def serve() -> None:
 
 
 def run_order(order: dict[str, Any], second: int | None = None) -> None:
-    """Be the command; does not return. `second` is the process beside the first."""
+    """Run the command and exit; `second` is the id of the second process."""
     from helpers import sharded
     from tracereward.cli.app import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests with `&` has it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests with `&` ignores SIGINT
     for descriptor, path in ((1, order["out"]), (2, order["err"])):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -199,7 +198,7 @@ def run_order(order: dict[str, Any], second: int | None = None) -> None:
         main()
     except SystemExit as error:
         code = error.code
-    except BaseException:  # what the interpreter would do
+    except BaseException:  # as the interpreter does
         sys.excepthook(*sys.exc_info())
         code = 1
     with contextlib.suppress(OSError):
@@ -209,11 +208,11 @@ def run_order(order: dict[str, Any], second: int | None = None) -> None:
 
 
 def set_trap(event: str, path: str, count: int, number: int, fill: str | None, leave: int, told: int) -> None:
-    """See `trap`; the process `told` gets the signal."""
+    """Install a `trap`; the process `told` gets the signal."""
     if event == "size":
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (count, count))
-        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python would ignore it, and raise OSError
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # by default Python ignores it and raises OSError
         return
     left = count
 
@@ -247,7 +246,7 @@ def fill_disk(path: Path, leave: int) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of all safetensors files in `folder`."""
+    """All tensors of the safetensors files in `folder`."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= {f"{path.name}:{name}": tensor for name, tensor in load_file(path).items()}
@@ -256,12 +255,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    """Every line of a JSONL file; all must parse."""
+    """The rows of a JSONL file; every line must parse."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """What two runs that are the same have in common: final weights, and the metrics but for the clock."""
+    """The reproducible results of a run: final weights, and metrics without `CLOCKS`."""
     tensors = {f"policy/{name}": tensor for name, tensor in weights(folder / "policy").items()}
     if (folder / "reward_model").exists():
         tensors |= {f"reward_model/{name}": tensor for name, tensor in weights(folder / "reward_model").items()}
@@ -270,7 +269,7 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 
 
 def assert_same(folder: Path, reference: Path) -> None:
-    """The run in `folder` ended with the weights and the metrics of the one in `reference`, to the last bit."""
+    """Assert that two runs have equal final weights and metrics, bit for bit."""
     tensors, metrics = result(folder)
     expected_tensors, expected_metrics = result(reference)
     assert tensors.keys() == expected_tensors.keys()

@@ -1,4 +1,4 @@
-"""The embedded default from end to end, made smaller: what it prints is what its files say."""
+"""The default quickstart end to end, in a smaller world: printed values match its files."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from tracereward.runs.report import pick_traces
 
 @pytest.fixture
 def small(monkeypatch):
-    """The default world with a few steps of each stage."""
+    """The default world with a few steps per stage."""
     world = WORLDS["exposure"]
     few = {"max_steps": 3, "warmup_steps": 0}
     smaller = dataclasses.replace(
@@ -57,11 +57,11 @@ def test_quickstart(small, monkeypatch, capsys, tmp_path):
         "GRPO on own log-prob (control)",
         "IRL policy (tracereward)",
     ]
-    # The ranking table, again from the samples by other means.
+    # Recompute the ranking table independently from the samples.
     questions: dict[int, list[dict]] = {}
     for row in read_jsonl(output / "samples.jsonl"):
         said = re.search(r"#### (\d+)$", row["completion"])
-        # Of a nonsense such as "#### 2 = 3 = 9" the recipe may read more than a number.
+        # From nonsense such as "#### 2 = 3 = 9" the task may extract more than a number.
         assert row["correct"] or said is None or said[1] != row["answer"], row["completion"]
         row["right"] = row["correct"]
         assert row["reward"] == pytest.approx(sum(row["token_rewards"]) / len(row["token_rewards"]))
@@ -94,7 +94,7 @@ def test_quickstart(small, monkeypatch, capsys, tmp_path):
     assert "other options" in err
 
 
-def test_shown_traces_are_pairs_of_wrong_and_right():
+def test_report_traces_are_wrong_right_pairs():
     scores = TokenScores(["a"], [(0, 1)], [0.0], [True], [True])
     rows = [("q1", "x", False), ("q1", "y", False), ("q2", "x", False), ("q2", "x", False), ("q2", "y", True)]
     traces = [Trace(question, text, scores, correct, None) for question, text, correct in rows]

@@ -1,4 +1,4 @@
-"""Reward models and run folders that an earlier version wrote: `fixtures/compat/README.md` says which."""
+"""Reward models and run folders of an earlier version, see `fixtures/compat/README.md`."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", EXPECTED["scores"])
-def test_reward_models_give_the_same_rewards(name):
+def test_old_reward_models_give_same_rewards(name):
     model = RewardModel.from_pretrained(FIXTURE / name)
     traces, calibration = EXPECTED["traces"], model.settings.calibration
     scores = model.score([trace["prompt"] for trace in traces], [trace["completion"] for trace in traces])
@@ -41,7 +41,7 @@ def test_reward_models_give_the_same_rewards(name):
 
 
 def same_random_numbers() -> bool:
-    """Whether this machine's rollouts can be those of the machine that made the fixture."""
+    """Whether this machine can reproduce the rollouts of the fixture."""
     drawn = torch.multinomial(torch.ones(8, 50), 4, generator=torch.Generator().manual_seed(0))
     return drawn.flatten().tolist() == EXPECTED["draws"]
 
@@ -50,8 +50,8 @@ def same_random_numbers() -> bool:
     ("name", "left"),
     [("sft", "checkpoint-2"), ("grpo", "checkpoint-2"), ("train", "checkpoint-2"), ("train", "warmup")],
 )
-def test_run_folders_are_resumed(name, left, tmp_path, monkeypatch):
-    """From a checkpoint, or from the warm-up's last state; by the command that the report names."""
+def test_old_run_folders_resume(name, left, tmp_path, monkeypatch):
+    """From a checkpoint or from the last warm-up state, by the command in the report."""
     for part in (name, "model"):
         shutil.copytree(FIXTURE / part, tmp_path / part)
     shutil.copy(FIXTURE / "experts.jsonl", tmp_path)
@@ -81,7 +81,7 @@ def test_run_folders_are_resumed(name, left, tmp_path, monkeypatch):
 
 
 def greedy(policy: Path, prompts: list[str]) -> dict[str, str]:
-    """What the policy answers, as `make.py` asks it."""
+    """Greedy answers of a policy, as in `make.py`."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(policy), AutoTokenizer.from_pretrained(policy)
     answers = {}
     for prompt in prompts:
@@ -92,7 +92,7 @@ def greedy(policy: Path, prompts: list[str]) -> dict[str, str]:
 
 
 def same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any]) -> bool:
-    """Whether `check_same_run` lets a run go on."""
+    """Whether `check_same_run` allows resuming."""
     try:
         check_same_run(stored, given, defaults, Path("run"))
     except InputError:
@@ -100,24 +100,24 @@ def same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict[str, 
     return True
 
 
-def test_a_retired_option_is_ignored_at_the_value_that_means_nothing(monkeypatch):
+def test_retired_option_is_ignored_at_neutral_value(monkeypatch):
     monkeypatch.setitem(RETIRED, "gone", 20)
     assert same_run({"gone": 20}, {}, {})
     assert not same_run({"gone": 21}, {}, {})
     assert not same_run({"never_known": 20}, {}, {})
-    assert same_run({"gone": 20}, {"gone": 20}, {"gone": 5})  # it is back: an option like others
+    assert same_run({"gone": 20}, {"gone": 20}, {"gone": 5})  # reintroduced: a normal option
     assert not same_run({"gone": 20}, {"gone": 5}, {"gone": 5})
 
 
-def test_an_option_that_is_not_stored_had_its_default():
+def test_missing_stored_option_means_default():
     assert same_run({}, {"new": 5}, {"new": 5})
     assert not same_run({}, {"new": 6}, {"new": 5})
     assert same_run({"new": 6}, {"new": 6}, {"new": 5})
     assert not same_run({"new": 6}, {}, {"new": 5})
 
 
-def test_a_config_file_may_have_a_retired_option(tmp_path, monkeypatch):
-    """So that a run's own config.yaml can be given again."""
+def test_config_file_accepts_retired_option(tmp_path, monkeypatch):
+    """So that a run's own config.yaml can be passed to ``--config``."""
     config = tmp_path / "config.yaml"
     config.write_text("task: arithmetic\ngone: false\n", encoding="utf-8")
     with pytest.raises(InputError, match="gone"):

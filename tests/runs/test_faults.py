@@ -1,7 +1,7 @@
-"""Runs that are killed, interrupted, short of disk or diverging: what is left is whole, and `--resume` is exact.
+"""Runs that are killed, interrupted, out of disk or diverging leave complete files, and `--resume` is exact.
 
-Every end is real: a signal or a full disk at a named point of a real process (see `tiny`). "The same" means equal bits
-in all final weights and equal rows of metrics, but for the clock.
+Each failure is real: a signal or a full disk at a named point of a real process (see `helpers.tiny`). Two runs are
+equal if all final weights are equal bit for bit, and all metrics except timings.
 """
 
 import json
@@ -62,7 +62,7 @@ BEFORE_REPORT = trap("rename", "/report.html")
 
 
 class Bench:
-    """Data, a model, and finished runs that nothing disturbed."""
+    """Data, a model, and uninterrupted reference runs."""
 
     def __init__(self, folder: Path, model: Path, data: Path):
         self.folder = folder
@@ -74,7 +74,7 @@ class Bench:
         return [kind, *options(**{**given, **self.given, "output_dir": output, **changed})]
 
     def reference(self, name: str) -> Path:
-        """The undisturbed run; made once."""
+        """The uninterrupted run; made once."""
         output = self.folder / name
         if not output.exists():
             done = launcher()(*self.words(name, output))
@@ -89,8 +89,8 @@ def bench(tmp_path_factory, tiny_model_folder, experts):
     return Bench(folder, tiny_model_folder, folder / "experts.jsonl")
 
 
-def test_the_reference_learns_something(bench, tiny_model_folder):
-    """Otherwise equal weights would mean nothing."""
+def test_reference_run_changes_weights(bench, tiny_model_folder):
+    """Otherwise comparing weights would prove nothing."""
     tensors, metrics = result(bench.reference("full"))
     before = weights(tiny_model_folder)
     moved = {n for n, t in before.items() if not torch.equal(t, tensors[f"policy/{n}"])}
@@ -149,7 +149,7 @@ def describe(value: object) -> str | None:
     KILLS + [pytest.param(*case, marks=pytest.mark.slow) for case in MORE_KILLS],
     ids=describe,
 )
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(bench, tmp_path, name, where, left):
+def test_killed_run_resumes_exactly(bench, tmp_path, name, where, left):
     output = tmp_path / "run"
     killed = launcher()(*bench.words(name, output), trap=where)
     assert killed.code == -signal.SIGKILL, killed.err
@@ -160,17 +160,17 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(bench, tmp_path, name, 
     assert (f"resuming from {output}/checkpoints/{left[-1]}" in resumed.err) if left else "resuming" not in resumed.err
     assert_same(output, bench.reference(name))
     assert (output / "report.html").exists()
-    assert not [*output.glob(".*")], "what the killed process was writing is cleared away"
+    assert not [*output.glob(".*")], "unfinished files of the killed process are removed"
 
 
-def test_the_warm_up_does_not_start_over(bench, tmp_path):
-    """Resuming after a kill keeps the pool and the updates that were saved."""
+def test_resume_continues_warm_up(bench, tmp_path):
+    """Resuming after a kill keeps saved warm-up rollouts and updates."""
     output = tmp_path / "run"
     words = bench.words("full", output, discriminator_warmup_updates=SAVED_UPDATES + 3)
     launcher()(*words, trap=trap("open", "metrics.jsonl", SAVED_UPDATES + 2))
     pool = output / "checkpoints" / "warmup" / "rollouts.jsonl"
     before = pool.stat().st_mtime_ns, pool.read_bytes()
-    # Killed again before its first row of metrics: if the next update follows the saved one, the rows before stay.
+    # Killed again before its first new row of metrics: rows up to the last saved update remain.
     again = launcher()(*words, "--resume", trap=trap("open", "metrics.jsonl", 1))
     assert again.code == -signal.SIGKILL
     assert [row["update"] for row in rows(output / "metrics.jsonl")] == [*range(1, SAVED_UPDATES + 1)]
@@ -178,8 +178,8 @@ def test_the_warm_up_does_not_start_over(bench, tmp_path):
 
 
 @pytest.mark.long
-def test_another_process_finishes_a_killed_run(bench, tmp_path):
-    """As a user does it, with another hash seed than the process that was killed."""
+def test_resume_in_new_process_with_other_hash_seed(bench, tmp_path):
+    """As by a user, with another hash seed than the killed process."""
     output = tmp_path / "run"
     launcher()(*bench.words("lora", output), trap=UNMARKED)
     command = [sys.executable, "-m", "tracereward", *bench.words("lora", output), "--resume"]
@@ -192,8 +192,8 @@ def test_another_process_finishes_a_killed_run(bench, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", [1, 5, 8, 11])
-def test_a_kill_from_outside(bench, tmp_path, row):
-    """SIGKILL from another process as soon as metrics.jsonl has so many rows, wherever that meets the run."""
+def test_resume_after_external_sigkill(bench, tmp_path, row):
+    """SIGKILL from another process once metrics.jsonl has `row` rows, at an arbitrary point of the run."""
     output = tmp_path / "run"
     command = [sys.executable, "-m", "tracereward", *bench.words("full", output)]
     metrics = output / "metrics.jsonl"
@@ -213,8 +213,8 @@ def test_a_kill_from_outside(bench, tmp_path, row):
     assert_same(output, bench.reference("full"))
 
 
-def test_an_unfinished_checkpoint_is_ignored_and_removed(bench, tmp_path):
-    """Even if all but the mark is there and it is the newest."""
+def test_incomplete_checkpoint_is_ignored_and_removed(bench, tmp_path):
+    """Even the newest one, with all files except the completion mark."""
     output = tmp_path / "run"
     launcher()(*bench.words("full", output), trap=UNMARKED)
     unfinished = output / "checkpoints" / "checkpoint-4"
@@ -225,7 +225,7 @@ def test_an_unfinished_checkpoint_is_ignored_and_removed(bench, tmp_path):
     assert not unfinished.exists()
 
 
-def test_a_finished_run_is_not_trained_further_by_resuming(bench, tmp_path):
+def test_resuming_finished_run_does_not_train(bench, tmp_path):
     output = tmp_path / "run"
     shutil.copytree(bench.reference("full"), output)
     again = launcher()(*bench.words("full", output), "--resume")
@@ -253,7 +253,7 @@ def test_a_finished_run_is_not_trained_further_by_resuming(bench, tmp_path):
             ["checkpoint-2", "checkpoint-3"],
             marks=pytest.mark.slow,
         ),
-        # Stopped in step 5, the first of two on its rollouts: only after step 6 the state is that of a checkpoint.
+        # Stopped in step 5, the first of two on its rollouts: it can only save after step 6.
         pytest.param(
             "two-steps-a-batch",
             signal.SIGINT,
@@ -264,7 +264,7 @@ def test_a_finished_run_is_not_trained_further_by_resuming(bench, tmp_path):
     ],
     ids=describe,
 )
-def test_an_interrupted_run_saves_and_goes_on(bench, tmp_path, name, number, where, left):
+def test_interrupted_run_saves_and_resumes(bench, tmp_path, name, number, where, left):
     output = tmp_path / "run"
     stopped = launcher()(*bench.words(name, output), trap={**where, "number": int(number)})
     assert stopped.code == 130, stopped.err
@@ -278,7 +278,7 @@ def test_an_interrupted_run_saves_and_goes_on(bench, tmp_path, name, number, whe
     assert_same(output, bench.reference(name))
 
 
-def test_samples_go_on_after_a_kill(bench, tmp_path, tiny_model_folder):
+def test_sampling_resumes_after_kill(bench, tmp_path, tiny_model_folder):
     command = ["sample", tiny_model_folder, "--task", "arithmetic", "--data", bench.given["dataset_name"], "-n", 2,
                "--max-new-tokens", 8, "--batch-size", 4, "-o"]  # fmt: skip
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
@@ -287,7 +287,7 @@ def test_samples_go_on_after_a_kill(bench, tmp_path, tiny_model_folder):
     assert launcher()(*command, cut, trap=trap("rename", "cut.jsonl")).code == -signal.SIGKILL
     part = tmp_path / "cut.jsonl.part"
     lines = part.read_bytes().splitlines(keepends=True)
-    part.write_bytes(b"".join(lines[:14]) + lines[14][:20])  # a kill in the middle of a chunk and of a line
+    part.write_bytes(b"".join(lines[:14]) + lines[14][:20])  # as if killed in the middle of a chunk and a line
     assert not cut.exists()
     resumed = launcher()(*command, cut, "--resume")
     assert resumed.code == 0
@@ -308,7 +308,7 @@ def test_samples_go_on_after_a_kill(bench, tmp_path, tiny_model_folder):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 12 MB, which the tests fill for real."""
+    """A disk of 12 MB, which the tests fill."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
@@ -331,7 +331,7 @@ def small_disk(tmp_path):
             marks=pytest.mark.long,
         ),
         pytest.param(
-            trap("open", ".tmp/config.json"),  # of the finished policy
+            trap("open", ".tmp/config.json"),  # of the final policy
             200_000,
             "The last whole checkpoint is checkpoint-6",
             marks=pytest.mark.slow,
@@ -339,7 +339,7 @@ def small_disk(tmp_path):
     ],
     ids=describe,
 )
-def test_a_full_disk_ends_a_run_and_resuming_finishes_it(bench, small_disk, where, leave, left):
+def test_run_stopped_by_full_disk_resumes(bench, small_disk, where, leave, left):
     output, ballast = small_disk / "run", small_disk / "ballast"
     full = launcher()(*bench.words("full", output), trap={**where, "fill": str(ballast), "leave": leave})
     assert full.code == 1, full.err
@@ -357,7 +357,7 @@ def test_a_full_disk_ends_a_run_and_resuming_finishes_it(bench, small_disk, wher
     assert_same(output, bench.reference("full"))
 
 
-def test_too_little_disk_is_noticed_before_training(bench, small_disk):
+def test_insufficient_disk_is_reported_before_training(bench, small_disk):
     (small_disk / "ballast").write_bytes(bytes(6_000_000))
     refused = launcher()(*bench.words("full", small_disk / "run"))
     assert refused.code == 2
@@ -368,7 +368,7 @@ def test_too_little_disk_is_noticed_before_training(bench, small_disk):
     assert not (small_disk / "run").exists()
 
 
-def test_a_full_disk_while_sampling(bench, small_disk, tiny_model_folder):
+def test_full_disk_while_sampling(bench, small_disk, tiny_model_folder):
     output, ballast = small_disk / "samples.jsonl", small_disk / "ballast"
     command = ["sample", tiny_model_folder, "--task", "arithmetic", "--data", bench.given["dataset_name"], "-n", 2,
                "--max-new-tokens", 8, "--batch-size", 4, "-o", output]  # fmt: skip
@@ -388,7 +388,7 @@ def test_a_full_disk_while_sampling(bench, small_disk, tiny_model_folder):
 @pytest.mark.parametrize(
     ("name", "changed", "message", "left"),
     [
-        # The learning rate's warm-up gives step 1 a rate of 0 and step 2 an absurd one.
+        # Learning-rate warm-up gives step 1 a rate of 0 and step 2 an excessive one.
         (
             "full",
             {"learning_rate": 1e30, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4, "save_steps": 1},
@@ -411,7 +411,7 @@ def test_a_full_disk_while_sampling(bench, small_disk, tiny_model_folder):
     ],
     ids=["policy", "sft", "weights", "discriminator"],
 )
-def test_numbers_that_are_not_finite_end_a_run(bench, tmp_path, name, changed, message, left):
+def test_non_finite_numbers_stop_run(bench, tmp_path, name, changed, message, left):
     output = tmp_path / "run"
     failed = launcher()(*bench.words(name, output, **changed))
     assert failed.code == 1, failed.err
@@ -430,14 +430,14 @@ def test_numbers_that_are_not_finite_end_a_run(bench, tmp_path, name, changed, m
 # Options
 
 
-def test_the_saved_options_give_the_same_run(bench, tmp_path):
+def test_saved_options_reproduce_run(bench, tmp_path):
     output = tmp_path / "again"
     again = launcher()("train", "--config", bench.reference("lora") / "config.yaml", "--output_dir", output)
     assert again.code == 0, again.err
     assert_same(output, bench.reference("lora"))
 
 
-def test_a_run_is_neither_written_over_nor_continued_with_other_options(bench):
+def test_run_is_not_overwritten_or_resumed_with_other_options(bench):
     output = bench.reference("full")
     before = result(output)[1]
     over = launcher()(*bench.words("full", output))

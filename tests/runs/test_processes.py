@@ -1,4 +1,4 @@
-"""Runs on two processes that start, end early, are killed and go on, with the same or another number of processes.
+"""Runs on two processes that fail, are killed and resume, with the same or another number of processes.
 
 All of it:
 
@@ -26,7 +26,7 @@ AFTER_CHECKPOINT = trap("open", "metrics.jsonl", 9, other=True)
 
 
 class Bench:
-    """Data, a model, and a run of two processes that nothing disturbed."""
+    """Data, a model, and an uninterrupted run of two processes."""
 
     def __init__(self, folder: Path, model: Path):
         self.folder = folder
@@ -39,7 +39,7 @@ class Bench:
         return ["train", *options(**{**self.given, "output_dir": output, **changed})]
 
     def reference(self) -> Path:
-        """The undisturbed run; made once, without ``--resume``."""
+        """The uninterrupted run; made once, without ``--resume``."""
         output = self.folder / "reference"
         if not self.first:
             self.first = launcher().two(*self.words(output))
@@ -59,15 +59,15 @@ def said(ended: list[Result]) -> str:
 
 
 def refused(ended: list[Result]) -> str:
-    """What was said by those that were not ended by the launcher before, all in the same words."""
+    """The message of the processes that the launcher did not end; all must be equal."""
     assert {result.code for result in ended} in ({2}, {2, -signal.SIGTERM}), said(ended)
     assert "Traceback" not in said(ended)
     [words] = {sentence(result) for result in ended if result.code == 2}
     return words
 
 
-def test_a_fresh_run_needs_no_resume_and_is_not_written_over(bench):
-    """One process opens the folder; to the other it must not look like a used one."""
+def test_new_run_needs_no_resume_and_is_not_overwritten(bench):
+    """One process creates the folder; the other must not take it for an existing run."""
     output = bench.reference()
     assert bench.first[0].out.splitlines() == [str(output / part) for part in ("policy", "reward_model", "report.html")]
     assert bench.first[1].out == ""
@@ -86,7 +86,7 @@ def test_a_fresh_run_needs_no_resume_and_is_not_written_over(bench):
         pytest.param(MID_WARM_UP, [], marks=pytest.mark.slow),
     ],
 )
-def test_when_one_process_is_killed_the_other_says_how_to_go_on(bench, tmp_path, where, left):
+def test_survivor_of_killed_process_reports_how_to_resume(bench, tmp_path, where, left):
     output = tmp_path / "run"
     other, killed = launcher().two(*bench.words(output), traps=(where, None))
     assert (other.code, killed.code) == (1, -signal.SIGKILL), said([other, killed])
@@ -108,10 +108,10 @@ def test_when_one_process_is_killed_the_other_says_how_to_go_on(bench, tmp_path,
         pytest.param({**MID_WARM_UP, "number": int(signal.SIGTERM)}, [], marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_to_one_process_stops_both_at_the_same_step(bench, tmp_path, where, left):
+def test_signal_to_one_process_stops_both_at_same_step(bench, tmp_path, where, left):
     output = tmp_path / "run"
     stopped = launcher().two(*bench.words(output), traps=(where, None))
-    # The launcher tells the other to end when the first has: it may be about to say the same.
+    # The launcher ends the other process after the first, possibly before it reports the same.
     assert {result.code for result in stopped} in ({130}, {130, -signal.SIGTERM}), said(stopped)
     [words] = {sentence(result) for result in stopped if result.code == 130}
     assert f"stopped at step {3 if left else 0} of 6" in words
@@ -124,7 +124,7 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(bench, tmp_path, wh
 
 
 @pytest.mark.long
-def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batch(bench, tmp_path):
+def test_run_resumes_with_other_process_count_and_same_batch(bench, tmp_path):
     output = tmp_path / "run"
     launcher().two(*bench.words(output), traps=(AFTER_CHECKPOINT, None))
     half = launcher()(*bench.words(output), "--resume")
@@ -144,7 +144,7 @@ def test_a_run_goes_on_with_another_number_of_processes_and_the_same_batch(bench
 
 
 @pytest.mark.slow
-def test_the_launcher_ends_a_run_of_which_one_process_is_killed(bench, tmp_path):
+def test_launcher_ends_run_after_process_is_killed(bench, tmp_path):
     output, text = tmp_path / "run", tmp_path / "output.txt"
     where: dict[str, Any] = {**AFTER_CHECKPOINT, "other": False}
     code = launch("ddp", "--", *bench.words(output), output=text, trap=where)
@@ -159,8 +159,8 @@ def test_the_launcher_ends_a_run_of_which_one_process_is_killed(bench, tmp_path)
 
 
 @pytest.mark.parametrize(("distributed", "fails"), [(True, True), (True, False), (False, True)])
-def test_a_launchers_signal_does_not_keep_a_failed_process_from_saying_why(monkeypatch, distributed, fails):
-    """Between the end of the training and the message SIGTERM ended the process, on a machine slow enough."""
+def test_failed_process_reports_error_despite_launcher_signal(monkeypatch, distributed, fails):
+    """Regression: on a slow machine SIGTERM ended the process between training and its error message."""
     monkeypatch.setattr(callbacks.dist, "is_initialized", lambda: distributed)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

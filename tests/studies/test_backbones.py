@@ -1,4 +1,4 @@
-"""The studies of calibration and transfer: backbones, what is measured of them, and their pages."""
+"""The calibration and transfer studies: backbones, measurements and pages."""
 
 import dataclasses
 import re
@@ -51,7 +51,7 @@ def tokenizer_of(backbone):
 
 
 def test_digits_round_trip():
-    """Any text of the worlds comes back; a number is as many tokens as it has digits, everything else one as before."""
+    """Texts of the worlds round-trip; a number has one token per digit, and every other word one token."""
     words, digits = build_tokenizer(), build_tokenizer(digits=True)
     for world in ("checked", "exposure", "style"):
         for row in generate(world, 20, 3):
@@ -66,7 +66,7 @@ def test_digits_round_trip():
 
 
 @pytest.mark.parametrize("backbone", BUILDERS)
-def test_padding_changes_nothing(backbone):
+def test_padding_does_not_change_outputs(backbone):
     tokenizer = tokenizer_of(backbone)
     model = BUILDERS[backbone](tokenizer, 1).eval()
     texts = ["13 - 5 = ?\n", "3 + 4 - 2 = ?\n13 - 5 = 8\n"]
@@ -82,7 +82,7 @@ def test_padding_changes_nothing(backbone):
 
 
 @pytest.mark.parametrize("backbone", BUILDERS)
-def test_sizes_and_seeds(backbone):
+def test_parameter_counts_and_seeds(backbone):
     tokenizer = tokenizer_of(backbone)
     before = torch.random.get_rng_state()
     one, same, other = (BUILDERS[backbone](tokenizer, seed) for seed in (1, 1, 2))
@@ -93,18 +93,18 @@ def test_sizes_and_seeds(backbone):
     llama = build_model(build_tokenizer(), 0).num_parameters()
     if backbone in ("neox", "qwen3"):
         assert abs(one.num_parameters() / llama - 1) < 0.02
-    elif backbone == "digits":  # 21 words fewer, each with a row in two matrices
+    elif backbone == "digits":  # 21 fewer words, each a row in two matrices
         assert llama - one.num_parameters() == (len(build_tokenizer()) - len(tokenizer)) * 64 * 2
     else:
         assert one.num_parameters() < llama / 6
 
 
-def test_a_backbone_has_its_folder_and_shares_the_data(tmp_path):
+def test_backbone_has_own_folder_and_shared_data(tmp_path):
     place = cells.Place(tmp_path, tmp_path)
     llama, digits = (place.site(WORLDS["checked"], 40, backbone=own(name)) for name in ("llama", "digits"))
     assert digits.data("test") == llama.data("test")
     assert digits.run("sft") == llama.folder / "digits" / "sft"
-    assert llama.run("digits/base") == digits.run("base")  # how an arm names another backbone's pretrained model
+    assert llama.run("digits/base") == digits.run("base")  # how an arm refers to another backbone's pretrained model
     assert (llama.world.completion, digits.world.completion) == (46, 61)
     longest = max(
         len(build_tokenizer(digits=True)(row["completion"])["input_ids"]) for row in generate("checked", 2000, 5)
@@ -125,7 +125,7 @@ def test_effective_rank():
 
 
 def test_separation_is_cohens_d():
-    # means 2 and 1, each with squares that add up to 2, over 4 - 2 degrees: 1 / sqrt(2)
+    # means 2 and 1, sums of squares 2 each, 4 - 2 degrees of freedom: 1 / sqrt(2)
     found = calibration.separation(np.array([1.0, 0.0, 3.0, 2.0]), [True, False, True, False])
     assert found == pytest.approx(1 / np.sqrt(2))
 
@@ -137,7 +137,7 @@ def test_digits_per_token():
 
 
 def reward_model(backbone: str = "llama", seed: int = 0) -> TokenRewardModel:
-    """An untrained one with a head that looks at the hidden state."""
+    """An untrained reward model whose head reads the hidden state."""
     tokenizer = tokenizer_of(backbone)
     builder = BUILDERS.get(backbone, build_model)
     model = TokenRewardModel(builder(tokenizer, seed), tokenizer, RewardSettings(head="action", granularity="dense"))
@@ -149,7 +149,7 @@ def reward_model(backbone: str = "llama", seed: int = 0) -> TokenRewardModel:
 
 
 def samples(count: int = 6, seed: int = 0) -> list[dict]:
-    """Two traces of each of `count` questions; the first is right."""
+    """Two traces for each of `count` questions; the first is right."""
     rows = []
     for question, row in enumerate(generate("checked", count, seed)):
         for correct in (True, False):
@@ -160,7 +160,7 @@ def samples(count: int = 6, seed: int = 0) -> list[dict]:
 
 
 @pytest.mark.parametrize("backbone", ["neox", "qwen3", "digits"])
-def test_features_are_those_of_a_plain_pass(backbone):
+def test_features_match_plain_forward_pass(backbone):
     model, rows = reward_model(backbone), samples(3)
     log_prob, hidden, spectrum = calibration.features(model, rows)
     states = []
@@ -178,8 +178,8 @@ def test_features_are_those_of_a_plain_pass(backbone):
     np.testing.assert_allclose(sorted(spectrum, reverse=True), found, rtol=1e-3, atol=1e-3)
 
 
-def test_head_fit_is_at_the_minimum():
-    """One weight: the derivative of the loss, by differences of a loss written down again, vanishes."""
+def test_head_fit_has_zero_gradient():
+    """The numerical gradient of an independently written loss is zero."""
     x, labels = np.array([[2.0], [1.0], [-1.0], [0.5]]), np.array([1.0, 1.0, 0.0, 0.0])
     start = np.array([0.3])
 
@@ -191,9 +191,9 @@ def test_head_fit_is_at_the_minimum():
     assert min(np.linspace(-3, 6, 9001), key=loss) == pytest.approx(theta, abs=1e-3)
 
 
-def test_tuning_the_head_gives_the_fitted_values_as_rewards():
+def test_tuned_head_rewards_match_fit():
     model, rows = reward_model(), samples()
-    model.settings = dataclasses.replace(model.settings, beta_clip=100.0)  # the mean of clipped values is another
+    model.settings = dataclasses.replace(model.settings, beta_clip=100.0)  # clipping would change the mean
     log_prob, hidden, _ = calibration.features(model, rows)
     assert model.head is not None
     before = np.array([*model.head.a.detach().view(1), *model.head.b.detach().view(1), *model.head.w.detach()])
@@ -203,7 +203,7 @@ def test_tuning_the_head_gives_the_fitted_values_as_rewards():
     np.testing.assert_allclose(calibration.trace_rewards(tuned, rows), inputs @ theta, atol=1e-4)
 
 
-def test_tuning_all_weights_learns_the_labels(monkeypatch):
+def test_tuning_all_weights_fits_labels(monkeypatch):
     monkeypatch.setattr(calibration, "LEARNING_RATE", 3e-3)
     model, rows = reward_model(), samples(4)
     tuned = calibration.tune_all(model, rows)
@@ -212,7 +212,7 @@ def test_tuning_all_weights_learns_the_labels(monkeypatch):
     assert rewards[right].min() > rewards[~right].max()
 
 
-def test_split_labels_the_first_samples_of_a_third_of_the_questions():
+def test_split_labels_first_samples_of_a_third_of_questions():
     labelled, fit = calibration.split(samples(7))
     assert [(row["question"], row["correct"]) for row in labelled] == [(0, True), (1, True)]
     assert sorted({row["question"] for row in fit}) == [2, 3, 4, 5, 6]
@@ -220,7 +220,7 @@ def test_split_labels_the_first_samples_of_a_third_of_the_questions():
 
 
 def test_judge():
-    """ECE by hand from the bins, and what ranks alike stays so after Platt scaling."""
+    """ECE computed from the bins; Platt scaling keeps the ranking."""
     model, fit, test = reward_model(seed=3), samples(12, 1), samples(8, 2)
     found = calibration.judge(model, fit, test)
     rewards = calibration.trace_rewards(model, test)
@@ -240,7 +240,7 @@ def test_judge():
     assert sum(count for _, _, count in found["bins"]) == len(test)
 
 
-def test_once_computes_what_is_alike_once():
+def test_once_computes_duplicates_once():
     rows = [{"prompt": "p", "completion": c, "finished": f} for c, f in [("a", True), ("b", True), ("a", True)]]
     rows.append({**rows[0], "finished": False})
     seen = []
@@ -256,7 +256,7 @@ def test_once_computes_what_is_alike_once():
 # Transfer
 
 
-def test_rewards_of_digits_add_up_in_the_policys_numbers(tmp_path):
+def test_digit_rewards_sum_over_policy_tokens(tmp_path):
     model = reward_model("digits")
     write_site(tmp_path, "llama")
     site = cells.Place(tmp_path, tmp_path).site(CHECKED, 0)
@@ -271,7 +271,7 @@ def test_rewards_of_digits_add_up_in_the_policys_numbers(tmp_path):
     (scored,) = transfer.score(model, site, [row])
     assert scored["reward"] == pytest.approx(np.mean(expected), abs=1e-5)
     assert not scored["unknown"]
-    # A number that the digits can write and the words cannot.
+    # A number that only the digit tokenizer can encode.
     write_site(tmp_path, "digits")
     digits = cells.Place(tmp_path, tmp_path).site(CHECKED, 0, backbone="digits")
     assert transfer.score(reward_model("llama"), digits, [{**row, "completion": "13 + 5 = 118"}])[0]["unknown"]
@@ -292,7 +292,7 @@ def write_site(folder, backbone: str) -> Site:
 
 
 def test_transfer_of_untrained_models(tmp_path):
-    """All parts fit together; the backbone stays as it was, the head does not."""
+    """End to end: adaptation changes the head and not the backbone."""
     llama, digits = (write_site(tmp_path, name) for name in ("llama", "digits"))
     for site in (llama, digits):
         BUILDERS.get(site.backbone or "", build_model)(tokenizer_of(site.backbone), 0).save_pretrained(
@@ -304,7 +304,7 @@ def test_transfer_of_untrained_models(tmp_path):
     drawn = {"llama": samples(4, 1), "digits": samples(4, 1)}
     found = transfer.run(llama, "frozen", {"llama": llama, "digits": digits}, options, drawn)
     assert {name: list(counts) for name, counts in found.items()} == {"llama": ["0"], "digits": ["0", "2", "4"]}
-    # Of each question the right trace has the lower log-prob by 1, and both or neither are the shortest.
+    # The right trace of each question has a log-prob lower by 1, and both traces have equal length.
     assert found["llama"]["0"]["auroc_logprob"] == 0
     assert found["llama"]["0"]["logprob"] == 0
     assert found["llama"]["0"]["gain"] == found["llama"]["0"]["sum"] - found["llama"]["0"]["majority"]
@@ -317,7 +317,7 @@ def test_transfer_of_untrained_models(tmp_path):
         assert torch.equal(after, before) == name.startswith("backbone"), name
 
 
-def test_a_cell_of_each_kind_is_stored(monkeypatch, tmp_path):
+def test_cells_of_each_kind_are_stored(monkeypatch, tmp_path):
     place = cells.Place(tmp_path / "work", tmp_path / "x.jsonl")
     monkeypatch.setattr(cells, "prepared", lambda site, cell: samples(3))
     monkeypatch.setattr(cells, "reward_of", lambda place, cell, seed: (place.site(cell.world, seed), "frozen"))
@@ -333,7 +333,7 @@ def test_a_cell_of_each_kind_is_stored(monkeypatch, tmp_path):
 
 
 def pretrained(folder, words: int, model: type, config: type) -> str:
-    """A causal LM with a tokenizer of so many tokens, learned from word problems."""
+    """A causal LM with a tokenizer of the given size, trained on word problems."""
     rows = generate("word-problems", 60, 5)
     made = Tokenizer(BPE())
     made.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -354,7 +354,7 @@ def pretrained(folder, words: int, model: type, config: type) -> str:
 
 @pytest.mark.long
 def test_pretrained_backbones(monkeypatch, tmp_path):
-    """Both studies in the world of a pretrained model, with two small ones in the place of those on the Hub."""
+    """Both studies in the world of a pretrained model, with two small models instead of those on the Hub."""
     folders = {
         "smollm2": pretrained(tmp_path / "one", 500, LlamaForCausalLM, LlamaConfig),
         "gemma3": pretrained(tmp_path / "two", 400, Gemma3ForCausalLM, Gemma3TextConfig),
@@ -407,7 +407,7 @@ def test_pretrained_backbones(monkeypatch, tmp_path):
 # Pages
 
 
-def test_the_smallest_number_that_restores_a_gain():
+def test_restored_is_smallest_sufficient_number():
     gains = {0: 5.0, 5: 8.9, 10: 9.0, 25: 8.0, 50: 12.0}
     assert [transfer_page.restored(gains, own) for own in (10, 13, 5)] == ["10", "50", "0"]
     assert [transfer_page.restored(gains, own) for own in (14, 0)] == ["none of these", "nothing to restore"]
@@ -418,8 +418,8 @@ def made(study: str, seed: int, arm: str, **more) -> dict:
     return {**given, "questions": 300, "seconds": 36.0, "machine": "m", "torch": "t", "trl": "l", **more}
 
 
-def test_spearman_and_holm_by_hand():
-    # All 120 orders of five: only this one and its reverse are as extreme.
+def test_spearman_and_holm_values():
+    # Of 120 orders of five only this one and its reverse are as extreme.
     assert calibration_page.spearman([1, 2, 3, 4, 9], [2, 4, 5, 7, 8]) == pytest.approx((1, 2 / 120))
     x, y = [3.0, 1.0, 2.0, 5.0, 4.0], [1.0, 3.0, 2.0, 4.0, 5.0]
     assert calibration_page.spearman(x, y)[0] == pytest.approx(stats.spearmanr(x, y).statistic)
@@ -434,12 +434,12 @@ def test_spearman_and_holm_by_hand():
     assert calibration_page.orders((12,)).shape == (10_000, 12)
     # 3 tests: 0.01 <= 0.05 / 3, 0.02 <= 0.05 / 2, 0.06 > 0.05
     assert calibration_page.holm([0.06, 0.01, float("nan"), 0.02]) == [False, True, False, True]
-    # The smallest fails, so that all do.
+    # The smallest fails, so all fail.
     assert calibration_page.holm([0.02, 0.021, 0.022]) == [False, False, False]
 
 
-def test_between_and_centred_by_hand():
-    # Means 1 and 3 around 2: 4 of 4 + 4 squares lie between.
+def test_between_and_centred_values():
+    # Group means 1 and 3 around 2: the between-group share is 4 / (4 + 4).
     share, p = calibration_page.between([[0.0, 2.0], [2.0, 4.0]])
     assert share == 0.5
     assert p == pytest.approx(stats.f_oneway([0, 2], [2, 4]).pvalue)
@@ -447,14 +447,14 @@ def test_between_and_centred_by_hand():
     assert found.tolist() == [-1, 1, 0, 0]
 
 
-def test_bins_of_several_cells_are_pooled():
+def test_bins_are_pooled_over_cells():
     probabilities, accuracies = calibration_page.pooled(pd.Series([[[0.15, 1.0, 1], [1.0, 0.5, 2]], [[0.19, 0.0, 3]]]))
     assert probabilities.tolist() == pytest.approx([(0.15 + 3 * 0.19) / 4, 1.0])
     assert accuracies.tolist() == pytest.approx([0.25, 0.5])
 
 
-def test_what_is_undefined_is_left_out_and_shown_as_such(tmp_path):
-    """All samples wrong: no ranking, no calibration to fit, and a page all the same."""
+def test_undefined_values_are_omitted_and_labelled(tmp_path):
+    """With only wrong samples there is no ranking and no calibration, and the page is still written."""
     model = reward_model()
     fit, test = ([{**row, "correct": False} for row in samples(6, seed)] for seed in (1, 2))
     judged = calibration.judge(model, fit, test)

@@ -1,4 +1,4 @@
-"""Studies over shares of the demonstrations: which rows they are, and pages whose lines are the cells'."""
+"""Studies over shares of demonstrations: selected rows, and pages."""
 
 import re
 
@@ -15,7 +15,7 @@ from tracereward.tasks.recipes import get_task
 
 @pytest.fixture
 def site(tmp_path):
-    """Builds a site whose world's rows are written; no model."""
+    """Builds a site with data and no model."""
     world = WORLDS["checked"]
     parts = splits("checked", 5, 40, 20, 30, 50)
     (tmp_path / "data").mkdir()
@@ -30,7 +30,7 @@ def site(tmp_path):
     return build
 
 
-def test_few_demonstrations_are_the_first_and_have_folders_of_their_own(site):
+def test_reduced_demonstrations_are_prefix_with_own_folder(site):
     few, everything = site(experts=10), site()
     assert read_jsonl(few.data(few.demonstrations)) == read_jsonl(everything.data("experts"))[:10]
     assert few.run("sft") != everything.run("sft")
@@ -40,7 +40,7 @@ def test_few_demonstrations_are_the_first_and_have_folders_of_their_own(site):
 
 
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.1, 4), (0.25, 10)])
-def test_corrupt_demonstrations_are_wrong_new_and_as_many_as_asked_for(site, share, count):
+def test_corrupt_demonstrations_are_wrong_new_and_counted(site, share, count):
     found = site(corrupt=share)
     rows, experts = read_jsonl(found.data(found.demonstrations)), read_jsonl(found.data("experts"))
     assert len(rows) == 40
@@ -55,9 +55,8 @@ def test_corrupt_demonstrations_are_wrong_new_and_as_many_as_asked_for(site, sha
 
 
 def cell(arm, seed, accuracy, auroc, best, chosen="start", updates=1):
-    """A cell as `run_cell` writes it, with what a page reads; log-prob's AUROC is .6, majority .5, its best-of .7.
-
-    The shortest is right in .85 of questions with 10 %, in .9 with more."""
+    """A cell with the fields that a page reads. AUROC of log-prob .6; accuracy of majority .5, log-prob best-of .7,
+    shortest .85 with 10 % and .9 with more."""
     labels = {
         "mean sample": 0.45,
         "shortest": 0.85 if arm.endswith(" 10") else 0.9,
@@ -82,7 +81,7 @@ def cell(arm, seed, accuracy, auroc, best, chosen="start", updates=1):
     return {**common, **rest, **own, "arm": arm, "seed": seed, "accuracy": accuracy}
 
 
-def test_the_page_shows_each_line_against_sft_with_the_same_share(tmp_path):
+def test_page_compares_curves_to_sft_with_same_share(tmp_path):
     rows = [
         *(cell("SFT @ 10", seed, accuracy, None, None) for seed, accuracy in ((0, 0.4), (1, 0.6))),
         *(cell("SFT @ 100", seed, 0.8, None, None) for seed in (0, 1)),

@@ -1,4 +1,4 @@
-"""Studies of guided decoding and self-correction: values by hand, and a study in a small world from end to end."""
+"""Studies of guided decoding and self-correction: values computed by hand, and an end-to-end run."""
 
 import dataclasses
 import math
@@ -28,7 +28,7 @@ from tracereward.rewards.settings import RewardSettings
 # ---------- equal tokens ----------
 
 
-def test_accuracy_between_two_budgets():
+def test_accuracy_is_interpolated_between_budgets():
     """20 is half way from 10 to 40 in log tokens; 10 * 4 ** 0.25 is a quarter of the way."""
     points = [(40.0, 0.7), (10.0, 0.5), (160.0, 0.6)]
     assert accuracy_at(points, 20) == pytest.approx(0.6)
@@ -38,7 +38,7 @@ def test_accuracy_between_two_budgets():
     assert math.isnan(accuracy_at(points, 161))
 
 
-def test_a_margin_is_above_the_best_of_the_baselines():
+def test_margin_is_over_best_baseline():
     steep, flat = [(10.0, 0.1), (40.0, 0.9)], [(10.0, 0.6), (40.0, 0.6)]
     assert margin((20, 0.8), steep, flat) == pytest.approx(0.2)
     assert margin((38, 0.8), steep, flat) == pytest.approx(0.8 - (0.1 + 0.8 * math.log(3.8) / math.log(4)))
@@ -48,8 +48,8 @@ def test_a_margin_is_above_the_best_of_the_baselines():
 # ---------- self-correction ----------
 
 
-def test_what_self_correction_did():
-    """Five traces: right and left alone, right and broken, wrong and mended, wrong twice (suspected once)."""
+def test_self_correction_summary():
+    """Five traces: right and untouched, right and broken, wrong and fixed, two wrong (one suspected)."""
     before = [True, True, False, False, False]
     after = [True, False, True, False, False]
     row = self_correction.summary(before, after, [False, True, True, True, False], [10, 22, 30, 18, 20])
@@ -66,24 +66,24 @@ def test_what_self_correction_did():
 
 
 @pytest.mark.parametrize(("share", "suspected"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
-def test_a_threshold_lets_suspect_its_share(share, suspected):
+def test_threshold_suspects_given_share(share, suspected):
     lowest = [-0.5, -3.0, 1.0, -1.0]
     assert sum(value < threshold_of(lowest, share) for value in lowest) == suspected
 
 
-def test_another_guide_may_suspect(policy, words):
-    """The judge likes every token alike; the detector dislikes what follows the second newline."""
+def test_detector_may_differ_from_judge(policy, words):
+    """The judge scores all tokens equally; the detector scores tokens after the second newline low."""
     guide = Guide(policy, words, Scripted(words, lambda context: 1.0), SamplingParams(max_new_tokens=8, seed=5))
     detector = dataclasses.replace(guide, scorer=Scripted(words, lambda context: 1.0 - 2 * (context.count(END) > 1)))
     trace = [A, END, B, END, C, C, EOS]
     assert self_correct(guide, [[A]], [trace], rounds=1, k=1)[0].cuts == []
-    # The second step's own newline is already disliked: (1 - 1) / 2 is not under 0, the third step is.
+    # The second step includes one low token: (1 - 1) / 2 is not under 0, the third step is.
     assert self_correct(guide, [[A]], [trace], rounds=1, k=1, detector=detector)[0].cuts == [4]
     assert self_correct(guide, [[A]], [trace], rounds=2, k=1, threshold=0.5, detector=detector)[0].cuts == [2, 2]
 
 
-def test_a_better_trace_is_suspected_by_the_detector_again(policy, words):
-    """The judge prefers any other trace and suspects nothing; the detector suspects every first step."""
+def test_detector_checks_replacement_traces(policy, words):
+    """The judge prefers every new trace and suspects nothing; the detector suspects every first step."""
     trace = [A, END, B, END, C, C, EOS]
     judge = Scripted(words, lambda context: float(context != [A, *trace][: len(context)]))
     guide = Guide(policy, words, judge, SamplingParams(max_new_tokens=8))
@@ -93,7 +93,7 @@ def test_a_better_trace_is_suspected_by_the_detector_again(policy, words):
     assert found.ids != trace
 
 
-def test_log_probs_are_those_of_a_plain_pass(policy, words):
+def test_log_probs_match_plain_forward_pass(policy, words):
     prompts, completions = [[A], [B, C, A, END]], [[B, END, C, EOS], [A, EOS]]
     scorer = LogProbs(policy, words, RewardSettings())
     for prompt, ids, values in zip(prompts, completions, scorer.token_rewards(prompts, completions), strict=True):
@@ -126,12 +126,12 @@ CHOICES = (
 
 
 def row_of(page: str, start: str) -> list[str]:
-    """Cells of the one row that begins so, without its name."""
+    """Cells, without the first, of the only row that begins with the text."""
     (line,) = [line for line in page.splitlines() if line.startswith(f"| {start} |")]
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
 
-def test_the_page_of_self_correction(tmp_path):
+def test_self_correction_page(tmp_path):
     results = []
     for accuracy, mended in ((0.8, 0.5), (0.8, None)):
         row = {"detector": "reward", "judge": "reward", "rounds": 1, "k": 2, "accuracy": accuracy, "mended": mended}
@@ -142,11 +142,11 @@ def test_the_page_of_self_correction(tmp_path):
         results.append({"arm": "frozen", "self_correction": found})
     page = "\n".join(correction_page.sections(tmp_path / "self-correction.md", results))
     assert (tmp_path / "self-correction.png").stat().st_size > 1000
-    found = row_of(page, "reward suspects, reward judges: r 1, k 2")
+    found = row_of(page, "detector reward, judge reward: r 1, k 2")
     # log(5.6 / 4) / log 2 = .4854 of the way from 60 to 70 %, and from 50 to 50.
     assert found[:4] == ["56 ± 0", "80.0 ± 0.0", "**+15.1 ± 0.0**", "**+30.0 ± 0.0**"]
     assert found[4:6] == ["undefined", "1.0 ± 0.0"]
-    assert row_of(page, "reward suspects, reward judges") == ["**+2.0 ± 0.0** (1)", "**-1.0 ± 0.0** (1)"]
+    assert row_of(page, "detector reward, judge reward") == ["**+2.0 ± 0.0** (1)", "**-1.0 ± 0.0** (1)"]
     assert row_of(page, "majority") == ["40.0 ± 0.0", "50.0 ± 0.0", "60.0 ± 0.0"]
 
 
@@ -158,7 +158,7 @@ TINY = dataclasses.replace(WORLD, validation=4, test=4, completion=21, unlabeled
 
 @pytest.fixture
 def small(monkeypatch):
-    """Both studies in a small world, with few settings and budgets."""
+    """Both studies in a small world with few settings and budgets."""
     monkeypatch.setitem(WORLDS, "misconception", TINY)
     for name in ("decoding", "self-correction"):
         study = dataclasses.replace(STUDIES[name], worlds=("misconception",), seeds=(40,), samples=4)
@@ -179,18 +179,18 @@ def small(monkeypatch):
 
 
 @pytest.mark.long
-def test_both_studies_write_their_pages(small, monkeypatch, capsys, tmp_path):
+def test_decoding_studies_write_pages(small, monkeypatch, capsys, tmp_path):
     for name in ("decoding", "self-correction"):
         code, err = command(monkeypatch, capsys, name, *folders(tmp_path))
         assert code == 0, err
         page = (tmp_path / "pages" / f"{name}.md").read_text()
-        assert "greedy accuracy" not in page  # no policies, so no table of them
+        assert "greedy accuracy" not in page  # no policies, so no table for them
         assert (tmp_path / "pages" / f"{name}.png").stat().st_size > 1000
     (found,) = read_results(tmp_path / "results" / "decoding.jsonl")
     assert found["questions"] == 4
     rows = {(row["method"], row.get("score"), row["budget"]): row for row in found["decoding"]["rows"]}
 
-    # Choosing among all samples again from the samples themselves.
+    # Recompute selection among all samples from the samples.
     site = Place(tmp_path / "work", tmp_path).site(TINY, 40)
     samples = read_jsonl(site.folder / "samples" / "sft-test-4.jsonl")
     groups = [samples[start : start + 4] for start in range(0, len(samples), 4)]
@@ -202,7 +202,7 @@ def test_both_studies_write_their_pages(small, monkeypatch, capsys, tmp_path):
     controls = {("top-k", "reward"), ("top-k", "reward_logprob")}
     assert {(method, score) for method, score, _ in rows if score} == guides | controls
 
-    # Greedy decoding is that of the studies of policies.
+    # Greedy decoding equals that of `judging.greedy`.
     assert rows["greedy", None, 1]["accuracy"] == judging.greedy(site, "sft", "test")["accuracy"]
 
     (found,) = read_results(tmp_path / "results" / "self-correction.jsonl")
@@ -213,4 +213,4 @@ def test_both_studies_write_their_pages(small, monkeypatch, capsys, tmp_path):
     assert first["accuracy"] == pytest.approx(before * (1 - broken) + (1 - before) * mended)
     code, err = command(monkeypatch, capsys, "self-correction", *folders(tmp_path))
     assert code == 0, err
-    assert re.search("1 of 1 cells are there; running 0", err)
+    assert re.search("1 of 1 cells are stored; running 0", err)

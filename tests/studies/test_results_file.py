@@ -1,4 +1,4 @@
-"""The file of a study's results: worlds once, cells in a stable order, and no cell lost."""
+"""The results file: each world once, cells in a stable order, and no cell lost."""
 
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +13,7 @@ def cell(arm: str, seed: int, world: str = "checked", experts: int = 100, accura
     return {"world": world, "seed": seed, "arm": arm, "world_options": options, "accuracy": accuracy}
 
 
-def test_what_was_written_comes_back_to_the_last_digit(tmp_path):
+def test_results_round_trip_exactly(tmp_path):
     results = [cell("SFT", 1, accuracy=0.1 + 0.2), cell("IRL", 0, experts=50), cell("SFT", 0), cell("SFT", 0, "style")]
     write_results(tmp_path / "x.jsonl", results)
     found = read_results(tmp_path / "x.jsonl")
@@ -24,13 +24,13 @@ def test_what_was_written_comes_back_to_the_last_digit(tmp_path):
     assert read_results(tmp_path / "y.jsonl") == []
 
 
-def test_a_cell_that_is_run_again_replaces_its_row(tmp_path):
+def test_repeated_cell_replaces_its_row(tmp_path):
     for result in (cell("SFT", 0), cell("SFT", 1), cell("SFT", 0, experts=50, accuracy=0.2)):
         add_result(tmp_path / "x.jsonl", result)
     assert read_results(tmp_path / "x.jsonl") == [cell("SFT", 0, experts=50, accuracy=0.2), cell("SFT", 1)]
 
 
-def test_half_a_line_at_the_end_is_left_out(tmp_path):
+def test_incomplete_last_line_is_dropped(tmp_path):
     path = tmp_path / "x.jsonl"
     write_results(path, [cell("SFT", 0), cell("SFT", 1)])
     path.write_bytes(path.read_bytes()[:-20])
@@ -39,7 +39,7 @@ def test_half_a_line_at_the_end_is_left_out(tmp_path):
     assert read_results(path) == [cell("SFT", 0), cell("SFT", 1)]
 
 
-def test_processes_that_finish_at_once_lose_no_cell(tmp_path):
+def test_concurrent_writes_keep_all_cells(tmp_path):
     results = [cell("SFT", seed) for seed in range(40)]
     with ProcessPoolExecutor(4, mp_context=get_context("fork")) as pool:
         list(pool.map(partial(add_result, tmp_path / "x.jsonl"), results))

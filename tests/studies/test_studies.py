@@ -1,4 +1,4 @@
-"""Studies: cells that are resumable and independent, and pages whose numbers are those of the results."""
+"""Studies: resumable, independent cells, and pages whose numbers match the results."""
 
 import dataclasses
 import json
@@ -46,11 +46,11 @@ def small(monkeypatch):
     return study
 
 
-def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeypatch, capsys, tmp_path):
+def test_study_runs_once_and_page_matches_cells(small, monkeypatch, capsys, tmp_path):
     options = ["recipe", *folders(tmp_path)]
     code, err = command(monkeypatch, capsys, *options)
     assert code == 0, err
-    assert "0 of 4 cells are there; running 4" in err
+    assert "0 of 4 cells are stored; running 4" in err
     found = {result["arm"]: result for result in read_results(tmp_path / "results" / "recipe.jsonl")}
     assert sorted(found) == ["GRPO on log-prob", "IRL", "SFT", "log p_SFT - log p_base"]
     learned = found["IRL"]
@@ -62,14 +62,14 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     assert row is not None
     assert float(row[1]) == pytest.approx(100 * learned["accuracy"], abs=0.05)
 
-    # The ranking, again from the samples: within-prompt AUROC of the log-ratio by counting pairs.
+    # Recompute the ranking from the samples.
     site = Place(tmp_path / "work", tmp_path / "x").site(WORLD, 0)
     samples = read_jsonl(site.folder / "samples" / "sft-test-8.jsonl")
     assert len(samples) == 12 * 8
     mean = learned["ranking"]["accuracy"]["mean sample"][0]
     assert mean == pytest.approx(np.mean([row["correct"] for row in samples]))
 
-    # The log-ratio of each sample by a plain forward pass, and its within-prompt AUROC by counting pairs.
+    # The log-ratio of each sample by a plain forward pass; its within-prompt AUROC by counting pairs.
     tokenizer = AutoTokenizer.from_pretrained(site.folder / "init")
     base = AutoModelForCausalLM.from_pretrained(site.policy("base")).eval()
     ratios = [row["logprob"] - mean_log_prob(base, tokenizer, row) for row in samples]
@@ -82,7 +82,7 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     ratio = found["log p_SFT - log p_base"]["ranking"]["reward_auroc_within_prompt"]
     assert (ratio is None and not aurocs) or ratio == pytest.approx(np.mean(aurocs))
 
-    # Token by token the log-probs have the same means, the end of a finished trace included.
+    # Token log-probs have the same means, including the end token of a finished trace.
     by_token = depth.token_log_probs(site, "sft", samples)
     lengths = [len(tokenizer(row["completion"])["input_ids"]) + row["finished"] for row in samples]
     assert [len(values) for values in by_token] == lengths
@@ -90,13 +90,13 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     means = [mean_log_prob(policy, tokenizer, row) for row in samples]
     assert [np.mean(values) for values in by_token] == pytest.approx(means, abs=1e-5)
 
-    # A policy that starts as its own base model has nothing to gain from the log-ratio.
+    # For a policy equal to its base model the log-ratio is zero.
     config = RewardConfig(**site.options("null", WORLD.grpo), reward="logratio", base_model=str(site.policy("sft")))
     run_grpo(arms.prompts(site), config, ModelConfig(model_name_or_path=str(site.policy("sft"))))
     rewards = [row["reward"] for row in read_jsonl(site.folder / "null" / "metrics.jsonl") if "reward" in row]
     assert rewards == pytest.approx([0.0] * 3, abs=1e-6)
 
-    # SFT is the setting with the best validation accuracy, the first of equals.
+    # SFT is the setting with the best validation accuracy, the first if tied.
     tuning = json.loads((site.folder / "sft" / "tuning.json").read_text())
     accuracies = [tried["accuracy"] for tried in tuning["tried"]]
     assert tuning["chosen"] == accuracies.index(max(accuracies))
@@ -106,14 +106,12 @@ def test_a_study_is_run_once_and_its_page_says_what_its_cells_say(small, monkeyp
     write_results(tmp_path / "results" / "recipe.jsonl", [found[arm] for arm in found if arm != "SFT"])
     code, err = command(monkeypatch, capsys, *options)
     assert code == 0, err
-    assert "3 of 4 cells are there; running 1" in err
+    assert "3 of 4 cells are stored; running 1" in err
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
-def test_a_world_of_a_pretrained_model_starts_from_it_and_counts_unseen_stories(
-    monkeypatch, tmp_path, tiny_model_folder
-):
-    """Answers given by hand: right to six questions of eight, of which two are of stories that only the test has."""
+def test_pretrained_world_starts_from_model_and_reports_unseen_kinds(monkeypatch, tmp_path, tiny_model_folder):
+    """Fixed answers: six of eight questions right, of which two use stories that only the test has."""
     world = dataclasses.replace(
         WORLDS["word-problems"], experts=6, unlabeled=6, validation=4, test=8, model=str(tiny_model_folder)
     )
@@ -148,8 +146,8 @@ def mean_log_prob(model, tokenizer, row) -> float:
 
 
 @pytest.mark.long
-def test_cells_of_hops_are_also_judged_by_depth(tmp_path):
-    """Every question is of one depth, and what holds for all samples is the mean over depths."""
+def test_hops_cells_are_evaluated_by_depth(tmp_path):
+    """Each question has one depth, and overall values are means over depths."""
     world = dataclasses.replace(
         WORLD,
         name="hops",
@@ -176,11 +174,11 @@ def test_cells_of_hops_are_also_judged_by_depth(tmp_path):
 
 PROMPTS = {2: "5 * 2 * 4 = ?\n", 3: "5 * 2 * 4 * 1 = ?\n"}
 LINES = ["5 * 2 = 20", "20 * 4 = 4", "4 * 1 = 34"]
-"""What an expert writes there."""
+"""The expert trace."""
 
 
 def trace(hops: int, completion: str, rewards: list[float], log_probs: list[float], correct: bool) -> tuple[dict, list]:
-    """A scored sample and its token log-probs, from one value for each line: tokens differ around it."""
+    """A scored sample and its token log-probs; token values vary around one value per line."""
     lines = completion.split("\n")
     ends, token_rewards, token_log_probs = [], [], []
     for line, reward, log_prob in zip(lines, rewards, log_probs, strict=True):
@@ -193,7 +191,7 @@ def trace(hops: int, completion: str, rewards: list[float], log_probs: list[floa
     return {**row, "token_rewards": token_rewards, "logprob": -1.0, "reward": sum(rewards)}, token_log_probs
 
 
-def test_localisation_of_the_first_wrong_line_by_hand():
+def test_first_wrong_line_localisation_values():
     """Wrong at the lines 0, 1 and 2 of 3; the reward is lowest at 0, at 0 and 1 alike, and at 2: 5/6 are found."""
     rows = [
         trace(2, "5 * 2 = 9\n9 * 4 = 4\n#### 5", [-1.0, 0.5, 0.5], [-0.5, -0.1, -2.0], correct=False),
@@ -216,8 +214,8 @@ def test_localisation_of_the_first_wrong_line_by_hand():
     assert none == dict.fromkeys(("reward", "logprob", "reward_logprob", "chance", "first")) | {"wrong": 0}
 
 
-def test_depths_are_told_apart():
-    """Two samples of each question; the reward picks the right one of two hops and the wrong one of three."""
+def test_summaries_separate_depths():
+    """Two samples per question; the reward selects the right one at two hops and the wrong one at three."""
     rows = []
     for question, (hops, right) in enumerate([(2, 0.5), (3, -0.5)]):
         answer, lines = {2: "4", 3: "34"}[hops], LINES[:hops]
@@ -232,12 +230,12 @@ def test_depths_are_told_apart():
         assert (accuracy["reward best-of-2"][0], accuracy["mean sample"][0]) == (picked, 0.5)
         assert result[hops]["ranking"]["reward_auroc_within_prompt"] == picked
         assert result[hops]["localisation"]["wrong"] == 1
-    # All lines alike: chance, one of three and one of four.
+    # All lines equal: chance, one of three and one of four.
     assert result["2"]["localisation"]["reward"] == pytest.approx(1 / 3)
     assert result["3"]["localisation"]["reward"] == pytest.approx(1 / 4)
 
 
-def test_a_changed_option_runs_a_cell_again(small, tmp_path):
+def test_changed_option_reruns_cell(small, tmp_path):
     place = Place(tmp_path / "work", tmp_path / "x.jsonl")
     cell, *others = small.cells()
     add_result(place.results, {**cells.settings_of(cell, fast=False), "accuracy": 0.5})
@@ -248,7 +246,7 @@ def test_a_changed_option_runs_a_cell_again(small, tmp_path):
     assert stored(place, [dataclasses.replace(cell, world=other)]) == [None]
 
 
-def test_a_cell_that_fails_leaves_the_others(small, monkeypatch, tmp_path):
+def test_failed_cell_does_not_stop_others(small, monkeypatch, tmp_path):
     place = Place(tmp_path / "work", tmp_path / "x.jsonl")
     monkeypatch.setattr(cells, "note", lambda _: None)
 
@@ -266,8 +264,8 @@ def test_a_cell_that_fails_leaves_the_others(small, monkeypatch, tmp_path):
     assert [result is not None for result in stored(place, wanted)] == [True, False, True]
 
 
-def test_an_interrupt_ends_the_study(small, monkeypatch, tmp_path):
-    """Not the cell alone: the next one would start, and Ctrl-C would have to be pressed for each."""
+def test_interrupt_stops_study(small, monkeypatch, tmp_path):
+    """Ctrl-C must not only end the current cell."""
     begun = []
 
     def run(place, cell):
@@ -290,7 +288,7 @@ def test_unknown_names_are_refused(monkeypatch, capsys):
     assert "unknown world 'styl'" in err
 
 
-def test_a_study_in_a_world_that_is_not_its_own_has_a_page_of_its_own(small, monkeypatch, capsys, tmp_path):
+def test_foreign_world_gets_own_page(small, monkeypatch, capsys, tmp_path):
     other = dataclasses.replace(WORLD, name="checked", completion=48)
     monkeypatch.setitem(WORLDS, "checked", other)
     monkeypatch.setitem(STUDIES, "recipe", dataclasses.replace(small, arms=(definitions.SFT,)))
@@ -307,14 +305,14 @@ def test_a_study_in_a_world_that_is_not_its_own_has_a_page_of_its_own(small, mon
         ("corrupt", "style", "wrong experts"),
     ],
 )
-def test_a_world_that_lacks_what_a_study_needs_is_refused(name, world, message):
+def test_world_without_required_data_is_refused(name, world, message):
     with pytest.raises(InputError, match=message):
         STUDIES[name].cells([world])
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_arm_is_a_run_that_would_start(name, tmp_path):
-    """All options exist and go together: nothing of a study of hours fails in its last cell for a wrong name."""
+def test_every_arm_has_valid_options(name, tmp_path):
+    """All options exist and are compatible, so that no study fails after hours because of a wrong name."""
     study = STUDIES[name]
     worlds = study.worlds if name == "corrupt" else (*study.worlds, "word-problems")
     wanted = study.cells(tuple(dict.fromkeys(worlds)))
@@ -338,8 +336,8 @@ def test_every_arm_is_a_run_that_would_start(name, tmp_path):
             assert kind in ("policy", "sft-continued", "log-probs")
 
 
-def test_selection_and_report_share_no_seed_and_no_question():
-    """Seeds and questions that choose the recipe are not those that report it."""
+def test_selection_and_test_seeds_and_questions_are_disjoint():
+    """The recipe is selected and reported on different seeds and questions."""
     chosen = {seed for name in ("granularity", "objective") for seed in STUDIES[name].seeds}
     assert {STUDIES[name].split for name in ("granularity", "objective")} == {"validation"}
     for name in ("recipe", "worlds", "longer", "unmarked", "multihop", "reranking"):
@@ -398,7 +396,7 @@ def ranking(reward: float, auroc: float) -> dict:
     }
 
 
-def test_page_by_hand(tmp_path):
+def test_page_values(tmp_path):
     """Differences are paired by seed: 10, 12 and 14 points are 12 +- 4.97 (t = 4.303, s = 2), whatever the level."""
     rows = []
     for seed, (sft, gain) in enumerate([(0.5, 0.10), (0.7, 0.12), (0.6, 0.14)]):
@@ -423,21 +421,21 @@ def test_page_by_hand(tmp_path):
     assert "Of the 3 adversarial runs on this page 0 collapsed" in page
 
 
-def test_page_of_unseen_kinds_and_of_samples_that_are_all_wrong(tmp_path):
+def test_page_with_unseen_kinds_and_all_wrong_samples(tmp_path):
     """Unseen kinds have a column where all results have them; 10 and 20 % are 15 +- 63.5 (t = 12.706, s = 7.07)."""
     rows = [result("SFT", "policy", seed, 0.5, accuracy_unseen=0.1 * (seed + 1)) for seed in (0, 1)]
     aurocs = dict.fromkeys(ranking(0.5, 0.8), None) | {"accuracy": ranking(0.5, 0.8)["accuracy"]}
     rows += [result("log p", "log-probs", seed, 0.5, accuracy_unseen=0.5, ranking=aurocs) for seed in (0, 1)]
     page = page_of(tmp_path, rows)
-    assert "| arm | greedy accuracy | of unseen kinds | minus SFT |" in page
+    assert "| arm | greedy accuracy | on unseen kinds | minus SFT |" in page
     assert "| SFT | 50.0 ± 0.0 | 15.0 ± 63.5 |" in page
     assert "| log-prob | undefined |" in page
     assert "| log p | undefined | 50.0 ± 0.0 |" in page
-    assert "of unseen kinds" not in page_of(tmp_path, [*rows, result("b", "policy", 0, 0.2)])
+    assert "on unseen kinds" not in page_of(tmp_path, [*rows, result("b", "policy", 0, 0.2)])
 
 
 def by_hops(reward: float, found: float | None) -> dict:
-    """What `depth.summaries` gives of one depth."""
+    """The output of `depth.summaries` for one depth."""
     shares = {"reward": found, "logprob": 0.25, "reward_logprob": found, "chance": 0.2, "first": 0.5}
     if found is None:
         shares = dict.fromkeys(shares)
@@ -445,7 +443,7 @@ def by_hops(reward: float, found: float | None) -> dict:
     return {"ranking": {**ranking(reward, 0.8), "questions": 20}, "localisation": {"wrong": wrong, **shares}}
 
 
-def test_page_against_depth_by_hand(tmp_path):
+def test_depth_page_values(tmp_path):
     """At 2 hops 64, 66 and 68 % against the better of 60 and 62; at 3 hops a seed has no wrong trace."""
     rows = []
     for seed in range(3):
@@ -465,7 +463,7 @@ def test_page_against_depth_by_hand(tmp_path):
     assert not (tmp_path / "x-depth.png").exists()
 
 
-def test_bold_means_that_the_interval_excludes_zero():
+def test_bold_marks_intervals_excluding_zero():
     assert signed((1.0, 0.1, 1.9)) == "**+1.0 ± 0.9**"
     assert signed((1.0, -0.1, 2.1)) == "+1.0 ± 1.1"
     assert signed((-1.0, -1.5, -0.5)) == "**-1.0 ± 0.5**"
@@ -483,11 +481,11 @@ PUBLISHED = ROOT / "docs" / "studies"
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in PUBLISHED.glob("*.md")))
-def test_published_pages_are_those_of_the_results(name, monkeypatch, capsys, tmp_path):
-    """No value of a page in the documentation was written by hand, and no cell was left out or run otherwise."""
+def test_published_pages_match_results(name, monkeypatch, capsys, tmp_path):
+    """Published pages have the values of stored results, with all cells and current settings."""
     results = ROOT / "studies" / "results"
     wanted = stored(Place(tmp_path, results / f"{name}.jsonl"), STUDIES[name].cells())
-    assert None not in wanted  # or it would be run
+    assert None not in wanted  # a missing cell would be run
     assert len(wanted) == len(read_results(results / f"{name}.jsonl"))
     code, err = command(monkeypatch, capsys, name, *folders(tmp_path), f"--results={results}")
     assert code == 0, err
@@ -497,5 +495,5 @@ def test_published_pages_are_those_of_the_results(name, monkeypatch, capsys, tmp
     assert figures == sorted(re.findall(r"^!\[.*\]\((.*)\)$", published, re.MULTILINE))
     for figure in figures:
         with Image.open(tmp_path / "pages" / figure) as one, Image.open(PUBLISHED / figure) as other:
-            if one.info["Software"] == other.info["Software"]:  # another matplotlib may draw otherwise
+            if one.info["Software"] == other.info["Software"]:  # other matplotlib versions may draw differently
                 assert np.mean(np.asarray(one) != np.asarray(other)) < 1e-3, figure

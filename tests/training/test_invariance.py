@@ -26,9 +26,7 @@ from helpers.invariance import (
 )
 from helpers.sharded import launch
 
-TWO_PROCESSES = [
-    name for name, (_, layout) in RUNS.items() if layout.processes == 2 and not name.startswith(("spread", "in parts"))
-]
+TWO_PROCESSES = [name for name, (_, layout) in RUNS.items() if layout.processes == 2 and not name.startswith("sharded")]
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.synthetic.arithmetic import build_model, generate
 from tracereward.training.adversarial_config import AdversarialConfig
 
-TRAINED = ("spread", "spread, LoRA")
-IN_PARTS = {"in parts": "spread", "in parts, LoRA": "spread, LoRA"}
-"""Runs whose discriminator is in parts too, and those whose trajectory theirs must be."""
+TRAINED = ("sharded", "sharded, LoRA")
+SHARDED_DISCRIMINATOR = {"sharded discriminator": "sharded", "sharded discriminator, LoRA": "sharded, LoRA"}
+"""Runs with a sharded discriminator, and the runs whose results they must equal."""
 
 
 def marked(engine: str) -> Any:
@@ -63,7 +63,7 @@ def two(model, tmp_path_factory):
         needs(engine)
         folder = tmp_path_factory.mktemp(engine)
         (folder / "model").symlink_to(model)
-        trained = (*TRAINED, *IN_PARTS)
+        trained = (*TRAINED, *SHARDED_DISCRIMINATOR)
         names = [f"{name}, two processes" for name in trained]
         code = launch(engine, str(folder), *names, output=folder / "output.txt")
         assert code == 0, f"{code}\n{(folder / 'output.txt').read_text(errors='replace')[-6000:]}"
@@ -74,10 +74,10 @@ def two(model, tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("name", [*TRAINED, *IN_PARTS])
+@pytest.mark.parametrize("name", [*TRAINED, *SHARDED_DISCRIMINATOR])
 @pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
 def test_two_processes_give_the_trajectory_of_one(one, two, engine, name, record_property):
-    run, (first, second) = one(IN_PARTS.get(name, name)), two(engine)[name]
+    run, (first, second) = one(SHARDED_DISCRIMINATOR.get(name, name)), two(engine)[name]
     assert len(run["log"]) == len(first["log"]) == 10
     both = [a + b for a, b in zip(first["batches"], second["batches"], strict=True)]
     assert run["batches"] == both, "other prompts, another order, or other completions"
@@ -114,7 +114,7 @@ def test_what_each_process_holds_of_the_discriminator_and_of_the_frozen_start(tw
         sizes = [sum(held for held, _ in run["critic"].values()) for run in (first, second)]
         total = sum(size for _, size in first["critic"].values())
         assert total > 50_000
-        if name in IN_PARTS:
+        if name in SHARDED_DISCRIMINATOR:
             assert sum(sizes) == total
             assert max(sizes) < 0.51 * total
         else:
@@ -122,17 +122,17 @@ def test_what_each_process_holds_of_the_discriminator_and_of_the_frozen_start(tw
         of_start = {run["started"][1] for run in (first, second)}
         assert of_start == ({0} if "LoRA" in name else {total})  # head implicit: the same model
         for held, all_of_it in (run["started"] for run in (first, second)):
-            assert held <= (0.51 if name in IN_PARTS else 1) * all_of_it
-            assert held == all_of_it or name in IN_PARTS
+            assert held <= (0.51 if name in SHARDED_DISCRIMINATOR else 1) * all_of_it
+            assert held == all_of_it or name in SHARDED_DISCRIMINATOR
 
 
 def test_sharding_keeps_the_discriminator_complete_on_one_process(one):
-    assert torch.equal(one("in parts")["end"]["discriminator"], one("spread")["end"]["discriminator"])
+    assert torch.equal(one("sharded discriminator")["end"]["discriminator"], one("sharded")["end"]["discriminator"])
 
 
 def test_the_comparison_can_fail(one):
     """A learning rate of the policy that is 1 % larger is not within the tolerances."""
-    run, other = one("spread"), one("spread, 1 % faster")
+    run, other = one("sharded"), one("sharded, 1 % faster")
     found = differences(run, other, LOSSES) | {model: apart(run, other, model) for model in run["end"]}
     assert beyond(found, "token").keys() >= {"loss", "grad_norm", "policy"}
     assert found["policy"] > 20 * TOLERANCES["token"]["policy"]
@@ -166,8 +166,8 @@ LORA = {"use_peft": "true", "lora_target_modules": ["q_proj", "v_proj"], "lora_r
 KINDS = {
     "full": {},
     "LoRA": LORA,
-    "in parts": {"shard_discriminator": "true"},
-    "in parts, LoRA": {**LORA, "shard_discriminator": "true", "head": "token"},
+    "sharded discriminator": {"shard_discriminator": "true"},
+    "sharded discriminator, LoRA": {**LORA, "shard_discriminator": "true", "head": "token"},
 }
 
 
@@ -202,8 +202,8 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: dict
 
 COMMANDS = [
     pytest.param("fsdp2", "full", True, marks=pytest.mark.long),
-    pytest.param("ddp", "in parts", True, marks=pytest.mark.long),
-    pytest.param("fsdp2", "in parts, LoRA", False, marks=pytest.mark.slow),
+    pytest.param("ddp", "sharded discriminator", True, marks=pytest.mark.long),
+    pytest.param("fsdp2", "sharded discriminator, LoRA", False, marks=pytest.mark.slow),
     pytest.param("fsdp2", "LoRA", False, marks=pytest.mark.slow),
     pytest.param("fsdp2", "LoRA", True, marks=pytest.mark.slow),
     pytest.param("zero2", "full", True, marks=pytest.mark.slow),
@@ -244,7 +244,7 @@ def test_what_a_run_leaves_is_what_one_process_leaves(given, model, tmp_path, en
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["full", "LoRA", "in parts"])
+@pytest.mark.parametrize("kind", ["full", "LoRA", "sharded discriminator"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(given, tmp_path, engine, kind):
     """Both processes, from the checkpoint of step 2; to the last bit, with real sampling."""
