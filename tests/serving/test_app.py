@@ -109,7 +109,7 @@ def test_messages_under_a_plain_model(served, offline):
     response = served.post("/v1/score", json={"prompt": messages, "completion": "3"})
     assert_error(response, 400, "plain prompts", "invalid_input")
     response = served.post("/v1/score", json={"prompt": [{"role": "user", "content": ""}], "completion": "3"})
-    assert_error(response, 400, "no token", "invalid_input")
+    assert_error(response, 400, "no tokens", "invalid_input")
 
 
 def test_messages_under_a_chat_model(tmp_path, tokenizer):
@@ -173,7 +173,7 @@ def test_pooling_of_texts(served, model):
     assert answer["usage"]["total_tokens"] == total
     [alone] = served.post("/pooling", json={"input": texts[1]}).json()["data"]
     assert [value for [value] in alone["data"]] == close([value for [value] in answer["data"][1]["data"]])
-    assert_error(served.post("/pooling", json={"input": "7"}), 400, "one token alone", "invalid_input")
+    assert_error(served.post("/pooling", json={"input": "7"}), 400, "single token", "invalid_input")
 
 
 def test_pooling_and_classes_of_token_ids(served, model):

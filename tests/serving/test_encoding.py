@@ -118,10 +118,10 @@ def test_inputs_are_scored_from_their_second_token(model):
 def test_inputs_that_cannot_be_scored(model):
     vocabulary = len(model.tokenizer)
     cases = [
-        (["1 + 1", "7"], InputError, "input 1: one token alone"),
-        ([[3, 4], []], InputError, "input 1: one token alone"),
-        ([[3, 4], [3, vocabulary]], InputError, f"input 1: .* ids are 0 to {vocabulary - 1}"),
-        ([[3, -1]], InputError, "input 0: .* ids are 0 to"),
+        (["1 + 1", "7"], InputError, "input 1: .*single token"),
+        ([[3, 4], []], InputError, "input 1: .*single token"),
+        ([[3, 4], [3, vocabulary]], InputError, f"input 1: .* 0 to {vocabulary - 1}"),
+        ([[3, -1]], InputError, "input 0: .*token ids"),
         ([[3] * 129], TooLong, "input 0: .*reads 128"),
         ([[3] * 50] * 3, TooManyTokens, "more than 149 tokens"),
     ]

@@ -52,7 +52,7 @@ def test_without_a_key_a_local_server_has_local_names_only(model):
         for host in ("evil.test", "localhost.evil.test", "127.0.0.1.evil.test:8019", "evil.test:127.0.0.1", ""):
             for path in ("/v1/models", "/", "/metrics"):
                 response = client.get(path, headers={"host": host})
-                assert_error(response, 421, "without a key .--api-key-file", "wrong_host")
+                assert_error(response, 421, "--api-key-file", "wrong_host")
     with client_of(model) as client:
         assert client.get("/v1/models", headers={"host": "proxy.test"}).status_code == 200
 
@@ -62,7 +62,7 @@ def test_another_model_is_not_here(served, path):
     body = {"model": "other", "prompt": "1", "completion": "2", "query": "1", "documents": ["2"], "input": "1 + 2"}
     fields = {"/v1/score": ("prompt", "completion"), "/v1/rerank": ("query", "documents")}.get(path, ("input",))
     response = served.post(path, json={name: body[name] for name in ("model", *fields)})
-    assert_error(response, 404, "'other' is not served here; 'rm' is", "model_not_found", "model")
+    assert_error(response, 404, "'other'.*'rm'", "model_not_found", "model")
 
 
 def test_what_is_too_large(served):
@@ -203,6 +203,6 @@ def test_a_fault_of_the_server_says_nothing_of_its_inside(model, monkeypatch):
     with client_of(model) as client:
         monkeypatch.setattr(client.app.state.service, "render", lambda prompt: 1 / 0)
         response = client.post("/v1/score", json={"prompt": PROMPT, "completion": "2"})
-        assert_error(response, 500, "server failed")
+        assert_error(response, 500, "server's log")
         assert "division" not in response.text
         assert response.headers["x-content-type-options"] == "nosniff"

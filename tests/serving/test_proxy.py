@@ -346,8 +346,8 @@ def test_an_upstreams_garbage_is_502(model, reply):
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b"<html>", ("the upstream answered 503", "upstream_error", None, "bad_upstream")),
-        ({"error": {}}, ("the upstream answered 503", "upstream_error", None, "bad_upstream")),
+        (b"<html>", ("the upstream responded 503", "upstream_error", None, "bad_upstream")),
+        ({"error": {}}, ("the upstream responded 503", "upstream_error", None, "bad_upstream")),
         ({"error": "no such model"}, ("no such model", "upstream_error", None, None)),
         ({"detail": "Not Found"}, ("Not Found", "upstream_error", None, None)),
         ({"detail": [{"loc": ["n"]}]}, ('[{"loc": ["n"]}]', "upstream_error", None, None)),
@@ -626,7 +626,7 @@ def test_what_cannot_be_sent_is_the_clients_error(model):
         ('"temperature": "hot"', "temperature", "valid number"),
         ('"seed": "1"', "seed", "valid integer"),
         ('"n": true', "n", "valid integer"),
-        ('"top_p": NaN', "top_p", "cannot hold"),
+        ('"top_p": NaN', "top_p", "JSON"),
         ('"prompt": ["1", "2"]', "prompt", "one text, not 2"),
         ('"prompt": []', "prompt", "one text, not 0"),
         ('"prompt": [1]', "prompt", "valid string"),
