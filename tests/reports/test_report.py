@@ -253,7 +253,7 @@ def test_histogram_marks_both_medians(path):
     html = render(path, rewards_correct=[1.0, 2.0, 9.0], rewards_wrong=[-1.0, -2.0])
     assert "correct, median +2.00" in html
     assert "wrong, median −1.50" in html
-    assert "Above the line 3 correct, below it 2 wrong" in html
+    assert "Above the line 3 correct traces, below it 2 wrong ones" in html
     assert "<svg" in render(path, rewards_correct=[], rewards_wrong=[0.5, 0.5])
 
 
