@@ -67,7 +67,7 @@ def test_readers_never_see_a_partial_file(tmp_path, monkeypatch):
     assert seen == [("old", "new" * 10_000)]
 
 
-def test_json_keeps_other_alphabets(tmp_path):
+def test_json_keeps_non_ascii_characters(tmp_path):
     atomic_write_json(tmp_path / "a.json", {"é": [1, None]})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"é": [1, None]}
@@ -167,7 +167,7 @@ def test_last_line_cut_by_a_kill_is_skipped(tmp_path):
         assert read_jsonl(path) == [{"n": 1}, {"n": 2}]
 
 
-def test_a_full_disk_is_refused_before_the_run(tmp_path):
+def test_insufficient_disk_space_is_rejected(tmp_path):
     require_free_disk(tmp_path / "not" / "yet" / "there", 1, "a byte")
     with pytest.raises(InputError, match=r"GB free, 1000000000\.0+ GB needed for 2 checkpoints.*--output_dir"):
         require_free_disk(tmp_path / "run", 10**18, "2 checkpoints")

@@ -40,7 +40,7 @@ def test_auroc_counts_pairs_and_half_ties(rows):
     assert auroc(scores, correct) == pytest.approx(auroc_by_pairs(scores, correct), nan_ok=True)
 
 
-def test_auroc_polarity_and_missing_kinds():
+def test_auroc_polarity_and_missing_class():
     assert auroc([1, 2, 3], [False, False, True]) == 1.0
     assert auroc([1, 2, 3], [True, False, False]) == 0.0
     assert auroc([1, 1, 1], [True, False, True]) == 0.5
@@ -48,7 +48,7 @@ def test_auroc_polarity_and_missing_kinds():
 
 
 @given(rows=st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
-def test_within_prompt_auroc_is_the_mean_of_prompts_that_have_both(rows):
+def test_within_prompt_auroc_averages_prompts_with_both_classes(rows):
     scores, correct, prompts = zip(*rows)
     values = []
     for prompt in set(prompts):
@@ -60,7 +60,7 @@ def test_within_prompt_auroc_is_the_mean_of_prompts_that_have_both(rows):
     assert within_prompt_auroc(scores, correct, prompts) == pytest.approx(expected, nan_ok=True)
 
 
-def test_pooled_auroc_measures_difficulty_where_within_prompt_does_not():
+def test_pooled_auroc_reflects_difficulty_but_within_prompt_does_not():
     """Prompt a is easy and scores high, b is hard and scores low; inside each the order is wrong."""
     scores = [9, 8, 10, 1, 2, 2]
     correct = [True, True, False, True, False, False]
@@ -92,7 +92,7 @@ def test_point_biserial_of_constants_is_nan():
 
 
 @given(total=st.integers(1, 500), data=st.data())
-def test_wilson_is_the_formula(total, data):
+def test_wilson_interval_matches_formula(total, data):
     successes = data.draw(st.integers(0, total))
     z, p = 1.959963984540054, successes / total
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
@@ -128,7 +128,7 @@ def test_undefined_statistics_are_nan_without_a_warning():
         assert math.isnan(point_biserial([], []))
 
 
-def test_two_traces_are_enough():
+def test_statistics_of_two_traces_are_defined():
     """Scores one apart: neither their number nor their distance is taken for a constant."""
     assert auroc([2, 1], [True, False]) == 1.0
     assert point_biserial([1, 2], [False, True]) == pytest.approx(1.0)
@@ -140,7 +140,7 @@ def test_missing_prompt_is_refused():
         within_prompt_auroc([1, 2], [True, False], ["a"])
 
 
-def test_wilson_written_out():
+def test_wilson_interval_by_hand():
     """None and all of 4: one end is exact, the other is z^2 / (n + z^2) away. Half of 4: (n/2 +- ...) is symmetric."""
     squared = 1.959963984540054**2
     assert wilson_interval(0, 4) == pytest.approx((0.0, squared / (4 + squared)), abs=1e-12)
@@ -149,7 +149,7 @@ def test_wilson_written_out():
     assert wilson_interval(2, 4) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-12)
 
 
-def test_bootstrap_is_the_percentiles_of_2000_resampled_means():
+def test_bootstrap_interval_is_percentiles_of_2000_resampled_means():
     """By default from seed 0; 2.5 % lie below the interval and 2.5 % above."""
     values = np.random.default_rng(5).normal(size=40)
     for options, seed, resamples in (({}, 0, 2000), ({"seed": 7}, 7, 2000), ({"seed": 7, "resamples": 300}, 7, 300)):
@@ -164,7 +164,7 @@ def test_bootstrap_of_equal_values_is_a_point():
 
 
 @given(rows=SCORED)
-def test_auprc_is_the_mean_precision_at_each_right_trace(rows):
+def test_auprc_is_mean_precision_at_correct_traces(rows):
     """Sum over thresholds of (recall gained) x (precision there); equal scores fall together."""
     scores, correct = zip(*rows)
     if not any(correct):
@@ -178,7 +178,7 @@ def test_auprc_is_the_mean_precision_at_each_right_trace(rows):
     assert auprc(scores, correct) == pytest.approx(expected)
 
 
-def test_auprc_written_out():
+def test_auprc_by_hand():
     """Right at ranks 1 and 3 of 4: (1/1 + 2/3) / 2. Without order it is the share of right ones."""
     assert auprc([4, 3, 2, 1], [True, False, True, False]) == pytest.approx((1 + 2 / 3) / 2)
     assert auprc([1, 1, 1, 1], [True, False, False, False]) == pytest.approx(0.25)

@@ -66,7 +66,7 @@ def test_score_of_a_completion(served, model, finished):
     }
 
 
-def test_scores_of_candidates_come_in_their_order(served, offline):
+def test_candidate_scores_keep_input_order(served, offline):
     answer = served.post("/v1/score", json={"model": "rm", "prompt": PROMPT, "candidates": CANDIDATES}).json()
     assert [result["index"] for result in answer["results"]] == list(range(len(CANDIDATES)))
     for result, scores in zip(answer["results"], offline, strict=True):
@@ -88,19 +88,19 @@ def test_scores_of_steps(served, model):
     assert answer["results"][0]["step_rewards"] == close(expected)
 
 
-def test_a_step_without_a_token_is_an_error_of_the_request(served):
+def test_step_without_a_token_is_400(served):
     """The tokenizer makes one short token of the long word: nothing is left at the second step's characters."""
     response = served.post("/v1/score", json={"prompt": PROMPT, "steps": ["x" * 90, "y"]})
     assert_error(response, 400, "steps: no token between characters 91 and 92", "invalid_input")
 
 
-def test_tokens_can_be_left_out(served):
+def test_tokens_are_omitted_on_request(served):
     body = {"prompt": PROMPT, "completion": CANDIDATES[0], "tokens": False}
     [result] = served.post("/v1/score", json=body).json()["results"]
     assert result.keys() == {"index", "reward", "aggregates", "step_rewards"}
 
 
-def test_messages_under_a_plain_model(served, offline):
+def test_messages_for_a_model_with_plain_template(served, offline):
     """The user's message is the prompt, whatever the system says; a longer talk has no plain form."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
     answer = served.post("/v1/score", json={"prompt": messages, "completion": CANDIDATES[0]}).json()
@@ -112,7 +112,7 @@ def test_messages_under_a_plain_model(served, offline):
     assert_error(response, 400, "no tokens", "invalid_input")
 
 
-def test_messages_under_a_chat_model(tmp_path, tokenizer):
+def test_messages_for_a_model_with_chat_template(tmp_path, tokenizer):
     """They go through the chat template, as in training."""
     chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
     chatty.chat_template = "{% for m in messages %}{{ m.content }} = {% endfor %}"
@@ -124,7 +124,7 @@ def test_messages_under_a_chat_model(tmp_path, tokenizer):
     assert answer["results"][0]["token_rewards"] == close(expected.rewards)
 
 
-def test_a_calibrated_model_gives_probabilities(tmp_path, tokenizer, offline):
+def test_calibrated_model_returns_probabilities(tmp_path, tokenizer, offline):
     calibration = Calibration("platt", slope=0.5, intercept=0.25, traces=20)
     calibrated = TokenRewardModel.from_pretrained(
         str(save_reward_model(tmp_path / "rm", tokenizer, calibration=calibration))
@@ -176,7 +176,7 @@ def test_pooling_of_texts(served, model):
     assert_error(served.post("/pooling", json={"input": "7"}), 400, "single token", "invalid_input")
 
 
-def test_pooling_and_classes_of_token_ids(served, model):
+def test_pooling_and_classify_with_token_ids(served, model):
     """They give what their text gives: a list of ids as one input, a list of lists as many."""
     texts = [PROMPT + text for text in CANDIDATES[:2]]
     ids = [model.tokenizer(text)["input_ids"] for text in texts]
@@ -201,7 +201,7 @@ def test_pooling_as_base64(served):
         assert struct.unpack(f"<{len(raw) // 4}f", raw) == close(tuple(value for [value] in other["data"]))
 
 
-def test_pooling_and_classes_of_a_conversation(served, offline):
+def test_pooling_and_classify_with_a_conversation(served, offline):
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": CANDIDATES[0]}]
     answer = served.post("/pooling", json={"messages": messages}).json()
     assert [value for [value] in answer["data"][0]["data"]] == close(offline[0].rewards)
@@ -212,7 +212,7 @@ def test_pooling_and_classes_of_a_conversation(served, offline):
     assert_error(response, 422, "last message must be the assistant's")
 
 
-def test_classes_of_texts(served, model):
+def test_classify_texts(served, model):
     texts = [PROMPT + text for text in CANDIDATES]
     answer = served.post("/classify", json={"input": texts}).json()
     labels = set()

@@ -66,7 +66,7 @@ def fill(page, **fields):
     page.one("button").click()
 
 
-def test_candidates_are_ranked_and_their_tokens_coloured(page, model):
+def test_candidates_are_ranked_with_coloured_tokens(page, model):
     prompt = PROMPT.removesuffix("\n")
     candidates = ["2 + 2 = 9", RIGHT]
     fill(page, prompt=prompt, candidates="\n---\n".join(candidates), key="sesame")
@@ -93,7 +93,7 @@ def test_candidates_are_ranked_and_their_tokens_coloured(page, model):
     assert page.driver.get_log("browser") == []  # nothing failed, and the policy blocked nothing
 
 
-def test_the_page_may_not_run_what_is_not_the_servers(page):
+def test_content_security_policy_blocks_injected_scripts(page):
     """The content security policy holds in the browser: a script put into the page does not run."""
     page.driver.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)"
@@ -113,7 +113,7 @@ def test_errors_are_shown(page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen_does_not_scroll_sideways(page, scheme, tmp_path):
+def test_narrow_screen_has_no_horizontal_scroll(page, scheme, tmp_path):
     page.media(scheme)
     page.size(360, 800, mobile=True)
     fill(page, prompt=PROMPT.strip(), candidates=f"{RIGHT}\n---\n{'1 + 1 = 2 ' * 6}", key="sesame")

@@ -39,7 +39,7 @@ def model(tmp_path, tokenizer):
     return model
 
 
-def test_a_shared_prompt_is_tokenised_once_and_nothing_after_the_limit(model):
+def test_shared_prompt_is_tokenised_once_and_tokenising_stops_at_the_limit(model):
     """A prompt of 101 tokens: 64 candidates of 2 tokens fit 6592, and the fifth passes 500."""
     prompt = "1" + " + 1" * 50
     many = [f"{index % 10}" for index in range(64)]
@@ -52,7 +52,7 @@ def test_a_shared_prompt_is_tokenised_once_and_nothing_after_the_limit(model):
     assert model.tokenizer.seen == [prompt, *many[:5]]
 
 
-def test_a_text_far_over_the_limit_is_not_tokenised_to_its_end(model):
+def test_text_far_over_the_limit_is_not_fully_tokenised(model):
     """Limit 100, 200,001 tokens: one piece of 400 characters, 200 tokens, tells. One token over is counted whole."""
     text = "1" + " + 1" * 100_000
     for call in (
@@ -70,7 +70,7 @@ def test_a_text_far_over_the_limit_is_not_tokenised_to_its_end(model):
         running(model, lambda engine: engine.score_inputs([near], max_tokens=100))
 
 
-def test_text_that_waits_to_be_tokenised_counts_towards_the_queue(model):
+def test_untokenised_text_counts_towards_the_queue(model):
     """Of 100 tokens one text may take 75, four characters each: the next one finds no place until it is done."""
     expected = offline(model, TRACES[:1])
 
@@ -95,7 +95,7 @@ def test_text_that_waits_to_be_tokenised_counts_towards_the_queue(model):
     assert_same(running(model, work, max_queue=100), expected)
 
 
-def test_one_request_may_always_be_tokenised(model):
+def test_single_request_is_always_tokenised(model):
     """Characters only estimate: what is alone is counted by its tokens. This tokenizer makes one of the long word."""
 
     async def work(engine):
@@ -115,7 +115,7 @@ def test_inputs_are_scored_from_their_second_token(model):
     assert (read, written) == (2, 2 * (len(ids) - 1))
 
 
-def test_inputs_that_cannot_be_scored(model):
+def test_invalid_inputs_are_rejected(model):
     vocabulary = len(model.tokenizer)
     cases = [
         (["1 + 1", "7"], InputError, "input 1: .*single token"),

@@ -41,7 +41,7 @@ def test_operations(served):
     assert {served.get(path).status_code for path in re.findall(r'(?:src|href)="([^"]+)"', page.text)} == {200}
 
 
-def test_health_checks_may_ask_for_the_head_only(served):
+def test_health_checks_accept_head_requests(served):
     for path in ("/health", "/ready"):
         answer = served.head(path)
         assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
@@ -85,7 +85,7 @@ def test_metrics_count(model):
     assert "scan" not in text
 
 
-def test_every_answer_has_the_security_headers(model):
+def test_every_response_has_security_headers(model):
     origin = {"origin": "http://evil.test", "access-control-request-method": "POST"}
     with client_of(model, api_key="sesame") as client:
         key = {"authorization": "Bearer sesame"}

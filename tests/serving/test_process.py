@@ -57,7 +57,7 @@ def number(server, name):
     return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)), 0.0)
 
 
-def test_64_clients_at_once_get_the_offline_scores(server, model):
+def test_64_concurrent_clients_get_offline_scores(server, model):
     """Each a connection and a trace of its own, scored in fewer turns than there are traces."""
     expected = model.score(*zip(*TRACES))
     turns = number(server, "tracereward_batch_traces_count")
@@ -89,7 +89,7 @@ while True:
 """
 
 
-def test_a_client_that_is_killed_leaves_the_server_well(server):
+def test_killed_client_does_not_affect_server(server):
     """Five processes that ask without pause, killed once each has something in flight."""
     words = [sys.executable, "-c", CLIENT, str(address(server)[1])]
     clients = [subprocess.Popen(words, stdout=subprocess.PIPE, env=ENVIRONMENT) for _ in range(5)]
@@ -109,7 +109,7 @@ def test_a_client_that_is_killed_leaves_the_server_well(server):
     assert "Traceback" not in server.log.read_text()
 
 
-def test_half_a_header_stops_nobody(server):
+def test_partial_header_does_not_block_server(server):
     """Fifty sockets that began a request and say no more, twenty with half a body."""
     with contextlib.ExitStack() as stack:
         for index in range(70):
@@ -121,7 +121,7 @@ def test_half_a_header_stops_nobody(server):
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
-def test_a_body_of_100_megabytes_is_refused_unread(server, chunked):
+def test_100_megabyte_body_is_rejected_unread(server, chunked):
     process = psutil.Process(server.popen.pid)
     before = process.memory_info().rss
     piece, total, sent = b" " * 2**20, 100, 0
@@ -145,7 +145,7 @@ def test_a_body_of_100_megabytes_is_refused_unread(server, chunked):
     assert is_well(server)
 
 
-def test_sigterm_answers_what_is_in_flight(folder, model, tmp_path):
+def test_sigterm_completes_requests_in_flight(folder, model, tmp_path):
     """Requests that the server has read when the signal comes: all are answered, and it exits with 0."""
     with serving(tmp_path / "log", folder, "--max-wait-ms", "2000", "--log-prompts") as server:
 
@@ -207,7 +207,7 @@ def fuzz(server, cases, paths=".*"):
 
 
 @pytest.mark.long
-def test_made_up_requests_get_described_answers(server):
+def test_fuzzed_requests_get_documented_responses(server):
     counts = fuzz(server, 50)
     assert counts[200] > 25
     assert counts[422] > 25
@@ -217,7 +217,7 @@ def test_made_up_requests_get_described_answers(server):
 @pytest.mark.parametrize(
     "cases", [pytest.param(15, marks=pytest.mark.long), pytest.param(1000, marks=pytest.mark.slow)]
 )
-def test_made_up_requests_to_the_proxy_get_described_answers(folder, tmp_path, cases):
+def test_fuzzed_proxy_requests_get_documented_responses(folder, tmp_path, cases):
     with (
         Upstream(sampler(["1 + 2 = 3\n#### 3", "#### 4"])) as upstream,
         serving(tmp_path / "log", folder, "--upstream", upstream.url) as server,
@@ -229,7 +229,7 @@ def test_made_up_requests_to_the_proxy_get_described_answers(folder, tmp_path, c
 
 
 @pytest.mark.slow
-def test_thousands_of_made_up_requests_get_described_answers(server):
+def test_thousands_of_fuzzed_requests_get_documented_responses(server):
     counts = fuzz(server, 1000)
     assert sum(counts.values()) > 5000
     assert is_well(server)
