@@ -1,4 +1,4 @@
-"""Statistics against brute force, scipy and formulas written by hand."""
+"""Statistics against brute force, scipy and formulas computed by hand."""
 
 import math
 import warnings
@@ -113,7 +113,7 @@ def test_bootstrap_is_repeatable_and_near_the_normal_interval():
 
 
 def test_undefined_statistics_are_nan_without_a_warning():
-    """They are ordinary in small batches: asked of the libraries they would warn at every step."""
+    """Undefined statistics are common in small batches: the libraries' warnings would appear at every step."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for one_kind in ([True, True], [False, False]):
@@ -129,7 +129,7 @@ def test_undefined_statistics_are_nan_without_a_warning():
 
 
 def test_statistics_of_two_traces_are_defined():
-    """Scores one apart: neither their number nor their distance is taken for a constant."""
+    """Two scores, 1 apart, do not count as constant."""
     assert auroc([2, 1], [True, False]) == 1.0
     assert point_biserial([1, 2], [False, True]) == pytest.approx(1.0)
     assert point_biserial([1, 2], [True, False]) == pytest.approx(-1.0)
@@ -141,7 +141,7 @@ def test_missing_prompt_is_refused():
 
 
 def test_wilson_interval_by_hand():
-    """None and all of 4: one end is exact, the other is z^2 / (n + z^2) away. Half of 4: (n/2 +- ...) is symmetric."""
+    """0 and 4 of 4: one end is exact, the other is z^2 / (n + z^2) away. 2 of 4: (n/2 +- ...) is symmetric."""
     squared = 1.959963984540054**2
     assert wilson_interval(0, 4) == pytest.approx((0.0, squared / (4 + squared)), abs=1e-12)
     assert wilson_interval(4, 4) == pytest.approx((4 / (4 + squared), 1.0), abs=1e-12)
@@ -150,7 +150,7 @@ def test_wilson_interval_by_hand():
 
 
 def test_bootstrap_interval_is_percentiles_of_2000_resampled_means():
-    """By default from seed 0; 2.5 % lie below the interval and 2.5 % above."""
+    """Seed 0 by default; 2.5 % of the means lie below the interval and 2.5 % above."""
     values = np.random.default_rng(5).normal(size=40)
     for options, seed, resamples in (({}, 0, 2000), ({"seed": 7}, 7, 2000), ({"seed": 7, "resamples": 300}, 7, 300)):
         rows = np.random.default_rng(seed).integers(0, 40, (resamples, 40))
@@ -165,7 +165,7 @@ def test_bootstrap_of_equal_values_is_a_point():
 
 @given(rows=SCORED)
 def test_auprc_is_mean_precision_at_correct_traces(rows):
-    """Sum over thresholds of (recall gained) x (precision there); equal scores fall together."""
+    """Sum over thresholds of (recall gained) x (precision there); equal scores share a threshold."""
     scores, correct = zip(*rows)
     if not any(correct):
         assert math.isnan(auprc(scores, correct))
@@ -179,13 +179,13 @@ def test_auprc_is_mean_precision_at_correct_traces(rows):
 
 
 def test_auprc_by_hand():
-    """Right at ranks 1 and 3 of 4: (1/1 + 2/3) / 2. Without order it is the share of right ones."""
+    """Correct at ranks 1 and 3 of 4: (1/1 + 2/3) / 2. With equal scores it is the share of correct traces."""
     assert auprc([4, 3, 2, 1], [True, False, True, False]) == pytest.approx((1 + 2 / 3) / 2)
     assert auprc([1, 1, 1, 1], [True, False, False, False]) == pytest.approx(0.25)
 
 
 def test_score_of_length_alone_has_length_matched_auroc_of_chance():
-    """Right traces are short, so that length tells all; inside bins of one length it tells nothing."""
+    """Correct traces are short, so length separates the classes; within bins of one length it does not."""
     lengths = [10] * 8 + [20] * 8
     correct = [True] * 6 + [False] * 2 + [True] * 2 + [False] * 6
     shortest = [-length for length in lengths]
@@ -195,7 +195,7 @@ def test_score_of_length_alone_has_length_matched_auroc_of_chance():
 
 
 def test_length_bins_are_weighted_by_their_pairs():
-    """Two bins: 1 right and 1 wrong in the right order, 1 pair; 2 and 2 all in the wrong order, 4 pairs."""
+    """Two bins: 1 correct above 1 wrong, 1 pair; 2 correct below 2 wrong, 4 pairs."""
     scores = [2, 1, 0, 0, 1, 2, 3, 4]
     correct = [True, False, True, True, True, True, False, False]
     lengths = [1, 1, 1, 1, 9, 9, 9, 9]

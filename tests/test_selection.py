@@ -1,4 +1,4 @@
-"""Choosing among candidates, by hand and by brute force."""
+"""Best-of-N selection, against values computed by hand and by brute force."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def same(a: str, b: str) -> bool:
 
 
 def candidates(*rows) -> list[Candidate]:
-    """(answer, reward, logprob, length, correct) each."""
+    """Candidates from rows (answer, reward, logprob, length, correct)."""
     return [Candidate(f"text {i}", *row) for i, row in enumerate(rows)]
 
 
@@ -120,7 +120,7 @@ def test_invalid_choose_arguments_are_rejected():
 
 
 def test_vote_weights_standardise_within_the_question():
-    """The scale and the offset of a question's rewards do not matter, only how its candidates stand to each other."""
+    """The weights do not depend on the scale and offset of a question's rewards."""
     rewards = [0.3, -1.0, 2.5, 0.3]
     mean, std = statistics.fmean(rewards), statistics.pstdev(rewards)
     expected = [math.exp((r - mean) / std) for r in rewards]
@@ -137,7 +137,7 @@ def test_reward_plus_log_prob_method():
 
 @given(rows=st.lists(st.tuples(st.sampled_from(["a", "A", "b", "c", None]), st.integers(1, 9)), min_size=1, max_size=8))
 def test_weighted_vote_by_brute_force(rows):
-    """Some answer with the largest summed weight wins, through its own largest weight."""
+    """An answer with the largest summed weight wins, represented by its candidate with the largest weight."""
     answers, weights = zip(*rows)
     index = weighted_vote([Candidate("", a, 0.0) for a in answers], weights, lambda a, b: a.lower() == b.lower())
     keys = [a and a.lower() for a in answers]
@@ -178,7 +178,7 @@ def standardised(score, rows):
 
 
 def test_ranking_table_by_brute_force():
-    """Only answer 1 is right, so that accuracies need no index."""
+    """Only answer 1 is correct, so accuracies follow from the selected answer."""
     asked = questions(40, 5)
     table = {row.method: row for row in ranking_table(asked, same, seed=2)}
     expected = {
@@ -244,7 +244,7 @@ def test_aurocs_are_null_if_all_candidates_are_wrong():
     assert "NaN" not in json.dumps(result)
 
 
-# ---------- votes with a scale from elsewhere ----------
+# ---------- votes with a fixed scale ----------
 
 
 def test_sigmoid_and_softmax_votes_by_hand():
@@ -270,8 +270,9 @@ def test_temperature_limits_are_best_reward_and_majority():
 
 
 def test_temperature_is_fitted_to_accuracy():
-    """In a, one right answer 1 above two equal wrong ones: right below 1 / ln 2 = 1.44. In b, two right answers under
-    one that is 0.1 higher: right above 0.1 / ln 2 = 0.144. Powers of two between are 0.25 to 1; the highest is taken.
+    """In a, one correct answer is 1 above two equal wrong ones: correct below T = 1 / ln 2 = 1.44. In b, two correct
+    answers are 0.1 below a wrong one: correct above T = 0.1 / ln 2 = 0.144. Powers of two in between are 0.25 to 1; the
+    highest is selected.
     """
     a = candidates(("x", 1.0, None, 0, True), ("y", 0.0, None, 0, False), ("y", 0.0, None, 0, False))
     b = candidates(("x", 0.1, None, 0, False), ("y", 0.0, None, 0, True), ("y", 0.0, None, 0, True))
@@ -291,11 +292,11 @@ def test_methods_with_missing_inputs_are_skipped():
     assert [row.method for row in ranking_table(full, same, temperature=0.5)] == list(METHODS)
 
 
-# ---------- who wrote it ----------
+# ---------- the model baseline ----------
 
 
 def by_models(*rows) -> list[list[Candidate]]:
-    """A row a question: (model, correct) of each candidate."""
+    """One row per question: (model, correct) of each candidate."""
     return [
         [Candidate(f"{q} {m} {k}", "1", 0.0, None, 0, c, m) for k, (m, c) in enumerate(row)]
         for q, row in enumerate(rows)
@@ -303,19 +304,19 @@ def by_models(*rows) -> list[list[Candidate]]:
 
 
 def test_model_score_excludes_the_question_itself():
-    """a is right in 1, 2 and not in 3; b only in 3; c answers 1 twice and nothing else."""
+    """a is correct in questions 1 and 2 but not 3; b only in 3; c has two answers to 1 and no others."""
     asked = by_models(
         [("a", True), ("b", False), ("c", True), ("c", False)],
         [("a", True), ("b", False)],
         [("b", True), ("a", False)],
     )
     assert model_scores(asked) == [[1 / 2, 1 / 2, 0.5, 0.5], [1 / 2, 1 / 2], [0.0, 1.0]]
-    # Ties go to the first: a, a; in 3 a, which was right in both others, and is wrong here.
+    # Ties go to the first: a, a; in question 3 a, which is correct in both others, and wrong here.
     assert outcomes(asked, "model", same) == [1.0, 1.0, 0.0]
 
 
 def test_model_score_ignores_the_models_own_answer():
-    """Of two models that are each right in half of the questions, taking turns, the other is always the better bet."""
+    """Two models are correct in alternate questions: on the other questions, the wrong one has the higher accuracy."""
     asked = by_models(*[[("a", q % 2 == 0), ("b", q % 2 == 1)] for q in range(10)])
     assert all(min(row) == 4 / 9 and max(row) == 5 / 9 for row in model_scores(asked))
     assert outcomes(asked, "model", same) == [0.0] * 10
@@ -325,7 +326,7 @@ def test_model_score_ignores_the_models_own_answer():
 
 
 def test_last_point_of_curves_equals_ranking_table():
-    """Nine candidates; each method at all of them, ties as well, is what the table says."""
+    """With all nine candidates, each method equals the table, including ties."""
     asked = questions(30, 9, models=True)
     asked[4] = asked[4][:5]
     curves = ranking_curves(asked, same, seed=3, temperature=0.5)
@@ -336,7 +337,7 @@ def test_last_point_of_curves_equals_ranking_table():
 
 
 def test_curves_at_one_candidate_equal_the_mean_sample():
-    """8 draws of 200 questions: the standard error of their mean is under sqrt(0.25 / 1600) = 0.0125."""
+    """8 subsets of 200 questions: the standard error of the mean is below sqrt(0.25 / 1600) = 0.0125."""
     asked = questions(200, 6)
     curves = ranking_curves(asked, same, temperature=0.5)
     mean = statistics.fmean(c.correct for rows in asked for c in rows)
@@ -349,7 +350,7 @@ def test_curves_at_one_candidate_equal_the_mean_sample():
 
 
 def test_intermediate_points_are_means_over_subsets():
-    """The oracle with N of 6 is wrong where all N are: 1 - C(wrong, N) / C(6, N) on average."""
+    """The oracle with N of 6 is wrong only if all N are wrong: 1 - C(wrong, N) / C(6, N) on average."""
     asked = questions(150, 6)
     points = {size: accuracy for size, accuracy, *_ in ranking_curves(asked, same, draws=40)["oracle"]}
     for size in (1, 2, 4, 6):

@@ -76,7 +76,7 @@ def test_given_step_ends_and_step_rewards_override_the_newline_rule():
     trace = trace_of(arithmetic_row(step_ends=ends, step_rewards=[1.0, -5.0]))
     assert [len(step["tokens"]) for step in trace["steps"]] == [3, 6]
     assert [step["reward"] for step in trace["steps"]] == [1.0, -5.0]
-    trace = trace_of(arithmetic_row(step_ends=ends, step_rewards=[1.0]))  # of other steps: their means are used
+    trace = trace_of(arithmetic_row(step_ends=ends, step_rewards=[1.0]))  # wrong number of steps: means are used
     assert [step["reward"] for step in trace["steps"]] == [-1.3333, -0.9583]  # -4 / 3 and -5.75 / 6
 
 
@@ -89,7 +89,7 @@ def test_supervised_positions_are_marked_unless_all_are_supervised():
 
 
 def test_all_text_is_shown_when_tokens_share_or_skip_characters():
-    # "é" is two tokens that both cover it; the space at 2 and the full stop at 4 have no token.
+    # Both tokens of "é" cover it; the space at 2 and the full stop at 4 have no token.
     row = {
         **{"prompt": "q", "completion": "aé 🙂.", "tokens": ["aé", "é", "🙂", "</s>"]},
         **{"offsets": [[0, 2], [1, 2], [3, 4], [4, 4]], "token_rewards": [1.0, 1.0, -1.0, 0.0]},
@@ -234,7 +234,7 @@ def test_terminal_colours_match_the_palette():
     # blue 6aaede at the limit; half-way to orange f29e4c from neutral f6f6f4: f4caa0, see test_report
     assert "48;2;106;174;222ma\x1b[0m" in text
     assert "48;2;244;202;160mb\x1b[0m" in text
-    # rich remembers the codes of a colour, so these are others
+    # rich caches the codes of a colour, so use other colours
     text = printed([row_of(["a", "b"], [3.9, -2.1])], colour="256")
     assert re.search(r"48;5;\d+mb\x1b\[0m", text)
 

@@ -1,4 +1,4 @@
-"""The inspection page in a real browser; skipped where Chromium, its driver or selenium are missing."""
+"""The inspection page in a real browser; skipped if Chromium, its driver or selenium is missing."""
 
 import random
 import time
@@ -9,7 +9,7 @@ from helpers.browser import Page, driver, pytestmark  # noqa: F401
 from helpers.inspection import row_of
 from tracereward.reports.inspection import write_inspection
 
-pytest.importorskip("selenium", reason="selenium is not installed: the page is not tried in a browser")
+pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -33,7 +33,7 @@ ROWS = [
 
 @pytest.fixture
 def page(driver, tmp_path):
-    """The page of `ROWS` on a desk's screen; afterwards, the console must be empty."""
+    """The page of `ROWS` on a desktop screen; the console must be empty afterwards."""
     page = Page(driver)
     page.media()
     page.size(1280, 900)
@@ -47,7 +47,7 @@ def page(driver, tmp_path):
 def test_steps_are_in_a_table_with_the_suspected_error_marked(page):
     [first, *_] = page.all(".trace")
     rows = [row.text.split("\n") for row in first.find_elements(By.CSS_SELECTOR, "tbody tr")]
-    # step 1: (1 - 3 - 1) / 3 = -1, which is 3 below the other step
+    # step 1: (1 - 3 - 1) / 3 = -1, 3 below the other step
     assert rows == [["1", "suspected first error", "23 - 7 = 26 −1.00"], ["2 #### 31 +2.00"]]
     assert len(page.all("tr.error")) == 1  # the first step of the second question's trace is 0.5 below, not more
     assert page.texts("h2") == [f"Question {i} of 3" for i in (1, 2, 3)]
@@ -151,7 +151,7 @@ def test_hostile_text_is_shown_as_text(page):
     assert page.all(".t")[-3].text == HOSTILE
     assert f"answer {HOSTILE}" in page.all(".trace")[3].text
     assert page.all("img, main script") == []
-    assert len(page.all("script")) == 2  # and no dialogue: it would have failed every call since
+    assert len(page.all("script")) == 2  # and no alert: it would make every later call fail
 
 
 def test_each_step_uses_its_own_text_direction(page, tmp_path):

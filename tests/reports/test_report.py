@@ -43,7 +43,7 @@ class Page(HTMLParser):
         self.token_attributes: list[dict[str, str | None]] = []
         self.text = ""
         self.depth = 0
-        self.feed(str(html))  # not Markup, whose slices escape what they are joined with
+        self.feed(str(html))  # not Markup: joining slices of Markup escapes text
         self.close()
 
     def handle_starttag(self, tag, attrs):
@@ -138,7 +138,7 @@ def test_heatmap_text_is_the_completion():
 
 
 def test_heatmap_keeps_text_when_tokens_share_or_skip_characters():
-    # Byte tokens: "é" and "🙂" are two tokens each, which both cover the character; the space at 2 has no token.
+    # Byte tokens: both tokens of "é" and of "🙂" cover the character; the space at 2 has no token.
     scores = TokenScores(
         tokens=["aé", "é", "🙂", "🙂", "</s>"],
         offsets=[(0, 2), (1, 2), (3, 4), (3, 4), (4, 4)],

@@ -1,4 +1,4 @@
-"""`tracereward serve` in this process: each endpoint against offline scoring."""
+"""In-process `tracereward serve`: each endpoint against offline scoring."""
 
 import base64
 import struct
@@ -74,7 +74,7 @@ def test_candidate_scores_keep_input_order(served, offline):
 
 
 def test_scores_of_steps(served, model):
-    """Each step's reward is that of its own tokens, by hand; steps are joined by the model's delimiter."""
+    """Each step's reward is the mean of its own tokens; steps are joined by the model's delimiter."""
     steps = CANDIDATES[0].split("\n")
     answer = served.post("/v1/score", json={"prompt": PROMPT, "steps": steps}).json()
     [scores] = model.score([PROMPT], ["\n".join(steps)])
@@ -89,7 +89,7 @@ def test_scores_of_steps(served, model):
 
 
 def test_step_without_a_token_is_400(served):
-    """The tokenizer makes one short token of the long word: nothing is left at the second step's characters."""
+    """The tokenizer turns the long word into one short token, so the second step has no token."""
     response = served.post("/v1/score", json={"prompt": PROMPT, "steps": ["x" * 90, "y"]})
     assert_error(response, 400, "steps: no token between characters 91 and 92", "invalid_input")
 
@@ -101,7 +101,7 @@ def test_tokens_are_omitted_on_request(served):
 
 
 def test_messages_for_a_model_with_plain_template(served, offline):
-    """The user's message is the prompt, whatever the system says; a longer talk has no plain form."""
+    """The user message is the prompt and the system message is ignored; longer conversations are rejected."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
     answer = served.post("/v1/score", json={"prompt": messages, "completion": CANDIDATES[0]}).json()
     assert answer["results"][0]["token_rewards"] == close(offline[0].rewards)
@@ -113,7 +113,7 @@ def test_messages_for_a_model_with_plain_template(served, offline):
 
 
 def test_messages_for_a_model_with_chat_template(tmp_path, tokenizer):
-    """They go through the chat template, as in training."""
+    """Messages are rendered with the chat template, as in training."""
     chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
     chatty.chat_template = "{% for m in messages %}{{ m.content }} = {% endfor %}"
     model = TokenRewardModel.from_pretrained(str(save_reward_model(tmp_path / "rm", chatty, template="chat")))
@@ -137,12 +137,12 @@ def test_calibrated_model_returns_probabilities(tmp_path, tokenizer, offline):
     assert [result["relevance_score"] for result in ranked["results"]] == close(sorted(expected, reverse=True))
 
 
-# Other servers' shapes
+# Formats of other servers
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
 def test_rerank(served, offline, path):
-    """Texts and objects, from best to worst; fields of other servers are ignored."""
+    """Texts and objects are ranked best first; unknown fields are ignored."""
     documents = [text if index % 2 else {"text": text, "id": index} for index, text in enumerate(CANDIDATES)]
     body = {"model": "rm", "query": PROMPT, "documents": documents, "max_chunks_per_doc": 3}
     answer = served.post(path, json=body).json()
@@ -161,7 +161,7 @@ def test_rerank(served, offline, path):
 
 
 def test_pooling_of_texts(served, model):
-    """A row of one number a token, the first 0: by hand, from the ids."""
+    """One row with one number per token, the first 0; expected values from the token ids."""
     texts = [PROMPT + CANDIDATES[0], PROMPT]
     answer = served.post("/pooling", json={"input": texts, "encoding_format": "float"}).json()
     for row, text in zip(answer["data"], texts, strict=True):
@@ -177,7 +177,7 @@ def test_pooling_of_texts(served, model):
 
 
 def test_pooling_and_classify_with_token_ids(served, model):
-    """They give what their text gives: a list of ids as one input, a list of lists as many."""
+    """Results equal those of the text. A list of ids is one input, a list of lists several."""
     texts = [PROMPT + text for text in CANDIDATES[:2]]
     ids = [model.tokenizer(text)["input_ids"] for text in texts]
     for path, field in (("/pooling", "data"), ("/classify", "probs")):
@@ -192,7 +192,7 @@ def test_pooling_and_classify_with_token_ids(served, model):
 
 
 def test_pooling_as_base64(served):
-    """Little-endian float32, as `struct` reads it, one a token."""
+    """Little-endian float32, one per token."""
     body = {"input": [PROMPT + CANDIDATES[0], PROMPT]}
     numbers = served.post("/pooling", json={**body, "encoding_format": "float"}).json()["data"]
     packed = served.post("/pooling", json={**body, "encoding_format": "base64"}).json()["data"]

@@ -1,4 +1,4 @@
-"""Text on its way to the engine: each prompt is tokenised once, never past the limits, and waits in a bounded queue."""
+"""Tokenization of requests: each prompt once, never past the limits, and with a bounded queue."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ from tracereward.serving.engine import Busy
 
 
 class Tokenizer:
-    """The model's, which tells what it was given, and may be held."""
+    """Wraps the model's tokenizer: records its inputs and can be blocked."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.seen, self.open = tokenizer, [], threading.Event()
@@ -40,7 +40,7 @@ def model(tmp_path, tokenizer):
 
 
 def test_shared_prompt_is_tokenised_once_and_tokenising_stops_at_the_limit(model):
-    """A prompt of 101 tokens: 64 candidates of 2 tokens fit 6592, and the fifth passes 500."""
+    """A prompt of 101 tokens: 64 candidates of 2 tokens fit into 6592, and the fifth exceeds 500."""
     prompt = "1" + " + 1" * 50
     many = [f"{index % 10}" for index in range(64)]
     running(model, lambda engine: score(engine, [(prompt, text) for text in many], max_tokens=64 * 103))
@@ -53,7 +53,8 @@ def test_shared_prompt_is_tokenised_once_and_tokenising_stops_at_the_limit(model
 
 
 def test_text_far_over_the_limit_is_not_fully_tokenised(model):
-    """Limit 100, 200,001 tokens: one piece of 400 characters, 200 tokens, tells. One token over is counted whole."""
+    """Limit 100, text of 200,001 tokens: one piece of 400 characters (200 tokens) suffices to reject it. A text one
+    token over the limit is counted exactly."""
     text = "1" + " + 1" * 100_000
     for call in (
         lambda engine: score(engine, [(text, "2")], max_tokens=100),
@@ -64,14 +65,15 @@ def test_text_far_over_the_limit_is_not_fully_tokenised(model):
         with pytest.raises(TooManyTokens):
             running(model, call)
         assert sum(map(len, model.tokenizer.seen)) <= 401
-    near = "x" * 500 + " + 1" * 50  # 101 tokens: this tokenizer makes one of the long word
+    near = "x" * 500 + " + 1" * 50  # 101 tokens: this tokenizer encodes the long word as one token
     assert len(running(model, lambda engine: engine.score_inputs([near], max_tokens=101))[0][0].rewards) == 100
     with pytest.raises(TooManyTokens):
         running(model, lambda engine: engine.score_inputs([near], max_tokens=100))
 
 
 def test_untokenised_text_counts_towards_the_queue(model):
-    """Of 100 tokens one text may take 75, four characters each: the next one finds no place until it is done."""
+    """A text of 75 estimated tokens (four characters each) fills a queue of 100: the next one is rejected until it is
+    tokenised."""
     expected = offline(model, TRACES[:1])
 
     async def work(engine):
@@ -96,7 +98,7 @@ def test_untokenised_text_counts_towards_the_queue(model):
 
 
 def test_single_request_is_always_tokenised(model):
-    """Characters only estimate: what is alone is counted by its tokens. This tokenizer makes one of the long word."""
+    """Character counts are estimates, so a single request is tokenised anyway. The long word here is one token."""
 
     async def work(engine):
         return await score(engine, [("1 + 1 = ?\n", "x" * 1000)])
@@ -105,7 +107,7 @@ def test_single_request_is_always_tokenised(model):
 
 
 def test_inputs_are_scored_from_their_second_token(model):
-    """By hand: the first token is the prompt, of a text and of its ids."""
+    """The first token serves as the prompt, for a text and for its ids."""
     text = TRACES[0][0] + TRACES[0][1]
     ids = model.tokenizer(text)["input_ids"]
     expected = model.token_rewards([ids[:1]], [ids[1:]])[0].tolist()

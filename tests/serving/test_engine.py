@@ -1,4 +1,4 @@
-"""The engine gives concurrent callers what offline scoring gives, keeps their faults apart, and its queue bounded."""
+"""The engine returns offline scores to concurrent callers, isolates failures, and bounds its queue."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from tracereward.serving.engine import Busy, Engine, ScoringFailed
 
 
 class Gate:
-    """Stands before the model's forward pass: tells that it has begun, and holds it until `open` is set."""
+    """Blocks the model's forward pass until `open` is set; `begun` is set when it is called."""
 
     def __init__(self, model, monkeypatch):
         self.begun, self.open = threading.Event(), threading.Event()
@@ -48,7 +48,7 @@ def tokens_of(model, trace) -> int:
 
 
 def fails_on(model, monkeypatch, completion, error):
-    """Passes whose batch has `completion` in it raise; says how large the batches were."""
+    """Make batches with `completion` raise `error`; returns a list that records the batch sizes."""
     bad = encode_completion(model.tokenizer, completion)
     forward, sizes = model.token_rewards, []
 
@@ -63,14 +63,14 @@ def fails_on(model, monkeypatch, completion, error):
 
 
 def test_trace_rewards_differ(expected):
-    """Else the tests below could not tell one trace's answer from another's."""
+    """Precondition of the tests below: scores identify their trace."""
     rewards = sorted(scores.aggregate() for scores in expected)
     assert min(b - a for a, b in pairwise(rewards)) > 1e-4
     assert len({len(completion) for _, completion in TRACES}) > 5
 
 
 def test_concurrent_requests_get_their_own_scores_in_order(model):
-    """Requests of one to six traces, a third of them cut off, all at once, in less turns than requests."""
+    """Concurrent requests of one to six traces, a third of them truncated, take fewer turns than requests."""
     requests = [TRACES[start : start + 1 + start % 6] for start in range(18)]
     ended = [index % 3 != 0 for index in range(18)]
     sizes = []
@@ -140,7 +140,7 @@ def test_non_finite_rewards_fail_only_their_trace(model, expected, monkeypatch):
 
 
 def test_full_queue_raises_busy_then_accepts_again(model, expected, gate):
-    """One request in the worker's hands, one that fills the queue, one too many."""
+    """One request is being scored, the second fills the queue, the third is rejected."""
     tokens = tokens_of(model, TRACES[1])
 
     async def work(engine):
@@ -163,7 +163,7 @@ def test_full_queue_raises_busy_then_accepts_again(model, expected, gate):
 def test_retry_after_is_queue_divided_by_speed(model):
     engine = Engine(model)
     engine.queued_tokens = 1001
-    assert engine.retry_after == 1  # nothing is known yet
+    assert engine.retry_after == 1  # no speed measured yet
     engine._rate = 100.0
     assert engine.retry_after == 11
 

@@ -1,4 +1,4 @@
-"""What `tracereward serve` refuses, and how it says so."""
+"""Requests that `tracereward serve` rejects, and its error responses."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ def test_api_key_is_required(model):
 
 
 def test_local_server_without_key_accepts_only_loopback_hosts(model):
-    """A page of evil.test, whose name has come to point to 127.0.0.1, is refused whatever it asks for."""
+    """DNS rebinding: requests for evil.test, resolved to 127.0.0.1, are rejected on every path."""
     with client_of(model, local_only=True) as client:
         for host in ("localhost", "127.0.0.1", "LOCALHOST:8019", "[::1]", "[::1]:8019"):
             assert client.get("/v1/models", headers={"host": host}).status_code == 200
@@ -68,12 +68,12 @@ def test_unknown_model_is_404(served, path):
 def test_requests_over_the_limits_are_rejected(served):
     body = json.dumps({"prompt": PROMPT, "completion": "1" * 100_000}).encode()
     assert_error(served.post("/v1/score", content=body, headers=JSON), 413, "100000 bytes", "body_too_large")
-    # In chunks, without a length.
+    # Chunked, without a content length.
     pieces = (body[start : start + 5000] for start in range(0, len(body), 5000))
     response = served.post("/v1/score", content=pieces, headers=JSON)
     assert "content-length" not in response.request.headers
     assert_error(response, 413, "100000 bytes", "body_too_large")
-    text = "1 + 1" + " + 1" * 40  # 83 tokens; with an end, 84: five are more than 400
+    text = "1 + 1" + " + 1" * 40  # 83 tokens, 84 with the end of sequence: five exceed 400
     requests = [
         ("/v1/score", "candidates", {"prompt": "1 + 1"}, [" + 1" * 40] * 5),
         ("/v1/rerank", "documents", {"query": "1 + 1"}, [" + 1" * 40] * 5),
@@ -89,13 +89,13 @@ def test_requests_over_the_limits_are_rejected(served):
         assert_error(response, 422, rf"{field.rstrip('s')}s? 1: .*reads 128", "context_length_exceeded")
 
 
-@pytest.mark.parametrize("pieces", [[], [b'{"prompt": ', b'"1", ']], ids=["nothing", "half"])
+@pytest.mark.parametrize("pieces", [[], [b'{"prompt": ', b'"1", ']], ids=["no body", "partial body"])
 def test_incomplete_body_is_408(pieces):
-    """The middleware with a client that stops sending: 408, and the application never sees the request."""
+    """A client that stops sending gets 408, and the application never sees the request."""
     sent = []
 
     async def app(scope, receive, send):
-        raise AssertionError("a request without its body was handled")
+        raise AssertionError("a request with an incomplete body was handled")
 
     async def receive():
         if pieces:
@@ -172,7 +172,7 @@ def test_invalid_body_error_names_the_cause(served, body, headers, text):
         b"[" * 90_000,
         b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
     ],
-    ids=["empty", "half", "utf-16", "latin-1", "surrogate", "surrogate name", "nan", "digits", "deep", "nested"],
+    ids=["empty", "truncated", "utf-16", "latin-1", "surrogate", "surrogate name", "nan", "digits", "deep", "nested"],
 )
 def test_invalid_json_is_a_client_error(served, body):
     response = served.post("/v1/score", content=body, headers=JSON)
@@ -181,7 +181,7 @@ def test_invalid_json_is_a_client_error(served, body):
 
 
 def test_full_queue_is_429(model):
-    """A request that alone is more than the queue holds."""
+    """A single request larger than the queue."""
     with client_of(model, max_queue=20) as client:
         response = client.post("/v1/score", json={"prompt": PROMPT, "candidates": CANDIDATES})
         assert_error(response, 429, "busy", "busy")

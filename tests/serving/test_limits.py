@@ -1,4 +1,4 @@
-"""`tracereward serve` as a process with few files and little time: slow clients, its end, its start."""
+"""`tracereward serve` as a process with few open files and short timeouts: slow clients, startup and shutdown."""
 
 import contextlib
 import signal
@@ -46,7 +46,7 @@ def connect(server):
 
 
 def is_closed(client):
-    """By the server, which may have something to say first."""
+    """Whether the server closes the connection, possibly after a response."""
     with contextlib.suppress(ConnectionError):
         while client.recv(4096):
             pass
@@ -54,7 +54,7 @@ def is_closed(client):
 
 
 def answer_of(server):
-    """The answer to a good request; None where there is no connection for it."""
+    """The response to a valid request; None if no connection can be made."""
     with contextlib.suppress(httpx.TransportError):
         body = {"prompt": "1 + 1 = ?\n", "completion": "2"}
         return httpx.post(f"{server.url}/v1/score", json=body, trust_env=False, timeout=30)
@@ -63,7 +63,8 @@ def answer_of(server):
 
 @pytest.mark.long
 def test_more_partial_headers_than_open_files_do_not_block_server(server):
-    """All are closed, at once or in time. Who is connected is answered meanwhile, others after; the log is small."""
+    """All are closed, at once or by the timeout. An open connection is served meanwhile, new ones afterwards; the log
+    stays small."""
     with contextlib.ExitStack() as stack:
         friend = stack.enter_context(httpx.Client(base_url=server.url, trust_env=False))
         clients = []
@@ -82,7 +83,7 @@ def test_more_partial_headers_than_open_files_do_not_block_server(server):
 
 
 def test_idle_connection_is_closed(server):
-    """From its start, and after an answer when half of the next header has come."""
+    """Without a first request, and after a response with a partial next header."""
     with connect(server) as silent, connect(server) as second:
         second.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert second.recv(4096).startswith(b"HTTP/1.1 200 ")
@@ -108,7 +109,7 @@ def test_local_server_without_key_rejects_other_hosts(server):
 
 
 def test_requests_cut_off_by_shutdown_get_503(folder, tmp_path):
-    """A request that waits for an upstream, and one whose body has not come: both get 503, and it exits with 0."""
+    """A request waiting for the upstream and one with an incomplete body both get 503; the server exits with 0."""
     upstream = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{upstream.getsockname()[1]}/v1"
     answers = []

@@ -1,4 +1,4 @@
-"""`tracereward serve` as a process: many clients, clients that die, stall or send too much, and its own end."""
+"""`tracereward serve` as a process: many clients, clients that die, stall or send too much, and shutdown."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ def address(server):
 
 
 def is_well(server):
-    """It answers a request right now."""
+    """Whether the server answers a request."""
     prompt, completion = TRACES[0]
     response = httpx.post(
         f"{server.url}/v1/score", json={"prompt": prompt, "completion": completion}, trust_env=False, timeout=30
@@ -52,13 +52,13 @@ def is_well(server):
 
 
 def number(server, name):
-    """A number of /metrics."""
+    """A value from /metrics."""
     lines = httpx.get(f"{server.url}/metrics", trust_env=False).text.splitlines()
     return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)), 0.0)
 
 
 def test_64_concurrent_clients_get_offline_scores(server, model):
-    """Each a connection and a trace of its own, scored in fewer turns than there are traces."""
+    """Each client has its own connection and trace; the engine takes fewer turns than there are traces."""
     expected = model.score(*zip(*TRACES))
     turns = number(server, "tracereward_batch_traces_count")
 
@@ -90,7 +90,7 @@ while True:
 
 
 def test_killed_client_does_not_affect_server(server):
-    """Five processes that ask without pause, killed once each has something in flight."""
+    """Five processes that send requests continuously, killed with requests in flight."""
     words = [sys.executable, "-c", CLIENT, str(address(server)[1])]
     clients = [subprocess.Popen(words, stdout=subprocess.PIPE, env=ENVIRONMENT) for _ in range(5)]
     try:
@@ -104,13 +104,13 @@ def test_killed_client_does_not_affect_server(server):
             client.stdout.close()
     assert is_well(server)
     left = 'tracereward_requests_total{path="/v1/score",status="499"}'
-    wait_for(lambda: number(server, left) > 0, "a request that was given up")
+    wait_for(lambda: number(server, left) > 0, "a cancelled request")
     wait_for(lambda: number(server, "tracereward_queued_tokens") == 0, "an empty queue")
     assert "Traceback" not in server.log.read_text()
 
 
 def test_partial_header_does_not_block_server(server):
-    """Fifty sockets that began a request and say no more, twenty with half a body."""
+    """Fifty sockets with a partial header and twenty with a partial body."""
     with contextlib.ExitStack() as stack:
         for index in range(70):
             client = stack.enter_context(socket.create_connection(address(server)))
@@ -146,7 +146,7 @@ def test_100_megabyte_body_is_rejected_unread(server, chunked):
 
 
 def test_sigterm_completes_requests_in_flight(folder, model, tmp_path):
-    """Requests that the server has read when the signal comes: all are answered, and it exits with 0."""
+    """All requests read before the signal are answered, and the server exits with 0."""
     with serving(tmp_path / "log", folder, "--max-wait-ms", "2000", "--log-prompts") as server:
 
         async def run():
@@ -170,15 +170,15 @@ def test_sigterm_completes_requests_in_flight(folder, model, tmp_path):
     assert "Traceback" not in server.log.read_text()
 
 
-# Requests that a machine makes up from the server's own description
+# Fuzzing from the server's OpenAPI description
 
 
 def fuzz(server, cases, paths=".*"):
-    """How many answers of each status came to `cases` valid and as many invalid requests for each operation at `paths`.
+    """Send `cases` valid and `cases` invalid requests to each operation at `paths`; returns responses per status.
 
-    Each must be one that the description has: its status, its content type, its shape.
+    Each response must match the description: status, content type and schema.
     """
-    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: no requests are made up")
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     import requests
     from hypothesis import HealthCheck, given, settings
     from hypothesis.errors import Unsatisfiable

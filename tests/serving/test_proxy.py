@@ -1,4 +1,4 @@
-"""Best-of-N over HTTP: OpenAI's client, `tracereward serve`, and a real server behind it that generates."""
+"""Best-of-N over HTTP: OpenAI's client, `tracereward serve`, and a real generating upstream."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def reward(model):
-    """The offline reward of an answer to `PROMPT`, cut off or ended."""
+    """The offline reward of an answer to `PROMPT`, truncated or finished."""
 
     def reward(text, finished=False):
         return model.score([PROMPT], [text], [finished])[0].aggregate()
@@ -81,8 +81,8 @@ def generator(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def client(generator, folder, tmp_path_factory):
-    """OpenAI's client of ``tracereward serve`` before the upstream."""
-    openai = pytest.importorskip("openai", reason="openai is not installed: the proxy is not tried with its client")
+    """OpenAI's client for ``tracereward serve`` in front of the upstream."""
+    openai = pytest.importorskip("openai", reason="openai is not installed")
     log = tmp_path_factory.mktemp("serve") / "log"
     with serving(log, folder, "--upstream", generator[1], "--samples", 3) as server:
         client = openai.OpenAI(
@@ -105,7 +105,7 @@ def ask(client, generator):
 
 
 def test_response_is_the_sample_with_the_highest_reward(ask, reward):
-    """The scores of all samples are told; the texts' own are recomputed offline."""
+    """The scores of all samples are returned; those of the returned texts are recomputed offline."""
     answer = ask({"n": 5, "method": "reward"}, n=2)
     told = answer.tracereward
     assert told["samples"] == len(told["scores"]) == 5
@@ -167,7 +167,7 @@ def test_invalid_fields_raise_errors_in_openai_client(ask):
 
 
 def test_killed_upstream_is_502(ask, client, generator):
-    """The last test with it."""
+    """The last test that uses this upstream."""
     openai = pytest.importorskip("openai")
     assert ask().choices
     assert generator[0].end(signal.SIGKILL) == -signal.SIGKILL
@@ -179,12 +179,12 @@ def test_killed_upstream_is_502(ask, client, generator):
     assert client.models.list().data[0].id == "rm"  # the server itself is well
 
 
-# Upstreams that a test writes
+# Simulated upstreams
 
 
 @contextlib.contextmanager
 def behind(model, reply, **settings):
-    """A client of a proxy before an `Upstream`, and the upstream."""
+    """A client of a proxy in front of an `Upstream`, and the upstream."""
     with Upstream(reply) as upstream:
         app = create_app(model, Settings("rm", upstream=upstream.url, **settings))
         with TestClient(app, raise_server_exceptions=False) as client:
@@ -198,7 +198,7 @@ def completion(client, selection=None, **fields):
 
 @pytest.mark.parametrize("knows_n", [True, False], ids=["n known", "n ignored"])
 def test_samples_are_requested_with_n_or_individually(model, reward, knows_n):
-    """What is the proxy's own is not passed on; all else is, with seeds that differ."""
+    """The proxy's own fields are not forwarded; all others are, with distinct seeds."""
     best = max(CHOICES, key=lambda text: reward(text, True))
     with behind(model, sampler(CHOICES, knows_n=knows_n), upstream_key="its own") as (client, upstream):
         options = {"seed": 7, "top_p": 0.5, "stop": ["x"], "n": 2, "best_of": 9, "stream": False}
@@ -232,8 +232,8 @@ def test_client_key_is_not_sent_to_upstream(model):
 
 
 def test_votes_count_answers(model, reward):
-    """Two of three say 4: a majority chooses the better of these; `shortest` the shortest; texts without an answer
-    are chosen by reward."""
+    """Two of three samples answer 4: `majority` selects the better of these, `shortest` the shortest text. Samples
+    without an answer are selected by reward."""
     texts = [RIGHT, WRONG, SHORT]
     with behind(model, sampler(texts)) as (client, _):
         majority = completion(client, {"n": 3, "method": "majority"}).json()
@@ -271,7 +271,7 @@ def test_empty_samples_are_dropped(model):
 
 
 def test_chat(model, reward):
-    """Messages, also in parts; whole and as a stream."""
+    """Messages with text parts, as a response and as a stream."""
     parts = [{"type": "text", "text": PROMPT}]
     messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": parts}]
     best = max(CHOICES, key=lambda text: reward(text, True))
@@ -359,7 +359,7 @@ def test_invalid_upstream_response_is_502(model, reply):
     ids=["page", "empty", "text", "detail", "details", "vLLM's old"],
 )
 def test_upstream_error_message_is_converted_to_openai_format(model, body, expected):
-    """With its status; a header that HTTP cannot hold is left out."""
+    """The status is kept; an invalid header is dropped."""
     with behind(model, lambda path, _: (503, body, {"retry-after": "\xff"})) as (client, _):
         response = completion(client)
     assert response.status_code == 503
@@ -376,7 +376,7 @@ def test_malformed_usage_is_dropped(model, usage):
 
 
 def test_usage_details_are_summed(model):
-    """By hand; a number that is too long to be added is left out."""
+    """Integers too large to serialise are dropped."""
     usages = [
         {"total_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 2}, "x": 10**4299},
         {"total_tokens": 7, "completion_tokens_details": {"reasoning_tokens": 3, "audio_tokens": 1}, "x": 10**4299},
@@ -410,7 +410,7 @@ def test_slow_upstream_is_504(model):
 
 
 def test_trickling_upstream_is_504(model):
-    """The limit is of the whole answer, whose bytes keep coming."""
+    """The timeout applies to the full response even while bytes keep arriving."""
     end = threading.Event()
 
     def pieces():
@@ -430,7 +430,7 @@ def test_trickling_upstream_is_504(model):
 
 
 def endless(begun, left, end):
-    """What an upstream sends while it generates: begins, and ends when the client leaves."""
+    """A stream that runs until the client disconnects; `begun` and `left` signal both events."""
     begun.release()
     try:
         while not end.wait(0.02):
@@ -458,7 +458,7 @@ def test_client_disconnect_cancels_its_samples(folder, tmp_path):
 
 
 def test_failed_sample_cancels_the_others(model):
-    """One of the others fails once all have begun: the upstream sees the rest of them leave."""
+    """One request fails once all have begun: the upstream sees the others disconnect."""
     begun, left, end = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
 
     def reply(path, body):
@@ -480,7 +480,7 @@ def test_failed_sample_cancels_the_others(model):
 
 
 def test_requests_over_max_upstream_are_429(model):
-    """Before it is asked; once there is a place again, they are answered."""
+    """Excess requests are rejected before the upstream is called, and accepted once others finish."""
     go, sampled = threading.Event(), sampler([RIGHT])
 
     def reply(path, body):
@@ -518,7 +518,7 @@ def test_upstream_cookies_are_dropped(model):
 
 @pytest.mark.parametrize("selection", [{"n": 8}, {"n": 8, "temperature": 0}, None])
 def test_greedy_request_uses_one_sample(model, selection):
-    """At temperature 0, the request's or the samples' own; with `n` the upstream says what it does with several."""
+    """At temperature 0, of the request or of `tracereward`; a larger `n` is forwarded to the upstream."""
     temperature = 1.0 if selection and "temperature" in selection else 0
     with behind(model, sampler([RIGHT])) as (client, upstream):
         answer = completion(client, selection, temperature=temperature).json()
@@ -529,7 +529,7 @@ def test_greedy_request_uses_one_sample(model, selection):
 
 
 def test_token_limit_applies_before_and_after_sampling(model):
-    """Both are 413, also on a server whose queue holds no more than the limit."""
+    """Both cases are 413, also on a server whose queue is no larger than the limit."""
     prompt = len(model.tokenizer(PROMPT)["input_ids"])
     few = 100 // (prompt + 1)
     with behind(model, sampler([RIGHT]), max_tokens=100, max_queue=100) as (client, upstream):
@@ -550,12 +550,12 @@ def test_token_limit_applies_before_and_after_sampling(model):
 
 
 def test_slow_voting_does_not_block_server(tmp_path, tokenizer, monkeypatch, caplog):
-    """Comparisons that math-verify never ends: /health answers meanwhile, the vote ends with its time, and nothing that
-    the samples said is logged."""
+    """Comparisons that never finish in math-verify: /health answers meanwhile, the vote ends at its time limit, and no
+    sample text is logged."""
     folder = save_reward_model(tmp_path / "rm", tokenizer, task="math")
     monkeypatch.setattr(answers, "TIME_LIMIT", 2.0)
     monkeypatch.setattr(proxy, "VOTE_SECONDS", 1.0)
-    assert answers.equal_math("y+1", "1+y")  # the process runs
+    assert answers.equal_math("y+1", "1+y")  # the worker process is running
     towers = ["5^{9^{9^" + digit + "}}" for digit in "897765"]
     texts = ["\\boxed{" + tower + "}" for tower in towers]
     slowest = 0.0
@@ -576,7 +576,7 @@ def test_slow_voting_does_not_block_server(tmp_path, tokenizer, monkeypatch, cap
 
 
 def test_upstream_models_are_listed(model, monkeypatch):
-    """Behind the reward model; it alone where the upstream does not answer, or with something else."""
+    """Listed after the reward model; omitted if the upstream does not respond or responds with invalid data."""
     monkeypatch.setattr(upstreams, "MODELS_SECONDS", 0.5)
     never = threading.Event()
     listed = {
@@ -596,7 +596,7 @@ def test_upstream_models_are_listed(model, monkeypatch):
 
 
 def test_upstream_failure_after_first_sample_is_an_error(model):
-    """The first answer comes, one of the others fails: no answer of fewer samples than were asked for."""
+    """The first sample succeeds and another fails: no response with fewer samples than requested."""
     first = sampler([RIGHT], knows_n=False)
 
     def reply(path, body):
@@ -609,7 +609,7 @@ def test_upstream_failure_after_first_sample_is_an_error(model):
 
 
 def test_unserialisable_request_is_a_client_error(model):
-    """Python's parser takes NaN and half a surrogate pair; the upstream never sees them."""
+    """Python's parser accepts NaN and lone surrogates; they are never forwarded."""
     with behind(model, sampler([RIGHT])) as (client, upstream):
         for body in (b'{"prompt": "1", "top_p": NaN}', b'{"prompt": "\\ud800"}', b'{"prompt": "1", "\\ud800": 1}'):
             response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
@@ -657,7 +657,7 @@ def test_prompt_as_a_list_of_one_text(model, reward):
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_stream_has_all_fields_of_the_choice(model, path):
-    """Log-probs, reasoning and whatever else an upstream adds, once; the reason of its end comes last."""
+    """Log-probs, reasoning and other fields are sent once; the finish reason comes last."""
     others = {"index": 0, "logprobs": {"content": [{"token": "3", "logprob": -0.5}]}, "stop_reason": 7}
     message = {"role": "assistant", "content": RIGHT, "reasoning_content": "I count."}
     said = {"message": message} if path.startswith("chat") else {"text": RIGHT}
