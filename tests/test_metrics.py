@@ -195,11 +195,11 @@ def test_score_of_length_alone_has_length_matched_auroc_of_chance():
 
 
 def test_length_bins_are_weighted_by_their_pairs():
-    """Two bins: 1 correct above 1 wrong, 1 pair; 2 correct below 2 wrong, 4 pairs."""
+    """Two bins with 3 and 4 pairs."""
     scores = [2, 1, 0, 0, 1, 2, 3, 4]
     correct = [True, False, True, True, True, True, False, False]
     lengths = [1, 1, 1, 1, 9, 9, 9, 9]
-    # Bin 1: right 2, 0, 0 over wrong 1: 1 of 3 pairs. Bin 9: none of 4.
+    # Length 1: correct 2, 0, 0 against wrong 1: 1 of 3 pairs in order. Length 9: none of 4.
     assert length_matched_auroc(scores, correct, lengths, bins=2) == pytest.approx(1 / 7)
     assert math.isnan(length_matched_auroc([1, 2], [True, False], [1, 9], bins=2))
 
