@@ -1,4 +1,4 @@
-"""Files are whole or absent, also when the writing stops half-way."""
+"""Files are complete or absent, also if writing is interrupted."""
 
 import json
 import math
@@ -53,7 +53,7 @@ def test_failed_write_keeps_the_old_file_and_no_temporary_file(tmp_path, monkeyp
 
 
 def test_readers_never_see_a_partial_file(tmp_path, monkeypatch):
-    """When the new file takes its name, all of it is already on the disk."""
+    """At the rename, the new file is already complete on disk."""
     path = tmp_path / "a.txt"
     atomic_write_text(path, "old")
     replace, seen = os.replace, []
@@ -67,7 +67,7 @@ def test_readers_never_see_a_partial_file(tmp_path, monkeypatch):
     assert seen == [("old", "new" * 10_000)]
 
 
-def test_json_keeps_other_alphabets(tmp_path):
+def test_json_keeps_non_ascii_characters(tmp_path):
     atomic_write_json(tmp_path / "a.json", {"é": [1, None]})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert json.loads(text) == {"é": [1, None]}
@@ -159,7 +159,7 @@ def test_jsonl_round_trip(tmp_path):
 
 
 def test_last_line_cut_by_a_kill_is_skipped(tmp_path):
-    """Also when what is left of it happens to be JSON, or ends inside a character."""
+    """Also if the truncated line is valid JSON, or ends inside a character."""
     path = tmp_path / "a.jsonl"
     whole = b'{"n": 1}\n{"n": 2}\n'
     for rest in (b'{"n": 3, "te', b'{"n": 3}', '{"n": "é'.encode()[:-1]):
@@ -167,7 +167,7 @@ def test_last_line_cut_by_a_kill_is_skipped(tmp_path):
         assert read_jsonl(path) == [{"n": 1}, {"n": 2}]
 
 
-def test_a_full_disk_is_refused_before_the_run(tmp_path):
+def test_insufficient_disk_space_is_rejected(tmp_path):
     require_free_disk(tmp_path / "not" / "yet" / "there", 1, "a byte")
     with pytest.raises(InputError, match=r"GB free, 1000000000\.0+ GB needed for 2 checkpoints.*--output_dir"):
         require_free_disk(tmp_path / "run", 10**18, "2 checkpoints")
@@ -175,7 +175,7 @@ def test_a_full_disk_is_refused_before_the_run(tmp_path):
 
 
 def test_folder_killed_between_two_renames_is_restored(tmp_path):
-    """The old folder is the only whole one then; a temporary one and an old one that was replaced are removed."""
+    """The old folder is then the only complete one; a temporary folder and an old one that was replaced are removed."""
     for name in (".policy.7.old", ".policy.7.tmp", ".reward.7.old", "reward"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights").write_text(name)

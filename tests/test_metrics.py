@@ -1,4 +1,4 @@
-"""Statistics against brute force, scipy and formulas written by hand."""
+"""Statistics against brute force, scipy and formulas computed by hand."""
 
 import math
 import warnings
@@ -40,7 +40,7 @@ def test_auroc_counts_pairs_and_half_ties(rows):
     assert auroc(scores, correct) == pytest.approx(auroc_by_pairs(scores, correct), nan_ok=True)
 
 
-def test_auroc_polarity_and_missing_kinds():
+def test_auroc_polarity_and_missing_class():
     assert auroc([1, 2, 3], [False, False, True]) == 1.0
     assert auroc([1, 2, 3], [True, False, False]) == 0.0
     assert auroc([1, 1, 1], [True, False, True]) == 0.5
@@ -48,7 +48,7 @@ def test_auroc_polarity_and_missing_kinds():
 
 
 @given(rows=st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3)), min_size=1, max_size=30))
-def test_within_prompt_auroc_is_the_mean_of_prompts_that_have_both(rows):
+def test_within_prompt_auroc_averages_prompts_with_both_classes(rows):
     scores, correct, prompts = zip(*rows)
     values = []
     for prompt in set(prompts):
@@ -60,7 +60,7 @@ def test_within_prompt_auroc_is_the_mean_of_prompts_that_have_both(rows):
     assert within_prompt_auroc(scores, correct, prompts) == pytest.approx(expected, nan_ok=True)
 
 
-def test_pooled_auroc_measures_difficulty_where_within_prompt_does_not():
+def test_pooled_auroc_reflects_difficulty_but_within_prompt_does_not():
     """Prompt a is easy and scores high, b is hard and scores low; inside each the order is wrong."""
     scores = [9, 8, 10, 1, 2, 2]
     correct = [True, True, False, True, False, False]
@@ -92,7 +92,7 @@ def test_point_biserial_of_constants_is_nan():
 
 
 @given(total=st.integers(1, 500), data=st.data())
-def test_wilson_is_the_formula(total, data):
+def test_wilson_interval_matches_formula(total, data):
     successes = data.draw(st.integers(0, total))
     z, p = 1.959963984540054, successes / total
     centre = (p + z * z / (2 * total)) / (1 + z * z / total)
@@ -113,7 +113,7 @@ def test_bootstrap_is_repeatable_and_near_the_normal_interval():
 
 
 def test_undefined_statistics_are_nan_without_a_warning():
-    """They are ordinary in small batches: asked of the libraries they would warn at every step."""
+    """Undefined statistics are common in small batches: the libraries' warnings would appear at every step."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for one_kind in ([True, True], [False, False]):
@@ -128,8 +128,8 @@ def test_undefined_statistics_are_nan_without_a_warning():
         assert math.isnan(point_biserial([], []))
 
 
-def test_two_traces_are_enough():
-    """Scores one apart: neither their number nor their distance is taken for a constant."""
+def test_statistics_of_two_traces_are_defined():
+    """Two scores, 1 apart, do not count as constant."""
     assert auroc([2, 1], [True, False]) == 1.0
     assert point_biserial([1, 2], [False, True]) == pytest.approx(1.0)
     assert point_biserial([1, 2], [True, False]) == pytest.approx(-1.0)
@@ -140,8 +140,8 @@ def test_missing_prompt_is_refused():
         within_prompt_auroc([1, 2], [True, False], ["a"])
 
 
-def test_wilson_written_out():
-    """None and all of 4: one end is exact, the other is z^2 / (n + z^2) away. Half of 4: (n/2 +- ...) is symmetric."""
+def test_wilson_interval_by_hand():
+    """0 and 4 of 4: one end is exact, the other is z^2 / (n + z^2) away. 2 of 4: (n/2 +- ...) is symmetric."""
     squared = 1.959963984540054**2
     assert wilson_interval(0, 4) == pytest.approx((0.0, squared / (4 + squared)), abs=1e-12)
     assert wilson_interval(4, 4) == pytest.approx((4 / (4 + squared), 1.0), abs=1e-12)
@@ -149,8 +149,8 @@ def test_wilson_written_out():
     assert wilson_interval(2, 4) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-12)
 
 
-def test_bootstrap_is_the_percentiles_of_2000_resampled_means():
-    """By default from seed 0; 2.5 % lie below the interval and 2.5 % above."""
+def test_bootstrap_interval_is_percentiles_of_2000_resampled_means():
+    """Seed 0 by default; 2.5 % of the means lie below the interval and 2.5 % above."""
     values = np.random.default_rng(5).normal(size=40)
     for options, seed, resamples in (({}, 0, 2000), ({"seed": 7}, 7, 2000), ({"seed": 7, "resamples": 300}, 7, 300)):
         rows = np.random.default_rng(seed).integers(0, 40, (resamples, 40))
@@ -164,8 +164,8 @@ def test_bootstrap_of_equal_values_is_a_point():
 
 
 @given(rows=SCORED)
-def test_auprc_is_the_mean_precision_at_each_right_trace(rows):
-    """Sum over thresholds of (recall gained) x (precision there); equal scores fall together."""
+def test_auprc_is_mean_precision_at_correct_traces(rows):
+    """Sum over thresholds of (recall gained) x (precision there); equal scores share a threshold."""
     scores, correct = zip(*rows)
     if not any(correct):
         assert math.isnan(auprc(scores, correct))
@@ -178,14 +178,14 @@ def test_auprc_is_the_mean_precision_at_each_right_trace(rows):
     assert auprc(scores, correct) == pytest.approx(expected)
 
 
-def test_auprc_written_out():
-    """Right at ranks 1 and 3 of 4: (1/1 + 2/3) / 2. Without order it is the share of right ones."""
+def test_auprc_by_hand():
+    """Correct at ranks 1 and 3 of 4: (1/1 + 2/3) / 2. With equal scores it is the share of correct traces."""
     assert auprc([4, 3, 2, 1], [True, False, True, False]) == pytest.approx((1 + 2 / 3) / 2)
     assert auprc([1, 1, 1, 1], [True, False, False, False]) == pytest.approx(0.25)
 
 
 def test_score_of_length_alone_has_length_matched_auroc_of_chance():
-    """Right traces are short, so that length tells all; inside bins of one length it tells nothing."""
+    """Correct traces are short, so length separates the classes; within bins of one length it does not."""
     lengths = [10] * 8 + [20] * 8
     correct = [True] * 6 + [False] * 2 + [True] * 2 + [False] * 6
     shortest = [-length for length in lengths]
@@ -195,11 +195,11 @@ def test_score_of_length_alone_has_length_matched_auroc_of_chance():
 
 
 def test_length_bins_are_weighted_by_their_pairs():
-    """Two bins: 1 right and 1 wrong in the right order, 1 pair; 2 and 2 all in the wrong order, 4 pairs."""
+    """Two bins with 3 and 4 pairs."""
     scores = [2, 1, 0, 0, 1, 2, 3, 4]
     correct = [True, False, True, True, True, True, False, False]
     lengths = [1, 1, 1, 1, 9, 9, 9, 9]
-    # Bin 1: right 2, 0, 0 over wrong 1: 1 of 3 pairs. Bin 9: none of 4.
+    # Length 1: correct 2, 0, 0 against wrong 1: 1 of 3 pairs in order. Length 9: none of 4.
     assert length_matched_auroc(scores, correct, lengths, bins=2) == pytest.approx(1 / 7)
     assert math.isnan(length_matched_auroc([1, 2], [True, False], [1, 9], bins=2))
 

@@ -1,4 +1,4 @@
-"""Choosing among candidates, by hand and by brute force."""
+"""Best-of-N selection, against values computed by hand and by brute force."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def same(a: str, b: str) -> bool:
 
 
 def candidates(*rows) -> list[Candidate]:
-    """(answer, reward, logprob, length, correct) each."""
+    """Candidates from rows (answer, reward, logprob, length, correct)."""
     return [Candidate(f"text {i}", *row) for i, row in enumerate(rows)]
 
 
@@ -64,19 +64,19 @@ def test_choices_by_hand(method, index):
     assert choose(FIVE, method, same) == index
 
 
-def test_the_vote_is_weighted_by_reward():
+def test_vote_is_weighted_by_reward():
     """Mean 0, std sqrt 2: two weak votes, 2 * exp(-0.71) = 0.99, lose to one of exp(1.41) = 4.1; the majority wins."""
     rows = candidates(("a", -1.0), ("a", -1.0), ("b", 2.0))
     assert choose(rows, "vote", same) == 2
     assert choose(rows, "majority", same) == 0
 
 
-def test_the_winner_is_represented_by_its_highest_reward():
+def test_winning_answer_returns_its_highest_reward_candidate():
     rows = candidates(("a", 0.1), ("b", 0.5), ("a", 0.9))
     assert choose(rows, "vote", same) == 2
 
 
-def test_equal_answers_are_one_answer():
+def test_equivalent_answers_are_merged():
     """0.5 and 1/2 together outvote a third answer; as strings they would lose to it."""
     equal = get_task("math").equal
     rows = candidates(("0.5", 0.7), ("2", 0.8), ("1/2", 0.7), ("3", -2.0))
@@ -91,24 +91,24 @@ def test_candidates_without_an_answer_do_not_vote():
     assert choose(rows, "majority", same) == 2
 
 
-def test_without_any_answer_the_best_reward_is_taken():
+def test_without_answers_the_highest_reward_wins():
     rows = candidates((None, -1.0), (None, 2.0), (None, 1.0))
     assert choose(rows, "vote", same) == 1
     assert choose(rows, "majority", same) == 0
 
 
-def test_one_candidate_is_chosen_by_every_method():
+def test_every_method_picks_the_only_candidate():
     for method in METHODS.keys() - {"mean", "oracle", "model"}:
         assert choose(candidates((None, -800.0, -1.0, 3)), method, same, temperature=0.5) == 0
 
 
-def test_random_depends_on_the_seed_and_the_question_only():
+def test_random_choice_depends_only_on_seed_and_question():
     assert [choose(FIVE, "random", same, 1) for _ in range(3)] == [choose(FIVE, "random", same, 1)] * 3
     chosen = {choose(FIVE, "random", same, seed) for seed in range(60)}
     assert chosen == set(range(5))
 
 
-def test_refusals():
+def test_invalid_choose_arguments_are_rejected():
     with pytest.raises(ValueError, match="unknown method 'best'"):
         choose(FIVE, "best", same)
     with pytest.raises(ValueError, match="`tracereward sample` writes one"):
@@ -120,7 +120,7 @@ def test_refusals():
 
 
 def test_vote_weights_standardise_within_the_question():
-    """The scale and the offset of a question's rewards do not matter, only how its candidates stand to each other."""
+    """The weights do not depend on the scale and offset of a question's rewards."""
     rewards = [0.3, -1.0, 2.5, 0.3]
     mean, std = statistics.fmean(rewards), statistics.pstdev(rewards)
     expected = [math.exp((r - mean) / std) for r in rewards]
@@ -130,14 +130,14 @@ def test_vote_weights_standardise_within_the_question():
     assert len(set(vote_weights([0.1, 0.1, 0.1]))) == 1
 
 
-def test_the_sum_of_reward_and_log_prob_is_a_method_of_its_own():
+def test_reward_plus_log_prob_method():
     rows = candidates(("a", 1.0, -3.0), ("b", 0.0, -0.5), ("c", -1.0, -0.1))
     assert [choose(rows, m, same) for m in ("reward", "logprob", "reward_logprob")] == [0, 2, 1]
 
 
 @given(rows=st.lists(st.tuples(st.sampled_from(["a", "A", "b", "c", None]), st.integers(1, 9)), min_size=1, max_size=8))
 def test_weighted_vote_by_brute_force(rows):
-    """Some answer with the largest summed weight wins, through its own largest weight."""
+    """An answer with the largest summed weight wins, represented by its candidate with the largest weight."""
     answers, weights = zip(*rows)
     index = weighted_vote([Candidate("", a, 0.0) for a in answers], weights, lambda a, b: a.lower() == b.lower())
     keys = [a and a.lower() for a in answers]
@@ -178,7 +178,7 @@ def standardised(score, rows):
 
 
 def test_ranking_table_by_brute_force():
-    """Only answer 1 is right, so that accuracies need no index."""
+    """Only answer 1 is correct, so accuracies follow from the selected answer."""
     asked = questions(40, 5)
     table = {row.method: row for row in ranking_table(asked, same, seed=2)}
     expected = {
@@ -204,13 +204,13 @@ def test_ranking_table_by_brute_force():
     assert table["oracle"].accuracy >= max(row.accuracy for row in table.values())
 
 
-def test_log_prob_is_left_out_where_it_is_not_known():
+def test_log_prob_methods_are_skipped_without_log_probs():
     asked = questions(3, 2, with_logprob=False)
     assert not {name for name in METHODS if "logprob" in name} & {row.method for row in ranking_table(asked, same)}
     assert set(ranking_aurocs(asked)) == {"reward_auroc", "reward_auroc_within_prompt"}
 
 
-def test_aurocs_by_counting_pairs():
+def test_aurocs_match_brute_force_pair_counts():
     asked = questions(12, 4)
 
     def pairs(rows, score):
@@ -234,7 +234,7 @@ def test_aurocs_by_counting_pairs():
         assert result[f"{name}_auroc_within_prompt"] == pytest.approx(sum(within) / len(within))
 
 
-def test_aurocs_are_null_where_all_candidates_are_wrong():
+def test_aurocs_are_null_if_all_candidates_are_wrong():
     """JSON has no nan."""
     wrong = [[Candidate("x", "1", 0.5, -1.0, 1, False), Candidate("y", "2", 0.1, -2.0, 1, False)]]
     result = summary(wrong, get_task("arithmetic"))
@@ -244,10 +244,10 @@ def test_aurocs_are_null_where_all_candidates_are_wrong():
     assert "NaN" not in json.dumps(result)
 
 
-# ---------- votes with a scale from elsewhere ----------
+# ---------- votes with a fixed scale ----------
 
 
-def test_votes_by_sigmoid_and_by_temperature_written_out():
+def test_sigmoid_and_softmax_votes_by_hand():
     """sigmoid(0) = 1/2 twice beats sigmoid(2) = 0.88. Softmax: 2 exp(-2 / T) is 1 at T = 2 / ln 2 = 2.885."""
     rows = candidates(("a", 0.0), ("a", 0.0), ("b", 2.0))
     assert choose(rows, "sigmoid_vote", same) == 0
@@ -258,7 +258,7 @@ def test_votes_by_sigmoid_and_by_temperature_written_out():
     assert vote_weights([900.0, -900.0], 0.004) == [1.0, 0.0]  # no overflow
 
 
-def test_the_extremes_of_the_temperature_are_the_best_reward_and_the_majority():
+def test_temperature_limits_are_best_reward_and_majority():
     for rows in questions(60, 5):
         stated = [c for c in rows if c.answer is not None]
         if stated:
@@ -269,9 +269,10 @@ def test_the_extremes_of_the_temperature_are_the_best_reward_and_the_majority():
             assert counts[rows[hottest].answer] == max(counts.values())
 
 
-def test_the_temperature_is_fitted_to_what_is_right():
-    """In a, one right answer 1 above two equal wrong ones: right below 1 / ln 2 = 1.44. In b, two right answers under
-    one that is 0.1 higher: right above 0.1 / ln 2 = 0.144. Powers of two between are 0.25 to 1; the highest is taken.
+def test_temperature_is_fitted_to_accuracy():
+    """In a, one correct answer is 1 above two equal wrong ones: correct below T = 1 / ln 2 = 1.44. In b, two correct
+    answers are 0.1 below a wrong one: correct above T = 0.1 / ln 2 = 0.144. Powers of two in between are 0.25 to 1; the
+    highest is selected.
     """
     a = candidates(("x", 1.0, None, 0, True), ("y", 0.0, None, 0, False), ("y", 0.0, None, 0, False))
     b = candidates(("x", 0.1, None, 0, False), ("y", 0.0, None, 0, True), ("y", 0.0, None, 0, True))
@@ -280,7 +281,7 @@ def test_the_temperature_is_fitted_to_what_is_right():
     assert [t for t in TEMPERATURES if sum(outcomes([a, b], "softmax_vote", same, 0, t)) == 2] == [0.25, 0.5, 1.0]
 
 
-def test_what_the_candidates_lack_decides_which_methods_there_are():
+def test_methods_with_missing_inputs_are_skipped():
     bare, full = questions(2, 3, with_logprob=False), questions(2, 3, models=True)
     without = {"mean", "random", "shortest", "majority", "reward", "vote", "sigmoid_vote", "oracle"}
     assert set(methods_for(bare)) == without
@@ -291,31 +292,31 @@ def test_what_the_candidates_lack_decides_which_methods_there_are():
     assert [row.method for row in ranking_table(full, same, temperature=0.5)] == list(METHODS)
 
 
-# ---------- who wrote it ----------
+# ---------- the model baseline ----------
 
 
 def by_models(*rows) -> list[list[Candidate]]:
-    """A row a question: (model, correct) of each candidate."""
+    """One row per question: (model, correct) of each candidate."""
     return [
         [Candidate(f"{q} {m} {k}", "1", 0.0, None, 0, c, m) for k, (m, c) in enumerate(row)]
         for q, row in enumerate(rows)
     ]
 
 
-def test_a_models_score_leaves_the_question_itself_out():
-    """a is right in 1, 2 and not in 3; b only in 3; c answers 1 twice and nothing else."""
+def test_model_score_excludes_the_question_itself():
+    """a is correct in questions 1 and 2 but not 3; b only in 3; c has two answers to 1 and no others."""
     asked = by_models(
         [("a", True), ("b", False), ("c", True), ("c", False)],
         [("a", True), ("b", False)],
         [("b", True), ("a", False)],
     )
     assert model_scores(asked) == [[1 / 2, 1 / 2, 0.5, 0.5], [1 / 2, 1 / 2], [0.0, 1.0]]
-    # Ties go to the first: a, a; in 3 a, which was right in both others, and is wrong here.
+    # Ties go to the first: a, a; in question 3 a, which is correct in both others, and wrong here.
     assert outcomes(asked, "model", same) == [1.0, 1.0, 0.0]
 
 
-def test_the_models_own_answer_never_decides():
-    """Of two models that are each right in half of the questions, taking turns, the other is always the better bet."""
+def test_model_score_ignores_the_models_own_answer():
+    """Two models are correct in alternate questions: on the other questions, the wrong one has the higher accuracy."""
     asked = by_models(*[[("a", q % 2 == 0), ("b", q % 2 == 1)] for q in range(10)])
     assert all(min(row) == 4 / 9 and max(row) == 5 / 9 for row in model_scores(asked))
     assert outcomes(asked, "model", same) == [0.0] * 10
@@ -324,8 +325,8 @@ def test_the_models_own_answer_never_decides():
 # ---------- accuracy over N ----------
 
 
-def test_the_curves_end_in_the_table():
-    """Nine candidates; each method at all of them, ties as well, is what the table says."""
+def test_last_point_of_curves_equals_ranking_table():
+    """With all nine candidates, each method equals the table, including ties."""
     asked = questions(30, 9, models=True)
     asked[4] = asked[4][:5]
     curves = ranking_curves(asked, same, seed=3, temperature=0.5)
@@ -335,8 +336,8 @@ def test_the_curves_end_in_the_table():
         assert points[-1] == pytest.approx((9, row.accuracy, row.low, row.high)), row.method
 
 
-def test_one_candidate_is_the_mean_sample_whatever_the_method():
-    """8 draws of 200 questions: the standard error of their mean is under sqrt(0.25 / 1600) = 0.0125."""
+def test_curves_at_one_candidate_equal_the_mean_sample():
+    """8 subsets of 200 questions: the standard error of the mean is below sqrt(0.25 / 1600) = 0.0125."""
     asked = questions(200, 6)
     curves = ranking_curves(asked, same, temperature=0.5)
     mean = statistics.fmean(c.correct for rows in asked for c in rows)
@@ -348,8 +349,8 @@ def test_one_candidate_is_the_mean_sample_whatever_the_method():
     assert len({points[0] for points in curves.values()}) == 1  # the same subsets for all
 
 
-def test_points_between_are_the_mean_over_subsets():
-    """The oracle with N of 6 is wrong where all N are: 1 - C(wrong, N) / C(6, N) on average."""
+def test_intermediate_points_are_means_over_subsets():
+    """The oracle with N of 6 is wrong only if all N are wrong: 1 - C(wrong, N) / C(6, N) on average."""
     asked = questions(150, 6)
     points = {size: accuracy for size, accuracy, *_ in ranking_curves(asked, same, draws=40)["oracle"]}
     for size in (1, 2, 4, 6):
@@ -360,6 +361,6 @@ def test_points_between_are_the_mean_over_subsets():
     assert accuracies == sorted(accuracies)
 
 
-def test_questions_with_one_candidate_have_one_point():
+def test_curves_of_single_candidate_questions_have_one_point():
     asked = [rows[:1] for rows in questions(5, 1)]
     assert [len(points) for points in ranking_curves(asked, same).values()] == [1] * len(methods_for(asked))

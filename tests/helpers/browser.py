@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Page:
-    """A page in the browser, and what the tests ask of it."""
+    """A page in the browser, with shortcuts for the tests."""
 
     def __init__(self, driver):
         self.driver = driver
@@ -51,7 +51,7 @@ class Page:
         return [element.text for element in self.all(selector)]
 
     def background(self, selector: str) -> str:
-        """As rrggbb; the browser says ``rgba(242, 158, 76, 1)`` or ``color(srgb 0.949 0.62 0.298)``."""
+        """As rrggbb; the browser returns ``rgba(242, 158, 76, 1)`` or ``color(srgb 0.949 0.62 0.298)``."""
         css = self.one(selector).value_of_css_property("background-color")
         scale = 255 if "srgb" in css else 1
         return "".join(f"{round(float(n) * scale):02x}" for n in re.findall(r"[\d.]+", css)[:3])

@@ -1,4 +1,4 @@
-"""A scoring engine under load."""
+"""Test helpers for the scoring engine."""
 
 import asyncio
 
@@ -18,19 +18,19 @@ def loaded(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def expected(loaded):
-    """What offline scoring gives each of `TRACES`."""
+    """Offline scores of `TRACES`."""
     return offline(loaded, TRACES)
 
 
 @pytest.fixture
 def model(loaded, monkeypatch):
-    """The model, whose `token_rewards` a test may replace."""
+    """The model; `token_rewards` is restored after the test."""
     monkeypatch.setattr(loaded, "token_rewards", loaded.token_rewards)
     return loaded
 
 
 def running(model, work, **options):
-    """The result of `work(engine)` with an engine that is started before and stopped after."""
+    """Run `work(engine)` with a started engine, and stop the engine afterwards."""
 
     async def run():
         engine = Engine(model, **options)
@@ -61,7 +61,7 @@ async def score(engine, pairs, **options):
 
 
 async def until(condition):
-    """Let the loop run until the condition holds."""
+    """Run the event loop until the condition holds."""
     async with asyncio.timeout(20):
         while not condition():
             await asyncio.sleep(0)

@@ -2,7 +2,7 @@
 
 
 def row_of(tokens: list[str], rewards: list[float], **fields) -> dict:
-    """A scored row; the token "</s>" is the end of the sequence."""
+    """Build a scored row; the token "</s>" is the end of the sequence."""
     offsets, end = [], 0
     for token in tokens:
         length = 0 if token == "</s>" else len(token)

@@ -1,4 +1,4 @@
-"""Where the repository and the data beside it are."""
+"""Paths of the repository and of the shared data next to it."""
 
 from pathlib import Path
 

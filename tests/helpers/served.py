@@ -1,4 +1,4 @@
-"""Reward models behind HTTP for the tests: a small one, servers as real processes, and what offline scoring says."""
+"""Test helpers for the server: a small reward model, servers as real processes, and test upstreams."""
 
 import contextlib
 import http.server
@@ -21,7 +21,7 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model, generate
 
-SECONDS = 120  # longest wait for anything: a deadline for a hung test, not a time that is ever waited for
+SECONDS = 120  # deadline for a hung test; passing tests never wait that long
 JSON = {"content-type": "application/json"}
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("TRACEREWARD_")} | {
     "OMP_NUM_THREADS": "1",
@@ -31,7 +31,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("TRACEREW
 
 
 def save_reward_model(folder: Path, tokenizer: Any, shape: dict[str, int] | None = None, **settings: Any) -> Path:
-    """An untrained reward model whose every weight counts: rewards of other traces differ clearly."""
+    """Save an untrained reward model with random weights, so that the rewards of traces differ clearly."""
     backbone = folder.with_name(folder.name + "-backbone")
     build_model(tokenizer, seed=0, **shape or {}).save_pretrained(backbone)
     given = RewardSettings(**{"head": "action", "beta_clip": 100.0, "task": "arithmetic", **settings})
@@ -47,12 +47,12 @@ def save_reward_model(folder: Path, tokenizer: Any, shape: dict[str, int] | None
 
 
 def traces(count: int) -> list[tuple[str, str]]:
-    """Prompts and traces of one to several lines."""
+    """Prompts and traces with one or more lines."""
     return [(row["prompt"], row["completion"]) for row in generate("misconception", count, seed=5, mistake_rate=0.5)]
 
 
 def client_of(model: Any, **settings: Any) -> Any:
-    """A client of a server in this process; as a context manager it starts and ends the server too."""
+    """A client of an in-process server; as a context manager it also starts and stops the server."""
     from fastapi.testclient import TestClient
 
     from tracereward.serving.app import create_app
@@ -62,12 +62,12 @@ def client_of(model: Any, **settings: Any) -> Any:
 
 
 def close(values: Any) -> Any:
-    """Rewards that differ by rounding only."""
+    """Equal up to rounding of rewards."""
     return pytest.approx(values, abs=1e-4)
 
 
 def assert_error(response: Any, status: int, text: str = "", code: str | None = None, param: str | None = None) -> None:
-    """OpenAI's error, and nothing else."""
+    """Check that a response is exactly an error in OpenAI's format."""
     assert response.status_code == status, response.text
     assert response.json().keys() == {"error"}
     error = response.json()["error"]
@@ -78,7 +78,7 @@ def assert_error(response: Any, status: int, text: str = "", code: str | None = 
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
-    """The first true value of `condition`; an error that says what was waited for after the deadline."""
+    """Poll `condition` until it is true and return its value; after the deadline, fail with `what`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
@@ -87,7 +87,7 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) 
 
 
 class Process:
-    """A server in a process of its own: ``python -m ARGV``, or another `run`; its output goes to a file."""
+    """A subprocess running ``python -m ARGV`` (or another `run` flag) with its output in a log file."""
 
     def __init__(self, log: Path, *argv: object, run: str = "-m", folder: Path | None = None):
         self.log = log
@@ -96,7 +96,7 @@ class Process:
             self.popen = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT, cwd=folder)
 
     def find(self, pattern: str) -> re.Match[str]:
-        """The first match in the output, which may still have to come."""
+        """Wait for the first match in the output."""
 
         def found() -> re.Match[str] | None:
             text = self.log.read_text(encoding="utf-8", errors="replace")
@@ -108,11 +108,11 @@ class Process:
 
     @property
     def url(self) -> str:
-        """Where uvicorn listens, as soon as it does."""
+        """uvicorn's address, once it listens."""
         return self.find(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")[1]
 
     def end(self, number: int = signal.SIGTERM) -> int:
-        """Send a signal; the exit status."""
+        """Send a signal and return the exit status."""
         if self.popen.poll() is None:
             self.popen.send_signal(number)
         return self.popen.wait(SECONDS)
@@ -120,7 +120,7 @@ class Process:
 
 @contextlib.contextmanager
 def serving(log: Path, model: Path, *argv: object) -> Iterator[Process]:
-    """``tracereward serve MODEL`` at a free port."""
+    """``tracereward serve MODEL`` on a free port."""
     process = Process(log, "tracereward", "serve", model, "--port", "0", *argv)
     try:
         yield process
@@ -129,9 +129,9 @@ def serving(log: Path, model: Path, *argv: object) -> Iterator[Process]:
 
 
 class Upstream(http.server.ThreadingHTTPServer):
-    """Answers each request with what `reply(path, body)` gives: (status, body, headers), bytes as they are.
+    """Responds to each request with `reply(path, body)`: (status, body, headers). Bytes are sent unchanged.
 
-    An iterator of bytes is sent piece by piece until the client leaves. The body of a GET is None.
+    An iterator of bytes is streamed until the client disconnects. The body of a GET is None.
     """
 
     daemon_threads = True
@@ -171,7 +171,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if not isinstance(content, bytes | Iterator):
             content = json.dumps(content).encode()
         known = {"content-length": str(len(content))} if isinstance(content, bytes) else {"connection": "close"}
-        with contextlib.suppress(OSError):  # a client that left
+        with contextlib.suppress(OSError):  # the client disconnected
             self.send_response(status)
             for name, value in {**known, **headers}.items():
                 self.send_header(name, value)
@@ -184,7 +184,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def sampler(texts, finish="stop", knows_n=True):
-    """An upstream that answers with `texts` in turn, `n` of them if it knows the field."""
+    """An upstream that cycles through `texts` and returns `n` of them, or one if it ignores ``n``."""
     lock, given = threading.Lock(), [0]
 
     def reply(path, body):

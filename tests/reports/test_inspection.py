@@ -60,7 +60,7 @@ def test_largest_drop_is_between_neighbours():
     assert largest_drop([1.0]) is None
 
 
-def test_steps_tokens_and_facts():
+def test_steps_tokens_and_fields():
     trace = trace_of(arithmetic_row(reward=-1.0833333, correct=False, extracted=31, logprob=float("nan")))
     steps = [[piece[0] for piece in step["tokens"]] for step in trace["steps"]]
     assert steps == [["23", " -", " 7", " =", " 26", ""], ["#### ", "31", ""]]
@@ -71,16 +71,16 @@ def test_steps_tokens_and_facts():
     assert (trace["reward"], trace["correct"], trace["answer"], trace["logprob"]) == (-1.0833, False, "31", None)
 
 
-def test_given_step_ends_and_step_rewards_come_before_the_newline_rule():
+def test_given_step_ends_and_step_rewards_override_the_newline_rule():
     ends = [False, False, True, False, False, False, False, False, False]  # the trace's last token ends a step anyway
     trace = trace_of(arithmetic_row(step_ends=ends, step_rewards=[1.0, -5.0]))
     assert [len(step["tokens"]) for step in trace["steps"]] == [3, 6]
     assert [step["reward"] for step in trace["steps"]] == [1.0, -5.0]
-    trace = trace_of(arithmetic_row(step_ends=ends, step_rewards=[1.0]))  # of other steps: their means are used
+    trace = trace_of(arithmetic_row(step_ends=ends, step_rewards=[1.0]))  # wrong number of steps: means are used
     assert [step["reward"] for step in trace["steps"]] == [-1.3333, -0.9583]  # -4 / 3 and -5.75 / 6
 
 
-def test_supervised_positions_are_marked_where_they_are_some():
+def test_supervised_positions_are_marked_unless_all_are_supervised():
     some = [False] * 5 + [True, False, False, True]
     kinds = [piece[2] for step in trace_of(arithmetic_row(supervised=some))["steps"] for piece in step["tokens"]]
     assert kinds == ["", "", "", "", "", "sm", "", "", "se"]
@@ -89,7 +89,7 @@ def test_supervised_positions_are_marked_where_they_are_some():
 
 
 def test_all_text_is_shown_when_tokens_share_or_skip_characters():
-    # "é" is two tokens that both cover it; the space at 2 and the full stop at 4 have no token.
+    # Both tokens of "é" cover it; the space at 2 and the full stop at 4 have no token.
     row = {
         **{"prompt": "q", "completion": "aé 🙂.", "tokens": ["aé", "é", "🙂", "</s>"]},
         **{"offsets": [[0, 2], [1, 2], [3, 4], [4, 4]], "token_rewards": [1.0, 1.0, -1.0, 0.0]},
@@ -98,13 +98,13 @@ def test_all_text_is_shown_when_tokens_share_or_skip_characters():
     assert step["tokens"] == [["aé", 1.0, ""], ["", 1.0, "z"], [" "], ["🙂", -1.0, ""], ["", 0.0, "e"], ["."]]
 
 
-def test_text_is_the_tokens_where_the_tokenizer_normalised_it():
+def test_tokens_replace_the_text_if_the_tokenizer_normalised_it():
     row = row_of(["caf\u00e9", " au"], [1.0, 2.0])
     row["completion"] = "cafe\u0301 au"  # decomposed: its offsets would be off by one
     assert [piece[0] for piece in trace_of(row)["steps"][0]["tokens"]] == ["caf\u00e9", " au"]
 
 
-def test_rows_of_a_prompt_are_one_question_in_the_order_of_the_file():
+def test_rows_with_the_same_prompt_form_one_question_in_file_order():
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
     rows = [
         row_of(["a"], [1.0], prompt="first", answer="4"),
@@ -117,7 +117,7 @@ def test_rows_of_a_prompt_are_one_question_in_the_order_of_the_file():
     assert [question["answer"] for question in questions] == ["4", None]
 
 
-def test_rows_of_candidates_are_shown_one_by_one():
+def test_candidates_of_a_row_become_separate_traces():
     first, second = row_of(["a"], [1.0]), row_of(["b", "</s>"], [2.0, 4.0])
     names = ("tokens", "offsets", "token_rewards")
     scores = [{name: row[name] for name in names} for row in (first, second)]
@@ -136,25 +136,25 @@ def test_rows_of_candidates_are_shown_one_by_one():
         ({"offsets": [[5, 99]] * 9}, "row 2: its offsets do not fit its completion of 19 characters"),
     ],
 )
-def test_rows_that_cannot_be_shown_are_named(change, message, path):
+def test_invalid_rows_are_named(change, message, path):
     with pytest.raises(InputError, match=message):
         write_inspection(path, [arithmetic_row(), {**arithmetic_row(), **change}], "Traces")
     assert not path.exists()
 
 
-def test_a_trace_without_tokens_and_no_traces(path):
+def test_empty_trace_and_no_traces(path):
     assert trace_of(row_of([], []))["steps"] == []
     assert data_of(write(path, [])) == {"limit": 1.0, "questions": []}
     assert "Question" not in printed([])
 
 
-def test_control_characters_are_written_out():
+def test_control_characters_are_escaped():
     assert visible("a\tb\nc") == "a\tb\nc"
     assert visible("\x00\r\x1b[0m\x7f\x9b\u202e\u2066") == r"\x00\x0d\x1b[0m\x7f\x9b\u202e\u2066"
     assert visible(HOSTILE) == ESCAPED
 
 
-def test_page_holds_hostile_text_as_data_only(path):
+def test_page_embeds_hostile_text_as_data_only(path):
     row = row_of([HOSTILE], [1.0], prompt=HOSTILE, answer=HOSTILE, extracted=HOSTILE, model=HOSTILE)
     html = write(path, [row], title=HOSTILE, command=HOSTILE)
     assert re.findall(r"<(script[^>]*)>", html) == ['script type="application/json" id="data"', "script"]
@@ -168,7 +168,7 @@ def test_page_holds_hostile_text_as_data_only(path):
     assert "\u2028" not in html[html.index('id="data"') :]
 
 
-def test_page_is_self_contained_and_its_policy_names_its_own_style_and_script(path):
+def test_page_is_self_contained_with_hashes_in_its_policy(path):
     html = write(path, [arithmetic_row()])
     policy = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]+)">', html)[0]
     for tag, directive in (("style", "style-src"), ("script", "script-src")):
@@ -182,18 +182,18 @@ def test_page_is_self_contained_and_its_policy_names_its_own_style_and_script(pa
     assert "innerHTML" not in html
 
 
-def test_page_without_checked_answers_has_no_filter_for_them(path):
+def test_page_without_verified_answers_has_no_answer_filter(path):
     assert 'name="answers"' not in write(path, [arithmetic_row()])
     assert 'name="answers"' in write(path, [arithmetic_row(correct=True)])
 
 
-def test_page_explains_underlines_where_there_are_some(path):
+def test_page_explains_underlines_only_if_present(path):
     some = [False] * 5 + [True, False, False, True]
     assert "underlined tokens" in write(path, [arithmetic_row(supervised=some)])
     assert "underlined tokens" not in write(path, [arithmetic_row(supervised=[True] * 9)])
 
 
-def test_values_are_of_the_file_and_the_largest_sets_the_scale(path):
+def test_values_match_the_file_and_the_largest_sets_the_scale(path):
     html = write(path, [arithmetic_row(), row_of(["a"], [0.123456]), row_of(["b"], [float("nan")])])
     data = data_of(html)
     assert data["limit"] == 3.0
@@ -203,7 +203,7 @@ def test_values_are_of_the_file_and_the_largest_sets_the_scale(path):
     assert colour_limit([]) == 1.0
 
 
-def test_old_page_stays_if_rendering_fails(path, monkeypatch):
+def test_old_page_is_kept_if_rendering_fails(path, monkeypatch):
     old = write(path, [])
 
     def fail(*_, **__):
@@ -215,7 +215,7 @@ def test_old_page_stays_if_rendering_fails(path, monkeypatch):
     assert path.read_text(encoding="utf-8") == old
 
 
-def test_terminal_has_a_line_per_step_with_its_reward_and_marks_the_error_by_a_sign():
+def test_terminal_prints_a_line_per_step_and_marks_the_error():
     text = printed([arithmetic_row(correct=False, extracted="31", answer="21")])
     lines = [line.rstrip() for line in text.splitlines()]
     assert "Question 1 of 1" in lines
@@ -229,18 +229,18 @@ def test_terminal_has_a_line_per_step_with_its_reward_and_marks_the_error_by_a_s
     assert "\x1b" not in text
 
 
-def test_terminal_colours_are_the_palettes():
+def test_terminal_colours_match_the_palette():
     text = printed([row_of(["a", "b"], [4.0, -2.0])], colour="truecolor")
     # blue 6aaede at the limit; half-way to orange f29e4c from neutral f6f6f4: f4caa0, see test_report
     assert "48;2;106;174;222ma\x1b[0m" in text
     assert "48;2;244;202;160mb\x1b[0m" in text
-    # rich remembers the codes of a colour, so these are others
+    # rich caches the codes of a colour, so use other colours
     text = printed([row_of(["a", "b"], [3.9, -2.1])], colour="256")
     assert re.search(r"48;5;\d+mb\x1b\[0m", text)
 
 
 @pytest.mark.parametrize("colour", ["never", "256", "truecolor"])
-def test_a_trace_cannot_drive_the_terminal(colour):
+def test_trace_text_cannot_control_the_terminal(colour):
     row = row_of([HOSTILE], [1.0], prompt=HOSTILE, answer=HOSTILE, extracted=HOSTILE, model=HOSTILE)
     text = printed([row], colour=colour, width=400)
     assert text.count(r"\x1b[31m\u202e\x9b \ud800") == 5
@@ -250,7 +250,7 @@ def test_a_trace_cannot_drive_the_terminal(colour):
     assert not set("\x9b\u202e\ud800") & set(text)
 
 
-def test_terminal_honours_no_color_unless_told_otherwise(monkeypatch):
+def test_terminal_honours_no_color_unless_overridden(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
             return True

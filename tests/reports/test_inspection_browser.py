@@ -1,4 +1,4 @@
-"""The inspection page in a real browser; skipped where Chromium, its driver or selenium are missing."""
+"""The inspection page in a real browser; skipped if Chromium, its driver or selenium is missing."""
 
 import random
 import time
@@ -9,7 +9,7 @@ from helpers.browser import Page, driver, pytestmark  # noqa: F401
 from helpers.inspection import row_of
 from tracereward.reports.inspection import write_inspection
 
-pytest.importorskip("selenium", reason="selenium is not installed: the page is not tried in a browser")
+pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -33,7 +33,7 @@ ROWS = [
 
 @pytest.fixture
 def page(driver, tmp_path):
-    """The page of `ROWS` on a desk's screen; afterwards, the console must be empty."""
+    """The page of `ROWS` on a desktop screen; the console must be empty afterwards."""
     page = Page(driver)
     page.media()
     page.size(1280, 900)
@@ -44,10 +44,10 @@ def page(driver, tmp_path):
     assert driver.get_log("browser") == []
 
 
-def test_steps_stand_in_a_table_and_the_suspected_error_is_named(page):
+def test_steps_are_in_a_table_with_the_suspected_error_marked(page):
     [first, *_] = page.all(".trace")
     rows = [row.text.split("\n") for row in first.find_elements(By.CSS_SELECTOR, "tbody tr")]
-    # step 1: (1 - 3 - 1) / 3 = -1, which is 3 below the other step
+    # step 1: (1 - 3 - 1) / 3 = -1, 3 below the other step
     assert rows == [["1", "suspected first error", "23 - 7 = 26 −1.00"], ["2 #### 31 +2.00"]]
     assert len(page.all("tr.error")) == 1  # the first step of the second question's trace is 0.5 below, not more
     assert page.texts("h2") == [f"Question {i} of 3" for i in (1, 2, 3)]
@@ -95,7 +95,7 @@ def test_hover_shows_the_value(page):
     page.wait(lambda: page.readout == "")
 
 
-def test_a_trace_is_one_tab_stop_and_arrow_keys_move_in_it(page):
+def test_trace_is_one_tab_stop_with_arrow_key_navigation(page):
     page.one("#order").send_keys(Keys.TAB)
     assert page.focus.get_attribute("aria-label") == "23 - 7: +1.0000"
     assert page.readout == "23 - 7: +1.0000"
@@ -119,14 +119,14 @@ def test_a_trace_is_one_tab_stop_and_arrow_keys_move_in_it(page):
     assert stops == [1, 1, 1, 1]
 
 
-def test_a_click_moves_the_tab_stop(page):
+def test_click_moves_the_tab_stop(page):
     page.all(".t")[3].click()
     assert page.readout == "#### 31: +2.0000"
     assert page.focus.get_attribute("tabindex") == "0"
     assert len(page.one(".trace").find_elements(By.CSS_SELECTOR, ".t[tabindex='0']")) == 1
 
 
-def test_j_and_k_go_between_questions_but_not_while_one_types(page):
+def test_j_and_k_move_between_questions_except_while_typing(page):
     page.press("j")
     assert page.focus.text == "Question 1 of 3"
     page.press("j", "j", "j")
@@ -140,21 +140,21 @@ def test_j_and_k_go_between_questions_but_not_while_one_types(page):
     assert page.count == "0 of 4 traces, 0 of 3 questions"
 
 
-def test_candidates_of_a_question_stand_side_by_side(page):
+def test_candidates_are_side_by_side(page):
     first, second, third, _ = (trace.rect for trace in page.all(".trace"))
     assert first["y"] == second["y"] < third["y"]
     assert first["x"] + first["width"] < second["x"]
 
 
-def test_hostile_text_shows_as_text(page):
+def test_hostile_text_is_shown_as_text(page):
     assert page.texts(".prompt")[2] == f"Hostile {HOSTILE}"
     assert page.all(".t")[-3].text == HOSTILE
     assert f"answer {HOSTILE}" in page.all(".trace")[3].text
     assert page.all("img, main script") == []
-    assert len(page.all("script")) == 2  # and no dialogue: it would have failed every call since
+    assert len(page.all("script")) == 2  # and no alert: it would make every later call fail
 
 
-def test_each_step_has_the_direction_of_its_own_text(page, tmp_path):
+def test_each_step_uses_its_own_text_direction(page, tmp_path):
     write_inspection(
         path := tmp_path / "directions.html", [row_of(["שלום", "\n", "answer"], [-1.0, -1.0, 1.0])], "Directions"
     )
@@ -164,7 +164,7 @@ def test_each_step_has_the_direction_of_its_own_text(page, tmp_path):
     assert "suspected first error" in cells[0].text
 
 
-def test_a_phone_is_wide_enough(page):
+def test_page_fits_a_phone_screen(page):
     page.size(360, 740, mobile=True)
     page.driver.refresh()
     page.wait(lambda: page.count)
@@ -180,7 +180,7 @@ def test_a_phone_is_wide_enough(page):
     assert 0 <= box["x"] <= 360 - box["width"]
 
 
-def test_dark_mode_and_print_have_their_palettes(page):
+def test_dark_mode_and_print_palettes(page):
     # The token " = 26" has the largest |reward|: orange f29e4c on light pages, 9a500a on dark ones.
     second = ".t:nth-of-type(2)"
     assert page.background(second) == "f29e4c"
@@ -193,7 +193,7 @@ def test_dark_mode_and_print_have_their_palettes(page):
     assert not page.one("#tools").is_displayed()
 
 
-def test_without_scripts_a_sentence_says_so(page):
+def test_noscript_message_without_javascript(page):
     page.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
     try:
         page.driver.refresh()
@@ -203,7 +203,7 @@ def test_without_scripts_a_sentence_says_so(page):
         page.driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
 
 
-def test_a_thousand_traces_open_and_load_as_one_scrolls(page, tmp_path):
+def test_a_thousand_traces_load_on_scroll(page, tmp_path):
     rng = random.Random(0)
     tokens = [f" word{i}" + ("\n" if i % 25 == 24 else "") for i in range(150)]
     rewards = [[rng.uniform(-3, 3) for _ in tokens] for _ in range(1000)]

@@ -43,7 +43,7 @@ class Page(HTMLParser):
         self.token_attributes: list[dict[str, str | None]] = []
         self.text = ""
         self.depth = 0
-        self.feed(str(html))  # not Markup, whose slices escape what they are joined with
+        self.feed(str(html))  # not Markup: joining slices of Markup escapes text
         self.close()
 
     def handle_starttag(self, tag, attrs):
@@ -117,7 +117,7 @@ def test_text_is_readable_on_every_colour(dark, text):
         assert (light + 0.05) / (dim + 0.05) >= 4.5  # WCAG 2 AA
 
 
-def test_both_ends_stand_out_alike():
+def test_both_ends_have_similar_contrast():
     for dark in (False, True):
         zero, low, high = (luminance(reward_colour(reward, 1.0, dark)) for reward in (0.0, -1.0, 1.0))
         assert abs(low - high) < 0.25 * abs(zero - (low + high) / 2)
@@ -138,7 +138,7 @@ def test_heatmap_text_is_the_completion():
 
 
 def test_heatmap_keeps_text_when_tokens_share_or_skip_characters():
-    # Byte tokens: "é" and "🙂" are two tokens each, which both cover the character; the space at 2 has no token.
+    # Byte tokens: both tokens of "é" and of "🙂" cover the character; the space at 2 has no token.
     scores = TokenScores(
         tokens=["aé", "é", "🙂", "🙂", "</s>"],
         offsets=[(0, 2), (1, 2), (3, 4), (3, 4), (4, 4)],
@@ -183,7 +183,7 @@ def test_report_is_self_contained(path):
     assert len(html) < 200_000
 
 
-def test_step_table_has_the_steps_means(path):
+def test_step_table_has_step_means(path):
     html = render(path, traces=[arithmetic_trace()])
     rows = re.findall(r'<tr><th scope="row">(\d+)</th>(.*?)</tr>', html)
     cells = [re.sub(r"<[^>]+>", "|", row).strip("|").split("|") for _, row in rows]
@@ -196,7 +196,7 @@ def test_step_table_has_the_steps_means(path):
     assert reward_colour(-2.0, 3.0) in html  # the largest |reward| of all traces sets the scale
 
 
-def test_colour_scale_is_common_to_all_traces(path):
+def test_colour_scale_is_shared_by_all_traces(path):
     small = Trace("q", "a", scores_of(["a"], [1.0], [True]), None, None)
     large = Trace("q", "b", scores_of(["b"], [-4.0], [True]), None, None)
     page = Page(render(path, traces=[small, large]))
@@ -232,7 +232,7 @@ def test_points_are_ordered_and_later_rows_replace_earlier_ones():
     assert math.isnan(y[2])
 
 
-def test_long_runs_are_drawn_as_block_means(path):
+def test_long_runs_are_plotted_as_block_means(path):
     assert plots._block_means([1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 2.0], 2)[:2] == [2.0, 5.0]
     assert math.isnan(plots._block_means([1.0, 3.0, math.nan, 5.0, math.nan, math.nan, 2.0], 2)[2])
     html = render(path, metrics=[{"step": i, "kl": math.sin(i)} for i in range(2000)])
@@ -253,11 +253,11 @@ def test_histogram_marks_both_medians(path):
     html = render(path, rewards_correct=[1.0, 2.0, 9.0], rewards_wrong=[-1.0, -2.0])
     assert "correct, median +2.00" in html
     assert "wrong, median −1.50" in html
-    assert "Above the line 3 correct, below it 2 wrong" in html
+    assert "Above the line 3 correct traces, below it 2 wrong ones" in html
     assert "<svg" in render(path, rewards_correct=[], rewards_wrong=[0.5, 0.5])
 
 
-def test_table_aligns_numbers_and_emphasises_only_on_request(path):
+def test_table_aligns_numbers_and_emphasises_on_request_only(path):
     rows = [["first", 0.5, 1319, "71.3 ± 0.4", None], ["mean", -0.25, 7, "[0.6, 0.7]", math.nan]]
     columns = ["pick", "correct", "n", "with interval", "missing"]
     html = render(path, tables=[Table("Reranking", columns, rows, "A note.")])
@@ -271,17 +271,17 @@ def test_table_aligns_numbers_and_emphasises_only_on_request(path):
     assert re.findall(r'<tr class="best">\s*<th[^>]*>(\w+)', html) == ["mean"]
 
 
-def test_table_with_a_short_row_is_refused():
+def test_table_with_a_short_row_is_rejected():
     with pytest.raises(ValueError, match=r"table 'T': row 1 has 1 cells for 2 columns"):
         Table("T", ["a", "b"], [[1, 2], [3]])
 
 
-def test_a_lone_surrogate_is_written_as_a_question_mark(path):
+def test_lone_surrogate_becomes_a_question_mark(path):
     html = render(path, traces=[Trace("q", "a\ud800", scores_of(["a\ud800"], [1.0], [True]), None, None)])
     assert Page(html).heats == ["a?"]
 
 
-def test_old_report_stays_if_rendering_fails(path, monkeypatch):
+def test_old_report_is_kept_if_rendering_fails(path, monkeypatch):
     old = render(path)
 
     def fail(error: Exception):

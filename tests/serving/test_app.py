@@ -1,4 +1,4 @@
-"""`tracereward serve` in this process: each endpoint against offline scoring."""
+"""In-process `tracereward serve`: each endpoint against offline scoring."""
 
 import base64
 import struct
@@ -66,7 +66,7 @@ def test_score_of_a_completion(served, model, finished):
     }
 
 
-def test_scores_of_candidates_come_in_their_order(served, offline):
+def test_candidate_scores_keep_input_order(served, offline):
     answer = served.post("/v1/score", json={"model": "rm", "prompt": PROMPT, "candidates": CANDIDATES}).json()
     assert [result["index"] for result in answer["results"]] == list(range(len(CANDIDATES)))
     for result, scores in zip(answer["results"], offline, strict=True):
@@ -74,7 +74,7 @@ def test_scores_of_candidates_come_in_their_order(served, offline):
 
 
 def test_scores_of_steps(served, model):
-    """Each step's reward is that of its own tokens, by hand; steps are joined by the model's delimiter."""
+    """Each step's reward is the mean of its own tokens; steps are joined by the model's delimiter."""
     steps = CANDIDATES[0].split("\n")
     answer = served.post("/v1/score", json={"prompt": PROMPT, "steps": steps}).json()
     [scores] = model.score([PROMPT], ["\n".join(steps)])
@@ -88,20 +88,20 @@ def test_scores_of_steps(served, model):
     assert answer["results"][0]["step_rewards"] == close(expected)
 
 
-def test_a_step_without_a_token_is_an_error_of_the_request(served):
-    """The tokenizer makes one short token of the long word: nothing is left at the second step's characters."""
+def test_step_without_a_token_is_400(served):
+    """The tokenizer turns the long word into one short token, so the second step has no token."""
     response = served.post("/v1/score", json={"prompt": PROMPT, "steps": ["x" * 90, "y"]})
     assert_error(response, 400, "steps: no token between characters 91 and 92", "invalid_input")
 
 
-def test_tokens_can_be_left_out(served):
+def test_tokens_are_omitted_on_request(served):
     body = {"prompt": PROMPT, "completion": CANDIDATES[0], "tokens": False}
     [result] = served.post("/v1/score", json=body).json()["results"]
     assert result.keys() == {"index", "reward", "aggregates", "step_rewards"}
 
 
-def test_messages_under_a_plain_model(served, offline):
-    """The user's message is the prompt, whatever the system says; a longer talk has no plain form."""
+def test_messages_for_a_model_with_plain_template(served, offline):
+    """The user message is the prompt and the system message is ignored; longer conversations are rejected."""
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
     answer = served.post("/v1/score", json={"prompt": messages, "completion": CANDIDATES[0]}).json()
     assert answer["results"][0]["token_rewards"] == close(offline[0].rewards)
@@ -109,11 +109,11 @@ def test_messages_under_a_plain_model(served, offline):
     response = served.post("/v1/score", json={"prompt": messages, "completion": "3"})
     assert_error(response, 400, "plain prompts", "invalid_input")
     response = served.post("/v1/score", json={"prompt": [{"role": "user", "content": ""}], "completion": "3"})
-    assert_error(response, 400, "no token", "invalid_input")
+    assert_error(response, 400, "no tokens", "invalid_input")
 
 
-def test_messages_under_a_chat_model(tmp_path, tokenizer):
-    """They go through the chat template, as in training."""
+def test_messages_for_a_model_with_chat_template(tmp_path, tokenizer):
+    """Messages are rendered with the chat template, as in training."""
     chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
     chatty.chat_template = "{% for m in messages %}{{ m.content }} = {% endfor %}"
     model = TokenRewardModel.from_pretrained(str(save_reward_model(tmp_path / "rm", chatty, template="chat")))
@@ -124,7 +124,7 @@ def test_messages_under_a_chat_model(tmp_path, tokenizer):
     assert answer["results"][0]["token_rewards"] == close(expected.rewards)
 
 
-def test_a_calibrated_model_gives_probabilities(tmp_path, tokenizer, offline):
+def test_calibrated_model_returns_probabilities(tmp_path, tokenizer, offline):
     calibration = Calibration("platt", slope=0.5, intercept=0.25, traces=20)
     calibrated = TokenRewardModel.from_pretrained(
         str(save_reward_model(tmp_path / "rm", tokenizer, calibration=calibration))
@@ -137,12 +137,12 @@ def test_a_calibrated_model_gives_probabilities(tmp_path, tokenizer, offline):
     assert [result["relevance_score"] for result in ranked["results"]] == close(sorted(expected, reverse=True))
 
 
-# Other servers' shapes
+# Formats of other servers
 
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
 def test_rerank(served, offline, path):
-    """Texts and objects, from best to worst; fields of other servers are ignored."""
+    """Texts and objects are ranked best first; unknown fields are ignored."""
     documents = [text if index % 2 else {"text": text, "id": index} for index, text in enumerate(CANDIDATES)]
     body = {"model": "rm", "query": PROMPT, "documents": documents, "max_chunks_per_doc": 3}
     answer = served.post(path, json=body).json()
@@ -161,7 +161,7 @@ def test_rerank(served, offline, path):
 
 
 def test_pooling_of_texts(served, model):
-    """A row of one number a token, the first 0: by hand, from the ids."""
+    """One row with one number per token, the first 0; expected values from the token ids."""
     texts = [PROMPT + CANDIDATES[0], PROMPT]
     answer = served.post("/pooling", json={"input": texts, "encoding_format": "float"}).json()
     for row, text in zip(answer["data"], texts, strict=True):
@@ -173,11 +173,11 @@ def test_pooling_of_texts(served, model):
     assert answer["usage"]["total_tokens"] == total
     [alone] = served.post("/pooling", json={"input": texts[1]}).json()["data"]
     assert [value for [value] in alone["data"]] == close([value for [value] in answer["data"][1]["data"]])
-    assert_error(served.post("/pooling", json={"input": "7"}), 400, "one token alone", "invalid_input")
+    assert_error(served.post("/pooling", json={"input": "7"}), 400, "single token", "invalid_input")
 
 
-def test_pooling_and_classes_of_token_ids(served, model):
-    """They give what their text gives: a list of ids as one input, a list of lists as many."""
+def test_pooling_and_classify_with_token_ids(served, model):
+    """Results equal those of the text. A list of ids is one input, a list of lists several."""
     texts = [PROMPT + text for text in CANDIDATES[:2]]
     ids = [model.tokenizer(text)["input_ids"] for text in texts]
     for path, field in (("/pooling", "data"), ("/classify", "probs")):
@@ -192,7 +192,7 @@ def test_pooling_and_classes_of_token_ids(served, model):
 
 
 def test_pooling_as_base64(served):
-    """Little-endian float32, as `struct` reads it, one a token."""
+    """Little-endian float32, one per token."""
     body = {"input": [PROMPT + CANDIDATES[0], PROMPT]}
     numbers = served.post("/pooling", json={**body, "encoding_format": "float"}).json()["data"]
     packed = served.post("/pooling", json={**body, "encoding_format": "base64"}).json()["data"]
@@ -201,7 +201,7 @@ def test_pooling_as_base64(served):
         assert struct.unpack(f"<{len(raw) // 4}f", raw) == close(tuple(value for [value] in other["data"]))
 
 
-def test_pooling_and_classes_of_a_conversation(served, offline):
+def test_pooling_and_classify_with_a_conversation(served, offline):
     messages = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": CANDIDATES[0]}]
     answer = served.post("/pooling", json={"messages": messages}).json()
     assert [value for [value] in answer["data"][0]["data"]] == close(offline[0].rewards)
@@ -212,7 +212,7 @@ def test_pooling_and_classes_of_a_conversation(served, offline):
     assert_error(response, 422, "last message must be the assistant's")
 
 
-def test_classes_of_texts(served, model):
+def test_classify_texts(served, model):
     texts = [PROMPT + text for text in CANDIDATES]
     answer = served.post("/classify", json={"input": texts}).json()
     labels = set()

@@ -1,4 +1,4 @@
-"""The server's page in a real browser; skipped where Chromium, its driver or selenium are missing."""
+"""The server's page in a real browser; skipped if Chromium, its driver or selenium is missing."""
 
 import threading
 
@@ -24,7 +24,7 @@ def model(tmp_path_factory, tokenizer):
     folder = save_reward_model(tmp_path_factory.mktemp("browser") / "rm", tokenizer, calibration=calibration)
     model = TokenRewardModel.from_pretrained(str(folder))
     keep = model.to_scores
-    # The arithmetic tokenizer has no letters: the last token is shown as what an attacker would write.
+    # The arithmetic tokenizer has no letters: replace the last token's text by an attack.
     model.to_scores = lambda ids, rewards: with_last(keep(ids, rewards), HOSTILE)
     return model
 
@@ -36,7 +36,7 @@ def with_last(scores, text):
 
 @pytest.fixture(scope="module")
 def url(model):
-    """The server, in a thread."""
+    """The URL of a server in a thread."""
     config = uvicorn.Config(create_app(model, Settings("rm", api_key="sesame")), port=0, log_level="warning")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -66,7 +66,7 @@ def fill(page, **fields):
     page.one("button").click()
 
 
-def test_candidates_are_ranked_and_their_tokens_coloured(page, model):
+def test_candidates_are_ranked_with_coloured_tokens(page, model):
     prompt = PROMPT.removesuffix("\n")
     candidates = ["2 + 2 = 9", RIGHT]
     fill(page, prompt=prompt, candidates="\n---\n".join(candidates), key="sesame")
@@ -90,11 +90,11 @@ def test_candidates_are_ranked_and_their_tokens_coloured(page, model):
     strongest = max(range(len(scores[order[0]].rewards)), key=lambda i: abs(scores[order[0]].rewards[i]))
     token = items[0].find_elements("css selector", ".trace span")[strongest]
     assert token.value_of_css_property("background-color") != "rgba(0, 0, 0, 0)"
-    assert page.driver.get_log("browser") == []  # nothing failed, and the policy blocked nothing
+    assert page.driver.get_log("browser") == []  # no errors, and nothing blocked by the policy
 
 
-def test_the_page_may_not_run_what_is_not_the_servers(page):
-    """The content security policy holds in the browser: a script put into the page does not run."""
+def test_content_security_policy_blocks_injected_scripts(page):
+    """A script injected into the page does not run."""
     page.driver.execute_script(
         "const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)"
     )
@@ -109,11 +109,11 @@ def test_errors_are_shown(page):
     page.wait(lambda: "reads 128" in page.one("#status").text)
     assert page.all("#ranking li") == []
     fill(page, prompt="1 + 1 = ?", candidates="---")
-    page.wait(lambda: "no candidate" in page.one("#status").text)
+    page.wait(lambda: "at least one candidate" in page.one("#status").text)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_narrow_screen_does_not_scroll_sideways(page, scheme, tmp_path):
+def test_narrow_screen_has_no_horizontal_scroll(page, scheme, tmp_path):
     page.media(scheme)
     page.size(360, 800, mobile=True)
     fill(page, prompt=PROMPT.strip(), candidates=f"{RIGHT}\n---\n{'1 + 1 = 2 ' * 6}", key="sesame")

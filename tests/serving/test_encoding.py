@@ -1,4 +1,4 @@
-"""Text on its way to the engine: each prompt is tokenised once, never past the limits, and waits in a bounded queue."""
+"""Tokenization of requests: each prompt once, never past the limits, and with a bounded queue."""
 
 import asyncio
 import threading
@@ -14,7 +14,7 @@ from tracereward.serving.engine import Busy
 
 
 class Tokenizer:
-    """The model's, which tells what it was given, and may be held."""
+    """Wraps the model's tokenizer: records its inputs and can be blocked."""
 
     def __init__(self, tokenizer):
         self.tokenizer, self.seen, self.open = tokenizer, [], threading.Event()
@@ -39,8 +39,8 @@ def model(tmp_path, tokenizer):
     return model
 
 
-def test_a_shared_prompt_is_tokenised_once_and_nothing_after_the_limit(model):
-    """A prompt of 101 tokens: 64 candidates of 2 tokens fit 6592, and the fifth passes 500."""
+def test_shared_prompt_is_tokenised_once_and_tokenising_stops_at_the_limit(model):
+    """A prompt of 101 tokens: 64 candidates of 2 tokens fit into 6592, and the fifth exceeds 500."""
     prompt = "1" + " + 1" * 50
     many = [f"{index % 10}" for index in range(64)]
     running(model, lambda engine: score(engine, [(prompt, text) for text in many], max_tokens=64 * 103))
@@ -52,8 +52,9 @@ def test_a_shared_prompt_is_tokenised_once_and_nothing_after_the_limit(model):
     assert model.tokenizer.seen == [prompt, *many[:5]]
 
 
-def test_a_text_far_over_the_limit_is_not_tokenised_to_its_end(model):
-    """Limit 100, 200,001 tokens: one piece of 400 characters, 200 tokens, tells. One token over is counted whole."""
+def test_text_far_over_the_limit_is_not_fully_tokenised(model):
+    """Limit 100, text of 200,001 tokens: one piece of 400 characters (200 tokens) suffices to reject it. A text one
+    token over the limit is counted exactly."""
     text = "1" + " + 1" * 100_000
     for call in (
         lambda engine: score(engine, [(text, "2")], max_tokens=100),
@@ -64,14 +65,15 @@ def test_a_text_far_over_the_limit_is_not_tokenised_to_its_end(model):
         with pytest.raises(TooManyTokens):
             running(model, call)
         assert sum(map(len, model.tokenizer.seen)) <= 401
-    near = "x" * 500 + " + 1" * 50  # 101 tokens: this tokenizer makes one of the long word
+    near = "x" * 500 + " + 1" * 50  # 101 tokens: this tokenizer encodes the long word as one token
     assert len(running(model, lambda engine: engine.score_inputs([near], max_tokens=101))[0][0].rewards) == 100
     with pytest.raises(TooManyTokens):
         running(model, lambda engine: engine.score_inputs([near], max_tokens=100))
 
 
-def test_text_that_waits_to_be_tokenised_counts_towards_the_queue(model):
-    """Of 100 tokens one text may take 75, four characters each: the next one finds no place until it is done."""
+def test_untokenised_text_counts_towards_the_queue(model):
+    """A text of 75 estimated tokens (four characters each) fills a queue of 100: the next one is rejected until it is
+    tokenised."""
     expected = offline(model, TRACES[:1])
 
     async def work(engine):
@@ -95,8 +97,8 @@ def test_text_that_waits_to_be_tokenised_counts_towards_the_queue(model):
     assert_same(running(model, work, max_queue=100), expected)
 
 
-def test_one_request_may_always_be_tokenised(model):
-    """Characters only estimate: what is alone is counted by its tokens. This tokenizer makes one of the long word."""
+def test_single_request_is_always_tokenised(model):
+    """Character counts are estimates, so a single request is tokenised anyway. The long word here is one token."""
 
     async def work(engine):
         return await score(engine, [("1 + 1 = ?\n", "x" * 1000)])
@@ -105,7 +107,7 @@ def test_one_request_may_always_be_tokenised(model):
 
 
 def test_inputs_are_scored_from_their_second_token(model):
-    """By hand: the first token is the prompt, of a text and of its ids."""
+    """The first token serves as the prompt, for a text and for its ids."""
     text = TRACES[0][0] + TRACES[0][1]
     ids = model.tokenizer(text)["input_ids"]
     expected = model.token_rewards([ids[:1]], [ids[1:]])[0].tolist()
@@ -115,13 +117,13 @@ def test_inputs_are_scored_from_their_second_token(model):
     assert (read, written) == (2, 2 * (len(ids) - 1))
 
 
-def test_inputs_that_cannot_be_scored(model):
+def test_invalid_inputs_are_rejected(model):
     vocabulary = len(model.tokenizer)
     cases = [
-        (["1 + 1", "7"], InputError, "input 1: one token alone"),
-        ([[3, 4], []], InputError, "input 1: one token alone"),
-        ([[3, 4], [3, vocabulary]], InputError, f"input 1: .* ids are 0 to {vocabulary - 1}"),
-        ([[3, -1]], InputError, "input 0: .* ids are 0 to"),
+        (["1 + 1", "7"], InputError, "input 1: .*single token"),
+        ([[3, 4], []], InputError, "input 1: .*single token"),
+        ([[3, 4], [3, vocabulary]], InputError, f"input 1: .* 0 to {vocabulary - 1}"),
+        ([[3, -1]], InputError, "input 0: .*token ids"),
         ([[3] * 129], TooLong, "input 0: .*reads 128"),
         ([[3] * 50] * 3, TooManyTokens, "more than 149 tokens"),
     ]

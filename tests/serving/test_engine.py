@@ -1,4 +1,4 @@
-"""The engine gives concurrent callers what offline scoring gives, keeps their faults apart, and its queue bounded."""
+"""The engine returns offline scores to concurrent callers, isolates failures, and bounds its queue."""
 
 import asyncio
 import threading
@@ -16,7 +16,7 @@ from tracereward.serving.engine import Busy, Engine, ScoringFailed
 
 
 class Gate:
-    """Stands before the model's forward pass: tells that it has begun, and holds it until `open` is set."""
+    """Blocks the model's forward pass until `open` is set; `begun` is set when it is called."""
 
     def __init__(self, model, monkeypatch):
         self.begun, self.open = threading.Event(), threading.Event()
@@ -48,7 +48,7 @@ def tokens_of(model, trace) -> int:
 
 
 def fails_on(model, monkeypatch, completion, error):
-    """Passes whose batch has `completion` in it raise; says how large the batches were."""
+    """Make batches with `completion` raise `error`; returns a list that records the batch sizes."""
     bad = encode_completion(model.tokenizer, completion)
     forward, sizes = model.token_rewards, []
 
@@ -62,15 +62,15 @@ def fails_on(model, monkeypatch, completion, error):
     return sizes
 
 
-def test_the_rewards_of_traces_differ(expected):
-    """Else the tests below could not tell one trace's answer from another's."""
+def test_trace_rewards_differ(expected):
+    """Precondition of the tests below: scores identify their trace."""
     rewards = sorted(scores.aggregate() for scores in expected)
     assert min(b - a for a, b in pairwise(rewards)) > 1e-4
     assert len({len(completion) for _, completion in TRACES}) > 5
 
 
-def test_concurrent_requests_of_mixed_lengths_get_their_own_scores_in_order(model):
-    """Requests of one to six traces, a third of them cut off, all at once, in less turns than requests."""
+def test_concurrent_requests_get_their_own_scores_in_order(model):
+    """Concurrent requests of one to six traces, a third of them truncated, take fewer turns than requests."""
     requests = [TRACES[start : start + 1 + start % 6] for start in range(18)]
     ended = [index % 3 != 0 for index in range(18)]
     sizes = []
@@ -89,7 +89,7 @@ def test_concurrent_requests_of_mixed_lengths_get_their_own_scores_in_order(mode
     assert len(sizes) < len(requests) / 2
 
 
-def test_a_trace_that_fails_does_not_fail_its_mates(model, expected, monkeypatch):
+def test_failed_trace_does_not_fail_others_in_its_batch(model, expected, monkeypatch):
     sizes = fails_on(model, monkeypatch, TRACES[5][1], ZeroDivisionError("this trace"))
 
     async def work(engine):
@@ -105,7 +105,7 @@ def test_a_trace_that_fails_does_not_fail_its_mates(model, expected, monkeypatch
             assert_same(answer, [expected[index]])
 
 
-def test_batches_that_are_too_large_for_the_memory_are_halved_until_they_fit(model, expected, monkeypatch):
+def test_out_of_memory_batches_are_halved_until_they_fit(model, expected, monkeypatch):
     forward, sizes = model.token_rewards, []
 
     def token_rewards(prompts, completions, token_budget):
@@ -119,7 +119,7 @@ def test_batches_that_are_too_large_for_the_memory_are_halved_until_they_fit(mod
     assert sizes[:4] == [24, 12, 6, 3]
 
 
-def test_rewards_that_are_not_finite_fail_their_trace_only(model, expected, monkeypatch):
+def test_non_finite_rewards_fail_only_their_trace(model, expected, monkeypatch):
     forward = model.token_rewards
 
     def token_rewards(prompts, completions, token_budget):
@@ -139,8 +139,8 @@ def test_rewards_that_are_not_finite_fail_their_trace_only(model, expected, monk
         assert_same(answers[index], [expected[index]])
 
 
-def test_a_full_queue_is_busy_and_accepts_again(model, expected, gate):
-    """One request in the worker's hands, one that fills the queue, one too many."""
+def test_full_queue_raises_busy_then_accepts_again(model, expected, gate):
+    """One request is being scored, the second fills the queue, the third is rejected."""
     tokens = tokens_of(model, TRACES[1])
 
     async def work(engine):
@@ -160,15 +160,15 @@ def test_a_full_queue_is_busy_and_accepts_again(model, expected, gate):
     assert_same(answers, expected[:3])
 
 
-def test_retry_after_is_the_queue_over_the_speed(model):
+def test_retry_after_is_queue_divided_by_speed(model):
     engine = Engine(model)
     engine.queued_tokens = 1001
-    assert engine.retry_after == 1  # nothing is known yet
+    assert engine.retry_after == 1  # no speed measured yet
     engine._rate = 100.0
     assert engine.retry_after == 11
 
 
-def test_a_cancelled_callers_traces_leave_the_queue_unscored(model, gate):
+def test_cancelled_traces_are_removed_from_the_queue(model, gate):
     unwanted = [encode_completion(model.tokenizer, completion) for _, completion in TRACES[4:8]]
 
     async def work(engine):
@@ -192,7 +192,7 @@ def test_a_cancelled_callers_traces_leave_the_queue_unscored(model, gate):
     assert not [ids for ids in given if ids in unwanted]
 
 
-def test_stop_scores_what_waits_and_takes_no_more(model, expected, gate):
+def test_stop_drains_the_queue_and_rejects_new_requests(model, expected, gate):
     async def run():
         engine = Engine(model)
         await engine.start()
@@ -211,7 +211,7 @@ def test_stop_scores_what_waits_and_takes_no_more(model, expected, gate):
     assert_same(asyncio.run(run()), expected[:8])
 
 
-def test_requests_that_cannot_be_scored(model, expected):
+def test_invalid_requests_are_rejected(model, expected):
     tokens = tokens_of(model, TRACES[0])
     cases = [
         (lambda e: score(e, TRACES[:1], max_tokens=tokens - 1), TooManyTokens, f"more than {tokens - 1} tokens"),
@@ -230,7 +230,7 @@ def test_requests_that_cannot_be_scored(model, expected):
     assert_same(running(model, work), expected[:1])
 
 
-def test_the_token_budget_reaches_the_model(model, monkeypatch):
+def test_token_budget_is_passed_to_the_model(model, monkeypatch):
     seen = []
     forward = model.token_rewards
 

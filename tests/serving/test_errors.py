@@ -1,4 +1,4 @@
-"""What `tracereward serve` refuses, and how it says so."""
+"""Requests that `tracereward serve` rejects, and its error responses."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ def served(model):
         yield client
 
 
-def test_a_key_is_asked_for(model):
+def test_api_key_is_required(model):
     with client_of(model, api_key="sesame") as client:
         for given in (None, "Bearer wrong", "sesame", "Bearer ", "bearer sesam", "Bearer sesame2", "Basic sesame"):
             response = client.get("/v1/models", headers={} if given is None else {"authorization": given})
@@ -44,36 +44,36 @@ def test_a_key_is_asked_for(model):
             assert client.get("/v1/models", headers={"authorization": f"{scheme} sesame"}).status_code == 200
 
 
-def test_without_a_key_a_local_server_has_local_names_only(model):
-    """A page of evil.test, whose name has come to point to 127.0.0.1, is refused whatever it asks for."""
+def test_local_server_without_key_accepts_only_loopback_hosts(model):
+    """DNS rebinding: requests for evil.test, resolved to 127.0.0.1, are rejected on every path."""
     with client_of(model, local_only=True) as client:
         for host in ("localhost", "127.0.0.1", "LOCALHOST:8019", "[::1]", "[::1]:8019"):
             assert client.get("/v1/models", headers={"host": host}).status_code == 200
         for host in ("evil.test", "localhost.evil.test", "127.0.0.1.evil.test:8019", "evil.test:127.0.0.1", ""):
             for path in ("/v1/models", "/", "/metrics"):
                 response = client.get(path, headers={"host": host})
-                assert_error(response, 421, "without a key .--api-key-file", "wrong_host")
+                assert_error(response, 421, "--api-key-file", "wrong_host")
     with client_of(model) as client:
         assert client.get("/v1/models", headers={"host": "proxy.test"}).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/score", "/v1/rerank", "/pooling", "/classify"])
-def test_another_model_is_not_here(served, path):
+def test_unknown_model_is_404(served, path):
     body = {"model": "other", "prompt": "1", "completion": "2", "query": "1", "documents": ["2"], "input": "1 + 2"}
     fields = {"/v1/score": ("prompt", "completion"), "/v1/rerank": ("query", "documents")}.get(path, ("input",))
     response = served.post(path, json={name: body[name] for name in ("model", *fields)})
-    assert_error(response, 404, "'other' is not served here; 'rm' is", "model_not_found", "model")
+    assert_error(response, 404, "'other'.*'rm'", "model_not_found", "model")
 
 
-def test_what_is_too_large(served):
+def test_requests_over_the_limits_are_rejected(served):
     body = json.dumps({"prompt": PROMPT, "completion": "1" * 100_000}).encode()
     assert_error(served.post("/v1/score", content=body, headers=JSON), 413, "100000 bytes", "body_too_large")
-    # In chunks, without a length.
+    # Chunked, without a content length.
     pieces = (body[start : start + 5000] for start in range(0, len(body), 5000))
     response = served.post("/v1/score", content=pieces, headers=JSON)
     assert "content-length" not in response.request.headers
     assert_error(response, 413, "100000 bytes", "body_too_large")
-    text = "1 + 1" + " + 1" * 40  # 83 tokens; with an end, 84: five are more than 400
+    text = "1 + 1" + " + 1" * 40  # 83 tokens, 84 with the end of sequence: five exceed 400
     requests = [
         ("/v1/score", "candidates", {"prompt": "1 + 1"}, [" + 1" * 40] * 5),
         ("/v1/rerank", "documents", {"query": "1 + 1"}, [" + 1" * 40] * 5),
@@ -89,13 +89,13 @@ def test_what_is_too_large(served):
         assert_error(response, 422, rf"{field.rstrip('s')}s? 1: .*reads 128", "context_length_exceeded")
 
 
-@pytest.mark.parametrize("pieces", [[], [b'{"prompt": ', b'"1", ']], ids=["nothing", "half"])
-def test_a_body_that_does_not_come(pieces):
-    """The middleware with a client that stops sending: 408, and the application never sees the request."""
+@pytest.mark.parametrize("pieces", [[], [b'{"prompt": ', b'"1", ']], ids=["no body", "partial body"])
+def test_incomplete_body_is_408(pieces):
+    """A client that stops sending gets 408, and the application never sees the request."""
     sent = []
 
     async def app(scope, receive, send):
-        raise AssertionError("a request without its body was handled")
+        raise AssertionError("a request with an incomplete body was handled")
 
     async def receive():
         if pieces:
@@ -154,7 +154,7 @@ def test_invalid_fields_are_named(served, path, body, param, text):
         (b'{"prompt": "1", "completion": "2"}', {"content-type": "text/plain"}, "header Content-Type: application"),
     ],
 )
-def test_what_is_wrong_with_a_body_is_said(served, body, headers, text):
+def test_invalid_body_error_names_the_cause(served, body, headers, text):
     assert_error(served.post("/v1/score", content=body, headers=headers), 422, text)
 
 
@@ -172,16 +172,16 @@ def test_what_is_wrong_with_a_body_is_said(served, body, headers, text):
         b"[" * 90_000,
         b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b"}",
     ],
-    ids=["empty", "half", "utf-16", "latin-1", "surrogate", "surrogate name", "nan", "digits", "deep", "nested"],
+    ids=["empty", "truncated", "utf-16", "latin-1", "surrogate", "surrogate name", "nan", "digits", "deep", "nested"],
 )
-def test_what_is_not_json_is_the_clients_error(served, body):
+def test_invalid_json_is_a_client_error(served, body):
     response = served.post("/v1/score", content=body, headers=JSON)
     assert response.status_code in (400, 422)
     assert_error(response, response.status_code, param=response.json()["error"]["param"])
 
 
-def test_a_full_queue_is_429(model):
-    """A request that alone is more than the queue holds."""
+def test_full_queue_is_429(model):
+    """A single request larger than the queue."""
     with client_of(model, max_queue=20) as client:
         response = client.post("/v1/score", json={"prompt": PROMPT, "candidates": CANDIDATES})
         assert_error(response, 429, "busy", "busy")
@@ -189,7 +189,7 @@ def test_a_full_queue_is_429(model):
         assert client.post("/v1/score", json={"prompt": "1", "completion": "2"}).status_code == 200
 
 
-def test_a_trace_that_fails_is_500(model, monkeypatch):
+def test_failed_trace_is_500(model, monkeypatch):
     with client_of(model) as client:
         forward = model.token_rewards
         monkeypatch.setattr(model, "token_rewards", lambda *ids: [rewards * float("nan") for rewards in forward(*ids)])
@@ -199,10 +199,10 @@ def test_a_trace_that_fails_is_500(model, monkeypatch):
         assert client.post("/v1/score", json={"prompt": PROMPT, "completion": "2"}).status_code == 200
 
 
-def test_a_fault_of_the_server_says_nothing_of_its_inside(model, monkeypatch):
+def test_internal_error_does_not_leak_details(model, monkeypatch):
     with client_of(model) as client:
         monkeypatch.setattr(client.app.state.service, "render", lambda prompt: 1 / 0)
         response = client.post("/v1/score", json={"prompt": PROMPT, "completion": "2"})
-        assert_error(response, 500, "server failed")
+        assert_error(response, 500, "server's log")
         assert "division" not in response.text
         assert response.headers["x-content-type-options"] == "nosniff"

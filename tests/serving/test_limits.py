@@ -1,4 +1,4 @@
-"""`tracereward serve` as a process with few files and little time: slow clients, its end, its start."""
+"""`tracereward serve` as a process with few open files and short timeouts: slow clients, startup and shutdown."""
 
 import contextlib
 import signal
@@ -46,7 +46,7 @@ def connect(server):
 
 
 def is_closed(client):
-    """By the server, which may have something to say first."""
+    """Whether the server closes the connection, possibly after a response."""
     with contextlib.suppress(ConnectionError):
         while client.recv(4096):
             pass
@@ -54,7 +54,7 @@ def is_closed(client):
 
 
 def answer_of(server):
-    """The answer to a good request; None where there is no connection for it."""
+    """The response to a valid request; None if no connection can be made."""
     with contextlib.suppress(httpx.TransportError):
         body = {"prompt": "1 + 1 = ?\n", "completion": "2"}
         return httpx.post(f"{server.url}/v1/score", json=body, trust_env=False, timeout=30)
@@ -62,8 +62,9 @@ def answer_of(server):
 
 
 @pytest.mark.long
-def test_more_half_headers_than_files_stop_nobody_for_long(server):
-    """All are closed, at once or in time. Who is connected is answered meanwhile, others after; the log is small."""
+def test_more_partial_headers_than_open_files_do_not_block_server(server):
+    """All are closed, at once or by the timeout. An open connection is served meanwhile, new ones afterwards; the log
+    stays small."""
     with contextlib.ExitStack() as stack:
         friend = stack.enter_context(httpx.Client(base_url=server.url, trust_env=False))
         clients = []
@@ -81,8 +82,8 @@ def test_more_half_headers_than_files_stop_nobody_for_long(server):
     assert len(log) < 300 * len(clients)
 
 
-def test_a_connection_that_says_nothing_is_closed(server):
-    """From its start, and after an answer when half of the next header has come."""
+def test_idle_connection_is_closed(server):
+    """Without a first request, and after a response with a partial next header."""
     with connect(server) as silent, connect(server) as second:
         second.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         assert second.recv(4096).startswith(b"HTTP/1.1 200 ")
@@ -91,24 +92,24 @@ def test_a_connection_that_says_nothing_is_closed(server):
         assert is_closed(second)
 
 
-def test_the_log_has_no_query(server):
+def test_access_log_omits_query_strings(server):
     httpx.get(f"{server.url}/v1/models?api_key=sesame", trust_env=False)
     server.find(r'"GET /v1/models HTTP/1\.1" 200')
     assert "sesame" not in server.log.read_text()
 
 
-def test_the_models_name_is_its_folders(server, folder):
+def test_model_name_is_the_folder_name(server, folder):
     [model] = httpx.get(f"{server.url}/v1/models", trust_env=False).json()["data"]
     assert model["id"] == folder.name == "rm"
 
 
-def test_a_local_server_without_a_key_refuses_other_hosts(server):
+def test_local_server_without_key_rejects_other_hosts(server):
     answer = httpx.get(f"{server.url}/v1/models", headers={"host": "evil.test"}, trust_env=False)
     assert (answer.status_code, answer.json()["error"]["code"]) == (421, "wrong_host")
 
 
-def test_what_the_end_cuts_off_is_told_so(folder, tmp_path):
-    """A request that waits for an upstream, and one whose body has not come: both get 503, and it exits with 0."""
+def test_requests_cut_off_by_shutdown_get_503(folder, tmp_path):
+    """A request waiting for the upstream and one with an incomplete body both get 503; the server exits with 0."""
     upstream = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{upstream.getsockname()[1]}/v1"
     answers = []
@@ -137,18 +138,18 @@ def test_what_the_end_cuts_off_is_told_so(folder, tmp_path):
 @pytest.mark.parametrize(
     "url", ["http://a b:x", "http://", "https:///v1", "127.0.0.1:8000", "ftp://host/v1", "http://host:x/v1", ""]
 )
-def test_an_upstream_that_is_no_address_is_refused_at_the_start(url):
+def test_invalid_upstream_url_is_rejected_at_startup(url):
     with pytest.raises(InputError, match=r"--upstream .*http://127\.0\.0\.1:8000/v1"):
         check_upstream(url)
 
 
-def test_addresses_of_upstreams():
+def test_valid_upstream_urls():
     for url in ("http://127.0.0.1:8000/v1", "https://host", "http://[::1]:8000/v1/"):
         check_upstream(url)
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "a b", "a\nb", "\x00"], ids=ascii)
-def test_a_key_that_no_header_can_carry_is_refused(tmp_path, monkeypatch, key):
+def test_key_not_valid_in_a_header_is_rejected(tmp_path, monkeypatch, key):
     file = tmp_path / "key"
     file.write_text(key, encoding="utf-8")
     with pytest.raises(InputError, match="key: a key goes into an HTTP header"):

@@ -1,4 +1,4 @@
-"""`tracereward serve` for those who run it: health, metrics, headers, logs, and what a request cannot reach."""
+"""Operation of `tracereward serve`: health, metrics, headers, logs, and isolation from files and the network."""
 
 import logging
 import re
@@ -41,7 +41,7 @@ def test_operations(served):
     assert {served.get(path).status_code for path in re.findall(r'(?:src|href)="([^"]+)"', page.text)} == {200}
 
 
-def test_health_checks_may_ask_for_the_head_only(served):
+def test_health_checks_accept_head_requests(served):
     for path in ("/health", "/ready"):
         answer = served.head(path)
         assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
@@ -63,7 +63,7 @@ def test_a_model_that_cannot_score_does_not_start(model, monkeypatch):
 
 
 def test_metrics_count(model):
-    """Two traces scored beside the one at the start, one refusal, and three paths that do not exist."""
+    """Two scored traces plus the one at startup, one rejected request, and three unknown paths."""
 
     def value(text, name):
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, flags=re.MULTILINE)[1])
@@ -85,7 +85,7 @@ def test_metrics_count(model):
     assert "scan" not in text
 
 
-def test_every_answer_has_the_security_headers(model):
+def test_every_response_has_security_headers(model):
     origin = {"origin": "http://evil.test", "access-control-request-method": "POST"}
     with client_of(model, api_key="sesame") as client:
         key = {"authorization": "Bearer sesame"}
@@ -122,11 +122,11 @@ def test_prompts_are_logged_only_on_request(model, caplog, log_prompts):
         (True, True)
     ] * (3 * log_prompts)
     assert ("19 + 19" in caplog.text) == log_prompts
-    assert not [message for message in caplog.messages if "\n" in message]  # no line of a client's making
+    assert not [message for message in caplog.messages if "\n" in message]  # no log injection
 
 
 def test_nothing_in_a_request_is_opened(model):
-    """Paths and addresses are text to be scored or refused; the process opens no file and no connection for them."""
+    """Paths and URLs in requests are only text: the process opens no file and no connection for them."""
     opened = []
     watching = [False]
 

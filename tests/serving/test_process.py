@@ -1,4 +1,4 @@
-"""`tracereward serve` as a process: many clients, clients that die, stall or send too much, and its own end."""
+"""`tracereward serve` as a process: many clients, clients that die, stall or send too much, and shutdown."""
 
 import asyncio
 import contextlib
@@ -43,7 +43,7 @@ def address(server):
 
 
 def is_well(server):
-    """It answers a request right now."""
+    """Whether the server answers a request."""
     prompt, completion = TRACES[0]
     response = httpx.post(
         f"{server.url}/v1/score", json={"prompt": prompt, "completion": completion}, trust_env=False, timeout=30
@@ -52,13 +52,13 @@ def is_well(server):
 
 
 def number(server, name):
-    """A number of /metrics."""
+    """A value from /metrics."""
     lines = httpx.get(f"{server.url}/metrics", trust_env=False).text.splitlines()
     return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)), 0.0)
 
 
-def test_64_clients_at_once_get_the_offline_scores(server, model):
-    """Each a connection and a trace of its own, scored in fewer turns than there are traces."""
+def test_64_concurrent_clients_get_offline_scores(server, model):
+    """Each client has its own connection and trace; the engine takes fewer turns than there are traces."""
     expected = model.score(*zip(*TRACES))
     turns = number(server, "tracereward_batch_traces_count")
 
@@ -89,8 +89,8 @@ while True:
 """
 
 
-def test_a_client_that_is_killed_leaves_the_server_well(server):
-    """Five processes that ask without pause, killed once each has something in flight."""
+def test_killed_client_does_not_affect_server(server):
+    """Five processes that send requests continuously, killed with requests in flight."""
     words = [sys.executable, "-c", CLIENT, str(address(server)[1])]
     clients = [subprocess.Popen(words, stdout=subprocess.PIPE, env=ENVIRONMENT) for _ in range(5)]
     try:
@@ -104,13 +104,13 @@ def test_a_client_that_is_killed_leaves_the_server_well(server):
             client.stdout.close()
     assert is_well(server)
     left = 'tracereward_requests_total{path="/v1/score",status="499"}'
-    wait_for(lambda: number(server, left) > 0, "a request that was given up")
+    wait_for(lambda: number(server, left) > 0, "a cancelled request")
     wait_for(lambda: number(server, "tracereward_queued_tokens") == 0, "an empty queue")
     assert "Traceback" not in server.log.read_text()
 
 
-def test_half_a_header_stops_nobody(server):
-    """Fifty sockets that began a request and say no more, twenty with half a body."""
+def test_partial_header_does_not_block_server(server):
+    """Fifty sockets with a partial header and twenty with a partial body."""
     with contextlib.ExitStack() as stack:
         for index in range(70):
             client = stack.enter_context(socket.create_connection(address(server)))
@@ -121,7 +121,7 @@ def test_half_a_header_stops_nobody(server):
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
-def test_a_body_of_100_megabytes_is_refused_unread(server, chunked):
+def test_100_megabyte_body_is_rejected_unread(server, chunked):
     process = psutil.Process(server.popen.pid)
     before = process.memory_info().rss
     piece, total, sent = b" " * 2**20, 100, 0
@@ -145,8 +145,8 @@ def test_a_body_of_100_megabytes_is_refused_unread(server, chunked):
     assert is_well(server)
 
 
-def test_sigterm_answers_what_is_in_flight(folder, model, tmp_path):
-    """Requests that the server has read when the signal comes: all are answered, and it exits with 0."""
+def test_sigterm_completes_requests_in_flight(folder, model, tmp_path):
+    """All requests read before the signal are answered, and the server exits with 0."""
     with serving(tmp_path / "log", folder, "--max-wait-ms", "2000", "--log-prompts") as server:
 
         async def run():
@@ -170,15 +170,15 @@ def test_sigterm_answers_what_is_in_flight(folder, model, tmp_path):
     assert "Traceback" not in server.log.read_text()
 
 
-# Requests that a machine makes up from the server's own description
+# Fuzzing from the server's OpenAPI description
 
 
 def fuzz(server, cases, paths=".*"):
-    """How many answers of each status came to `cases` valid and as many invalid requests for each operation at `paths`.
+    """Send `cases` valid and `cases` invalid requests to each operation at `paths`; returns responses per status.
 
-    Each must be one that the description has: its status, its content type, its shape.
+    Each response must match the description: status, content type and schema.
     """
-    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: no requests are made up")
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
     import requests
     from hypothesis import HealthCheck, given, settings
     from hypothesis.errors import Unsatisfiable
@@ -207,7 +207,7 @@ def fuzz(server, cases, paths=".*"):
 
 
 @pytest.mark.long
-def test_made_up_requests_get_described_answers(server):
+def test_fuzzed_requests_get_documented_responses(server):
     counts = fuzz(server, 50)
     assert counts[200] > 25
     assert counts[422] > 25
@@ -217,7 +217,7 @@ def test_made_up_requests_get_described_answers(server):
 @pytest.mark.parametrize(
     "cases", [pytest.param(15, marks=pytest.mark.long), pytest.param(1000, marks=pytest.mark.slow)]
 )
-def test_made_up_requests_to_the_proxy_get_described_answers(folder, tmp_path, cases):
+def test_fuzzed_proxy_requests_get_documented_responses(folder, tmp_path, cases):
     with (
         Upstream(sampler(["1 + 2 = 3\n#### 3", "#### 4"])) as upstream,
         serving(tmp_path / "log", folder, "--upstream", upstream.url) as server,
@@ -229,7 +229,7 @@ def test_made_up_requests_to_the_proxy_get_described_answers(folder, tmp_path, c
 
 
 @pytest.mark.slow
-def test_thousands_of_made_up_requests_get_described_answers(server):
+def test_thousands_of_fuzzed_requests_get_documented_responses(server):
     counts = fuzz(server, 1000)
     assert sum(counts.values()) > 5000
     assert is_well(server)

@@ -1,4 +1,4 @@
-"""Best-of-N over HTTP: OpenAI's client, `tracereward serve`, and a real server behind it that generates."""
+"""Best-of-N over HTTP: OpenAI's client, `tracereward serve`, and a real generating upstream."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def reward(model):
-    """The offline reward of an answer to `PROMPT`, cut off or ended."""
+    """The offline reward of an answer to `PROMPT`, truncated or finished."""
 
     def reward(text, finished=False):
         return model.score([PROMPT], [text], [finished])[0].aggregate()
@@ -81,8 +81,8 @@ def generator(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def client(generator, folder, tmp_path_factory):
-    """OpenAI's client of ``tracereward serve`` before the upstream."""
-    openai = pytest.importorskip("openai", reason="openai is not installed: the proxy is not tried with its client")
+    """OpenAI's client for ``tracereward serve`` in front of the upstream."""
+    openai = pytest.importorskip("openai", reason="openai is not installed")
     log = tmp_path_factory.mktemp("serve") / "log"
     with serving(log, folder, "--upstream", generator[1], "--samples", 3) as server:
         client = openai.OpenAI(
@@ -104,8 +104,8 @@ def ask(client, generator):
     return ask
 
 
-def test_the_answer_is_the_sample_with_the_highest_reward(ask, reward):
-    """The scores of all samples are told; the texts' own are recomputed offline."""
+def test_response_is_the_sample_with_the_highest_reward(ask, reward):
+    """The scores of all samples are returned; those of the returned texts are recomputed offline."""
     answer = ask({"n": 5, "method": "reward"}, n=2)
     told = answer.tracereward
     assert told["samples"] == len(told["scores"]) == 5
@@ -125,12 +125,12 @@ def test_usage_is_the_sum_of_all_samples(ask):
     assert many.total_tokens == many.prompt_tokens + many.completion_tokens
 
 
-def test_the_number_of_samples_is_the_servers_where_a_request_does_not_say(ask):
+def test_number_of_samples_defaults_to_the_servers(ask):
     assert ask().tracereward["samples"] == 3
     assert ask(n=4).tracereward["samples"] == 4
 
 
-def test_a_stream_carries_the_chosen_text_and_ends(ask, reward, client, generator):
+def test_stream_has_the_selected_text_and_ends(ask, reward, client, generator):
     chunks = list(ask({"n": 3, "method": "reward"}, stream=True, stream_options={"include_usage": True}))
     choices = [chunk.choices[0] for chunk in chunks if chunk.choices]
     scores = chunks[-1].tracereward["scores"]
@@ -146,7 +146,7 @@ def test_a_stream_carries_the_chosen_text_and_ends(ask, reward, client, generato
     assert raw.text.endswith("data: [DONE]\n\n")
 
 
-def test_invalid_fields_are_errors_that_openais_client_knows(ask):
+def test_invalid_fields_raise_errors_in_openai_client(ask):
     openai = pytest.importorskip("openai")
     for options, field in (
         ({"selection": {"n": 0}}, "tracereward.n"),
@@ -166,8 +166,8 @@ def test_invalid_fields_are_errors_that_openais_client_knows(ask):
     assert error.value.status_code == 413
 
 
-def test_an_upstream_that_is_killed_is_unreachable(ask, client, generator):
-    """The last test with it."""
+def test_killed_upstream_is_502(ask, client, generator):
+    """The last test that uses this upstream."""
     openai = pytest.importorskip("openai")
     assert ask().choices
     assert generator[0].end(signal.SIGKILL) == -signal.SIGKILL
@@ -179,12 +179,12 @@ def test_an_upstream_that_is_killed_is_unreachable(ask, client, generator):
     assert client.models.list().data[0].id == "rm"  # the server itself is well
 
 
-# Upstreams that a test writes
+# Simulated upstreams
 
 
 @contextlib.contextmanager
 def behind(model, reply, **settings):
-    """A client of a proxy before an `Upstream`, and the upstream."""
+    """A client of a proxy in front of an `Upstream`, and the upstream."""
     with Upstream(reply) as upstream:
         app = create_app(model, Settings("rm", upstream=upstream.url, **settings))
         with TestClient(app, raise_server_exceptions=False) as client:
@@ -197,8 +197,8 @@ def completion(client, selection=None, **fields):
 
 
 @pytest.mark.parametrize("knows_n", [True, False], ids=["n known", "n ignored"])
-def test_samples_are_asked_for_at_once_or_one_by_one(model, reward, knows_n):
-    """What is the proxy's own is not passed on; all else is, with seeds that differ."""
+def test_samples_are_requested_with_n_or_individually(model, reward, knows_n):
+    """The proxy's own fields are not forwarded; all others are, with distinct seeds."""
     best = max(CHOICES, key=lambda text: reward(text, True))
     with behind(model, sampler(CHOICES, knows_n=knows_n), upstream_key="its own") as (client, upstream):
         options = {"seed": 7, "top_p": 0.5, "stop": ["x"], "n": 2, "best_of": 9, "stream": False}
@@ -224,7 +224,7 @@ def test_samples_are_asked_for_at_once_or_one_by_one(model, reward, knows_n):
     assert (answer["id"], answer["object"], answer["model"]) == ("x-1", "text_completion", "policy")
 
 
-def test_the_clients_key_is_not_the_upstreams(model):
+def test_client_key_is_not_sent_to_upstream(model):
     with behind(model, sampler(CHOICES), api_key="clients") as (client, upstream):
         client.headers["authorization"] = "Bearer clients"
         assert completion(client).status_code == 200
@@ -232,8 +232,8 @@ def test_the_clients_key_is_not_the_upstreams(model):
 
 
 def test_votes_count_answers(model, reward):
-    """Two of three say 4: a majority chooses the better of these; `shortest` the shortest; texts without an answer
-    are chosen by reward."""
+    """Two of three samples answer 4: `majority` selects the better of these, `shortest` the shortest text. Samples
+    without an answer are selected by reward."""
     texts = [RIGHT, WRONG, SHORT]
     with behind(model, sampler(texts)) as (client, _):
         majority = completion(client, {"n": 3, "method": "majority"}).json()
@@ -251,7 +251,7 @@ def test_votes_count_answers(model, reward):
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])
-def test_a_sample_that_was_cut_off_has_no_end_to_be_scored(model, reward, finish):
+def test_truncated_sample_is_scored_without_end_of_sequence(model, reward, finish):
     with behind(model, sampler([RIGHT], finish)) as (client, _):
         answer = completion(client, {"n": 1}).json()
     expected = reward(RIGHT, finish == "stop")
@@ -259,7 +259,7 @@ def test_a_sample_that_was_cut_off_has_no_end_to_be_scored(model, reward, finish
     assert answer["choices"][0]["finish_reason"] == finish
 
 
-def test_empty_samples_are_left_out(model):
+def test_empty_samples_are_dropped(model):
     with behind(model, sampler(["", RIGHT, ""])) as (client, _):
         answer = completion(client, {"n": 3}, n=3).json()
         assert [choice["text"] for choice in answer["choices"]] == [RIGHT]
@@ -271,7 +271,7 @@ def test_empty_samples_are_left_out(model):
 
 
 def test_chat(model, reward):
-    """Messages, also in parts; whole and as a stream."""
+    """Messages with text parts, as a response and as a stream."""
     parts = [{"type": "text", "text": PROMPT}]
     messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": parts}]
     best = max(CHOICES, key=lambda text: reward(text, True))
@@ -301,7 +301,7 @@ def test_chat(model, reward):
         assert response.json()["error"]["param"] == field
 
 
-def test_an_upstreams_own_error_is_passed_on(model):
+def test_upstream_error_is_forwarded(model):
     own = {"error": {"message": "slow down", "type": "rate_limit_error", "param": None, "code": "busy"}}
     with behind(model, lambda path, body: (429, own, {"retry-after": "7", "set-cookie": "a=b"})) as (client, _):
         response = completion(client)
@@ -331,7 +331,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("reply", BAD.values(), ids=BAD)
-def test_an_upstreams_garbage_is_502(model, reply):
+def test_invalid_upstream_response_is_502(model, reply):
     def answer(path, body):
         return reply
 
@@ -346,8 +346,8 @@ def test_an_upstreams_garbage_is_502(model, reply):
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        (b"<html>", ("the upstream answered 503", "upstream_error", None, "bad_upstream")),
-        ({"error": {}}, ("the upstream answered 503", "upstream_error", None, "bad_upstream")),
+        (b"<html>", ("the upstream responded 503", "upstream_error", None, "bad_upstream")),
+        ({"error": {}}, ("the upstream responded 503", "upstream_error", None, "bad_upstream")),
         ({"error": "no such model"}, ("no such model", "upstream_error", None, None)),
         ({"detail": "Not Found"}, ("Not Found", "upstream_error", None, None)),
         ({"detail": [{"loc": ["n"]}]}, ('[{"loc": ["n"]}]', "upstream_error", None, None)),
@@ -358,8 +358,8 @@ def test_an_upstreams_garbage_is_502(model, reply):
     ],
     ids=["page", "empty", "text", "detail", "details", "vLLM's old"],
 )
-def test_an_upstreams_words_are_passed_on_in_openais_shape(model, body, expected):
-    """With its status; a header that HTTP cannot hold is left out."""
+def test_upstream_error_message_is_converted_to_openai_format(model, body, expected):
+    """The status is kept; an invalid header is dropped."""
     with behind(model, lambda path, _: (503, body, {"retry-after": "\xff"})) as (client, _):
         response = completion(client)
     assert response.status_code == 503
@@ -367,7 +367,7 @@ def test_an_upstreams_words_are_passed_on_in_openais_shape(model, body, expected
 
 
 @pytest.mark.parametrize("usage", [[1], "many", None, {"total_tokens": "3"}, {"total_tokens": {"a": {"b": 1}}}])
-def test_a_malformed_usage_is_left_out(model, usage):
+def test_malformed_usage_is_dropped(model, usage):
     choice = {"text": RIGHT, "index": 0}
     with behind(model, lambda path, body: (200, {"choices": [choice], "usage": usage}, {})) as (client, _):
         response = completion(client, {"n": 1})
@@ -375,8 +375,8 @@ def test_a_malformed_usage_is_left_out(model, usage):
     assert response.json()["usage"] == {}
 
 
-def test_usage_has_the_details_summed(model):
-    """By hand; a number that is too long to be added is left out."""
+def test_usage_details_are_summed(model):
+    """Integers too large to serialise are dropped."""
     usages = [
         {"total_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 2}, "x": 10**4299},
         {"total_tokens": 7, "completion_tokens_details": {"reasoning_tokens": 3, "audio_tokens": 1}, "x": 10**4299},
@@ -393,7 +393,7 @@ def test_usage_has_the_details_summed(model):
     }
 
 
-def test_an_upstream_that_is_late_is_504(model):
+def test_slow_upstream_is_504(model):
     never = threading.Event()
 
     def reply(path, body):
@@ -409,8 +409,8 @@ def test_an_upstream_that_is_late_is_504(model):
     assert response.json()["error"]["code"] == "upstream_timeout"
 
 
-def test_an_upstream_that_trickles_is_504(model):
-    """The limit is of the whole answer, whose bytes keep coming."""
+def test_trickling_upstream_is_504(model):
+    """The timeout applies to the full response even while bytes keep arriving."""
     end = threading.Event()
 
     def pieces():
@@ -430,7 +430,7 @@ def test_an_upstream_that_trickles_is_504(model):
 
 
 def endless(begun, left, end):
-    """What an upstream sends while it generates: begins, and ends when the client leaves."""
+    """A stream that runs until the client disconnects; `begun` and `left` signal both events."""
     begun.release()
     try:
         while not end.wait(0.02):
@@ -439,7 +439,7 @@ def endless(begun, left, end):
         left.release()
 
 
-def test_a_client_that_leaves_takes_its_samples_along(folder, tmp_path):
+def test_client_disconnect_cancels_its_samples(folder, tmp_path):
     begun, left, end = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
     body = json.dumps({"prompt": PROMPT}).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
@@ -457,8 +457,8 @@ def test_a_client_that_leaves_takes_its_samples_along(folder, tmp_path):
             end.set()
 
 
-def test_a_failed_sample_ends_its_siblings(model):
-    """One of the others fails once all have begun: the upstream sees the rest of them leave."""
+def test_failed_sample_cancels_the_others(model):
+    """One request fails once all have begun: the upstream sees the others disconnect."""
     begun, left, end = threading.Semaphore(0), threading.Semaphore(0), threading.Event()
 
     def reply(path, body):
@@ -479,8 +479,8 @@ def test_a_failed_sample_ends_its_siblings(model):
     assert (response.status_code, response.json()["error"]["message"]) == (500, "out of memory")
 
 
-def test_more_requests_than_may_be_with_the_upstream_are_429(model):
-    """Before it is asked; once there is a place again, they are answered."""
+def test_requests_over_max_upstream_are_429(model):
+    """Excess requests are rejected before the upstream is called, and accepted once others finish."""
     go, sampled = threading.Event(), sampler([RIGHT])
 
     def reply(path, body):
@@ -503,7 +503,7 @@ def test_more_requests_than_may_be_with_the_upstream_are_429(model):
     assert int(refused.headers["retry-after"]) >= 1
 
 
-def test_cookies_stay_with_nobody(model):
+def test_upstream_cookies_are_dropped(model):
     sampled = sampler([RIGHT])
 
     def reply(path, body):
@@ -517,8 +517,8 @@ def test_cookies_stay_with_nobody(model):
 
 
 @pytest.mark.parametrize("selection", [{"n": 8}, {"n": 8, "temperature": 0}, None])
-def test_a_greedy_request_is_one_sample(model, selection):
-    """At temperature 0, the request's or the samples' own; with `n` the upstream says what it does with several."""
+def test_greedy_request_uses_one_sample(model, selection):
+    """At temperature 0, of the request or of `tracereward`; a larger `n` is forwarded to the upstream."""
     temperature = 1.0 if selection and "temperature" in selection else 0
     with behind(model, sampler([RIGHT])) as (client, upstream):
         answer = completion(client, selection, temperature=temperature).json()
@@ -528,8 +528,8 @@ def test_a_greedy_request_is_one_sample(model, selection):
     assert (len(answer["choices"]), len(two["choices"])) == (1, 2)
 
 
-def test_the_limit_of_tokens_holds_before_and_after_the_upstream(model):
-    """Both are 413, also on a server whose queue holds no more than the limit."""
+def test_token_limit_applies_before_and_after_sampling(model):
+    """Both cases are 413, also on a server whose queue is no larger than the limit."""
     prompt = len(model.tokenizer(PROMPT)["input_ids"])
     few = 100 // (prompt + 1)
     with behind(model, sampler([RIGHT]), max_tokens=100, max_queue=100) as (client, upstream):
@@ -549,13 +549,13 @@ def test_the_limit_of_tokens_holds_before_and_after_the_upstream(model):
     assert long.json()["error"]["param"] == "prompt"
 
 
-def test_voting_leaves_the_server_well(tmp_path, tokenizer, monkeypatch, caplog):
-    """Comparisons that math-verify never ends: /health answers meanwhile, the vote ends with its time, and nothing that
-    the samples said is logged."""
+def test_slow_voting_does_not_block_server(tmp_path, tokenizer, monkeypatch, caplog):
+    """Comparisons that never finish in math-verify: /health answers meanwhile, the vote ends at its time limit, and no
+    sample text is logged."""
     folder = save_reward_model(tmp_path / "rm", tokenizer, task="math")
     monkeypatch.setattr(answers, "TIME_LIMIT", 2.0)
     monkeypatch.setattr(proxy, "VOTE_SECONDS", 1.0)
-    assert answers.equal_math("y+1", "1+y")  # the process runs
+    assert answers.equal_math("y+1", "1+y")  # the worker process is running
     towers = ["5^{9^{9^" + digit + "}}" for digit in "897765"]
     texts = ["\\boxed{" + tower + "}" for tower in towers]
     slowest = 0.0
@@ -575,8 +575,8 @@ def test_voting_leaves_the_server_well(tmp_path, tokenizer, monkeypatch, caplog)
     assert "9^" not in caplog.text
 
 
-def test_the_upstreams_models_are_listed(model, monkeypatch):
-    """Behind the reward model; it alone where the upstream does not answer, or with something else."""
+def test_upstream_models_are_listed(model, monkeypatch):
+    """Listed after the reward model; omitted if the upstream does not respond or responds with invalid data."""
     monkeypatch.setattr(upstreams, "MODELS_SECONDS", 0.5)
     never = threading.Event()
     listed = {
@@ -595,8 +595,8 @@ def test_the_upstreams_models_are_listed(model, monkeypatch):
     assert names == {case: ["rm", "policy"] if case == "listed" else ["rm"] for case in listed}
 
 
-def test_an_upstream_that_dies_in_the_middle_of_n_is_an_error(model):
-    """The first answer comes, one of the others fails: no answer of fewer samples than were asked for."""
+def test_upstream_failure_after_first_sample_is_an_error(model):
+    """The first sample succeeds and another fails: no response with fewer samples than requested."""
     first = sampler([RIGHT], knows_n=False)
 
     def reply(path, body):
@@ -608,8 +608,8 @@ def test_an_upstream_that_dies_in_the_middle_of_n_is_an_error(model):
     assert response.json()["error"]["code"] == "bad_upstream"
 
 
-def test_what_cannot_be_sent_is_the_clients_error(model):
-    """Python's parser takes NaN and half a surrogate pair; the upstream never sees them."""
+def test_unserialisable_request_is_a_client_error(model):
+    """Python's parser accepts NaN and lone surrogates; they are never forwarded."""
     with behind(model, sampler([RIGHT])) as (client, upstream):
         for body in (b'{"prompt": "1", "top_p": NaN}', b'{"prompt": "\\ud800"}', b'{"prompt": "1", "\\ud800": 1}'):
             response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
@@ -626,7 +626,7 @@ def test_what_cannot_be_sent_is_the_clients_error(model):
         ('"temperature": "hot"', "temperature", "valid number"),
         ('"seed": "1"', "seed", "valid integer"),
         ('"n": true', "n", "valid integer"),
-        ('"top_p": NaN', "top_p", "cannot hold"),
+        ('"top_p": NaN', "top_p", "JSON"),
         ('"prompt": ["1", "2"]', "prompt", "one text, not 2"),
         ('"prompt": []', "prompt", "one text, not 0"),
         ('"prompt": [1]', "prompt", "valid string"),
@@ -648,7 +648,7 @@ def test_invalid_fields_are_named(model, fields, param, text):
     assert not upstream.requests
 
 
-def test_a_prompt_may_be_a_list_of_one_text(model, reward):
+def test_prompt_as_a_list_of_one_text(model, reward):
     with behind(model, sampler([RIGHT])) as (client, upstream):
         answer = completion(client, {"n": 1}, prompt=[PROMPT]).json()
     assert upstream.requests[0][1]["prompt"] == [PROMPT]  # as it came
@@ -656,8 +656,8 @@ def test_a_prompt_may_be_a_list_of_one_text(model, reward):
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_a_stream_has_all_that_the_choice_has(model, path):
-    """Log-probs, reasoning and whatever else an upstream adds, once; the reason of its end comes last."""
+def test_stream_has_all_fields_of_the_choice(model, path):
+    """Log-probs, reasoning and other fields are sent once; the finish reason comes last."""
     others = {"index": 0, "logprobs": {"content": [{"token": "3", "logprob": -0.5}]}, "stop_reason": 7}
     message = {"role": "assistant", "content": RIGHT, "reasoning_content": "I count."}
     said = {"message": message} if path.startswith("chat") else {"text": RIGHT}
@@ -672,7 +672,7 @@ def test_a_stream_has_all_that_the_choice_has(model, path):
     assert second == [{"index": 0, **empty, "finish_reason": "stop"}]
 
 
-def test_the_description_has_the_proxys_requests_and_answers(model):
+def test_openapi_describes_proxy_requests_and_responses(model):
     with behind(model, sampler([RIGHT])) as (client, _):
         description = client.get("/openapi.json").json()
     schemas = description["components"]["schemas"]
@@ -691,7 +691,7 @@ def test_the_description_has_the_proxys_requests_and_answers(model):
     )
 
 
-def test_a_sample_that_the_reward_model_cannot_read_is_said(model):
+def test_sample_longer_than_the_reward_models_positions_is_422(model):
     with behind(model, sampler([" + 1" * 100])) as (client, upstream):
         sampled, asked = completion(client), completion(client, prompt="1 + " * 100)
         assert len(upstream.requests) == 1  # a prompt that is too long is refused before

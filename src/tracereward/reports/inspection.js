@@ -1,7 +1,7 @@
 "use strict";
-// Everything that comes from a trace is set as text, never as markup. Traces are made in batches as one scrolls.
+// Content of traces is set as text, never as markup. Traces are rendered in batches on scrolling.
 const BATCH = 24; // traces
-const DIGITS = 4; // of a token's value; step rewards have 2
+const DIGITS = 4; // decimals of a token's value; step rewards have 2
 
 const byId = (id) => document.getElementById(id);
 const { limit, questions } = JSON.parse(byId("data").textContent);
@@ -9,13 +9,13 @@ const total = questions.reduce((sum, question) => sum + question.traces.length, 
 const [list, count, more, readout] = ["questions", "count", "more", "readout"].map(byId);
 questions.forEach((question, i) => { question.number = i + 1; question.search = question.prompt.toLowerCase(); });
 
-let shown = []; // [question, its traces that pass the filters], in the chosen order
-let made = 0; // of `shown`, how many are on the page
-let loaded = 0; // their traces
+let shown = []; // [question, its traces that pass the filters], in the selected order
+let made = 0; // number of entries of `shown` on the page
+let loaded = 0; // number of traces on the page
 
 // --- numbers and elements ---
 
-const whole = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+const counted = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 const signed = (value, digits) =>
   value === null ? "–" : (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits);
 
@@ -26,7 +26,7 @@ function make(tag, className = "", text = "") {
   return element;
 }
 
-// The report's colours: `--w` is how far from neutral towards blue (hi) or orange (lo).
+// The report's colours: `--w` is the share of blue (hi) or orange (lo) in the mix with neutral.
 function colour(element, reward) {
   element.classList.add(reward > 0 ? "hi" : "lo");
   element.style.setProperty("--w", `${(100 * Math.min(Math.abs(reward ?? 0) / limit, 1)).toFixed(2)}%`);
@@ -54,7 +54,7 @@ function stepRow(step, i, isError) {
   text.dir = "auto";
   if (isError) {
     const mark = make("small", "", "suspected first error");
-    mark.dir = "ltr"; // and so has no say in the direction of the trace's text
+    mark.dir = "ltr"; // so that it does not affect the direction of the trace's text
     text.append(mark);
   }
   for (const piece of step.tokens) text.append(piece.length > 1 ? token(piece) : piece[0]);
@@ -112,7 +112,7 @@ function section([question, traces]) {
   const facts = make("div", "facts quiet");
   if (question.answer !== null) facts.append(make("span", "", `right answer ${question.answer}`));
   const hidden = question.traces.length - traces.length;
-  if (hidden) facts.append(make("span", "", `${whole(hidden, "candidate")} filtered out`));
+  if (hidden) facts.append(make("span", "", `${counted(hidden, "candidate")} filtered out`));
   const candidates = make("div", "candidates");
   candidates.append(...traces.map((trace) => candidate(trace, question)));
   box.append(facts, candidates);
@@ -132,7 +132,7 @@ function select() {
     .map((question) => [question, question.traces.filter(passes)])
     .filter(([, traces]) => traces.length);
   const key = KEYS[byId("order").value];
-  if (key) { // a question stands where the first of its candidates does; what has no value comes last
+  if (key) { // a question is sorted by its first candidate; missing values come last
     const at = (trace) => key(trace) ?? Infinity;
     for (const [, traces] of shown) traces.sort((a, b) => at(a) - at(b) || 0);
     shown.sort(([, a], [, b]) => at(a[0]) - at(b[0]) || 0);
@@ -141,8 +141,8 @@ function select() {
   hideReadout();
   made = loaded = 0;
   const traces = shown.reduce((sum, [, held]) => sum + held.length, 0);
-  count.textContent = `${traces.toLocaleString("en")} of ${whole(total, "trace")}, `
-    + `${shown.length.toLocaleString("en")} of ${whole(questions.length, "question")}`;
+  count.textContent = `${traces.toLocaleString("en")} of ${counted(total, "trace")}, `
+    + `${shown.length.toLocaleString("en")} of ${counted(questions.length, "question")}`;
   if (!traces) list.append(make("p", "message", total ? "No trace matches." : "There are no traces."));
   load();
 }
@@ -155,8 +155,8 @@ function load() {
     made += 1;
   }
   more.hidden = made === shown.length;
-  byId("loaded").textContent = `The first ${whole(loaded, "trace")} are loaded; more load as you scroll.`;
-  // Observing anew reports again: the end may still be in view.
+  byId("loaded").textContent = `The first ${counted(loaded, "trace")} are loaded; more load as you scroll.`;
+  // Observing again triggers another callback: the end may still be in view.
   observer.unobserve(more);
   if (!more.hidden) observer.observe(more);
 }
@@ -167,13 +167,13 @@ byId("load").addEventListener("click", load);
 
 function changed() {
   select();
-  if (list.getBoundingClientRect().top < 0) list.scrollIntoView(); // not the middle of what is now shown
+  if (list.getBoundingClientRect().top < 0) list.scrollIntoView(); // back to the start of the new list
 }
 byId("search").addEventListener("input", changed);
 for (const control of document.querySelectorAll("#order, [name=answers]")) control.addEventListener("change", changed);
 byId("tools").addEventListener("submit", (event) => event.preventDefault());
 
-// --- a token's value, at the pointer or the focus ---
+// --- a token's value, on hover or focus ---
 
 let read = null;
 
@@ -201,7 +201,7 @@ function hideReadout() {
   readout.hidden = true;
 }
 
-function leave() { // the pointer or the focus leaves a token; the one that has the focus keeps its value
+function leave() { // the pointer or the focus left a token; a focused token keeps showing its value
   hideReadout();
   showReadout({ target: document.activeElement });
 }
@@ -237,7 +237,7 @@ function nextToken(from, key) {
 function goToQuestion(by) {
   const sections = [...list.querySelectorAll(".question")];
   let at = sections.indexOf(document.activeElement.closest(".question"));
-  if (at < 0) { // none has the focus: from the one at the top of the window
+  if (at < 0) { // no question has the focus: start from the one at the top of the window
     at = sections.findIndex((held) => held.getBoundingClientRect().bottom > 120);
     if (by > 0 && sections[at]?.getBoundingClientRect().top > 0) at -= 1;
   }
@@ -264,7 +264,7 @@ document.addEventListener("keydown", (event) => {
   }
   event.preventDefault();
 });
-list.addEventListener("focusin", (event) => { // a tap or click moves the tab stop too
+list.addEventListener("focusin", (event) => { // a tap or click also moves the tab stop
   if (event.target.matches(".t") && event.target.tabIndex !== 0) focusToken(event.target, event.target);
 });
 

@@ -1,7 +1,7 @@
-"""`tracereward inspect`: one self-contained page of scored traces, a question's candidates side by side.
+"""`tracereward inspect`: one self-contained HTML page of scored traces, with a question's candidates side by side.
 
-Of each trace it shows the steps with their tokens on the report's colours, the reward of each step, and the step that
-is suspected to be the first error. `inspection_terminal` prints the same.
+For each trace it shows the steps with coloured tokens, the reward of each step, and the suspected first error.
+`inspection_terminal` prints the same content.
 """
 
 import base64
@@ -23,8 +23,8 @@ from tracereward.reports.report import HEATMAP_CSS, page_template, reward_colour
 from tracereward.rewards.first_error_rules import ERROR_MARGIN, first_below_others
 from tracereward.rewards.token_scores import TokenScores
 
-_DIGITS = 4  # of the values on the page
-# Control characters but for newline and tab, lone surrogates, and what reorders the text around it.
+_DIGITS = 4  # decimals of the values on the page
+# Control characters except newline and tab, lone surrogates, and bidirectional overrides.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -34,7 +34,7 @@ def largest_drop(step_rewards: Sequence[float]) -> float | None:
 
 
 def visible(text: str) -> str:
-    r"""`text` with what could drive a terminal or reorder a line written out, e.g. ``\x1b``; newline and tab stay."""
+    r"""Escape characters that control a terminal or reorder text, e.g. as ``\x1b``; newline and tab are kept."""
     return _UNSAFE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
@@ -45,19 +45,19 @@ def write_inspection(
     command: str = "",
     threshold: float = ERROR_MARGIN,
 ) -> None:
-    """Write scored traces as one HTML file that needs no network. An older page stays if this one fails.
+    """Write scored traces as one HTML file that needs no network. On failure an existing page is kept.
 
     Args:
-        path: where the page goes.
+        path: the output file.
         traces: rows as `tracereward score` writes them; rows with the same prompt are shown side by side. `step_ends`
-            and `supervised` are used if present; without `step_ends`, steps end with a newline. The facts `reward`,
-            `correct`, `extracted`, `answer` (the right one), `logprob` and `model` are shown if present.
+            and `supervised` are used if present; without `step_ends`, steps end with a newline. The fields `reward`,
+            `correct`, `extracted`, `answer` (the correct one), `logprob` and `model` are shown if present.
         title: the page's heading.
         command: the command that made the page, shown below the heading.
         threshold: see `first_below_others`.
 
     Raises:
-        InputError: a row lacks scores, or they do not fit (see `scored_rows.check_scores`); named by its number from 1.
+        InputError: a row's scores are missing or inconsistent (see `check_scores`); rows are numbered from 1.
     """
     questions = questions_of(traces, threshold)
     limit = colour_limit(questions)
@@ -90,15 +90,15 @@ def write_inspection(
     atomic_write_text(path, html)
 
 
-# --- what both show ---
+# --- content of the page and the terminal ---
 
 
 def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[str, Any]]:
-    """The traces by question, in the order in which questions first come: what the page and the terminal show.
+    """Group traces by question, in order of first occurrence: the content of the page and the terminal output.
 
     Returns:
-        Questions with `prompt`, `answer` and `traces`, each of these with its facts, `error` (`first_below_others`),
-        `drop` (`largest_drop`) and `steps`; JSON values only, numbers with 4 decimals, text made `visible`.
+        Questions with `prompt`, `answer` and `traces`. Each trace has its row's fields, `error` (`first_below_others`),
+        `drop` (`largest_drop`) and `steps`. JSON values only, numbers with 4 decimals, text escaped by `visible`.
 
     Raises:
         InputError: as for `write_inspection`.
@@ -114,7 +114,7 @@ def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[
 
 
 def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt as text; of a conversation, each message behind its role."""
+    """A prompt as text; a conversation as ``role: content`` paragraphs."""
     if isinstance(prompt, str):
         return visible(prompt)
     if len(prompt) == 1:
@@ -123,17 +123,17 @@ def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
 
 
 def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
-    """One trace: its facts, and its steps with their tokens."""
+    """One trace: its fields, and its steps with their tokens."""
     offsets = [(start, end) for start, end in row["offsets"]]
     tokens, rewards = row["tokens"], row["token_rewards"]
     supervised = row.get("supervised")
     text = text_read(tokens, offsets, row["completion"])
     ends = list(step_ends(text, offsets) if row.get("step_ends") is None else row["step_ends"])
-    ends[-1:] = [True] * min(len(ends), 1)  # no token is left out
+    ends[-1:] = [True] * min(len(ends), 1)  # the last token always ends a step, so that every token is shown
     means = TokenScores(tokens=tokens, offsets=offsets, rewards=rewards, supervised=[], step_ends=ends).step_rewards()
     given = row.get("step_rewards") or []
     step_rewards = given if len(given) == len(means) else means
-    # The supervised positions are worth a mark where they are not all positions.
+    # Mark supervised positions only if some positions are unsupervised.
     marks = supervised if supervised is not None and not all(supervised) else [False] * len(tokens)
     pieces = _pieces(text, tokens, offsets, rewards=rewards, ends=ends, marks=marks)
     reward = row.get("reward")
@@ -157,10 +157,10 @@ def _pieces(
     ends: Sequence[bool],
     marks: Sequence[bool],
 ) -> list[list[list[Any]]]:
-    """The pieces of each step: ``[text, reward, kinds]``, or ``[text]`` for text that no token carries.
+    """The pieces of each step: ``[text, reward, kinds]`` for a token, or ``[text]`` for text not covered by a token.
 
-    Kinds are letters, the classes of `HEATMAP_CSS`: s supervised, e end of sequence, z a part of a character that is
-    shown elsewhere, n starts with a line break; and m, ends with one that is not shown because the step ends.
+    Kinds are letters, the classes of `HEATMAP_CSS`: s supervised; e end of sequence; z part of a character that an
+    earlier token shows; n starts with a line break; m ends with a line break that is hidden because the step ends.
     """
     steps: list[list[list[Any]]] = [[]]
     shown = 0
@@ -186,13 +186,13 @@ def _pieces(
 
 
 def colour_limit(questions: list[dict[str, Any]]) -> float:
-    """The largest |reward| of all tokens, which has the strongest colour; 1 if there is none."""
+    """The largest |reward| of all tokens, which gets the strongest colour; 1 if there are no tokens."""
     sizes = (abs(reward) for _, reward, _ in _scored(questions) if reward is not None)
     return max(sizes, default=0.0) or 1.0
 
 
 def _scored(questions: list[dict[str, Any]]) -> Iterator[list[Any]]:
-    """The pieces that are tokens."""
+    """The pieces of all traces that are tokens."""
     for question in questions:
         for trace in question["traces"]:
             for step in trace["steps"]:
@@ -211,7 +211,7 @@ def _text(value: object) -> str | None:
 
 
 def _embedded_json(value: Any) -> Markup:
-    r"""JSON that can stand in a ``<script>`` element: nothing in it ends the element, or a line of JavaScript."""
+    r"""JSON escaped for a ``<script>`` element: it cannot close the element or end a line of JavaScript."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -219,5 +219,5 @@ def _embedded_json(value: Any) -> Markup:
 
 
 def _hash(source: str) -> Markup:
-    """The source expression that lets a Content-Security-Policy run this text and no other."""
+    """The Content-Security-Policy source expression that allows exactly this text."""
     return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'")

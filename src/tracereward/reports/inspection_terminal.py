@@ -1,4 +1,4 @@
-"""`tracereward inspect` in the terminal: what `inspection` shows on a page, a line per step."""
+"""`tracereward inspect` in the terminal: the content of the `inspection` page, one line per step."""
 
 from collections.abc import Iterable
 from typing import Any, TextIO
@@ -14,13 +14,13 @@ from tracereward.reports.report import reward_colour
 from tracereward.rewards.first_error_rules import ERROR_MARGIN
 
 COLOURS: dict[str, dict[str, Any]] = {
-    "auto": {},  # rich looks at the terminal and at NO_COLOR
+    "auto": {},  # rich detects the terminal and NO_COLOR
     "never": {"color_system": None},
     "256": {"color_system": "256", "force_terminal": True, "no_color": False},
     "truecolor": {"color_system": "truecolor", "force_terminal": True, "no_color": False},
 }
-_MARK = "!"  # of the suspected first error
-_SIGNS = {"z": "·", "e": "■", "m": "↵"}  # of a token's kinds, see `inspection`
+_MARK = "!"  # marks the suspected first error
+_SIGNS = {"z": "·", "e": "■", "m": "↵"}  # for the kinds of tokens, see `inspection`
 
 
 def print_ansi(
@@ -30,18 +30,18 @@ def print_ansi(
     colour: str = "auto",
     threshold: float = ERROR_MARGIN,
 ) -> None:
-    """Print scored traces to a terminal: a line per step, its tokens on the report's colours, its reward at the right.
+    """Print scored traces to a terminal: one line per step, with coloured tokens and the step's reward at the right.
 
     Args:
         traces: as for `write_inspection`.
-        file: where to; ``sys.stdout``.
+        file: the output, e.g. ``sys.stdout``.
         width: columns; the terminal's if None.
-        colour: one of `COLOURS`: "auto" is what the terminal can show, none if `file` is not one or ``NO_COLOR`` is
-            set; "truecolor" and "256" also colour a file or a pipe; "never".
-        threshold: see `first_below_others`; that step has a ``!`` at both ends of its line.
+        colour: one of `COLOURS`. "auto" uses what the terminal supports, and no colours if `file` is not a terminal or
+            ``NO_COLOR`` is set; "truecolor" and "256" also colour a file or a pipe; "never" uses no colours.
+        threshold: see `first_below_others`; the suspected step has a ``!`` at both ends of its line.
 
     Raises:
-        InputError: as for `write_inspection`, and for an unknown `colour`.
+        InputError: as for `write_inspection`, or the `colour` is unknown.
     """
     options = COLOURS[check_choice("colour", colour, COLOURS)]
     questions = questions_of(traces, threshold)
@@ -74,7 +74,7 @@ def print_ansi(
 
 
 def _style(reward: float | None, limit: float) -> str:
-    """Dark ink on the light palette: readable whatever colours the terminal has."""
+    """Dark text on the light palette, readable on both light and dark terminals."""
     return f"#1d2126 on {reward_colour(0.0 if reward is None else reward, limit)}"
 
 

@@ -1,6 +1,6 @@
 """Curves and histograms of the report, as inline SVG.
 
-matplotlib draws with stand-in colours, which become CSS variables, so that one SVG serves light and dark pages.
+matplotlib draws with placeholder colours that are replaced by CSS variables, so that one SVG fits light and dark pages.
 """
 
 import math
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-MAX_POINTS = 400  # per curve; longer runs are drawn as means of consecutive blocks
+MAX_POINTS = 400  # per curve; longer runs are plotted as means of consecutive blocks
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: the key in `metrics.jsonl`, its name in a panel of several, and its colour (a CSS variable)."""
+    """One curve: the key in `metrics.jsonl`, its name in a panel with several curves, and its colour (CSS variable)."""
 
     key: str
     name: str = ""
@@ -30,7 +30,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One small multiple; `reference` is a value to mark (chance, zero), `bounds` the fixed range of y, if any."""
+    """One small chart; `reference` is a marked value (chance, zero), `bounds` the fixed y range, if any."""
 
     title: str
     series: tuple[Series, ...]
@@ -77,7 +77,7 @@ STAND_INS = {
 
 
 def curves(rows: list[dict], axis: str) -> list[dict[str, Any]]:
-    """One figure per panel that has a finite value."""
+    """One figure per panel with at least one finite value."""
     figures: list[dict[str, Any]] = []
     for panel in PANELS:
         drawn = [(series, *_points(rows, axis, series.key)) for series in panel.series]
@@ -102,7 +102,7 @@ def curves(rows: list[dict], axis: str) -> list[dict[str, Any]]:
 
 
 def _points(rows: list[dict], axis: str, key: str) -> tuple[list[float], list[float]]:
-    """x and y of one metric in order of x; a resumed run's later row replaces the earlier one; no number is NaN."""
+    """x and y of one metric, sorted by x. Later rows (of a resumed run) replace earlier ones; non-numbers are NaN."""
     points = {row[axis]: _real(row[key]) for row in rows if key in row and math.isfinite(_real(row.get(axis)))}
     x = sorted(points)
     return [float(value) for value in x], [points[value] for value in x]
@@ -114,7 +114,7 @@ def _real(value: object) -> float:
 
 
 def _block_means(values: list[float], size: int) -> list[float]:
-    """Means of consecutive blocks of `size` values, over their finite ones; NaN where there is none."""
+    """Means of the finite values of consecutive blocks of `size` values; NaN for a block without finite values."""
     means: list[float] = []
     for start in range(0, len(values), size):
         finite = [value for value in values[start : start + size] if math.isfinite(value)]
@@ -123,7 +123,7 @@ def _block_means(values: list[float], size: int) -> list[float]:
 
 
 def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]], axis: str) -> Markup:
-    """A small line chart; a value without neighbours is a dot."""
+    """A small line chart; isolated values are plotted as dots."""
     from matplotlib.ticker import MaxNLocator
 
     figure, axes = new_figure(4.3, 2.3)
@@ -154,7 +154,7 @@ def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]
 
 
 def histogram(correct: Sequence[float], wrong: Sequence[float]) -> dict[str, Any] | None:
-    """Trace rewards of correct traces above the axis and of wrong ones below, in the same bins; None without values."""
+    """Histogram of trace rewards: correct traces above the axis, wrong ones below; None if there are no values."""
     import numpy as np
 
     groups = {
@@ -201,7 +201,7 @@ def histogram(correct: Sequence[float], wrong: Sequence[float]) -> dict[str, Any
 
 
 def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
-    """A transparent figure of `width` x `height` inches with faint horizontal lines and no frame."""
+    """A transparent figure of `width` x `height` inches with faint horizontal grid lines and no frame."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -218,7 +218,7 @@ def new_figure(width: float, height: float) -> "tuple[Figure, Axes]":
 
 
 def to_svg(figure: "Figure", label: str) -> Markup:
-    """The figure as inline SVG: scales with its box, text stays text, colours are CSS variables."""
+    """Convert a figure to inline SVG that scales with its container; text stays text, colours become CSS variables."""
     import matplotlib
 
     buffer = StringIO()
@@ -243,6 +243,6 @@ def signed(value: float) -> str:
 
 
 def _significant(value: float) -> str:
-    """Three significant digits."""
+    """Format with three significant digits."""
     text = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return text.replace("-", "−")

@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page with a run's tables, curves, reward histogram and token heatmaps."""
+"""`report.html`: one self-contained HTML page with a run's tables, curves, reward histogram and token heatmaps."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from tracereward.reports.tables import Table, column_text, is_numeric
 from tracereward.rewards.first_error_rules import lowest_steps
 from tracereward.rewards.token_scores import TokenScores
 
-# sRGB of (limit below zero, zero, limit above zero). Orange to blue, told apart with every common colour blindness;
-# the page's text keeps a contrast of at least 4.5 : 1 on all of them.
+# sRGB of (-limit, zero, +limit). Orange and blue are distinguishable with all common forms of colour blindness; the
+# page's text has a contrast of at least 4.5 : 1 on every colour.
 LIGHT = ((0xF2, 0x9E, 0x4C), (0xF6, 0xF6, 0xF4), (0x6A, 0xAE, 0xDE))
 DARK = ((0x9A, 0x50, 0x0A), (0x26, 0x29, 0x2E), (0x1B, 0x62, 0xA0))
 
@@ -33,9 +33,9 @@ class Trace:
         question: the prompt, as text.
         completion: the text that `scores.offsets` index.
         scores: its token rewards.
-        correct: whether the answer is right; None if it was not checked.
+        correct: whether the answer is correct; None if it was not verified.
         answer: the extracted answer; None if there is none.
-        label: what this trace is, e.g. "expert" or "highest of 8".
+        label: description, e.g. "expert" or "highest of 8".
     """
 
     question: str
@@ -48,20 +48,20 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a report shows.
+    """Content of a report.
 
     Attributes:
         title: heading of the page.
-        summary: one sentence: what was run and what came out.
-        command: the command that made the run.
+        summary: one sentence: what was run, and the result.
+        command: the command that started the run.
         tables: shown in this order.
-        metrics: rows of `metrics.jsonl`; rows with `phase == "warmup"` count in `update`, the others in `step`. Keys
-            that `PANELS` names are drawn if present; None and NaN leave gaps.
-        rewards_correct: trace rewards (log-odds) of traces with the right answer, for the histogram.
-        rewards_wrong: the same of traces with a wrong answer.
-        traces: shown as token heatmaps on one common colour scale; neighbours with the same question share its heading.
-        config: the resolved configuration, if it is to be shown.
-        figures: title and svg of further pictures.
+        metrics: rows of `metrics.jsonl`; rows with `phase == "warmup"` are indexed by `update`, the others by `step`.
+            Keys listed in `PANELS` are plotted if present; None and NaN leave gaps.
+        rewards_correct: trace rewards (log-odds) of correct traces, for the histogram.
+        rewards_wrong: trace rewards of wrong traces.
+        traces: shown as token heatmaps on a common colour scale; consecutive traces of a question share its heading.
+        config: the resolved configuration; not shown if None.
+        figures: title and svg of additional figures.
     """
 
     title: str
@@ -77,7 +77,7 @@ class Report:
 
 
 def write_report(path: str | os.PathLike, report: Report) -> None:
-    """Write a report to `path`: one HTML file that needs no network. An older report stays if this one fails."""
+    """Write a report as one HTML file that needs no network. On failure an existing report is kept."""
     limit = _common_limit(report.traces)
     warmup = [row for row in report.metrics if row.get("phase") == "warmup"]
     training = [row for row in report.metrics if row.get("phase") != "warmup"]
@@ -105,7 +105,7 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
         heatmap_css=HEATMAP_CSS,
         palette_css=_palette_css(),
     )
-    # A lone surrogate (a broken escape in a data file) cannot be written as UTF-8; it shows as a question mark.
+    # A lone surrogate (a broken escape in a data file) cannot be encoded as UTF-8; it becomes a question mark.
     atomic_write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
 
 
@@ -151,9 +151,9 @@ def page_template(name: str) -> jinja2.Template:
 
 
 def reward_colour(reward: float, limit: float, dark: bool = False) -> str:
-    """The colour of a reward, `#rrggbb`: linear in sRGB from neutral at 0 to blue at `limit` and orange at `-limit`.
+    """The colour of a reward as `#rrggbb`: linear in sRGB from neutral at 0 to blue at `limit` and orange at `-limit`.
 
-    Rewards beyond the limit have the colour of the limit. `dark` chooses the palette for a dark page.
+    Rewards beyond the limit are clipped to it. `dark` selects the palette for a dark page.
     """
     low, neutral, high = DARK if dark else LIGHT
     weight = min(abs(reward) / limit, 1.0) if limit > 0 and not math.isnan(reward) else 0.0
@@ -162,29 +162,29 @@ def reward_colour(reward: float, limit: float, dark: bool = False) -> str:
 
 
 def heatmap_html(scores: TokenScores, limit: float) -> Markup:
-    """The token heatmap of one trace, with its own style: for a notebook or a page of one's own.
+    """The token heatmap of one trace including its CSS, for a notebook or another page.
 
     Args:
         scores: the token rewards.
-        limit: the reward (log-odds) with the strongest colour, on both sides of 0.
+        limit: the |reward| (log-odds) with the strongest colour.
     """
     return Markup("<style>{}</style>{}").format(HEATMAP_CSS, _heatmap(scores, limit, _joined_text(scores)))
 
 
 def _heatmap(scores: TokenScores, limit: float, completion: str) -> Markup:
-    """One span per token. The spans' text, joined, is exactly `completion`: marks are drawn by the style sheet."""
+    """One span per token. The concatenated text is exactly `completion`: marks are added by CSS."""
     spans: list[Markup] = []
     shown = 0
     last = len(scores.tokens) - 1
     for i, (reward, supervised) in enumerate(zip(scores.rewards, scores.supervised)):
         start, end = scores.offsets[i]
-        if start > shown:  # text between tokens, which no token carries
+        if start > shown:  # text not covered by a token
             spans.append(escape(completion[shown:start]))
             shown = start
         text = completion[shown:end]
         shown = max(shown, end)
         kind, name = "", text
-        if not text:  # the end of the sequence, or a later byte of a character that is already shown
+        if not text:  # the end of the sequence, or a further byte token of a character that is already shown
             kind, name = (" e", "end of sequence") if i == last else (" z", "part of a character")
         elif text.startswith("\n"):
             kind, name = " n", text.replace("\n", "line break ")
@@ -210,7 +210,7 @@ def _heatmap(scores: TokenScores, limit: float, completion: str) -> Markup:
 
 
 def _joined_text(scores: TokenScores) -> str:
-    """The completion's text, from the tokens placed at their offsets."""
+    """Reconstruct the completion by placing tokens at their offsets."""
     text = [" "] * max((end for _, end in scores.offsets), default=0)
     for token, (start, end) in zip(scores.tokens, scores.offsets):
         for i, character in enumerate(token[: end - start]):
@@ -219,13 +219,13 @@ def _joined_text(scores: TokenScores) -> str:
 
 
 def _common_limit(traces: Sequence[Trace]) -> float:
-    """The largest |reward| of all tokens, so that colours compare across traces; 1 if there is none."""
+    """The largest |reward| of all tokens, so that colours are comparable across traces; 1 if there are no tokens."""
     sizes = [abs(reward) for trace in traces for reward in trace.scores.rewards if math.isfinite(reward)]
     return max(sizes, default=0.0) or 1.0
 
 
 def _palette_css() -> Markup:
-    """The legend's end and middle colours, as CSS variables for both schemes."""
+    """The legend's colours as CSS variables, for light and dark pages."""
 
     def variables(dark: bool) -> str:
         names = (("low", -1.0), ("zero", 0.0), ("high", 1.0))
@@ -238,7 +238,7 @@ def _palette_css() -> Markup:
 
 
 def _trace_view(trace: Trace, limit: float) -> dict[str, Any]:
-    """What the template shows of one trace."""
+    """Template variables of one trace."""
     scores = trace.scores
     return {
         "label": trace.label,
@@ -251,7 +251,7 @@ def _trace_view(trace: Trace, limit: float) -> dict[str, Any]:
 
 
 def _step_rows(trace: Trace, limit: float) -> list[dict[str, Any]]:
-    """One row per step: its text, mean reward and colours; the lowest of several is marked."""
+    """One row per step: its text, mean reward and colours; with several steps, the lowest is marked."""
     scores = trace.scores
     rewards = scores.step_rewards()
     lowest = next(iter(lowest_steps(rewards)), None) if len(rewards) > 1 else None
@@ -278,12 +278,12 @@ def _step_rows(trace: Trace, limit: float) -> list[dict[str, Any]]:
 
 
 def _digits(value: float) -> str:
-    """A magnitude without needless zeros, e.g. ``3.2``."""
+    """A magnitude with up to two decimals, without trailing zeros, e.g. ``3.2``."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def _table_view(table: Table) -> dict[str, Any]:
-    """What the template shows of a table: text cells, and which columns hold numbers."""
+    """Template variables of a table: text cells, and which columns are numeric."""
     columns = [[row[i] for row in table.rows] for i in range(len(table.columns))]
     cells = [column_text(column) for column in columns]
     return {
@@ -296,7 +296,7 @@ def _table_view(table: Table) -> dict[str, Any]:
 
 
 def _config_text(config: dict | None) -> str:
-    """The configuration as YAML, values that YAML lacks (a path) as text; empty without one."""
+    """The configuration as YAML; values without a YAML type (paths) as text. Empty if there is no configuration."""
     if not config:
         return ""
     plain = json.loads(json.dumps(config, default=str))

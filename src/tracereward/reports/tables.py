@@ -1,4 +1,4 @@
-"""Result tables in the terminal, on stderr beside data on stdout or alone on stdout."""
+"""Result tables in the terminal: on stdout, or on stderr when stdout carries data."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 WIDTH = 120
-"""Columns where there is no terminal to ask."""
+"""Columns if the output is not a terminal."""
 AUROC_LABELS = {"reward": "reward", "logprob": "log-prob", "reward_logprob": "reward + log-prob"}
 
 
@@ -21,7 +21,7 @@ class Table:
     Attributes:
         title: its heading.
         columns: one name per column.
-        rows: cells; None and NaN show as a dash.
+        rows: cells; None and NaN are shown as a dash.
         note: a sentence below the table.
         best: index of the row to emphasise; None for no emphasis.
     """
@@ -39,7 +39,7 @@ class Table:
 
 
 def is_numeric(column: list[str | float | int | None]) -> bool:
-    """Whether the column's cells are numbers, also written ones such as ``71.3 ± 0.4`` or ``[0.61, 0.69]``."""
+    """Whether all cells are numbers, including strings such as ``71.3 ± 0.4`` or ``[0.61, 0.69]``."""
     held = [cell for cell in column if cell is not None and cell != ""]
     return bool(held) and all(
         re.fullmatch(r"[\d\s.,:%±+\-−–/×()\[\]]*\d[\d\s.,:%±+\-−–/×()\[\]]*", cell)
@@ -50,7 +50,7 @@ def is_numeric(column: list[str | float | int | None]) -> bool:
 
 
 def column_text(column: list[str | float | int | None]) -> list[str]:
-    """The cells as text; the floats of a column have the same number of decimals."""
+    """Format a column's cells; its floats get the same number of decimals."""
     floats = [abs(cell) for cell in column if isinstance(cell, float) and math.isfinite(cell)]
     largest = max(floats, default=0.0)
     decimals = 3 if largest < 10 else 2 if largest < 100 else 1
@@ -81,7 +81,7 @@ def interval(low: float, high: float) -> str:
 
 
 def _console(stdout: bool) -> Console:
-    """Prints what data may hold as it is: without rich's markup (a model called ``[/x]``) and emoji."""
+    """A console that prints data verbatim: no rich markup (a model may be called ``[/x]``) and no emoji."""
     width = WIDTH if stdout and not sys.stdout.isatty() else None
     return Console(file=sys.stdout if stdout else sys.stderr, width=width, markup=False, emoji=False)
 
@@ -91,7 +91,7 @@ def _auroc(value: float | None) -> str:
 
 
 def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
-    """Print what `pool.summary` returns."""
+    """Print the result of `commands.rerank.summary`."""
     console = _console(stdout)
     table = RichTable(title=f"Choosing one of the candidates, {summary['questions']} questions", title_justify="left")
     table.add_column("method")
@@ -106,7 +106,7 @@ def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
             text = f"AUROC of {label}: {_auroc(pooled)} pooled, {_auroc(within)} within the prompt"
             console.print(text, highlight=False)
     if summary["no_answer"]:
-        console.print(f"{summary['no_answer']} candidates have no answer in the recipe's form", highlight=False)
+        console.print(f"{summary['no_answer']} candidates have no answer in the task's format", highlight=False)
 
 
 def print_policies(rows: list[dict[str, Any]], questions: int, stdout: bool = False) -> None:

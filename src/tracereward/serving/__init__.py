@@ -1,1 +1,1 @@
-"""A reward model behind HTTP: scores, reranking, and best-of-N in front of an OpenAI-compatible server."""
+"""HTTP server for a reward model: scoring, reranking, and a best-of-N proxy for an OpenAI-compatible server."""

@@ -1,4 +1,4 @@
-"""`tracereward serve`: the endpoints."""
+"""Endpoints of `tracereward serve`."""
 
 import base64
 import contextlib
@@ -42,7 +42,7 @@ from tracereward.serving.service import ERRORS, Service, Settings, unless_gone
 
 
 def create_app(model: Scorer, settings: Settings) -> FastAPI:
-    """The application, to be run by an ASGI server."""
+    """Build the ASGI application."""
     service = Service(model, settings)
     proxy = None if settings.upstream is None else Proxy(service)
 
@@ -83,7 +83,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/score", responses=ERRORS, response_model_exclude_none=True)
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
-        """Token, step and trace rewards of traces of one prompt."""
+        """Token, step and trace rewards for traces of one prompt."""
         spans: list[tuple[int, int]] = []
         if body.steps is not None:
             text, spans = join_steps(body.steps, service.model.settings.step_delimiter)
@@ -100,7 +100,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
             reward = service.reward(one)
             try:
                 steps = one.span_rewards(spans) if spans else one.step_rewards()
-            except ValueError as e:  # the tokenizer has no token for a step's text
+            except ValueError as e:  # no token lies within a step
                 raise InputError(f"steps: {e}") from e
             result = Score(
                 index=index,
@@ -118,7 +118,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
     @app.post("/v2/rerank", responses=ERRORS, response_model_exclude_none=True, include_in_schema=False)
     @app.post("/rerank", responses=ERRORS, response_model_exclude_none=True, include_in_schema=False)
     async def rerank(body: RerankRequest, request: Request) -> RerankResponse:
-        """Documents as answers to the query, from best to worst."""
+        """Rank documents as answers to the query, best first."""
         texts = [document if isinstance(document, str) else document.text for document in body.documents]
         service.check(body.model, len(texts), "documents")
         scores, usage = await unless_gone(request, service.score(service.render(body.query), texts, "documents"))
@@ -136,7 +136,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         return RerankResponse(id=f"rerank-{uuid.uuid4().hex}", model=settings.name, usage=usage, results=results)
 
     async def pooled(body: ClassifyRequest, request: Request) -> tuple[list[TokenScores], Usage, int]:
-        """Scores of each input, and how many of its tokens stand before them."""
+        """Scores of each input, usage, and the number of leading tokens without a score."""
         if body.messages is not None:
             service.check(body.model, 1)
             prompt = service.render(body.messages[:-1])
@@ -147,8 +147,8 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
 
     @app.post("/pooling", responses=ERRORS)
     async def pooling(body: PoolingRequest, request: Request) -> PoolingResponse:
-        """Token rewards: of the assistant's last message, or of each text. A text's first token, which nothing comes
-        before, has 0."""
+        """Token rewards of the last assistant message, or of each text. The first token of a text has no context, so
+        its reward is 0."""
         scores, usage, before = await pooled(body, request)
         rows = [[0.0] * before + one.rewards for one in scores]
         if body.encoding_format == "base64":
@@ -162,7 +162,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
 
     @app.post("/classify", responses=ERRORS)
     async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
-        """Whether an expert or the policy wrote each text, by the sigmoid of its trace reward."""
+        """Classify each text as expert or policy by the sigmoid of its trace reward."""
         scores, usage, _ = await pooled(body, request)
         data = []
         for index, one in enumerate(scores):
@@ -179,7 +179,7 @@ def _add_operations(app: FastAPI, service: Service, proxy: Proxy | None) -> None
 
     @app.get("/v1/models", responses={status: ERRORS[status] for status in (401, 421)})
     async def models() -> dict[str, Any]:
-        """The model that is served, and those of the upstream."""
+        """The served reward model and the upstream's models."""
         card = {"id": service.settings.name, "object": "model", "created": started, "owned_by": "tracereward"}
         upstream = [] if proxy is None else await proxy.upstream.models()
         return {"object": "list", "data": [card, *upstream]}
@@ -187,20 +187,20 @@ def _add_operations(app: FastAPI, service: Service, proxy: Proxy | None) -> None
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> dict[str, str]:
-        """The process runs."""
+        """Liveness: the process is running."""
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)
-    @app.get("/ready", responses={503: {"description": "Not yet, or no longer."}})
+    @app.get("/ready", responses={503: {"description": "Starting or shutting down."}})
     async def ready(response: Response) -> dict[str, str]:
-        """The model is loaded and has scored a trace."""
+        """Readiness: the model is loaded and has scored a trace."""
         if not service.ready:
             response.status_code = 503
         return {"status": "ready" if service.ready else "not ready"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Counters for Prometheus."""
+        """Prometheus metrics."""
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
     page = files("tracereward.serving") / "page"

@@ -1,4 +1,4 @@
-"""Text of requests as token ids, with the limits that only tokens can tell."""
+"""Tokenization of requests, with limits on the number of tokens."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,16 @@ from tracereward.errors import InputError
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.scorer import Scorer
 
-CHARACTERS = 4  # of a token, about: what text counts for until it is tokenised
+CHARACTERS = 4  # per token, an estimate for text that is not tokenised yet
 Pair = tuple[list[int], list[int]]
 """Token ids of a prompt and a completion."""
 
 
 class TooManyTokens(Exception):
-    """A request with more tokens than one may have.
+    """A request with more tokens than the limit.
 
     Attributes:
-        field: of the request, in which the limit was passed.
+        field: the request's field that exceeds the limit.
     """
 
     def __init__(self, field: str, limit: float):
@@ -31,9 +31,9 @@ def encode_traces(
     max_tokens: float,
     field: str,
 ) -> list[Pair]:
-    """Token ids of traces, each distinct prompt tokenised once; see `Engine.score`.
+    """Token ids of traces; each distinct prompt is tokenised once. See `Engine.score`.
 
-    It stops at the limit: a small request with one prompt and many candidates can have a thousand times as many tokens.
+    Stops at the limit: a small request with one prompt and many candidates can have a thousand times as many tokens.
     """
     known: dict[str, list[int]] = {}
     pairs: list[Pair] = []
@@ -43,7 +43,7 @@ def encode_traces(
             _check_pieces(model, prompt, max_tokens, field)
             known[prompt] = encode_prompt(model.tokenizer, prompt)
             if not known[prompt]:
-                raise InputError(f"prompt {index}: it has no token")
+                raise InputError(f"prompt {index}: no tokens; give a non-empty prompt")
         _check_pieces(model, completion, max_tokens, field)
         pairs.append((known[prompt], encode_completion(model.tokenizer, completion, ended)))
         total += sum(map(len, pairs[-1]))
@@ -54,7 +54,7 @@ def encode_traces(
 
 
 def encode_inputs(model: Scorer, inputs: Sequence[str | list[int]], max_tokens: float) -> list[Pair]:
-    """Token ids of texts, or what was given as ids; the first token is the prompt."""
+    """Token ids of inputs given as texts or as ids; the first token serves as the prompt."""
     pairs: list[Pair] = []
     total, vocabulary = 0, len(model.tokenizer)
     for index, given in enumerate(inputs):
@@ -67,19 +67,19 @@ def encode_inputs(model: Scorer, inputs: Sequence[str | list[int]], max_tokens: 
         if total > max_tokens:
             raise TooManyTokens("input", max_tokens)
         if not all(0 <= one < vocabulary for one in ids):
-            raise InputError(f"input {index}: the model's token ids are 0 to {vocabulary - 1}")
+            raise InputError(f"input {index}: token ids must be 0 to {vocabulary - 1}")
         if len(ids) < 2:
-            raise InputError(f"input {index}: one token alone has no reward; give two or more")
+            raise InputError(f"input {index}: a single token has no reward; give two or more tokens")
         pairs.append((ids[:1], ids[1:]))
         model.check_ids(f"input {index}", *pairs[-1])
     return pairs
 
 
 def _check_pieces(model: Scorer, text: str, max_tokens: float, field: str) -> None:
-    """Refuse a text that is far over the limit without tokenising all of it, which can take many seconds.
+    """Reject a text far over the limit without tokenising all of it, which can take many seconds.
 
-    It is counted in pieces. They are cut anywhere, which makes a few tokens more: what passes by a tenth is left to the
-    exact count.
+    The text is tokenised in pieces. Cutting at arbitrary characters adds a few tokens, so a text up to 10 % over the
+    limit is left to the exact count.
     """
     size, total = CHARACTERS * max_tokens, 0
     if len(text) <= size:

@@ -1,4 +1,4 @@
-"""Scoring for many requests at once: batches made of what waits, one forward pass at a time, a bounded queue."""
+"""Dynamic batching of concurrent scoring requests: a bounded queue and one forward pass at a time."""
 
 import asyncio
 import math
@@ -16,14 +16,14 @@ from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.encoding import CHARACTERS, Pair, encode_inputs, encode_traces
 
-BATCHES = 4  # passes in one turn of the worker: sorting by length needs some traces to sort
+BATCHES = 4  # forward passes per turn of the worker: sorting by length pays off only over several passes
 
 
 class Busy(Exception):
     """The queue is full.
 
     Attributes:
-        retry_after: seconds after which what waits now should be done.
+        retry_after: estimated seconds until the queue is processed.
     """
 
     def __init__(self, retry_after: int):
@@ -32,7 +32,7 @@ class Busy(Exception):
 
 
 class ScoringFailed(Exception):
-    """A trace that could not be scored, alone in a batch."""
+    """A trace that could not be scored even in a batch of its own."""
 
 
 @dataclass
@@ -49,17 +49,18 @@ class _Job:
 class Engine:
     """Batches the traces of concurrent requests by token budget and scores them in one thread.
 
-    While one turn is in the model, what arrives waits for the next; `max_wait` lets a trace wait for others also where
-    the model is idle. A turn takes what waits, oldest first, up to a few token budgets;
-    `TokenRewardModel.token_rewards` sorts it by length and reads a shared prompt once. If a turn fails (out of memory,
-    or anything else), it is halved until the trace that fails is alone: its mates get their rewards.
+    Traces that arrive during a turn of the worker wait for the next one; with `max_wait`, traces also wait for others
+    while the model is idle. A turn takes the oldest queued traces, up to a few token budgets;
+    `TokenRewardModel.token_rewards` sorts them by length and reads a shared prompt once. If a turn fails (out of memory
+    or any other error), it is split in half recursively until the failing trace is isolated, so that the other traces
+    get their rewards.
 
     Args:
         model: the reward model, on its device.
         max_wait: seconds.
-        max_queue: tokens that may wait, text that is to be tokenised by its estimate included; more is `Busy`.
-        token_budget: padded tokens of one forward pass; as many as suit the model's device if None.
-        on_batch: told how many traces each turn had.
+        max_queue: tokens that may be queued, including the estimate for text not tokenised yet; above it, `Busy`.
+        token_budget: padded tokens of one forward pass; the default for the model's device if None.
+        on_batch: called with the number of traces of each turn.
     """
 
     def __init__(
@@ -77,20 +78,20 @@ class Engine:
         self.budget = token_budget or model.token_budget
         self.waiting: deque[_Job] = deque()
         self.queued_tokens = 0
-        self.queued_text = 0  # tokens, estimated, of what is not tokenised yet
+        self.queued_text = 0  # estimated tokens of text not tokenised yet
         self._arrived = asyncio.Event()
         self._forward = ThreadPoolExecutor(1, "forward")
-        self._texts = ThreadPoolExecutor(1, "texts")  # tokenising beside the forward pass
+        self._texts = ThreadPoolExecutor(1, "texts")  # tokenises during the forward pass
         self._task: asyncio.Task[None] | None = None
         self._closing = False
-        self._rate = 0.0  # tokens a second, of the last turns
+        self._rate = 0.0  # tokens per second, a moving average over turns
 
     async def start(self) -> None:
         """Start the worker."""
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """Score what still waits, then end the worker."""
+        """Score the remaining queue, then stop the worker."""
         self._closing = True
         self._arrived.set()
         if self._task is not None:
@@ -105,20 +106,23 @@ class Engine:
         max_tokens: float = math.inf,
         field: str = "completion",
     ) -> tuple[list[TokenScores], int, int]:
-        """Scores of completions given as text, with the tokens of all prompts and of all completions.
+        """Score completions given as text.
 
-        When the caller is cancelled, its traces leave the queue.
+        If the caller is cancelled, its traces are removed from the queue.
 
         Args:
-            prompts: rendered.
-            completions: as many.
-            finished: whether each ended by itself.
-            max_tokens: of all traces together.
-            field: what errors call the completions.
+            prompts: rendered prompts.
+            completions: one for each prompt.
+            finished: whether each completion ends with the end of sequence, not at a length limit.
+            max_tokens: limit for all traces together.
+            field: name of the completions in error messages.
+
+        Returns:
+            The scores, the number of prompt tokens and the number of completion tokens.
 
         Raises:
             InputError: a trace is empty, or (`TooLong`) longer than the model's positions.
-            TooManyTokens: more than `max_tokens`.
+            TooManyTokens: the traces have more than `max_tokens`.
             Busy: the queue is full.
             ScoringFailed: a trace could not be scored.
         """
@@ -131,12 +135,12 @@ class Engine:
     async def score_inputs(
         self, inputs: Sequence[str | list[int]], max_tokens: float = math.inf
     ) -> tuple[list[TokenScores], int, int]:
-        """The same of texts or token ids without a prompt: each token from the second, with the first as the prompt."""
+        """Score texts or token ids without a prompt: the first token serves as the prompt. Returns as `score`."""
         work = partial(encode_inputs, self.model, inputs, max_tokens)
         return await self._scored(await self._tokenised(sum(map(len, inputs)), work))
 
     async def prompt_tokens(self, prompt: str, max_tokens: float = math.inf) -> int:
-        """Tokens of a rendered prompt; `InputError` where it has none, or leaves no room for a trace."""
+        """Number of tokens of a rendered prompt; `InputError` if it is empty or leaves no room for a completion."""
         work = partial(
             encode_traces, self.model, [prompt], [""], finished=[True], max_tokens=max_tokens, field="prompt"
         )
@@ -144,7 +148,7 @@ class Engine:
         return len(ids)
 
     async def _tokenised(self, characters: int, work: Callable[[], list[Pair]]) -> list[Pair]:
-        """Do `work` beside the forward pass. Its text counts towards the queue; what finds it empty always may come."""
+        """Run `work` in the tokenizing thread. Its text counts towards the queue; an empty queue accepts any text."""
         tokens = characters // CHARACTERS
         if self._closing or (self.queued and self.queued + tokens > self.max_queue):
             raise Busy(self.retry_after)
@@ -163,7 +167,7 @@ class Engine:
         return scores, read, written
 
     async def score_ids(self, ids: Sequence[Pair]) -> list[Tensor]:
-        """Token rewards of pairs of prompt and completion ids; see `score`."""
+        """Token rewards of (prompt ids, completion ids) pairs; see `score`."""
         tokens = sum(len(prompt) + len(completion) for prompt, completion in ids)
         if self._closing or self.queued_tokens + tokens > self.max_queue:
             raise Busy(self.retry_after)
@@ -174,7 +178,7 @@ class Engine:
         self._arrived.set()
         try:
             return list(await asyncio.gather(*(job.future for job in jobs)))
-        except BaseException:  # an error of one trace, or a caller who left: nobody waits for the others
+        except BaseException:  # one trace failed or the caller was cancelled: the other traces are not needed
             for job in jobs:
                 job.future.cancel()
             self.waiting = deque(job for job in self.waiting if not job.future.done())
@@ -183,12 +187,12 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """Tokens that wait, those of text by its estimate."""
+        """Queued tokens, including the estimate for text not tokenised yet."""
         return self.queued_tokens + self.queued_text
 
     @property
     def retry_after(self) -> int:
-        """Seconds in which what waits should be done, at the speed of the last turns."""
+        """Estimated seconds until the queue is processed, at the speed of the last turns."""
         return max(1, math.ceil(self.queued / self._rate)) if self._rate else 1
 
     async def _run(self) -> None:
@@ -227,7 +231,7 @@ class Engine:
                 return
 
     def _take(self) -> list[_Job]:
-        """The oldest jobs whose callers still wait, up to `BATCHES` token budgets, at least one."""
+        """Dequeue the oldest jobs that are not cancelled, up to `BATCHES` token budgets, at least one."""
         jobs: list[_Job] = []
         tokens = 0
         while self.waiting and (not jobs or tokens + self.waiting[0].tokens <= BATCHES * self.budget):
@@ -239,15 +243,15 @@ class Engine:
         return jobs
 
     def _score(self, jobs: list[_Job]) -> list[Tensor | Exception]:
-        """Rewards of each job, or why it has none; runs in the worker's thread."""
+        """Rewards or the error of each job; runs in the worker's thread."""
         prompts, completions = [job.prompt for job in jobs], [job.completion for job in jobs]
         try:
             rewards = self.model.token_rewards(prompts, completions, self.budget)
-        except Exception as error:  # whatever it is, it belongs to one trace, or to too many at once
+        except Exception as error:  # any error is caused by one trace or by the size of the batch
             reason = f"{type(error).__name__}: {error}"
         else:
             return [
-                values if bool(torch.isfinite(values).all()) else ScoringFailed("its rewards are not finite")
+                values if bool(torch.isfinite(values).all()) else ScoringFailed("the rewards are not finite")
                 for values in rewards
             ]
         if torch.cuda.is_available():

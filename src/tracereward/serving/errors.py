@@ -1,4 +1,4 @@
-"""Every error as an answer in OpenAI's shape."""
+"""Exception handlers that return errors in OpenAI's format."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ from tracereward.serving.upstream import UpstreamFailed
 
 
 def add_errors(app: FastAPI) -> None:
-    """Add the handlers."""
+    """Add the exception handlers."""
 
     def answer(status: int, message: str, kind: str, code: str | None = None, **more: Any) -> JSONResponse:
         return JSONResponse(error(message, kind, code, more.get("param")), status, more.get("headers"))
@@ -61,7 +61,7 @@ def add_errors(app: FastAPI) -> None:
 
 
 def _described(e: RequestValidationError) -> tuple[str, str | None]:
-    """What is wrong with a body, in a sentence, and the field's path."""
+    """Error message for an invalid body, and the path of the invalid field."""
     faults = e.errors()
     first = faults[0]
     if first["type"] == "json_invalid":
@@ -69,8 +69,8 @@ def _described(e: RequestValidationError) -> tuple[str, str | None]:
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return "the body is empty: send a JSON object", None
     if isinstance(e.body, bytes):
-        return "the body was not read as JSON: send the header Content-Type: application/json", None
-    # Each member of a union reports what it found; the one that came furthest, past the type, knows what was meant.
+        return "the body was not parsed as JSON: send the header Content-Type: application/json", None
+    # Each member of a union reports its own errors; the deepest error that is not a type mismatch fits the input best.
     fault = max(faults, key=lambda fault: (len(_path(fault, e.body)), not fault["type"].endswith("_type")))
     field = ".".join(_path(fault, e.body))
     message = fault["msg"].removeprefix("Value error, ")
@@ -78,7 +78,7 @@ def _described(e: RequestValidationError) -> tuple[str, str | None]:
 
 
 def _path(fault: dict[str, Any], body: Any) -> list[str]:
-    """Where a fault is in the body, without the names that the validator gives the members of a union."""
+    """Path of an error in the body, without the names that pydantic adds for members of a union."""
     path = []
     for depth, part in enumerate(fault["loc"][1:], 2):  # the first is "body"
         inside = part in body if isinstance(body, dict) else isinstance(body, list) and isinstance(part, int)

@@ -1,4 +1,4 @@
-"""What happens to a request before anything parses it: its key, its size, its time; and headers of every answer."""
+"""ASGI middleware: API key, body size and timeout checks before parsing, security headers, and request metrics."""
 
 import asyncio
 import hmac
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 DOCS = {"/docs", "/docs/oauth2-redirect", "/redoc"}
 PAGE = {"/", "/page/page.js", "/page/page.css"}
 OPEN = {"/health", "/ready", "/metrics", "/openapi.json", *DOCS, *PAGE}
-"""Paths that need no key: no prompt is in them, and a browser, a health check or Prometheus has no key to give."""
+"""Paths that need no key: they expose no prompts, and browsers, health checks and Prometheus send no key."""
 LOOPBACK = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -29,11 +29,11 @@ DOCS_POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' "
     "https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com; connect-src 'self'; base-uri 'none'"
 )
-"""FastAPI's documentation page loads its scripts from elsewhere."""
+"""For FastAPI's documentation pages, which load scripts from a CDN."""
 
 
 def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
+    """An error body in OpenAI's format."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
@@ -87,7 +87,7 @@ class Guard:
             if not read:
                 read = True
                 return {"type": "http.request", "body": body, "more_body": False}
-            return await receive()  # what comes now is that the client has left
+            return await receive()  # after the body, only the disconnect message remains
 
         try:
             self._check(scope)
@@ -95,19 +95,19 @@ class Guard:
             await self.app(scope, replay, answer)
         except _Refused as refused:
             await _respond(answer, refused)
-        except asyncio.CancelledError:  # by the server, which ends and has waited as long as it may
+        except asyncio.CancelledError:  # uvicorn cancels requests in flight when the drain time is over
             if not begun:
-                text = error("the server ends, and cut this request off: try again", "server_error", "shutting_down")
+                text = error("the server is shutting down: try again", "server_error", "shutting_down")
                 await _respond(answer, _Refused(503, text, {"retry-after": "1"}))
         except Exception:
             if not begun:
-                await _respond(answer, _Refused(500, error("the server failed; its log says why", "server_error")))
-            raise  # to be logged
+                await _respond(answer, _Refused(500, error("internal error; see the server's log", "server_error")))
+            raise  # so that it is logged
 
     def _check(self, scope: Scope) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self.local_only and not LOOPBACK.fullmatch(headers.get(b"host", b"")):
-            text = "without a key (--api-key-file) the server answers to localhost and 127.0.0.1 only, not to this Host"
+            text = "Host not allowed: without a key the server accepts localhost and 127.0.0.1 only; use --api-key-file"
             raise _Refused(421, error(text, "invalid_request_error", "wrong_host"))
         if self.api_key is not None and scope["path"] not in OPEN:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -119,7 +119,7 @@ class Guard:
             raise self._too_large()
 
     async def _body(self, receive: Receive) -> bytes:
-        """The whole body: it is limited, so that it may be held before the application sees it."""
+        """Read the full body. It is bounded by `max_bytes`, so buffering it is safe."""
         parts: list[bytes] = []
         size = 0
         try:
@@ -130,10 +130,10 @@ class Guard:
                     size += len(parts[-1])
                     if size > self.max_bytes:
                         raise self._too_large()
-                    if not message.get("more_body", False):  # nor when the client has left
+                    if not message.get("more_body", False):  # also true of the disconnect message
                         return b"".join(parts)
         except TimeoutError:
-            text = f"the body did not come within {self.body_seconds:g} s"
+            text = f"the body was not received within {self.body_seconds:g} s"
             raise _Refused(408, error(text, "invalid_request_error", "timeout")) from None
 
     def _too_large(self) -> _Refused:
@@ -142,9 +142,9 @@ class Guard:
 
 
 class Counted:
-    """ASGI middleware: tells `seen` the route, the status and the seconds of each answer.
+    """ASGI middleware that calls `seen` with the route, status and seconds of each response.
 
-    The route's path, not the request's: a scan of a server must not make a metric of each path that it tries.
+    Uses the route's path, not the request's, so that a scan of the server does not create a metric for each path.
     """
 
     def __init__(self, app: ASGIApp, seen: Callable[[str, int, float], None]):
@@ -175,7 +175,7 @@ class Counted:
 async def _respond(send: Send, refused: _Refused) -> None:
     body = json.dumps(refused.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))  # what is left of a refused body is not read
+    headers.append((b"connection", b"close"))  # the rest of a rejected body is not read
     headers += [(name.encode(), value.encode()) for name, value in refused.headers.items()]
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,4 +1,4 @@
-"""Best-of-N in front of an OpenAI-compatible server: ask for N samples, choose by reward, answer with the best."""
+"""Best-of-N proxy for an OpenAI-compatible server: request N samples, select by reward, return the best."""
 
 import asyncio
 import json
@@ -19,15 +19,15 @@ from tracereward.serving.upstream import Upstream, UpstreamFailed, can_be_sent
 from tracereward.tasks.recipes import get_task
 
 DROPPED = ("n", "stream", "stream_options", "best_of", "tracereward")
-"""Fields of a request that are the proxy's business, not the upstream's."""
+"""Fields that the proxy handles itself and does not forward."""
 REFUSED = {"tools": "tool calls", "functions": "function calls", "echo": "an echo of the prompt"}
 VOTE_SECONDS = 5.0
-"""In which the answers of one request are compared, what waits before it included."""
+"""Time limit for comparing the answers of one request, including the wait for the voting thread."""
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: {"description": "As the upstream's own.", "content": {"text/event-stream": {}}},
+    200: {"description": "In the upstream's format.", "content": {"text/event-stream": {}}},
     **ERRORS,
-    502: {"model": ErrorResponse, "description": "The upstream cannot be reached, or its answer not used."},
-    504: {"model": ErrorResponse, "description": "The upstream took too long."},
+    502: {"model": ErrorResponse, "description": "The upstream is unreachable or its response is invalid."},
+    504: {"model": ErrorResponse, "description": "The upstream timed out."},
 }
 
 
@@ -52,19 +52,19 @@ class Proxy:
 
         @app.post("/v1/chat/completions", responses=RESPONSES)
         async def chat(body: ChatRequest, request: Request) -> Response:
-            """OpenAI's chat completion, the best of N samples; the field ``tracereward`` says how it was chosen."""
+            """OpenAI's chat completion: the best of N samples. The field ``tracereward`` has the method and scores."""
             return await unless_gone(request, self.answer("chat/completions", body, await request.json()))
 
         @app.post("/v1/completions", responses=RESPONSES)
         async def completions(body: CompletionRequest, request: Request) -> Response:
-            """OpenAI's completion, the best of N samples."""
+            """OpenAI's completion: the best of N samples."""
             return await unless_gone(request, self.answer("completions", body, await request.json()))
 
     async def answer(self, path: str, body: ChatRequest | CompletionRequest, sent: JsonObject) -> Response:
-        """Sample, score, choose, and answer in the upstream's shape; `sent` is the request as it came."""
+        """Sample, score, select, and respond in the upstream's format; `sent` is the raw request."""
         if self.places.locked():
             wait = self.service.engine.retry_after
-            text = f"{self.service.settings.max_upstream} requests are with the upstream (--max-upstream): "
+            text = f"{self.service.settings.max_upstream} requests are in flight to the upstream (--max-upstream): "
             full = error(f"{text}try again in {wait} s", "rate_limit_error", "busy")
             raise UpstreamFailed(429, full, {"retry-after": str(wait)})
         async with self.places:
@@ -81,20 +81,20 @@ class Proxy:
         temperature = body.temperature if selection.temperature is None else selection.temperature
         samples = selection.n or max(self.service.settings.samples, wanted)
         if samples < wanted:
-            text = f"tracereward.n is {samples}, fewer than the n = {wanted} answers"
+            text = f"tracereward.n is {samples}, fewer than n = {wanted}; use tracereward.n >= n"
             raise Refused(422, text, "invalid_value", "tracereward.n")
-        if temperature == 0:  # samples are all the same, and vLLM refuses several
+        if temperature == 0:  # greedy samples are identical, and vLLM rejects n > 1
             samples = wanted
         prompt = await self._check(body, sent, samples)
         request = {name: value for name, value in sent.items() if name not in DROPPED}
         if selection.temperature is not None:
             request["temperature"] = selection.temperature
-        whole, choices = await self.upstream.sample(path, request, samples)
+        answer, choices = await self.upstream.sample(path, request, samples)
         texts = [_text(choice) for choice in choices]
         ended = [choice.get("finish_reason") != "length" for choice in choices]
         kept = [index for index, text in enumerate(texts) if text]
         if not kept:
-            raise UpstreamFailed(502, error("the upstream's samples are all empty", "upstream_error", "bad_upstream"))
+            raise UpstreamFailed(502, error("all samples of the upstream are empty", "upstream_error", "bad_upstream"))
         texts = [texts[i] for i in kept]
         rewards = await self._rewards(prompt, texts, [ended[i] for i in kept])
         deadline = time.monotonic() + VOTE_SECONDS
@@ -103,19 +103,19 @@ class Proxy:
             self.voting, lambda: self._choose(texts, rewards, selection.method, deadline)
         )
         order = sorted(range(len(candidates)), key=lambda place: (place != first, -rewards[place]))
-        told = {
+        details = {
             "method": method,
             "samples": len(choices),
             "scores": [{"reward": rewards[place], "answer": candidates[place].answer} for place in order],
         }
         picked = [{**choices[kept[place]], "index": index} for index, place in enumerate(order[:wanted])]
-        return {**whole, "choices": picked, "tracereward": told}
+        return {**answer, "choices": picked, "tracereward": details}
 
     async def _check(self, body: ChatRequest | CompletionRequest, sent: JsonObject, samples: int) -> str:
-        """The reward model's prompt; refuses what can be known to fail before the upstream is asked."""
+        """Render the reward model's prompt; reject requests that would fail before the upstream is called."""
         for name, value in sent.items():
             if not can_be_sent({name: value}):
-                text = f"{name}: a number, a character or a depth that JSON cannot hold"
+                text = f"{name}: contains a number, a character or a nesting depth that JSON cannot represent"
                 raise Refused(422, text, "invalid_value", name)
         for name, what in REFUSED.items():
             if sent.get(name):
@@ -127,7 +127,7 @@ class Proxy:
         limit = self.service.settings.max_tokens
         tokens = await self.service.engine.prompt_tokens(prompt, limit)
         if samples * (tokens + 1) > limit:
-            text = f"{samples} samples of a prompt of {tokens} tokens: the limit is {limit} tokens (--max-tokens)"
+            text = f"{samples} samples of a prompt of {tokens} tokens exceed the limit of {limit} tokens (--max-tokens)"
             raise Refused(413, text, "too_many_tokens", field)
         return prompt
 
@@ -141,7 +141,7 @@ class Proxy:
     def _choose(
         self, texts: list[str], rewards: list[float], method: str | None, deadline: float
     ) -> tuple[list[Candidate], str, int]:
-        """The candidates, how one was chosen, and which; runs in a thread, as math-verify takes its time."""
+        """The candidates, the method and the index of the best; runs in a thread because math-verify can be slow."""
 
         @cache
         def equal(answer: str, other: str) -> bool:
@@ -157,14 +157,14 @@ class Proxy:
 
 
 def _text(choice: JsonObject) -> str:
-    """What a choice of either endpoint says."""
+    """The text of a choice of either endpoint."""
     message = choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
     return text if isinstance(text, str) else ""
 
 
 def _events(result: JsonObject, chat: bool, with_usage: bool) -> Iterator[str]:
-    """The chosen answers as a stream: it can only start after the choice, so each comes in one piece."""
+    """The selected choices as a stream. It starts after the selection, so each text is sent in one chunk."""
     head = {name: result[name] for name in ("id", "created", "model", "system_fingerprint") if name in result}
     head["object"] = "chat.completion.chunk" if chat else "text_completion"
 

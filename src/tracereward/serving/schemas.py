@@ -1,4 +1,4 @@
-"""What the endpoints take and give. The shapes of `/v1/rerank`, `/pooling` and `/classify` are Jina's and vLLM's."""
+"""Request and response schemas. `/v1/rerank`, `/pooling` and `/classify` follow Jina and vLLM."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -9,13 +9,13 @@ TokenId = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Strict(BaseModel):
-    """A request of our own shape: an unknown field is an error that names it."""
+    """A request in tracereward's own format: unknown fields are rejected by name."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Lenient(BaseModel):
-    """A request in another server's shape: clients send fields that mean nothing here."""
+    """A request in another server's format: unknown fields are ignored, as clients send fields not used here."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -34,14 +34,14 @@ class ScoreRequest(Strict):
     """Traces of one prompt: a completion, candidates, or the steps of one trace."""
 
     model: str | None = None
-    prompt: Prompt = Field(description="As in training: the recipe's words included, or messages.")
+    prompt: Prompt = Field(description="As in training, including the task's instructions; or messages.")
     completion: Text | None = None
     candidates: Annotated[list[Text], Field(min_length=1)] | None = None
     steps: Annotated[list[Text], Field(min_length=1)] | None = Field(
         None, description="Joined by the reward model's step delimiter."
     )
-    finished: bool = Field(True, description="Whether the traces ended by themselves, not at a length limit.")
-    tokens: bool = Field(True, description="Give each token's text, offsets and reward too.")
+    finished: bool = Field(True, description="Whether the traces end with the end of sequence, not at a length limit.")
+    tokens: bool = Field(True, description="Also return each token's text, offsets and reward.")
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -55,7 +55,7 @@ class Score(BaseModel):
 
     index: int
     reward: float
-    probability: float | None = Field(None, description="That the trace is right; of a calibrated reward model.")
+    probability: float | None = Field(None, description="That the trace is correct; calibrated reward models only.")
     aggregates: dict[str, float]
     step_rewards: list[float]
     tokens: list[str] | None = None
@@ -64,7 +64,7 @@ class Score(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens read."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int = 0
@@ -86,7 +86,7 @@ class Document(Lenient):
 
 
 class RerankRequest(Lenient):
-    """Jina's and Cohere's request: documents are candidates, the query is the prompt."""
+    """Request of Jina and Cohere: documents are candidates, the query is the prompt."""
 
     model: str | None = None
     query: Prompt
@@ -96,7 +96,7 @@ class RerankRequest(Lenient):
 
 
 class Ranked(BaseModel):
-    """One document."""
+    """One ranked document."""
 
     index: int
     relevance_score: float = Field(description="In [0, 1]: the calibrated probability, else sigmoid of the reward.")
@@ -105,7 +105,7 @@ class Ranked(BaseModel):
 
 
 class RerankResponse(BaseModel):
-    """Documents from best to worst."""
+    """Documents, best first."""
 
     id: str
     model: str
@@ -115,7 +115,7 @@ class RerankResponse(BaseModel):
 
 
 class ClassifyRequest(Lenient):
-    """vLLM's request: texts or their token ids, or a conversation whose last message is the assistant's trace."""
+    """Request of vLLM: texts or their token ids, or a conversation whose last message is the assistant's trace."""
 
     model: str | None = None
     input: (
@@ -137,21 +137,21 @@ class ClassifyRequest(Lenient):
 
     @property
     def inputs(self) -> list[str] | list[list[int]]:
-        """`input` as a list, also where it is one text or the ids of one."""
+        """`input` as a list; a single text or list of ids is wrapped."""
         given: Any = self.input
         return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 class PoolingRequest(ClassifyRequest):
-    """vLLM's request."""
+    """Request of vLLM."""
 
     encoding_format: Literal["float", "base64"] = Field(
-        "float", description="base64: of the numbers as little-endian float32, one a token."
+        "float", description="base64: of little-endian float32 values, one per token."
     )
 
 
 class Pooled(BaseModel):
-    """Token rewards of one input: a row of one number for each token."""
+    """Token rewards of one input: one row per token, with one number."""
 
     index: int
     object: Literal["pooling"] = "pooling"
@@ -159,7 +159,7 @@ class Pooled(BaseModel):
 
 
 class PoolingResponse(BaseModel):
-    """vLLM's answer."""
+    """Response of vLLM."""
 
     id: str
     object: Literal["list"] = "list"
@@ -179,7 +179,7 @@ class Class(BaseModel):
 
 
 class ClassifyResponse(BaseModel):
-    """vLLM's answer."""
+    """Response of vLLM."""
 
     id: str
     object: Literal["list"] = "list"
@@ -205,24 +205,24 @@ class ErrorResponse(BaseModel):
 
 
 class Selection(Strict):
-    """How the proxy chooses, in the field ``tracereward`` of a request."""
+    """How the proxy selects: the field ``tracereward`` of a request."""
 
-    n: Annotated[int, Field(ge=1)] | None = Field(None, description="Samples asked of the upstream.")
+    n: Annotated[int, Field(ge=1)] | None = Field(None, description="Number of samples to request from the upstream.")
     method: Literal["vote", "sigmoid_vote", "reward", "majority", "shortest"] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        None, description="Of the samples; at 0 they are all the same."
+        None, description="Sampling temperature; at 0 all samples are identical."
     )
 
 
 class TextPart(Lenient):
-    """A part of a message; other kinds cannot be read."""
+    """A text part of a message; other types are not supported."""
 
     type: Literal["text"] = "text"
     text: str
 
 
 def _joined(content: Any) -> Any:
-    """The text of a list of text parts; all else as it is, for the validator to judge."""
+    """Join a list of text parts; return other content unchanged for the validator."""
     if not isinstance(content, list):
         return content
     parts = [part.get("text") for part in content if isinstance(part, dict)]
@@ -231,10 +231,10 @@ def _joined(content: Any) -> Any:
 
 
 def _only(prompt: Any) -> Any:
-    """The text of a list of one."""
+    """Unwrap a list of one text."""
     if isinstance(prompt, list):
         if len(prompt) != 1:
-            raise ValueError(f"give one text, not {len(prompt)}")
+            raise ValueError(f"give one text, not {len(prompt)} texts")
         return prompt[0]
     return prompt
 
@@ -246,23 +246,23 @@ class ChatMessage(Message):
 
 
 class StreamOptions(Lenient):
-    """OpenAI's."""
+    """OpenAI's stream options."""
 
     include_usage: bool | None = Field(None, strict=True)
 
 
 class Proxied(BaseModel):
-    """What the proxy reads of a request. All other fields, and these as they are, go to the upstream."""
+    """The fields that the proxy reads. All other fields are forwarded to the upstream unchanged."""
 
     model_config = ConfigDict(extra="allow")
 
-    model: str | None = Field(None, description="The upstream's name of it.")
-    n: Annotated[int, Field(ge=1, strict=True)] | None = Field(None, description="How many of the best come back.")
+    model: str | None = Field(None, description="The model's name on the upstream.")
+    n: Annotated[int, Field(ge=1, strict=True)] | None = Field(None, description="Number of choices to return.")
     stream: Annotated[bool, Field(strict=True)] | None = None
     stream_options: StreamOptions | None = None
     seed: Annotated[int, Field(strict=True)] | None = None
     temperature: Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)] | None = None
-    tracereward: Selection | None = Field(None, description="How many samples, and how the best is chosen.")
+    tracereward: Selection | None = Field(None, description="Number of samples and selection method.")
 
 
 class ChatRequest(Proxied):

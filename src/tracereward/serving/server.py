@@ -1,4 +1,4 @@
-"""The application under uvicorn: how many connections, how slow ones, what is logged, and how it ends."""
+"""Run the application under uvicorn: connection limit, header timeout, access log and graceful shutdown."""
 
 import asyncio
 import logging
@@ -10,24 +10,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tracereward.serving.service import log
 
-HEADER_SECONDS = 10.0  # from a connection's start, or its last answer, to the end of the next request's header
+HEADER_SECONDS = 10.0  # from a connection's start or last response to the end of the next request's header
 
 
 def most_connections() -> int:
-    """Half of the files that the process may open: others are the model's, the upstream's, and of newcomers."""
+    """Limit of connections: half of the open-file limit; the model, the upstream and new connections need the rest."""
     return min(resource.getrlimit(resource.RLIMIT_NOFILE)[0], 8192) // 2
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, closed where there are too many and where a request's header does not come in time.
+    """A uvicorn connection that is closed above the connection limit or after a header timeout.
 
-    uvicorn itself waits forever for a header that has begun, and files run out by clients who never end theirs.
+    uvicorn has no timeout for a partial header, so clients that never complete theirs would exhaust the open files.
     """
 
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client has come."""
+        """Start the header timeout, or abort above the connection limit."""
         full = len(self.connections) >= most_connections()
         super().connection_made(transport)
         if full:
@@ -37,13 +37,13 @@ class Connection(H11Protocol):
             self._wait_for_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has left."""
+        """Cancel the header timeout."""
         if self._timer is not None:
             self._timer.cancel()
         super().connection_lost(exc)
 
     def on_response_complete(self) -> None:
-        """Its request is answered."""
+        """Start the header timeout for the next request."""
         self._wait_for_header()
         super().on_response_complete()
 
@@ -58,7 +58,7 @@ class Connection(H11Protocol):
 
 
 def without_query(record: logging.LogRecord) -> bool:
-    """A filter of uvicorn's access log: a query may hold a key or a text."""
+    """Log filter that strips query strings from uvicorn's access log, as they may hold a key or a text."""
     if isinstance(record.args, tuple) and len(record.args) == 5:
         client, method, path, *rest = record.args
         record.args = (client, method, str(path).partition("?")[0], *rest)
@@ -66,13 +66,13 @@ def without_query(record: logging.LogRecord) -> bool:
 
 
 def run(app: FastAPI, host: str, port: int, drain_seconds: int) -> None:
-    """Serve until a signal comes, then answer what is in flight.
+    """Serve until a signal arrives, then finish the requests in flight.
 
     Args:
         app: the application.
         host: address to listen on.
         port: 0 for a free one.
-        drain_seconds: that requests in flight may take after the signal; then they get 503.
+        drain_seconds: time limit for requests in flight after the signal; later ones get 503.
     """
     logging.getLogger("uvicorn.access").addFilter(without_query)
     uvicorn.run(
@@ -83,5 +83,5 @@ def run(app: FastAPI, host: str, port: int, drain_seconds: int) -> None:
         ws="none",
         server_header=False,
         timeout_graceful_shutdown=drain_seconds,
-        backlog=most_connections() // 4,  # asyncio accepts as many at once, before they can be counted
+        backlog=most_connections() // 4,  # asyncio accepts up to this many at once, before they can be counted
     )

@@ -1,4 +1,4 @@
-"""What the endpoints share: settings, the engine, rendering, limits and counters."""
+"""State shared by the endpoints: settings, the engine, prompt rendering, limits and metrics."""
 
 import asyncio
 import logging
@@ -23,25 +23,25 @@ log = logging.getLogger("tracereward.serve")
 
 @dataclass(frozen=True)
 class Settings:
-    """How the server behaves.
+    """Server settings.
 
     Attributes:
-        name: of the model, in answers.
-        api_key: needed by every endpoint but those of `middleware.OPEN`; None for none.
-        local_only: answer only requests for a name of this machine's loopback address, see `Guard`.
+        name: the model's name in responses.
+        api_key: required by every endpoint except those of `middleware.OPEN`; None for no key.
+        local_only: accept only requests whose Host is a loopback name, see `Guard`.
         upstream: base URL of an OpenAI-compatible server, e.g. ``http://127.0.0.1:8000/v1``; None for no proxy.
-        upstream_key: sent to it.
-        upstream_seconds: that all samples of a request may take.
-        max_upstream: requests that may be with it at once.
-        samples: that are asked of it where a request does not say.
-        max_bytes: of a request's body.
-        body_seconds: in which it must have come.
-        max_candidates: traces of a request, and samples of a proxied one.
-        max_tokens: of all traces of a request together, prompts included.
-        max_queue: tokens that may wait.
-        token_budget: padded tokens of one forward pass; None for the device's.
-        max_wait: seconds that a trace may wait for others to be scored with.
-        log_prompts: write prompts, and texts without a prompt, to the log.
+        upstream_key: API key for the upstream.
+        upstream_seconds: timeout for all samples of a request.
+        max_upstream: concurrent requests to the upstream.
+        samples: default number of samples per proxied request.
+        max_bytes: limit of a request's body.
+        body_seconds: timeout for receiving the body.
+        max_candidates: limit of traces per request, and of samples per proxied request.
+        max_tokens: limit of tokens per request, over all traces and prompts.
+        max_queue: limit of queued tokens.
+        token_budget: padded tokens of one forward pass; None for the device's default.
+        max_wait: seconds that a trace may wait to be batched with others.
+        log_prompts: log prompts, and texts without a prompt.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Settings:
 
 
 class Refused(Exception):
-    """A request that is understood and not served."""
+    """A well-formed request that the server rejects."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None):
         super().__init__(message)
@@ -74,21 +74,21 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
         400: "The request cannot be scored.",
-        401: "No key, or a wrong one.",
-        404: "Another model, or no upstream.",
-        408: "The body came too slowly.",
+        401: "The API key is missing or wrong.",
+        404: "Unknown model, or no upstream.",
+        408: "The body was not received in time.",
         413: "More bytes, candidates or tokens than the limits.",
-        421: "Another host's name, while the server has no key.",
-        422: "Fields that are missing or of a wrong type, or a trace longer than the model's positions.",
+        421: "Host is not a loopback name, on a server without an API key.",
+        422: "A field is missing or has the wrong type, or a trace is longer than the model's positions.",
         429: "The queue is full; see Retry-After.",
         500: "A trace could not be scored.",
-        503: "The server ends; see Retry-After.",
+        503: "The server is shutting down; see Retry-After.",
     }.items()
 }
 
 
 class Service:
-    """A reward model, its engine and its counters."""
+    """A reward model with its engine and metrics."""
 
     def __init__(self, model: Scorer, settings: Settings):
         self.model = model
@@ -96,11 +96,11 @@ class Service:
         self.ready = False
         self.registry = CollectorRegistry()
         named = {"namespace": "tracereward", "registry": self.registry}
-        self.requests = Counter("requests", "Answers, by path and status.", ["path", "status"], **named)
-        self.seconds = Histogram("request_seconds", "Time to the answer.", ["path"], **named)
+        self.requests = Counter("requests", "Responses, by path and status.", ["path", "status"], **named)
+        self.seconds = Histogram("request_seconds", "Time to the response.", ["path"], **named)
         self.traces = Counter("traces", "Traces scored.", **named)
         self.tokens = Counter("tokens", "Tokens read, prompts included.", **named)
-        self.batches = Histogram("batch_traces", "Traces of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **named)
+        self.batches = Histogram("batch_traces", "Traces per batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **named)
         self.engine = Engine(
             model,
             max_wait=settings.max_wait,
@@ -108,49 +108,49 @@ class Service:
             token_budget=settings.token_budget,
             on_batch=self.batches.observe,
         )
-        queued = Gauge("queued_tokens", "Tokens that wait.", **named)
+        queued = Gauge("queued_tokens", "Tokens in the queue.", **named)
         queued.set_function(lambda: self.engine.queued)
 
     def seen(self, path: str, status: int, seconds: float) -> None:
-        """Count an answer."""
+        """Record a response in the metrics."""
         self.requests.labels(path, status).inc()
         self.seconds.labels(path).observe(seconds)
 
     async def start(self) -> None:
-        """Start the engine and score one trace: a model that cannot must not become ready."""
+        """Start the engine and score one trace, so that a model that cannot score does not become ready."""
         await self.engine.start()
         await self.engine.score(["1 + 1 = ?\n"], ["2"], [True])
         self.ready = True
 
     def render(self, prompt: str | list[Message]) -> str:
-        """A prompt as the reward model reads it; `InputError` where it cannot."""
+        """Render a prompt for the reward model; `InputError` if its template cannot."""
         given: Any = prompt if isinstance(prompt, str) else [message.model_dump() for message in prompt]
         template = self.model.settings.template
         if template == "plain" and not isinstance(given, str):
             users = [message["content"] for message in given if message["role"] == "user"]
             if len(users) != 1 or any(message["role"] not in ("user", "system") for message in given):
-                raise InputError("the reward model was trained on plain prompts: give a text, or one user message")
+                raise InputError("the reward model was trained on plain prompts: send a text or one user message")
             given = users[0]
         return render_prompt(self.model.tokenizer, given, template, "prompt")
 
     def check(self, model: str | None, candidates: int, field: str | None = None) -> None:
-        """Refuse another model's name, and too many candidates, which `field` asks for."""
+        """Reject an unknown model name, and more candidates (in `field`) than the limit."""
         if model not in (None, self.settings.name):
-            text = f"the model {model!r} is not served here; {self.settings.name!r} is"
+            text = f"unknown model {model!r}; this server has {self.settings.name!r}"
             raise Refused(404, text, "model_not_found", "model")
         if candidates > self.settings.max_candidates:
             limit = f"{candidates} candidates; the limit is {self.settings.max_candidates} (--max-candidates)"
             raise Refused(413, limit, "too_many_candidates", field)
 
     def log_prompt(self, prompt: object) -> None:
-        """Write a prompt, or a text without one, to the log where that is wanted."""
+        """Log a prompt, or a text without a prompt, if `log_prompts` is set."""
         if self.settings.log_prompts:
             log.info("prompt %r", prompt)
 
     async def score(
         self, prompt: str, texts: list[str], field: str, finished: bool = True
     ) -> tuple[list[TokenScores], Usage]:
-        """Scores of traces of one rendered prompt, given in the request's field of that name."""
+        """Score traces of one rendered prompt; `field` is the request's field with the traces."""
         self.log_prompt(prompt)
         prompts, ended = [prompt] * len(texts), [finished] * len(texts)
         scores, read, written = await self.engine.score(
@@ -159,14 +159,14 @@ class Service:
         return scores, self.count(len(texts), read, written)
 
     async def score_inputs(self, inputs: list[str] | list[list[int]]) -> tuple[list[TokenScores], Usage]:
-        """Scores of texts, or token ids, without a prompt."""
+        """Score texts or token ids without a prompt."""
         for one in inputs:
             self.log_prompt(one)
         scores, read, written = await self.engine.score_inputs(inputs, self.settings.max_tokens)
         return scores, self.count(len(inputs), read, written)
 
     def count(self, traces: int, read: int, written: int) -> Usage:
-        """Count what was scored."""
+        """Record scored traces in the metrics and return their usage."""
         self.traces.inc(traces)
         self.tokens.inc(read + written)
         return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
@@ -176,18 +176,18 @@ class Service:
         return scores.aggregate(self.model.settings.aggregate)
 
     def probability(self, reward: float) -> float | None:
-        """That the trace is right, of a calibrated model."""
+        """Probability that the trace is correct; None if the model is not calibrated."""
         calibration = self.model.settings.calibration
         return None if calibration is None else calibration.probability(reward)
 
     def relevance(self, reward: float) -> float:
-        """In [0, 1]: the calibrated probability, else the sigmoid of the reward."""
+        """Relevance in [0, 1]: the calibrated probability, else the sigmoid of the reward."""
         probability = self.probability(reward)
         return float(expit(reward)) if probability is None else probability
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do `work`; stop it when the client leaves before it is done, so that nothing is scored for nobody."""
+    """Await `work`; cancel it if the client disconnects first, so that no unneeded trace is scored."""
     task = asyncio.ensure_future(work)
 
     async def gone() -> None:
@@ -198,7 +198,7 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Refused(499, "the client has left", "client_closed_request")
+            raise Refused(499, "the client disconnected", "client_closed_request")
         return task.result()
     finally:
         for one in (task, watch):

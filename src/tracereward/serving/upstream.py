@@ -1,6 +1,6 @@
-"""The OpenAI-compatible server behind the proxy: its samples, its models, and what a client is told where it fails.
+"""Client for the OpenAI-compatible server behind the proxy: samples, models, and translation of its errors.
 
-It is fixed when the server starts; nothing in a request is ever opened as an address, and no redirect is followed.
+The URL is fixed when the server starts; no URL in a request is ever opened, and redirects are not followed.
 """
 
 import asyncio
@@ -14,12 +14,12 @@ from tracereward.serving.middleware import error
 from tracereward.serving.schemas import JsonObject
 
 MODELS_SECONDS = 2.0
-"""That the list of the upstream's models may take."""
-DEPTH = 100  # nesting that is kept free for the frames and the fields around what is written later
+"""Timeout for listing the upstream's models."""
+DEPTH = 100  # nesting levels reserved for stack frames and for the fields around a value that is serialised later
 
 
 class UpstreamFailed(Exception):
-    """The upstream did not answer as it should: what the client is told."""
+    """The upstream failed: the response to send to the client."""
 
     def __init__(self, status: int, body: JsonObject, headers: dict[str, str] | None = None):
         super().__init__(body)
@@ -27,12 +27,12 @@ class UpstreamFailed(Exception):
 
 
 class Upstream:
-    """A client of the upstream.
+    """HTTP client of the upstream.
 
     Args:
-        url: its base, e.g. ``http://127.0.0.1:8000/v1``.
-        key: sent to it, None for none.
-        seconds: that all samples of one request may take together.
+        url: base URL, e.g. ``http://127.0.0.1:8000/v1``.
+        key: API key, None for no key.
+        seconds: timeout for all samples of one request together.
     """
 
     def __init__(self, url: str, key: str | None, seconds: float):
@@ -40,20 +40,20 @@ class Upstream:
         self.client = httpx.AsyncClient(
             base_url=url.rstrip("/") + "/",
             headers={} if key is None else {"authorization": f"Bearer {key}"},
-            # A jar that takes nothing: what the upstream sets for one client must not go with another's request.
+            # Accept no cookies: a cookie set for one client must not be sent with another client's request.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            timeout=httpx.Timeout(None, connect=10.0),  # those limit a read, not an answer
+            timeout=httpx.Timeout(None, connect=10.0),  # httpx's read timeout limits one read, not the full response
             limits=httpx.Limits(max_connections=None),
             follow_redirects=False,
             trust_env=False,
         )
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self.client.aclose()
 
     async def models(self) -> list[JsonObject]:
-        """Its models as it lists them; none where it does not within `MODELS_SECONDS`."""
+        """The upstream's list of models; empty if it fails or takes longer than `MODELS_SECONDS`."""
         try:
             async with asyncio.timeout(MODELS_SECONDS):
                 response = await self.client.get("models")
@@ -64,19 +64,22 @@ class Upstream:
         return [one for one in models if isinstance(one, dict)] if isinstance(models, list) else []
 
     async def sample(self, path: str, request: JsonObject, samples: int) -> tuple[JsonObject, list[JsonObject]]:
-        """The first answer of the upstream with usage summed, and `samples` choices of all.
+        """Request `samples` choices from the upstream.
 
-        A server that does not know ``n`` gives one choice; it is then asked for the others, one by one and all at once,
-        each with a seed of its own where the request has one. The first that fails ends the others.
+        If the server ignores ``n`` and returns fewer choices, the missing ones are requested concurrently, one each,
+        with distinct seeds if the request has a seed. The first failure cancels the others.
+
+        Returns:
+            The first response with the usage summed over all, and the choices.
 
         Raises:
-            UpstreamFailed: it refuses, is late, cannot be reached, or answers with something else.
+            UpstreamFailed: the upstream rejects the request, times out, is unreachable or responds with invalid data.
         """
         try:
             async with asyncio.timeout(self.seconds):
                 answers = await self._answers(path, request, samples)
         except TimeoutError as e:
-            text = f"the upstream did not answer within {self.seconds:g} s (--upstream-seconds)"
+            text = f"the upstream did not respond within {self.seconds:g} s (--upstream-seconds)"
             raise UpstreamFailed(504, error(text, "upstream_error", "upstream_timeout")) from e
         choices = [choice for answer in answers for choice in answer["choices"]][:samples]
         return {**answers[0], "usage": _summed([answer.get("usage") for answer in answers])}, choices
@@ -97,7 +100,7 @@ class Upstream:
         try:
             response = await self.client.post(path, json=request)
         except httpx.HTTPError as e:
-            text = f"the upstream cannot be reached ({type(e).__name__})"
+            text = f"the upstream is unreachable ({type(e).__name__})"
             raise UpstreamFailed(502, error(text, "upstream_error", "upstream_unreachable")) from e
         body = _read(response)
         if response.status_code != 200:
@@ -105,11 +108,11 @@ class Upstream:
         choices = body.get("choices") if isinstance(body, dict) else None
         if isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
             return body
-        raise _bad("the upstream's answer has no choices")
+        raise _bad("the upstream's response has no choices")
 
 
 def can_be_sent(body: Any) -> bool:
-    """Python's parser lets NaN, half a surrogate pair and deep nesting pass, which no answer or request can have."""
+    """Whether a value can be sent as JSON: Python's parser accepts NaN, lone surrogates and deep nesting."""
     for _ in range(DEPTH):
         body = [body]
     try:
@@ -124,8 +127,8 @@ def _bad(text: str) -> UpstreamFailed:
 
 
 def _read(response: httpx.Response) -> Any:
-    """The JSON of an answer, None where it has none, such as a gateway's page."""
-    unusable = _bad(f"the upstream answered {response.status_code} with JSON that cannot be passed on")
+    """The parsed JSON of a response; None if it is not JSON, e.g. a gateway's error page."""
+    unusable = _bad(f"the upstream responded {response.status_code} with JSON that cannot be forwarded")
     try:
         body = response.json()
     except ValueError:
@@ -138,7 +141,7 @@ def _read(response: httpx.Response) -> Any:
 
 
 def _refusal(response: httpx.Response, body: Any) -> UpstreamFailed:
-    """The upstream's status and its own words, wherever it has put them, in OpenAI's shape."""
+    """The upstream's status and error message, from whichever field has it, in OpenAI's format."""
     said = (body.get("error") or body) if isinstance(body, dict) else {}
     said = said if isinstance(said, dict) else {"message": said}
     text = said.get("message") or said.get("detail")
@@ -146,19 +149,19 @@ def _refusal(response: httpx.Response, body: Any) -> UpstreamFailed:
         kind, param, code = (str(said[key]) if said.get(key) else None for key in ("type", "param", "code"))
         own = error(text if isinstance(text, str) else json.dumps(text), kind or "upstream_error", code, param)
     else:
-        own = error(f"the upstream answered {response.status_code}", "upstream_error", "bad_upstream")
+        own = error(f"the upstream responded {response.status_code}", "upstream_error", "bad_upstream")
     wait = response.headers.get("retry-after", "")
     headers = {"retry-after": wait} if wait and wait.isascii() else None
     return UpstreamFailed(response.status_code if 400 <= response.status_code <= 599 else 502, own, headers)
 
 
 def _summed(usages: list[Any], details: bool = True) -> JsonObject:
-    """Counts of the same name summed, with those of the details one level down; what is no count is left out."""
+    """Sum counts by name, including details one level down; values that are not counts are dropped."""
     given = [usage for usage in usages if isinstance(usage, dict)]
     total: JsonObject = {}
     for name in dict.fromkeys(name for usage in given for name in usage):
         values = [usage[name] for usage in given if name in usage]
-        # More digits than a sum's may have cannot be written.
+        # Larger integers are dropped: Python cannot serialise an integer with too many digits.
         counts = [value for value in values if type(value) is int and abs(value) < 2**53]
         if counts:
             total[name] = sum(counts)

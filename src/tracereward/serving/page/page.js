@@ -1,5 +1,5 @@
 "use strict";
-// What a server or a person wrote is set as text, never as markup.
+// Server responses and user input are set as text, never as markup.
 const byId = (id) => document.getElementById(id);
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
 
@@ -29,7 +29,7 @@ byId("form").addEventListener("submit", async (event) => {
   const [status, ranking] = [byId("status"), byId("ranking")];
   ranking.replaceChildren();
   const candidates = byId("candidates").value.split(/^---\s*$/m).map((text) => text.trim()).filter(Boolean);
-  if (!candidates.length) { status.textContent = "There is no candidate."; return; }
+  if (!candidates.length) { status.textContent = "Enter at least one candidate."; return; }
   status.textContent = "Scoring …";
   const headers = { "content-type": "application/json" };
   if (byId("key").value) headers.authorization = `Bearer ${byId("key").value}`;
@@ -42,13 +42,13 @@ byId("form").addEventListener("submit", async (event) => {
     const limit = Math.max(0.5, ...results.flatMap((r) => r.token_rewards.map(Math.abs)));
     for (const result of results) {
       const item = make("li");
-      const probability = result.probability === undefined ? "" : `, right with probability ${result.probability.toFixed(2)}`;
+      const probability = result.probability === undefined ? "" : `, correct with probability ${result.probability.toFixed(2)}`;
       item.append(make("strong", "", `reward ${signed(result.reward)}${probability}`), make("span", "", ` (candidate ${result.index + 1})`));
       item.append(heatmap(result, limit));
       ranking.append(item);
     }
     status.textContent = `${results.length} ranked, ${body.usage.total_tokens} tokens.`;
   } catch (error) {
-    status.textContent = `The server did not answer: ${error.message}`;
+    status.textContent = `The server did not respond: ${error.message}`;
   }
 });
