@@ -10,7 +10,7 @@ import pytest
 from tracereward.cli.app import main
 from tracereward.files import read_jsonl
 from tracereward.quickstart.worlds import WORLDS
-from tracereward.reports.report import Trace
+from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.runs.report import pick_traces
 
@@ -97,7 +97,7 @@ def test_quickstart(small, monkeypatch, capsys, tmp_path):
 def test_report_traces_are_wrong_right_pairs():
     scores = TokenScores(["a"], [(0, 1)], [0.0], [True], [True])
     rows = [("q1", "x", False), ("q1", "y", False), ("q2", "x", False), ("q2", "x", False), ("q2", "y", True)]
-    traces = [Trace(question, text, scores, correct, None) for question, text, correct in rows]
+    traces = [ScoredTrace(question, text, scores, correct, None) for question, text, correct in rows]
     shown = [(t.question, t.completion) for t in pick_traces(traces, 3)]
     assert shown == [("q1", "x"), ("q2", "x"), ("q2", "y")]
     assert len(pick_traces(traces, 5)) == 4

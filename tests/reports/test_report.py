@@ -8,7 +8,7 @@ import pytest
 from markupsafe import Markup
 
 from tracereward.reports import plots, report
-from tracereward.reports.report import Report, Trace, heatmap_html, reward_colour, write_report
+from tracereward.reports.report import Report, ScoredTrace, heatmap_html, reward_colour, write_report
 from tracereward.reports.tables import Table
 from tracereward.rewards.token_scores import TokenScores
 
@@ -25,11 +25,13 @@ def scores_of(tokens: list[str], rewards: list[float], step_ends: list[bool], eo
     return TokenScores(tokens, offsets, rewards, step_ends, step_ends)
 
 
-def arithmetic_trace() -> Trace:
+def arithmetic_trace() -> ScoredTrace:
     tokens = ["23", " -", " 7", " =", " 26", "\n", "#### ", "31", "</s>"]
     rewards = [-1.0, -1.0, -2.0, -2.0, -3.0, -3.0, 0.5, 0.5, 1.25]
     ends = [False] * 5 + [True, False, False, True]
-    return Trace("23 - 7 + 5 = ?\n", "23 - 7 = 26\n#### 31", scores_of(tokens, rewards, ends, eos=True), False, "31")
+    return ScoredTrace(
+        "23 - 7 + 5 = ?\n", "23 - 7 = 26\n#### 31", scores_of(tokens, rewards, ends, eos=True), False, "31"
+    )
 
 
 class Page(HTMLParser):
@@ -153,7 +155,7 @@ def test_heatmap_keeps_text_when_tokens_share_or_skip_characters():
 
 
 def test_report_escapes_everything(path):
-    trace = Trace(HOSTILE, HOSTILE, scores_of([HOSTILE], [1.0], [True]), True, HOSTILE, HOSTILE)
+    trace = ScoredTrace(HOSTILE, HOSTILE, scores_of([HOSTILE], [1.0], [True]), True, HOSTILE, HOSTILE)
     table = Table(HOSTILE, [HOSTILE], [[HOSTILE]], HOSTILE)
     text = {"title": HOSTILE, "summary": HOSTILE, "command": HOSTILE, "config": {HOSTILE: HOSTILE}}
     html = render(path, tables=[table], traces=[trace], **text)
@@ -197,8 +199,8 @@ def test_step_table_has_step_means(path):
 
 
 def test_colour_scale_is_shared_by_all_traces(path):
-    small = Trace("q", "a", scores_of(["a"], [1.0], [True]), None, None)
-    large = Trace("q", "b", scores_of(["b"], [-4.0], [True]), None, None)
+    small = ScoredTrace("q", "a", scores_of(["a"], [1.0], [True]), None, None)
+    large = ScoredTrace("q", "b", scores_of(["b"], [-4.0], [True]), None, None)
     page = Page(render(path, traces=[small, large]))
     styles = [a["style"] for a in page.token_attributes]
     # 1 of 4: 246 - 35 = 211, 246 - 18 = 228, 244 - 5.5 = 238.5 -> 238 (half to even)
@@ -242,7 +244,7 @@ def test_long_runs_are_plotted_as_block_means(path):
 
 
 def test_empty_report(path):
-    empty = Trace("q", "", TokenScores([], [], [], [], []), None, None)
+    empty = ScoredTrace("q", "", TokenScores([], [], [], [], []), None, None)
     for traces in ([], [empty]):
         page = Page(render(path, traces=traces, command=""))
         assert "svg" not in page.tags
@@ -277,7 +279,7 @@ def test_table_with_a_short_row_is_rejected():
 
 
 def test_lone_surrogate_becomes_a_question_mark(path):
-    html = render(path, traces=[Trace("q", "a\ud800", scores_of(["a\ud800"], [1.0], [True]), None, None)])
+    html = render(path, traces=[ScoredTrace("q", "a\ud800", scores_of(["a\ud800"], [1.0], [True]), None, None)])
     assert Page(html).heats == ["a?"]
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tracereward.files import read_jsonl
-from tracereward.reports.report import Report, Trace, write_report
+from tracereward.reports.report import Report, ScoredTrace, write_report
 from tracereward.reports.tables import AUROC_LABELS, Table
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.runs.report import pick_traces
@@ -24,7 +24,7 @@ def write_quickstart_report(output: Path, world: str, seed: int, results: dict[s
             step_ends=row["step_ends"],
         )
         answer = get_task("arithmetic").extract(row["completion"])
-        traces.append(Trace(row["prompt"], row["completion"], scores, correct=row["correct"], answer=answer))
+        traces.append(ScoredTrace(row["prompt"], row["completion"], scores, correct=row["correct"], answer=answer))
     policies = Table(
         f"Greedy accuracy on {results['questions']} held-out questions, %",
         ["policy", "accuracy", "95 % interval", "no answer"],

@@ -26,7 +26,7 @@ DARK = ((0x9A, 0x50, 0x0A), (0x26, 0x29, 0x2E), (0x1B, 0x62, 0xA0))
 
 
 @dataclass(frozen=True)
-class Trace:
+class ScoredTrace:
     """One scored candidate.
 
     Attributes:
@@ -71,7 +71,7 @@ class Report:
     metrics: Sequence[dict] = ()
     rewards_correct: Sequence[float] = ()
     rewards_wrong: Sequence[float] = ()
-    traces: Sequence[Trace] = ()
+    traces: Sequence[ScoredTrace] = ()
     config: dict | None = None
     figures: Sequence[dict[str, Any]] = ()
 
@@ -218,7 +218,7 @@ def _joined_text(scores: TokenScores) -> str:
     return "".join(text)
 
 
-def _common_limit(traces: Sequence[Trace]) -> float:
+def _common_limit(traces: Sequence[ScoredTrace]) -> float:
     """The largest |reward| of all tokens, so that colours are comparable across traces; 1 if there are no tokens."""
     sizes = [abs(reward) for trace in traces for reward in trace.scores.rewards if math.isfinite(reward)]
     return max(sizes, default=0.0) or 1.0
@@ -237,7 +237,7 @@ def _palette_css() -> Markup:
     )
 
 
-def _trace_view(trace: Trace, limit: float) -> dict[str, Any]:
+def _trace_view(trace: ScoredTrace, limit: float) -> dict[str, Any]:
     """Template variables of one trace."""
     scores = trace.scores
     return {
@@ -250,7 +250,7 @@ def _trace_view(trace: Trace, limit: float) -> dict[str, Any]:
     }
 
 
-def _step_rows(trace: Trace, limit: float) -> list[dict[str, Any]]:
+def _step_rows(trace: ScoredTrace, limit: float) -> list[dict[str, Any]]:
     """One row per step: its text, mean reward and colours; with several steps, the lowest is marked."""
     scores = trace.scores
     rewards = scores.step_rewards()

@@ -10,7 +10,7 @@ from tracereward.console import note
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.distributed import zero3_disabled
-from tracereward.reports.report import Trace
+from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.runs.finish import load_policy
 from tracereward.runs.folder import Run
@@ -65,7 +65,7 @@ def fresh_traces(
     prompts: list[str],
     gold: dict[str, str | None],
     task: Task,
-) -> list[Trace]:
+) -> list[ScoredTrace]:
     """Four scored rollouts per prompt by the final policy."""
     config, device = trainer.config, trainer.accelerator.device
     clear_device_cache(garbage_collection=True)
@@ -82,13 +82,13 @@ def fresh_traces(
     for s, scores in zip(samples, scored, strict=True):
         answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]
         correct = None if answer is None else task.verify(s.text, answer)
-        traces.append(Trace(prompt, s.text, scores, correct=correct, answer=task.extract(s.text)))
+        traces.append(ScoredTrace(prompt, s.text, scores, correct=correct, answer=task.extract(s.text)))
     return traces
 
 
-def pick_traces(traces: list[Trace], count: int = 5) -> list[Trace]:
+def pick_traces(traces: list[ScoredTrace], count: int = 5) -> list[ScoredTrace]:
     """Up to `count` distinct traces: pairs of a wrong and a right one of the same question first, then the rest."""
-    questions: dict[str, dict[str, Trace]] = {}
+    questions: dict[str, dict[str, ScoredTrace]] = {}
     for trace in traces:
         questions.setdefault(trace.question, {}).setdefault(trace.completion, trace)
     pairs, rest = [], []
