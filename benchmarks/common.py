@@ -115,7 +115,7 @@ def lora() -> LoraConfig:
 
 
 def plain_trainer(
-    folder: str, rows: list[dict], options: dict[str, Any], peft: bool = False, compiled: bool = False
+    folder: str, rows: list[dict], options: dict[str, Any], *, peft: bool = False, compiled: bool = False
 ) -> GRPOTrainer:
     """`trl.GRPOTrainer` with the verifier as reward; if `compiled`, with `--compile_rollouts`."""
     task = get_task("arithmetic")
@@ -138,6 +138,7 @@ def adversarial_trainer(
     folder: str,
     rows: list[dict],
     options: dict[str, Any],
+    *,
     discriminator: str | None = None,
     peft: bool = False,
     **more: Any,

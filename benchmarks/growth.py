@@ -59,7 +59,9 @@ def main() -> None:
             options = common.trainer_options(PROMPTS, group, length, path / "run")
             options["max_steps"] = 1 + 2 * args.repeat
             row: dict[str, Any] = {"what": what, "x": x}
-            adversarial = pairs(adversarial_trainer(folder, rows, options, discriminator, **UPDATE), args.repeat)
+            adversarial = pairs(
+                adversarial_trainer(folder, rows, options, discriminator=discriminator, **UPDATE), args.repeat
+            )
             steps = [p["step"] for p in adversarial]
             row |= {"s a step": median(steps), "IQR": iqr(steps)}
             if discriminator is None:

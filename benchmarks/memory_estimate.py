@@ -170,7 +170,7 @@ def kv_cache(shape: Shape, sequences: int, tokens: int, width: int = BFLOAT16) -
     return sequences * tokens * shape.layers * 2 * shape.kv * width
 
 
-def activations(shape: Shape, tokens: int, lora: bool, checkpointing: bool, width: int = BFLOAT16) -> int:
+def activations(shape: Shape, tokens: int, lora: bool, checkpointing: bool, *, width: int = BFLOAT16) -> int:
     """Bytes that a forward pass saves for the backward pass, with fused attention.
 
     A layer saves a = width (10 h + 4 kv + 4 i) per token, and 4 (6 h + i) more with LoRA, whose inputs are float32.

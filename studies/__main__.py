@@ -13,6 +13,7 @@ app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, add_com
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="Study; an unknown name lists all studies.")],
+    *,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="Seed; repeatable. Default: the study's.")] = None,
     worlds: Annotated[
         list[str] | None,

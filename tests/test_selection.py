@@ -103,8 +103,8 @@ def test_every_method_picks_the_only_candidate():
 
 
 def test_random_choice_depends_only_on_seed_and_question():
-    assert [choose(FIVE, "random", same, 1) for _ in range(3)] == [choose(FIVE, "random", same, 1)] * 3
-    chosen = {choose(FIVE, "random", same, seed) for seed in range(60)}
+    assert [choose(FIVE, "random", same, seed=1) for _ in range(3)] == [choose(FIVE, "random", same, seed=1)] * 3
+    chosen = {choose(FIVE, "random", same, seed=seed) for seed in range(60)}
     assert chosen == set(range(5))
 
 
@@ -278,7 +278,11 @@ def test_temperature_is_fitted_to_accuracy():
     b = candidates(("x", 0.1, None, 0, False), ("y", 0.0, None, 0, True), ("y", 0.0, None, 0, True))
     assert fit_vote_temperature([a, b], same) == 1.0
     assert fit_vote_temperature([b], same) == max(TEMPERATURES) == 8.0
-    assert [t for t in TEMPERATURES if sum(outcomes([a, b], "softmax_vote", same, 0, t)) == 2] == [0.25, 0.5, 1.0]
+    assert [t for t in TEMPERATURES if sum(outcomes([a, b], "softmax_vote", same, seed=0, temperature=t)) == 2] == [
+        0.25,
+        0.5,
+        1.0,
+    ]
 
 
 def test_methods_with_missing_inputs_are_skipped():

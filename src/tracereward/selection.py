@@ -77,6 +77,7 @@ def choose(
     candidates: Sequence[Candidate],
     method: str,
     equal: Callable[[str, str], bool],
+    *,
     seed: int = 0,
     temperature: float | None = None,
 ) -> int:
@@ -157,6 +158,7 @@ def outcomes(
     questions: Sequence[Sequence[Candidate]],
     method: str,
     equal: Callable[[str, str], bool],
+    *,
     seed: int = 0,
     temperature: float | None = None,
 ) -> list[float]:
@@ -231,6 +233,7 @@ def ranking_table(
 def ranking_curves(
     questions: Sequence[Sequence[Candidate]],
     equal: Callable[[str, str], bool],
+    *,
     seed: int = 0,
     temperature: float | None = None,
     draws: int = 8,

@@ -142,7 +142,7 @@ def trace_rewards(model: TokenRewardModel, samples: Sequence[Sample]) -> np.ndar
 
     def rewards(rows: list[Sample]) -> list[float]:
         prompts, completions, finished = ([row[name] for row in rows] for name in ("prompt", "completion", "finished"))
-        return [scores.aggregate("mean") for scores in model.score(prompts, completions, finished)]
+        return [scores.aggregate("mean") for scores in model.score(prompts, completions, finished=finished)]
 
     return np.array(once(samples, rewards))
 

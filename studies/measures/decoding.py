@@ -81,7 +81,7 @@ class Bench:
 
     def pool_rows(self) -> list[Row]:
         """Accuracy and tokens of each selection method among N = 1, 2, 4, ... plain samples."""
-        curves = ranking_curves(self.pool, get_task(TASK).equal, self.guides["reward"].sampling.seed)
+        curves = ranking_curves(self.pool, get_task(TASK).equal, seed=self.guides["reward"].sampling.seed)
         return [
             {"method": method, "budget": n, "accuracy": accuracy, "sampled_tokens": n * self.tokens}
             for method, points in curves.items()
@@ -89,7 +89,7 @@ class Bench:
         ]
 
 
-def load_bench(site: Site, arm: str, part: str, n: int, asked: int | None = None) -> Bench:
+def load_bench(site: Site, arm: str, part: str, n: int, *, asked: int | None = None) -> Bench:
     """The bench of one part's questions, or of its first `asked`, with `n` samples per question."""
     task = get_task(TASK)
     questions = read_jsonl(site.data(part))[: FEW if site.fast else asked]
@@ -135,7 +135,7 @@ def points_of(rows: Sequence[Row], method: str) -> Points:
     return [(row["sampled_tokens"], row["accuracy"]) for row in rows if row["method"] == method]
 
 
-def guided(bench: Bench, score: str, method: str, setting: Row, budgets: Sequence[int]) -> list[Row]:
+def guided(bench: Bench, score: str, method: str, setting: Row, *, budgets: Sequence[int]) -> list[Row]:
     """Accuracy and tokens of one guided method at each budget."""
     guide = bench.guides[score]
     if method == "tilt":
@@ -156,7 +156,7 @@ def best_of(bench: Bench, guide: Guide, setting: Row, budgets: Sequence[int]) ->
     task = get_task(TASK)
     found = tilt(guide, bench.prompts, n=max(budgets), alpha=setting["alpha"], top_k=setting["top_k"])
     tokens = sum(traces[0].sampled_tokens for traces in found) / len(found) / max(budgets)
-    curves = ranking_curves(candidates(found, bench.golds, task), task.equal, guide.sampling.seed)
+    curves = ranking_curves(candidates(found, bench.golds, task), task.equal, seed=guide.sampling.seed)
     return {
         method: [
             {"budget": n, "accuracy": accuracy, "sampled_tokens": n * tokens}

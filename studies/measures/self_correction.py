@@ -28,7 +28,7 @@ SHARES = (0.1, 0.2, 0.3, 0.5, 1.0)
 """Shares of validation traces that a threshold suspects; the last resamples full traces."""
 
 
-def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int, k: int) -> list[Row]:
+def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int, *, k: int) -> list[Row]:
     """`summary` after each round of correcting the first sample of each question.
 
     Each round starts from the traces of the last one with a new seed, equivalent to `rounds` rounds in one call.

@@ -33,7 +33,7 @@ def of_training(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(
-    site: Site, arm: str, others: dict[str, Site], options: dict[str, Any], samples: dict[str, list[Sample]]
+    site: Site, arm: str, others: dict[str, Site], options: dict[str, Any], *, samples: dict[str, list[Sample]]
 ) -> dict[str, Any]:
     """Rank all backbones' samples by one reward model, as trained and adapted to each policy.
 
@@ -71,6 +71,7 @@ def adapt(
     site: Site,
     options: dict[str, Any],
     rollouts: Sequence[Sample],
+    *,
     count: int,
     updates: int,
 ) -> TokenRewardModel:

@@ -41,7 +41,7 @@ SECTIONS: dict[str, Callable[[Path, Sequence[Result]], list[str]]] = {
 """Further measurements of a cell, and their page sections."""
 
 
-def write_page(path: Path, study: Study, command: str, results: Sequence[Result], tried: int) -> None:
+def write_page(path: Path, study: Study, command: str, results: Sequence[Result], *, tried: int) -> None:
     """Write `path` and its figures.
 
     Args:

@@ -26,7 +26,7 @@ LINEAR = (
 
 
 def train_sft(
-    site: Site, arm: str, start: str, given: dict[str, Any], part: str | None = None, choose: bool = False
+    site: Site, arm: str, start: str, given: dict[str, Any], *, part: str | None = None, choose: bool = False
 ) -> None:
     """SFT of one arm's policy on the demonstrations or another part of the data; `choose` as in `data_of`."""
     data = data_of(site, part or site.demonstrations, choose)

@@ -97,7 +97,7 @@ def rank(site: Site, arm: str, samples: list[dict[str, Any]]) -> tuple[dict[str,
     scores = model.score(
         [row["prompt"] for row in samples],
         [row["completion"] for row in samples],
-        [row["finished"] for row in samples],
+        finished=[row["finished"] for row in samples],
     )
     scored = [
         {**row, "supervised": trace.supervised, "step_ends": trace.step_ends, **as_row(trace, model)}

@@ -319,24 +319,24 @@ def long_rows() -> list[dict]:
 
 def test_check_lengths():
     rows, tokenizer = long_rows(), build_tokenizer()
-    assert check_lengths(rows, tokenizer, 8, 9, "refuse") == (rows, 0)
-    assert check_lengths(rows, tokenizer, None, 9, "refuse") == (rows, 0)
-    assert check_lengths(rows, tokenizer, 6, 8, "drop") == ([rows[0], rows[3]], 2)
+    assert check_lengths(rows, tokenizer, 8, 9, on_long="refuse") == (rows, 0)
+    assert check_lengths(rows, tokenizer, None, 9, on_long="refuse") == (rows, 0)
+    assert check_lengths(rows, tokenizer, 6, 8, on_long="drop") == ([rows[0], rows[3]], 2)
     with pytest.raises(InputError) as caught:
-        check_lengths(rows, tokenizer, 8, 8, "refuse")
+        check_lengths(rows, tokenizer, 8, 8, on_long="refuse")
     assert str(caught.value) == (
         "1 of 4 rows are too long: 1 completions over 8 tokens, first f:2 (9), longest 9 tokens. "
         "Use --max_completion_length 9 or --on_long drop."
     )
     with pytest.raises(InputError) as caught:
-        check_lengths(rows, tokenizer, 5, 2, "drop")
+        check_lengths(rows, tokenizer, 5, 2, on_long="drop")
     assert str(caught.value) == (
         "4 of 4 rows are too long: 4 prompts over 5 tokens, first f:1 (6), longest 8 tokens; "
         "3 completions over 2 tokens, first f:1 (3), longest 9 tokens. "
         "Use --max_prompt_length 8 --max_completion_length 9 or --on_long drop."
     )
     with pytest.raises(InputError, match="unknown on_long 'cut'"):
-        check_lengths(rows, tokenizer, 8, 9, "cut")
+        check_lengths(rows, tokenizer, 8, 9, on_long="cut")
 
 
 # ---------- splitting ----------

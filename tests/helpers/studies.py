@@ -41,5 +41,5 @@ def folders(path: Path) -> list[str]:
 
 def page_of(folder: Path, results: list[dict]) -> str:
     """The page of these results; its figures are ``x*.png`` in the folder."""
-    write_page(folder / "x.md", STUDIES["recipe"], "python -m studies x", results, 0)
+    write_page(folder / "x.md", STUDIES["recipe"], "python -m studies x", results, tried=0)
     return (folder / "x.md").read_text()

@@ -87,7 +87,7 @@ def check(source: Spans, target: Spans, ended: bool, seed: int) -> None:
     rng = random.Random(seed)
     values = [float(rng.randint(-99, 99)) for _ in source]  # integers: their sums are exact
     supervised = [rng.random() < seed % 5 / 4 for _ in source]  # from none to all
-    moved, landed = project(values, supervised, source, target, ended)
+    moved, landed = project(values, supervised, source, target, ended=ended)
     for k in range(len(target)):
         arrived = [v for v, counts, token in zip(values, supervised, tokens) if counts and token == k]
         assert moved[k] == sum(arrived)
@@ -143,16 +143,19 @@ def test_a_number_in_one_token_against_its_digits():
     number, digits = [(0, 5), (5, 5)], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
     assert containing_tokens(number, digits, True) == [4, 5]
     assert containing_tokens(digits, number, True) == [0, 0, 0, 0, 0, 1]
-    assert project([2.0, 7.0], [True, True], number, digits, True) == (
+    assert project([2.0, 7.0], [True, True], number, digits, ended=True) == (
         [0.0, 0.0, 0.0, 0.0, 2.0, 7.0],
         [False, False, False, False, True, True],
     )
-    assert project([1.0, 2.0, 3.0, 4.0, -5.0, 7.0], [True] * 6, digits, number, True) == ([5.0, 7.0], [True, True])
+    assert project([1.0, 2.0, 3.0, 4.0, -5.0, 7.0], [True] * 6, digits, number, ended=True) == (
+        [5.0, 7.0],
+        [True, True],
+    )
 
 
 def test_backfill_gives_the_pieces_of_a_split_token_its_value():
     source, target = [(0, 1), (1, 4), (4, 4)], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4)]
-    moved, landed = project([1.0, 2.0, 3.0], [True] * 3, source, target, True)
+    moved, landed = project([1.0, 2.0, 3.0], [True] * 3, source, target, ended=True)
     assert backfill(torch.tensor([moved]), torch.tensor([landed])).tolist() == [[1.0, 2.0, 2.0, 2.0, 3.0]]
 
 
@@ -161,19 +164,22 @@ def test_tokens_with_crossing_boundaries():
     source, target = [(0, 2), (2, 4), (4, 5)], [(0, 1), (1, 3), (3, 5)]
     assert containing_tokens(source, target, False) == [1, 2, 2]
     assert containing_tokens(target, source, False) == [0, 1, 2]
-    assert project([1.0, 10.0, 100.0], [True] * 3, source, target, False) == ([0.0, 1.0, 110.0], [False, True, True])
+    assert project([1.0, 10.0, 100.0], [True] * 3, source, target, ended=False) == (
+        [0.0, 1.0, 110.0],
+        [False, True, True],
+    )
 
 
 def test_only_supervised_values_move():
     source, target = [(0, 1), (1, 2), (2, 3)], [(0, 2), (2, 3)]
     nan = float("nan")
-    assert project([nan, 3.0, nan], [False, True, False], source, target, False) == ([3.0, 0.0], [True, False])
-    assert project([4.0, nan, 5.0], [True, False, True], source, target, False) == ([4.0, 5.0], [True, True])
-    assert project([1.0, 2.0, 3.0], [False] * 3, source, target, False) == ([0.0, 0.0], [False, False])
+    assert project([nan, 3.0, nan], [False, True, False], source, target, ended=False) == ([3.0, 0.0], [True, False])
+    assert project([4.0, nan, 5.0], [True, False, True], source, target, ended=False) == ([4.0, 5.0], [True, True])
+    assert project([1.0, 2.0, 3.0], [False] * 3, source, target, ended=False) == ([0.0, 0.0], [False, False])
 
 
 def test_a_supervised_value_of_zero_is_supervised():
-    assert project([0.0], [True], [(0, 1)], [(0, 1)], False) == ([0.0], [True])
+    assert project([0.0], [True], [(0, 1)], [(0, 1)], ended=False) == ([0.0], [True])
 
 
 def test_a_leading_space_in_the_token_or_before_it():
@@ -222,7 +228,7 @@ def test_the_end_of_sequence_token_alone_takes_everything():
 def test_special_tokens_inside():
     """The policy sampled one between "a" and "b", which the reward model does not see."""
     policy, reward_model = [(0, 1), (1, 1), (1, 2), (2, 2)], [(0, 1), (1, 2), (2, 2)]
-    moved, landed = project([1.0, 2.0, 3.0], [True] * 3, reward_model, policy, True)
+    moved, landed = project([1.0, 2.0, 3.0], [True] * 3, reward_model, policy, ended=True)
     assert (moved, landed) == ([1.0, 0.0, 2.0, 3.0], [True, False, True, True])
     assert containing_tokens(policy, reward_model, True) == [0, 1, 1, 2]
 
@@ -245,8 +251,8 @@ def test_a_surplus_of_empty_tokens_at_the_end_keeps_the_order():
 def test_no_tokens():
     assert containing_tokens([], [], False) == []
     assert containing_tokens([], [(0, 0)], False) == []
-    assert project([], [], [], [], False) == ([], [])
-    assert project([], [], [], [(0, 0)], False) == ([0.0], [False])
+    assert project([], [], [], [], ended=False) == ([], [])
+    assert project([], [], [], [(0, 0)], ended=False) == ([0.0], [False])
     with pytest.raises(ValueError, match="2 source tokens, but no target token to hold them"):
         containing_tokens([(0, 1), (1, 2)], [], False)
 
@@ -254,7 +260,7 @@ def test_no_tokens():
 @pytest.mark.parametrize(("values", "supervised"), [([1.0], [True, True]), ([1.0, 2.0], [True])])
 def test_lengths_must_agree(values, supervised):
     with pytest.raises(ValueError, match="zip"):
-        project(values, supervised, [(0, 1), (1, 2)], [(0, 2)], False)
+        project(values, supervised, [(0, 1), (1, 2)], [(0, 2)], ended=False)
 
 
 # ---------- real tokenizers ----------
@@ -302,7 +308,7 @@ def test_real_tokenizers():
             for source, target in (spans, spans[::-1]):
                 values = [float((7 * k + n) % 19 - 9) for k in range(len(source))]
                 supervised = [(k + n) % 3 != 1 for k in range(len(source))]
-                moved, landed = project(values, supervised, source, target, ended)
+                moved, landed = project(values, supervised, source, target, ended=ended)
                 assert sum(moved) == sum(itertools.compress(values, supervised))
                 assert 0 < sum(landed) <= sum(supervised) or not any(supervised)
                 tokens = containing_tokens(source, target, ended)

@@ -262,7 +262,7 @@ def test_terminal_honours_no_color_unless_overridden(monkeypatch):
     for no_color, colour in (("", "auto"), ("1", "auto"), ("1", "256")):
         monkeypatch.setenv("NO_COLOR", no_color)
         file = Terminal()
-        print_ansi([arithmetic_row()], file, 60, colour)
+        print_ansi([arithmetic_row()], file, width=60, colour=colour)
         outputs.append("48;5;" in file.getvalue())
     assert outputs == [True, False, True]
     assert "\x1b" not in printed([arithmetic_row()], colour="auto")  # not a terminal

@@ -38,7 +38,7 @@ def page(driver, tmp_path):
     page.media()
     page.size(1280, 900)
     path = tmp_path / "inspection.html"
-    write_inspection(path, ROWS, "Four traces", "tracereward inspect scores.jsonl")
+    write_inspection(path, ROWS, "Four traces", command="tracereward inspect scores.jsonl")
     page.open(path)
     yield page
     assert driver.get_log("browser") == []

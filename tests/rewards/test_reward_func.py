@@ -84,7 +84,7 @@ def test_the_function_gives_what_score_gives(tiny_model_folder, tokenizer, train
     for prompts, completions, ids, rewards in train(as_reward_func(model)):
         # TRL's ids, not the function's: a completion that ended has the end of sequence as its last token.
         ended = [row[-1] == eos for row in ids]
-        scores = model.score(prompts, completions, [end or not text for end, text in zip(ended, completions)])
+        scores = model.score(prompts, completions, finished=[end or not text for end, text in zip(ended, completions)])
         expected = [trace.aggregate(model.settings.aggregate) for trace in scores]
         assert rewards[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
         assert len({round(value, 4) for value in expected}) > BATCH // 2
@@ -101,7 +101,7 @@ def test_a_token_head_is_a_reward_model_by_its_folder(tiny_model_folder, tokeniz
         stated = [index for index, text in enumerate(completions) if text]
         assert len(stated) > BATCH // 2
         texts = [prompts[i] for i in stated], [completions[i] for i in stated]
-        expected = [trace.aggregate("last") for trace in model.score(*texts, [False] * len(stated))]
+        expected = [trace.aggregate("last") for trace in model.score(*texts, finished=[False] * len(stated))]
         assert rewards[stated, 0].tolist() == pytest.approx(expected, abs=1e-4)
         assert rewards[:, 1].tolist() == pytest.approx(function(prompts, completions, ids), abs=1e-5)
 
@@ -113,7 +113,7 @@ def test_messages_are_rendered_and_empty_traces_scored(tiny_model_folder, tokeni
     prompt, trace = "13 - 5 = ?\n", "13 - 5 = 8"
     ids = tokenizer(trace)["input_ids"]
     found = function(prompts=[prompt] * 3, completions=[trace, trace, ""], completion_ids=[ids, [*ids, eos], [0, 0]])
-    cut, ended, empty = model.score([prompt] * 3, [trace, trace, ""], [False, True, True])
+    cut, ended, empty = model.score([prompt] * 3, [trace, trace, ""], finished=[False, True, True])
     assert found == pytest.approx([t.aggregate() for t in (cut, ended, empty)], abs=1e-5)
     assert function([prompt], [trace]) == pytest.approx([ended.aggregate()], abs=1e-5)
     assert function([prompt], [trace], trainer_state=None, answer=["8"]) == function([prompt], [trace])

@@ -302,7 +302,7 @@ def test_transfer_of_untrained_models(tmp_path):
     options = {**CHECKED.recipe, **FROZEN, "warmup_rollouts": 2, "policies": ["llama", "digits"]}
     options |= {"demonstrations": [2, 4], "updates": 3, "head_learning_rate": 1e-2}
     drawn = {"llama": samples(4, 1), "digits": samples(4, 1)}
-    found = transfer.run(llama, "frozen", {"llama": llama, "digits": digits}, options, drawn)
+    found = transfer.run(llama, "frozen", {"llama": llama, "digits": digits}, options, samples=drawn)
     assert {name: list(counts) for name, counts in found.items()} == {"llama": ["0"], "digits": ["0", "2", "4"]}
     # The right trace of each question has a log-prob lower by 1, and both traces have equal length.
     assert found["llama"]["0"]["auroc_logprob"] == 0

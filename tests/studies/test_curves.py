@@ -17,7 +17,7 @@ from tracereward.tasks.recipes import get_task
 def site(tmp_path):
     """Builds a site with data and no model."""
     world = WORLDS["checked"]
-    parts = splits("checked", 5, 40, 20, 30, 50)
+    parts = splits("checked", 5, 40, n_validation=20, n_test=30, n_unlabeled=50)
     (tmp_path / "data").mkdir()
     for part, rows in parts.items():
         write_jsonl(tmp_path / "data" / f"{part}.jsonl", rows)

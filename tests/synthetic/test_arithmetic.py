@@ -104,7 +104,7 @@ def test_word_problem_solutions_are_correct(sample):
 
 
 def test_quarter_of_word_problem_test_split_uses_unseen_templates():
-    parts = splits("word-problems", 3, 200, 50, 60, 100)
+    parts = splits("word-problems", 3, 200, n_validation=50, n_test=60, n_unlabeled=100)
     stories = {name: {re.sub(r"[A-Z]\w+|\d+", "", row["prompt"]) for row in rows} for name, rows in parts.items()}
     unseen = {re.sub(r"[A-Z]\w+|\d+", "", row["prompt"]) for row in parts["test"] if row.get("unseen")}
     assert sum(bool(row.get("unseen")) for row in parts["test"]) == 15
@@ -112,7 +112,9 @@ def test_quarter_of_word_problem_test_split_uses_unseen_templates():
     assert not unseen & (stories["experts"] | stories["validation"] | stories["unlabeled"])
     assert {row["prompt"] for row in parts["test"]}.isdisjoint(row["prompt"] for row in parts["experts"])
     for name in ("misconception", "style"):
-        assert not any(row.get("unseen") for row in splits(name, 3, 5, 5, 20, 5)["test"])
+        assert not any(
+            row.get("unseen") for row in splits(name, 3, 5, n_validation=5, n_test=20, n_unlabeled=5)["test"]
+        )
 
 
 def test_text_form():

@@ -68,7 +68,9 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     if source is None:
         raise InputError(f"task {task.name!r} has no set of its own: give --dataset_name, a file or a Hub id")
     subset = data.dataset_config or (task.subset if data.dataset_name in (None, task.dataset) else None)
-    rows = load_demonstrations(source, task, data.dataset_train_split, subset, data.max_demonstrations)
+    rows = load_demonstrations(
+        source, task, split=data.dataset_train_split, subset=subset, limit=data.max_demonstrations
+    )
     unlabeled = []
     if data.unlabeled_dataset_name is not None:
         unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)
@@ -80,7 +82,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     unlabeled = render(unlabeled, tokenizer, data.template)
     limit = config.max_completion_length
     assert limit is not None
-    rows, dropped = check_lengths(rows, tokenizer, None, limit, data.on_long)
+    rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
     if dropped:
         note(f"{dropped} demonstrations left out: longer than {limit} tokens (--max_completion_length)")
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
@@ -136,7 +138,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
     if config.validation_fraction:
         train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)
     check_disk(config, model, models=1)
-    with run_folder("sft", data, config, model, resume) as run:
+    with run_folder("sft", data, config, model, resume=resume) as run:
         tokenizer = prepared.tokenizer
         with explained():
             trainer = SupervisedTrainer(
@@ -148,7 +150,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
     return run.folder
 
@@ -190,7 +192,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
         pairs = zip(completions, answer, strict=True)
         return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
 
-    with run_folder("grpo", data, config, model, resume) as run:
+    with run_folder("grpo", data, config, model, resume=resume) as run:
         with explained():
             policy = load_policy(model)
         functions = [correct]
@@ -223,7 +225,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
     return run.folder
 
@@ -265,7 +267,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         raise InputError("--shared_base needs --use_peft true: policy and discriminator are two LoRA adapters")
     check_disk(config, model, models=2)
     peft = lora(model)
-    with run_folder("train", data, config, model, resume) as run:
+    with run_folder("train", data, config, model, resume=resume) as run:
         with explained():
             torch.manual_seed(config.seed)  # the head and LoRA start at random
             starting, policy_peft = load_policy(model), lora(model)
@@ -288,7 +290,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 peft_config=policy_peft,
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
         with trainer.discriminator.averaged():
             weights = trainer.discriminator.weights() if trainer.discriminator.sharded else None
             if is_main_process():

@@ -21,6 +21,7 @@ def load_demonstrations(
     task: Task,
     split: str = "train",
     subset: str | None = None,
+    *,
     limit: int | None = None,
     require_completion: bool = True,
 ) -> list[dict[str, Any]]:
@@ -79,6 +80,7 @@ def check_lengths(
     tokenizer: "PreTrainedTokenizerBase",
     max_prompt_length: int | None,
     max_completion_length: int,
+    *,
     on_long: str,
 ) -> tuple[list[dict[str, Any]], int]:
     """Refuse or drop rows that are too long; nothing is truncated.

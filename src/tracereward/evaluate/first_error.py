@@ -200,6 +200,7 @@ def _with_interval(
     columns: Sequence[np.ndarray],
     statistic: Callable[..., Any],
     questions: Sequence[Hashable],
+    *,
     seed: int,
     resamples: int = 2000,
 ) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def compare(
         tokens = sum(traces[0].sampled_tokens for traces in plain) / len(plain)
         for method in POOL_METHODS:
             if guide.reference is None or not method.startswith("reward_logprob"):
-                right = outcomes(questions, method, task.equal, guide.sampling.seed)
+                right = outcomes(questions, method, task.equal, seed=guide.sampling.seed)
                 yield {"method": method, "budget": budget, "right": right, "sampled_tokens": tokens}
         width, expansions = beam_shape(budget)
         yield row("beam", budget, first(beam(guide, prompts, width=width, expansions=expansions)))

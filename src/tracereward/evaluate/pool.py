@@ -213,7 +213,7 @@ def _curves(
     questions: Sequence[Sequence[Candidate]], equal: Callable[[str, str], bool], seed: int, temperature: float
 ) -> dict[str, list[tuple[int, float, float, float]]]:
     """`ranking_curves`, but exact at N = 1, where whatever a method prefers it picks one candidate at random."""
-    curves = ranking_curves(questions, equal, seed, temperature)
+    curves = ranking_curves(questions, equal, seed=seed, temperature=temperature)
     shares = outcomes(questions, "mean", equal)
     one = (1, sum(shares) / len(shares), *bootstrap_interval(shares, seed))
     return {method: [one, *points[1:]] for method, points in curves.items()}

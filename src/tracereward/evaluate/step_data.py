@@ -42,7 +42,7 @@ class StepTrace:
 
 
 def read_step_traces(
-    source: str, form: str, split: str = "train", subset: str | None = None, limit: int | None = None
+    source: str, form: str, *, split: str = "train", subset: str | None = None, limit: int | None = None
 ) -> list[StepTrace]:
     """Read and check a step-labelled set.
 

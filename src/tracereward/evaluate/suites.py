@@ -182,9 +182,9 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
     recipe = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
     folder = output_folder(model, trial.output)
-    traces = read_step_traces(data, suite, split, limit=trial.limit)
+    traces = read_step_traces(data, suite, split=split, limit=trial.limit)
     if fit:
-        fit_traces = read_step_traces(fit, suite, fit_split)
+        fit_traces = read_step_traces(fit, suite, split=fit_split)
     else:
         fit_traces, traces = split_by_question(traces, 0.5, seed)
     reward_model, baseline = load(model, policy)
@@ -208,7 +208,7 @@ def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
     folder = output_folder(model, trial.output)
     subset = recipe.subset if data == recipe.dataset else None
-    rows = load_demonstrations(data, recipe, split, subset=subset, limit=trial.limit)
+    rows = load_demonstrations(data, recipe, split=split, subset=subset, limit=trial.limit)
     reward_model, baseline = load(model, policy)
     result = {"model": model, "data": data, "policy": policy}
     result |= evaluate_perturbations(reward_model, rows, policy=baseline, aggregate=aggregate, seed=trial.seed)

@@ -159,6 +159,7 @@ def project(
     supervised: Sequence[bool],
     source: Sequence[tuple[int, int]],
     target: Sequence[tuple[int, int]],
+    *,
     ended: bool,
 ) -> tuple[list[float], list[bool]]:
     """Move values from a reward model's tokens to those of a policy with another tokenizer.

@@ -149,6 +149,7 @@ def log_probs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     pad_id: int,
+    *,
     token_budget: int | None = None,
 ) -> list[Tensor]:
     """Log-prob of each completion's tokens under `model`, in nats: float32 of len(completion) each, on the CPU."""
@@ -169,6 +170,7 @@ def mean_log_probs(
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
     pad_id: int,
+    *,
     token_budget: int | None = None,
 ) -> list[float]:
     """Mean log-prob of each completion's tokens under `model`, in nats."""

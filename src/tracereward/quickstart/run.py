@@ -133,7 +133,7 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
 
 
-def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, fast: bool, json_table: bool) -> None:
+def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, *, fast: bool, json_table: bool) -> None:
     """SFT, warm-up, adversarial GRPO, two controls, reranking and the report, on generated arithmetic.
 
     Raises:
@@ -267,7 +267,7 @@ def evaluate(run: Quickstart) -> None:
     atomic_write_json(run.folder / "results.json", results)
 
 
-def sample(run: Quickstart, policy: str, part: str, n: int, temperature: float = 1.0) -> list[dict[str, Any]]:
+def sample(run: Quickstart, policy: str, part: str, n: int, *, temperature: float = 1.0) -> list[dict[str, Any]]:
     """``tracereward sample``: rows of `n` completions per question."""
     sampling = SamplingParams(
         max_new_tokens=run.world.completion,

@@ -42,6 +42,7 @@ def write_inspection(
     path: str | os.PathLike,
     traces: Iterable[dict[str, Any]],
     title: str,
+    *,
     command: str = "",
     threshold: float = ERROR_MARGIN,
 ) -> None:
@@ -154,6 +155,7 @@ def _pieces(
     tokens: Sequence[str],
     offsets: Sequence[tuple[int, int]],
     rewards: Sequence[float],
+    *,
     ends: Sequence[bool],
     marks: Sequence[bool],
 ) -> list[list[list[Any]]]:

@@ -26,6 +26,7 @@ _SIGNS = {"z": "·", "e": "■", "m": "↵"}  # for the kinds of tokens, see `in
 def print_ansi(
     traces: Iterable[dict[str, Any]],
     file: TextIO,
+    *,
     width: int | None = None,
     colour: str = "auto",
     threshold: float = ERROR_MARGIN,

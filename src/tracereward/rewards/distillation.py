@@ -99,6 +99,7 @@ def distill(
     teacher: TokenRewardModel,
     folder: str | Path,
     examples: Sequence[Example],
+    *,
     epochs: int = 3,
     learning_rate: float = 1e-4,
     token_budget: int = 8192,

@@ -291,6 +291,6 @@ def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
         finished = None
         if completion_ids is not None:  # of a trace without text there is only its end to score
             finished = [ids[-1:] == [eos] or not text for ids, text in zip(completion_ids, texts[1], strict=True)]
-        return [trace.aggregate(model.settings.aggregate) for trace in model.score(*texts, finished)]
+        return [trace.aggregate(model.settings.aggregate) for trace in model.score(*texts, finished=finished)]
 
     return tracereward

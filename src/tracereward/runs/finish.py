@@ -34,6 +34,7 @@ def train_and_choose(
     trainer: SafeTrainer,
     validation: Validation | None,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     model: ModelConfig,
 ) -> str:
     """Train and write ``policy/``: the last weights, or, after a failure or with validation questions, the best.

@@ -110,7 +110,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfig, resume: bool) -> Iterator[Run]:
+def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfig, *, resume: bool) -> Iterator[Run]:
     """Open a run folder; refuses to overwrite another run.
 
     Raises:
@@ -124,7 +124,7 @@ def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfi
         yield _open(kind, folder, data, config, model=model, resume=resume)
 
 
-def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: ModelConfig, resume: bool) -> Run:
+def _open(kind: str, folder: Path, data: DataArguments, config: Config, *, model: ModelConfig, resume: bool) -> Run:
     settings = resolved(data, config, model)
     checkpoint: Path | InputError | None = None
     if is_main_process():
@@ -143,7 +143,7 @@ def _open(kind: str, folder: Path, data: DataArguments, config: Config, model: M
     return Run(kind=kind, folder=folder, metrics=metrics, stop=stop, checkpoint=checkpoint, settings=settings)
 
 
-def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, resume: bool) -> Path | None:
+def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, *, resume: bool) -> Path | None:
     """Check the folder and write the run's options to it; returns the checkpoint to resume from."""
     stored, checkpoints = folder / "config.yaml", folder / CHECKPOINTS
     made = what_was_made(folder)

@@ -28,6 +28,7 @@ def encode_traces(
     prompts: Sequence[str],
     completions: Sequence[str],
     finished: Sequence[bool],
+    *,
     max_tokens: float,
     field: str,
 ) -> list[Pair]:

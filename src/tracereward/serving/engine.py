@@ -66,6 +66,7 @@ class Engine:
     def __init__(
         self,
         model: Scorer,
+        *,
         max_wait: float = 0.0,
         max_queue: int = 1_000_000,
         token_budget: int | None = None,
@@ -103,6 +104,7 @@ class Engine:
         prompts: Sequence[str],
         completions: Sequence[str],
         finished: Sequence[bool],
+        *,
         max_tokens: float = math.inf,
         field: str = "completion",
     ) -> tuple[list[TokenScores], int, int]:
@@ -246,7 +248,7 @@ class Engine:
         """Rewards or the error of each job; runs in the worker's thread."""
         prompts, completions = [job.prompt for job in jobs], [job.completion for job in jobs]
         try:
-            rewards = self.model.token_rewards(prompts, completions, self.budget)
+            rewards = self.model.token_rewards(prompts, completions, token_budget=self.budget)
         except Exception as error:  # any error is caused by one trace or by the size of the batch
             reason = f"{type(error).__name__}: {error}"
         else:

@@ -55,7 +55,7 @@ class Guard:
         body_seconds: in which the whole body must have come.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, local_only: bool, max_bytes: int, body_seconds: float):
+    def __init__(self, app: ASGIApp, api_key: str | None, local_only: bool, max_bytes: int, *, body_seconds: float):
         self.app = app
         self.api_key = api_key
         self.local_only = local_only

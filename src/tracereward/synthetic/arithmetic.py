@@ -49,6 +49,7 @@ def generate(
     world: str,
     n: int,
     seed: int,
+    *,
     mistake_rate: float = 0.0,
     exclude: Iterable[str] = (),
     unique: bool = True,
@@ -97,7 +98,7 @@ def generate(
 
 
 def splits(
-    world: str, seed: int, n_experts: int, n_validation: int = 200, n_test: int = 300, n_unlabeled: int = 3000
+    world: str, seed: int, n_experts: int, *, n_validation: int = 200, n_test: int = 300, n_unlabeled: int = 3000
 ) -> dict[str, list[dict]]:
     """Disjoint splits of problems.
 
@@ -155,7 +156,7 @@ def build_tokenizer(digits: bool = False) -> "PreTrainedTokenizerFast":
 
 
 def build_model(
-    tokenizer: "PreTrainedTokenizerFast", seed: int, hidden_size: int = 64, layers: int = 2, heads: int = 4
+    tokenizer: "PreTrainedTokenizerFast", seed: int, *, hidden_size: int = 64, layers: int = 2, heads: int = 4
 ) -> "LlamaForCausalLM":
     """Untrained Llama for the arithmetic worlds (113 thousand parameters), on the CPU in float32.
 

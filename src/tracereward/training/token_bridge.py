@@ -70,7 +70,9 @@ class TokenBridge:
             return rewards
         scores = self.model.to_scores(reward_ids, rewards)
         _, offsets = token_offsets(self.tokenizer, ids)
-        values, supervised = project(scores.rewards, scores.supervised, scores.offsets, offsets, self.finished(ids))
+        values, supervised = project(
+            scores.rewards, scores.supervised, scores.offsets, offsets, ended=self.finished(ids)
+        )
         beta = self.model.settings.beta_clip  # the sum of two may leave the interval
         clipped = torch.tensor([values]).clamp(-beta, beta)
         return backfill(clipped, torch.tensor([supervised]))[0]

@@ -76,7 +76,7 @@ def load_validation(
     if data.validation_dataset_name is None:
         return None
     split = data.validation_dataset_split
-    questions = load_demonstrations(data.validation_dataset_name, task, split, require_completion=False)
+    questions = load_demonstrations(data.validation_dataset_name, task, split=split, require_completion=False)
     rendered = [render_prompt(tokenizer, row["prompt"], data.template, row["source"]) for row in questions]
     trained_on = {row["prompt"]: row["source"] for row in rows}
     for row, prompt in zip(questions, rendered, strict=True):
