@@ -107,9 +107,9 @@ def ask(client, generator):
 def test_response_is_the_sample_with_the_highest_reward(ask, reward):
     """The scores of all samples are returned; those of the returned texts are recomputed offline."""
     answer = ask({"n": 5, "method": "reward"}, n=2)
-    told = answer.tracereward
-    assert told["samples"] == len(told["scores"]) == 5
-    rewards = [one["reward"] for one in told["scores"]]
+    details = answer.tracereward
+    assert details["samples"] == len(details["scores"]) == 5
+    rewards = [one["reward"] for one in details["scores"]]
     assert rewards == sorted(rewards, reverse=True)
     assert len({round(one, 3) for one in rewards}) > 1  # the samples differ
     assert [choice.index for choice in answer.choices] == [0, 1]
@@ -694,7 +694,7 @@ def test_openapi_describes_proxy_requests_and_responses(model):
 def test_sample_longer_than_the_reward_models_positions_is_422(model):
     with behind(model, sampler([" + 1" * 100])) as (client, upstream):
         sampled, asked = completion(client), completion(client, prompt="1 + " * 100)
-        assert len(upstream.requests) == 1  # a prompt that is too long is refused before
+        assert len(upstream.requests) == 1  # a prompt that is too long is rejected before sampling
     for response in (sampled, asked):
         assert response.status_code == 422
         assert "reads 128" in response.json()["error"]["message"]

@@ -44,15 +44,15 @@ class _Refused(Exception):
 
 
 class Guard:
-    """ASGI middleware: checks the key in constant time, limits the body's bytes and the time it takes, adds headers.
+    """ASGI middleware: constant-time key check, limits on body size and body time, and security headers.
 
     Args:
-        app: what comes next.
-        api_key: None lets everyone in.
-        local_only: refuse another Host than the loopback address. A site that lets its own name point to that address
-            could else have its visitors' browsers read answers (DNS rebinding).
-        max_bytes: of a body, also of one that is sent in chunks.
-        body_seconds: in which the whole body must have come.
+        app: the wrapped application.
+        api_key: None disables the check.
+        local_only: accept only loopback names as Host. Otherwise a site whose own name resolves to the loopback
+            address could make its visitors' browsers read responses (DNS rebinding).
+        max_bytes: limit of a body, also if it is chunked.
+        body_seconds: timeout for receiving the full body.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None, local_only: bool, max_bytes: int, *, body_seconds: float):
