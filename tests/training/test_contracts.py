@@ -1,4 +1,7 @@
-"""What is used of TRL, each with a sentence that says what changed, and short real runs on a tiny model."""
+"""The parts of TRL that the trainers rely on, checked on short real runs of a tiny model.
+
+Each failure message names what changed in TRL.
+"""
 
 import inspect
 import math
@@ -28,7 +31,7 @@ GROUP, BATCH, BETA = 4, 16, 4.0
 
 
 class Recorded(AdversarialTrainer):
-    """Keeps what goes into and comes out of the hook, with rewards recomputed from the batch that TRL returns."""
+    """Records inputs and outputs of the hook, and recomputes rewards from the batch that TRL returns."""
 
     def __init__(self, *args, **kwargs):
         self.batches, self.calls, self.first_step = [], [], None
@@ -42,7 +45,7 @@ class Recorded(AdversarialTrainer):
     def correct(self, *args, **kwargs):
         self.calls.append(("correct", kwargs))
         given = super().correct(**kwargs)
-        # An untrained policy is never right; half of it is, so that correctness would show if it had a weight.
+        # An untrained policy is never correct. Mark half correct, so a non-zero correctness weight would show.
         return [float(row % 2) for row in range(len(given))]
 
     def _generate_and_score_completions(self, inputs):
@@ -69,7 +72,7 @@ class Recorded(AdversarialTrainer):
 
 
 class AtFirstStep(TrainerCallback):
-    """The state of things when the policy's first step begins."""
+    """Records the training state at the policy's first step."""
 
     def __init__(self):
         self.trainer = None
@@ -165,19 +168,19 @@ def trajectory_run(make):
         (Trainer, "_load_optimizer_and_scheduler", ["self", "checkpoint"]),
     ],
 )
-def test_private_methods_that_are_wrapped(owner, name, parameters):
+def test_signatures_of_wrapped_private_methods(owner, name, parameters):
     assert hasattr(owner, name), f"{owner.__name__}.{name} is gone: AdversarialTrainer or SafeTrainer overrides it"
     found = list(inspect.signature(getattr(owner, name)).parameters)
     assert found == parameters, f"{owner.__name__}.{name} now takes {found}: adapt what overrides or calls it"
 
 
-def test_private_attributes_that_are_read(trajectory_run):
+def test_private_attributes_exist(trajectory_run):
     for name in ("num_generations", "num_generations_eval", "reward_weights", "_metrics", "accelerator", "_logs"):
         assert hasattr(trajectory_run, name), f"GRPOTrainer has no {name} any more: AdversarialTrainer reads it"
     assert trajectory_run.num_generations == GROUP
 
 
-def test_keys_of_a_batch_of_rollouts(trajectory_run):
+def test_rollout_batch_keys(trajectory_run):
     keys = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"}
     for _, batch, _ in trajectory_run.batches:
         missing = keys - batch.keys()
@@ -185,41 +188,41 @@ def test_keys_of_a_batch_of_rollouts(trajectory_run):
         assert batch["completion_mask"].shape == batch["completion_ids"].shape, "completion_mask is no longer (B, T)"
 
 
-def test_completions_are_padded_at_the_right_and_prompts_at_the_left(token_run):
+def test_completions_are_right_padded_and_prompts_left_padded(token_run):
     for _, batch, _ in token_run.batches:
         for row in batch["completion_mask"].tolist():
             assert row == sorted(row, reverse=True), "completions no longer start in column 0"
         for row in batch["prompt_mask"].tolist():
-            assert row == sorted(row), "prompts are no longer padded at the left"
+            assert row == sorted(row), "prompts are no longer left-padded"
 
 
-def test_rows_come_in_groups_of_one_prompt(token_run):
+def test_rows_are_grouped_by_prompt(token_run):
     for inputs, batch, _ in token_run.batches:
         assert len(inputs) == len(batch["advantages"]) == BATCH
         for start in range(0, BATCH, GROUP):
             group = {row["prompt"] for row in inputs[start : start + GROUP]}
-            assert len(group) == 1, "rows of a prompt no longer stand together: group statistics would mix prompts"
+            assert len(group) == 1, "rows of a prompt are no longer adjacent: group statistics would mix prompts"
 
 
-def test_prompt_ids_are_those_of_encode_prompt(token_run, tokenizer):
+def test_prompt_ids_match_encode_prompt(token_run, tokenizer):
     for inputs, batch, _ in token_run.batches:
         for row, ids, mask in zip(inputs, batch["prompt_ids"], batch["prompt_mask"], strict=True):
             found = ids[mask.bool()].tolist()
             assert found == encode_prompt(tokenizer, row["prompt"]), (
-                "TRL tokenises prompts otherwise than encode_prompt"
+                "TRL tokenises prompts differently from encode_prompt"
             )
 
 
 # ---------- reward functions ----------
 
 
-def test_what_reward_functions_are_given(token_run, tokenizer, experts):
+def test_reward_function_arguments(token_run, tokenizer, experts):
     learned = [kwargs for name, kwargs in token_run.calls if name == "learned"]
     assert len(learned) == len(token_run.batches) == 2
     for kwargs, (inputs, batch, _) in zip(learned, token_run.batches, strict=True):
         wanted = {"prompts", "completions", "completion_ids", "log_metric", "demonstration", "answer"}
         assert wanted <= kwargs.keys(), f"reward functions no longer get {wanted - kwargs.keys()}"
-        assert kwargs["prompts"] == [row["prompt"] for row in inputs], "prompts come in another order or form"
+        assert kwargs["prompts"] == [row["prompt"] for row in inputs], "prompts have a different order or form"
         real = [ids[mask.bool()].tolist() for ids, mask in zip(batch["completion_ids"], batch["completion_mask"])]
         assert [list(ids) for ids in kwargs["completion_ids"]] == real, "completion_ids are padded, cut or reordered"
         texts = tokenizer.batch_decode(real, skip_special_tokens=True)
@@ -229,7 +232,7 @@ def test_what_reward_functions_are_given(token_run, tokenizer, experts):
             assert experts[index]["answer"] == answer
 
 
-def test_reward_functions_run_in_their_order(token_run):
+def test_reward_functions_run_in_order(token_run):
     """`correct` returns what `learned_reward` has just verified."""
     assert [name for name, _ in token_run.calls] == ["learned", "correct"] * 2, "TRL reorders reward functions"
 
@@ -243,12 +246,12 @@ def test_metrics_of_reward_functions_are_logged(token_run):
     assert row["reward"] == pytest.approx(np.mean(rewards), abs=1e-5), "correctness has a weight in the reward"
 
 
-def test_rollouts_that_ended_keep_one_end_of_sequence(token_run, trajectory_run, tokenizer):
-    """As experts have: a missing or doubled end on one side only would give the discriminator a mark."""
+def test_finished_rollouts_have_exactly_one_end_of_sequence(token_run, trajectory_run, tokenizer):
+    """As experts do: a missing or doubled end on one side would let the discriminator tell them apart."""
     ended = 0
     for name, kwargs in [*token_run.calls, *trajectory_run.calls]:
         for ids in kwargs["completion_ids"] if name == "learned" else ():
-            assert tokenizer.eos_token_id not in ids[:-1], "completions go on behind their end"
+            assert tokenizer.eos_token_id not in ids[:-1], "completions continue after the end of sequence"
             ended += ids[-1] == tokenizer.eos_token_id
             assert ids[-1] == tokenizer.eos_token_id or len(ids) == 12, "the end of sequence is cut off"
     assert ended > 3
@@ -256,8 +259,8 @@ def test_rollouts_that_ended_keep_one_end_of_sequence(token_run, trajectory_run,
 
 
 @pytest.mark.parametrize("how", ["mean", "min"])
-def test_rewards_and_correctness_of_given_traces(trajectory_run, tokenizer, experts, how, monkeypatch):
-    """Each trace against its own row's answer; outside training nothing is learned."""
+def test_rewards_and_correctness_of_fixed_traces(trajectory_run, tokenizer, experts, how, monkeypatch):
+    """Each trace is verified against its own row's answer; outside training there is no update."""
     monkeypatch.setattr(trajectory_run.config, "reward_aggregate", how)
     trajectory_run.model.eval()
     rows = [experts[i] for i in (0, 1, 2, 3)]
@@ -285,18 +288,18 @@ def test_rewards_and_correctness_of_given_traces(trajectory_run, tokenizer, expe
 # ---------- advantages ----------
 
 
-def test_trajectory_advantages_are_trls(trajectory_run):
-    """(R - mean) / (std + 1e-4) within the prompt, with the sample's standard deviation (n - 1)."""
+def test_trajectory_advantages_match_trl(trajectory_run):
+    """(R - mean) / (std + 1e-4) within the prompt, with the sample standard deviation (n - 1)."""
     for _, batch, rewards in trajectory_run.batches:
         traces = np.array([values.mean() for values in rewards]).reshape(-1, GROUP)
         assert traces.std() > 1e-3
         expected = (traces - traces.mean(1, keepdims=True)) / (traces.std(1, ddof=1, keepdims=True) + 1e-4)
         np.testing.assert_allclose(
-            batch["advantages"], expected.flatten(), atol=2e-3, err_msg="TRL standardises rewards in another way"
+            batch["advantages"], expected.flatten(), atol=2e-3, err_msg="TRL standardises rewards differently"
         )
 
 
-def test_token_advantages_are_numpys(token_run):
+def test_token_advantages_match_numpy(token_run):
     """Return-to-go of rewards standardised over the real tokens of the prompt's group, from TRL's own tensors."""
     for _, batch, rewards in token_run.batches:
         advantages = batch["advantages"].numpy()
@@ -312,7 +315,7 @@ def test_token_advantages_are_numpys(token_run):
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
-def test_the_loss_takes_an_advantage_for_each_token(token_run, loss_type, monkeypatch):
+def test_loss_accepts_per_token_advantages(token_run, loss_type, monkeypatch):
     """On-policy the ratio is 1: the loss is minus the mean advantage, and its gradient that of -A_t log pi(y_t)."""
     monkeypatch.setattr(token_run, "loss_type", loss_type)
     _, batch, _ = token_run.batches[0]
@@ -334,7 +337,7 @@ def test_the_loss_takes_an_advantage_for_each_token(token_run, loss_type, monkey
     per_token = torch.randn(mask.shape, generator=torch.Generator().manual_seed(0))
     value, gradient = loss_and_gradient(per_token)
     assert value == pytest.approx(float(-(weights() * per_token).sum()), abs=1e-5), (
-        f"{loss_type}: (B, T) advantages are no longer one for each token"
+        f"{loss_type}: (B, T) advantages are no longer per token"
     )
     token_run.model.zero_grad()
     total = torch.zeros(())
@@ -358,8 +361,8 @@ def test_the_loss_takes_an_advantage_for_each_token(token_run, loss_type, monkey
 # ---------- the run ----------
 
 
-def test_the_policy_stands_still_in_the_warm_up(token_run, tiny_model_folder):
-    """No step, no moments and no move of its learning rate while the discriminator warms up."""
+def test_policy_is_frozen_during_warm_up(token_run, tiny_model_folder):
+    """No optimiser step, moments or scheduler step while the discriminator warms up."""
     start = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     first = token_run.first_step
     assert first["updates"] == 2
@@ -370,7 +373,7 @@ def test_the_policy_stands_still_in_the_warm_up(token_run, tiny_model_folder):
 
 
 def test_updates_per_batch_of_rollouts(token_run, trajectory_run):
-    """Warm-up 2; then 2 for each of 2 batches, or 1: not once in k steps instead of k a step."""
+    """Two for the warm-up, then two (or one) for each of two batches: k a batch, not one every k batches."""
     assert token_run.discriminator.updates == 2 + 2 * 2
     assert trajectory_run.discriminator.updates == 2 + 2
 
@@ -380,8 +383,8 @@ def test_training_does_not_change_the_data(token_run, experts):
     assert token_run.train_dataset.to_list() == rows
 
 
-def test_replay_holds_each_demonstrations_own_rollouts(token_run):
-    """What is replayed under a number was sampled from that demonstration's prompt."""
+def test_replay_stores_rollouts_under_their_demonstration(token_run):
+    """A rollout stored under an index was sampled from that demonstration's prompt."""
     sampled = {}
     for name, kwargs in token_run.calls:
         if name == "learned":
@@ -391,7 +394,7 @@ def test_replay_holds_each_demonstrations_own_rollouts(token_run):
     assert all(ids in sampled[index] for index, ids, _ in recent)
 
 
-def test_prompts_without_a_demonstration_only_move_the_policy(make):
+def test_prompts_without_demonstration_train_only_the_policy(make):
     unlabeled = [{**row, "completion": None} for row in generate("misconception", 24, seed=77)]
     trainer = make(unlabeled, expert_prompt_share=0.5, max_steps=3)
     trainer.train()
@@ -403,8 +406,8 @@ def test_prompts_without_a_demonstration_only_move_the_policy(make):
 
 
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
-def test_the_mode_seeking_reward_adds_the_starting_policys_log_prob(make, tiny_model_folder, peft):
-    """The policy moves, the reference does not: in the second batch the reward still adds the start's log-prob."""
+def test_mode_seeking_reward_adds_reference_log_prob(make, tiny_model_folder, peft):
+    """The reference stays fixed: in the second batch the reward still adds the starting policy's log-prob."""
     beta = 8.0  # of about -7.8
     trainer = make(reward_form="logit_plus_logprob", learning_rate=1e-2, beta_clip=beta, peft=peft)
     trainer.train()
@@ -431,7 +434,7 @@ def test_the_mode_seeking_reward_adds_the_starting_policys_log_prob(make, tiny_m
 
 
 def test_sft_trains_on_the_completion_and_one_end_of_sequence(tiny_model_folder, tokenizer, experts, tmp_path):
-    """TRL takes input_ids with a completion_mask as they are: labels on the completion only, nothing added or cut."""
+    """TRL uses input_ids and completion_mask unchanged: labels on the completion only, nothing added or truncated."""
     config = SupervisedConfig(
         output_dir=str(tmp_path),
         per_device_train_batch_size=4,
@@ -472,26 +475,26 @@ def test_sft_trains_on_the_completion_and_one_end_of_sequence(tiny_model_folder,
 
 
 @pytest.mark.parametrize(("prompts", "rollouts", "batch"), [(6, 3, 48), (5, 2, 8), (4, 4, 16)])
-def test_the_warm_ups_rows_fill_whole_batches(prompts, rollouts, batch):
-    """Each demonstration at least `rollouts` times, in runs; the last batch is filled up however small the data is."""
+def test_warm_up_rows_fill_complete_batches(prompts, rollouts, batch):
+    """Each demonstration at least `rollouts` times, adjacent; the last batch is filled however small the data is."""
     rows = [{"demonstration": index} for index in range(prompts)]
     config = SimpleNamespace(warmup_prompts=99, warmup_rollouts=rollouts, generation_batch_size=batch, seed=0)
     discriminator = SimpleNamespace(held_out=frozenset({0}))
     warm_up = WarmUp(SimpleNamespace(config=config, demonstration_rows=rows, discriminator=discriminator))
-    drawn = [row["demonstration"] for row in warm_up._rows()]
-    assert len(drawn) % batch == 0
-    assert len(drawn) - prompts * rollouts in range(batch)
-    assert sorted(drawn[: prompts * rollouts]) == sorted(list(range(prompts)) * rollouts)
-    assert all(len(set(drawn[i : i + rollouts])) == 1 for i in range(0, prompts * rollouts, rollouts))
+    indices = [row["demonstration"] for row in warm_up._rows()]
+    assert len(indices) % batch == 0
+    assert len(indices) - prompts * rollouts in range(batch)
+    assert sorted(indices[: prompts * rollouts]) == sorted(list(range(prompts)) * rollouts)
+    assert all(len(set(indices[i : i + rollouts])) == 1 for i in range(0, prompts * rollouts, rollouts))
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_warm_up_on_few_prompts_has_one_to_learn_from(seed):
-    """Nine of ten demonstrations are held out: on theirs alone there would be no update, and no end."""
+def test_warm_up_on_few_prompts_includes_a_training_prompt(seed):
+    """Nine of ten demonstrations are held out: on their prompts alone the warm-up would never update nor end."""
     rows = [{"demonstration": index} for index in range(10)]
     config = SimpleNamespace(warmup_prompts=2, warmup_rollouts=4, generation_batch_size=8, seed=seed)
     discriminator = SimpleNamespace(held_out=frozenset(range(10)) - {4})
     warm_up = WarmUp(SimpleNamespace(config=config, demonstration_rows=rows, discriminator=discriminator))
-    drawn = [row["demonstration"] for row in warm_up._rows()]
-    assert drawn.count(4) == 4
-    assert len(drawn) == 8
+    indices = [row["demonstration"] for row in warm_up._rows()]
+    assert indices.count(4) == 4
+    assert len(indices) == 8

@@ -1,4 +1,4 @@
-"""One update against autograd of the formula, batches, replay, processes, and exact state."""
+"""Discriminator updates against autograd of the formula; batches, replay, processes and exact state."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def pairs(tokenizer, experts):
 
 @pytest.fixture(scope="module")
 def rollouts(tokenizer, pairs):
-    """For each demonstration: a trace that leaves it early, one that leaves it late, a cut one, and an equal one."""
+    """For each demonstration: a trace that differs early, one that differs late, a truncated and an identical one."""
     found = []
     for index, (_, expert, _) in enumerate(pairs):
         other = tokenizer.convert_tokens_to_ids("7" if expert[-2] != tokenizer.convert_tokens_to_ids("7") else "8")
@@ -83,8 +83,9 @@ def largest_difference(a, b) -> float:
 
 
 def formula(discriminator, pairs, rollouts, supervised, smoothing, where):
-    """The loss as the method states it, one unpadded sequence at a time: mean of the two classes' means of per-sequence
-    weighted means of -y log sigmoid(f) - (1 - y) log sigmoid(-f).
+    """The loss of the method, one unpadded sequence at a time.
+
+    The mean of both class means of per-sequence weighted means of -y log sigmoid(f) - (1 - y) log sigmoid(-f).
     """
     model = discriminator.model
 
@@ -114,7 +115,7 @@ def formula(discriminator, pairs, rollouts, supervised, smoothing, where):
             while where != "none" and completion[: start + 1] == expert[: start + 1] and start < len(completion):
                 start += 1
             starts.append(start if where == "both" else 0)
-            if start == len(completion):  # a prefix of the expert's: no token of its own
+            if start == len(completion):  # a prefix of the expert: no token differs
                 continue
             weights = [float(t >= start and supervised(completion, t)) for t in range(len(completion))]
             rollout_losses.append(loss(logits(prompt, completion), weights, smoothing))
@@ -143,9 +144,7 @@ def supervisions(newline):
         ("token", "dense", 0.1, "none"),
     ],
 )
-def test_an_update_follows_the_gradient_of_the_formula(
-    make, pairs, rollouts, tokenizer, head, granularity, smoothing, first
-):
+def test_update_gradient_matches_formula(make, pairs, rollouts, tokenizer, head, granularity, smoothing, first):
     settings = {"granularity": granularity, "interval": 4}
     options = {"label_smoothing": smoothing, "first_difference": first, "discriminator_token_budget": 90}
     discriminator = make(head, settings=settings, **options)
@@ -169,7 +168,7 @@ def test_an_update_follows_the_gradient_of_the_formula(
 
 
 def test_accuracies_count_supervised_tokens_after_the_first_difference(make, tokenizer, pairs):
-    """b = 100 calls every token an expert's: all of the expert's right, none of the rollout's, of which one counts."""
+    """With b = 100 every token is classified as expert: accuracy 1 on the expert, 0 on the rollout's one token."""
     discriminator = make()
     with torch.no_grad():
         discriminator.model.head.b.fill_(100.0)
@@ -182,7 +181,7 @@ def test_accuracies_count_supervised_tokens_after_the_first_difference(make, tok
     assert (row["accuracy_expert"], row["accuracy_policy"]) == (0.0, 1.0)
 
 
-def test_micro_batches_change_nothing(make, rollouts):
+def test_micro_batches_do_not_change_the_update(make, rollouts):
     gradients, losses = [], []
     for budget in (1, 60, 100_000):
         discriminator = make(discriminator_token_budget=budget)
@@ -194,7 +193,7 @@ def test_micro_batches_change_nothing(make, rollouts):
     assert largest_difference({n: 0 * g for n, g in gradients[2].items()}, gradients[2]) > 1e-2
 
 
-def test_the_first_step_is_adams(make, rollouts):
+def test_first_step_is_adamw(make, rollouts):
     """p - lr/20 * (0.01 p + g / (|g| + eps)): decoupled decay, bias-corrected moments, warmed-up rate."""
     discriminator = make(discriminator_learning_rate=1e-2)
     before = parameters_of(discriminator)
@@ -210,8 +209,8 @@ def test_the_first_step_is_adams(make, rollouts):
     assert discriminator.updates == LR_WARMUP + 1
 
 
-def test_identical_rollouts_teach_nothing(make, pairs):
-    """They would carry both labels; alone they leave no loss and no step."""
+def test_identical_rollouts_are_excluded(make, pairs):
+    """They would carry both labels. With no others there is no loss and no step."""
     discriminator = make()
     before = parameters_of(discriminator)
     row = discriminator.update([Rollout(i, list(expert)) for i, (_, expert, _) in enumerate(pairs)])
@@ -221,8 +220,8 @@ def test_identical_rollouts_teach_nothing(make, pairs):
     assert largest_difference(before, parameters_of(discriminator)) == 0.0
 
 
-def test_a_rollout_that_is_the_experts_beginning_has_no_token_of_its_own(make, pairs):
-    """Cut off before it could differ: only the expert's later tokens are left, and they are learned."""
+def test_rollout_that_is_an_expert_prefix_has_no_supervised_token(make, pairs):
+    """It was truncated before it differs: only the expert's later tokens are supervised."""
     discriminator = make()
     row = discriminator.update([Rollout(0, pairs[0][1][:3])])
     assert math.isnan(row["accuracy_policy"])
@@ -230,7 +229,7 @@ def test_a_rollout_that_is_the_experts_beginning_has_no_token_of_its_own(make, p
     assert math.isfinite(row["loss"])
 
 
-def test_no_rollouts_no_update(make):
+def test_no_update_without_rollouts(make):
     discriminator = make()
     before = parameters_of(discriminator)
     assert discriminator.update([]) == {}
@@ -238,7 +237,7 @@ def test_no_rollouts_no_update(make):
     assert largest_difference(before, parameters_of(discriminator)) == 0.0
 
 
-def test_experts_come_to_score_above_rollouts(make, pairs, rollouts):
+def test_training_raises_expert_scores_above_rollouts(make, pairs, rollouts):
     """Label polarity: expert is high."""
     discriminator = make(head="token", discriminator_learning_rate=3e-3)
     policy = [(i, c) for i, c, _ in rollouts if c != pairs[i][1]]
@@ -256,7 +255,7 @@ def test_experts_come_to_score_above_rollouts(make, pairs, rollouts):
     assert row["accuracy_expert"] > 0.5
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(make, rollouts):
+def test_non_finite_loss_stops_the_run(make, rollouts):
     discriminator = make()
     with torch.no_grad():
         discriminator.model.head.b.fill_(math.nan)
@@ -271,7 +270,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(make, rollouts):
 
 
 def record(discriminator) -> list[list[tuple[list[int], list[int]]]]:
-    """What the model is given, one list of (prompt, completion) for each call of pack."""
+    """The model's inputs: one list of (prompt, completion) for each call of pack."""
     seen, pack = [], discriminator.model.pack
 
     def spy(prompts, completions):
@@ -283,8 +282,8 @@ def record(discriminator) -> list[list[tuple[list[int], list[int]]]]:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_a_rollout_is_only_ever_beside_its_own_prompts_expert(make, pairs, share):
-    """Old and new rollouts carry the number of their demonstration and whether they are old in two tokens."""
+def test_rollouts_are_batched_with_their_own_prompts_expert(make, pairs, share):
+    """Two tokens of each rollout encode its demonstration's index and its age."""
     discriminator = make(replay_share=share, discriminator_prompts=4, discriminator_rollouts=2, replay_size=30)
     seen = record(discriminator)
     expert_of = {tuple(prompt): expert for prompt, expert, _ in pairs}
@@ -301,7 +300,7 @@ def test_a_rollout_is_only_ever_beside_its_own_prompts_expert(make, pairs, share
         discriminator.update(fresh)
         (batch,) = seen
         experts = [prompt for prompt, completion in batch if completion == expert_of[tuple(prompt)]]
-        # Three fresh prompts do not fill four places: replay does, unless none is wanted.
+        # Three fresh prompts do not fill a batch of four: replay does, unless its share is 0.
         assert len(experts) == len({tuple(p) for p in experts}) == (4 if share else 3)
         for prompt, completion in batch:
             if completion == expert_of[tuple(prompt)]:
@@ -314,7 +313,7 @@ def test_a_rollout_is_only_ever_beside_its_own_prompts_expert(make, pairs, share
     assert (counts[0] > 0) == (share > 0)
 
 
-def test_replay_share_is_the_share_of_prompts(make, pairs):
+def test_replay_share_is_a_share_of_prompts(make, pairs):
     discriminator = make(replay_share=0.75, discriminator_prompts=8, discriminator_rollouts=1)
     discriminator.remember([Rollout(i, [20]) for i in range(12)])
     seen = record(discriminator)
@@ -323,14 +322,14 @@ def test_replay_share_is_the_share_of_prompts(make, pairs):
     assert sorted(c[0] for _, c in batch if len(c) == 1) == [20] * 6 + [21] * 2
 
 
-def test_the_oldest_rollouts_leave_the_replay_buffer(make):
+def test_replay_buffer_evicts_the_oldest_rollouts(make):
     discriminator = make(replay_size=3)
     discriminator.remember([Rollout(0, [1]), Rollout(1, [2])])
     discriminator.remember([Rollout(2, [3]), Rollout(3, [4])])
     assert discriminator.replay.rollouts == [Rollout(1, [2]), Rollout(2, [3]), Rollout(3, [4])]
 
 
-def test_updates_do_not_touch_the_demonstrations(make, pairs, rollouts):
+def test_updates_do_not_modify_the_demonstrations(make, pairs, rollouts):
     before = copy.deepcopy(pairs), copy.deepcopy(rollouts)
     discriminator = make(experts=pairs)
     discriminator.remember(rollouts)
@@ -341,8 +340,8 @@ def test_updates_do_not_touch_the_demonstrations(make, pairs, rollouts):
 # ---------- state ----------
 
 
-def test_a_stored_state_continues_bit_for_bit(make, rollouts):
-    """Parameters, moments, random choices and replay go through a file that holds no code."""
+def test_restored_state_continues_bit_for_bit(make, rollouts):
+    """Parameters, moments, RNG state and replay survive a file without pickled code (`weights_only`)."""
     options = {"replay_share": 0.5, "discriminator_prompts": 5, "discriminator_rollouts": 1, "seed": 7}
     one = make(discriminator_learning_rate=1e-3, **options)
     one.remember(rollouts)
@@ -363,7 +362,7 @@ def test_a_stored_state_continues_bit_for_bit(make, rollouts):
     assert two.updates == one.updates == 6
     assert two.replay.rollouts == one.replay.rollouts
     assert largest_difference(parameters_of(one), parameters_of(two)) == 0.0
-    file.seek(0)  # without the optimiser's moments the same updates end elsewhere: the comparison can fail
+    file.seek(0)  # the comparison can fail: without the optimiser's moments the result differs
     three = make(discriminator_learning_rate=1e-3, **options)
     three.load_state_dict({**torch.load(file, weights_only=True), "optimizer": three.optimizer.state_dict()})
     for _ in range(3):
@@ -375,7 +374,7 @@ def test_a_stored_state_continues_bit_for_bit(make, rollouts):
 
 
 class Processes:
-    """`torch.distributed` as the discriminator uses it, with threads for processes."""
+    """The part of `torch.distributed` that the discriminator uses, with threads as processes."""
 
     def __init__(self, world: int):
         self.world = world
@@ -425,8 +424,8 @@ class Processes:
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_processes_together_make_the_update_of_one(make, rollouts, monkeypatch, world):
-    """Each takes every world-size-th row; gradients are added, so that unequal shares are exact and all stay equal."""
+def test_several_processes_make_the_update_of_one(make, rollouts, monkeypatch, world):
+    """Rank r takes rows r, r + world, ...; gradients are summed, so unequal shares are exact and weights stay equal."""
     alone = make(discriminator_token_budget=70)
     expected = alone.update(rollouts)
     shares = [make(discriminator_token_budget=70) for _ in range(world)]
@@ -442,7 +441,7 @@ def test_processes_together_make_the_update_of_one(make, rollouts, monkeypatch, 
 
 
 def test_processes_start_from_the_same_weights(make, monkeypatch):
-    """The head and LoRA start at random, perhaps from another seed on each process."""
+    """Head and LoRA start at random, possibly from a different seed on each process."""
     built = [make("token").model for _ in range(2)]
     with torch.no_grad():
         next(built[1].parameters()).add_(1.0)
@@ -454,11 +453,11 @@ def test_processes_start_from_the_same_weights(make, monkeypatch):
     assert largest_difference(parameters_of(one), parameters_of(two)) == 0.0
 
 
-# ---------- what the backbone is ----------
+# ---------- backbone ----------
 
 
-def test_the_policy_is_not_trained_with_the_discriminator(make, rollouts, tiny_model_folder):
-    """The discriminator starts as a copy: its updates leave the model folder's weights alone."""
+def test_discriminator_updates_do_not_train_the_policy(make, rollouts, tiny_model_folder):
+    """The discriminator is a copy: its updates do not change the model folder's weights."""
     policy = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     before = [p.clone() for p in policy.parameters()]
     discriminator = make(discriminator_learning_rate=1e-2)
@@ -479,14 +478,14 @@ def updates_after(discriminator, rollouts, batches: int) -> list[int]:
     return counts
 
 
-def test_updates_are_so_many_for_each_batch(make, rollouts):
-    """Three a batch means three, and every second batch means every second: the two are not mixed up."""
+def test_updates_per_batch(make, rollouts):
+    """`discriminator_updates` a batch, or one update every `discriminator_every` batches: the two are not confused."""
     assert updates_after(make(discriminator_updates=3), rollouts, 4) == [3, 6, 9, 12]
     assert updates_after(make(discriminator_every=2), rollouts, 4) == [0, 1, 1, 2]
     assert updates_after(make(discriminator_updates=0), rollouts, 2) == [0, 0]
 
 
-def test_skipped_batches_are_remembered(make, rollouts):
+def test_count_of_skipped_batches_is_restored(make, rollouts):
     discriminator = make(discriminator_every=3)
     assert discriminator.learn(rollouts[:2]) == {}
     assert discriminator.replay.rollouts == rollouts[:2]
@@ -495,7 +494,7 @@ def test_skipped_batches_are_remembered(make, rollouts):
     assert discriminator.replay.rollouts == rollouts[:4]
 
 
-def test_the_learning_rate_after_the_warm_up(make, rollouts):
+def test_learning_rate_after_warm_up(make, rollouts):
     discriminator = make(
         discriminator_learning_rate=1e-2, discriminator_online_learning_rate=1e-4, discriminator_warmup_updates=3
     )
@@ -506,7 +505,7 @@ def test_the_learning_rate_after_the_warm_up(make, rollouts):
     assert rates == pytest.approx([1e-2 / 20, 2e-2 / 20, 3e-2 / 20, 1e-4, 1e-4])
 
 
-def test_the_online_rate_follows_a_warm_up_that_ended_early(make, rollouts):
+def test_online_learning_rate_after_an_early_end_of_warm_up(make, rollouts):
     rates = {"discriminator_learning_rate": 1e-2, "discriminator_online_learning_rate": 1e-4}
     discriminator = make(**rates, discriminator_warmup_updates=30)
     discriminator.update(rollouts[:2])
@@ -518,8 +517,8 @@ def test_the_online_rate_follows_a_warm_up_that_ended_early(make, rollouts):
 # ---------- gate, averages, held-out demonstrations ----------
 
 
-def test_the_gate_looks_at_held_out_pairs(make, pairs, rollouts, monkeypatch):
-    """Held-out demonstrations are never in a batch, and the accuracy is counted pair by pair."""
+def test_gate_uses_held_out_pairs(make, pairs, rollouts, monkeypatch):
+    """Held-out demonstrations are never in a batch; the accuracy is over pairs."""
     discriminator = make(discriminator_gate_high=0.0, discriminator_learning_rate=1e-2)
     discriminator.held_out = frozenset({0, 1})
     seen = record(discriminator)
@@ -544,7 +543,7 @@ def test_the_gate_looks_at_held_out_pairs(make, pairs, rollouts, monkeypatch):
 
 
 @pytest.mark.parametrize(("gate", "judged"), [(None, [3, 6]), (1.0, [1, 2, 3, 4, 5, 6])])
-def test_the_accuracy_is_taken_when_a_monitor_or_a_gate_wants_it(make, rollouts, monkeypatch, gate, judged):
+def test_accuracy_is_computed_only_for_a_monitor_or_gate(make, rollouts, monkeypatch, gate, judged):
     discriminator = make(monitor_every=3, discriminator_gate_high=gate)
     discriminator.held_out = frozenset({0, 1})
     monkeypatch.setattr(discriminator, "held_out_accuracy", lambda: 0.5)
@@ -553,8 +552,8 @@ def test_the_accuracy_is_taken_when_a_monitor_or_a_gate_wants_it(make, rollouts,
     assert discriminator.updates == 6
 
 
-def test_the_average_of_weights(make, rollouts):
-    """p <- d p + (1 - d) q with d = min(decay, (1 + n) / (10 + n)), and the live weights come back."""
+def test_weight_average(make, rollouts):
+    """p <- d p + (1 - d) q with d = min(decay, (1 + n) / (10 + n)); the live weights are restored."""
     discriminator = make(discriminator_ema=0.3, discriminator_learning_rate=1e-2)
     expected = parameters_of(discriminator)
     for n in range(1, 8):
@@ -571,7 +570,7 @@ def test_the_average_of_weights(make, rollouts):
     assert ema_decay(0.99, 10_000) == 0.99
 
 
-def test_the_heads_weights_stay_short(make, rollouts):
+def test_head_weight_norm_is_bounded(make, rollouts):
     discriminator = make(head="token", spectral_norm=True, discriminator_learning_rate=0.1)
     with torch.no_grad():
         discriminator.model.head_weight.mul_(100)
@@ -581,7 +580,7 @@ def test_the_heads_weights_stay_short(make, rollouts):
 
 @pytest.mark.parametrize("head", ["action", "token"])
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear")], ids=["full", "lora"])
-def test_gradient_checkpointing_changes_memory_only(make, tiny_model_folder, tokenizer, pairs, rollouts, head, peft):
+def test_gradient_checkpointing_changes_only_memory(make, tiny_model_folder, tokenizer, pairs, rollouts, head, peft):
     results = []
     for checkpointing in (False, True):
         discriminator = make(head)
@@ -598,5 +597,5 @@ def test_gradient_checkpointing_changes_memory_only(make, tiny_model_folder, tok
         discriminator.update(rollouts)
         results.append((gradients_of(discriminator), len(forwards)))
     (plain, once), (checkpointed, twice) = results
-    assert twice >= 2 * once  # the layers really run again in the backward pass
+    assert twice >= 2 * once  # the layers are recomputed in the backward pass
     assert largest_difference(plain, checkpointed) < 1e-6

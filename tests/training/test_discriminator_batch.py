@@ -1,4 +1,4 @@
-"""What stands beside an expert, with random demonstrations, rollouts and recipes; perturbed copies by brute force."""
+"""Discriminator batches of random demonstrations, rollouts and settings; perturbed copies by brute force."""
 
 import copy
 import random
@@ -32,14 +32,14 @@ def filled(rollouts, size=1000) -> ReplayBuffer:
 
 
 def leaves_at(completion, expert) -> int:
-    """The first token that is not the expert's, by counting equal prefixes."""
+    """Index of the first token that differs from the expert, by counting equal prefixes."""
     shared = [k for k in range(min(len(completion), len(expert)) + 1) if completion[:k] == expert[:k]]
     return shared[-1]
 
 
 @st.composite
 def worlds(draw_):
-    """Experts whose prompt is their number, fresh and old rollouts of them, a recipe, a seed."""
+    """Experts whose prompt is their index, fresh and old rollouts of them, batch settings, a seed."""
     experts = [Expert([100 + i], draw_(IDS)) for i in range(draw_(st.integers(1, 5)))]
     rollout = st.builds(Rollout, st.integers(0, len(experts) - 1), IDS, st.booleans())
     recipe = Recipe(
@@ -54,7 +54,7 @@ def worlds(draw_):
 
 
 def marked_copy(expert: Expert, rng: random.Random):
-    """A perturbation that carries its demonstration's number, and sometimes does not apply."""
+    """A perturbation that encodes its demonstration's index, and sometimes does not apply."""
     if rng.random() < 0.3:
         return None
     switch = rng.randrange(len(expert.completion))
@@ -62,15 +62,15 @@ def marked_copy(expert: Expert, rng: random.Random):
 
 
 @given(worlds())
-def test_a_trace_is_only_ever_beside_its_own_prompts_expert(world):
+def test_traces_are_batched_with_their_own_prompts_expert(world):
     experts, fresh, old, recipe, seed = world
     before = copy.deepcopy((experts, fresh, old))
     replay = filled(old)
     traces, shares = draw(experts, fresh, replay, recipe, random.Random(seed), marked_copy)
-    assert (experts, fresh, replay.rollouts) == before  # nothing given is changed
+    assert (experts, fresh, replay.rollouts) == before  # inputs are not modified
     assert draw(experts, fresh, replay, recipe, random.Random(seed), marked_copy) == (traces, shares)
 
-    # One block for each demonstration: the expert, then verified rollouts, then rollouts, then perturbed copies.
+    # One block for each demonstration: expert, verified rollouts, other rollouts, perturbed copies.
     blocks: list[list[Labelled]] = []
     for trace in traces:
         if blocks and blocks[-1][0].group == trace.group:
@@ -108,26 +108,26 @@ def test_a_trace_is_only_ever_beside_its_own_prompts_expert(world):
                 assert trace.starts == [leaves_at(trace.completion, expert.completion) if late else 0]
         negatives = [t for t in others if not t.is_expert]
         if not negatives:
-            assert others == []  # a verified rollout has nothing to be told from either
+            assert others == []  # a verified rollout has no negative either
             assert expert_trace.starts == []
             assert not expert_trace.counts
         elif recipe.first_difference == "both":
             assert expert_trace.starts == [t.starts[0] for t in negatives]
         else:
             assert set(expert_trace.starts) == {0}
-    asked = recipe.perturbed * len(blocks)
+    requested = recipe.perturbed * len(blocks)
     assert ("perturbed_missing_share" in shares) == (recipe.perturbed > 0)
-    if asked:
+    if requested:
         made = sum(t.is_perturbed for t in traces)
-        assert shares["perturbed_missing_share"] == pytest.approx((asked - made) / asked)
+        assert shares["perturbed_missing_share"] == pytest.approx((requested - made) / requested)
 
 
 # ---------- shares ----------
 
 
 @given(worlds())
-def test_shares_count_the_rollouts_chosen(world):
-    """All demonstrations and rollouts are taken, so that the shares are those of the lists."""
+def test_shares_count_the_chosen_rollouts(world):
+    """All demonstrations and rollouts are chosen, so the shares are those of the lists."""
     experts, fresh, _, recipe, seed = world
     recipe = Recipe(99, 99, 0.0, 0, recipe.first_difference)
     _, shares = draw(experts, fresh, filled([]), recipe, random.Random(seed))
@@ -140,8 +140,8 @@ def test_shares_count_the_rollouts_chosen(world):
     assert "perturbed_missing_share" not in shares
 
 
-def test_a_batch_written_out():
-    """Identical twice of six; the verified one is a positive; labels, starts and order."""
+def test_batch_by_hand():
+    """Two of six are identical; the verified one is a positive; labels, starts and order."""
     expert = Expert([9], [1, 2, 3, 4])
     rollouts = [[1, 2, 3, 4], [1, 2, 0], [1, 2, 3, 4], [5], [1, 2, 3], [1, 7, 7]]
     fresh = [Rollout(0, ids, ids[-1] == 7) for ids in rollouts]
@@ -161,15 +161,15 @@ def test_a_batch_written_out():
         assert first == Labelled([9], [1, 2, 3, 4], 0, True, first.starts, 4)
 
 
-def test_a_trace_counts_if_one_of_its_tokens_has_a_weight():
+def test_trace_counts_if_any_token_has_a_weight():
     assert Labelled([1], [2, 3], 0, False, [1], 0).counts
-    assert not Labelled([1], [2, 3], 0, False, [2], 0).counts  # the expert's beginning, cut off
+    assert not Labelled([1], [2, 3], 0, False, [2], 0).counts  # a truncated expert prefix
     assert Labelled([1], [2, 3], 0, True, [2, 1], 2).counts
     assert not Labelled([1], [2, 3], 0, True, [], 2).counts
 
 
-def test_verified_rollouts_leave_where_there_is_no_negative():
-    """They still are in the share, which says what was drawn."""
+def test_verified_rollouts_are_dropped_without_a_negative():
+    """They still count in the share, which is of the sampled rollouts."""
     experts = [Expert([8], [1, 2]), Expert([9], [3, 4])]
     fresh = [Rollout(0, [1, 5], True), Rollout(0, [1, 2], True), Rollout(1, [3, 5], True), Rollout(1, [3, 6])]
     traces, shares = draw(experts, fresh, filled([]), Recipe(2, 2, 0.0, 0, "both"), random.Random(0))
@@ -183,37 +183,37 @@ def test_verified_rollouts_leave_where_there_is_no_negative():
 
 
 @pytest.mark.parametrize(("share", "new"), [(0.0, 8), (0.25, 6), (0.5, 4), (1.0, 0)])
-def test_the_replay_share_is_of_demonstrations(share, new):
+def test_replay_share_is_a_share_of_demonstrations(share, new):
     experts = [Expert([i], [1]) for i in range(12)]
     replay = filled(Rollout(i, [20]) for i in range(12))
     fresh = [Rollout(i, [21]) for i in range(12)]
     chosen = set()
     for seed in range(20):
         traces, _ = draw(experts, fresh, replay, Recipe(8, 1, share, 0, "none"), random.Random(seed))
-        drawn = [t for t in traces if not t.is_expert]
-        assert len({t.group for t in drawn}) == len(drawn) == 8
-        assert sum(t.completion == [21] for t in drawn) == new
-        chosen |= {t.group for t in drawn}
+        rollouts = [t for t in traces if not t.is_expert]
+        assert len({t.group for t in rollouts}) == len(rollouts) == 8
+        assert sum(t.completion == [21] for t in rollouts) == new
+        chosen |= {t.group for t in rollouts}
     assert chosen == set(range(12))
 
 
-def test_replay_fills_the_places_that_fresh_rollouts_leave():
+def test_replay_fills_up_batches_with_few_fresh_rollouts():
     experts = [Expert([i], [1]) for i in range(9)]
     replay = filled(Rollout(i, [20]) for i in range(5))
     fresh = [Rollout(8, [21])]
     traces, _ = draw(experts, fresh, replay, Recipe(4, 1, 0.1, 0, "none"), random.Random(0))
-    drawn = [(t.group, t.completion) for t in traces if not t.is_expert]
-    assert len(drawn) == 4
-    assert drawn[0] == (8, [21])
-    assert all(completion == [20] and group < 5 for group, completion in drawn[1:])
+    chosen = [(t.group, t.completion) for t in traces if not t.is_expert]
+    assert len(chosen) == 4
+    assert chosen[0] == (8, [21])
+    assert all(completion == [20] and group < 5 for group, completion in chosen[1:])
     assert draw(experts, [], filled([]), Recipe(4, 1, 0.5, 0, "none"), random.Random(0)) == (
         [],
         {"identical_share": 0.0},
     )
 
 
-def test_no_share_for_replay_means_fresh_rollouts_alone_once_there_are_any():
-    """Few of the prompts of a batch have a demonstration: filling up would make of "no replay" nearly all replay."""
+def test_zero_replay_share_never_replays_alongside_fresh_rollouts():
+    """Where few prompts of a batch have a demonstration, filling up would turn "no replay" into mostly replay."""
     experts = [Expert([i], [1]) for i in range(9)]
     replay = filled(Rollout(i, [20]) for i in range(5))
     fresh = [Rollout(8, [21]), Rollout(3, [21])]
@@ -223,7 +223,7 @@ def test_no_share_for_replay_means_fresh_rollouts_alone_once_there_are_any():
     assert len({t.group for t in warm_up}) == 4
 
 
-def test_the_replay_buffer_keeps_the_newest_and_its_state():
+def test_replay_buffer_keeps_the_newest_and_restores_its_state():
     replay = ReplayBuffer(3)
     replay.add([Rollout(0, [1]), Rollout(1, [2], True)])
     replay.add([Rollout(1, [3]), Rollout(2, [4])])
@@ -252,8 +252,8 @@ def demonstrations(tokenizer, experts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_switch_is_the_first_token_that_holds_a_changed_character(tokenizer, demonstrations, kind):
-    """Found by decoding longer and longer beginnings until one is no beginning of the expert's text."""
+def test_labels_switch_at_the_first_token_with_a_changed_character(tokenizer, demonstrations, kind):
+    """Found by decoding ever longer prefixes until one is not a prefix of the expert's text."""
     changes = module.perturber(tokenizer, "\n", [kind])
     found = 0
     for index, expert in enumerate(demonstrations):
@@ -265,7 +265,7 @@ def test_the_switch_is_the_first_token_that_holds_a_changed_character(tokenizer,
             assert ids[:switch] == expert.completion[:switch]
             assert ids[switch] != expert.completion[switch], (index, text)
             beginnings = [tokenizer.decode(ids[: k + 1], skip_special_tokens=True) for k in range(len(ids))]
-            if beginnings[-1] != text:  # a number over 40 is unknown: only its place is known
+            if beginnings[-1] != text:  # a number over 40 is an unknown token: only its position is known
                 assert tokenizer.unk_token_id in ids
                 continue
             found += 1
@@ -273,7 +273,7 @@ def test_the_switch_is_the_first_token_that_holds_a_changed_character(tokenizer,
     assert found > 10
 
 
-def test_a_text_that_was_cut_changes_at_its_end_of_sequence(tokenizer, monkeypatch):
+def test_labels_of_a_shortened_text_switch_at_its_end_of_sequence(tokenizer, monkeypatch):
     expert = Expert([1], encode_completion(tokenizer, "1 + 2 = 3\n#### 3"), "1 + 2 = 3\n#### 3")
     monkeypatch.setattr(module, "perturb", lambda *_: Perturbed("1 + 2 = 3", "drop_step", 9))
     ids, switch = module.perturber(tokenizer, "\n")(expert, random.Random(0))
@@ -281,7 +281,7 @@ def test_a_text_that_was_cut_changes_at_its_end_of_sequence(tokenizer, monkeypat
     assert switch == 5 == len(ids) - 1
 
 
-def test_the_perturber_passes_its_kinds_and_delimiter_on(tokenizer, demonstrations, monkeypatch):
+def test_perturber_forwards_kinds_and_delimiter(tokenizer, demonstrations, monkeypatch):
     seen = []
     monkeypatch.setattr(module, "perturb", lambda *arguments: seen.append(arguments))
     rng = random.Random(0)
@@ -290,8 +290,8 @@ def test_the_perturber_passes_its_kinds_and_delimiter_on(tokenizer, demonstratio
 
 
 @pytest.mark.parametrize("same", [None, "the text", "another text of the same tokens"])
-def test_what_does_not_apply_is_counted_and_never_the_original(tokenizer, demonstrations, monkeypatch, same):
-    """Two unknown numbers are one token: their texts differ, their ids do not."""
+def test_inapplicable_perturbations_are_counted_and_dropped(tokenizer, demonstrations, monkeypatch, same):
+    """Two unknown numbers map to one token: texts differ, ids do not."""
     expert = Expert([1], encode_completion(tokenizer, "1 + 55 = 56"), "1 + 55 = 56")
     results = {
         None: None,
@@ -304,7 +304,7 @@ def test_what_does_not_apply_is_counted_and_never_the_original(tokenizer, demons
     traces, shares = draw([expert], fresh, filled([]), Recipe(1, 1, 0.0, 3, "both"), random.Random(0), changes)
     assert shares["perturbed_missing_share"] == 1.0
     assert [t.completion for t in traces] == [expert.completion, [5]]
-    # Without rollouts of its own, nothing is left to tell the expert from.
+    # Without rollouts, the expert has no negative.
     traces, _ = draw(
         [expert], [Rollout(0, expert.completion)], filled([]), Recipe(1, 1, 0.0, 3, "none"), random.Random(0), changes
     )
@@ -312,12 +312,12 @@ def test_what_does_not_apply_is_counted_and_never_the_original(tokenizer, demons
     assert perturbed_pairs([expert], [], changes, 0) == []
 
 
-def test_no_perturber_means_all_are_missing():
+def test_without_perturber_all_copies_are_missing():
     _, shares = draw([Expert([1], [2])], [Rollout(0, [3])], filled([]), Recipe(1, 1, 0.0, 2, "none"), random.Random(0))
     assert shares["perturbed_missing_share"] == 1.0
 
 
-def test_real_perturbed_copies_carry_both_labels(tokenizer, demonstrations):
+def test_perturbed_copies_carry_both_labels(tokenizer, demonstrations):
     fresh = [Rollout(i, [20, 21]) for i in range(len(demonstrations))]
     traces, shares = draw(
         demonstrations,
@@ -330,7 +330,7 @@ def test_real_perturbed_copies_carry_both_labels(tokenizer, demonstrations):
     copies = [t for t in traces if t.is_perturbed]
     assert shares["perturbed_missing_share"] == 0.0
     assert len(copies) == 24
-    assert len({tuple(t.completion) for t in copies}) > 12  # each is drawn anew
+    assert len({tuple(t.completion) for t in copies}) > 12  # each copy is sampled anew
     for t in copies:
         expert = demonstrations[t.group].completion
         assert t.prompt == demonstrations[t.group].prompt
@@ -350,8 +350,8 @@ def numbered(expert: Expert, rng: random.Random):
 @pytest.mark.parametrize(
     ("demonstrations_", "each"), [(1, 8), (8, 8), (9, 7), (32, 2), (33, 1), (64, 1), (MONITORED + 36, 1)]
 )
-def test_pairs_are_of_each_demonstration_in_turn(demonstrations_, each):
-    """64 demonstrations at most, and up to 8 copies each where there are few."""
+def test_pairs_cycle_through_the_demonstrations(demonstrations_, each):
+    """At most 64 demonstrations; up to 8 copies each if there are few."""
     experts = [Expert([100 + i], [i]) for i in range(demonstrations_)]
     pairs = perturbed_pairs(experts, [], numbered, seed=3)
     assert len(pairs) == min(demonstrations_, 64) * each
@@ -363,7 +363,7 @@ def test_pairs_are_of_each_demonstration_in_turn(demonstrations_, each):
     assert perturbed_pairs(experts, [], numbered, seed=4) != pairs
 
 
-def test_pairs_are_of_held_out_demonstrations_where_there_are_any():
+def test_pairs_use_held_out_demonstrations_if_any():
     experts = [Expert([100 + i], [i]) for i in range(20)]
     pairs = perturbed_pairs(experts, [3, 7], numbered, seed=0)
     assert sorted({prompt[0] for prompt, _, _ in pairs}) == [103, 107]
@@ -372,7 +372,7 @@ def test_pairs_are_of_held_out_demonstrations_where_there_are_any():
     assert {prompt[0] for prompt, _, _ in everywhere} == set(range(100, 120))
 
 
-def test_pairs_leave_out_what_does_not_apply():
+def test_pairs_skip_inapplicable_perturbations():
     experts = [Expert([100 + i], [i]) for i in range(4)]
     pairs = perturbed_pairs(experts, [], lambda e, rng: None if e.completion == [2] else ([9], 0), seed=0)
     assert len(pairs) == 24
