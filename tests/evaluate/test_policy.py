@@ -1,4 +1,4 @@
-"""Accuracy, pass@k and failures of a policy: by enumeration, by hand, and through the command."""
+"""Accuracy, pass@k and failures of a policy: by enumeration, by hand and on the command line."""
 
 import json
 import math
@@ -17,14 +17,14 @@ from tracereward.tasks.recipes import get_task
 
 
 @given(right=st.lists(st.booleans(), min_size=1, max_size=9), data=st.data())
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(right, data):
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_trace(right, data):
     k = data.draw(st.integers(1, len(right)))
-    drawn = [any(subset) for subset in combinations(right, k)]
-    assert pass_at_k(len(right), sum(right), k) == pytest.approx(sum(drawn) / len(drawn))
+    passed = [any(subset) for subset in combinations(right, k)]
+    assert pass_at_k(len(right), sum(right), k) == pytest.approx(sum(passed) / len(passed))
 
 
 def row(question, kind) -> dict:
-    """A trace that is right (R), wrong (W), without an answer (N), or cut off: with none (C) or a wrong one (D)."""
+    """A trace: correct (R), wrong (W), without an answer (N), or truncated without one (C) or with a wrong one (D)."""
     return {
         "question": question,
         "correct": kind == "R",
@@ -34,7 +34,7 @@ def row(question, kind) -> dict:
 
 
 def test_accuracies_and_failures_by_hand():
-    """A right trace that was cut off at its last token counts as right."""
+    """A correct trace that was truncated counts as correct."""
     greedy = [row(q, kind) for q, kind in enumerate("RWNCR")]
     greedy[0]["finished"] = False
     sampled = [row(q, kind) for q, kinds in enumerate(["RRW", "WWD", "NCR", "CCC", "RRR"]) for kind in kinds]
@@ -44,9 +44,9 @@ def test_accuracies_and_failures_by_hand():
     low, high = found.pop("interval")
     assert found == {"traces": 5, "accuracy": 0.4, "wrong_answer": 0.2, "no_answer": 0.2, "cut_off": 0.2}
     z, p = 1.959963984540054, 0.4  # Wilson
-    centre, spread = p + z * z / 10, z * math.sqrt(p * (1 - p) / 5 + z * z / 100)
-    assert low == pytest.approx((centre - spread) / (1 + z * z / 5))
-    assert high == pytest.approx((centre + spread) / (1 + z * z / 5))
+    centre, half = p + z * z / 10, z * math.sqrt(p * (1 - p) / 5 + z * z / 100)
+    assert low == pytest.approx((centre - half) / (1 + z * z / 5))
+    assert high == pytest.approx((centre + half) / (1 + z * z / 5))
 
     found = result["sampled"]
     shares = [2 / 3, 0.0, 1 / 3, 0.0, 1.0]
@@ -54,7 +54,7 @@ def test_accuracies_and_failures_by_hand():
     expected = {"accuracy": 6 / 15, "wrong_answer": 3 / 15, "no_answer": 1 / 15, "cut_off": 5 / 15}
     assert found == {"traces": 15, **{name: pytest.approx(value) for name, value in expected.items()}}
 
-    # Of three: two right, none, one, none, all. pass@2 of one right is 1 - C(2, 2) / C(3, 2).
+    # Of three samples: two correct, none, one, none, all. pass@2 of one right is 1 - C(2, 2) / C(3, 2).
     by_k = {"1": shares, "2": [1.0, 0.0, 2 / 3, 0.0, 1.0], "3": [1.0, 0.0, 1.0, 0.0, 1.0]}
     assert result["pass_at_k"].keys() == by_k.keys()
     for k, values in by_k.items():
@@ -69,7 +69,7 @@ def test_k_doubles_up_to_n(n, ks):
     assert result["pass_at_k"]["1"][0] == pytest.approx(result["sampled"]["accuracy"])
 
 
-def test_greedy_alone_has_no_samples():
+def test_greedy_only_has_no_pass_at_k():
     result = evaluate_policy([row(0, "R"), row(1, "W")], [])
     assert "sampled" not in result
     assert "pass_at_k" not in result
@@ -77,7 +77,7 @@ def test_greedy_alone_has_no_samples():
     assert table.rows[0][:3] == ["greedy", 2, 50.0]
 
 
-def test_the_tables_show_percentages():
+def test_tables_show_percentages():
     result = evaluate_policy([row(0, "R"), row(1, "N")], [row(q, kind) for q in (0, 1) for kind in "RC"])
     accuracy, passed = policy_tables(result)
     assert accuracy.rows[0][:3] == ["greedy", 2, 50.0]
@@ -87,7 +87,7 @@ def test_the_tables_show_percentages():
     assert [cells[:2] for cells in passed.rows] == [[1, 50.0], [2, 100.0]]
 
 
-# ---------- the command ----------
+# ---------- command line ----------
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +97,8 @@ def data(tmp_path_factory, experts):
     return path
 
 
-def test_the_command_counts_the_traces_that_sample_writes(tiny_model_folder, data, tmp_path):
-    """Samples are those of `tracereward sample` with the same seed; an untrained policy is judged as by hand."""
+def test_evaluate_policy_matches_the_traces_of_sample(tiny_model_folder, data, tmp_path):
+    """The same seed gives the samples of `tracereward sample`; accuracies by hand."""
     common = ["--task", "arithmetic", "--data", data, "--limit", 5, "--max-new-tokens", 8, "--seed", 3]
     done = launcher()("evaluate", "policy", tiny_model_folder, *common, "-n", 3, "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.err
@@ -110,8 +110,8 @@ def test_the_command_counts_the_traces_that_sample_writes(tiny_model_folder, dat
 
     verify, extract = get_task("arithmetic").verify, get_task("arithmetic").extract
     for name, options in (("greedy", ["-n", 1, "--temperature", 0]), ("sampled", ["-n", 3])):
-        drawn = launcher()("sample", tiny_model_folder, *common, *options)
-        rows = [json.loads(line) for line in drawn.out.splitlines()]
+        done = launcher()("sample", tiny_model_folder, *common, *options)
+        rows = [json.loads(line) for line in done.out.splitlines()]
         right = [verify(r["completion"], r["answer"]) for r in rows]
         assert result[name]["traces"] == len(rows)
         assert result[name]["accuracy"] == sum(right) / len(rows)
@@ -129,7 +129,7 @@ def test_tables_are_printed_without_json(tiny_model_folder, data, tmp_path):
     assert "pass@k" not in done.out
 
 
-def test_what_the_command_refuses(tiny_model_folder, data, tmp_path, monkeypatch, capsys):
+def test_invalid_arguments_of_evaluate_policy(tiny_model_folder, data, tmp_path, monkeypatch, capsys):
     def run(*argv):
         monkeypatch.setattr("sys.argv", ["tracereward", "evaluate", "policy", *map(str, argv)])
         with pytest.raises(SystemExit) as ended:

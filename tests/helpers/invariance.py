@@ -242,7 +242,7 @@ def train(name: str, folder: Path) -> dict[str, Any]:
         "start": start,
         "end": weights(trainer),
         "held": {name: local_shard(parameter).detach().flatten() for name, parameter in parameters.items()},
-        "whole": {name: tensor.flatten() for name, tensor in full_state_dict(trainer).items() if name in parameters},
+        "full": {name: tensor.flatten() for name, tensor in full_state_dict(trainer).items() if name in parameters},
         "critic": {name: (local_shard(parameter).numel(), parameter.numel()) for name, parameter in critic.items()},
         "started": (sum(local_shard(p).numel() for p in started), sum(p.numel() for p in started)),
         "gathered": sum(parameter.numel() for parameter in parameters.values() if hasattr(parameter, "ds_tensor")),

@@ -1,4 +1,4 @@
-"""A run that fails by a rule: it stops, the best checkpoint comes back, and everyone is told."""
+"""A run that triggers a failure rule stops, restores its best checkpoint and reports why."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from tracereward.training.options import DataArguments
 CORRECT, PERTURBATION = "rewards/correct/mean", "monitor/perturbation_auroc"
 
 
-def test_a_checkpoints_score_is_correctness_or_else_the_perturbation_auroc():
+def test_checkpoint_score_is_correctness_or_perturbation_auroc():
     rows = [{CORRECT: 0.2, PERTURBATION: 0.9}, {CORRECT: 0.4}, {PERTURBATION: 0.7}]
     assert score_of(rows) == pytest.approx(0.3)
     assert score_of(rows[2:]) == pytest.approx(0.7)
@@ -32,12 +32,12 @@ def test_a_checkpoints_score_is_correctness_or_else_the_perturbation_auroc():
     assert math.isnan(score_of([{"reward": 1.0}]))
 
 
-def test_a_checkpoint_clearly_worse_than_the_start_is_not_restored():
+def test_checkpoint_clearly_worse_than_the_start_is_not_restored():
     history = [{CORRECT: 0.5}, {CORRECT: 0.6}, {CORRECT: 0.7}, {CORRECT: 0.0}]  # 0.6 at the start, less 0.05
     assert better_than_start(0.56, history)
     assert not better_than_start(0.54, history)
     assert not better_than_start(None, history)
-    assert better_than_start(0.1, [{"reward": 1.0}])  # nothing to compare with
+    assert better_than_start(0.1, [{"reward": 1.0}])  # no score to compare with
 
 
 @pytest.fixture
@@ -82,12 +82,12 @@ def weights(path):
     return load_file(path / "model.safetensors")
 
 
-def test_a_report_without_room_for_the_models_comes_after_all_else(run, capsys, monkeypatch):
-    """What a run has left is saved before its models go to the accelerator again, whole and one process's own."""
+def test_report_is_written_last_and_without_heatmaps_if_out_of_memory(run, capsys, monkeypatch):
+    """All results are saved before the report loads the full models onto one process's accelerator."""
     folders, own = [], []
 
     @contextlib.contextmanager
-    def whole():  # outside of it `generate` waits for the other processes under ZeRO-3
+    def gathered():  # under ZeRO-3, `generate` outside this context waits for the other processes
         own.append(True)
         yield
         own.pop()
@@ -98,16 +98,16 @@ def test_a_report_without_room_for_the_models_comes_after_all_else(run, capsys, 
         folders.append({path.name for path in [*folder.glob("*/*.safetensors"), *folder.iterdir()]})
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(report, "zero3_disabled", whole)
+    monkeypatch.setattr(report, "zero3_disabled", gathered)
     monkeypatch.setattr(report, "fresh_traces", full)
     folder = run(2, [0.3, 0.3])
     assert folders[0] >= {"policy", "reward_model", "model.safetensors", "head.safetensors"}
-    assert "did not fit beside the training" in capsys.readouterr().err
+    assert "did not fit" in capsys.readouterr().err
     assert "No rewards and heatmaps" in (folder / "report.html").read_text()
 
 
-def test_the_best_checkpoint_comes_back(run, capsys):
-    """Step 2 of 4 was the best, and is kept although two newer checkpoints fill the limit."""
+def test_best_checkpoint_is_restored(run, capsys):
+    """Step 2 of 4 is the best, and is kept although two newer checkpoints reach `save_total_limit`."""
     folder = run(4, [0.3, 0.9, 0.4, 0.2])
     stderr = capsys.readouterr().err
     assert "decoupling at step 4: as scripted" in stderr
@@ -131,7 +131,7 @@ def test_the_best_checkpoint_comes_back(run, capsys):
     assert "Stopped at step 4 by the rule decoupling: as scripted." in (folder / "report.html").read_text()
 
 
-def test_a_run_that_fails_at_once_ends_with_the_starting_policy(run, tiny_model_folder, capsys):
+def test_run_that_fails_immediately_restores_the_starting_policy(run, tiny_model_folder, capsys):
     folder = run(2, [0.9, 0.1], save_steps=6)
     assert "Restored: the starting policy and the discriminator of the warm-up." in capsys.readouterr().err
     start, final = weights(tiny_model_folder), weights(folder / "policy")
@@ -141,7 +141,7 @@ def test_a_run_that_fails_at_once_ends_with_the_starting_policy(run, tiny_model_
     assert all(torch.equal(restored[name], value) for name, value in state.items())
 
 
-def test_a_warning_does_not_stop(run, capsys):
+def test_warning_does_not_stop_the_run(run, capsys):
     folder = run(3, [0.9, 0.1, 0.1], on_failure="warn", save_strategy="no")
     assert "decoupling at step 3: as scripted" in capsys.readouterr().err
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -149,6 +149,6 @@ def test_a_warning_does_not_stop(run, capsys):
     assert not any(row["phase"] == "failure" for row in logged)
 
 
-def test_ignored_rules_are_not_asked(run, capsys):
+def test_ignored_rules_are_not_evaluated(run, capsys):
     run(3, [0.9, 0.1, 0.1], on_failure="ignore", save_strategy="no")
     assert "decoupling" not in capsys.readouterr().err

@@ -15,7 +15,7 @@ from tracereward.training.gradient_penalties import gradient_norms, gradient_pen
 
 
 def build(folder, tokenizer, head, moved=True, **settings) -> TokenRewardModel:
-    """A critic; `moved` takes every weight away from its start, so that zeros there hide nothing."""
+    """A critic; `moved` perturbs every weight, so that zero initialisation hides no error."""
     torch.manual_seed(0)
     settings = RewardSettings(head=head, **settings)
     model = TokenRewardModel.from_backbone(str(folder), settings, tokenizer, dtype=torch.float32)
@@ -53,7 +53,7 @@ def traces(tokenizer, experts):
 
 @pytest.fixture(scope="module")
 def pairs(traces):
-    """Each positive with the first negative of its prompt, written out."""
+    """Each positive with the first negative of its prompt."""
     found = [(traces[0], traces[1]), (traces[3], traces[4]), (traces[6], traces[7])]
     found += [(traces[10], traces[12]), (traces[11], traces[12])]
     assert [e.group for e, _ in found] == [r.group for _, r in found] == [0, 1, 2, 4, 4]
@@ -67,14 +67,14 @@ POINTS = [0.3, 0.9, 0.5, 0.1, 0.7, 0.2, 0.4, 0.6, 0.8, 0.35, 0.45, 0.55, 0.65, 0
 
 
 def norm_at(model, pair, point) -> float:
-    """The norm at one point, without neighbours."""
+    """The gradient norm at one point, in a batch of one."""
     return gradient_norms(model, *interpolate(model, [pair], [point])).item()
 
 
 def in_float64(model, prompt: int, completion: list[int], embeddings: torch.Tensor, supervised: list[int]):
     """s of unpadded embeddings (N, P + T, H) by plain transformers: the mean of f_t over the supervised positions."""
     backbone = copy.deepcopy(model.backbone).double()
-    for module in backbone.modules():  # Llama's own norm rounds to float32 whatever it is given
+    for module in backbone.modules():  # LlamaRMSNorm casts to float32
         if isinstance(module, LlamaRMSNorm):
             epsilon = module.variance_epsilon
             module.forward = lambda x, w=module.weight, e=epsilon: w * x * (x.square().mean(-1, True) + e).rsqrt()
@@ -91,8 +91,8 @@ def in_float64(model, prompt: int, completion: list[int], embeddings: torch.Tens
 
 
 @pytest.mark.parametrize(("head", "granularity"), [*((head, "dense") for head in HEADS), ("action", "step")])
-def test_norms_are_those_of_finite_differences(critics, tokenizer, pairs, head, granularity, monkeypatch):
-    """All coordinates of a short completion's embeddings, moved one by one; prompts and padding do not count."""
+def test_norms_match_finite_differences(critics, tokenizer, pairs, head, granularity, monkeypatch):
+    """Differences along each coordinate of a short completion's embeddings; prompts and padding are excluded."""
     model = critics[head]
     monkeypatch.setattr(model, "settings", RewardSettings(head=head, granularity=granularity))
     newline = tokenizer.convert_tokens_to_ids("\n")
@@ -108,7 +108,7 @@ def test_norms_are_those_of_finite_differences(critics, tokenizer, pairs, head, 
     supervised = list(range(5)) if granularity == "dense" else [2, 4]
 
     left, h = len(prompt), 1e-5
-    own = points[0, len(prompt) : 2 * len(prompt) + 5].detach().double()  # without the padding at both ends
+    own = points[0, len(prompt) : 2 * len(prompt) + 5].detach().double()  # without padding
     steps = torch.zeros(5 * 64, *own.shape, dtype=torch.float64)
     for k in range(5 * 64):
         steps[k, left + k // 64, k % 64] = h
@@ -117,7 +117,7 @@ def test_norms_are_those_of_finite_differences(critics, tokenizer, pairs, head, 
     assert float(norms[0]) == pytest.approx(float(slopes.norm()), rel=1e-5)
     assert float(norms[0]) > 1e-3
 
-    # Along any direction the slope is at most the norm, and along the gradient's it is the norm.
+    # The slope is at most the norm in any direction, and equals it along the gradient.
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(20, 5 * 64, generator=generator, dtype=torch.float64)
     directions = torch.cat([directions, slopes[None]])
@@ -131,7 +131,7 @@ def test_norms_are_those_of_finite_differences(critics, tokenizer, pairs, head, 
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_norms_do_not_depend_on_neighbours(critics, pairs, head):
+def test_norms_do_not_depend_on_the_batch(critics, pairs, head):
     model = critics[head]
     together = gradient_norms(model, *interpolate(model, pairs, POINTS[:5]))
     alone = torch.tensor([norm_at(model, pair, point) for pair, point in zip(pairs, POINTS)])
@@ -141,8 +141,8 @@ def test_norms_do_not_depend_on_neighbours(critics, pairs, head):
 # ---------- points ----------
 
 
-def test_points_lie_on_the_line_from_the_rollout_to_the_expert(critics, pairs):
-    """1 is the expert, 0 the rollout; behind the shorter one's end both are the longer one; prompts are the prompt."""
+def test_points_interpolate_between_rollout_and_expert(critics, pairs):
+    """1 is the expert, 0 the rollout; past the shorter one's end both are the longer one; prompts are unchanged."""
     model = critics["token"]
     table = model.backbone.get_input_embeddings().weight.detach()
     widest = max(len(e.prompt) for e, _ in pairs)
@@ -172,8 +172,8 @@ def test_points_lie_on_the_line_from_the_rollout_to_the_expert(critics, pairs):
 
 @pytest.mark.parametrize("head", ["token", "implicit"])
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
-def test_the_terms_sum_to_the_mean(critics, traces, pairs, head, budget):
-    """Over the pairs of each positive and its prompt's first negative, whatever the batches and the processes."""
+def test_terms_sum_to_the_mean(critics, traces, pairs, head, budget):
+    """Over pairs of each positive and its prompt's first negative, for any batches and number of processes."""
     model = critics[head]
     norms = [norm_at(model, pair, point) for pair, point in zip(pairs, POINTS)]
     expected = sum((norm - 1) ** 2 for norm in norms) / 5
@@ -188,7 +188,7 @@ def test_the_terms_sum_to_the_mean(critics, traces, pairs, head, budget):
 @pytest.mark.parametrize("head", ["token", "implicit"])
 @pytest.mark.parametrize("budget", [1, 60, 10_000])
 def test_r1_terms_sum_to_half_the_mean_square_at_the_experts(critics, traces, head, budget):
-    """An expert needs no negative here; between a trace and itself lies only the trace."""
+    """R1 needs no negative: interpolating between a trace and itself gives the trace."""
     model = critics[head]
     positives = [t for t in traces if t.is_expert]
     assert len(positives) == 6
@@ -202,13 +202,13 @@ def test_r1_terms_sum_to_half_the_mean_square_at_the_experts(critics, traces, he
     assert (sum(halves[0]) + sum(halves[1])).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_process_may_have_no_pair(critics, traces):
+def test_process_without_pairs(critics, traces):
     assert list(gradient_penalties(critics["token"], traces, POINTS, 100, 5, 6)) == []
     assert list(gradient_penalties(critics["token"], traces[9:10], POINTS, 100)) == []  # an expert without a negative
     assert list(r1_penalties(critics["token"], traces[1:2], 100)) == []
 
 
-# ---------- they work ----------
+# ---------- gradients and training ----------
 
 
 def penalty(model, traces, kind):
@@ -218,8 +218,8 @@ def penalty(model, traces, kind):
 
 @pytest.mark.parametrize("kind", ["wgan", "r1"])
 @pytest.mark.parametrize("head", HEADS)
-def test_the_backbone_gets_the_penaltys_gradient(tiny_model_folder, tokenizer, traces, head, kind):
-    """Second derivatives reach every layer, and have the sign and size of finite differences along themselves."""
+def test_penalty_gradient_reaches_the_backbone(tiny_model_folder, tokenizer, traces, head, kind):
+    """Second derivatives reach every layer, and match finite differences along their own direction."""
     model = build(tiny_model_folder, tokenizer, head).train()
     penalty(model, traces, kind).backward()
     named = {n: p for n, p in model.backbone.named_parameters() if "embed_tokens" not in n}
@@ -240,7 +240,7 @@ def test_the_backbone_gets_the_penaltys_gradient(tiny_model_folder, tokenizer, t
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_steps_on_the_penalty_alone_bring_norms_to_1_and_r1s_to_0(tiny_model_folder, tokenizer, traces, pairs, head):
+def test_minimising_the_penalty_brings_norms_to_1_or_0(tiny_model_folder, tokenizer, traces, pairs, head):
     for kind, target in (("wgan", 1.0), ("r1", 0.0)):
         model = build(tiny_model_folder, tokenizer, head).train()
 

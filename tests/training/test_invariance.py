@@ -1,10 +1,10 @@
-"""A run is the same however its batches are cut up: gradient accumulation, micro-batches, processes.
+"""A run does not depend on gradient accumulation, micro-batches or the number of processes.
 
-Sampling would hide this: each process draws from its own random state. Here a completion is a function of the prompt,
-of the number of the batch, of its place among the prompt's completions, and of the policy, so that an error anywhere
-comes back in all later steps. It is one of three scripted traces, and the likelier the policy finds a trace, the
-likelier it is drawn. A whole trace is one decision: of the 800 in a run, one flips between two layouts only where a
-uniform number falls within the rounding error of a boundary.
+Real sampling would hide this, since each process has its own RNG state. Here a completion is a function of the
+prompt, the batch index, its index within the prompt's group, and the policy, so that an error anywhere propagates to
+all later steps. The policy chooses one of three scripted traces with its own probabilities. A trace is a single
+choice: of the 800 in a run, one differs between two layouts only if a uniform number falls within the rounding error
+of a boundary.
 """
 
 import functools
@@ -31,13 +31,13 @@ TWO_PROCESSES = [name for name, (_, layout) in RUNS.items() if layout.processes 
 
 @pytest.fixture(scope="module")
 def one(folder):
-    """Runs of this process, each made once."""
+    """Cached runs in this process."""
     return functools.cache(lambda name: train(name, folder))
 
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """What each of two processes returns, for all runs that ask for two; started together, as imports take longest."""
+    """Results of all two-process runs, from one launch: imports take longest."""
     output = folder / "output.txt"
     code = launch("ddp", str(folder), *TWO_PROCESSES, output=output)
     assert code == 0, f"{code}\n{output.read_text(errors='replace')[-6000:]}"
@@ -50,7 +50,7 @@ COUNTED = [f"discriminator/{name}" for name in ("accuracy_expert", "accuracy_pol
 
 
 def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Two processes' run as if it were one; both must have ended with the same weights."""
+    """Merge the results of two processes; both must end with the same weights."""
     first, second = runs
     for model, end in first["end"].items():
         assert torch.equal(end, second["end"][model]), f"the processes' {model} differ"
@@ -76,19 +76,19 @@ def assert_same(record_property):
 @pytest.mark.parametrize(
     "layout", ["trajectory, accumulated", pytest.param("token, micro-batches", marks=pytest.mark.long)]
 )
-def test_accumulation_and_micro_batches_change_nothing(one, layout, assert_same):
+def test_accumulation_and_micro_batches_do_not_change_the_run(one, layout, assert_same):
     settings = layout.split(",")[0]
     assert_same(settings, one(settings), one(layout))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", ["trajectory, two processes", "token, two processes"])
-def test_a_second_process_changes_nothing(one, two, layout, assert_same):
+def test_second_process_does_not_change_the_run(one, two, layout, assert_same):
     settings = layout.split(",")[0]
     assert_same(settings, one(settings), joined(two[layout]))
 
 
-def test_a_group_spans_both_processes(two):
+def test_group_spans_both_processes(two):
     first, second = (run["batches"] for run in two["token, two processes"])
     for batch, rest in zip(first, second, strict=True):
         prompts = [prompt for prompt, _ in batch + rest]
@@ -96,23 +96,23 @@ def test_a_group_spans_both_processes(two):
         assert len(batch) == len(rest) == 6
 
 
-def test_checkpointing_of_gradients_changes_nothing(one):
-    """With a gradient penalty too, whose forward pass is then repeated for second derivatives."""
+def test_gradient_checkpointing_does_not_change_the_run(one):
+    """Also with a gradient penalty, whose forward pass is recomputed for second derivatives."""
     run, other = one("trajectory"), one("trajectory, checkpointed")
     assert len(other["log"]) == 5
     assert beyond(differences(run, other, LOSSES), "trajectory") == {}
 
 
 @pytest.mark.parametrize("name", ["trajectory", "token"])
-def test_both_models_move(one, name):
-    """By far more than rounding: at a learning rate of 1e-3 the runs above could have come apart."""
+def test_both_models_are_trained(one, name):
+    """By far more than rounding: at a learning rate of 1e-3 the runs above could have diverged."""
     run = one(name)
     for model, end in run["end"].items():
         moved = (end - run["start"][model]).norm() / run["start"][model].norm()
         assert moved > 0.05, model
 
 
-def test_another_seed_is_another_run(one):
+def test_seed_changes_the_run(one):
     run, other = one("trajectory"), one("trajectory, another seed")
     found = differences(run, other, LOSSES)
     assert all(value > 20 * TOLERANCES["trajectory"][name] for name, value in found.items()), found
@@ -120,7 +120,7 @@ def test_another_seed_is_another_run(one):
 
 
 def test_rollouts_depend_on_the_policy(one):
-    """A policy that stands still is given the same traces to choose from, and comes to choose others."""
+    """A frozen policy has the same scripted traces, but other choices."""
     run, other = one("trajectory"), one("trajectory, policy at rest")
     pairs = list(zip(run["batches"], other["batches"]))
     assert [[prompt for prompt, _ in batch] for batch, _ in pairs] == [[p for p, _ in batch] for _, batch in pairs]
@@ -128,8 +128,8 @@ def test_rollouts_depend_on_the_policy(one):
     assert sum(a != b for batches in pairs for a, b in zip(*batches)) >= 3
 
 
-def test_without_the_all_reduce_the_discriminators_come_apart(two):
-    """The comparisons of two processes can fail: the policy's gradients are still summed, the discriminator's not."""
+def test_discriminators_diverge_without_the_all_reduce(two):
+    """The two-process comparison can fail: the policy's gradients are summed here, the discriminator's are not."""
     first, second = two["no all-reduce"]
     assert torch.equal(first["end"]["policy"], second["end"]["policy"])
     assert apart(first, second, "discriminator") > 0.1

@@ -1,4 +1,4 @@
-"""The discriminator learns what it is for: to tell right working from a fluent mistake, on problems it has not seen."""
+"""The discriminator learns to distinguish correct working from fluent mistakes on held-out problems."""
 
 import torch
 
@@ -13,7 +13,7 @@ from tracereward.training.discriminator_batch import Expert, Rollout
 
 
 def mistaken_pairs(n: int, seed: int, exclude=()) -> list[tuple[str, str, str]]:
-    """(prompt, right trace, trace with every borrow dropped) of problems where the two differ."""
+    """(prompt, correct trace, trace with every borrow dropped) of problems where the two differ."""
     found = []
     for right in generate("misconception", 4 * n, seed, exclude=exclude):
         wrong = worked_with_dropped_borrows(right["prompt"])
@@ -24,7 +24,7 @@ def mistaken_pairs(n: int, seed: int, exclude=()) -> list[tuple[str, str, str]]:
 
 
 def worked_with_dropped_borrows(prompt: str) -> str | None:
-    """A problem worked from left to right with v - k + 10 wherever v - k needs a borrow; None beyond the vocabulary."""
+    """A problem worked left to right with v - k + 10 where v - k needs a borrow; None outside the vocabulary."""
     words = prompt.removesuffix(" = ?\n").split(" ")
     value, lines = int(words[0]), []
     for operator, operand in zip(words[1::2], map(int, words[2::2])):
@@ -38,23 +38,23 @@ def worked_with_dropped_borrows(prompt: str) -> str | None:
     return "\n".join([*lines, f"#### {value}"])
 
 
-def test_the_mistaken_traces_are_the_worlds_own():
-    """Written out, and equal to the generator's mistakes wherever it draws the same problem."""
+def test_mistaken_traces_match_the_generator():
+    """By hand, and equal to the generator's mistakes on the problems it samples too."""
     assert worked_with_dropped_borrows("13 - 5 + 2 = ?\n") == "13 - 5 = 18\n18 + 2 = 20\n#### 20"
     rows = generate("misconception", 200, 1, mistake_rate=1.0)
     assert all(worked_with_dropped_borrows(row["prompt"]) == row["completion"] for row in rows)
 
 
 def within(model, tokenizer, pairs) -> float:
-    """Within-prompt AUROC of the mean token reward for right against mistaken working."""
+    """Within-prompt AUROC of the mean token reward, correct against mistaken working."""
     prompts = [encode_prompt(tokenizer, prompt) for prompt, _, _ in pairs for _ in range(2)]
     traces = [encode_completion(tokenizer, text) for _, right, wrong in pairs for text in (right, wrong)]
     scores = [float(rewards.mean()) for rewards in model.token_rewards(prompts, traces)]
     return within_prompt_auroc(scores, [True, False] * len(pairs), [p for p, _, _ in pairs for _ in range(2)])
 
 
-def test_right_working_comes_to_score_above_fluent_mistakes(tiny_model_folder, tokenizer, tmp_path):
-    """200 held-out problems; an untrained backbone orders about half of them, 45 updates nearly all."""
+def test_training_ranks_correct_working_above_fluent_mistakes(tiny_model_folder, tokenizer, tmp_path):
+    """200 held-out problems: an untrained backbone ranks about half correctly, 45 updates nearly all."""
     held_out = mistaken_pairs(200, seed=1)
     train = mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out})
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""How an update of the discriminator is cut up: nothing is lost, nothing is twice, pairs stay together."""
+"""Micro-batches of a discriminator update: each trace once, pairs together."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ TRACES = st.lists(
 
 
 @given(TRACES, st.booleans(), st.integers(12, 60), st.integers(1, 3))
-def test_each_trace_that_counts_is_in_one_pass_of_one_process(traces, paired, budget, world):
+def test_each_counted_trace_is_in_one_pass_of_one_process(traces, paired, budget, world):
     of_ranks = [passes(traces, paired, budget, rank, world) for rank in range(world)]
     everything = sorted(index for of_rank in of_ranks for rows in of_rank for index in rows)
     assert everything == [index for index, trace in enumerate(traces) if trace.starts[0] == 0]
@@ -30,7 +30,7 @@ def test_each_trace_that_counts_is_in_one_pass_of_one_process(traces, paired, bu
 
 
 def test_weights_by_hand():
-    """Two experts, three negatives of the first and one of the second; another expert has no token that counts."""
+    """Two experts, three negatives of the first and one of the second; a third expert has no supervised token."""
 
     def trace(group: int, is_expert: bool, counts: bool = True) -> Labelled:
         return Labelled([1], [2, 3], group, is_expert, [0 if counts else 2], 2 if is_expert else 0)

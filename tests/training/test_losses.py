@@ -1,4 +1,4 @@
-"""Discriminator losses against float64 numpy, written from the formula."""
+"""Discriminator losses against their formulas in float64 numpy."""
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def bce_by_formula(logits, weights, is_expert, smoothing) -> np.ndarray:
     shape=st.tuples(st.integers(1, 5), st.integers(1, 9)),
     smoothing=st.sampled_from([0.0, 0.1, 0.3]),
 )
-def test_bce_is_the_formula(data, shape, smoothing):
+def test_bce_matches_the_formula(data, shape, smoothing):
     # Multiples of 1/8 are exact in float32; a weight under 1/8 would only test rounding.
     logits = data.draw(npst.arrays(np.float32, shape, elements=st.integers(-400, 400).map(lambda n: n / 8)))
     weights = data.draw(npst.arrays(np.float32, shape, elements=st.integers(0, 8).map(lambda n: n / 8)))
@@ -59,7 +59,7 @@ def test_bce_by_hand():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-def test_expert_is_high():
+def test_bce_raises_expert_logits():
     """The gradient pushes the expert's logits up and the policy's down, and smoothing stops at D = 1 - s."""
     logits = torch.zeros(2, 3, requires_grad=True)
     bce(logits, torch.ones(2, 3), torch.tensor([True, False]), 0.1).sum().backward()
@@ -70,8 +70,8 @@ def test_expert_is_high():
     assert abs(float(optimum.grad)) < 1e-6
 
 
-def test_smoothing_changes_the_target_not_the_mask():
-    """Without supervised positions the loss is 0 whatever the smoothing, and smoothed labels leave weights alone."""
+def test_smoothing_changes_targets_but_not_weights():
+    """Without supervised positions the loss is 0 for any smoothing; weights are unchanged."""
     logits = torch.tensor([[5.0, -5.0, 2.0]])
     for smoothing in (0.0, 0.1, 0.4):
         assert bce(logits, torch.zeros(1, 3), torch.tensor([False]), smoothing).tolist() == [0.0]
@@ -80,8 +80,8 @@ def test_smoothing_changes_the_target_not_the_mask():
         np.testing.assert_allclose(one, expected, rtol=1e-6)
 
 
-def test_padding_may_hold_anything():
-    """Nan and infinity where the weight is 0 reach neither the loss nor the gradients of the real logits and below."""
+def test_padding_may_hold_any_value():
+    """NaN and infinity at weight 0 affect neither the loss nor the gradients of the real logits and their inputs."""
     clean = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
     garbage = torch.tensor([[torch.nan, torch.inf], [-torch.inf, torch.nan]])
     weights = torch.tensor([[1.0, 0.5, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
@@ -112,14 +112,14 @@ def test_class_weights_give_the_mean_of_class_means(is_expert, data):
     assert all(weight == 0 for weight, counted in zip(weights, counts) if not counted)
 
 
-def test_one_expert_weighs_as_much_as_four_rollouts():
+def test_classes_weigh_the_same_whatever_their_counts():
     weights = class_weights(torch.tensor([True, False, False, False, False]), torch.ones(5).bool())
     assert weights.tolist() == [0.5, 0.125, 0.125, 0.125, 0.125]
 
 
 @pytest.mark.parametrize("sizes", [(1,) * 10, (3, 3, 4), (9, 1)])
-def test_micro_batches_add_up_to_the_whole(sizes):
-    """Summed weighted loss and gradients of any split equal those of the full batch."""
+def test_micro_batches_sum_to_the_full_batch(sizes):
+    """The summed weighted losses and gradients of any split equal those of the full batch."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(10, 7, 5, generator=generator)
     weights = (torch.rand(10, 7, generator=generator) > 0.4).float()
@@ -139,17 +139,17 @@ def test_micro_batches_add_up_to_the_whole(sizes):
             total += loss.item()
         return total, layer.weight.grad, layer.bias.grad
 
-    whole, split = run([10]), run(list(sizes))
-    assert split[0] == pytest.approx(whole[0], abs=1e-6)
-    torch.testing.assert_close(split[1], whole[1], atol=1e-6, rtol=0)
-    torch.testing.assert_close(split[2], whole[2], atol=1e-6, rtol=0)
+    full, split = run([10]), run(list(sizes))
+    assert split[0] == pytest.approx(full[0], abs=1e-6)
+    torch.testing.assert_close(split[1], full[1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(split[2], full[2], atol=1e-6, rtol=0)
 
 
 # ---------- labels that change within a trace ----------
 
 
 @given(data=st.data(), shape=st.tuples(st.integers(1, 4), st.integers(1, 7)), smoothing=st.sampled_from([0.0, 0.1]))
-def test_bce_with_a_label_for_each_token_is_the_formula(data, shape, smoothing):
+def test_bce_with_per_token_labels_matches_the_formula(data, shape, smoothing):
     logits = data.draw(npst.arrays(np.float32, shape, elements=EIGHTHS))
     weights = data.draw(npst.arrays(np.float32, shape, elements=st.integers(0, 8).map(lambda n: n / 8)))
     labels = data.draw(npst.arrays(np.bool_, shape))
@@ -166,7 +166,7 @@ def test_bce_with_a_label_for_each_token_is_the_formula(data, shape, smoothing):
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_bce_without_smoothing_has_hard_labels_by_default():
+def test_bce_labels_are_hard_by_default():
     """The default s is 0: a logit of 100 costs nothing for the expert and 100 for the policy."""
     logits = torch.tensor([[100.0], [100.0]])
     loss = bce(logits, torch.ones(2, 1), torch.tensor([True, False]))
@@ -207,25 +207,25 @@ def over_experts(value, scores, is_expert, group) -> list[float]:
 
 
 @given(sequences())
-def test_pairwise_is_bradley_terry_over_the_prompts_experts(drawn):
-    loss = pairwise(*map(torch.tensor, drawn))
-    expected = over_experts(lambda expert, policy: np.logaddexp(0, -(expert - policy)), *drawn)
+def test_pairwise_is_bradley_terry_over_experts_of_the_prompt(batch):
+    loss = pairwise(*map(torch.tensor, batch))
+    expected = over_experts(lambda expert, policy: np.logaddexp(0, -(expert - policy)), *batch)
     np.testing.assert_allclose(loss, expected, rtol=1e-5, atol=1e-6)
 
 
 @given(sequences())
-def test_centre_is_the_square_of_the_sum(drawn):
-    expected = over_experts(lambda expert, policy: (expert + policy) ** 2, *drawn)
-    np.testing.assert_allclose(centre(*map(torch.tensor, drawn)), expected, rtol=1e-5, atol=1e-6)
+def test_centre_is_the_square_of_the_sum(batch):
+    expected = over_experts(lambda expert, policy: (expert + policy) ** 2, *batch)
+    np.testing.assert_allclose(centre(*map(torch.tensor, batch)), expected, rtol=1e-5, atol=1e-6)
 
 
 @given(sequences(), EIGHTHS)
-def test_a_common_shift_changes_centre_and_not_pairwise(drawn, shift):
-    scores, is_expert, group = map(torch.tensor, drawn)
+def test_a_common_shift_changes_centre_and_not_pairwise(batch, shift):
+    scores, is_expert, group = map(torch.tensor, batch)
     torch.testing.assert_close(
         pairwise(scores + shift, is_expert, group), pairwise(scores, is_expert, group), atol=1e-5, rtol=1e-5
     )
-    expected = over_experts(lambda e, i: (e + i + 2 * shift) ** 2, *drawn)
+    expected = over_experts(lambda e, i: (e + i + 2 * shift) ** 2, *batch)
     np.testing.assert_allclose(centre(scores + shift, is_expert, group), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -241,8 +241,8 @@ def test_pairs_by_hand():
 
 
 @given(sequences())
-def test_wasserstein_is_policy_minus_expert(drawn):
-    scores, is_expert, _ = drawn
+def test_wasserstein_is_policy_minus_expert(batch):
+    scores, is_expert, _ = batch
     loss = wasserstein(torch.tensor(scores), torch.tensor(is_expert))
     assert loss.tolist() == [-float(s) if expert else float(s) for s, expert in zip(scores, is_expert)]
     if is_expert.any() and not is_expert.all():
@@ -252,8 +252,8 @@ def test_wasserstein_is_policy_minus_expert(drawn):
 
 
 @given(sequences(), st.data())
-def test_pair_weights_give_the_mean_over_sequences_in_pairs(drawn, data):
-    _, is_expert, group = drawn
+def test_pair_weights_give_the_mean_over_sequences_in_pairs(batch, data):
+    _, is_expert, group = batch
     counts = data.draw(npst.arrays(np.bool_, len(group)))
     matched = [
         counts[i]
@@ -267,8 +267,8 @@ def test_pair_weights_give_the_mean_over_sequences_in_pairs(drawn, data):
 
 
 @given(sequences(), st.data())
-def test_losses_of_pairs_add_up_over_micro_batches_of_whole_groups(drawn, data):
-    scores, is_expert, group = map(torch.tensor, drawn)
+def test_pair_losses_sum_over_micro_batches_of_complete_groups(batch, data):
+    scores, is_expert, group = map(torch.tensor, batch)
     part_of = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=3, max_size=3)))[group]
     counts = torch.ones(len(group)).bool()
     in_pairs, classes = pair_weights(is_expert, counts, group), class_weights(is_expert, counts)
@@ -282,13 +282,13 @@ def test_losses_of_pairs_add_up_over_micro_batches_of_whole_groups(drawn, data):
             ]
         )
 
-    parts = losses(part_of == 0) + losses(part_of == 1)
-    torch.testing.assert_close(parts, losses(counts), rtol=1e-6, atol=1e-6)
+    split = losses(part_of == 0) + losses(part_of == 1)
+    torch.testing.assert_close(split, losses(counts), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("columns", [1, 3])
-def test_padding_changes_no_loss_of_scores(columns):
-    """Extra columns of nan reach neither the scores, nor the losses, nor the gradients of the real logits."""
+def test_padding_does_not_change_losses_of_scores(columns):
+    """Extra NaN columns affect neither scores, nor losses, nor gradients of the real logits."""
     clean = torch.tensor([[0.5, -1.0], [2.0, 0.25], [-3.0, 1.5]])
     weights = torch.tensor([[1.0, 0.5], [1.0, 1.0], [0.0, 0.0]])
     is_expert, group = torch.tensor([True, False, False]), torch.tensor([0, 0, 0])
@@ -309,7 +309,7 @@ def test_padding_changes_no_loss_of_scores(columns):
 
 
 @given(data=st.data())
-def test_the_gradient_of_a_linear_critic_is_its_weights(data):
+def test_gradient_of_a_linear_critic_is_its_weights(data):
     """s(x) = sum_t w_t a . x_t has the gradient w_t a: norm |a| sqrt(sum_t m_t w_t^2), whatever x is."""
     rows, length, size = 3, 4, 2
     w = data.draw(npst.arrays(np.float64, (rows, length), elements=EIGHTHS))
@@ -322,7 +322,7 @@ def test_the_gradient_of_a_linear_critic_is_its_weights(data):
     np.testing.assert_allclose(norms, expected, atol=1e-9)
 
 
-def test_penalties_have_the_gradient_of_finite_differences():
+def test_penalty_gradients_match_finite_differences():
     """s = x' A x / 2 has the gradient A x; (|A x| - 1)^2 and |A x|^2 / 2 are differentiated with respect to A."""
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(3, 3, generator=generator, dtype=torch.float64)
@@ -335,7 +335,7 @@ def test_penalties_have_the_gradient_of_finite_differences():
         penalty(input_gradient_norms(scores, inputs, torch.ones(2, 1))).sum().backward()
 
         def by_hand(a, penalty=penalty):
-            # The derivative of x' A x / 2 for any A, also one that is moved off symmetry.
+            # The derivative of x' A x / 2 for any A, symmetric or not.
             return sum(penalty(np.linalg.norm((a + a.T) / 2 @ row)) for row in x[:, 0].numpy())
 
         for i in range(3):
@@ -346,8 +346,8 @@ def test_penalties_have_the_gradient_of_finite_differences():
                 assert float(matrix.grad[i, j]) == pytest.approx(slope, rel=1e-6, abs=1e-7)
 
 
-def test_a_critic_without_slope_has_a_finite_penalty():
-    """A head of zeros: sqrt has an infinite derivative at 0, and 0 * inf would be nan."""
+def test_constant_critic_has_a_finite_penalty():
+    """A zero head: the derivative of sqrt is infinite at 0, and 0 * inf would be NaN."""
     weight = torch.zeros(3, requires_grad=True)
     inputs = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     norms = input_gradient_norms((inputs @ weight).sum(1), inputs, torch.ones(2, 4))
@@ -361,7 +361,7 @@ def test_a_critic_without_slope_has_a_finite_penalty():
     shape=st.one_of(st.tuples(st.integers(1, 5)), st.tuples(st.integers(1, 4), st.integers(1, 4))),
     limit=st.sampled_from([0.5, 1.0, 3.0]),
 )
-def test_the_spectral_norm_is_at_most_the_limit(data, shape, limit):
+def test_spectral_norm_is_at_most_the_limit(data, shape, limit):
     weight = data.draw(npst.arrays(np.float32, shape, elements=st.integers(-16, 16).map(lambda n: n / 8)))
     largest = np.linalg.svd(np.atleast_2d(weight).astype(np.float64), compute_uv=False)[0]
     expected = weight * min(1.0, limit / largest) if largest else weight
@@ -372,7 +372,7 @@ def test_the_spectral_norm_is_at_most_the_limit(data, shape, limit):
         assert torch.equal(limited.detach(), torch.tensor(weight))
 
 
-def test_the_limit_is_1_by_default():
+def test_spectral_limit_is_1_by_default():
     weight = torch.tensor([3.0, 4.0])
     limit_spectral_norm(weight)
     np.testing.assert_allclose(weight, [0.6, 0.8], rtol=1e-6)
@@ -380,7 +380,7 @@ def test_the_limit_is_1_by_default():
     assert torch.equal(small, torch.tensor([[0.3, 0.0], [0.0, 0.9]]))
 
 
-def test_a_rollout_without_its_own_expert_is_in_no_pair():
+def test_rollout_without_expert_is_in_no_pair():
     """Prompt 0 has an expert and a rollout, 1 a rollout only, 2 an expert only, 3 an expert that does not count."""
     is_expert = torch.tensor([True, False, False, True, True, False])
     counts = torch.tensor([True, True, True, True, False, True])

@@ -1,4 +1,4 @@
-"""Micro-batches by length: the same rows, less padding, and TRL's own step."""
+"""Micro-batches sorted by length: the same rows, less padding, and the same step as TRL."""
 
 import copy
 
@@ -20,7 +20,7 @@ def test_window():
 
 
 def padded(rows, prompt_width, completion_width):
-    """As TRL pads: a row is its number, its prompt's length, its completion's, and how many of that count."""
+    """Rows padded as by TRL: (index, prompt length, completion length, supervised completion tokens)."""
     batch = {name: [] for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")}
     for number, prompt, completion, counted in rows:
         batch["prompt_ids"].append([0] * (prompt_width - prompt) + [100 * number + i for i in range(1, prompt + 1)])
@@ -37,7 +37,7 @@ def padded(rows, prompt_width, completion_width):
 
 
 @given(st.data())
-def test_the_same_rows_by_length_and_no_column_of_padding(data):
+def test_rows_are_sorted_by_length_without_padding_columns(data):
     size, windows, count = (data.draw(st.integers(1, 3)) for _ in range(3))
     shape = st.tuples(st.integers(1, 5), st.integers(1, 6))
     total = size * windows * count
@@ -45,9 +45,9 @@ def test_the_same_rows_by_length_and_no_column_of_padding(data):
         (number, prompt, length, data.draw(st.sampled_from([0, length])))
         for number, (prompt, length) in enumerate(data.draw(st.lists(shape, min_size=total, max_size=total)), 1)
     ]
-    whole = padded(rows, 6, 6)
+    batch = padded(rows, 6, 6)
     split = [
-        {k: v[i : i + count] if v is not None and v.dim() else v for k, v in whole.items()}
+        {k: v[i : i + count] if v is not None and v.dim() else v for k, v in batch.items()}
         for i in range(0, total, count)
     ]
     shift, multiple = data.draw(st.booleans()), data.draw(st.sampled_from([None, 2, 3]))
@@ -81,7 +81,7 @@ def test_the_same_rows_by_length_and_no_column_of_padding(data):
         assert lengths == sorted(lengths)
 
 
-def test_fields_of_images_are_left_alone():
+def test_image_fields_are_unchanged():
     batch = {**padded([(1, 2, 2, 2)], 4, 4), "pixel_values": torch.zeros(1, 3)}
     assert by_length([batch], 1) == [batch]
 
@@ -102,7 +102,7 @@ SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 
 def policy(name, folder, tokenizer, to):
-    """The tiny Llama; a mixture of experts, or learned positions that make a difference, where the case says so."""
+    """The tiny Llama, a mixture of experts, or a model with learned positions, by name."""
     ids = {"pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     ids["vocab_size"] = len(tokenizer)
     torch.manual_seed(0)
@@ -118,15 +118,15 @@ def policy(name, folder, tokenizer, to):
     else:
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert may_shift(model.config)
-    with torch.no_grad():  # completions of one to all tokens
+    with torch.no_grad():  # so that completions have from one to all tokens
         model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 3
     model.save_pretrained(to)
     return AutoModelForCausalLM.from_pretrained(to)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_step_is_that_of_trl(name, tiny_model_folder, tokenizer, tmp_path):
-    """Two optimiser steps a generation, of four micro-batches each: TRL's weights, from fewer padded tokens."""
+def test_step_matches_trl(name, tiny_model_folder, tokenizer, tmp_path):
+    """Two optimiser steps of four micro-batches a generation: the weights of TRL, from fewer padded tokens."""
     prompts = ["3 + 4 = ?\n", "1 + 2 + 3 + 4 + 5 + 6 = ?\n", "9 = ?\n", "8 - 3 = ?\n"]
     found = {}
     for kind in (GRPOTrainer, RolloutTrainer):

@@ -1,4 +1,4 @@
-"""Monitors of a batch, by hand and by brute force."""
+"""Batch metrics, by hand and by brute force."""
 
 import math
 
@@ -33,10 +33,10 @@ def test_metrics_by_hand():
         {
             "length": 17 / 5,
             "repetition": (2 / 3) / 5,  # one trace has three equal 4-grams
-            "distinct_share": (1 / 2 + 2 / 2) / 2,  # the lone trace of "c" does not count
+            "distinct_share": (1 / 2 + 2 / 2) / 2,  # "c" has one trace and is excluded
             "eos_rate": 3 / 5,
             "reward_std": math.sqrt(31.25 / 5 - 1.5**2),
-            "token_noise": (2 / 3 + 4) / 2,  # the two right traces
+            "token_noise": (2 / 3 + 4) / 2,  # the two correct traces
             "length_reward_r": stats.pearsonr([3, 3, 4, 6, 1], [2, 1, 0.5, -1, 5]).statistic,
             "length_reward_r_within": stats.pearsonr([0, 0, -1, 1, 0], [0.5, -0.5, 0.75, -0.75, 0]).statistic,
             "auroc": 3 / 4,
@@ -49,7 +49,7 @@ def test_metrics_by_hand():
     )
 
 
-def test_without_answers_nothing_is_said_of_correctness_and_all_traces_have_noise():
+def test_without_answers_correctness_is_omitted_and_noise_covers_all_traces():
     metrics = rollout_metrics([rollout(rewards=[0.0, 2.0]), rollout(rewards=[0.0, 4.0])])
     assert set(metrics) == {
         "length",
@@ -64,7 +64,7 @@ def test_without_answers_nothing_is_said_of_correctness_and_all_traces_have_nois
     assert metrics["token_noise"] == pytest.approx((1 + 4) / 2)
 
 
-def test_what_is_not_defined_is_nan():
+def test_undefined_metrics_are_nan():
     metrics = rollout_metrics([rollout(correct=0.0, ids=(1,), rewards=[3.0])])
     undefined = {name for name, value in metrics.items() if math.isnan(value)}
     assert undefined == {
@@ -106,7 +106,7 @@ def test_repetition_is_the_share_of_grams_seen_before(ids, n):
     assert repetition(ids, n) == pytest.approx(repeats / total if total else 0)
 
 
-def test_distinct_share_averages_groups_and_not_traces():
+def test_distinct_share_is_a_mean_over_groups():
     prompts = ["a", "b", "a", "a", "a", "b", "c"]
     assert distinct_share(prompts, [1, 1, 1, 1, 1, 2, 1]) == pytest.approx((1 / 4 + 1) / 2)
     assert math.isnan(distinct_share(["a", "b"], [1, 1]))
@@ -120,14 +120,14 @@ def test_token_noise_is_the_population_variance_and_skips_empty_traces():
     assert token_noise([np.array([0.0, 3.0, 0.0])]) == pytest.approx(2.0)
 
 
-def test_centring_subtracts_the_prompts_mean_and_leaves_exact_zeros():
+def test_centring_subtracts_the_prompt_mean_exactly():
     assert centred([1.0, 2.0, 5.0, 4.0], ["a", "b", "a", "b"]) == [-2.0, -1.0, 2.0, 1.0]
     assert centred([0.1] * 6, ["a"] * 6) == [0.0] * 6
     with pytest.raises(ValueError, match="shorter"):
         centred([1.0, 2.0], ["a"])
 
 
-def test_length_and_reward_can_correlate_over_prompts_and_not_inside_them():
+def test_length_and_reward_correlate_across_but_not_within_prompts():
     batch = [
         rollout(prompt, [0] * (base + length), reward=base + reward)
         for prompt, base in [("a", 10), ("b", 100)]
@@ -147,13 +147,13 @@ def test_pearson_of_a_constant_is_nan():
     assert math.isnan(pearson([], []))
 
 
-def test_two_values_lie_on_a_line():
+def test_pearson_of_two_values():
     assert pearson([1, 2], [3, 5]) == pytest.approx(1)
     assert pearson([1, 2], [5, 3]) == pytest.approx(-1)
 
 
 @given(pairs=st.lists(st.tuples(st.integers(-2, 2), st.integers(-2, 2)), min_size=1, max_size=12))
-def test_perturbation_auroc_counts_matched_pairs_and_half_ties(pairs):
+def test_perturbation_auroc_counts_ties_as_half(pairs):
     experts, perturbed = zip(*pairs)
     signs = np.sign(np.array(experts) - np.array(perturbed))
     assert perturbation_auroc(experts, perturbed) == pytest.approx((signs.mean() + 1) / 2)

@@ -1,7 +1,7 @@
-"""Rollouts with `compile_rollouts`: one shape for the run, one compiled step, and the tokens of eager decoding.
+"""`compile_rollouts`: one shape for the run, one compiled step, and the tokens of eager decoding.
 
-On a CPU, where transformers compiles only if told to, and with a backend that records graphs and runs them eagerly;
-what CUDA graphs gain is measured in benchmarks/rollouts.py.
+The tests run on a CPU, where transformers compiles only on request, with a backend that records graphs and runs them
+eagerly. benchmarks/rollouts.py measures the gain of CUDA graphs.
 """
 
 import copy
@@ -64,7 +64,7 @@ def trainer(tiny_model_folder, tokenizer, tmp_path):
     return make
 
 
-def test_one_compiled_step_draws_the_tokens_of_eager_decoding(trainer):
+def test_compiled_step_samples_the_tokens_of_eager_decoding(trainer):
     eager, expected = trainer(False)
     eager.train()
     compiled, found = trainer(True)
@@ -92,17 +92,17 @@ def test_one_compiled_step_draws_the_tokens_of_eager_decoding(trainer):
 
 
 @pytest.mark.parametrize("peft", [None, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")])
-def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(trainer, tiny_model_folder, peft):
-    """Autocast gives keys and values two dtypes, which a static cache cannot hold: the cast copy draws instead."""
-    # An untrained model's logits are all but equal: at temperature 1 other weights would draw the same tokens.
+def test_bfloat16_rollouts_come_from_a_cast_copy_of_the_current_policy(trainer, tiny_model_folder, peft):
+    """Autocast mixes dtypes of keys and values, which a static cache cannot hold, so a bfloat16 copy samples."""
+    # An untrained model's logits are nearly equal: at temperature 1 other weights would sample the same tokens.
     made, found = trainer(True, bf16=True, peft=peft, temperature=0.02)
-    made.args.learning_rate = 0.05  # each batch is drawn by another policy
+    made.args.learning_rate = 0.05  # the policy of each batch differs
     expected = []
-    draw = made._generate_single_turn
+    generate = made._generate_single_turn
 
     def compared(prompt_ids, *args, **kwargs):
         state = torch.get_rng_state()
-        drawn = draw(prompt_ids, *args, **kwargs)
+        sampled = generate(prompt_ids, *args, **kwargs)
         assert all(p.dtype == torch.float32 for p in made.model.parameters())
         policy = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
         policy = (policy if peft is None else get_peft_model(policy, peft)).to(torch.bfloat16).eval()
@@ -113,19 +113,19 @@ def test_under_bfloat16_rollouts_are_those_of_the_policy_cast_as_it_is_by_then(t
         config = made.generation_config
         output = policy.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         expected.append([list(row) for row in output[:, ids.size(1) :].tolist()])
-        return drawn
+        return sampled
 
     made._generate_single_turn = compared
     before = copy.deepcopy(made.model.state_dict())
     made.train()
     assert any(not torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
     assert len(found) == 3
-    for drawn, whole in zip(found, expected, strict=True):
-        assert [row[: len(ids)] for row, ids in zip(whole, drawn, strict=True)] == drawn
+    for sampled, full in zip(found, expected, strict=True):
+        assert [row[: len(ids)] for row, ids in zip(full, sampled, strict=True)] == sampled
 
 
-def test_samples_in_chunks_of_one_shape_are_those_of_chunks_as_they_come(tiny_model_folder, tokenizer, monkeypatch):
-    """What a GPU does in a long run: all prompts as wide as the longest, the last chunk filled up, a static cache."""
+def test_fixed_shape_chunks_sample_the_same_tokens(tiny_model_folder, tokenizer, monkeypatch):
+    """As on a GPU in a long run: prompts padded to the longest, the last chunk filled up, a static cache."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder)
     params = SamplingParams(max_new_tokens=6, temperature=0.0, batch_size=2)
     expected = list(sampling.sample(model, tokenizer, PROMPTS, params))
@@ -144,18 +144,18 @@ def test_samples_in_chunks_of_one_shape_are_those_of_chunks_as_they_come(tiny_mo
 
 
 def test_sharded_policy_is_refused(trainer, monkeypatch):
-    whole = GRPOTrainer.__init__
+    init = GRPOTrainer.__init__
 
-    def spread(self, *args, **kwargs):
-        whole(self, *args, **kwargs)
+    def sharded_init(self, *args, **kwargs):
+        init(self, *args, **kwargs)
         self.is_fsdp_enabled = True
 
-    monkeypatch.setattr(GRPOTrainer, "__init__", spread)
-    with pytest.raises(InputError, match="whole on each GPU"):
+    monkeypatch.setattr(GRPOTrainer, "__init__", sharded_init)
+    with pytest.raises(InputError, match="each GPU"):
         trainer(True)
 
 
-def test_it_is_refused_where_it_would_do_nothing(tmp_path):
+def test_compile_rollouts_without_cuda_is_refused(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
     with pytest.raises(InputError, match="CUDA"):

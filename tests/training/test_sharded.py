@@ -1,6 +1,6 @@
-"""Policies in parts on two processes (FSDP2, DeepSpeed ZeRO-2 and ZeRO-3): the same run as on one, whole at the end.
+"""Sharded policies on two processes (FSDP2, DeepSpeed ZeRO-2 and ZeRO-3): the run and saved models of one process.
 
-See `sharded` for how this runs on a CPU, and `test_invariance` for what is compared. All of it, with DeepSpeed
+See `sharded` for how this runs on a CPU, and `test_invariance` for what is compared. To run all of it, with DeepSpeed
 installed (``pip install -e .[dev,deepspeed]``):
 
     pytest tests/training/test_sharded.py -m "slow or not slow" -n 0
@@ -30,7 +30,7 @@ SHARDED_DISCRIMINATOR = {"sharded discriminator": "sharded", "sharded discrimina
 
 
 def marked(engine: str) -> Any:
-    """What takes half a minute, and needs nothing that is not installed, is long; the others are slow."""
+    """Mark FSDP2 as long (half a minute) and DeepSpeed, an optional dependency, as slow."""
     return pytest.param(engine, marks=pytest.mark.long if engine == "fsdp2" else pytest.mark.slow)
 
 
@@ -41,7 +41,7 @@ def needs(engine: str) -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer):
-    """Folder of a starting policy: one layer, and an LM head of its own."""
+    """Folder of a starting policy: one layer, untied LM head."""
     folder = tmp_path_factory.mktemp("sharded") / "model"
     build_model(tokenizer, seed=0, layers=1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -50,13 +50,13 @@ def model(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="module")
 def one(model):
-    """Runs of this process, each made once."""
+    """Cached runs in this process."""
     return functools.cache(lambda name: train(name, model.parent))
 
 
 @pytest.fixture(scope="module")
 def two(model, tmp_path_factory):
-    """What each of two processes returns, for all runs with an engine; started together, as imports take longest."""
+    """Results of all two-process runs of an engine, from one launch: imports take longest."""
 
     @functools.cache
     def runs(engine: str) -> dict[str, list[dict[str, Any]]]:
@@ -76,7 +76,7 @@ def two(model, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*TRAINED, *SHARDED_DISCRIMINATOR])
 @pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
-def test_two_processes_give_the_trajectory_of_one(one, two, engine, name, record_property):
+def test_two_processes_match_one(one, two, engine, name, record_property):
     run, (first, second) = one(SHARDED_DISCRIMINATOR.get(name, name)), two(engine)[name]
     assert len(run["log"]) == len(first["log"]) == 10
     both = [a + b for a, b in zip(first["batches"], second["batches"], strict=True)]
@@ -89,27 +89,27 @@ def test_two_processes_give_the_trajectory_of_one(one, two, engine, name, record
 
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
-def test_what_each_process_holds_of_the_policy(two, engine, name):
-    """All of it, or one of two parts, which together are what the main process gathers; the frozen weights too."""
+def test_policy_shards(two, engine, name):
+    """Each process holds the full policy or one of two shards of the gathered one; frozen weights too."""
     first, second = two(engine)[name]
     sizes = [sum(part.numel() for part in run["held"].values()) for run in (first, second)]
-    total = sum(tensor.numel() for tensor in first["whole"].values())
+    total = sum(tensor.numel() for tensor in first["full"].values())
     assert total > 50_000
-    assert first["held"].keys() == second["held"].keys() == first["whole"].keys()
-    spread = engine in ("fsdp2", "zero3")
-    if spread:
+    assert first["held"].keys() == second["held"].keys() == first["full"].keys()
+    sharded = engine in ("fsdp2", "zero3")
+    if sharded:
         assert max(sizes) < 0.51 * total
         assert first["gathered"] == second["gathered"] == 0
-    for name_, tensor in first["whole"].items():
-        parts = [run["held"][name_] for run in (first, second)]
-        held = torch.cat(parts)[: len(tensor)] if spread else parts[0]  # ZeRO-3 fills the last part up
+    for name_, tensor in first["full"].items():
+        shards = [run["held"][name_] for run in (first, second)]
+        held = torch.cat(shards)[: len(tensor)] if sharded else shards[0]  # ZeRO-3 pads the last shard
         assert torch.equal(held, tensor), name_
-        assert spread or torch.equal(*parts), name_
+        assert sharded or torch.equal(*shards), name_
 
 
 @pytest.mark.parametrize("engine", [marked(engine) for engine in ENGINES])
-def test_what_each_process_holds_of_the_discriminator_and_of_the_frozen_start(two, engine):
-    """Half of both where they are in parts, whatever shares out the policy; else all."""
+def test_discriminator_and_reference_shards(two, engine):
+    """Half of both if the discriminator is sharded, whatever shards the policy; else all."""
     for name, (first, second) in two(engine).items():
         sizes = [sum(held for held, _ in run["critic"].values()) for run in (first, second)]
         total = sum(size for _, size in first["critic"].values())
@@ -131,7 +131,7 @@ def test_sharding_keeps_the_discriminator_complete_on_one_process(one):
 
 
 def test_the_comparison_can_fail(one):
-    """A learning rate of the policy that is 1 % larger is not within the tolerances."""
+    """A 1 % larger learning rate of the policy exceeds the tolerances."""
     run, other = one("sharded"), one("sharded, 1 % faster")
     found = differences(run, other, LOSSES) | {model: apart(run, other, model) for model in run["end"]}
     assert beyond(found, "token").keys() >= {"loss", "grad_norm", "policy"}
@@ -158,7 +158,7 @@ COMMON: dict[str, Any] = {
     "discriminator_prompts": 6,
     "warmup_rollouts": 2,
     "replay_size": 40,
-    "beta_clip": 40.0,  # an untrained policy's log-probs would lie beyond the clip, and all rewards be the same
+    "beta_clip": 40.0,  # an untrained policy's log-probs would all be clipped, and rewards equal
     "on_failure": "ignore",
     "report_to": "none",
 }
@@ -173,7 +173,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory, model):
-    """Options that name the model and the demonstrations; and the file of validation questions."""
+    """Options for the model and the demonstrations, and the file of validation questions."""
     folder = tmp_path_factory.mktemp("rows")
     write_jsonl(folder / "experts.jsonl", generate("misconception", 12, seed=11))
     write_jsonl(folder / "questions.jsonl", generate("misconception", 6, seed=12))
@@ -190,7 +190,7 @@ def loaded(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], start: dict[str, torch.Tensor]) -> float:
-    """How far two models are apart, relative to how far the first moved from `start`, which has no reward's head."""
+    """Distance of two models relative to that of the first from `start`, which has no reward head."""
     assert a.keys() == b.keys()
     before = {name: start.get(name.removeprefix("backbone.")) for name in a}
     missing = start.keys() - {name.removeprefix("backbone.") for name in a}
@@ -214,8 +214,8 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize(("engine", "kind", "choose"), COMMANDS)
-def test_what_a_run_leaves_is_what_one_process_leaves(given, model, tmp_path, engine, kind, choose, record_property):
-    """Whole, and the same weights; with validation questions those of the first checkpoint, and its discriminator."""
+def test_two_processes_save_the_models_of_one(given, model, tmp_path, engine, kind, choose, record_property):
+    """Full models with equal weights; with validation questions, those of the first checkpoint."""
     needs(engine)
     known, questions = given
     words = {**COMMON, **KINDS[kind], **known}
@@ -246,12 +246,12 @@ def test_what_a_run_leaves_is_what_one_process_leaves(given, model, tmp_path, en
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "LoRA", "sharded discriminator"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(given, tmp_path, engine, kind):
-    """Both processes, from the checkpoint of step 2; to the last bit, with real sampling."""
+def test_killed_run_resumes_to_identical_weights(given, tmp_path, engine, kind):
+    """Both processes resume from step 2, bit for bit, with real sampling."""
     needs(engine)
     words = {**COMMON, **KINDS[kind], **given[0]}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    ended = launcher().two("train", *options(**words, output_dir=whole), engine=engine)
+    full, cut = tmp_path / "full", tmp_path / "cut"
+    ended = launcher().two("train", *options(**words, output_dir=full), engine=engine)
     assert [result.code for result in ended] == [0, 0], "".join(result.err[-4000:] for result in ended)
     fifth = trap("open", "metrics.jsonl", 3 + 3)
     killed = launcher().two("train", *options(**words, output_dir=cut), engine=engine, traps=(fifth, None))
@@ -260,13 +260,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(given, tmp_path, engine
     resumed = launcher().two("train", *options(**words, output_dir=cut), "--resume", engine=engine)
     assert [result.code for result in resumed] == [0, 0], "".join(result.err[-4000:] for result in resumed)
     assert f"resuming from {cut}/checkpoints/checkpoint-2" in resumed[0].err
-    assert weights(cut / "policy").keys() == weights(whole / "policy").keys()
-    assert_same(cut, whole)
+    assert weights(cut / "policy").keys() == weights(full / "policy").keys()
+    assert_same(cut, full)
 
 
 @pytest.mark.slow
 def test_sharded_discriminator_resumes_unsharded(given, tmp_path):
-    """Two processes with half of it each, LoRA on bfloat16; then one with all of it."""
+    """Two processes with half of it each (LoRA on bfloat16), then one process with all of it."""
     words = {**COMMON, **LORA, **given[0], "dtype": "bfloat16", "bf16": "true", "output_dir": tmp_path / "run"}
     ended = launcher().two("train", *options(**{**words, "shard_discriminator": "true", "max_steps": 4}), engine="ddp")
     assert [result.code for result in ended] == [0, 0], "".join(result.err[-4000:] for result in ended)

@@ -1,4 +1,4 @@
-"""Policy and discriminator as two adapters on one base model: the numbers of two models, and each kept to its own."""
+"""Policy and discriminator as two adapters on one base model match two separate models."""
 
 import json
 
@@ -25,12 +25,12 @@ BATCH = pack([[5, 6], [7]], [[8, 9, 10], [11, 12]], 0)
 
 
 def adapters():
-    """LoRA settings with dropout, so that a wrong mode shows."""
+    """LoRA settings with dropout, so that a wrong train or eval mode shows."""
     return LoraConfig(r=4, lora_alpha=16, lora_dropout=0.3, target_modules="all-linear")
 
 
-def draw(parameters, seed):
-    """The same values for as many parameters, whatever their names; B is not left at zero."""
+def randomise(parameters, seed):
+    """Fill parameters, LoRA's B included, with values that depend only on their order and the seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
@@ -47,13 +47,13 @@ def base(tmp_path_factory, tokenizer):
 
 @pytest.fixture
 def shared(base):
-    """A base model with both adapters drawn at random, and a model of its own with the second's weights."""
+    """A base model with two random adapters, and a separate model with the second adapter's weights."""
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapters())
     model.add_adapter(DISCRIMINATOR, adapters())
     for seed, name in enumerate((POLICY, DISCRIMINATOR)):
-        draw(AdapterView(model, name).adapter_weights, seed)
+        randomise(AdapterView(model, name).adapter_weights, seed)
     alone = get_peft_model(AutoModelForCausalLM.from_pretrained(base), adapters())
-    draw((p for p in alone.parameters() if p.requires_grad), 1)
+    randomise((p for p in alone.parameters() if p.requires_grad), 1)
     return model, alone
 
 
@@ -61,7 +61,7 @@ def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_a_view_is_its_adapter_and_leaves_no_trace(shared, base):
+def test_view_activates_its_adapter_only_temporarily(shared, base):
     model, alone = shared
     model.train()
     before = trainable(model)
@@ -81,8 +81,8 @@ def test_a_view_is_its_adapter_and_leaves_no_trace(shared, base):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_a_model_of_its_own(shared, checkpointing):
-    """Another adapter is used between the forward and the backward pass, as the log-probs of the policy are."""
+def test_gradients_match_a_separate_model(shared, checkpointing):
+    """The other adapter runs between the forward and backward pass, as it does for the policy's log-probs."""
     model, alone = shared
     if checkpointing:
         for one in shared:
@@ -106,7 +106,7 @@ def test_gradients_are_those_of_a_model_of_its_own(shared, checkpointing):
 
 
 def run(base, folder, shares, head):
-    """Ten steps of the invariance tests' settings; both layouts start from the same adapters."""
+    """Ten steps with the settings of the invariance tests; both layouts start from the same adapters."""
     config = AdversarialConfig(
         output_dir=str(folder),
         per_device_train_batch_size=12,
@@ -152,23 +152,23 @@ def run(base, folder, shares, head):
         peft_config=None if shares else lora,
     )
     trainer.remove_callback(PrinterCallback)
-    draw([p for n, p in trainer.policy.named_parameters() if f"lora_A.{POLICY}" in n], 5)
+    randomise([p for n, p in trainer.policy.named_parameters() if f"lora_A.{POLICY}" in n], 5)
     learned = trainer.discriminator.parameters
-    draw([p for p in learned.values() if p.dim() == 2 and bool(p.any())], 6)
+    randomise([p for p in learned.values() if p.dim() == 2 and bool(p.any())], 6)
     trainer.discriminator.average = {name: p.detach().clone() for name, p in learned.items()}
     trainer.train()
     return trainer
 
 
 @pytest.mark.parametrize("head", ["action", "implicit"])
-def test_training_is_that_of_two_models(base, tmp_path, head):
-    """Same rollouts, losses, rewards and final reward model; and what is saved holds the discriminator's adapter."""
+def test_training_matches_two_models(base, tmp_path, head):
+    """Same rollouts, losses, rewards and final reward model; the saved one contains the discriminator's adapter."""
     two, one = (run(base, tmp_path / str(shares), shares, head) for shares in (False, True))
     assert one.batches == two.batches
     logs = [{"log": [row for row in trainer.state.log_history if "loss" in row]} for trainer in (two, one)]
     assert len(logs[0]["log"]) == 10
     found = differences(*logs, LOSSES)
-    centred = {"loss": 1e-3, "reward": 1e-3}  # means of what is centred at 0: small beside what they are means of
+    centred = {"loss": 1e-3, "reward": 1e-3}  # means of centred values: small compared with the values
     assert all(value < centred.get(name, 1e-4) for name, value in found.items()), found
     assert all(row["grad_norm"] > 1e-3 for row in logs[0]["log"])
     assert len(one.discriminator.parameters) == len(two.discriminator.parameters)
@@ -209,18 +209,18 @@ def options(folder, base, rows, **more):
 
 
 @pytest.mark.long
-def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path):
-    """The checkpoint holds both adapters; policy and reward model are whole models without LoRA."""
+def test_killed_run_resumes_to_the_same_weights(base, tmp_path):
+    """The checkpoint holds both adapters; the saved policy and reward model are merged, without LoRA."""
     rows = tmp_path / "experts.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in generate("misconception", 16, seed=1)))
-    whole = launcher()(*options(tmp_path / "whole", base, rows))
-    assert whole.code == 0, whole.err
+    full = launcher()(*options(tmp_path / "full", base, rows))
+    assert full.code == 0, full.err
     first = launcher()(*options(tmp_path / "cut", base, rows), trap=trap("open", "cut/metrics.jsonl", 3 + 3))
     assert first.code == -9
     second = launcher()(*options(tmp_path / "cut", base, rows), "--resume")
     assert second.code == 0, second.err
     for part in ("policy", "reward_model"):
-        a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / run / part).state_dict() for run in ("whole", "cut"))
+        a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / run / part).state_dict() for run in ("full", "cut"))
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a), part
         start = AutoModelForCausalLM.from_pretrained(base).state_dict()
@@ -234,7 +234,7 @@ def test_a_killed_run_resumes_to_the_same_weights(base, tmp_path):
         ({"head": "token"}, "action or implicit"),
     ],
 )
-def test_what_cannot_share_a_base(base, tmp_path, more, message):
+def test_options_incompatible_with_shared_base(base, tmp_path, more, message):
     rows = tmp_path / "experts.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in generate("misconception", 16, seed=1)))
     done = launcher()(*options(tmp_path / "run", base, rows, **more))

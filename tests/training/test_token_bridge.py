@@ -1,4 +1,4 @@
-"""A policy and a reward model with different tokenizers: translation, and a real run with both."""
+"""A policy and a reward model with different tokenizers: projection of rewards, and a real run."""
 
 import math
 
@@ -24,7 +24,7 @@ BETA = 2.0
 
 @pytest.fixture(scope="module")
 def characters():
-    """A tokenizer that cuts everything into single characters."""
+    """A tokenizer with one token for each character."""
     alphabet = "0123456789 +-*=?#\n"
     words = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *alphabet])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -71,8 +71,10 @@ TEXTS = ["13 - 5 = 8\n#### 8", "21 + 12 = 33\n33 - 7 = 26\n#### 26", "#### 40"]
 
 @pytest.mark.parametrize("granularity", ["sparse", "step", "interval", "dense"])
 @pytest.mark.parametrize("ended", [True, False])
-def test_rewards_land_on_the_token_that_holds_the_character(tokenizer, characters, character_model, granularity, ended):
-    """Characters to words: a word's supervised characters add up on it; other words are filled from behind."""
+def test_rewards_go_to_the_token_that_contains_the_character(
+    tokenizer, characters, character_model, granularity, ended
+):
+    """Characters to words: a word gets the sum over its supervised characters; other words are backfilled."""
     model = reward_model(character_model, characters, granularity)
     bridge = TokenBridge(tokenizer, model, [tokenizer.eos_token_id])
     assert not bridge.same
@@ -95,8 +97,8 @@ def test_rewards_land_on_the_token_that_holds_the_character(tokenizer, character
         assert moved.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_one_tokenizer_passes_ids_and_rewards_through(tokenizer, tiny_model_folder):
-    """No decoding: ids that would be cut otherwise when read again stay as they are."""
+def test_equal_tokenizers_pass_ids_and_rewards_through(tokenizer, tiny_model_folder):
+    """Without decoding: ids that re-encoding would change are unchanged."""
     model = reward_model(tiny_model_folder, tokenizer)
     bridge = TokenBridge(tokenizer, model, [tokenizer.eos_token_id])
     assert bridge.same
@@ -163,10 +165,8 @@ def test_training_across_tokenizers(
     assert len(trainer._rewards) == 16
 
 
-def test_the_perturbation_figure_is_that_of_traces_scored_one_at_a_time(
-    tiny_model_folder, tokenizer, experts, tmp_path
-):
-    """Held-out experts stand in several pairs, each with an altered copy of its own."""
+def test_perturbation_auroc_matches_traces_scored_one_at_a_time(tiny_model_folder, tokenizer, experts, tmp_path):
+    """Held-out experts are in several pairs, each with its own perturbed copy."""
     model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(head="action"), tokenizer)
     with torch.no_grad():
         model.head.w.normal_(generator=torch.Generator().manual_seed(0))
@@ -179,26 +179,26 @@ def test_the_perturbation_figure_is_that_of_traces_scored_one_at_a_time(
         expert, altered = (float(model.token_rewards([prompt], [ids])[0].mean()) for ids in both)
         margins.append(expert - altered)
     wins = sum(margin > 0 for margin in margins)
-    assert 0 < wins < len(margins), "of one sign, any pairing would give the same figure"
+    assert 0 < wins < len(margins), "with margins of one sign, any pairing would give the same AUROC"
     assert trainer._perturbation() == {"perturbation_auroc": pytest.approx(wins / len(pairs))}
 
 
-@pytest.mark.parametrize("spread", [False, True])
-def test_the_reward_model_is_told_whether_weights_are_spread(
-    tiny_model_folder, tokenizer, experts, tmp_path, monkeypatch, spread
+@pytest.mark.parametrize("sharded", [False, True])
+def test_token_rewards_are_given_whether_models_are_sharded(
+    tiny_model_folder, tokenizer, experts, tmp_path, monkeypatch, sharded
 ):
-    """Or processes with other numbers of passes would wait for one another for ever."""
+    """Otherwise processes with different numbers of passes would deadlock."""
     model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(head="action"), tokenizer)
     trainer = make(tiny_model_folder, tokenizer, model, experts, tmp_path)
-    told = []
-    monkeypatch.setattr(model, "token_rewards", lambda *_, sharded, **__: told.append(sharded))
-    monkeypatch.setattr(trainer_module, "is_sharded", lambda _: spread)
+    passed = []
+    monkeypatch.setattr(model, "token_rewards", lambda *_, sharded, **__: passed.append(sharded))
+    monkeypatch.setattr(trainer_module, "is_sharded", lambda _: sharded)
     trainer.token_rewards([[5]], [[6]])
-    assert told == [spread]
+    assert passed == [sharded]
 
 
 @pytest.mark.parametrize(("head", "form"), [("implicit", None), ("airl", None), ("action", "logit_plus_logprob")])
-def test_log_probs_of_two_tokenizers_do_not_mix(
+def test_log_probs_need_equal_tokenizers(
     tiny_model_folder, tokenizer, characters, character_model, experts, tmp_path, head, form
 ):
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Validation questions: what a policy reaches on them, and which checkpoint a run leaves."""
+"""Validation questions: greedy accuracy, and the choice of the best checkpoint."""
 
 import json
 
@@ -45,8 +45,8 @@ def greedy_by_hand(model, tokenizer, prompt, limit):
     return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
-def test_accuracy_is_the_share_of_right_greedy_traces(tiny_model_folder, tokenizer):
-    """Answers set so that some agree with what the model writes; prompts of unlike lengths, three to a batch."""
+def test_accuracy_is_the_share_of_correct_greedy_traces(tiny_model_folder, tokenizer):
+    """Some answers agree with the model's; prompts of different lengths, three to a batch."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
     rows = generate("exposure", 4, seed=3) + generate("misconception", 4, seed=3)
     texts = [greedy_by_hand(model, tokenizer, row["prompt"], 12) for row in rows]
@@ -65,11 +65,11 @@ def test_accuracy_is_the_share_of_right_greedy_traces(tiny_model_folder, tokeniz
     assert len(validation) == 8
 
 
-def test_nothing_named_is_nothing_validated(tokenizer):
+def test_no_validation_without_a_dataset(tokenizer):
     assert load_validation(DataArguments(), TASK, tokenizer, [], 8, 8) is None
 
 
-def test_questions_that_cannot_choose_are_refused(tmp_path, tokenizer):
+def test_invalid_validation_questions_are_refused(tmp_path, tokenizer):
     rows = generate("misconception", 4, seed=3)
     data = DataArguments(task="arithmetic", validation_dataset_name=write(tmp_path / "v.jsonl", rows))
     trained_on = [{"prompt": rows[2]["prompt"], "source": "experts.jsonl, line 7"}]
@@ -81,7 +81,7 @@ def test_questions_that_cannot_choose_are_refused(tmp_path, tokenizer):
         load_validation(data, TASK, tokenizer, [], 8, 8)
 
 
-def test_two_ways_of_choosing_are_refused(tmp_path, tiny_model_folder):
+def test_conflicting_ways_of_validation_are_refused(tmp_path, tiny_model_folder):
     rows = generate("misconception", 40, seed=3)
     experts, questions = write(tmp_path / "e.jsonl", rows[:32]), write(tmp_path / "v.jsonl", rows[32:])
     data = DataArguments(task="arithmetic", dataset_name=experts, validation_dataset_name=questions)
@@ -92,7 +92,7 @@ def test_two_ways_of_choosing_are_refused(tmp_path, tiny_model_folder):
 
 @pytest.fixture
 def run(tmp_path, tiny_model_folder, monkeypatch):
-    """A run of one kind whose start and checkpoints have given accuracies."""
+    """A run of one kind whose start and checkpoints have scripted accuracies."""
 
     def go(kind, accuracies, resume=False, **options):
         rows = generate("misconception", 24, seed=5)
@@ -111,7 +111,7 @@ def run(tmp_path, tiny_model_folder, monkeypatch):
             folder = run_grpo(data, RewardConfig(**given, num_generations=4, reward="logprob"), model, resume)
         else:
             given |= {"discriminator_warmup_updates": 2, "discriminator_learning_rate": 1e-3, "warmup_rollouts": 2}
-            given["reward_form"] = "logit"  # an untrained policy's log-probs lie beyond the clip
+            given["reward_form"] = "logit"  # an untrained policy's log-probs would all be clipped
             config = AdversarialConfig(**given, num_generations=4, on_failure="ignore")
             folder = run_train(data, config, model, resume)
         assert next(values, None) is None
@@ -133,23 +133,23 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo", "train"])
-def test_the_run_leaves_the_best_checkpoint(run, kind, capsys):
-    """The second of three, which the limit of two checkpoints keeps."""
+def test_run_saves_the_best_checkpoint(run, kind, capsys):
+    """The second of three; `save_total_limit` 2 keeps it."""
     folder = run(kind, [0.25, 0.5, 0.75, 0.625])
     checkpoints = folder / "checkpoints"
     final = weights(folder / "policy")
     assert same(final, weights(checkpoints / "checkpoint-2"))
     assert not same(final, weights(checkpoints / "checkpoint-3"))
-    said = "Chosen by greedy accuracy on 8 validation questions: checkpoint-2 with 75.0 %; the start has 25.0 %."
-    assert said in capsys.readouterr().err
-    assert said in (folder / "report.html").read_text()
+    message = "Chosen by greedy accuracy on 8 validation questions: checkpoint-2 with 75.0 %; the start has 25.0 %."
+    assert message in capsys.readouterr().err
+    assert message in (folder / "report.html").read_text()
     rows = metrics(folder)
     assert [row["validation/accuracy"] for row in rows if "validation/accuracy" in row] == [0.5, 0.75, 0.625]
     assert rows[-1]["chosen"] == "checkpoint-2"
     assert (rows[-1]["start_accuracy"], rows[-1]["accuracy"], rows[-1]["questions"]) == (0.25, 0.75, 8)
 
 
-def test_the_discriminator_comes_with_its_policy(run):
+def test_discriminator_is_saved_from_the_chosen_checkpoint(run):
     folder = run("train", [0.25, 0.75, 0.5, 0.25])
     state = torch.load(folder / "checkpoints" / "checkpoint-1" / "discriminator.pt", weights_only=True)["parameters"]
     kept = dict(TokenRewardModel.from_pretrained(str(folder / "reward_model")).named_parameters())
@@ -157,7 +157,7 @@ def test_the_discriminator_comes_with_its_policy(run):
 
 
 @pytest.mark.parametrize("kind", ["grpo", "train"])
-def test_a_run_that_only_does_harm_leaves_the_start(run, kind, tiny_model_folder):
+def test_run_without_improvement_saves_the_starting_policy(run, kind, tiny_model_folder):
     folder = run(kind, [0.75, 0.5, 0.625, 0.25])
     assert same(weights(tiny_model_folder), weights(folder / "policy"))
     assert metrics(folder)[-1]["chosen"] == "start"
@@ -167,12 +167,12 @@ def test_a_run_that_only_does_harm_leaves_the_start(run, kind, tiny_model_folder
         assert all(torch.equal(kept[name], value) for name, value in state.items())
 
 
-def test_of_equals_the_last_is_left(run):
+def test_ties_choose_the_last_checkpoint(run):
     folder = run("grpo", [0.5, 0.5, 0.5, 0.5])
     assert metrics(folder)[-1]["chosen"] == "checkpoint-3"
 
 
-def test_a_resumed_run_remembers_its_best(run):
+def test_resumed_run_remembers_its_best_checkpoint(run):
     run("grpo", [0.25, 0.75], max_steps=1)
     (folder,) = {run("grpo", [0.25, 0.5, 0.625], resume=True)}
     assert metrics(folder)[-1]["chosen"] == "checkpoint-1"
