@@ -1,4 +1,4 @@
-"""The command line. Each command imports what it needs inside itself, so that ``--help`` answers at once."""
+"""The command line. Commands import lazily, so that ``--help`` is fast."""
 
 import atexit
 import contextlib
@@ -21,7 +21,7 @@ from tracereward.errors import InputError, Interrupted, RunFailed
 
 
 class Commands(typer.core.TyperGroup):
-    """The commands, with Ctrl-C and a closed pipe brought to `main` before typer makes its own exit codes of them."""
+    """Command group that handles Ctrl-C and a closed pipe before typer turns them into its own exit codes."""
 
     def invoke(self, ctx: Any) -> object:
         """Run a command."""
@@ -95,13 +95,11 @@ def grpo(ctx: typer.Context) -> None:
 def sample(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
-    task: Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")] = "generic",
-    n: Annotated[
-        int | None, typer.Option("-n", "--n", min=1, help="Completions of each prompt; 8 if not given.")
-    ] = None,
+    task: Annotated[str, typer.Option(help="Task that reads the rows and checks answers.")] = "generic",
+    n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="Completions per prompt. Default: 8.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
     temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
@@ -109,18 +107,22 @@ def sample(
     batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     resume: Annotated[bool, typer.Option(help="Resume an unfinished --output.")] = False,
-    guide: Annotated[
-        str | None, typer.Option(help="Let --reward-model guide the decoding: beam, reject or tilt.")
+    guide: Annotated[str | None, typer.Option(help="Decoding guided by --reward-model: beam, reject or tilt.")] = None,
+    reward_model: Annotated[str | None, typer.Option(help="With --guide: folder or Hub id; same tokenizer.")] = None,
+    beam: Annotated[int | None, typer.Option(min=1, help="With beam: partial traces kept. Default: 4.")] = None,
+    expansions: Annotated[
+        int | None, typer.Option(min=1, help="With beam: next steps sampled from each. Default: 4.")
     ] = None,
-    reward_model: Annotated[str | None, typer.Option(help="Of --guide: folder or Hub id; same tokenizer.")] = None,
-    beam: Annotated[int | None, typer.Option(min=1, help="Of beam: partial traces kept; 4 if not given.")] = None,
-    expansions: Annotated[int | None, typer.Option(min=1, help="Of beam: next steps sampled of each; 4.")] = None,
-    lookahead: Annotated[int | None, typer.Option(min=0, help="Of beam: greedy steps before a score; 0.")] = None,
-    keep: Annotated[int | None, typer.Option(min=1, help="Of reject: survivors of the -n traces; 1.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of tilt: weight of the reward; 1.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Of tilt: next tokens scored; 8.")] = None,
+    lookahead: Annotated[
+        int | None, typer.Option(min=0, help="With beam: greedy steps before scoring. Default: 0.")
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="With reject: survivors of the -n traces. Default: 1.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="With tilt: weight of the reward. Default: 1.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="With tilt: next tokens scored. Default: 8.")] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Of --guide: model whose log-prob is added to the rewards, as for score.")
+        str | None, typer.Option(help="With --guide: model whose log-prob is added to the rewards, as for score.")
     ] = None,
 ) -> None:
     """Sample completions from a policy: one JSON row each."""
@@ -161,7 +163,7 @@ def quickstart(
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     resume: Annotated[bool, typer.Option(help="Resume an unfinished run.")] = False,
     fast: Annotated[
-        bool, typer.Option(help="A minute instead of several: fewer steps; the figures mean less.")
+        bool, typer.Option(help="One minute instead of several: fewer steps, less reliable figures.")
     ] = False,
     json_table: Annotated[bool, typer.Option("--json", help="Print the tables as JSON on stdout.")] = False,
 ) -> None:
@@ -177,9 +179,9 @@ app.add_typer(suites, name="evaluate")
 
 
 def main(application: typer.Typer = app) -> NoReturn:
-    """Entry point: exit 0 when all went well, 1 when a run failed, 2 for bad input or usage, 130 when interrupted."""
+    """Entry point. Exit codes: 0 success, 1 failed run, 2 bad input or usage, 130 interrupted."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Names that TRL still uses and transformers has renamed: nothing that a user of the commands could fix.
+    # Deprecated transformers names that TRL still uses: users cannot fix these.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     code: str | int | None = 0
     try:
@@ -190,7 +192,7 @@ def main(application: typer.Typer = app) -> NoReturn:
         say(f"tracereward: {error}")
         code = 2
     except RunFailed as error:
-        say(f"\ntracereward: {error}")  # behind a progress bar
+        say(f"\ntracereward: {error}")  # on a new line after a progress bar
         code = 1
     except Interrupted as error:
         say(f"\ntracereward: {error}")
@@ -199,10 +201,10 @@ def main(application: typer.Typer = app) -> NoReturn:
 
 
 def leave(code: str | int | None) -> NoReturn:
-    """End the process with this exit status; one of several of a distributed run leaves its process group first.
+    """End the process with this exit status; in a distributed run, after destroying the process group.
 
-    Such a process also does without the interpreter's shutdown: threads of gloo's that let go of a tensor meanwhile
-    abort it, and a run that had finished would count as failed (https://github.com/pytorch/pytorch/pull/179291).
+    A distributed process also skips the interpreter's shutdown, where a gloo thread that releases a tensor aborts the
+    process, so that a finished run would count as failed (https://github.com/pytorch/pytorch/pull/179291).
     """
     distributed = sys.modules.get("torch.distributed")
     if (
@@ -211,8 +213,10 @@ def leave(code: str | int | None) -> NoReturn:
         or not (distributed.is_available() and distributed.is_initialized())
     ):
         sys.exit(code)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, because another process failed: this one says why
-    if code in (0, None):  # the others of a run that failed may hang
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # sent by the launcher when another process fails; this one still has to report
+    if code in (0, None):  # after a failure it could hang, waiting for the other processes
         distributed.destroy_process_group()
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError):

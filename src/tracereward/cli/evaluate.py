@@ -1,4 +1,4 @@
-"""The commands `tracereward evaluate SUITE`: each imports what it needs inside itself."""
+"""The commands `tracereward evaluate SUITE`. Imports are inside each."""
 
 import math
 from pathlib import Path
@@ -6,29 +6,29 @@ from typing import Annotated
 
 import typer
 
-suites = typer.Typer(no_args_is_help=True, help="Judge a reward model, or a policy: one suite a command.")
+suites = typer.Typer(no_args_is_help=True, help="Evaluate a reward model or a policy: one command per suite.")
 
 
 def _finite(value: float) -> float:
-    """Typer's ranges let nan through, and open ones infinity."""
+    """Reject NaN, and infinity in open ranges, which typer accepts."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")]
-TaskName = Annotated[str | None, typer.Option("--task", help="Recipe. Default: the reward model's.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="Task. Default: the reward model's.")]
 Policy = Annotated[str | None, typer.Option(help="Causal LM whose log-probs are a baseline for the reward.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use N rows.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed.")]
-Temperature = Annotated[float, typer.Option(min=0, callback=_finite, help="Of the samples.")]
+Temperature = Annotated[float, typer.Option(min=0, callback=_finite, help="Sampling temperature.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub set.")]
 Aggregate = Annotated[str, typer.Option(help="Step reward: mean or min of its tokens.")]
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder. Default: evaluation/ in the model's run folder, or here.")
 ]
 QuestionData = Annotated[str | None, typer.Option(help="Questions with gold answers. Default: the task's own set.")]
-Recipe = Annotated[str, typer.Option(help="Recipe that reads the rows and checks answers.")]
+QuestionTask = Annotated[str, typer.Option(help="Task that reads the rows and checks answers.")]
 Template = Annotated[str, typer.Option(help="plain or chat.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of a trace.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Traces generated together.")]
@@ -38,8 +38,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 @suites.command()
 def pool(
     model: Model,
-    data: Annotated[str, typer.Argument(help="Candidates: a trace, and correct or a gold answer, in each row.")],
-    questions: Annotated[str | None, typer.Option(help="Questions, where rows name them by id only.")] = None,
+    data: Annotated[str, typer.Argument(help="Candidates: rows with a trace, and correct or a gold answer.")],
+    questions: Annotated[str | None, typer.Option(help="Questions, if rows only have their ids.")] = None,
     task: TaskName = None,
     policy: Policy = None,
     fit: Annotated[str | None, typer.Option(help="Other candidates to fit on. Default: a share of DATA.")] = None,
@@ -51,7 +51,7 @@ def pool(
     output: Output = None,
     json_table: Json = False,
 ) -> None:
-    """Candidates of many questions: AUROC, best-of-N and vote curves, calibration, with baselines."""
+    """Candidates of many questions: AUROC, best-of-N and vote curves, and calibration, with baselines."""
     from tracereward.evaluate.suites import Trial, run_pool
 
     trial = Trial(
@@ -61,13 +61,13 @@ def pool(
 
 
 def _step_suite(name: str, about: str) -> None:
-    """Register one of the suites that differ in the form of their rows only."""
+    """Register a suite of labelled steps; they differ only in the format of their rows."""
 
     def suite(
         model: Model,
         data: Annotated[str, typer.Argument(help="File or Hub id of the labelled traces.")],
         fit: Annotated[
-            str | None, typer.Option(help="Another subset, for the threshold. Default: half of DATA.")
+            str | None, typer.Option(help="Another subset to fit the threshold on. Default: half of DATA.")
         ] = None,
         split: Split = "test",
         fit_split: Annotated[str, typer.Option(help="Split of a Hub set in --fit.")] = "test",
@@ -89,7 +89,7 @@ def _step_suite(name: str, about: str) -> None:
     suites.command(name, help=about)(suite)
 
 
-_step_suite("processbench", "First wrong step, ProcessBench's rows and protocol: F1, Hit@1, Hit@+-1.")
+_step_suite("processbench", "First wrong step, with ProcessBench's rows and protocol: F1, Hit@1, Hit@+-1.")
 _step_suite("prmbench", "First wrong step in PRMBench's rows of injected errors.")
 _step_suite("mrben", "First wrong step in MR-Ben's rows, labelled by people.")
 
@@ -97,7 +97,7 @@ _step_suite("mrben", "First wrong step in MR-Ben's rows, labelled by people.")
 @suites.command()
 def perturbation(
     model: Model,
-    data: Annotated[str, typer.Argument(help="Right traces, as for training: file or Hub id.")],
+    data: Annotated[str, typer.Argument(help="Correct traces, as for training: file or Hub id.")],
     split: Split = "test",
     task: TaskName = None,
     policy: Policy = None,
@@ -107,7 +107,7 @@ def perturbation(
     output: Output = None,
     json_table: Json = False,
 ) -> None:
-    """Without labels: errors injected at known steps of right traces, found by kind of error."""
+    """First wrong step without labels: errors of several kinds injected into correct traces."""
     from tracereward.evaluate.suites import Trial, run_perturbation
 
     trial = Trial(
@@ -120,8 +120,8 @@ def perturbation(
 def policy_suite(
     policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: QuestionData = None,
-    task: Recipe = "generic",
-    n: Annotated[int, typer.Option("-n", "--n", min=0, help="Samples of each question; 0 for greedy alone.")] = 8,
+    task: QuestionTask = "generic",
+    n: Annotated[int, typer.Option("-n", "--n", min=0, help="Samples per question; 0 for greedy only.")] = 8,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 1.0,
     split: Split = "test",
@@ -132,7 +132,7 @@ def policy_suite(
     output: Output = None,
     json_table: Json = False,
 ) -> None:
-    """Greedy and sampled accuracy, pass@k, and traces that state no answer or were cut off, counted apart."""
+    """Greedy and sampled accuracy, pass@k, and the shares of traces without an answer or truncated."""
     from tracereward.commands.questions import Questions
     from tracereward.evaluate.suites import run_policy
     from tracereward.generation.params import SamplingParams
@@ -147,14 +147,14 @@ def guided_suite(
     policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
     data: QuestionData = None,
-    task: Recipe = "generic",
+    task: QuestionTask = "generic",
     budget: Annotated[
-        list[int] | None, typer.Option(min=1, help="Samples of a question; repeatable. Default: 4 and 16.")
+        list[int] | None, typer.Option(min=1, help="Samples per question; repeatable. Default: 4 and 16.")
     ] = None,
-    alpha: Annotated[float, typer.Option(callback=_finite, help="Of tilt: weight of the reward.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=1, help="Of tilt: next tokens scored.")] = 8,
+    alpha: Annotated[float, typer.Option(callback=_finite, help="With tilt: weight of the reward.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=1, help="With tilt: next tokens scored.")] = 8,
     threshold: Annotated[
-        float, typer.Option(callback=_finite, help="Of self-correction: a step is suspected under it.")
+        float, typer.Option(callback=_finite, help="With self-correction: steps with a lower reward are suspected.")
     ] = 0.0,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 1.0,
@@ -169,7 +169,7 @@ def guided_suite(
     output: Output = None,
     json_table: Json = False,
 ) -> None:
-    """Beam, rejection, tilting and self-correction by a reward, with best-of-N and votes, and the tokens sampled."""
+    """Beam search, rejection, tilting and self-correction against best-of-N and votes, with the tokens sampled."""
     from tracereward.commands.questions import Questions
     from tracereward.evaluate.guided import Comparison, run_guided
     from tracereward.generation.params import SamplingParams

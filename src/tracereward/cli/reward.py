@@ -15,7 +15,7 @@ Reference = Annotated[
     str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
 ]
 Policy = Annotated[
-    str | None, typer.Option(help="Policy whose log-prob is taken off: the logit of the heads airl and implicit.")
+    str | None, typer.Option(help="Policy whose log-prob is subtracted: the logit of the heads airl and implicit.")
 ]
 Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pip install 'tracereward[vllm]').")]
 
@@ -34,13 +34,13 @@ def score(
         str, typer.Option(help="transformers, vllm (head token), or ray (many machines; tracereward[ray]).")
     ] = "transformers",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Of --engine ray. Default: the GPUs of the cluster, or one.")
+        int | None, typer.Option(min=1, help="With --engine ray. Default: the GPUs of the cluster, or one.")
     ] = None,
     reference: Reference = None,
     policy: Policy = None,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished --output.")] = False,
+    resume: Annotated[bool, typer.Option(help="Resume an unfinished --output.")] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Report rows that cannot be scored and go on, instead of stopping.")
+        bool, typer.Option("--skip-bad", help="Report and skip rows that cannot be scored, instead of stopping.")
     ] = False,
 ) -> None:
     """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
@@ -66,7 +66,7 @@ def score(
 def rerank(
     model: Model,
     data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion.")],
-    task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task that checks answers. Default: the reward model's.")] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -80,7 +80,7 @@ def rerank(
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
     json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
 ) -> None:
-    """Choose among candidates; where answers are known, compare with majority, log-prob, length and oracle."""
+    """Choose among candidates; with known answers, compare with majority, log-prob, length and oracle."""
     from tracereward.commands.rerank import RerankOptions, run_rerank
 
     run_rerank(
@@ -101,22 +101,23 @@ def correct(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion, as `tracereward sample` writes.")],
     reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
-    rounds: Annotated[int, typer.Option(min=1, help="At most as many cuts of each trace.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Maximum number of cuts per trace.")] = 3,
     k: Annotated[int, typer.Option("-k", "--k", min=1, help="Continuations sampled from each cut.")] = 4,
     suspect: Annotated[
-        str, typer.Option(help="Where to cut: where the reward is low, or the policy's own logprob.")
+        str, typer.Option(help="What a cut is based on: a low reward, or the policy's own logprob.")
     ] = "reward",
     threshold: Annotated[
         float | None,
-        typer.Option(help="A step is suspected whose mean is under it: log-odds of the reward (default: 0), or nats."),
+        typer.Option(help="Steps with a lower mean are suspected: log-odds of the reward (default: 0), or nats."),
     ] = None,
     share: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Instead: the share of traces in which a step is suspected.")
+        float | None,
+        typer.Option(min=0, max=1, help="Instead of --threshold: share of traces with a suspected step."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Recipe that checks answers. Default: the reward model's.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task that checks answers. Default: the reward model's.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
-    temperature: Annotated[float, typer.Option(help="Of the continuations.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature of the continuations.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
     reference: Reference = None,
@@ -150,11 +151,11 @@ def inspect(
         str | None, typer.Option(help="Folder or Hub id of a reward model, for rows without scores.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file. Default: the terminal.")] = None,
-    task: Annotated[str | None, typer.Option(help="Recipe that finds and checks answers.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task that finds and checks answers.")] = None,
     reference: Reference = None,
     policy: Policy = None,
     threshold: Annotated[
-        float, typer.Option(help="A step is suspected that is this much, in log-odds, under the mean of the others.")
+        float, typer.Option(help="Steps this far, in log-odds, below the mean of the others are suspected.")
     ] = 0.5,
     limit: Annotated[int | None, typer.Option(min=1, help="Show the first N rows.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page. Default: the file's name.")] = None,
@@ -186,12 +187,12 @@ def inspect(
 @commands.command()
 def calibrate(
     model: Annotated[str, typer.Argument(help="Folder of the reward model.")],
-    data: Annotated[str, typer.Argument(help="Labelled traces: correct, or a gold answer, in each row.")],
-    questions: Annotated[str | None, typer.Option(help="Questions, where rows name them by id only.")] = None,
-    task: Annotated[str | None, typer.Option(help="Recipe. Default: the reward model's.")] = None,
+    data: Annotated[str, typer.Argument(help="Labelled traces: rows with correct or a gold answer.")],
+    questions: Annotated[str | None, typer.Option(help="Questions, if rows only have their ids.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task. Default: the reward model's.")] = None,
     method: Annotated[str, typer.Option(help="platt, temperature or isotonic.")] = "platt",
 ) -> None:
-    """Fit the probability that a trace is right to a small labelled set, and keep it with the reward model."""
+    """Fit the probability that a trace is correct on a small labelled set, and save it with the reward model."""
     import dataclasses
     import json
 
@@ -202,7 +203,7 @@ def calibrate(
     check_choice("method", method, METHODS)
     calibration, left_out = run_calibrate(model, data, questions=questions, task=task, method=method)
     if left_out:
-        say(f"{left_out} traces are longer than the reward model reads and were left out")
+        say(f"{left_out} traces were skipped: longer than the reward model reads")
     say(f"fitted on {calibration.traces} traces and written to {model}/tracereward.json")
     print(json.dumps(dataclasses.asdict(calibration)))
 
@@ -215,10 +216,10 @@ def export(
     head: Annotated[str, typer.Option(help="token: a plain token-classification checkpoint.")] = "token",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
-    token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens of one step.")] = 8192,
+    token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens per step.")] = 8192,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
-    """Distil a reward model into a token-classification checkpoint, and say how well that fits."""
+    """Distil a reward model into a token-classification checkpoint and report the fit."""
     from tracereward.commands.export import ExportOptions, run_export
     from tracereward.errors import check_choice
 

@@ -20,7 +20,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def key_of(file: Path | None, variable: str) -> str | None:
-    """A key from a file, else from the environment; never from the command line, which every user can list."""
+    """A key from a file or the environment; never from the command line, which other users can list."""
     if file is None:
         where, key = f"${variable}", os.environ.get(variable) or None
     else:
@@ -30,14 +30,18 @@ def key_of(file: Path | None, variable: str) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{file}: the key cannot be read ({error})") from error
         if not key:
-            raise InputError(f"{file}: the file is empty; it must hold the key")
+            raise InputError(f"{file}: the file is empty; it must contain the key")
     if key is not None and not re.fullmatch("[!-~]+", key):
         raise InputError(f"{where}: a key goes into an HTTP header: ASCII letters, digits and signs without spaces")
     return key
 
 
 def check_upstream(url: str) -> None:
-    """Refuse what is no address of a server."""
+    """Check that `url` is the address of a server.
+
+    Raises:
+        InputError: it is not.
+    """
     import httpx
 
     try:
@@ -45,7 +49,7 @@ def check_upstream(url: str) -> None:
     except httpx.InvalidURL as error:
         raise InputError(f"--upstream {url}: {error}; give e.g. http://127.0.0.1:8000/v1") from error
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise InputError(f"--upstream {url}: give the whole address, e.g. http://127.0.0.1:8000/v1")
+        raise InputError(f"--upstream {url}: give the full address, e.g. http://127.0.0.1:8000/v1")
 
 
 @server.command()
@@ -56,26 +60,26 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8019,
     name: Annotated[str | None, typer.Option(help="Model name in answers. Default: the folder's name.")] = None,
     api_key_file: Annotated[
-        Path | None, typer.Option(help=f"File with the key that clients must give. Default: ${API_KEY}.")
+        Path | None, typer.Option(help=f"File with the key that clients must send. Default: ${API_KEY}.")
     ] = None,
     upstream: Annotated[
         str | None,
         typer.Option(help="Base URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1: adds best-of-N."),
     ] = None,
     upstream_key_file: Annotated[
-        Path | None, typer.Option(help=f"File with the key that the upstream wants. Default: ${UPSTREAM_KEY}.")
+        Path | None, typer.Option(help=f"File with the key for the upstream. Default: ${UPSTREAM_KEY}.")
     ] = None,
-    upstream_seconds: Annotated[float, typer.Option(min=1, help="Time for all samples of a request.")] = 300.0,
+    upstream_seconds: Annotated[float, typer.Option(min=1, help="Timeout of a request's samples in seconds.")] = 300.0,
     max_upstream: Annotated[
-        int, typer.Option(min=1, help="Requests that may be with the upstream at once; more is answered with 429.")
+        int, typer.Option(min=1, help="Concurrent requests to the upstream; further ones get 429.")
     ] = 64,
-    samples: Annotated[int, typer.Option(min=1, help="N of best-of-N, where a request does not say.")] = 8,
-    max_bytes: Annotated[int, typer.Option(min=1024, help="Largest body.")] = 4 * 2**20,
-    max_candidates: Annotated[int, typer.Option(min=1, help="Traces of one request.")] = 64,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one request, prompts included.")] = 65_536,
-    max_queue: Annotated[int, typer.Option(min=1, help="Tokens that may wait; more is answered with 429.")] = 1_000_000,
+    samples: Annotated[int, typer.Option(min=1, help="N of best-of-N, unless the request sets it.")] = 8,
+    max_bytes: Annotated[int, typer.Option(min=1024, help="Maximum request body in bytes.")] = 4 * 2**20,
+    max_candidates: Annotated[int, typer.Option(min=1, help="Maximum traces per request.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per request, prompts included.")] = 65_536,
+    max_queue: Annotated[int, typer.Option(min=1, help="Tokens that may wait; further requests get 429.")] = 1_000_000,
     token_budget: Annotated[
-        int | None, typer.Option(min=1, help="Padded tokens of one forward pass. Default: what suits the device.")
+        int | None, typer.Option(min=1, help="Padded tokens per forward pass. Default: by device.")
     ] = None,
     max_wait_ms: Annotated[float, typer.Option(min=0, help="How long an idle model waits for more traces.")] = 0.0,
     drain_seconds: Annotated[
@@ -92,7 +96,7 @@ def serve(
         raise InputError(f"serve needs more packages ({error.name}): pip install 'tracereward[serve]'") from error
     from tracereward.rewards.engines import check_engine, load_scorer
 
-    # uvicorn raises it again when it has shut down; before that, a container's first process would ignore it.
+    # uvicorn re-raises SIGTERM after its shutdown. Without a handler, the first process of a container ignores it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     check_engine(model, engine)
     if upstream is not None:
@@ -101,7 +105,7 @@ def serve(
         raise InputError(f"--max-queue {max_queue} must be at least --max-tokens {max_tokens}")
     api_key = key_of(api_key_file, API_KEY)
     settings = Settings(
-        name=name or os.path.basename(os.path.abspath(model)),  # also of "."
+        name=name or os.path.basename(os.path.abspath(model)),  # works for "." too
         api_key=api_key,
         local_only=api_key is None and host in LOOPBACK,
         upstream=upstream,

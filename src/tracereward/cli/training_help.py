@@ -1,4 +1,4 @@
-"""``--help`` of the training commands: what one needs first, then our own options; loads neither torch nor TRL."""
+"""``--help`` of the training commands: the essential options, then our own; loads neither torch nor TRL."""
 
 import dataclasses
 
@@ -13,7 +13,7 @@ COMMANDS = {
     ),
 }
 FIRST = {
-    "config": "YAML file with any of these options, one `name: value` a line; the command line wins",
+    "config": "YAML file with any of these options, one `name: value` a line; overridden by the command line",
     "model_name_or_path": "folder or Hub id of the starting policy",
     "task": "",
     "dataset_name": "",
@@ -21,10 +21,10 @@ FIRST = {
     "resume": "continue from the last complete checkpoint of --output_dir",
     "max_completion_length": "longest completion in tokens",
     "per_device_train_batch_size": "rows in one forward and backward pass",
-    "learning_rate": "of the policy",
-    "max_steps": "optimiser steps; instead of --num_train_epochs",
+    "learning_rate": "learning rate of the policy",
+    "max_steps": "optimiser steps, instead of --num_train_epochs",
 }
-"""The ten options one needs first; our own have their text in `options`."""
+"""The ten essential options; an empty text is taken from `options`."""
 LORA = {
     "use_peft": "train LoRA adapters instead of all weights",
     "lora_r, --lora_alpha, --lora_target_modules": "their rank, scale and layers",

@@ -1,4 +1,4 @@
-"""Options of the training commands: YAML by ``--config``, overridden by ``--name value``, with mistakes explained."""
+"""Options of the training commands: a YAML file by ``--config``, overridden by ``--name value``."""
 
 import dataclasses
 from pathlib import Path
@@ -22,7 +22,10 @@ class _Parser(TrlParser):
 
 
 def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, bool]:
-    """Data options, training options, model options, and whether ``--resume`` was given.
+    """Parse the arguments of a training command.
+
+    Returns:
+        Data options, training options, model options, and whether ``--resume`` was given.
 
     Raises:
         InputError: unknown option (the nearest is suggested), a value that does not fit, an unreadable file.
@@ -44,7 +47,7 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     try:
         data, config, model = _Parser(classes).parse_args_and_config(
             args=argv,
-            fail_with_unknown_args=False,  # what is left of a file are retired options, see `_with_config`
+            fail_with_unknown_args=False,  # the remaining options are retired ones of a file, see `_with_config`
         )
     except InputError:
         raise
@@ -54,7 +57,7 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
 
 
 def _with_underscores(word: str) -> str:
-    """``--output-dir`` is ``--output_dir``, here as for the parser."""
+    """``--output-dir`` as ``--output_dir``, as the parser does."""
     name, equals, value = word.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if name.startswith("--") else word
 
@@ -69,7 +72,7 @@ def _unknown(what: str, name: str, known: set[str]) -> str:
 
 
 def _with_config(argv: list[str], known: set[str]) -> list[str]:
-    """Check the YAML file that ``--config`` names; ``output_dir`` in it counts as given."""
+    """Check the YAML file of ``--config``, and add its ``output_dir`` to the arguments."""
     if "--config" not in argv:
         return argv
     position = argv.index("--config")
@@ -88,11 +91,11 @@ def _with_config(argv: list[str], known: set[str]) -> list[str]:
         raise InputError(f"{path}: must be a mapping of option names to values")
     seen: set[str] = set()
     for key, _ in tree.value if tree is not None else ():
-        if key.value in seen:  # YAML takes the last one and says nothing
+        if key.value in seen:  # YAML silently takes the last one
             raise InputError(f"{path}:{key.start_mark.line + 1}: option {key.value!r} is given twice")
         seen.add(key.value)
     for name in options.keys() - known - {"env"}:
-        if name in RETIRED and options[name] == RETIRED[name]:  # `parse` leaves it out
+        if name in RETIRED and options[name] == RETIRED[name]:  # dropped by `parse`
             continue
         raise InputError(f"{path}: " + _unknown(f"option {name!r}", str(name), known))
     folder = options.get("output_dir", "runs")

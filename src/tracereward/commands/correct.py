@@ -1,4 +1,4 @@
-"""`tracereward correct`: rows whose traces are self-corrected."""
+"""`tracereward correct`: self-correct the traces of rows."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -31,24 +31,24 @@ from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks import get_task
 
 SUSPECTS = ("reward", "logprob")
-"""What may decide where a trace is cut."""
+"""Scores that can decide where a trace is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correcting:
-    """How traces are self-corrected.
+    """Options of self-correction.
 
     Attributes:
         reward_model: folder or Hub id of the judge.
         rounds, k: see `self_correct`.
         suspect: one of `SUSPECTS`: the reward model's reward, or the policy's own log-prob.
-        threshold: of a step's mean, in log-odds for the reward and in nats for the log-prob.
-        share: instead, of the rows in which a step is to be suspected. Neither: threshold 0 for the reward.
-        task: recipe that checks answers; None: the reward model's.
+        threshold: a step with a lower mean is suspected; log-odds for the reward, nats for the log-prob.
+        share: share of rows with a suspected step, instead of a threshold. If neither is set, the threshold is 0.
+        task: task that checks answers; None is the reward model's.
         reference: folder or Hub id of the model whose log-prob is added to the rewards.
 
     Raises:
-        InputError: options that do not fit together.
+        InputError: inconsistent options.
     """
 
     reward_model: str
@@ -63,13 +63,13 @@ class Correcting:
     def __post_init__(self):
         check_choice("suspect", self.suspect, SUSPECTS)
         if self.threshold is not None and self.share is not None:
-            raise InputError("--threshold and --share say the same in two ways: give one of them")
+            raise InputError("--threshold and --share exclude each other: give one of them")
         if self.threshold is not None and math.isnan(self.threshold):
             raise InputError("--threshold must be a number, not nan")
         if self.suspect == "logprob" and self.threshold is None and self.share is None:
             raise InputError(
-                "what a low log-prob is depends on the policy: give --share 0.2 to suspect a step in that share of "
-                "the traces, or --threshold, in nats"
+                "--suspect logprob has no default threshold: give --share 0.2 to suspect a step in that share of the "
+                "traces, or --threshold, in nats"
             )
 
 
@@ -87,13 +87,13 @@ def run_correct(
     Args:
         model: folder or Hub id of the policy.
         data: file of the rows.
-        correcting: how to correct.
-        sampling: of the continuations.
+        correcting: options of self-correction.
+        sampling: how continuations are sampled.
         output: JSONL file; None or ``-`` is stdout.
         resume: resume an unfinished output.
 
     Raises:
-        InputError: see `corrected_rows`, or the unfinished output is of another run.
+        InputError: see `corrected_rows`; or the unfinished output is from another run.
     """
     done: list[dict[str, Any]] = []
     origin = None
@@ -120,7 +120,7 @@ def run_correct(
 
 
 def finished_corrections(part: Path, size: int) -> list[dict[str, Any]]:
-    """Rows of the complete chunks of `size` in an unfinished output; those behind them are removed from it."""
+    """Rows in the complete chunks of `size` of an unfinished output; removes the rows after them."""
     rows = complete_rows(part, "sampled_tokens")
     done = rows[: len(rows) // size * size]
     write_jsonl(part, done)
@@ -130,16 +130,16 @@ def finished_corrections(part: Path, size: int) -> list[dict[str, Any]]:
 def corrected_rows(
     model: str, data: str, correcting: Correcting, sampling: SamplingParams, *, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Rows with a prompt and a completion, self-corrected; see `self_correct`.
+    """Self-correct the completions of rows; see `self_correct`.
 
-    The first `done` rows, complete chunks of them, are left out.
+    The first `done` rows (complete chunks) are skipped.
 
     Yields:
         For each chunk its rows: question and answer as given, prompt, completion, extracted, correct and correct_before
         (None where no answer is known), finished, length, logprob, reward, reward_before, cuts and sampled_tokens.
 
     Raises:
-        InputError: before a model is loaded, if anything cannot be read; a trace, or a prompt with the new tokens, is
+        InputError: unreadable input (raised before a model is loaded); or a trace, or a prompt with the new tokens, is
             longer than the reward model reads.
     """
     k, share, threshold = correcting.k, correcting.share, correcting.threshold
@@ -192,7 +192,7 @@ def corrected_rows(
         log_probs = mean_log_probs(guide.policy, asked, [c.ids for c in found], pad_id(tokenizer))
         out = []
         for ((_, row), (_, old)), new, log_prob in zip(chunk, found, log_probs, strict=True):
-            # A trace that was left alone keeps its text: its tokens may spell it a little differently.
+            # An unchanged trace keeps its text: decoding its tokens may differ slightly.
             text = row["completion"] if new.ids == old else str(tokenizer.decode(new.ids, skip_special_tokens=True))
             gold = gold_of(row)
             out.append(
@@ -216,10 +216,10 @@ def corrected_rows(
 
 
 def correction_summary(rows: Sequence[dict[str, Any]]) -> str:
-    """What self-correction did, in a sentence or two.
+    """Summary of self-correction in one or two sentences.
 
     Args:
-        rows: as `corrected_rows` makes them, or only their numbers and flags.
+        rows: as of `corrected_rows`; only numbers and flags are read.
     """
     tokens = sum(row["sampled_tokens"] for row in rows)
     changed = sum(row["reward"] > row["reward_before"] for row in rows)

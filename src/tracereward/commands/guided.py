@@ -1,4 +1,4 @@
-"""`tracereward sample --guide`: completions that a reward model guides, as rows."""
+"""`tracereward sample --guide`: completions from decoding guided by a reward model, as rows."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -33,11 +33,11 @@ class Beam:
 
     @property
     def at_once(self) -> int:
-        """Traces of a prompt that are sampled together."""
+        """Traces sampled together per prompt."""
         return self.beam * self.expansions
 
     def run(self, guide: Guide, prompts: Sequence[str]) -> list[list[Guided]]:
-        """Each prompt's traces."""
+        """The traces of each prompt."""
         return decoding.beam(guide, prompts, width=self.beam, expansions=self.expansions, lookahead=self.lookahead)
 
 
@@ -46,7 +46,7 @@ class Reject:
     """Options of early rejection, see `decoding.reject`.
 
     Raises:
-        InputError: more traces are to be kept than are sampled.
+        InputError: `keep` is larger than `n`.
     """
 
     name: ClassVar = "reject"
@@ -59,11 +59,11 @@ class Reject:
 
     @property
     def at_once(self) -> int:
-        """Traces of a prompt that are sampled together."""
+        """Traces sampled together per prompt."""
         return self.n
 
     def run(self, guide: Guide, prompts: Sequence[str]) -> list[list[Guided]]:
-        """Each prompt's traces."""
+        """The traces of each prompt."""
         return decoding.reject(guide, prompts, n=self.n, keep=self.keep)
 
 
@@ -85,11 +85,11 @@ class Tilt:
 
     @property
     def at_once(self) -> int:
-        """Traces of a prompt that are sampled together."""
+        """Traces sampled together per prompt."""
         return self.n
 
     def run(self, guide: Guide, prompts: Sequence[str]) -> list[list[Guided]]:
-        """Each prompt's traces."""
+        """The traces of each prompt."""
         return decoding.tilt(guide, prompts, n=self.n, alpha=self.alpha, top_k=self.top_k)
 
 
@@ -98,11 +98,11 @@ METHODS = {method.name: method for method in (Beam, Reject, Tilt)}
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """What guides the decoding.
+    """The reward model and the method that guide the decoding.
 
     Attributes:
-        reward_model: folder or Hub id; its tokenizer is the policy's.
-        method: with its options.
+        reward_model: folder or Hub id; it has the policy's tokenizer.
+        method: the decoding method and its options.
         reference: folder or Hub id of the model whose log-prob is added to the rewards.
     """
 
@@ -112,10 +112,10 @@ class Guidance:
 
 
 def guide_options(name: str, **given: Any) -> Beam | Reject | Tilt:
-    """The options of a method by its name; those in `given` that are None have their default.
+    """The decoding method `name` with the options in `given`; None is an option's default.
 
     Raises:
-        InputError: there is no such method, one of the options belongs to another, or has no such value.
+        InputError: an unknown method, an option of another method, or an invalid value.
     """
     check_choice("guide", name, METHODS)
     known = {other: {field.name for field in fields(method)} for other, method in METHODS.items()}
@@ -129,18 +129,18 @@ def guide_options(name: str, **given: Any) -> Beam | Reject | Tilt:
 
 
 def finished_guided(part: Path, size: int) -> int:
-    """Questions in an unfinished output whose chunk of `size` is complete; rows behind them are removed from it."""
+    """Questions in the complete chunks of `size` of an unfinished output; removes the rows after them."""
     rows = complete_rows(part, "question")
-    done = rows[-1]["question"] // size * size if rows else 0  # a question may have fewer traces than were asked for
+    done = rows[-1]["question"] // size * size if rows else 0  # a question may have fewer traces than requested
     write_jsonl(part, [row for row in rows if row["question"] < done])
     return done
 
 
 def check_template(reward_model: str, template: str) -> None:
-    """Check that prompts are rendered by the template that a reward model was trained with.
+    """Check that `template` is the one that the reward model was trained with.
 
     Raises:
-        InputError: they are not, or there is no such reward model.
+        InputError: it is not, or there is no such reward model.
     """
     settings = check_reward_model(reward_model)
     if template != settings.template:
@@ -156,18 +156,18 @@ def load_guide(
     sampling: SamplingParams,
     reference: str | None = None,
 ) -> Guide:
-    """A policy and a reward model, on the accelerator if there is one.
+    """Load a policy and a reward model, on the accelerator if there is one.
 
     Args:
         model: folder or Hub id of the policy.
         tokenizer: its tokenizer.
-        prompts: rendered; all are measured.
+        prompts: rendered; the length of each is checked.
         reward_model: folder or Hub id.
-        sampling: of the guide.
+        sampling: how the guide samples.
         reference: folder or Hub id of the model whose log-prob is added to the rewards.
 
     Raises:
-        InputError: their tokenizers differ (checked before either is loaded), or a prompt leaves too little room.
+        InputError: the tokenizers differ (checked before a model is loaded), or a prompt leaves too few positions.
     """
     check_tokenizers(tokenizer, load_tokenizer(str(local_folder(reward_model))))
     if reference is not None:
@@ -183,15 +183,16 @@ def load_guide(
 def guided_rows(
     model: str, questions: Questions, sampling: SamplingParams, guidance: Guidance, *, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Guided completions of a set's prompts: rows as `sample_rows` makes them, with reward and sampled_tokens.
+    """Guided completions of a set of questions.
 
-    The first `done` questions, complete chunks of them, are left out.
+    The first `done` questions (complete chunks) are skipped.
 
     Yields:
-        For each chunk of questions its rows, those of a question together, by reward from the highest.
+        For each chunk of questions, rows as of `sample_rows` with reward and sampled_tokens: grouped by question,
+        highest reward first.
 
     Raises:
-        InputError: before a model is loaded, if anything cannot be read or does not fit.
+        InputError: unreadable or inconsistent input; raised before a model is loaded.
     """
     method = guidance.method
     if sampling.temperature == 0 and method.at_once > 1:

@@ -1,7 +1,7 @@
-"""Files of rows that appear under their name when they are complete, and resuming an interrupted one.
+"""Output files that get their name only when complete, and resuming an interrupted one.
 
-Until then the rows are in ``NAME.part``, and their origin (models, data, options) in ``NAME.part.json``: rows
-of two different runs are never joined.
+Until then the rows are in ``NAME.part`` and their origin (models, data, options) in ``NAME.part.json``, so that rows of
+different runs are never mixed.
 """
 
 import json
@@ -18,17 +18,17 @@ from tracereward.files import DISK_FULL, atomic_write_json, read_json, require_p
 from tracereward.modeling.loading import model_fingerprint
 
 Origin = dict[str, list[Any]]
-"""The arguments that determine rows: for each its value as given, and the value that is compared."""
+"""The arguments that determine the rows: for each, its value as given and the value to compare."""
 
 
 def origin_of(command: str, models: dict[str, str | None], data: str | None, **options: Any) -> Origin:
     """The arguments that determine the rows of an output.
 
     Args:
-        command: which writes them.
-        models: by argument; compared by content, since a folder may have been trained again under the same name.
+        command: name of the command.
+        models: by argument; compared by content, since a folder may be retrained under the same name.
         data: file, compared by content, or Hub id.
-        **options: all others that change a row, by their names in Python.
+        **options: all other options that change a row, by Python name.
 
     Raises:
         InputError: a model or the data cannot be read.
@@ -43,7 +43,7 @@ def origin_of(command: str, models: dict[str, str | None], data: str | None, **o
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; for anything else its name: a set on the Hub, or a missing file, which reading reports."""
+    """SHA-256 of a file; for a Hub id, or a missing file (reported when read), its name."""
     if not path.is_file():
         return str(path)
     try:
@@ -53,7 +53,7 @@ def _digest(path: Path) -> str:
 
 
 def part_of(output: str) -> Path:
-    """Where the rows of an unfinished output are."""
+    """Path of the rows of an unfinished output."""
     return Path(output + ".part")
 
 
@@ -62,7 +62,11 @@ def _origin_file(part: Path) -> Path:
 
 
 def check_output(output: str | None) -> None:
-    """Refuse an output that cannot be written, before anything slow starts; None and ``-`` are stdout."""
+    """Check that an output can be written, before anything slow starts; None and ``-`` are stdout.
+
+    Raises:
+        InputError: it cannot.
+    """
     if output in (None, "-"):
         return
     path, part = Path(output), part_of(output)
@@ -81,12 +85,12 @@ def check_output(output: str | None) -> None:
 
 @contextmanager
 def rows_to(output: str | None, append: bool = False, origin: Origin | None = None) -> Iterator[TextIO]:
-    """Where rows go: stdout, or a file that appears under its name when it is complete.
+    """Open an output for rows: stdout, or a file that gets its name when complete.
 
     Args:
         output: file; None and ``-`` are stdout.
-        append: to what `unfinished` found.
-        origin: kept with an output that a later call may resume.
+        append: continue the rows that `unfinished` found.
+        origin: stored with an output that can be resumed.
 
     Raises:
         InputError: it cannot be written.
@@ -99,7 +103,7 @@ def rows_to(output: str | None, append: bool = False, origin: Origin | None = No
     part = part_of(output)
     try:
         with open(part, "a" if append else "w", encoding="utf-8") as file:
-            if origin is not None:  # after the rows of an earlier run are gone
+            if origin is not None:  # only after the rows of an earlier run are gone
                 atomic_write_json(_origin_file(part), origin)
             yield file
     except OSError as error:
@@ -116,7 +120,7 @@ def write_row(file: TextIO, row: dict[str, Any]) -> None:
 
 
 def is_finished(output: str | None) -> bool:
-    """Whether the output of a command with ``--resume`` is complete already, which is printed.
+    """Whether the output of a command with ``--resume`` is already complete; if so, print that.
 
     Raises:
         InputError: there is no output to resume.
@@ -130,10 +134,10 @@ def is_finished(output: str | None) -> bool:
 
 
 def unfinished(output: str | None, origin: Origin | None) -> Path | None:
-    """The rows that an interrupted run with the same `origin` left of `output`; None if there are none.
+    """Path of the rows that an interrupted run with the same `origin` wrote; None if there are none.
 
     Raises:
-        InputError: they are of another run; names the difference.
+        InputError: they are from another run; names the difference.
     """
     if output is None or origin is None:
         raise InputError("--resume needs --output")
@@ -146,7 +150,7 @@ def unfinished(output: str | None, origin: Origin | None) -> Path | None:
         old = {name: (shown, value) for name, (shown, value) in earlier.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(
-            f"{part}: nothing says what its rows are of, {_origin_file(part).name} is missing or damaged: {anew}"
+            f"{part}: the origin of its rows is unknown, {_origin_file(part).name} is missing or damaged: {anew}"
         ) from error
     new: Origin = json.loads(json.dumps(origin))  # tuples become lists
     differ = [
@@ -168,7 +172,7 @@ def _difference(name: str, old: Any, new: Any) -> str:
 
 
 def finished_rows(part: Path) -> int:
-    """The number of complete rows of an unfinished output; a partial line at its end is removed from it.
+    """The number of complete rows of an unfinished output; removes a partial line at its end.
 
     Raises:
         InputError: see `complete_rows`.
@@ -181,7 +185,7 @@ def finished_rows(part: Path) -> int:
 
 
 def finished_questions(part: Path, n: int, chunk: int) -> int:
-    """Questions of `n` rows each in an unfinished output whose chunk is complete; rows behind are removed from it.
+    """Questions of `n` rows in the complete chunks of an unfinished output; removes the rows after them.
 
     Raises:
         InputError: see `complete_rows`.
@@ -193,20 +197,20 @@ def finished_questions(part: Path, n: int, chunk: int) -> int:
 
 
 def complete_rows(part: Path, field: str) -> list[dict[str, Any]]:
-    """The rows of an unfinished output; a partial line at its end is left out.
+    """The complete rows of an unfinished output; a partial line at its end is ignored.
 
     Args:
-        part: as `unfinished` found it.
-        field: which every row has.
+        part: path returned by `unfinished`.
+        field: a field that every row has.
 
     Raises:
-        InputError: a line is no such row.
+        InputError: a line is not such a row.
     """
     return [row for _, row in _lines(part, field)]
 
 
 def _lines(part: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Bytes and row of every complete line."""
+    """Size in bytes and row of every complete line."""
     with open(part, "rb") as file:
         for n, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):

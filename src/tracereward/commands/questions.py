@@ -1,4 +1,4 @@
-"""`Questions`: which questions completions are sampled for, and their rows and prompts."""
+"""`Questions`: a set of questions to sample completions for; its rows and prompts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ class Questions:
 
     Attributes:
         data: file or Hub id; None is the task's own set.
-        task: name of the recipe that reads the rows and checks answers.
+        task: name of the task that reads the rows and checks answers.
         split: of a Hub set.
         limit: use the first rows only.
         template: plain or chat.
@@ -33,15 +33,15 @@ class Questions:
 
 
 def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
-    """The rows, their rendered prompts and the policy's tokenizer; loads no model.
+    """The rows, their rendered prompts and the policy's tokenizer, without loading the model.
 
     Raises:
-        InputError: anything cannot be read.
+        InputError: unreadable input.
     """
     task = get_task(questions.task)
     source = questions.data or task.dataset
     if source is None:
-        raise InputError(f"task {task.name!r} has no set of its own: give --data, a file or a Hub id")
+        raise InputError(f"task {task.name!r} has no default data set: give --data, a file or a Hub id")
     subset = task.subset if questions.data in (None, task.dataset) else None
     rows = load_demonstrations(
         source, task, split=questions.split, subset=subset, limit=questions.limit, require_completion=False
@@ -53,7 +53,7 @@ def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any
 
 
 def sample_row(sample: Sample, row: dict[str, Any], task: Task) -> dict[str, Any]:
-    """What ``tracereward sample`` writes of one completion of the question in `row`."""
+    """The output row of ``tracereward sample`` for one completion of the question in `row`."""
     return {
         "question": sample.prompt,
         "prompt": row["prompt"],

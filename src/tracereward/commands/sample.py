@@ -38,20 +38,20 @@ def run_sample(
 
     Args:
         model: folder or Hub id of the policy.
-        questions: to sample for.
+        questions: the questions to sample for.
         sampling: how to sample.
-        n: completions of each question; not read if guided, where the method has its own number.
-        guidance: guide the decoding by a reward model.
+        n: completions of each question; unused if guided, where the method sets it.
+        guidance: decode with a reward model.
         output: JSONL file; None or ``-`` is stdout.
         resume: resume an unfinished output.
 
     Raises:
-        InputError: anything cannot be read or does not fit, or the unfinished output is of another run.
+        InputError: unreadable or inconsistent input, or the unfinished output is from another run.
     """
     models = {"model": model, "--reward-model": None, "--reference": None}
     options: dict[str, Any] = {**asdict(questions), **asdict(sampling)}
     data = options.pop("data")
-    if guidance is None:  # a batch has one random seed, so that rows depend on its size
+    if guidance is None:  # a batch has one random seed, so rows depend on its size
         options["n"] = n
     else:
         models |= {"--reward-model": guidance.reward_model, "--reference": guidance.reference}
@@ -84,16 +84,16 @@ def run_sample(
 def sample_rows(
     model: str, questions: Questions, sampling: SamplingParams, *, n: int, done: int = 0
 ) -> Iterator[list[dict[str, Any]]]:
-    """Completions of a set's prompts, as rows; see `generation.sampling.sample`.
+    """Completions of a set of questions; see `generation.sampling.sample`.
 
-    The first `done` questions, complete chunks of them, are left out.
+    The first `done` questions (complete chunks) are skipped.
 
     Yields:
-        For each chunk of prompts, rows with question (its number), prompt, completion, answer (gold), extracted,
+        For each chunk of prompts, rows with question (its index), prompt, completion, answer (gold), extracted,
         correct, finished, length (in tokens), logprob.
 
     Raises:
-        InputError: before the model is loaded, if anything cannot be read.
+        InputError: unreadable input; raised before the model is loaded.
     """
     if sampling.temperature == 0 and n > 1:
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")

@@ -1,8 +1,8 @@
-"""Continuing traces: rows of one `generate` call, each with a random stream and a limit of its own.
+"""Continue traces with `generate`; each row has its own random stream and length limit.
 
-`sampling` samples complete traces from torch's global random state, so that what a row gets depends on its neighbours.
-Here token t of a row is sampled with the uniform number that its stream's name and t give: a row is the same in any
-batch, and after any number of stops (up to rounding of the logits, which differs a little between batch shapes).
+`sampling` samples from torch's global RNG, so a row depends on the rest of its batch. Here the uniform number that
+samples token t of a row is a function of the stream's name and t: a row is the same in any batch and after any number
+of interruptions (up to rounding of the logits, which differs slightly between batch shapes).
 """
 
 import random
@@ -27,18 +27,18 @@ from tracereward.modeling.batching import pack
 from tracereward.modeling.tokenization import eos_ids, pad_id
 
 Tilt = Callable[[list[list[int]], Tensor], Tensor]
-"""From R token sequences (prompt and trace) and their (R, V) next-token logits to other (R, V) logits."""
+"""Maps R token sequences (prompt and trace) and their (R, V) next-token logits to new (R, V) logits."""
 
 
 @dataclass(frozen=True)
 class OpenTrace:
-    """A trace to be continued.
+    """A trace to continue.
 
     Attributes:
         prompt: token ids.
-        trace: token ids sampled so far, without an end; may be empty.
-        stream: name of its random stream; with temperature 0 it is not read.
-        limit: the most tokens to add, at least 1.
+        trace: token ids so far, without end of sequence; may be empty.
+        stream: name of its random stream; unused at temperature 0.
+        limit: maximum number of tokens to add, at least 1.
     """
 
     prompt: Sequence[int]
@@ -53,7 +53,7 @@ class Continuation:
 
     Attributes:
         ids: the tokens to keep.
-        count: the tokens sampled: where a step's end shows only in the token behind it, more than are kept.
+        count: number of tokens sampled, which includes a token after the step if only that token shows the step's end.
     """
 
     ids: list[int]
@@ -78,14 +78,14 @@ def extend(
         model: the policy.
         tokenizer: its tokenizer.
         rows: R traces.
-        delimiter: what ends a step; None continues to the end of the trace.
-        temperature: 0 takes the likeliest token.
-        top_p: nucleus, of the tilted distribution if there is a tilt.
+        delimiter: step delimiter; None continues to the end of the trace.
+        temperature: 0 is greedy decoding.
+        top_p: nucleus sampling, applied after the tilt.
         batch_size: rows generated together.
         tilt: changes the next-token logits.
 
     Returns:
-        R records.
+        R continuations.
     """
     model.eval()
     found: list[Continuation] = []
@@ -111,23 +111,23 @@ def extend(
 
 
 def uniform(stream: str, place: int) -> float:
-    """The number in [0, 1) that samples token `place` of a stream."""
+    """The uniform number in [0, 1) for token `place` of a stream."""
     return random.Random(f"{stream} {place}").random()
 
 
 def choose_token(logits: Tensor, number: float) -> int:
-    """The token that `number` in [0, 1) samples from softmax(logits), by inverting the cumulative distribution."""
+    """Sample a token from softmax(logits) by inverse transform of `number` in [0, 1)."""
     cumulative = logits.float().softmax(0).cumsum(0)
-    # right=True skips tokens of probability 0, which share the sum before them.
+    # right=True skips tokens of probability 0, which do not increase the cumulative sum.
     found = torch.searchsorted(cumulative, cumulative[-1:] * number, right=True)
     return min(int(found), len(logits) - 1)
 
 
 def first_step(tokenizer: PreTrainedTokenizerBase, ids: list[int], delimiter: str) -> int | None:
-    """How many of the tokens are the first step of `ids`; None if it has not ended yet.
+    """Number of tokens in the first step of `ids`; None if the step has not ended.
 
-    White space and delimiters before it belong to it: a step is never blank. Like `alignment.step_ends` it takes the
-    token with the delimiter's last visible character.
+    Leading white space and delimiters are part of the step: a step is never blank. As in `alignment.step_ends`, it
+    includes the token with the delimiter's last visible character.
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
@@ -143,10 +143,10 @@ def first_step(tokenizer: PreTrainedTokenizerBase, ids: list[int], delimiter: st
 
 
 class _Stop(StoppingCriteria):
-    """Ends each row at its end of sequence, its step's end or its limit, and records the lengths.
+    """Stops each row at its end of sequence, the end of its step or its limit, and records the lengths.
 
     Attributes:
-        counts: tokens sampled, by row, of the rows that ended.
+        counts: tokens sampled, by row, for rows that have stopped.
         kept: tokens to keep, by row.
     """
 
@@ -179,7 +179,7 @@ class _Stop(StoppingCriteria):
 
 
 class _Sampler(LogitsProcessor):
-    """Leaves one token of each row: the one that its stream samples."""
+    """Masks all tokens of a row except the one that its stream samples."""
 
     def __init__(self, stop: _Stop, rows: Sequence[OpenTrace], *, temperature: float, top_p: float, tilt: Tilt | None):
         self.stop, self.rows, self.temperature, self.tilt = stop, rows, temperature, tilt
@@ -202,7 +202,7 @@ class _Sampler(LogitsProcessor):
         else:
             tokens = logits.argmax(1).tolist()
         left = torch.full_like(scores, -torch.inf)
-        left[:, 0] = 0.0  # of rows that have ended, which `generate` pads
+        left[:, 0] = 0.0  # any token, for stopped rows, which `generate` pads
         left[rows, :] = -torch.inf
         left[rows, tokens] = 0.0
         return left

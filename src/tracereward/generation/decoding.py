@@ -1,6 +1,6 @@
-"""Decoding that a reward model guides: step-level beam search, early rejection and tilted sampling.
+"""Decoding guided by a reward model: step-level beam search, early rejection and tilted sampling.
 
-Every method counts the tokens that it samples, dropped ones included, so that methods are compared at equal budgets.
+Every method counts all sampled tokens, dropped ones included, so that methods can be compared at equal budgets.
 """
 
 from collections.abc import Sequence
@@ -22,19 +22,19 @@ def beam(
 ) -> list[list[Guided]]:
     """Beam search over steps: each partial trace is expanded, each expansion is scored, the best `width` are kept.
 
-    Traces that have ended stay in the beam as long as they are among the best. The first step has width * expansions
-    samples, as a full beam has.
+    Ended traces stay in the beam while they are among the best. The first step has width * expansions samples, as later
+    ones have.
 
     Args:
         guide: policy and reward model.
         prompts: rendered.
         width: partial traces kept.
-        expansions: next steps sampled of each.
-        lookahead: greedy steps added before an expansion is scored, and dropped after.
-        distinct: keep one of several expansions with the same text.
+        expansions: next steps sampled from each.
+        lookahead: greedy steps added to an expansion for scoring only.
+        distinct: drop expansions whose text repeats another's.
 
     Returns:
-        For each prompt its at most `width` finished traces, by reward from the highest.
+        For each prompt at most `width` finished traces, highest reward first.
     """
     encoded = guide.encode(prompts)
     sampled = [0] * len(prompts)
@@ -46,7 +46,7 @@ def beam(
             children = [t for t in beams[owner] for _ in range(1 if guide.ended(t) else expansions)]
             traces += children
             owners += [owner] * len(children)
-            # The step is in the name: two traces of one beam have different lengths and must share no random number.
+            # The name includes the step: traces of a beam differ in length and must not share random numbers.
             streams += [f"{step} {child}" for child in range(len(children))]
         traces, counts = guide.grow([encoded[owner] for owner in owners], traces, streams)
         add_up(sampled, owners, counts)
@@ -68,24 +68,24 @@ def beam(
 
 
 def reject(guide: Guide, prompts: Sequence[str], *, n: int = 8, keep: int = 1, every: int = 1) -> list[list[Guided]]:
-    """Best-of-N with early rejection: every `every` steps the better half of a prompt's traces is kept.
+    """Best-of-N with early rejection: every `every` steps, drop the lower half of each prompt's traces by reward.
 
-    Of m traces ceil(m / 2) survive a check, and never fewer than `keep`; traces that have ended compete by their full
-    reward. Trace i is sampled as if it were alone, whatever else is dropped.
+    Of m traces max(keep, ceil(m / 2)) survive; ended traces are compared by their full reward. The tokens of trace i do
+    not depend on which others are dropped.
 
     Args:
         guide: policy and reward model.
         prompts: rendered.
         n: traces at the start.
         keep: traces at the end.
-        every: steps between two checks.
+        every: steps between rejections.
 
     Returns:
-        For each prompt the survivors, by reward from the highest.
+        For each prompt the survivors, highest reward first.
     """
     encoded = guide.encode(prompts)
     sampled = [0] * len(prompts)
-    alive: list[dict[int, list[int]]] = [{i: [] for i in range(n)} for _ in prompts]  # by number of the sample
+    alive: list[dict[int, list[int]]] = [{i: [] for i in range(n)} for _ in prompts]  # by sample index
     step = 0
     while growing := [owner for owner, traces in enumerate(alive) if not all(map(guide.ended, traces.values()))]:
         rows = [(owner, i) for owner in growing for i in alive[owner]]
@@ -115,32 +115,32 @@ def add_up(totals: list[int], owners: Sequence[int], counts: Sequence[int]) -> N
 
 
 def best(rewards: Sequence[float], rows: Sequence[int], count: int) -> list[int]:
-    """The `count` of `rows` with the highest rewards, from the highest; of equals the first."""
+    """The `count` of `rows` with the highest rewards, highest first; ties keep their order."""
     return sorted(rows, key=lambda row: -rewards[row])[:count]
 
 
 def tilt(guide: Guide, prompts: Sequence[str], *, n: int = 1, alpha: float = 1.0, top_k: int = 8) -> list[list[Guided]]:
     """Sample each token from the policy's distribution, tilted by the reward of that token.
 
-    q(y) is proportional to p(y) exp(alpha r(y)) for the `top_k` likeliest y, and 0 elsewhere; p is the policy at the
-    guide's temperature, r(y) the reward model's reward of y as the next token. With alpha 0 it is top-k sampling. With
-    temperature 0 the y of the largest log p(y) + alpha r(y) is taken.
+    q(y) is proportional to p(y) exp(alpha r(y)) for the `top_k` most probable y, and 0 elsewhere. p is the policy at
+    the guide's temperature, r(y) the reward of y as the next token. With alpha 0 this is top-k sampling; with
+    temperature 0 it takes the y with the largest log p(y) + alpha r(y).
 
     Args:
         guide: policy and reward model.
         prompts: rendered.
-        n: traces of each.
-        alpha: how much the reward counts, in nats per log-odds.
-        top_k: candidates of each token that are scored.
+        n: traces per prompt.
+        alpha: weight of the reward, in nats per log-odds.
+        top_k: candidates scored for each token.
 
     Returns:
-        For each prompt `n` traces, by reward from the highest. Only tokens of traces count as sampled: the candidates
-        are read by the reward model alone.
+        For each prompt `n` traces, highest reward first. Only tokens of the traces count as sampled, not the candidates
+        that the reward model scores.
     """
     encoded = guide.encode(prompts)
     owners = [owner for owner in range(len(prompts)) for _ in range(n)]
     streams = [str(row % n) for row in range(len(owners))]
-    # A tilt comes before the division by the temperature.
+    # The tilt is applied before the division by the temperature.
     weight = alpha * (guide.sampling.temperature or 1.0)
     grown, counts = guide.grow(
         [encoded[owner] for owner in owners],
@@ -154,13 +154,13 @@ def tilt(guide: Guide, prompts: Sequence[str], *, n: int = 1, alpha: float = 1.0
 
 
 def tilted(guide: Guide, contexts: Sequence[Sequence[int]], logits: Tensor, *, weight: float, top_k: int) -> Tensor:
-    """logits + weight * reward of the `top_k` likeliest tokens, minus infinity for the others.
+    """logits + weight * reward for the `top_k` most probable tokens, minus infinity for the others.
 
     Args:
-        guide: its reward model scores.
+        guide: provides the reward model.
         contexts: R token sequences, prompt and trace.
-        logits: (R, V) of the next token.
-        weight: of the reward.
+        logits: (R, V) next-token logits.
+        weight: weight of the reward.
         top_k: tokens to score.
 
     Returns:
@@ -168,8 +168,8 @@ def tilted(guide: Guide, contexts: Sequence[Sequence[int]], logits: Tensor, *, w
     """
     values, tokens = logits.topk(min(top_k, logits.size(1)))
     if weight:
-        # The reward of the last token does not depend on where the completion begins: a trace's last token is
-        # always supervised. With a completion of that one token, the context is read once for all candidates.
+        # A trace's last token is always supervised, so its reward does not depend on where the completion begins. With
+        # one-token completions, all candidates share the forward pass over their context.
         rows = [(context, [token]) for context, row in zip(contexts, tokens.tolist(), strict=True) for token in row]
         prompts, completions = [context for context, _ in rows], [token for _, token in rows]
         rewards = guide.scorer.token_rewards(prompts, completions, reference=guide.reference)

@@ -1,4 +1,4 @@
-"""`Guide`: a policy and the reward model that guides it, token ids passing from one to the other."""
+"""`Guide`: a policy and the reward model that guides it, with shared token ids."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from tracereward.rewards.token_scores import TokenScores
 
 @dataclass(frozen=True, kw_only=True)
 class Guided(Sample):
-    """A trace that a reward model chose.
+    """A trace from guided decoding.
 
     Attributes:
-        reward: the aggregate of its token rewards.
-        sampled_tokens: all tokens sampled for its prompt, those of other traces and of dropped ones too.
+        reward: aggregate of its token rewards.
+        sampled_tokens: all tokens sampled for its prompt, including other and dropped traces.
     """
 
     reward: float
@@ -35,11 +35,11 @@ class Guide:
 
     Attributes:
         policy: a causal LM.
-        tokenizer: its tokenizer, which must be the reward model's.
+        tokenizer: its tokenizer, which must equal the reward model's.
         scorer: the reward model.
-        sampling: of traces. A prompt's random numbers depend on the seed and its tokens: neither its place in a list
-            nor its neighbours matter.
-        step_tokens: length limit of a step; a longer one continues as another step.
+        sampling: how traces are sampled. A prompt's random numbers depend only on the seed and its tokens, not on its
+            index or batch.
+        step_tokens: length limit of a step; a longer one is split.
         reference: causal LM whose log-prob is added to the rewards, see `Scorer.score`.
 
     Raises:
@@ -60,7 +60,7 @@ class Guide:
         """Token ids of rendered prompts.
 
         Raises:
-            InputError: with `sampling.max_new_tokens` more, one would be longer than the reward model reads.
+            InputError: a prompt with `sampling.max_new_tokens` more tokens is longer than the reward model reads.
         """
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for index, ids in enumerate(encoded):
@@ -72,11 +72,11 @@ class Guide:
         return encoded
 
     def ended(self, trace: Sequence[int]) -> bool:
-        """Whether a trace ended by itself or is as long as it may get."""
+        """Whether a trace has an end of sequence or reached the length limit."""
         return len(trace) >= self.sampling.max_new_tokens or self.finished(trace)
 
     def finished(self, trace: Sequence[int]) -> bool:
-        """Whether a trace ended by itself."""
+        """Whether a trace has an end of sequence."""
         return bool(trace) and trace[-1] in eos_ids(self.policy, self.tokenizer)
 
     def grow(
@@ -89,9 +89,12 @@ class Guide:
         greedy: bool = False,
         tilt: Tilt | None = None,
     ) -> tuple[list[list[int]], list[int]]:
-        """Traces with one more step each, or grown to their end, and how many tokens were sampled for each.
+        """Add one step to each trace, or continue it to its end.
 
-        Traces that have ended come back unchanged. A stream is named within its prompt.
+        Ended traces are unchanged. Stream names are unique within a prompt.
+
+        Returns:
+            The traces, and the number of tokens sampled for each.
         """
         open_rows = [row for row, trace in enumerate(traces) if not self.ended(trace)]
         longest = self.step_tokens if by_step else self.sampling.max_new_tokens
@@ -120,17 +123,17 @@ class Guide:
         return grown, counts
 
     def score(self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]]) -> list[TokenScores]:
-        """The token rewards of each trace so far."""
+        """Token rewards of each trace, which may be partial."""
         return self.scorer.score_ids(prompts, traces, reference=self.reference)
 
     def rewards(self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]]) -> list[float]:
-        """Their aggregates."""
+        """The aggregated reward of each trace."""
         return [scores.aggregate(self.scorer.settings.aggregate) for scores in self.score(prompts, traces)]
 
     def results(
         self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[Sequence[int]]], sampled: Sequence[int]
     ) -> list[list[Guided]]:
-        """Each prompt's traces as records, by reward from the highest; of equals the first comes first."""
+        """The traces of each prompt as records, highest reward first; ties keep their order."""
         owners = [owner for owner, found in enumerate(traces) for _ in found]
         ids = [list(trace) for found in traces for trace in found]
         asked = [prompts[owner] for owner in owners]
@@ -153,18 +156,18 @@ class Guide:
 
 
 def check_tokenizers(policy: PreTrainedTokenizerBase, reward_model: PreTrainedTokenizerBase) -> None:
-    """Refuse a policy and a reward model that cannot share token ids.
+    """Check that policy and reward model can share token ids.
 
     Raises:
         InputError: the tokenizers differ.
     """
     if not same_tokenizer(policy, reward_model):
         raise InputError(
-            "the policy has another tokenizer than the reward model, which therefore cannot guide it token by token: "
+            "guided decoding needs one tokenizer, but the policy has another tokenizer than the reward model: "
             "sample complete traces with `tracereward sample` and choose with `tracereward rerank`"
         )
 
 
 def digest(ids: Sequence[int]) -> str:
-    """A short name of a token sequence, to name random streams by."""
+    """A short hash of a token sequence, for names of random streams."""
     return hashlib.sha256(str(list(ids)).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""`SamplingParams`: how tokens are sampled. No model and no tensor is imported for it."""
+"""`SamplingParams`: how completions are sampled. Imports neither torch nor transformers."""
 
 import math
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ class SamplingParams:
     Attributes:
         max_new_tokens: length limit of a completion.
         temperature: 0 is greedy decoding.
-        top_p: nucleus.
-        seed: of every random number.
+        top_p: nucleus sampling.
+        seed: seed of all random numbers.
         batch_size: completions generated together.
 
     Raises:
-        InputError: a value that no token can be sampled with; names the option.
+        InputError: an invalid value; names the option.
     """
 
     max_new_tokens: int = 512
@@ -28,11 +28,11 @@ class SamplingParams:
     batch_size: int = 64
 
     def __post_init__(self):
-        if not 0 <= self.temperature < math.inf:  # nan is not either
+        if not 0 <= self.temperature < math.inf:  # excludes NaN too
             raise InputError(f"--temperature must be a number from 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p must be over 0 and at most 1, not {self.top_p}")
 
     def prompts_together(self, n: int) -> int:
-        """Prompts of `n` completions each that are generated together, at least one."""
+        """Number of prompts, with `n` completions each, per batch; at least one."""
         return max(1, self.batch_size // n)

@@ -14,7 +14,7 @@ from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_prompt, eos_ids, pad_id
 
 COMPILE_FROM = 2048
-"""Decoding steps of a run from which compiling the step, which takes about a minute, pays on a GPU."""
+"""Decoding steps of a run from which compiling the step on a GPU, about a minute, pays off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +23,10 @@ class Sample:
 
     Attributes:
         prompt: index of its prompt.
-        ids: its tokens, the end-of-sequence token included if it came.
+        ids: its tokens, including the end-of-sequence token if there is one.
         text: decoded without special tokens.
-        finished: whether it ended by itself; otherwise the length limit cut it off.
-        logprob: mean log-prob of its tokens under the policy, at temperature 1, in nats: the baseline of reranking.
+        finished: whether it has an end of sequence; otherwise it was truncated at the length limit.
+        logprob: mean log-prob of its tokens under the policy at temperature 1, in nats; a reranking baseline.
     """
 
     prompt: int
@@ -45,18 +45,18 @@ def sample(
     n: int = 1,
     first_chunk: int = 0,
 ) -> Iterator[list[Sample]]:
-    """Sample `n` completions of each prompt; one list of samples for each chunk of prompts.
+    """Sample `n` completions of each prompt; yields one list of samples for each chunk of prompts.
 
-    A chunk holds about `params.batch_size` completions, always all of a prompt, and has a random seed of its own, so
+    A chunk has about `params.batch_size` completions, including all of each of its prompts, and its own random seed, so
     that the result does not depend on where an earlier run stopped.
 
     Args:
         model: the policy.
         tokenizer: its tokenizer.
         prompts: rendered prompts.
-        params: how to sample; the seed is that of the run.
-        n: completions of each; with temperature 0 all are the same, so n must be 1.
-        first_chunk: chunks to skip, because they are done.
+        params: how to sample; the seed is the run's.
+        n: completions per prompt; 1 at temperature 0, where all are the same.
+        first_chunk: number of chunks to skip.
     """
     size = params.prompts_together(n)
     eos = eos_ids(model, tokenizer)
@@ -94,7 +94,7 @@ def sample(
 
 
 def _compiles(model: PreTrainedModel, steps: int) -> bool:
-    """Whether the decoding step is compiled for a run of `steps` steps."""
+    """Whether to compile the decoding step for a run of `steps` steps."""
     return model.device.type == "cuda" and steps >= COMPILE_FROM
 
 
@@ -110,13 +110,13 @@ def generate(
     top_p: float = 1.0,
     width: int | None = None,
 ) -> list[list[int]]:
-    """`n` completions of each prompt in one call of transformers' `generate`, from torch's global random state.
+    """`n` completions of each prompt in one call of transformers' `generate`, with torch's global RNG.
 
-    With a `width` prompts are padded to it and the cache is static, so that calls with as many rows have the same
-    shapes: transformers compiles the decoding step at the first of them if it can.
+    With a `width`, prompts are padded to it and the cache is static, so that calls with equally many rows have equal
+    shapes: transformers then compiles the decoding step once, if it can.
 
     Returns:
-        len(prompts) * n lists of token ids, up to and with the end-of-sequence token.
+        len(prompts) * n lists of token ids, up to and including the end-of-sequence token.
     """
     model.eval()
     eos = eos_ids(model, tokenizer)
@@ -142,7 +142,7 @@ def generate(
 
 
 def _until_eos(ids: list[int], eos: list[int]) -> list[int]:
-    """The completion up to and with its end-of-sequence token; what `generate` pads behind it is cut off."""
+    """The completion up to and including its end-of-sequence token, without padding."""
     for position, token in enumerate(ids):
         if token in eos:
             return ids[: position + 1]

@@ -1,4 +1,4 @@
-"""Self-correction: cut a trace before its first suspected step, continue it, keep what the reward prefers."""
+"""Self-correction: cut a trace before its first suspected step, resample the rest, keep the higher reward."""
 
 import math
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ class Correction:
 
     Attributes:
         ids: its tokens.
-        finished: whether it ended by itself.
-        reward: of it, never lower than `reward_before`.
-        reward_before: of the trace that was given.
-        cuts: of each round that sampled, the number of tokens kept before the suspected step.
+        finished: whether it has an end of sequence.
+        reward: its reward, at least `reward_before`.
+        reward_before: reward of the original trace.
+        cuts: for each round that sampled, the number of tokens kept before the suspected step.
         sampled_tokens: all tokens sampled for it, kept or not.
     """
 
@@ -43,22 +43,21 @@ def self_correct(
 ) -> list[Correction]:
     """Correct traces for up to `rounds` rounds.
 
-    In each round the first step whose mean reward is under `threshold` and all behind it are dropped, and `k`
-    continuations are sampled from there. The one of the highest reward replaces the trace if its reward is higher;
-    otherwise the next round samples again from the same cut. A trace without such a step is left alone, and so is one
-    whose cut leaves no room under the length limit.
+    Each round cuts the trace before the first step whose mean reward is under `threshold` and samples `k`
+    continuations. The one with the highest reward replaces the trace if its reward is higher; otherwise the next round
+    samples again from the same cut. A trace is unchanged if it has no such step, or if the cut is at the length limit.
 
     Args:
         guide: policy and reward model.
         prompts: token ids.
         traces: token ids of as many traces, with the end-of-sequence token if they ended.
-        rounds: at most.
-        k: continuations of each round.
+        rounds: maximum number of rounds.
+        k: continuations per round.
         threshold: in log-odds, as for `Scorer.first_error`.
-        detector: whose step rewards say where to cut, instead of the guide's; it samples nothing.
+        detector: its step rewards decide where to cut, instead of the guide's; it does not sample.
 
     Returns:
-        One record a trace.
+        One correction per trace.
     """
     how = guide.scorer.settings.aggregate
     current = [list(trace) for trace in traces]
@@ -68,7 +67,7 @@ def self_correct(
     cuts: list[list[int]] = [[] for _ in current]
 
     def suspected(owners: Sequence[int], scores: Sequence[TokenScores]) -> list[int | None]:
-        """Where the current trace of each owner is to be cut; `scores` are the guide's."""
+        """Where to cut the current trace of each owner; `scores` are the guide's."""
         if detector is not None:
             scores = detector.score([prompts[row] for row in owners], [current[row] for row in owners])
         return [first_token_below(trace.step_rewards(), trace.step_ends, threshold) for trace in scores]
@@ -115,7 +114,7 @@ def lowest_steps(detector: Guide, prompts: Sequence[Sequence[int]], traces: Sequ
 
 
 def threshold_of(lowest: Sequence[float], share: float) -> float:
-    """The threshold under which the lowest step of this share of traces lies; infinity for all of them.
+    """The threshold that suspects a step in this share of traces; infinity for all of them.
 
     Args:
         lowest: see `lowest_steps`.
