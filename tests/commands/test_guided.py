@@ -1,4 +1,4 @@
-"""`tracereward sample --guide` and `tracereward correct`: rows, summaries and what they refuse."""
+"""`tracereward sample --guide` and `tracereward correct`: rows, summaries and errors."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ ORIGIN = {"command", "data", "model", "--reward-model", "--reference"} | {
     "--top-p",
     "--seed",
 }
-"""Keys of ``NAME.part.json`` of both commands: outputs of earlier versions are resumed by them."""
+"""Keys of ``NAME.part.json`` of both commands; outputs of earlier versions must remain resumable."""
 FIELDS = {"question", "prompt", "completion", "answer", "extracted", "correct", "finished", "length", "logprob"}
 
 
@@ -88,14 +88,14 @@ METHODS = {
         ("tilt", ["-n", 2, "--alpha", 2, "--top-k", 3]),
     ],
 )
-def test_guided_samples_are_rows_with_a_reward(bench, experts, tokenizer, tmp_path, method, given):
+def test_guided_samples_have_rewards(bench, experts, tokenizer, tmp_path, method, given):
     common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 16, "--seed", 3]
     words = ["sample", bench.model, *common, "--guide", method, "--reward-model", bench.reward_model, *given]
     done = launcher()(*words, "-o", tmp_path / "guided.jsonl", "--batch-size", 4)
     assert done.code == 0, done.err
     found = rows(tmp_path / "guided.jsonl")
     assert {row["question"] for row in found} == {0, 1, 2}
-    # All at once in Python gives what the command's chunks of one question are.
+    # One call in Python gives the same as the command's chunks of one question.
     guide, task = guide_of(bench, tokenizer), get_task("arithmetic")
     prompts = [row["prompt"] for row in experts[:3]]
     expected = METHODS[method](guide, prompts)
@@ -109,13 +109,13 @@ def test_guided_samples_are_rows_with_a_reward(bench, experts, tokenizer, tmp_pa
         assert row["reward"] == pytest.approx(scores.aggregate("mean"), abs=1e-5)
 
 
-def test_correct_reads_what_sample_writes(bench, tokenizer, tmp_path):
+def test_correct_reads_the_output_of_sample(bench, tokenizer, tmp_path):
     common = ["--max-new-tokens", 16, "--seed", 3]
     data = ["--task", "arithmetic", "--data", bench.experts]
     done = launcher()("sample", bench.model, *data, *common, "-n", 2, "-o", tmp_path / "samples.jsonl")
     assert done.code == 0, done.err
     given = rows(tmp_path / "samples.jsonl")
-    given[1] |= {"completion": f"#### {given[1]['answer']}", "finished": True}  # one right trace, to be broken or not
+    given[1] |= {"completion": f"#### {given[1]['answer']}", "finished": True}  # one correct trace
     write_jsonl(tmp_path / "samples.jsonl", given)
     words = ["correct", bench.model, tmp_path / "samples.jsonl", "--reward-model", bench.reward_model]
     words += [*common, "--rounds", 2, "-k", 3, "--threshold", 0.2]
@@ -148,8 +148,8 @@ def test_correct_reads_what_sample_writes(bench, tokenizer, tmp_path):
     assert correction_summary(found) in done.err
 
 
-def test_correct_cuts_where_the_policy_is_unsure_in_a_share_of_the_traces(bench, tokenizer, tmp_path):
-    """By hand: log-probs of one forward pass of each trace, each line's mean, the lowest line of half of them."""
+def test_correct_by_log_prob_cuts_the_given_share_of_traces(bench, tokenizer, tmp_path):
+    """By hand: mean log-prob of each line; the lowest line of half of the traces."""
     common = ["--max-new-tokens", 16, "--seed", 3]
     given = [
         {"prompt": "1 + 2 = ?\n", "completion": text, "answer": "3"}
@@ -173,14 +173,14 @@ def test_correct_cuts_where_the_policy_is_unsure_in_a_share_of_the_traces(bench,
     expected = [next((start for start, mean in steps if mean < threshold), None) for steps in cuts]
     assert sum(cut is not None for cut in expected) == 2
     words = ["correct", bench.model, tmp_path / "rows.jsonl", "--reward-model", bench.reward_model, *common]
-    # What the judge adds to its rewards is no part of what suspects.
+    # --reference changes the rewards, but not where a trace is cut.
     words += ["--rounds", 1, "-k", 2, "--suspect", "logprob", "--share", 0.5, "--reference", bench.model]
     done = launcher()(*words, "-o", tmp_path / "corrected.jsonl")
     assert done.code == 0, done.err
     assert [row["cuts"] for row in rows(tmp_path / "corrected.jsonl")] == [[] if c is None else [c] for c in expected]
 
 
-def test_a_reference_enters_the_rewards(bench, tokenizer, experts, tmp_path):
+def test_reference_log_prob_is_added_to_rewards(bench, tokenizer, experts, tmp_path):
     words = [
         "sample",
         bench.model,
@@ -201,10 +201,10 @@ def test_a_reference_enters_the_rewards(bench, tokenizer, experts, tmp_path):
     found = [traces[0] for traces in reject(guide, [row["prompt"] for row in experts[:3]], n=2)]
     asked = [tokenizer(row["prompt"])["input_ids"] for row in experts[:3]]
     for row, trace, prompt in zip(rows(tmp_path / "guided.jsonl"), found, asked, strict=True):
-        (beside,) = guide.scorer.score_ids([prompt], [trace.ids], reference=lm)
+        (scores,) = guide.scorer.score_ids([prompt], [trace.ids], reference=lm)
         (alone,) = guide.scorer.score_ids([prompt], [trace.ids])
         assert row["completion"] == trace.text
-        assert row["reward"] == pytest.approx(beside.aggregate(), abs=1e-5)
+        assert row["reward"] == pytest.approx(scores.aggregate(), abs=1e-5)
         assert row["reward"] < alone.aggregate() - 0.1
 
 
@@ -214,12 +214,12 @@ def test_a_reference_enters_the_rewards(bench, tokenizer, experts, tmp_path):
 @pytest.mark.parametrize(
     ("budget", "shape"), [(1, (1, 1)), (2, (1, 2)), (4, (2, 2)), (7, (2, 3)), (8, (2, 4)), (16, (4, 4)), (64, (8, 8))]
 )
-def test_the_beam_of_a_budget(budget, shape):
+def test_beam_shape_of_a_budget(budget, shape):
     assert beam_shape(budget) == shape
 
 
-def test_the_comparison_is_that_of_the_methods_alone(bench, experts, tokenizer):
-    """Each row again from the method itself, with answers that make one of the sampled traces right."""
+def test_comparison_matches_the_separate_methods(bench, experts, tokenizer):
+    """Each row is recomputed by its method; the answers make one of the sampled traces correct."""
     task = get_task("arithmetic")
     guide = guide_of(bench, tokenizer, max_new_tokens=8)
     prompts = [row["prompt"] for row in experts[:3]]
@@ -252,14 +252,14 @@ def test_the_comparison_is_that_of_the_methods_alone(bench, experts, tokenizer):
     assert table["self_correct", 2]["sampled_tokens"] == tokens
 
 
-def test_a_reward_with_log_prob_in_it_gets_no_second_one(bench, experts, tokenizer):
+def test_reward_that_includes_log_prob_has_no_log_prob_baselines(bench, experts, tokenizer):
     guide = guide_of(bench, tokenizer, max_new_tokens=4)
     guide = dataclasses.replace(guide, reference=guide.policy)
     found = compare(guide, [experts[0]["prompt"]], ["1"], task=get_task("arithmetic"), comparison=ONE)
     assert not {row["method"] for row in found} & {"reward_logprob", "reward_logprob_vote"}
 
 
-def test_a_damaged_reward_model_ends_the_comparison(bench, experts, tokenizer):
+def test_non_finite_reward_stops_the_comparison(bench, experts, tokenizer):
     guide = guide_of(bench, tokenizer, max_new_tokens=4)
     with torch.no_grad():
         for parameter in guide.scorer.parameters():
@@ -268,15 +268,15 @@ def test_a_damaged_reward_model_ends_the_comparison(bench, experts, tokenizer):
         list(compare(guide, [experts[0]["prompt"]], ["1"], task=get_task("arithmetic"), comparison=ONE))
 
 
-def test_baselines_see_candidates_in_an_order_without_the_reward():
-    """Ties of a vote go to the first: over many questions the best by reward stands first no more than by chance."""
+def test_candidate_order_is_independent_of_the_reward():
+    """Ties of a vote go to the first candidate, so the best by reward must be first no more often than by chance."""
     common = {"prompt": 0, "ids": [1], "finished": True, "logprob": 0.0, "sampled_tokens": 8}
     traces = [Guided(**common, text=text, reward=reward) for text, reward in (("a", 2.0), ("b", 1.0))]
     rows = candidates([traces] * 400, ["1"] * 400, get_task("arithmetic"))
     assert 150 < sum(row[0].reward == 2.0 for row in rows) < 250
 
 
-def test_the_comparison_as_a_command(bench, refused, tmp_path):
+def test_evaluate_guided_command(bench, refused, tmp_path):
     words = ["evaluate", "guided", bench.model, "--reward-model", bench.reward_model, "--task", "arithmetic"]
     words += ["--max-new-tokens", 8, "--budget", 2, "--data"]
     done = launcher()(*words, bench.experts, "--json", "-o", tmp_path / "evaluation")
@@ -293,7 +293,7 @@ def test_the_comparison_as_a_command(bench, refused, tmp_path):
     assert "at temperature 0" in refused(*words, bench.experts, "--temperature", 0)
 
 
-def test_the_summary_by_hand():
+def test_correction_summary_by_hand():
     def row(before, after, tokens=10, gain=0.0):
         return {
             "correct_before": before,
@@ -319,7 +319,7 @@ def test_the_summary_by_hand():
 
 @pytest.fixture
 def ended(monkeypatch, capsys):
-    """`ended(code, word, ...)` runs the command line in this process, which ends with that code; what it printed."""
+    """`ended(code, word, ...)` runs the command line in this process, checks its exit code and returns its output."""
 
     def run(code: int, *argv: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
@@ -335,7 +335,7 @@ def ended(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(ended):
-    """`refused(word, ...)` is the sentence with which the command line refuses them."""
+    """`refused(word, ...)` runs the command line, checks that it fails and returns the error message."""
 
     def run(*argv: object) -> str:
         printed = ended(2, *argv)
@@ -348,17 +348,17 @@ def refused(ended):
 
 @pytest.fixture
 def ran(ended):
-    """`ran(word, ...)` is what the command line says while it does them."""
+    """`ran(word, ...)` runs the command line successfully and returns its stderr."""
     return lambda *argv: ended(0, *argv).err
 
 
 def killed(words: list[object], output: Path) -> bytes:
-    """What a command that was killed before its output got its name says of the rows that it left."""
+    """Kill a command just before its output is renamed; the origin file of its rows."""
     assert launcher()(*words, output, trap=trap("rename", output.name)).code == -signal.SIGKILL
     return output.with_name(output.name + ".part.json").read_bytes()
 
 
-def test_rows_of_two_runs_are_not_joined(bench, ran, refused, tmp_path):
+def test_resuming_with_other_arguments_is_refused(bench, ran, refused, tmp_path):
     output = tmp_path / "guided.jsonl"
     common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 4, "--guide", "tilt", "-n", 2]
     words = ["sample", bench.model, *common, "--reward-model", bench.reward_model]
@@ -367,13 +367,13 @@ def test_rows_of_two_runs_are_not_joined(bench, ran, refused, tmp_path):
     assert "--alpha (1.0, now 2.0)" in refused(*words, "--alpha", 2)
     assert "--alpha (1.0, now none)" in refused(*[{"tilt": "reject"}.get(word, word) for word in words])
     assert f"--reference (none, now {bench.model})" in refused(*words, "--reference", bench.model)
-    said = refused(*[{bench.reward_model: bench.folder / "bare_reward_model"}.get(word, word) for word in words])
-    assert f"--reward-model ({bench.reward_model}, now " in said
+    message = refused(*[{bench.reward_model: bench.folder / "bare_reward_model"}.get(word, word) for word in words])
+    assert f"--reward-model ({bench.reward_model}, now " in message
     lines = (tmp_path / "guided.jsonl.part").read_text().splitlines(keepends=True)
     (tmp_path / "guided.jsonl.part").write_text(lines[0] + '{"prompt": "1"}\n')
     assert "guided.jsonl.part:2: not a row that this command wrote" in refused(*words)
     (tmp_path / "guided.jsonl.part").write_text("".join(lines))
-    ran(*words, "--batch-size", 2)  # does not change a row
+    ran(*words, "--batch-size", 2)  # does not change rows
     correct = ["correct", bench.model, output, "--reward-model", bench.reward_model, "--max-new-tokens", 4, "-k", 1]
     killed([*correct, "-o"], tmp_path / "corrected.jsonl")
     correct += ["-o", tmp_path / "corrected.jsonl", "--resume"]
@@ -386,16 +386,16 @@ def test_rows_of_two_runs_are_not_joined(bench, ran, refused, tmp_path):
 
 @pytest.mark.parametrize("words", [["--guide", "beam", "--beam", 2, "--expansions", 2], ["--guide", "tilt", "-n", 2]])
 def test_interrupted_guided_samples_are_resumed(bench, ran, tmp_path, words):
-    """In chunks of one question; a question whose rows may be incomplete is sampled again, to the same text."""
+    """Chunks of one question; a question with possibly incomplete rows is sampled again, with the same result."""
     common = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12, "--batch-size", 2]
     words = ["sample", bench.model, *common, "--reward-model", bench.reward_model, *words, "-o"]
-    made_of = killed(words, tmp_path / "whole.jsonl")
+    made_of = killed(words, tmp_path / "full.jsonl")
     assert json.loads(made_of).keys() == ORIGIN | {"--guide", "--split", "--limit", "--template"} | (
         {"--beam", "--expansions", "--lookahead"} if "beam" in words else {"-n", "--alpha", "--top-k"}
     )
-    ran(*words, tmp_path / "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    lines = whole.splitlines(keepends=True)
+    ran(*words, tmp_path / "full.jsonl")
+    full = (tmp_path / "full.jsonl").read_bytes()
+    lines = full.splitlines(keepends=True)
     assert len(lines) == 6
     for written, done in ((0, 0), (1, 0), (3, 1), (4, 1), (5, 2), (6, 2)):
         output = tmp_path / f"{written}.jsonl"
@@ -403,30 +403,30 @@ def test_interrupted_guided_samples_are_resumed(bench, ran, tmp_path, words):
         output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + tail)
         output.with_name(output.name + ".part.json").write_bytes(made_of)
         assert f"resuming after {done} questions" in ran(*words, output, "--resume")
-        assert output.read_bytes() == whole, written
-    assert "is finished" in ran(*words, tmp_path / "whole.jsonl", "--resume")
+        assert output.read_bytes() == full, written
+    assert "is finished" in ran(*words, tmp_path / "full.jsonl", "--resume")
 
 
 def test_interrupted_correct_is_resumed(bench, ran, tmp_path):
-    """In chunks of two; the threshold is that of all rows, and the last sentence counts all of them."""
+    """Chunks of two; the threshold and the summary cover all rows."""
     data = ["--task", "arithmetic", "--data", bench.experts, "--max-new-tokens", 12]
     ran("sample", bench.model, *data, "-n", 2, "-o", tmp_path / "samples.jsonl")
     words = ["correct", bench.model, tmp_path / "samples.jsonl", "--reward-model", bench.reward_model]
     words += ["--max-new-tokens", 12, "--share", 0.5, "--batch-size", 4, "-k", 2, "--rounds", 1, "-o"]
-    made_of = killed(words, tmp_path / "whole.jsonl")
+    made_of = killed(words, tmp_path / "full.jsonl")
     assert json.loads(made_of).keys() == ORIGIN | {"--rounds", "-k", "--suspect", "--threshold", "--share"}
-    said = ran(*words, tmp_path / "whole.jsonl").splitlines()[-1]
-    assert "6 traces, " in said
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    lines = whole.splitlines(keepends=True)
+    summary = ran(*words, tmp_path / "full.jsonl").splitlines()[-1]
+    assert "6 traces, " in summary
+    full = (tmp_path / "full.jsonl").read_bytes()
+    lines = full.splitlines(keepends=True)
     for written, done in ((1, 0), (2, 2), (5, 4), (6, 6)):
         output = tmp_path / f"{written}.jsonl"
         output.with_name(output.name + ".part").write_bytes(b"".join(lines[:written]) + b'{"torn')
         output.with_name(output.name + ".part.json").write_bytes(made_of)
         resumed = ran(*words, output, "--resume").splitlines()
         assert f"resuming after {done} rows" in resumed[0]
-        assert resumed[-1] == said
-        assert output.read_bytes() == whole, written
+        assert resumed[-1] == summary
+        assert output.read_bytes() == full, written
 
 
 @pytest.mark.parametrize(
@@ -448,12 +448,12 @@ def test_interrupted_correct_is_resumed(bench, ran, tmp_path):
         ([], "need --guide"),
     ],
 )
-def test_options_that_do_not_fit(bench, refused, given, message):
+def test_invalid_options_of_guided_sampling(bench, refused, given, message):
     words = ["sample", bench.folder / "bare", "--task", "arithmetic", "--data", bench.experts]
     assert message in refused(*words, "--reward-model", bench.folder / "bare_reward_model", *given)
 
 
-def test_models_that_do_not_fit(bench, refused):
+def test_incompatible_models_are_refused(bench, refused):
     data = ["--task", "arithmetic", "--data", bench.experts, "--guide", "beam"]
     words = ["sample", bench.folder / "bare", *data]
     assert "--guide needs --reward-model" in refused(*words)
@@ -478,12 +478,12 @@ def test_models_that_do_not_fit(bench, refused):
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--share", 0.2, "--threshold", 0], "give one of them"),
     ],
 )
-def test_rows_that_cannot_be_corrected(bench, refused, tmp_path, row, given, message):
+def test_invalid_input_of_correct(bench, refused, tmp_path, row, given, message):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     words = ["correct", bench.folder / "bare", tmp_path / "rows.jsonl"]
     assert message in refused(*words, "--reward-model", bench.folder / "bare_reward_model", *given)
 
 
-def test_too_long_a_limit_is_refused_before_sampling(bench, refused):
+def test_length_limit_beyond_the_reward_model_is_refused(bench, refused):
     words = ["sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "--guide", "reject"]
     assert "the reward model reads 128" in refused(*words, "--reward-model", bench.reward_model)

@@ -1,6 +1,6 @@
-"""Guided decoding against loops that read the full text again for every token, and against enumeration.
+"""Guided decoding against loops without a cache, and against enumeration.
 
-The policy is a real Llama over four words and an end; the reward model is a table, so that the best trace is known.
+The policy is a Llama over four words and an end of sequence; the reward model is a table, so the best trace is known.
 """
 
 import itertools
@@ -32,11 +32,11 @@ PROMPTS = ["ab", "c", "bca\n", "ab", "aaaaa"]
 
 
 def table(context: list[int]) -> float:
-    """A number between -1 and 1 without any pattern: no two texts have the same."""
+    """A pseudo-random reward in [-1, 1], different for every text."""
     return random.Random(str(context)).uniform(-1, 1)
 
 
-def worth(guide: Guide, prompt: list[int], trace: Sequence[int]) -> float:
+def reward_of(guide: Guide, prompt: list[int], trace: Sequence[int]) -> float:
     values = [guide.scorer.value([*prompt, *trace[: t + 1]]) for t in range(len(trace))]  # pyright: ignore[reportAttributeAccessIssue]
     how = guide.scorer.settings.aggregate
     return {"mean": sum(values) / len(values), "min": min(values), "last": values[-1]}[how]
@@ -44,7 +44,7 @@ def worth(guide: Guide, prompt: list[int], trace: Sequence[int]) -> float:
 
 @pytest.fixture
 def counted(policy, monkeypatch):
-    """Every token that `generate` drew, as its output says it: what is not padding."""
+    """Number of tokens sampled in each call of `generate`: its output without padding."""
     total = []
     original = policy.generate
 
@@ -59,22 +59,26 @@ def counted(policy, monkeypatch):
 
 @torch.no_grad()
 def next_log_probs(policy, context: Sequence[int], temperature: float = 1.0) -> np.ndarray:
-    """log p of each word in float64, from the full text at once; padding is left out."""
+    """log p of each word in float64, from one pass over the full text; the padding token is excluded."""
     logits = policy(input_ids=torch.tensor([context])).logits[0, -1].double().numpy() / temperature
     logits[PAD] = -np.inf
     return logits - np.logaddexp.reduce(logits)
 
 
-def draw(probabilities: np.ndarray, number: float) -> int:
+def sample_token(probabilities: np.ndarray, number: float) -> int:
     return int(np.searchsorted(np.cumsum(probabilities), number, side="right"))
 
 
 def loop(policy, start: OpenTrace, *, temperature=1.0, step=False) -> list[int]:
-    """A trace with as many tokens more as its limit, or to the end of its step: a newline that follows a word."""
+    """Continue a trace to its limit, or to the end of its step: a newline that follows a word."""
     trace, new = list(start.trace), []
     while len(new) < start.limit:
         log_probs = next_log_probs(policy, [*start.prompt, *trace], temperature or 1.0)
-        token = draw(np.exp(log_probs), uniform(start.stream, len(trace))) if temperature else int(log_probs.argmax())
+        token = (
+            sample_token(np.exp(log_probs), uniform(start.stream, len(trace)))
+            if temperature
+            else int(log_probs.argmax())
+        )
         trace.append(token)
         new.append(token)
         if token == EOS or (step and token == END and set(new) != {END}):
@@ -96,8 +100,8 @@ def ids_of(words, texts: Sequence[str]) -> list[list[int]]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 0.0])
 @pytest.mark.parametrize("step", [False, True])
-def test_rows_are_continued_as_by_a_loop_over_the_full_text(policy, words, temperature, step, counted):
-    """Prompts and traces of different lengths in batches of three, each row with its own limit."""
+def test_continuations_match_a_loop_over_the_full_text(policy, words, temperature, step, counted):
+    """Prompts and traces of different lengths in batches of three, each with its own limit."""
     rng = random.Random(1)
     prompts = [rng.choices([END, A, B, C], k=rng.randint(1, 6)) for _ in range(40)]
     traces = [rng.choices([END, A, B, C], k=rng.randint(0, 4)) for _ in range(40)]
@@ -114,7 +118,7 @@ def test_rows_are_continued_as_by_a_loop_over_the_full_text(policy, words, tempe
     assert ends >= ({EOS, END} if step else {EOS}) or not temperature
 
 
-def test_a_nucleus_leaves_the_likeliest_words(policy, words):
+def test_nucleus_sampling_keeps_the_most_probable_words(policy, words):
     found = extend(policy, words, [OpenTrace([A, B], [], str(i), 1) for i in range(60)], top_p=0.6)
     order = sorted(DRAWABLE, key=lambda word: -next_log_probs(policy, [A, B])[word])
     sums = list(itertools.accumulate(math.exp(next_log_probs(policy, [A, B])[word]) for word in order))
@@ -127,7 +131,7 @@ def test_a_nucleus_leaves_the_likeliest_words(policy, words):
     weights=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
     number=st.floats(0, 1, exclude_max=True, allow_subnormal=False),
 )
-def test_a_number_samples_the_word_whose_share_contains_it(weights, number):
+def test_choose_token_inverts_the_cumulative_distribution(weights, number):
     logits = torch.tensor(weights, dtype=torch.float32).log()
     token = choose_token(logits, number)
     low, high = sum(weights[:token]) / sum(weights), sum(weights[: token + 1]) / sum(weights)
@@ -135,14 +139,14 @@ def test_a_number_samples_the_word_whose_share_contains_it(weights, number):
     assert low - 1e-6 <= number <= high + 1e-6
 
 
-def test_where_a_step_ends():
-    """ "x. x": the space belongs to the next word's token, so that only that token shows that the step has ended."""
+def test_first_step_boundaries():
+    """In "x. x" the space is part of the next word's token, so only that token shows the end of the step."""
     dots = word_tokenizer(["<pad>", "<eos>", "x", ".", " x", "5"], r" x|[x.5]")
     x, dot, space_x, five = 2, 3, 4, 5
     assert first_step(dots, [x, dot], ". ") is None
     assert first_step(dots, [x, dot, space_x], ". ") == 2
     assert first_step(dots, [x, dot, five, dot, space_x, dot, space_x], ". ") == 4
-    assert first_step(dots, [dot, space_x, dot, space_x], ". ") == 3  # a step is never blank
+    assert first_step(dots, [dot, space_x, dot, space_x], ". ") == 3  # steps are never blank
     lines = word_tokenizer(WORDS, r"[abc\n]")
     assert first_step(lines, [A, B], "\n") is None
     assert first_step(lines, [A, END, B, END], "\n") == 2
@@ -151,7 +155,7 @@ def test_where_a_step_ends():
     assert first_step(lines, [A, EOS], "\n") is None
 
 
-def test_a_token_behind_the_step_is_counted_and_given_back():
+def test_token_after_the_step_is_counted_but_not_kept():
     dots = word_tokenizer(["<pad>", "<eos>", "x", ".", " x", "5"], r" x|[x.5]")
     model = build_model(dots, seed=1, hidden_size=16, layers=1, heads=2).eval()
     model.generation_config.suppress_tokens = [0]
@@ -169,7 +173,7 @@ def test_a_token_behind_the_step_is_counted_and_given_back():
     assert short > 5
 
 
-# ---------- what all have in common ----------
+# ---------- all methods ----------
 
 METHODS = {
     "beam": lambda guide, prompts: beam(guide, prompts, width=2, expansions=2, lookahead=1),
@@ -179,7 +183,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_prompt_gets_the_same_alone_and_in_any_batch(policy, words, method, counted):
+def test_results_do_not_depend_on_the_batch(policy, words, method, counted):
     run = METHODS[method]
     together = run(make(policy, words), PROMPTS)
     assert sum(counted) == sum(found[0].sampled_tokens for found in together)
@@ -194,7 +198,7 @@ def test_a_prompt_gets_the_same_alone_and_in_any_batch(policy, words, method, co
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_records_describe_what_was_sampled(policy, words, method):
+def test_records_describe_the_samples(policy, words, method):
     guide = make(policy, words)
     for index, found in enumerate(METHODS[method](guide, PROMPTS)):
         (prompt,) = ids_of(words, [PROMPTS[index]])
@@ -204,15 +208,15 @@ def test_records_describe_what_was_sampled(policy, words, method):
             assert trace.text == "".join(WORDS[token] for token in trace.ids if token != EOS)
             assert trace.finished == (trace.ids[-1] == EOS)
             assert trace.finished or len(trace.ids) == 6
-            assert trace.reward == pytest.approx(worth(guide, prompt, trace.ids), abs=1e-6)
+            assert trace.reward == pytest.approx(reward_of(guide, prompt, trace.ids), abs=1e-6)
 
 
-def test_another_tokenizer_cannot_guide(policy, words, tokenizer):
+def test_different_tokenizers_are_refused(policy, words, tokenizer):
     with pytest.raises(InputError, match="another tokenizer than the reward model"):
         Guide(policy, words, Scripted(tokenizer, table))
 
 
-def test_a_prompt_with_too_little_room_is_refused(policy, words):
+def test_prompt_that_exceeds_the_reward_model_is_refused(policy, words):
     guide = make(policy, words)
     guide.scorer.max_positions = 8  # pyright: ignore[reportAttributeAccessIssue]
     beam(guide, ["ab"], width=1, expansions=1)
@@ -223,7 +227,7 @@ def test_a_prompt_with_too_little_room_is_refused(policy, words):
 # ---------- beam ----------
 
 
-def test_a_beam_of_one_is_plain_sampling_step_by_step(policy, words):
+def test_beam_of_one_is_plain_sampling(policy, words):
     guide = make(policy, words, max_new_tokens=12)
     prompts = ["ab", "c", "a\n", "cc", "bb"]
     for prompt, text, found in zip(
@@ -238,26 +242,26 @@ def test_a_beam_of_one_is_plain_sampling_step_by_step(policy, words):
 
 
 def all_traces(length: int) -> list[tuple[int, ...]]:
-    """Every trace that ends by itself, or at `length`."""
+    """All traces that end by themselves, or at `length`."""
     found = [trace for n in range(length) for trace in itertools.product(DRAWABLE[1:], repeat=n)]
     ended = [(*trace, EOS) for trace in found]
     return ended + list(itertools.product(DRAWABLE[1:], repeat=length))
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "min", "last"])
-def test_a_wide_beam_finds_the_best_of_all_traces(words, aggregate):
-    """Steps of one token; 50 samples of a prefix from a policy near uniform miss a word with probability 5 * 0.8^50."""
+def test_wide_beam_finds_the_best_trace(words, aggregate):
+    """Steps of one token; 50 samples from a near-uniform policy miss a word with probability 5 * 0.8^50."""
     near_uniform = build_model(words, seed=0, hidden_size=16, layers=1, heads=2)
     near_uniform.generation_config.suppress_tokens = [PAD]
     guide = make(near_uniform, words, aggregate=aggregate, max_new_tokens=3, step_tokens=1, batch_size=4000)
     (found,) = beam(guide, ["ab"], width=25, expansions=50)
-    order = sorted(all_traces(3), key=lambda trace: -worth(guide, [A, B], trace))
+    order = sorted(all_traces(3), key=lambda trace: -reward_of(guide, [A, B], trace))
     assert tuple(found[0].ids) == order[0]
 
 
 @pytest.mark.parametrize("lookahead", [0, 2])
-def test_a_narrow_beam_keeps_the_best_prefixes(words, lookahead):
-    """Of all next words of each kept prefix the two best, by the reward of the prefix after greedy words, if any."""
+def test_narrow_beam_keeps_the_best_prefixes(words, lookahead):
+    """The two best extensions of the kept prefixes, by their reward after greedy lookahead, if any."""
     policy = build_model(words, seed=0, hidden_size=16, layers=1, heads=2)
     policy.generation_config.suppress_tokens = [PAD]
     guide = make(policy, words, max_new_tokens=4, step_tokens=1, batch_size=4000)
@@ -268,7 +272,7 @@ def test_a_narrow_beam_keeps_the_best_prefixes(words, lookahead):
             for _ in range(lookahead):
                 if trace[-1] != EOS:
                     trace = loop(policy, OpenTrace(prompt, trace, "", min(1, 4 - len(trace))), temperature=0.0)
-            return worth(guide, prompt, trace)
+            return reward_of(guide, prompt, trace)
 
         kept = [[]]
         while any(len(trace) < 4 and trace[-1:] != [EOS] for trace in kept):
@@ -281,22 +285,22 @@ def test_a_narrow_beam_keeps_the_best_prefixes(words, lookahead):
         assert sorted(trace.ids for trace in found) == sorted(kept)
 
 
-def test_equal_texts_fill_the_beam_unless_they_must_differ(policy, words):
+def test_distinct_beam_drops_repeated_texts(policy, words):
     greedy = make(policy, words, temperature=0.0)
     (same,) = beam(greedy, ["ab"], width=3, expansions=2, distinct=False)
     (different,) = beam(greedy, ["ab"], width=3, expansions=2)
     expected = loop(policy, OpenTrace([A, B], [], "", 6), temperature=0.0)
     assert [trace.ids for trace in same] == [expected] * 3
     assert [trace.ids for trace in different] == [expected]
-    (drawn,) = beam(make(policy, words), ["ab"], width=4, expansions=8)
-    assert len({tuple(trace.ids) for trace in drawn}) == 4
+    (found,) = beam(make(policy, words), ["ab"], width=4, expansions=8)
+    assert len({tuple(trace.ids) for trace in found}) == 4
 
 
 # ---------- early rejection ----------
 
 
 def steps_of(trace: Sequence[int]) -> list[list[int]]:
-    """Steps end with a newline after a word."""
+    """Steps of a trace; they end with a newline after a word."""
     steps, step = [], []
     for token in trace:
         step.append(token)
@@ -307,26 +311,26 @@ def steps_of(trace: Sequence[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("n", "keep", "every"), [(8, 1, 1), (5, 2, 1), (6, 1, 2), (3, 3, 1), (1, 1, 1)])
-def test_the_survivors_are_those_of_brute_force(policy, words, n, keep, every):
+def test_survivors_match_brute_force(policy, words, n, keep, every):
     guide = make(policy, words, max_new_tokens=10)
     prompts = ["ab", "c", "bb\n"]
     found = reject(guide, prompts, n=n, keep=keep, every=every)
     for prompt, survivors in zip(ids_of(words, prompts), found, strict=True):
-        whole = [loop(policy, OpenTrace(prompt, [], f"5 {digest(prompt)} {i}", 10)) for i in range(n)]
+        full = [loop(policy, OpenTrace(prompt, [], f"5 {digest(prompt)} {i}", 10)) for i in range(n)]
         alive, step, tokens = list(range(n)), 0, 0
         while True:
-            tokens += sum(len(steps_of(whole[i])[step]) for i in alive if step < len(steps_of(whole[i])))
+            tokens += sum(len(steps_of(full[i])[step]) for i in alive if step < len(steps_of(full[i])))
             step += 1
-            so_far = {i: list(itertools.chain(*steps_of(whole[i])[:step])) for i in alive}
+            so_far = {i: list(itertools.chain(*steps_of(full[i])[:step])) for i in alive}
             if step % every == 0:
-                alive = sorted(alive, key=lambda i: -worth(guide, prompt, so_far[i]))[
+                alive = sorted(alive, key=lambda i: -reward_of(guide, prompt, so_far[i]))[
                     : max(keep, math.ceil(len(alive) / 2))
                 ]
                 alive.sort()
-            if all(so_far[i] == whole[i] for i in alive):
+            if all(so_far[i] == full[i] for i in alive):
                 break
-        best = sorted(alive, key=lambda i: -worth(guide, prompt, whole[i]))[:keep]
-        assert [trace.ids for trace in survivors] == [whole[i] for i in best]
+        best = sorted(alive, key=lambda i: -reward_of(guide, prompt, full[i]))[:keep]
+        assert [trace.ids for trace in survivors] == [full[i] for i in best]
         assert {trace.sampled_tokens for trace in survivors} == {tokens}
 
 
@@ -335,7 +339,7 @@ def test_the_survivors_are_those_of_brute_force(policy, words, n, keep, every):
 
 @given(seed=st.integers(0, 10**6), alpha=st.floats(-3, 3), top_k=st.integers(1, 7))
 @example_settings(max_examples=60)
-def test_the_tilted_distribution_written_out(policy, words, seed, alpha, top_k):
+def test_tilted_distribution_by_hand(policy, words, seed, alpha, top_k):
     logits = torch.randn(2, 6, generator=torch.Generator().manual_seed(seed)) * 2
     contexts = [[A, B], [seed % 6]]
     guide = make(policy, words)
@@ -349,7 +353,7 @@ def test_the_tilted_distribution_written_out(policy, words, seed, alpha, top_k):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_without_weight_tilting_is_plain_sampling(policy, words, temperature):
+def test_tilting_with_zero_weight_is_plain_sampling(policy, words, temperature):
     guide = make(policy, words, temperature=temperature)
     found = tilt(guide, ["ab", "c"], n=5, alpha=0.0, top_k=6)
     for prompt, traces in zip(ids_of(words, ["ab", "c"]), found, strict=True):
@@ -361,8 +365,8 @@ def test_without_weight_tilting_is_plain_sampling(policy, words, temperature):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
-def test_tilted_traces_are_those_of_a_loop(policy, words, temperature):
-    """q(y) ~ p(y) exp(alpha r(y)) over the three likeliest words, p at the temperature; at 0 its largest."""
+def test_tilted_traces_match_a_loop(policy, words, temperature):
+    """q(y) ~ p(y) exp(alpha r(y)) over the three most probable words, p at the temperature; at 0 the argmax."""
     guide = make(policy, words, temperature=temperature)
     n = 40 if temperature else 1
     (found,) = tilt(guide, ["ab"], n=n, alpha=1.5, top_k=3)
@@ -376,16 +380,16 @@ def test_tilted_traces_are_those_of_a_loop(policy, words, temperature):
             for y in top:
                 score[y] = log_probs[y] + 1.5 * table([A, B, *trace, y])
             q = np.exp(score - np.logaddexp.reduce(score))
-            trace.append(draw(q, uniform(f"5 {digest([A, B])} {i}", len(trace))) if temperature else int(q.argmax()))
+            trace.append(
+                sample_token(q, uniform(f"5 {digest([A, B])} {i}", len(trace))) if temperature else int(q.argmax())
+            )
         expected.append(trace)
     assert sorted(trace.ids for trace in found) == sorted(expected)
 
 
 @pytest.mark.parametrize("head", ["token", "action", "airl", "implicit"])
 @pytest.mark.parametrize("granularity", ["sparse", "step", "interval", "dense"])
-def test_the_reward_of_a_next_token_is_that_of_the_trace_that_ends_with_it(
-    tiny_model_folder, tokenizer, head, granularity
-):
+def test_next_token_reward_is_that_of_the_trace_ending_with_it(tiny_model_folder, tokenizer, head, granularity):
     settings = RewardSettings(head=head, granularity=granularity, interval=3)
     model = TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer).eval()
     with torch.no_grad():
@@ -399,9 +403,9 @@ def test_the_reward_of_a_next_token_is_that_of_the_trace_that_ends_with_it(
         guide = Guide(lm, tokenizer, model, reference=reference)
         found = tilted(guide, [[*prompt, *trace]], logits, weight=1.0, top_k=4)[0] - logits[0]
         for token in (7, 3, 20, 1):
-            whole = model.token_rewards([prompt], [[*trace, token]], reference=reference)[0]
-            assert found[token].item() == pytest.approx(whole[-1].item(), abs=1e-5)
-            assert guide.rewards([prompt], [[*trace, token]]) == pytest.approx([whole.mean().item()], abs=1e-5)
+            rewards = model.token_rewards([prompt], [[*trace, token]], reference=reference)[0]
+            assert found[token].item() == pytest.approx(rewards[-1].item(), abs=1e-5)
+            assert guide.rewards([prompt], [[*trace, token]]) == pytest.approx([rewards.mean().item()], abs=1e-5)
         assert torch.isinf(found).sum() == len(tokenizer) - 4
 
 
@@ -413,23 +417,23 @@ def no_b(context: list[int]) -> float:
 
 
 def test_cuts_before_the_first_suspected_step(policy, words):
-    """Step means by hand: "aa\\n" 1, "bab\\n" 0, "bb\\n" -1/3: under 0.5 the second is the first, at token 3."""
+    """Step means by hand: "aa\\n" 1, "bab\\n" 0, "bb\\n" -1/3; the first below 0.5 starts at token 3."""
     guide = make(policy, words, no_b, max_new_tokens=14)
     trace = ids_of(words, ["aa\nbab\nbb\n"])[0]
     (found,) = self_correct(guide, [[C]], [trace], rounds=1, k=3, threshold=0.5)
     assert found.cuts == [3]
     assert found.ids[:3] == trace[:3]
     stream = f"5 {digest([C])} {digest(trace)} 0"
-    drawn = [loop(policy, OpenTrace([C], trace[:3], f"{stream} {i}", 11)) for i in range(3)]
-    best = max(drawn, key=lambda ids: worth(guide, [C], ids))
-    assert found.reward_before == pytest.approx(worth(guide, [C], trace))
-    assert found.ids == (best if worth(guide, [C], best) > found.reward_before else trace)
-    assert found.sampled_tokens == sum(len(ids) - 3 for ids in drawn)
+    sampled = [loop(policy, OpenTrace([C], trace[:3], f"{stream} {i}", 11)) for i in range(3)]
+    best = max(sampled, key=lambda ids: reward_of(guide, [C], ids))
+    assert found.reward_before == pytest.approx(reward_of(guide, [C], trace))
+    assert found.ids == (best if reward_of(guide, [C], best) > found.reward_before else trace)
+    assert found.sampled_tokens == sum(len(ids) - 3 for ids in sampled)
     (found,) = self_correct(guide, [[C]], [trace], rounds=1, k=1, threshold=-0.1)
     assert found.cuts == [7]
 
 
-def test_a_trace_without_a_suspected_step_is_left_alone(policy, words, counted):
+def test_trace_without_a_suspected_step_is_unchanged(policy, words, counted):
     guide = make(policy, words, no_b)
     right = [A, A, END, C, EOS]
     (found,) = self_correct(guide, [[C]], [right])
@@ -438,8 +442,8 @@ def test_a_trace_without_a_suspected_step_is_left_alone(policy, words, counted):
     assert counted == []
 
 
-def test_rounds_end_when_no_step_is_suspected(policy, words, counted):
-    """Rewards are 1 without b: whoever reaches it is done, the others use all their rounds."""
+def test_correction_stops_when_no_step_is_suspected(policy, words, counted):
+    """Traces without b have reward 1 and are done; the others use all rounds."""
     guide = make(policy, words, no_b, max_new_tokens=8)
     traces = [[B, B, END, B, EOS], [A, END, B, END, B], [B] * 8]
     found = self_correct(guide, [[C]] * 3, traces, rounds=6, k=4, threshold=0.99)
@@ -449,15 +453,15 @@ def test_rounds_end_when_no_step_is_suspected(policy, words, counted):
     assert sum(result.sampled_tokens for result in found) == sum(counted)
 
 
-def test_a_cut_at_the_length_limit_samples_nothing(policy, words, counted):
+def test_cut_at_the_length_limit_samples_nothing(policy, words, counted):
     guide = make(policy, words, no_b, max_new_tokens=3)
     (found,) = self_correct(guide, [[C]], [[A, A, END, B, EOS]])
     assert (found.ids, found.cuts) == ([A, A, END, B, EOS], [])
     assert counted == []
 
 
-def test_many_corrections_by_a_loop_of_their_rounds(policy, words, counted):
-    """60 traces: the best of two continuations of the cut takes the place of what is worse, and only of that."""
+def test_corrections_match_a_loop_over_rounds(policy, words, counted):
+    """60 traces: the best of two continuations replaces the trace only if its reward is higher."""
     guide = make(policy, words, max_new_tokens=8)
     rng = random.Random(4)
     traces = [[*rng.choices([END, A, B, C], k=rng.randint(1, 6)), EOS] for _ in range(60)]
@@ -472,11 +476,11 @@ def test_many_corrections_by_a_loop_of_their_rounds(policy, words, counted):
             if cut is None:
                 break
             stream = f"5 {digest([A, B])} {digest(given_trace)} {number}"
-            drawn = [loop(policy, OpenTrace([A, B], trace[:cut], f"{stream} {i}", 8 - cut)) for i in range(2)]
+            sampled = [loop(policy, OpenTrace([A, B], trace[:cut], f"{stream} {i}", 8 - cut)) for i in range(2)]
             cuts.append(cut)
-            tokens += sum(len(ids) - cut for ids in drawn)
-            best = max(drawn, key=lambda ids: worth(guide, [A, B], ids))
-            if worth(guide, [A, B], best) > worth(guide, [A, B], trace):
+            tokens += sum(len(ids) - cut for ids in sampled)
+            best = max(sampled, key=lambda ids: reward_of(guide, [A, B], ids))
+            if reward_of(guide, [A, B], best) > reward_of(guide, [A, B], trace):
                 trace = best
             else:
                 refused += 1
@@ -496,8 +500,8 @@ def test_self_correction_never_lowers_the_reward(policy, words, traces, seed, th
     prompts = [[A, B]] * len(traces)
     found = self_correct(guide, prompts, traces, rounds=2, k=2, threshold=threshold)
     for prompt, trace, result in zip(prompts, traces, found, strict=True):
-        assert result.reward_before == pytest.approx(worth(guide, prompt, trace), abs=1e-6)
-        assert result.reward == pytest.approx(worth(guide, prompt, result.ids), abs=1e-6)
+        assert result.reward_before == pytest.approx(reward_of(guide, prompt, trace), abs=1e-6)
+        assert result.reward == pytest.approx(reward_of(guide, prompt, result.ids), abs=1e-6)
         assert result.reward >= result.reward_before
         assert (result.ids == trace) == (result.reward == result.reward_before)
         assert result.ids[: min(result.cuts, default=0)] == trace[: min(result.cuts, default=0)]

@@ -213,9 +213,8 @@ def leave(code: str | int | None) -> NoReturn:
         or not (distributed.is_available() and distributed.is_initialized())
     ):
         sys.exit(code)
-    signal.signal(
-        signal.SIGTERM, signal.SIG_IGN
-    )  # sent by the launcher when another process fails; this one still has to report
+    # The launcher sends it when another process fails; this one still has to report.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if code in (0, None):  # after a failure it could hang, waiting for the other processes
         distributed.destroy_process_group()
     atexit._run_exitfuncs()
