@@ -92,14 +92,14 @@ def test_report_is_written_last_and_without_heatmaps_if_out_of_memory(run, capsy
         yield
         own.pop()
 
-    def full(trainer, left, reward_model, *rest):
+    def fails(trainer, left, reward_model, **rest):
         assert own
         folder = Path(left.model_name_or_path).parent
         folders.append({path.name for path in [*folder.glob("*/*.safetensors"), *folder.iterdir()]})
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(report, "zero3_disabled", gathered)
-    monkeypatch.setattr(report, "fresh_traces", full)
+    monkeypatch.setattr(report, "fresh_traces", fails)
     folder = run(2, [0.3, 0.3])
     assert folders[0] >= {"policy", "reward_model", "model.safetensors", "head.safetensors"}
     assert "did not fit" in capsys.readouterr().err

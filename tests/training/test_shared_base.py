@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.trainer_callback import PrinterCallback
 
-from helpers.invariance import LONGEST, LOSSES, SPREAD, Scripted, differences
+from helpers.invariance import LONGEST, LOSSES, SHARDED, Scripted, differences
 from helpers.tiny import launcher, trap
 from tracereward.errors import InputError
 from tracereward.modeling.adapters import DISCRIMINATOR, POLICY, AdapterView
@@ -128,7 +128,7 @@ def run(base, folder, shares, head):
         on_failure="ignore",
         seed=3,
         shared_base=shares,
-        **{**SPREAD, "head": head, "gradient_penalty": 0.1},
+        **{**SHARDED, "head": head, "gradient_penalty": 0.1},
     )
     tokenizer = load_tokenizer(base)
     lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
