@@ -1,7 +1,7 @@
-"""The command line: what it refuses and how it says so, and the path from samples over scores to a choice.
+"""The command line: error messages for bad input, and the pipeline from samples to scores to a choice.
 
-Bad input is given to `cli.main` in this process; models in it have no weights, so that a command that looked at its
-input too late would fail to load them.
+Bad input is given to `cli.main` in this process, with models without weights: a command that checked its input only
+after loading a model would fail with another error.
 """
 
 import datetime
@@ -40,14 +40,16 @@ TINY = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
-    """Rows, a policy and a reward model without weights, and a reward model with them."""
+    """Rows, a policy and a reward model without weights, and a reward model with weights."""
     folder = tmp_path_factory.mktemp("cli")
     write_jsonl(folder / "experts.jsonl", experts)
     bare = folder / "bare"
     shutil.copytree(tiny_model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     reward_model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(task="arithmetic"), tokenizer)
     with torch.no_grad():
-        reward_model.head.w.copy_(torch.linspace(-1, 1, len(reward_model.head.w)))  # else it is only the log-prob
+        reward_model.head.w.copy_(
+            torch.linspace(-1, 1, len(reward_model.head.w))
+        )  # otherwise the reward is only the log-prob
     reward_model.save_pretrained(folder / "reward_model")
     bare_reward = folder / "bare_reward_model"
     shutil.copytree(folder / "reward_model", bare_reward)
@@ -64,7 +66,7 @@ def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
 
 @pytest.fixture(scope="module")
 def token_reward_model(bench, tokenizer):
-    """A reward model that is a token classifier."""
+    """A reward model with a token-classification head."""
     folder = bench.folder / "token_reward_model"
     settings = RewardSettings(head="token", granularity="step", aggregate="min", task="arithmetic")
     torch.manual_seed(0)
@@ -74,7 +76,7 @@ def token_reward_model(bench, tokenizer):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """`command(word, ...)` runs the command line in this process: exit code, stdout and stderr."""
+    """`command(word, ...)` runs the command line in this process and returns its exit code, stdout and stderr."""
 
     def run(*argv: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
@@ -88,14 +90,14 @@ def command(monkeypatch, capsys):
 
 
 def refused(done: SimpleNamespace, *parts: object) -> None:
-    """Exit 2, nothing on stdout, and one sentence on stderr that contains `parts`."""
+    """Check for exit code 2, an empty stdout and one error line on stderr that contains `parts`."""
     assert done.code == 2, done.err
     assert done.out == ""
     assert "Traceback" not in done.err
-    said = [line for line in done.err.splitlines() if line.startswith("tracereward: ")]
-    assert len(said) == 1, done.err
+    errors = [line for line in done.err.splitlines() if line.startswith("tracereward: ")]
+    assert len(errors) == 1, done.err
     for part in parts:
-        assert str(part) in said[0]
+        assert str(part) in errors[0]
 
 
 def words(bench, output: Path, **changed: object) -> list[str]:
@@ -128,7 +130,7 @@ def words(bench, output: Path, **changed: object) -> list[str]:
         ({"validation_dataset_name": "questions", "save_strategy": "no"}, "chooses among checkpoints"),
     ],
 )
-def test_numbers_that_cannot_train_are_refused(command, bench, tmp_path, changed, named):
+def test_invalid_training_numbers_are_refused(command, bench, tmp_path, changed, named):
     if "validation_dataset_name" in changed:
         questions = [{"prompt": "1 + 1 + 1 + 1 = ?\n", "answer": "4"}]
         write_jsonl(tmp_path / "questions.jsonl", questions)
@@ -137,8 +139,8 @@ def test_numbers_that_cannot_train_are_refused(command, bench, tmp_path, changed
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_is_named_with_hyphens_or_underscores(command, bench, tmp_path, monkeypatch):
-    """Both are the same option: a run must never go where nobody asked for it."""
+def test_output_dir_accepts_hyphens_and_underscores(command, bench, tmp_path, monkeypatch):
+    """Both are the same option, so that a run never goes to an unintended folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("")
     given = words(bench, tmp_path / "taken")
@@ -155,8 +157,8 @@ def test_a_folder_is_named_with_hyphens_or_underscores(command, bench, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_is_no_run_of_ours_is_left_alone(command, bench, tmp_path):
-    """Also with --resume; what ended before it began may be begun anew with other options."""
+def test_folders_of_other_content_are_not_overwritten(command, bench, tmp_path):
+    """Also with --resume. A run that failed before its first step can be restarted with other options."""
     folder = tmp_path / "run"
     (folder / "policy").mkdir(parents=True)
     (folder / "policy" / "mine.txt").write_text("dear")
@@ -196,9 +198,9 @@ GOOD = {"prompt": "1 + 2 = ?\n", "completion": "#### 3", "answer": "3"}
         ({"prompt": "1 + 2 = ?\n", "completion": 3}, "completion"),
         (["1 + 2 = ?\n", "#### 3"], "JSON array"),
     ],
-    ids=["no prompt", "empty prompt", "no completion", "empty completion", "number", "no object"],
+    ids=["no prompt", "empty prompt", "no completion", "empty completion", "number", "array"],
 )
-def test_bad_rows_are_named_by_file_and_line(command, bench, tmp_path, kind, row, message):
+def test_errors_in_rows_name_file_and_line(command, bench, tmp_path, kind, row, message):
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [GOOD, row, GOOD])
     changed = {"num_generations": None} if kind == "sft" else {}
@@ -207,7 +209,7 @@ def test_bad_rows_are_named_by_file_and_line(command, bench, tmp_path, kind, row
     assert not (tmp_path / "run").exists()
 
 
-def test_the_verifier_needs_answers(command, bench, tmp_path):
+def test_verifier_reward_needs_answers(command, bench, tmp_path):
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [{**GOOD, "answer": None} if n == 3 else GOOD for n in range(12)])
     done = command("grpo", *words(bench, tmp_path / "run", task="generic", dataset_name=data))
@@ -222,7 +224,7 @@ def test_the_verifier_needs_answers(command, bench, tmp_path):
         (b'{"prompt": "1 + 2 = ?\\n", "completion"\n', ":1: not valid JSON"),
         (b'{"prompt": "\xff"}\n', "not UTF-8"),
     ],
-    ids=["missing", "empty", "cut", "bytes"],
+    ids=["missing", "empty", "truncated", "bytes"],
 )
 def test_unreadable_files(command, bench, tmp_path, content, message):
     data = tmp_path / "experts.jsonl"
@@ -233,7 +235,7 @@ def test_unreadable_files(command, bench, tmp_path, content, message):
     refused(command("train", *words(bench, tmp_path / "run", dataset_name=data)), data, message)
 
 
-def test_completions_over_the_limit(command, bench, tmp_path, experts, tokenizer):
+def test_completions_over_the_length_limit(command, bench, tmp_path, experts, tokenizer):
     lengths = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in experts]
     limit = sorted(lengths)[len(lengths) // 2]
     over = sum(length > limit for length in lengths)
@@ -342,7 +344,7 @@ def test_the_command_line_overrides_the_file(command, bench, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["score", "rerank"])
-def test_what_is_not_a_reward_model(command, bench, tmp_path, name):
+def test_invalid_reward_models_are_refused(command, bench, tmp_path, name):
     data = bench.experts
     refused(command(name, bench.folder / "reward_mode", data), "no such model folder", f"did you mean {bench.folder}")
     refused(command(name, bench.model, data), "not a reward model", "tracereward.json is missing")
@@ -382,13 +384,13 @@ def test_what_is_not_a_reward_model(command, bench, tmp_path, name):
     ids=["prompt", "completion", "empty", "no candidates", "empty candidate", "text", "list", "empty step", "no steps",
          "number", "message", "messages", "finished", "one finished", "finished of candidates", "surrogate", "nan"],
 )  # fmt: skip
-def test_rows_that_cannot_be_scored(command, bench, tmp_path, name, row, parts):
+def test_invalid_rows_to_score(command, bench, tmp_path, name, row, parts):
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in [GOOD, row]))
     refused(command(name, bench.bare_reward, data), data, *parts)
 
 
-def test_values_that_json_cannot_hold(command, bench, tmp_path):
+def test_values_that_json_cannot_represent(command, bench, tmp_path):
     data = tmp_path / "rows.parquet"
     day = {"day": datetime.date(2024, 1, 2)}
     parquet.write_table(pyarrow.Table.from_pylist([{**GOOD, "day": None}, {**GOOD, **day}]), data)
@@ -401,9 +403,9 @@ def test_values_that_json_cannot_hold(command, bench, tmp_path):
     refused(
         command("sample", bench.bare, "--data", half), f"{half}:1: field 'prompt' does not fit in JSON", "surrogates"
     )
-    whole = tmp_path / "rows.json"
-    whole.write_text("[" * 200_000)
-    refused(command("score", bench.bare_reward, whole), f"{whole}: not valid JSON")
+    nested = tmp_path / "rows.json"
+    nested.write_text("[" * 200_000)
+    refused(command("score", bench.bare_reward, nested), f"{nested}: not valid JSON")
 
 
 @pytest.mark.parametrize(
@@ -416,7 +418,7 @@ def test_values_that_json_cannot_hold(command, bench, tmp_path):
         ({"answer": ["3"]}, "answer must be a text or a number, not ['3']"),
     ],
 )
-def test_facts_that_are_of_another_type(command, bench, tmp_path, fields, message):
+def test_fields_of_the_wrong_type(command, bench, tmp_path, fields, message):
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [GOOD, {**GOOD, **fields}])
     refused(command("rerank", bench.bare_reward, data), f"{data}:2: {message}")
@@ -424,7 +426,7 @@ def test_facts_that_are_of_another_type(command, bench, tmp_path, fields, messag
     refused(command("correct", bench.bare, data, "--reward-model", bench.bare_reward), f"{data}:2: {message}")
 
 
-def test_rerank_says_what_it_needs(command, bench, tmp_path):
+def test_invalid_input_of_rerank(command, bench, tmp_path):
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [{**GOOD, "logprob": -1.0}, GOOD])
     refused(command("rerank", bench.bare_reward, data, "--method", "logprob"), f"{data}:2: ", "logprob")
@@ -442,8 +444,8 @@ def test_rerank_says_what_it_needs(command, bench, tmp_path):
     refused(command("score", bench.bare_reward, data, "--engine", "rai"), "'rai'", "Known: transformers, vllm, ray")
 
 
-def test_bad_output_files(command, bench, tmp_path):
-    """Said before a model is loaded, by an attempt that leaves nothing behind."""
+def test_unwritable_outputs(command, bench, tmp_path):
+    """They are refused before a model is loaded, and no file is left behind."""
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [GOOD, {**GOOD, "prompt": "1 + 3 = ?\n"}])
     for given in (
@@ -463,7 +465,7 @@ def test_bad_output_files(command, bench, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "bad.jsonl"}
 
 
-def test_bad_sampling(command, bench, tmp_path):
+def test_invalid_input_of_sample(command, bench, tmp_path):
     given = ["sample", bench.bare, "--task", "arithmetic", "--data"]
     refused(command(*given, tmp_path / "no.jsonl"), "no such file")
     refused(command(*given, bench.experts, "--temperature", 0, "-n", 2), "temperature 0")
@@ -483,14 +485,14 @@ def test_invalid_sampling_parameters_are_refused(command, bench, option, value):
     refused(command("correct", bench.bare, bench.experts, *given), f"{option} must be ")
 
 
-def test_top_p_of_none_and_of_more_than_all(command, bench):
+def test_top_p_outside_its_range_is_refused(command, bench):
     given = ["sample", bench.bare, "--task", "arithmetic", "--data", bench.experts, "--top-p"]
     for value in (0, 2):
         refused(command(*given, value), "--top-p must be over 0 and at most 1", value)
 
 
-def test_only_a_language_model_is_a_policy_or_a_reference(command, bench, token_reward_model, tmp_path):
-    """A token classifier, for one the reward model of a token head, would be given an LM head of random numbers."""
+def test_policy_and_reference_must_be_causal_lms(command, bench, token_reward_model, tmp_path):
+    """A token classifier (for example a reward model with a token head) would be loaded with a random LM head."""
     bare = tmp_path / "bare"
     shutil.copytree(token_reward_model, bare)
     (bare / "model.safetensors").write_bytes(b"")
@@ -585,7 +587,7 @@ def samples(bench):
     )  # fmt: skip
     assert done.code == 0, done.err
     found = [json.loads(line) for line in done.out.splitlines()]
-    # An untrained model is never right: give each question one expert trace.
+    # An untrained model is never correct: give each question one expert trace.
     experts = rows(bench.experts)
     for row in found[::4]:
         row["completion"], row["correct"] = experts[row["question"]]["completion"], True
@@ -603,7 +605,7 @@ def test_sample_writes_rows_in_order(bench, samples, experts):
     assert all(row["finished"] or row["length"] == 12 for row in found)
 
 
-def test_scores_are_those_of_the_model(bench, samples):
+def test_score_writes_the_scores_of_the_model(bench, samples):
     done = launcher()("score", bench.reward_model, samples)
     assert done.code == 0, done.err
     scored = [json.loads(line) for line in done.out.splitlines()]
@@ -621,8 +623,8 @@ def test_scores_are_those_of_the_model(bench, samples):
     assert len({row["reward"] for row in scored}) > 5
 
 
-def test_scores_with_the_models_that_a_reward_form_needs(bench, samples, tokenizer):
-    """The policy of the samples as reference: its mean log-prob, which `sample` wrote, is added where nothing clips."""
+def test_score_with_reference(bench, samples, tokenizer):
+    """With the sampling policy as reference, its log-prob is added to the rewards."""
     alone = launcher()("score", bench.reward_model, samples)
     done = launcher()("score", bench.reward_model, samples, "--reference", bench.model)
     assert done.code == 0, done.err
@@ -636,8 +638,8 @@ def test_scores_with_the_models_that_a_reward_form_needs(bench, samples, tokeniz
         assert json.loads(line)["token_rewards"] == scores.rewards
 
 
-def test_the_policy_is_taken_off_where_the_head_says_so(command, bench, samples, tmp_path):
-    """With the reference that is the policy, what is added is taken off; other heads than two have nothing to take."""
+def test_score_with_policy_subtracts_its_log_prob(command, bench, samples, tmp_path):
+    """With reference and policy equal the two cancel; --policy is refused for heads other than airl and implicit."""
     for name in ("score", "inspect"):
         words = {"score": [bench.bare_reward, samples], "inspect": [samples, "--model", bench.bare_reward]}[name]
         refused(command(name, *words, "--policy", bench.model), "--policy is for the heads airl and implicit", "action")
@@ -646,22 +648,22 @@ def test_the_policy_is_taken_off_where_the_head_says_so(command, bench, samples,
     tokenizer = TokenRewardModel.from_pretrained(str(bench.reward_model)).tokenizer
     TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
     given = ["score", folder, samples]
-    alone, off, both = (
-        [json.loads(line)["token_rewards"] for line in command(*given, *beside).out.splitlines()]
-        for beside in ([], ["--policy", bench.model], ["--reference", bench.model, "--policy", bench.model])
+    alone, subtracted, both = (
+        [json.loads(line)["token_rewards"] for line in command(*given, *models).out.splitlines()]
+        for models in ([], ["--policy", bench.model], ["--reference", bench.model, "--policy", bench.model])
     )
     model = AutoModelForCausalLM.from_pretrained(bench.model)
-    for without, taken, again, row in zip(alone, off, both, rows(samples), strict=True):
+    for without, with_policy, again, row in zip(alone, subtracted, both, rows(samples), strict=True):
         assert again == pytest.approx(without, abs=1e-4)
         prompt, trace = (tokenizer(row[name])["input_ids"] for name in ("prompt", "completion"))
         trace += [tokenizer.eos_token_id] * row["finished"]
         with torch.no_grad():
             logits = model(torch.tensor([prompt + trace])).logits[0].double()
         log_probs = logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(trace) - 1), trace]
-        assert taken == pytest.approx((torch.tensor(without) - log_probs).tolist(), abs=1e-4)
+        assert with_policy == pytest.approx((torch.tensor(without) - log_probs).tolist(), abs=1e-4)
 
 
-def test_candidates_are_scored_like_single_traces(bench, samples):
+def test_candidates_score_as_single_traces(bench, samples):
     given = rows(samples)
     grouped = [
         {"prompt": given[n]["prompt"], "candidates": [row["completion"] for row in given[n : n + 4]]}
@@ -683,8 +685,8 @@ def test_candidates_are_scored_like_single_traces(bench, samples):
     }  # fmt: skip
 
 
-def test_a_trace_of_nothing_but_its_end_is_scored(bench, tmp_path, tokenizer):
-    """A policy may end at once; `sample` says so with `finished`. Without that, an empty completion is a mistake."""
+def test_empty_finished_trace_is_scored(bench, tmp_path, tokenizer):
+    """A policy may end immediately, which `finished` records; without it an empty completion is refused."""
     row = {"prompt": "1 + 2 = ?\n", "completion": ""}
     write_jsonl(tmp_path / "ended.jsonl", [{**row, "finished": True}])
     done = launcher()("score", bench.reward_model, tmp_path / "ended.jsonl")
@@ -696,7 +698,7 @@ def test_a_trace_of_nothing_but_its_end_is_scored(bench, tmp_path, tokenizer):
     assert launcher()("score", bench.reward_model, tmp_path / "empty.jsonl").code == 2
 
 
-def test_a_run_folder_is_one_process_alone(command, bench, tmp_path):
+def test_run_folder_is_locked_by_one_process(command, bench, tmp_path):
     output = tmp_path / "run"
     (output / "checkpoints").mkdir(parents=True)
     with FileLock(output / "checkpoints" / ".lock"):
@@ -705,7 +707,7 @@ def test_a_run_folder_is_one_process_alone(command, bench, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["reward", "vote", "sigmoid_vote", "logprob", "shortest", "majority", "random"])
-def test_rerank_chooses_one_of_each_question(bench, samples, method):
+def test_rerank_chooses_one_candidate_per_question(bench, samples, method):
     done = launcher()("rerank", bench.reward_model, samples, "--method", method)
     assert done.code == 0, done.err
     chosen = [json.loads(line) for line in done.out.splitlines()]
@@ -734,7 +736,7 @@ def test_rerank_chooses_one_of_each_question(bench, samples, method):
     assert "oracle@4" in done.err
 
 
-def test_a_closed_pipe_is_no_error(bench, experts):
+def test_closed_pipe_is_not_an_error(bench, experts):
     many = bench.folder / "many.jsonl"
     write_jsonl(many, [{"prompt": row["prompt"], "completion": row["completion"]} for row in experts] * 40)
     command = [sys.executable, "-m", "tracereward", "score", str(bench.reward_model), str(many)]
@@ -748,7 +750,7 @@ def test_a_closed_pipe_is_no_error(bench, experts):
     assert "BrokenPipe" not in notes
 
 
-def test_a_token_head_scores_too(token_reward_model, samples):
+def test_score_with_a_token_head(token_reward_model, samples):
     done = launcher()("score", token_reward_model, samples)
     assert done.code == 0, done.err
     for line in done.out.splitlines():
@@ -761,7 +763,7 @@ def test_a_token_head_scores_too(token_reward_model, samples):
 
 @pytest.fixture(scope="module")
 def many(bench, tokenizer):
-    """Sixty rows of three candidates, of completions and of steps, mixed, with prompts that several share."""
+    """Sixty rows: candidates, completions and steps mixed, some with shared prompts."""
     found = []
     for n, row in enumerate(rows(bench.experts) * 5):
         lines = row["completion"].split("\n")
@@ -772,12 +774,12 @@ def many(bench, tokenizer):
 
 
 @pytest.mark.parametrize("share", [0.1, 0.45, 0.9])
-def test_scoring_that_was_killed_goes_on_to_the_same_file(bench, many, tmp_path, share):
-    """Killed in the middle of a line; the rows after it are, to the last digit, those of a run in one piece."""
-    whole = tmp_path / "whole.jsonl"
-    assert launcher()("score", bench.reward_model, many, "-o", whole).code == 0
+def test_killed_scoring_resumes_to_the_same_file(bench, many, tmp_path, share):
+    """Killed within a line; the resumed output equals an uninterrupted one byte for byte."""
+    full = tmp_path / "full.jsonl"
+    assert launcher()("score", bench.reward_model, many, "-o", full).code == 0
     output = tmp_path / "scored.jsonl"
-    size = int(share * whole.stat().st_size)
+    size = int(share * full.stat().st_size)
     killed = launcher()("score", bench.reward_model, many, "-o", output, trap=trap("size", "", size))
     assert killed.code == -signal.SIGXFSZ
     part = tmp_path / "scored.jsonl.part"
@@ -788,16 +790,16 @@ def test_scoring_that_was_killed_goes_on_to_the_same_file(bench, many, tmp_path,
     done = launcher()("score", bench.reward_model, many, "-o", output, "--resume")
     assert done.code == 0, done.err
     assert f"resuming after {finished} rows" in done.err
-    assert output.read_bytes() == whole.read_bytes()
+    assert output.read_bytes() == full.read_bytes()
     assert not part.exists()
     again = launcher()("score", bench.reward_model, many, "-o", output, "--resume")
     assert (again.code, again.err) == (0, f"{output} is finished\n")
 
 
-def test_scoring_goes_on_from_every_row(command, bench, many, tmp_path, monkeypatch):
-    """Chunks of seven, with rows that are left out among them: at a chunk's end, inside one, before the first row.
+def test_scoring_resumes_from_every_row(command, bench, many, tmp_path, monkeypatch):
+    """Chunks of seven with skipped rows: at the end of a chunk, inside one, and before the first row.
 
-    A chunk is scored whole or not at all: other neighbours in a batch would change the last digits of a reward.
+    A chunk is always scored completely: other batches would change the last digits of a reward.
     """
     monkeypatch.setattr(score, "CHUNK", 7)
     compute, scored = TokenRewardModel.compute_rewards, []
@@ -813,16 +815,16 @@ def test_scoring_goes_on_from_every_row(command, bench, many, tmp_path, monkeypa
     given.insert(9, {"n": -1, "prompt": "1 + 1 = ?\n"})
     write_jsonl(tmp_path / "rows.jsonl", given)
     words = ["score", bench.reward_model, tmp_path / "rows.jsonl", "--skip-bad", "-o"]
-    killed = launcher()(*words, tmp_path / "whole.jsonl", trap=trap("rename", "whole.jsonl"))
+    killed = launcher()(*words, tmp_path / "full.jsonl", trap=trap("rename", "full.jsonl"))
     assert killed.code == -signal.SIGKILL
-    made_of = (tmp_path / "whole.jsonl.part.json").read_bytes()
-    assert command(*words, tmp_path / "whole.jsonl").code == 0
-    whole = (tmp_path / "whole.jsonl").read_bytes()
-    lines = whole.splitlines(keepends=True)
+    made_of = (tmp_path / "full.jsonl.part.json").read_bytes()
+    assert command(*words, tmp_path / "full.jsonl").code == 0
+    full = (tmp_path / "full.jsonl").read_bytes()
+    lines = full.splitlines(keepends=True)
     assert len(lines) == 26
     chunks = list(scored)
     assert len(chunks) == 5
-    assert not (tmp_path / "whole.jsonl.part.json").exists()
+    assert not (tmp_path / "full.jsonl.part.json").exists()
     for finished in (0, 1, 5, 6, 12, 13, 25, 26):
         output = tmp_path / f"{finished}.jsonl"
         tail = b"" if finished == 26 else lines[finished][:20]
@@ -830,14 +832,14 @@ def test_scoring_goes_on_from_every_row(command, bench, many, tmp_path, monkeypa
         output.with_name(output.name + ".part.json").write_bytes(made_of)
         scored.clear()
         assert command(*words, output, "--resume").code == 0
-        assert output.read_bytes() == whole, finished
+        assert output.read_bytes() == full, finished
         assert scored == chunks[len(chunks) - len(scored) :], finished
         assert len(scored) == {0: 5, 1: 5, 5: 4, 6: 4, 12: 3, 13: 3, 25: 1, 26: 0}[finished]
 
 
 @pytest.fixture
 def cut_off(bench, tmp_path):
-    """`cut_off(name, word, ...)` kills the command where its output would get its name; the words that resume it."""
+    """`cut_off(name, word, ...)` kills a command before its output is renamed; returns the words that resume it."""
 
     def kill(*argv: object) -> list[object]:
         words = [*argv, "-o", tmp_path / "out.jsonl"]
@@ -860,7 +862,7 @@ def cut_off(bench, tmp_path):
     ],
     ids=lambda value: value[0],
 )
-def test_samples_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path, changed, parts):
+def test_resuming_samples_with_other_options_is_refused(command, bench, cut_off, tmp_path, changed, parts):
     words = ["sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "-n", 2, "--max-new-tokens", 4]
     given = cut_off(*words)
     before = (tmp_path / "out.jsonl.part").read_bytes()
@@ -869,8 +871,8 @@ def test_samples_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path, c
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_samples_of_two_models_or_sets_are_not_joined(command, bench, cut_off, tmp_path):
-    """Known by their content: a copy is the same; what was trained or written again under its old name is not."""
+def test_resuming_samples_with_other_models_or_data_is_refused(command, bench, cut_off, tmp_path):
+    """Compared by content: a copy is equal; a model or file changed under the same name is not."""
     model, data = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(bench.model, model)
     shutil.copy(bench.experts, data)
@@ -889,18 +891,18 @@ def test_samples_of_two_models_or_sets_are_not_joined(command, bench, cut_off, t
     assert (done.code, len(rows(tmp_path / "out.jsonl"))) == (0, 12), done.err
 
 
-def test_scores_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path):
+def test_resuming_scores_of_another_run_is_refused(command, bench, cut_off, tmp_path):
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [GOOD] * 3)
     given = cut_off("score", bench.reward_model, data)
     refused(command(*given, "--reference", bench.model), f"--reference (none, now {bench.model})")
     refused(command("score", bench.bare_reward, *given[2:]), f"model ({bench.reward_model}, now {bench.bare_reward})")
     part = tmp_path / "out.jsonl.part"
-    whole = part.read_bytes()
+    written = part.read_bytes()
     for line in (b"garbage\n", b'{"a": 1}\n', b"[" * 200_000 + b"\n", b"\xff\n"):
-        part.write_bytes(whole.splitlines(keepends=True)[0] + line)
+        part.write_bytes(written.splitlines(keepends=True)[0] + line)
         refused(command(*given), f"{part}:2: not a row that this command wrote", "start anew")
-    part.write_bytes(whole)
+    part.write_bytes(written)
     made_of = part.with_name(part.name + ".json")
     text = made_of.read_text()
     for damaged in ("", "{}", "[]", '{"model": 1}', "null"):
@@ -912,12 +914,12 @@ def test_scores_of_two_runs_are_not_joined(command, bench, cut_off, tmp_path):
     write_jsonl(data, [GOOD] * 4)
     refused(command(*given), "other content")
     write_jsonl(data, [GOOD] * 3)
-    assert command(*given, "--skip-bad").code == 0  # leaves the rows that are there as they are
+    assert command(*given, "--skip-bad").code == 0  # keeps the existing rows
     assert len(rows(tmp_path / "out.jsonl")) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "rows.jsonl"}
 
 
-def test_resuming_starts_anew_where_nothing_was_written(command, bench, tmp_path):
+def test_resuming_without_written_rows_starts_anew(command, bench, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [GOOD])
     words = ["score", bench.reward_model, tmp_path / "rows.jsonl"]
     refused(command(*words, "--resume"), "--resume needs --output")
@@ -926,8 +928,8 @@ def test_resuming_starts_anew_where_nothing_was_written(command, bench, tmp_path
     assert row["completion"] == GOOD["completion"]
 
 
-def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tmp_path):
-    """Each with its line; without --skip-bad the first of them ends the command, before the model is loaded."""
+def test_skip_bad_reports_bad_rows_and_scores_the_others(command, bench, tmp_path):
+    """Each is reported with its line. Without --skip-bad the first stops the command before the model is loaded."""
     bad = [
         ({"completion": "#### 3"}, "no prompt"),
         ({"prompt": "1 + 2 = ?\n"}, "needs a completion"),
@@ -944,10 +946,10 @@ def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tm
     done = command("score", bench.reward_model, data, "--skip-bad")
     assert done.code == 0, done.err
     assert [json.loads(line)["n"] for line in done.out.splitlines()] == list(range(5))
-    said = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
-    assert len(said) == len(bad)
+    skipped = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
+    assert len(skipped) == len(bad)
     for n, (_, message) in enumerate(bad):
-        (line,) = [line for line in said if line.startswith(f"skipped: {data}:{2 * n + 2}: ")]
+        (line,) = [line for line in skipped if line.startswith(f"skipped: {data}:{2 * n + 2}: ")]
         assert message in line
     data.write_text(data.read_text() + '{"prompt": \n["a list"]\n')
     broken = command("score", bench.reward_model, data, "--skip-bad")
@@ -960,8 +962,8 @@ def test_bad_rows_are_reported_and_the_others_scored_in_order(command, bench, tm
     )
 
 
-def test_null_is_not_known_and_candidates_may_each_be_cut_off(command, bench, tmp_path):
-    """A trace that was cut off has no end-of-sequence token; one that does not say has one."""
+def test_finished_may_be_null_or_a_list_for_candidates(command, bench, tmp_path):
+    """A truncated trace has no end-of-sequence token; a trace without the field has one."""
     rows_ = [{**GOOD, "finished": None}, GOOD, {**GOOD, "finished": False}, {"prompt": GOOD["prompt"],
              "candidates": [GOOD["completion"]] * 3, "finished": [True, False, None]}]  # fmt: skip
     parquet.write_table(pyarrow.Table.from_pylist(rows_[:3]), tmp_path / "rows.parquet")
@@ -972,13 +974,13 @@ def test_null_is_not_known_and_candidates_may_each_be_cut_off(command, bench, tm
     lines = [
         json.loads(line) for line in command("score", bench.reward_model, tmp_path / "rows.jsonl").out.splitlines()
     ]
-    whole = len(flat[1]["tokens"])
-    assert [len(row["tokens"]) for row in flat] == [whole, whole, whole - 1]
-    assert [len(row["tokens"]) for row in lines[:3]] == [whole, whole, whole - 1]
-    assert [len(scores["tokens"]) for scores in lines[3]["scores"]] == [whole, whole - 1, whole]
+    length = len(flat[1]["tokens"])
+    assert [len(row["tokens"]) for row in flat] == [length, length, length - 1]
+    assert [len(row["tokens"]) for row in lines[:3]] == [length, length, length - 1]
+    assert [len(scores["tokens"]) for scores in lines[3]["scores"]] == [length, length - 1, length]
 
 
-def test_a_reward_that_is_not_finite_ends_scoring(command, bench, tmp_path):
+def test_non_finite_reward_stops_scoring(command, bench, tmp_path):
     model = TokenRewardModel.from_pretrained(str(bench.reward_model))
     with torch.no_grad():
         model.head.b.fill_(torch.nan)
@@ -991,8 +993,8 @@ def test_a_reward_that_is_not_finite_ends_scoring(command, bench, tmp_path):
         assert f"{data}:1: the model gives a reward that is not finite" in done.err
 
 
-def test_a_calibration_is_of_the_reward_alone(command, bench, tmp_path):
-    """It was fitted without the log-probs that --reference and --policy bring."""
+def test_calibrated_probability_needs_the_plain_reward(command, bench, tmp_path):
+    """The calibration was fitted without the log-probs of --reference and --policy."""
     model, data = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(bench.reward_model, model)
     write_calibration(model, Calibration("platt", slope=2.0, intercept=0.5, traces=12))
@@ -1001,14 +1003,14 @@ def test_a_calibration_is_of_the_reward_alone(command, bench, tmp_path):
     (row,) = [json.loads(line) for line in alone.out.splitlines()]
     assert row["probability"] == pytest.approx(1 / (1 + math.exp(-2 * row["reward"] - 0.5)))
     assert "no probability" not in alone.err
-    beside = command("score", model, data, "--reference", bench.model)
-    (row,) = [json.loads(line) for line in beside.out.splitlines()]
+    with_reference = command("score", model, data, "--reference", bench.model)
+    (row,) = [json.loads(line) for line in with_reference.out.splitlines()]
     assert "probability" not in row
-    assert beside.err.count("no probability: the model is calibrated for its reward without --reference") == 1
+    assert with_reference.err.count("no probability: the model is calibrated for its reward without --reference") == 1
 
 
-def test_steps_that_the_tokenizer_does_not_give_back(command, bench, tmp_path):
-    """An unknown character has no text, so that all behind it stand one place further to the left."""
+def test_steps_that_the_tokenizer_cannot_round_trip(command, bench, tmp_path):
+    """An unknown character decodes to nothing, which shifts all later offsets by one."""
     data = tmp_path / "rows.jsonl"
     good = {"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"]}
     write_jsonl(data, [good, {"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "é3 = 3", "#### 3"]}])
@@ -1020,7 +1022,7 @@ def test_steps_that_the_tokenizer_does_not_give_back(command, bench, tmp_path):
         TokenRewardModel.from_pretrained(str(bench.reward_model)).score_steps(["1"], [["é"]])
 
 
-def test_scored_steps_can_be_looked_at(command, bench, tmp_path):
+def test_inspect_shows_scored_steps(command, bench, tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", "#### 3"], "answer": 3}])
     assert command("score", bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored.jsonl").code == 0
     (row,) = rows(tmp_path / "scored.jsonl")
@@ -1058,7 +1060,7 @@ def test_gold_answers_need_not_be_text(command, bench, tmp_path, answer, right, 
     assert (accuracy[METHODS["mean"]][0], accuracy["oracle@2"][0]) == (0.5, 1.0)
 
 
-def test_rows_of_a_question_need_not_stand_together(command, bench, samples, tmp_path):
+def test_rows_of_a_question_need_not_be_adjacent(command, bench, samples, tmp_path):
     given = rows(samples)
     write_jsonl(tmp_path / "mixed.jsonl", [row for n in range(4) for row in given[n::4]])
     words = ["--method", "shortest", "--json"]
@@ -1068,10 +1070,10 @@ def test_rows_of_a_question_need_not_stand_together(command, bench, samples, tmp
     assert json.loads(apart.out)["accuracy"]["oracle@4"] == json.loads(together.out)["accuracy"]["oracle@4"]
 
 
-def test_steps_are_scored_as_the_trace_that_they_make(bench, experts, tmp_path):
-    """One reward a step, and the numbers of the joined text."""
+def test_steps_are_scored_as_the_joined_trace(bench, experts, tmp_path):
+    """One reward per step, equal to the scores of the joined text."""
     given = [{"prompt": row["prompt"], "steps": row["completion"].split("\n")} for row in experts]
-    for row in given[1::2]:  # the delimiter inside a step: two lines are one step
+    for row in given[1::2]:  # a step of two lines contains the delimiter
         row["steps"] = ["\n".join(row["steps"][:2]), *row["steps"][2:]]
     write_jsonl(tmp_path / "steps.jsonl", given)
     done = launcher()("score", bench.reward_model, tmp_path / "steps.jsonl")
@@ -1083,7 +1085,7 @@ def test_steps_are_scored_as_the_trace_that_they_make(bench, experts, tmp_path):
         assert scored["steps"] == row["steps"]
         assert scored["token_rewards"] == pytest.approx(scores.rewards, abs=1e-5)
         means, place = [], 0
-        for step in row["steps"]:  # a step's own tokens: neither the delimiter behind it nor the end of the sequence
+        for step in row["steps"]:  # without the delimiter after it and the end of sequence
             own = [r for r, (a, b) in zip(scores.rewards, scores.offsets) if place <= a < b <= place + len(step)]
             means.append(sum(own) / len(own))
             place += len(step) + 1
@@ -1118,7 +1120,7 @@ def test_rerank_by_another_aggregate(bench, samples):
 # Looking at traces, and the suites
 
 
-def test_inspect_shows_rows_with_scores_and_scores_those_without(bench, samples, tmp_path):
+def test_inspect_scores_rows_without_scores(bench, samples, tmp_path):
     scored = tmp_path / "scored.jsonl"
     assert launcher()("score", bench.reward_model, samples, "-o", scored).code == 0
     shown = launcher()("inspect", scored, "--task", "arithmetic", "--colour", "never", "--width", 80)
@@ -1161,7 +1163,7 @@ def test_inspect_shows_rows_with_scores_and_scores_those_without(bench, samples,
         ({"candidates": ["abc"], "scores": [{}]}, "no tokens"),
     ],
 )
-def test_scores_that_cannot_be_looked_at(command, tmp_path, fields, message):
+def test_invalid_scores_of_inspect(command, tmp_path, fields, message):
     data, spans = tmp_path / "rows.jsonl", [[0, 1], [1, 2], [2, 3]]
     good = {"prompt": "q", "completion": "abc", "tokens": [*"abc"], "offsets": spans, "token_rewards": [1.0, 2.0, 3.0]}
     write_jsonl(data, [good, {**good, **fields}])
@@ -1172,7 +1174,7 @@ def test_scores_that_cannot_be_looked_at(command, tmp_path, fields, message):
 
 
 def step_rows(suite, experts) -> list[dict]:
-    """Expert traces in a suite's form, in every other of which one step is wrong."""
+    """Expert traces in a suite's format; every other one has a wrong step."""
     found = []
     for n, row in enumerate(experts):
         steps, wrong = row["completion"].split("\n"), n % 2 == 0
@@ -1194,7 +1196,7 @@ def step_rows(suite, experts) -> list[dict]:
 
 
 @pytest.mark.parametrize("suite", ["processbench", "prmbench", "mrben"])
-def test_a_step_suite_writes_json_and_a_report(bench, experts, tmp_path, suite):
+def test_step_suite_writes_json_and_report(bench, experts, tmp_path, suite):
     write_jsonl(tmp_path / "rows.jsonl", step_rows(suite, experts))
     words = ["evaluate", suite, bench.reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "out"]
     done = launcher()(*words, "--policy", bench.model, "--json")
@@ -1207,7 +1209,7 @@ def test_a_step_suite_writes_json_and_a_report(bench, experts, tmp_path, suite):
     assert "reward" in printed.out
 
 
-def test_the_suite_of_injected_errors_writes_json_and_a_report(bench, tmp_path):
+def test_perturbation_suite_writes_json_and_report(bench, tmp_path):
     words = ["evaluate", "perturbation", bench.reward_model, bench.experts, "-o", tmp_path / "out", "--json"]
     done = launcher()(*words)
     assert done.code == 0, done.err
@@ -1236,8 +1238,8 @@ leave(3)
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("alone", ["at exit", "interpreter shut down"]), ("distributed", ["at exit"])]
+    ("kind", "printed"), [("alone", ["at exit", "interpreter shut down"]), ("distributed", ["at exit"])]
 )
-def test_a_process_of_a_distributed_run_ends_without_the_interpreters_shutdown(kind, said):
+def test_distributed_process_skips_interpreter_shutdown(kind, printed):
     done = subprocess.run([sys.executable, "-c", DISTRIBUTED, kind], stdout=subprocess.PIPE, text=True, timeout=300)
-    assert (done.returncode, done.stdout.splitlines()) == (3, said)
+    assert (done.returncode, done.stdout.splitlines()) == (3, printed)

@@ -75,8 +75,8 @@ def refused(source: str, **kwargs) -> str:
 
 def test_missing_file_names_the_nearest(tmp_path):
     write_lines(tmp_path / "train.jsonl.gz", ROWS)
-    mend = f"no such file; did you mean {tmp_path / 'train.jsonl.gz'}?"
-    assert refused(str(tmp_path / "trian.jsonl.gz")).endswith(mend)
+    hint = f"no such file; did you mean {tmp_path / 'train.jsonl.gz'}?"
+    assert refused(str(tmp_path / "trian.jsonl.gz")).endswith(hint)
     assert f"no such file in {tmp_path}" in refused(str(tmp_path / "x.parquet"))
     assert f"the folder {tmp_path / 'no'} does not exist either" in refused(str(tmp_path / "no" / "a.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
@@ -85,8 +85,8 @@ def test_missing_file_names_the_nearest(tmp_path):
 
 def test_unknown_suffix_names_the_known_ones(tmp_path):
     source = write_lines(tmp_path / "a.csv", ["a,b"])
-    mend = "use one of .jsonl, .jsonl.gz, .json, .parquet"
-    assert refused(source) == f"{source}: cannot tell the format from the name; {mend}"
+    hint = "use one of .jsonl, .jsonl.gz, .json, .parquet"
+    assert refused(source) == f"{source}: cannot tell the format from the name; {hint}"
 
 
 def test_invalid_json_names_its_line(tmp_path):
@@ -122,16 +122,16 @@ def test_corrupt_files(tmp_path):
 
 
 def test_hub_set(monkeypatch):
-    asked = []
+    calls = []
 
     def load_dataset(*args, **kwargs):
-        asked.append((args, kwargs))
+        calls.append((args, kwargs))
         return datasets.Dataset.from_list([{"question": "a"}, {"question": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     found = list(read_rows("openai/gsm8k", split="test", subset="main"))
     assert found == [("openai/gsm8k:test:1", {"question": "a"}), ("openai/gsm8k:test:2", {"question": "b"})]
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert calls == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
 def test_hub_set_that_cannot_be_loaded(monkeypatch):
@@ -193,7 +193,7 @@ def test_bad_rows_name_file_line_and_field(tmp_path, row, message):
     assert str(caught.value) == f"{source}:3: {message}"
 
 
-def test_recipes_name_their_own_fields(tmp_path):
+def test_tasks_name_their_own_fields(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"question": "q"}])
     with pytest.raises(InputError, match="no completion: field 'answer' is missing or empty for task 'gsm8k'"):
         load_demonstrations(source, TASKS["gsm8k"])

@@ -27,9 +27,9 @@ def draw(text: str, kind: str, seed: int = 0, delimiter: str = "\n") -> Perturbe
 
 
 def outcomes(text: str, kind: str, delimiter: str = "\n", draws: int = 100) -> set[str]:
-    """Every text that many seeds give; empty where the kind never applies."""
+    """All texts over many seeds; empty if the kind never applies."""
     found = [draw(text, kind, seed, delimiter) for seed in range(draws)]
-    assert all(found) or not any(found)  # whether a kind applies is no matter of chance
+    assert all(found) or not any(found)  # whether a kind applies does not depend on the seed
     return {one.text for one in found if one}
 
 
@@ -257,7 +257,7 @@ def test_numbers_keep_their_format(number, kind):
     ],
 )
 def test_which_numbers_are_changed(text, kind):
-    """By the place where the number starts: the first change lies in one of the marked numbers, and each is reached."""
+    """The first change is in one of the marked numbers, and each of them is reached."""
     text, places = marked(text)
     found = set()
     for changed in changed_places(text, kind):
@@ -342,7 +342,7 @@ def test_kinds_that_cannot_apply_give_none_and_never_the_original():
 
 
 def test_kinds_are_tried_in_random_order():
-    """Where all apply each comes about equally often; where one applies it always comes."""
+    """If all apply, each is about equally frequent; if one applies, it is always chosen."""
     text = "1 + 1 = 2\n2 + 2 = 4\n#### 4"
     counts = Counter(perturb(text, random.Random(seed)).kind for seed in range(1000))
     assert counts.keys() == set(KINDS)
@@ -369,7 +369,7 @@ def decimals(text: str) -> list[Decimal]:
 
 
 def check(text: str, found: Perturbed, delimiter: str) -> None:
-    """That one thing changed, of the kind that is named, and where it says."""
+    """Check that one change was made, of the reported kind and at the reported position."""
     assert found.text != text
     assert found.first_change == by_prefixes(text, found.text)
     at = found.first_change
@@ -394,7 +394,7 @@ def check(text: str, found: Perturbed, delimiter: str) -> None:
             assert Counter(found.text) == Counter(text)
 
 
-# Pieces of traces, so that every rule meets every other one.
+# Pieces of traces that combine every rule with every other.
 NUMBER_PIECES = ["12", "3.5", "1,200", "0", ".5", "2020-01-05", "2nd", "1e-5", "٣", r"\frac{1}{2}", "1. ", "Step 2: "]
 OPERATOR_PIECES = [
     " + ",
@@ -421,7 +421,7 @@ TEXTS = st.lists(PIECES, max_size=25).map("".join) | st.text(max_size=60)
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS, seed=st.integers(0, 2**32), delimiter=st.sampled_from(["\n", "\n\n", ". ", "."]))
-def test_of_any_text_one_thing_changes_or_nothing_is_returned(kind, text, seed, delimiter):
+def test_one_change_is_made_or_none_returned(kind, text, seed, delimiter):
     found = draw(text, kind, seed, delimiter)
     assert found == draw(text, kind, seed, delimiter)
     if found is not None:
@@ -438,7 +438,7 @@ def test_none_means_that_no_kind_applies(text, seed):
 
 @given(text=st.text("ab \n", max_size=12), delimiter=st.text("ab\n", min_size=1, max_size=2), seed=st.integers(0, 99))
 def test_steps_differ_for_any_delimiter(text, delimiter, seed):
-    """Delimiters that overlap themselves or the steps, too."""
+    """Also delimiters that overlap themselves or the steps."""
     for kind in STEPS:
         found = draw(text, kind, seed, delimiter)
         if found is not None:
@@ -448,7 +448,7 @@ def test_steps_differ_for_any_delimiter(text, delimiter, seed):
 
 @pytest.mark.parametrize("world", ["misconception", "style"])
 def test_generated_traces(world):
-    """Values compared as decimals; an arithmetic line is a op b = c, so that every place is known."""
+    """Values are compared as decimals; an arithmetic line is a op b = c, so every position is known."""
     for seed, row in enumerate(generate(world, 300, seed=5)):
         text = row["completion"]
         lines = text.split("\n")
@@ -507,7 +507,7 @@ def test_long_texts_take_linear_time():
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason=f"real data is not here: {GSM8K}")
 def test_real_traces():
-    """Most rows have a place for each kind; the operators are between operands, never in a word."""
+    """Most rows admit each kind; changed operators are between operands, never in a word."""
     with gzip.open(GSM8K, "rt", encoding="utf-8") as lines:
         rows = [re.sub("<<.*?>>", "", json.loads(line)["answer"]) for line, _ in zip(lines, range(300))]
     for kind in KINDS:

@@ -1,4 +1,4 @@
-"""The surface probe finds planted leaks, names them, and finds nothing where there is nothing."""
+"""The surface probe finds and names planted leaks, and reports none without a leak."""
 
 import math
 import random
@@ -159,7 +159,7 @@ def test_one_prompt_cannot_be_split():
     assert math.isnan(surface_probe(alone, alone).auroc)
 
 
-def test_two_prompts_can():
+def test_two_prompts_can_be_split():
     experts, rollouts = worlds(20)
     pair = [TraceText(f"p{i % 2}", trace.text, True) for i, trace in enumerate(experts)]
     assert not math.isnan(surface_probe(pair, rollouts).auroc)

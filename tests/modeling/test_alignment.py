@@ -1,4 +1,4 @@
-"""Characters of tokens, ends of steps: a word tokenizer, and byte-level and byte-fallback ones that cut characters."""
+"""Token offsets and step ends of a word tokenizer, and of byte-level and byte-fallback ones that split characters."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ from tracereward.modeling.alignment import _ends_by_prefixes, _ends_by_stream, s
 
 
 def check(tokenizer, ids) -> tuple[str, list[tuple[int, int]]]:
-    """Offsets of `ids`, after checking what must hold for any ids."""
+    """Text and offsets of `ids`, after checking their invariants."""
     text, offsets = token_offsets(tokenizer, ids)
     assert text == tokenizer.decode(ids, skip_special_tokens=True)
     assert len(offsets) == len(ids)
@@ -31,7 +31,7 @@ def tokens_of(tokenizer, text: str) -> list[str]:
 
 
 def ends_of(tokenizer, text: str, delimiter: str = "\n") -> list[str]:
-    """The text of each step, cut after its last token."""
+    """The text of each step, up to and including its last token."""
     ids = tokenizer(text)["input_ids"]
     _, offsets = check(tokenizer, ids)
     steps, start = [], 0
@@ -45,7 +45,7 @@ def ends_of(tokenizer, text: str, delimiter: str = "\n") -> list[str]:
 # ---------- offsets ----------
 
 
-def test_word_tokens_written_out(tokenizer):
+def test_word_tokens_by_hand(tokenizer):
     ids = [*tokenizer("13 - 5 = 8\n#### 8")["input_ids"], tokenizer.eos_token_id]
     text, offsets = check(tokenizer, ids)
     assert text == "13 - 5 = 8\n#### 8"
@@ -71,11 +71,11 @@ def test_multi_byte_text_is_covered(text):
 
 @given(ids=st.lists(st.integers(0, len(BYTES) - 1), max_size=16))
 def test_sampled_bytes_that_are_invalid_utf8(ids):
-    """A policy may sample half a character, in the middle or, cut off by the length limit, at the end."""
+    """A policy may sample part of a character, also at the end if truncated."""
     check(BYTES, ids)
 
 
-def test_a_trace_cut_inside_a_character():
+def test_trace_truncated_inside_a_character():
     ids = BYTES("ok 😀")["input_ids"]
     text, offsets = check(BYTES, ids[:-1])
     assert text == "ok \N{REPLACEMENT CHARACTER}"
@@ -93,8 +93,8 @@ def test_byte_fallback_characters_belong_to_the_last_byte():
     assert fallback_spans("a", "<0xC3>", "<0xA9>", "<0xC3>", "<0xB1>", "b") == ("aéñb", ["a", "", "é", "", "ñ", "b"])
 
 
-def test_a_stray_byte_undoes_the_character_before_it():
-    """Byte fallback decodes a run of bytes as a whole; a stream that has shown "é" cannot take it back."""
+def test_stray_byte_invalidates_the_character_before_it():
+    """Byte fallback decodes a run of bytes together; a stream that has emitted "é" cannot revoke it."""
     lost = "\N{REPLACEMENT CHARACTER}"
     assert fallback_spans("a", "<0xC3>", "<0xA9>", "<0xC3>", "b", "1") == (
         f"a{lost * 3}b1",
@@ -117,7 +117,7 @@ def test_fallback_token_spans_cover_any_text(text):
     tokens_of(STRIPPED, text)
 
 
-def test_the_space_that_encoding_adds_is_in_no_span():
+def test_space_added_by_encoding_is_in_no_span():
     assert STRIPPED.convert_ids_to_tokens(STRIPPED(" 12")["input_ids"]) == ["▁", "▁12"]
     assert tokens_of(STRIPPED, " 12") == ["", " 12"]
     assert tokens_of(STRIPPED, "12 12") == ["12", " 12"]
@@ -127,7 +127,7 @@ def test_the_space_that_encoding_adds_is_in_no_span():
 
 @given(text=st.text(st.sampled_from("ab .\n😀日é🧮ñ"), max_size=20), special=st.integers(0, 20))
 def test_the_stream_and_the_prefixes_agree_on_text(text, special):
-    """Where no token holds a whole character and a part of the next one, as in vocabularies with byte fallback."""
+    """If no token contains a full character and part of the next, as in byte-fallback vocabularies."""
     for tokenizer in (KEPT, STRIPPED):
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
         ids.insert(special, tokenizer.pad_token_id)
@@ -136,7 +136,7 @@ def test_the_stream_and_the_prefixes_agree_on_text(text, special):
         assert _ends_by_stream(backend, ids, text) == _ends_by_prefixes(backend, ids, text) == ends
 
 
-def test_a_character_and_a_part_of_the_next_in_one_token():
+def test_token_with_a_character_and_part_of_the_next():
     ids = BYTES.convert_tokens_to_ids(["a", "aÃ", "©"])
     assert check(BYTES, ids) == ("aaé", [(0, 1), (1, 1), (1, 3)])
 
@@ -172,12 +172,12 @@ def test_steps_of_the_word_tokenizer(tokenizer):
     assert ends_of(tokenizer, "1 + 2 = 3\n3 + 4 = 7\n#### 7") == ["1 + 2 = 3\n", "3 + 4 = 7\n", "#### 7"]
 
 
-def test_a_token_that_ends_a_sentence_and_two_lines():
+def test_token_with_a_full_stop_and_two_newlines():
     assert ".\n\n" in tokens_of(BYTES, "The cat.\n\nSo")
     assert ends_of(BYTES, "The cat.\n\nSo the dog.\n\nok") == ["The cat.\n\n", "So the dog.\n\n", "ok"]
 
 
-def test_blank_lines_make_no_empty_steps():
+def test_blank_lines_are_not_steps():
     assert ends_of(BYTES, "a\n\n\nb\n \n c") == ["a\n\n\n", "b\n \n", " c"]
 
 
@@ -187,32 +187,32 @@ def test_the_last_token_always_ends_a_step():
     assert step_ends("a\nb", offsets[:1]) == [True]
 
 
-def test_a_delimiter_spread_over_tokens():
-    """The step ends where the delimiter does, not where it begins."""
+def test_delimiter_split_across_tokens():
+    """The step ends where the delimiter ends, not where it begins."""
     assert step_ends("a##b", [(0, 1), (1, 2), (2, 3), (3, 4)], "##") == [False, False, True, True]
     assert step_ends("a##b#c", [(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)], "##") == [False, True, False, False, True]
 
 
-def test_a_delimiter_whose_bytes_are_spread_over_tokens():
+def test_delimiter_with_bytes_split_across_tokens():
     text = "a😀b"
     ids = BYTES(text)["input_ids"]
     _, offsets = check(BYTES, ids)
     assert step_ends(text, offsets, "😀") == [False, False, False, False, True, True]
 
 
-def test_the_space_of_a_sentence_delimiter_opens_the_next_step():
+def test_space_of_a_sentence_delimiter_starts_the_next_step():
     """In a byte-level vocabulary the space after a full stop is part of the next word's token."""
     assert " The" in tokens_of(BYTES, "The cat sat. The dog")
     assert ends_of(BYTES, "The cat sat. The dog. So", ". ") == ["The cat sat.", " The dog.", " So"]
 
 
-def test_a_decimal_point_is_no_sentence_end():
+def test_decimal_point_does_not_end_a_sentence():
     assert ends_of(BYTES, "3.5 cats. So 2.5", ". ") == ["3.5 cats.", " So 2.5"]
 
 
 @given(text=st.text(st.sampled_from("ab \n"), min_size=1, max_size=24))
 def test_one_character_tokens_follow_the_definition(text):
-    """A newline ends a step unless only white space stands between it and a later newline."""
+    """A newline ends a step unless only white space separates it from a later newline."""
     offsets = [(i, i + 1) for i in range(len(text))]
     expected = []
     for i, character in enumerate(text):

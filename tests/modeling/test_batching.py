@@ -1,4 +1,4 @@
-"""Which sequences share a forward pass, and which tokens are hidden in it."""
+"""Batches of sequences, token dropout and chunked log-probs."""
 
 import copy
 import itertools
@@ -22,7 +22,7 @@ from tracereward.modeling.log_probs import completion_log_probs
     budget=st.integers(1, 120),
 )
 def test_batches_contain_each_group_once_within_the_budget(groups, budget):
-    """Padded tokens are the longest times the sequences of all groups; only a group alone may exceed the budget."""
+    """Padded tokens are sequences times the longest; only a single group may exceed the budget."""
     lengths, sizes = [length for length, _ in groups], [size for _, size in groups]
     batches = list(token_budget_batches(lengths, budget, sizes))
     order = [index for batch in batches for index in batch]
@@ -60,7 +60,7 @@ def test_dropout_hides_only_completion_tokens_from_other_tokens(batch):
     shown = hide_tokens(batch, 0.5, [3, 4])
     hidden = before - shown.attention_mask
     assert hidden[:, :2].tolist() == [[0, 0], [0, 0]]  # the prompts, and the padding before the second
-    assert bool((hidden >= 0).all())  # no padding comes to be seen
+    assert bool((hidden >= 0).all())  # padding stays masked
     assert not hidden[0, 5:].any()
     assert 70 < int(hidden[1].sum()) < 130  # half of 200, five standard deviations either way
     assert torch.equal(batch.attention_mask, before)
@@ -75,7 +75,7 @@ def test_dropout_rate_is_the_share_of_hidden_tokens(batch, rate, low, high):
 
 
 def test_hidden_tokens_depend_only_on_the_seed_of_the_row(batch):
-    """Not on its neighbours, nor on the padding that they cause."""
+    """Not on the other rows, nor on the padding that they cause."""
     both = hide_tokens(batch, 0.5, [3, 4]).attention_mask
     alone = hide_tokens(pack([[7]], [list(range(11, 211))], pad_id=0), 0.5, [4]).attention_mask
     assert torch.equal(both[1, 2:], alone[0, 1:])
@@ -96,7 +96,7 @@ SHAPE = {
 
 
 def models():
-    """One whose logits are the LM head's, and one that caps them behind it."""
+    """A model whose logits are the LM head's, and one with logit softcapping."""
     torch.manual_seed(0)
     llama = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
     gemma = Gemma2ForCausalLM(Gemma2Config(**SHAPE, final_logit_softcapping=0.5, query_pre_attn_scalar=8))
@@ -123,7 +123,7 @@ def by_softmax(model, batch):
 @pytest.mark.parametrize("model", models(), ids=["plain", "capped"])
 @pytest.mark.parametrize("logits", [97, 500, 2**23])
 def test_log_probs_and_two_orders_of_gradients_match_the_definition(model, logits, monkeypatch):
-    """Of one, of several and of all tokens a chunk; second derivatives too, as the gradient penalties take them."""
+    """With chunks of one, several and all tokens; gradient penalties need second derivatives too."""
     monkeypatch.setattr(log_probs_module, "LOGITS", logits)
     batch = ragged()
     found = []
@@ -134,13 +134,13 @@ def test_log_probs_and_two_orders_of_gradients_match_the_definition(model, logit
         first = torch.autograd.grad(values.sum(), weights, create_graph=True)
         penalty = sum(gradient.square().sum() for gradient in first)
         found.append((values, first, torch.autograd.grad(penalty, weights)))
-    for ours, theirs, scale in zip(*found, (1.0, 10.0, 1e3), strict=True):  # the size of what float32 rounds
+    for ours, theirs, scale in zip(*found, (1.0, 10.0, 1e3), strict=True):  # magnitude of float32 rounding
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * scale)
     assert "forward" not in vars(model.get_output_embeddings())
 
 
 class LargestLogits(TorchDispatchMode):
-    """The most numbers of any tensor over the vocabulary, beside the weights of the head."""
+    """Records the largest tensor over the vocabulary, except the head's weights."""
 
     largest = 0
 
@@ -153,7 +153,7 @@ class LargestLogits(TorchDispatchMode):
 
 
 def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
-    """In the forward and in the backward pass; the head is frozen: its gradient has that width too."""
+    """In the forward and backward pass; the head is frozen, since its gradient has that width too."""
     monkeypatch.setattr(log_probs_module, "LOGITS", 4 * 97)
     model = models()[0]
     model.get_output_embeddings().weight.requires_grad_(False)

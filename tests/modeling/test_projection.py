@@ -1,4 +1,4 @@
-"""Values moved between two tokenizers' tokens: written out, by a search over all pairs, and with real tokenizers."""
+"""Projection of token values between tokenizers: by hand, by brute force, and with real tokenizers."""
 
 import gzip
 import itertools
@@ -22,7 +22,7 @@ Spans = list[tuple[int, int]]
 
 
 def build_characters() -> PreTrainedTokenizerFast:
-    """An ASCII character or "é" is a token, another character is cut into its bytes."""
+    """A token for each ASCII character and "é"; other characters are split into bytes."""
     ids = {piece: i for i, piece in enumerate(["<pad>", "<eos>", *pre_tokenizers.ByteLevel.alphabet()])}
     tokenizer = Tokenizer(models.BPE({**ids, "Ã©": len(ids)}, [("Ã", "©")]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -32,7 +32,7 @@ def build_characters() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-# Each of them writes any text and reads it back unchanged, but for "▁" and names of special tokens.
+# Each round-trips any text, except "▁" and names of special tokens.
 TOKENIZERS = {"bytes": BYTES, "characters": build_characters(), "kept": KEPT, "stripped": STRIPPED}
 PAIRS = list(itertools.combinations(TOKENIZERS, 2))
 SEEDS = st.integers(0, 10**6)
@@ -44,7 +44,7 @@ TEXTS = st.one_of(
 
 
 def spans_of(tokenizer, text: str, ended: bool, specials: list[int]) -> Spans:
-    """Spans of the tokens of `text`, with special tokens put in before the tokens `specials`."""
+    """Spans of the tokens of `text`, with special tokens inserted before the tokens `specials`."""
     ids = encode_completion(tokenizer, text, ended)
     for place in sorted(specials, reverse=True):
         if place < len(ids):
@@ -55,7 +55,7 @@ def spans_of(tokenizer, text: str, ended: bool, specials: list[int]) -> Spans:
 
 
 def search(source: Spans, target: Spans, ended: bool) -> list[int]:
-    """The definition, by looking at every pair of tokens."""
+    """The definition, by brute force over pairs of tokens."""
     body = target[:-1] if ended and len(target) > 1 else target
     found = []
     for i, (start, end) in enumerate(source):
@@ -76,7 +76,7 @@ def search(source: Spans, target: Spans, ended: bool) -> list[int]:
 
 
 def check(source: Spans, target: Spans, ended: bool, seed: int) -> None:
-    """What must hold for two tokenisations of the same text; `seed` draws values and mask."""
+    """Check the invariants for two tokenisations of a text; `seed` determines values and mask."""
     tokens = containing_tokens(source, target, ended)
     assert tokens == search(source, target, ended)
     assert tokens == sorted(tokens)
@@ -115,7 +115,7 @@ def test_any_text_in_two_tokenizers(one, other, text, ended, special, others_spe
 @pytest.mark.parametrize("other", TOKENIZERS)
 @given(ids=st.lists(st.sampled_from([0, *range(3, 51)]), max_size=12), ended=st.booleans(), seed=SEEDS)
 def test_sampled_words(tokenizer, other, ids, ended, seed):
-    """Ids as a policy samples them: numbers side by side, special tokens inside; the other model reads their text."""
+    """Ids as sampled by a policy, with adjacent numbers and special tokens; the other model reads their text."""
     text, words = token_offsets(tokenizer, [*ids, tokenizer.eos_token_id] if ended else ids)
     others = spans_of(TOKENIZERS[other], text, ended, [])
     check(others, words, ended, seed)
@@ -136,10 +136,10 @@ def test_any_spans(data, length, ended, seed):
     check(data.draw(tilings(length, ended)), data.draw(tilings(length, ended)), ended, seed)
 
 
-# ---------- written out ----------
+# ---------- by hand ----------
 
 
-def test_a_number_in_one_token_against_its_digits():
+def test_number_token_against_digit_tokens():
     number, digits = [(0, 5), (5, 5)], [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
     assert containing_tokens(number, digits, True) == [4, 5]
     assert containing_tokens(digits, number, True) == [0, 0, 0, 0, 0, 1]
@@ -160,7 +160,7 @@ def test_backfill_gives_the_pieces_of_a_split_token_its_value():
 
 
 def test_tokens_with_crossing_boundaries():
-    """ab|cd|e against a|bc|de: a value goes to where its token ends, never to an earlier one."""
+    """ab|cd|e against a|bc|de: a value goes to the token where its own token ends, never to an earlier one."""
     source, target = [(0, 2), (2, 4), (4, 5)], [(0, 1), (1, 3), (3, 5)]
     assert containing_tokens(source, target, False) == [1, 2, 2]
     assert containing_tokens(target, source, False) == [0, 1, 2]
@@ -192,25 +192,25 @@ def test_a_leading_space_in_the_token_or_before_it():
 
 
 def test_an_emoji_in_four_byte_tokens():
-    """a😀b: three tokens with a part of the character and no text, then the one that completes it."""
-    cut, whole = [(0, 1), (1, 1), (1, 1), (1, 1), (1, 2), (2, 3)], [(0, 1), (1, 2), (2, 3)]
-    assert spans_of(BYTES, "a😀b", False, []) == cut
-    assert containing_tokens(whole, cut, False) == [0, 4, 5]
-    assert containing_tokens(cut, whole, False) == [0, 1, 1, 1, 1, 2]
-    assert containing_tokens(cut, cut, False) == [0, 1, 2, 3, 4, 5]
+    """a😀b: three tokens with part of the character and no text, then the one that completes it."""
+    split, full = [(0, 1), (1, 1), (1, 1), (1, 1), (1, 2), (2, 3)], [(0, 1), (1, 2), (2, 3)]
+    assert spans_of(BYTES, "a😀b", False, []) == split
+    assert containing_tokens(full, split, False) == [0, 4, 5]
+    assert containing_tokens(split, full, False) == [0, 1, 1, 1, 1, 2]
+    assert containing_tokens(split, split, False) == [0, 1, 2, 3, 4, 5]
     two = [(0, 1), (1, 1), (1, 2), (2, 3)]
-    assert containing_tokens(cut, two, False) == [0, 1, 2, 2, 2, 3]
-    assert containing_tokens(two, cut, False) == [0, 1, 4, 5]
-    assert containing_tokens(cut, [(0, 3)], False) == [0] * 6
+    assert containing_tokens(split, two, False) == [0, 1, 2, 2, 2, 3]
+    assert containing_tokens(two, split, False) == [0, 1, 4, 5]
+    assert containing_tokens(split, [(0, 3)], False) == [0] * 6
 
 
-def test_parts_of_two_characters_in_a_row():
+def test_consecutive_parts_of_two_characters():
     source, target = [(0, 0), (0, 1), (1, 1), (1, 1), (1, 2)], [(0, 0), (0, 0), (0, 1), (1, 1), (1, 2)]
     assert containing_tokens(source, target, False) == [0, 2, 3, 4, 4]
     assert containing_tokens(target, source, False) == [0, 1, 1, 2, 4]
 
 
-def test_the_end_of_sequence_tokens_belong_together():
+def test_end_of_sequence_tokens_map_to_each_other():
     source, target = [(0, 1), (1, 1)], [(0, 1), (1, 1), (1, 1)]
     assert containing_tokens(source, target, True) == [0, 2]
     assert containing_tokens(source, target, False) == [0, 1]
@@ -226,7 +226,7 @@ def test_the_end_of_sequence_token_alone_takes_everything():
 
 
 def test_special_tokens_inside():
-    """The policy sampled one between "a" and "b", which the reward model does not see."""
+    """The policy sampled one between "a" and "b" that the reward model does not see."""
     policy, reward_model = [(0, 1), (1, 1), (1, 2), (2, 2)], [(0, 1), (1, 2), (2, 2)]
     moved, landed = project([1.0, 2.0, 3.0], [True] * 3, reward_model, policy, ended=True)
     assert (moved, landed) == ([1.0, 0.0, 2.0, 3.0], [True, False, True, True])

@@ -1,4 +1,4 @@
-"""A prompt read once for all its completions gives what each sequence gives alone."""
+"""Sharing a prompt's forward pass among its completions gives the results of separate sequences."""
 
 import functools
 import random
@@ -41,7 +41,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 
 
 def build(folder, tokenizer, head, peft=None) -> TokenRewardModel:
-    """A reward model in which every trainable weight counts."""
+    """A reward model in which every trainable weight affects the output."""
     settings = RewardSettings(head=head, beta_clip=1e9)
     model = TokenRewardModel.from_backbone(str(folder), settings, tokenizer, peft, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
@@ -53,7 +53,7 @@ def build(folder, tokenizer, head, peft=None) -> TokenRewardModel:
 
 
 def pool(groups) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of prompts with `groups` completions each, in an order that mixes them."""
+    """Token ids of prompts with `groups` completions each, in mixed order."""
     rng = random.Random(3)
     rows = []
     for count in groups:
@@ -94,7 +94,7 @@ def assert_close(actual, expected):
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("head", ["action", "implicit", "token", "airl"])
 def test_rewards_match_one_pass_per_sequence(tiny_model_folder, tokenizer, shared, head, peft):
-    """Several prompts of other lengths, groups of one to seven, in one batch and in many."""
+    """Prompts of different lengths, groups of one to seven, in one batch and in many."""
     model = build(tiny_model_folder, tokenizer, head, peft)
     for budget in (10_000, 60, 1):
         shared.clear()
@@ -106,8 +106,8 @@ def test_rewards_match_one_pass_per_sequence(tiny_model_folder, tokenizer, share
 
 
 @pytest.mark.parametrize("head", ["action", "token"])
-def test_learned_positions_are_counted_from_the_prompts_start(tokenizer, shared, head, tmp_path):
-    """GPT-2's do not forgive a shift by the padding, as rotary ones do."""
+def test_learned_positions_start_at_the_prompt(tokenizer, shared, head, tmp_path):
+    """Unlike rotary positions, GPT-2's are not invariant to a shift by padding."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
     config.initializer_range = 0.5
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
@@ -120,7 +120,7 @@ def test_learned_positions_are_counted_from_the_prompts_start(tokenizer, shared,
 
 
 def test_shared_log_probs_and_states_match_the_unshared_pass(tiny_model_folder, tokenizer):
-    """The first token's log-prob comes from the prompt's last state, the others' from the one before them."""
+    """The first token's log-prob is from the prompt's last state, later ones are from the previous token's."""
     model = build(tiny_model_folder, tokenizer, "action")
     prompts, completions = zip(*sorted(zip(*MIXED)))
     batch = model.pack(prompts, completions)
@@ -133,13 +133,13 @@ def test_shared_log_probs_and_states_match_the_unshared_pass(tiny_model_folder, 
     assert_close([found[real], states[real]], [log_probs[real], hidden[real]])
 
 
-@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("other", ["reference", "policy"])
-def test_reference_and_policy_share_prompts_unless_sharded(tiny_model_folder, tokenizer, shared, other, spread):
+def test_reference_and_policy_share_prompts_unless_sharded(tiny_model_folder, tokenizer, shared, other, sharded):
     model = build(tiny_model_folder, tokenizer, "token")
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
-    rewards = model.token_rewards(*MIXED, **{other: lm}, sharded=spread)
-    assert [sorted(sizes) for sizes in shared] == ([] if spread else [[1, 1, 2, 3, 5, 7]] * 2)
+    rewards = model.token_rewards(*MIXED, **{other: lm}, sharded=sharded)
+    assert [sorted(sizes) for sizes in shared] == ([] if sharded else [[1, 1, 2, 3, 5, 7]] * 2)
     sign = 1 if other == "reference" else -1
     for prompt, completion, reward, value in zip(*MIXED, rewards, one_by_one(model, *MIXED), strict=True):
         with torch.no_grad():
@@ -149,7 +149,7 @@ def test_reference_and_policy_share_prompts_unless_sharded(tiny_model_folder, to
 
 
 def test_sharded_models_make_equally_many_passes_on_each_process(tiny_model_folder, tokenizer, monkeypatch):
-    """A process with fewer batches reads its last again: the others' weights are gathered in every pass."""
+    """A process with fewer batches repeats its last, since every pass gathers weights from all processes."""
     model = build(tiny_model_folder, tokenizer, "action")
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
     passes = []
@@ -187,7 +187,7 @@ def test_prompts_are_shared_only_under_full_attention(tokenizer):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma", "qwen"])
 def test_rewards_are_right_with_and_without_windows(tokenizer, shared, tmp_path, name):
-    """Windows of four tokens, shorter than prompts and completions: a copied cache would have lost some."""
+    """Windows of four tokens are shorter than prompts and completions: a copied cache would lack tokens."""
     torch.manual_seed(0)
     lm, plain = models(len(tokenizer))[name]
     lm.save_pretrained(tmp_path / "lm")
@@ -215,5 +215,5 @@ def test_groups_contain_each_row_once_one_prompt_within_the_budget(rows, budget,
         assert padded <= budget or len(group) == 1
     if not share:
         assert all(len(group) == 1 for group in groups)
-    elif budget == 120 and len(rows) <= 9:  # all of a prompt fits
+    elif budget == 120 and len(rows) <= 9:  # all rows of a prompt fit
         assert len(groups) == len({p for p, _ in rows})
