@@ -1030,8 +1030,8 @@ def test_inspect_shows_scored_steps(command, bench, tmp_path):
     shown = command("inspect", tmp_path / "scored.jsonl", "--task", "arithmetic", "--colour", "never")
     assert shown.code == 0, shown.err
     assert "✓ right" in shown.out
-    anew = command("inspect", tmp_path / "rows.jsonl", "--model", bench.reward_model, "--colour", "never")
-    assert anew.out == shown.out
+    fresh = command("inspect", tmp_path / "rows.jsonl", "--model", bench.reward_model, "--colour", "never")
+    assert fresh.out == shown.out
 
 
 def test_inspect_checks_the_answers_of_candidates(command, bench, tmp_path):
@@ -1125,8 +1125,8 @@ def test_inspect_scores_rows_without_scores(bench, samples, tmp_path):
     assert launcher()("score", bench.reward_model, samples, "-o", scored).code == 0
     shown = launcher()("inspect", scored, "--task", "arithmetic", "--colour", "never", "--width", 80)
     assert shown.code == 0, shown.err
-    anew = launcher()("inspect", samples, "--model", bench.reward_model, "--colour", "never", "--width", 80)
-    assert anew.out == shown.out
+    fresh = launcher()("inspect", samples, "--model", bench.reward_model, "--colour", "never", "--width", 80)
+    assert fresh.out == shown.out
     first = rows(samples)[0]
     assert first["completion"].split("\n")[0] in shown.out
     done = launcher()("inspect", samples, "--model", bench.reward_model, "-o", tmp_path / "page.html", "--limit", 3)

@@ -199,8 +199,8 @@ def test_reference_log_prob_is_added_to_rewards(bench, tokenizer, experts, tmp_p
     lm = AutoModelForCausalLM.from_pretrained(bench.model)
     guide = guide_of(bench, tokenizer, reference=lm)
     found = [traces[0] for traces in reject(guide, [row["prompt"] for row in experts[:3]], n=2)]
-    asked = [tokenizer(row["prompt"])["input_ids"] for row in experts[:3]]
-    for row, trace, prompt in zip(rows(tmp_path / "guided.jsonl"), found, asked, strict=True):
+    prompt_ids = [tokenizer(row["prompt"])["input_ids"] for row in experts[:3]]
+    for row, trace, prompt in zip(rows(tmp_path / "guided.jsonl"), found, prompt_ids, strict=True):
         (scores,) = guide.scorer.score_ids([prompt], [trace.ids], reference=lm)
         (alone,) = guide.scorer.score_ids([prompt], [trace.ids])
         assert row["completion"] == trace.text
@@ -245,9 +245,9 @@ def test_comparison_matches_the_separate_methods(bench, experts, tokenizer):
         assert table[method, budget]["sampled_tokens"] == sum(traces[0].sampled_tokens for traces in found) / 3
     verified = [[task.verify(trace.text, gold) for trace in traces] for traces, gold in zip(plain, golds, strict=True)]
     assert table["oracle", 2]["right"] == [float(any(right)) for right in verified]
-    asked = guide.encode(prompts)
+    prompt_ids = guide.encode(prompts)
     single = [traces[0] for traces in tilt(guide, prompts, n=1, alpha=0.0, top_k=99)]
-    corrected = self_correct(guide, asked, [trace.ids for trace in single], rounds=1, k=1)
+    corrected = self_correct(guide, prompt_ids, [trace.ids for trace in single], rounds=1, k=1)
     tokens = sum(c.sampled_tokens + s.sampled_tokens for c, s in zip(corrected, single, strict=True)) / 3
     assert table["self_correct", 2]["sampled_tokens"] == tokens
 
@@ -377,7 +377,7 @@ def test_resuming_with_other_arguments_is_refused(bench, ran, refused, tmp_path)
     correct = ["correct", bench.model, output, "--reward-model", bench.reward_model, "--max-new-tokens", 4, "-k", 1]
     killed([*correct, "-o"], tmp_path / "corrected.jsonl")
     correct += ["-o", tmp_path / "corrected.jsonl", "--resume"]
-    assert "--rounds (3, now 1); another --threshold (none, now 0.5)" in refused(
+    assert "--rounds (3, now 1); --threshold (none, now 0.5)" in refused(
         *correct, "--threshold", 0.5, "--rounds", 1
     )
     write_jsonl(output, rows(output)[1:])
@@ -433,9 +433,9 @@ def test_interrupted_correct_is_resumed(bench, ran, tmp_path):
     ("given", "message"),
     [
         (["--guide", "beem"], "unknown guide 'beem': did you mean 'beam'?"),
-        (["--guide", "beam", "--alpha", 2], "--alpha is of --guide tilt, not of beam"),
-        (["--guide", "beam", "-n", 2], "-n is of --guide reject and tilt, not of beam"),
-        (["--guide", "tilt", "--top-k", 2, "--beam", 3], "--beam is of --guide beam, not of tilt"),
+        (["--guide", "beam", "--alpha", 2], "--alpha is an option of --guide tilt, not of beam"),
+        (["--guide", "beam", "-n", 2], "-n is an option of --guide reject and tilt, not of beam"),
+        (["--guide", "tilt", "--top-k", 2, "--beam", 3], "--beam is an option of --guide beam, not of tilt"),
         (["--guide", "reject", "-n", 2, "--keep", 5], "--keep 5: only -n 2 traces are sampled"),
         (["--guide", "tilt", "--alpha", "nan"], "--alpha must be a finite number"),
         (["--guide", "reject", "--resume"], "--resume needs --output"),

@@ -178,18 +178,18 @@ def corrected_rows(
         threshold = threshold_of(lowest, share)
     pairs = iter(list(zip(rows, encoded, strict=True))[done:])
     while chunk := list(islice(pairs, sampling.prompts_together(k))):
-        asked = [prompt for _, (prompt, _) in chunk]
+        prompt_ids = [prompt for _, (prompt, _) in chunk]
         traces = [trace for _, (_, trace) in chunk]
         found = self_correct(
             guide,
-            asked,
+            prompt_ids,
             traces,
             rounds=correcting.rounds,
             k=k,
             threshold=threshold or 0.0,
             detector=None if detector is guide else detector,
         )
-        log_probs = mean_log_probs(guide.policy, asked, [c.ids for c in found], pad_id(tokenizer))
+        log_probs = mean_log_probs(guide.policy, prompt_ids, [c.ids for c in found], pad_id(tokenizer))
         out = []
         for ((_, row), (_, old)), new, log_prob in zip(chunk, found, log_probs, strict=True):
             # An unchanged trace keeps its text: decoding its tokens may differ slightly.

@@ -124,7 +124,7 @@ def guide_options(name: str, **given: Any) -> Beam | Reject | Tilt:
         if option not in known[name]:
             owner = " and ".join(other for other in METHODS if option in known[other])
             dash = "-" if len(option) == 1 else "--"
-            raise InputError(f"{dash}{option.replace('_', '-')} is of --guide {owner}, not of {name}")
+            raise InputError(f"{dash}{option.replace('_', '-')} is an option of --guide {owner}, not of {name}")
     return METHODS[name](**given)
 
 

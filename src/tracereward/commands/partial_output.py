@@ -160,7 +160,7 @@ def unfinished(output: str | None, origin: Origin | None) -> Path | None:
     ]
     if differ:
         raise InputError(
-            f"{part} is of a run with another {'; another '.join(differ)}. Give the same arguments, or {anew}"
+            f"{part} is from a run with other arguments: {'; '.join(differ)}. Give the same arguments, or {anew}"
         )
     return part
 

@@ -55,11 +55,11 @@ def beam(
             first = {key: row for row, key in reversed(list(enumerate(zip(owners, texts, strict=True))))}
             rows = sorted(first.values())
             owners, traces = [owners[row] for row in rows], [traces[row] for row in rows]
-        asked, ahead = [encoded[owner] for owner in owners], traces
+        row_prompts, ahead = [encoded[owner] for owner in owners], traces
         for _ in range(lookahead):
-            ahead, counts = guide.grow(asked, ahead, [""] * len(ahead), greedy=True)
+            ahead, counts = guide.grow(row_prompts, ahead, [""] * len(ahead), greedy=True)
             add_up(sampled, owners, counts)
-        rewards = guide.rewards(asked, ahead)
+        rewards = guide.rewards(row_prompts, ahead)
         for owner in open_beams:
             rows = [row for row, other in enumerate(owners) if other == owner]
             beams[owner] = [traces[row] for row in best(rewards, rows, width)]
@@ -90,15 +90,15 @@ def reject(guide: Guide, prompts: Sequence[str], *, n: int = 8, keep: int = 1, e
     while growing := [owner for owner, traces in enumerate(alive) if not all(map(guide.ended, traces.values()))]:
         rows = [(owner, i) for owner in growing for i in alive[owner]]
         owners = [owner for owner, _ in rows]
-        asked = [encoded[owner] for owner in owners]
-        traces, counts = guide.grow(asked, [alive[owner][i] for owner, i in rows], [str(i) for _, i in rows])
+        row_prompts = [encoded[owner] for owner in owners]
+        traces, counts = guide.grow(row_prompts, [alive[owner][i] for owner, i in rows], [str(i) for _, i in rows])
         add_up(sampled, owners, counts)
         for (owner, i), trace in zip(rows, traces, strict=True):
             alive[owner][i] = trace
         step += 1
         if step % every:
             continue
-        rewards = dict(zip(rows, guide.rewards(asked, traces), strict=True))
+        rewards = dict(zip(rows, guide.rewards(row_prompts, traces), strict=True))
         for owner, found in enumerate(alive):
             if owner in growing:
                 order = sorted(found, key=lambda i, owner=owner: -rewards[owner, i])

@@ -136,10 +136,10 @@ class Guide:
         """The traces of each prompt as records, highest reward first; ties keep their order."""
         owners = [owner for owner, found in enumerate(traces) for _ in found]
         ids = [list(trace) for found in traces for trace in found]
-        asked = [prompts[owner] for owner in owners]
-        log_probs = mean_log_probs(self.policy, asked, ids, pad_id(self.tokenizer))
+        row_prompts = [prompts[owner] for owner in owners]
+        log_probs = mean_log_probs(self.policy, row_prompts, ids, pad_id(self.tokenizer))
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        rewards = self.rewards(asked, ids)
+        rewards = self.rewards(row_prompts, ids)
         records: list[list[Guided]] = [[] for _ in prompts]
         for row, owner in enumerate(owners):
             record = Guided(

@@ -80,9 +80,9 @@ def self_correct(
         owners = [row for row in rows for _ in range(k)]
         starts = [current[row][: places[row]] for row in owners]
         streams = [f"{digest(traces[row])} {number} {i}" for row in rows for i in range(k)]
-        asked = [prompts[row] for row in owners]
-        grown, counts = guide.grow(asked, starts, streams, by_step=False)
-        found = guide.score(asked, grown)
+        row_prompts = [prompts[row] for row in owners]
+        grown, counts = guide.grow(row_prompts, starts, streams, by_step=False)
+        found = guide.score(row_prompts, grown)
         values = [trace.aggregate(how) for trace in found]
         better: dict[int, TokenScores] = {}
         for index, row in enumerate(rows):
