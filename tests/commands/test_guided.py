@@ -377,9 +377,7 @@ def test_resuming_with_other_arguments_is_refused(bench, ran, refused, tmp_path)
     correct = ["correct", bench.model, output, "--reward-model", bench.reward_model, "--max-new-tokens", 4, "-k", 1]
     killed([*correct, "-o"], tmp_path / "corrected.jsonl")
     correct += ["-o", tmp_path / "corrected.jsonl", "--resume"]
-    assert "--rounds (3, now 1); --threshold (none, now 0.5)" in refused(
-        *correct, "--threshold", 0.5, "--rounds", 1
-    )
+    assert "--rounds (3, now 1); --threshold (none, now 0.5)" in refused(*correct, "--threshold", 0.5, "--rounds", 1)
     write_jsonl(output, rows(output)[1:])
     assert f"data ({output}: the same name, other content)" in refused(*correct)
 

@@ -82,7 +82,7 @@ def test_first_changed_character_is_the_common_prefix(a, b):
         ("48+24≈72", "48-24≈72"),
     ],
 )
-def test_an_operator_becomes_its_opposite(text, expected):
+def test_operator_becomes_its_opposite(text, expected):
     assert outcomes(text, "operator") == {expected}
 
 
@@ -162,7 +162,7 @@ def test_only_binary_operators_are_changed(text):
     assert changed_places(text, "operator") == places
 
 
-def test_a_unit_needs_a_number_before_it_in_its_clause():
+def test_unit_needs_a_preceding_number_in_its_clause():
     assert not outcomes("He has 5. Apples + 3 = x", "operator")
     assert not outcomes("Apples + 3 = x, he has 5", "operator")
     assert outcomes("5 apples + 3 = x", "operator") == {"5 apples - 3 = x"}
@@ -194,7 +194,7 @@ def test_a_unit_needs_a_number_before_it_in_its_clause():
         ("9,999", "9,997 9,998"),
     ],
 )
-def test_nearby_numbers_written_out(number, expected):
+def test_nearby_numbers_by_hand(number, expected):
     assert outcomes(number, "nearby_number") == set(expected.split())
     assert outcomes(f"is -{number}, so", "nearby_number") == {f"is -{other}, so" for other in expected.split()}
 
@@ -228,8 +228,8 @@ def test_numbers_keep_their_format(number, kind):
         return re.sub("[0-9]", "9", text)
 
     def leading_zeros(text):
-        whole = re.sub("[^0-9.]", "", text).partition(".")[0]
-        return len(whole) - len(whole.lstrip("0")) if len(whole) > 1 else 0
+        integer = re.sub("[^0-9.]", "", text).partition(".")[0]
+        return len(integer) - len(integer.lstrip("0")) if len(integer) > 1 else 0
 
     for other in outcomes(number, kind, draws=100):
         assert shape(other) == shape(number)
@@ -297,13 +297,13 @@ def test_which_numbers_are_changed(text, kind):
         ("A\nStep 1:\nB\nC", {"Step 1:\nB\nC", "A\nStep 1:\nC"}, set()),
     ],
 )
-def test_steps_written_out(text, dropped, swapped):
+def test_steps_by_hand(text, dropped, swapped):
     assert outcomes(text, "drop_step") == dropped
     if swapped is not None:
         assert outcomes(text, "swap_steps") == swapped
 
 
-def test_a_period_inside_a_number_ends_no_step():
+def test_period_inside_a_number_does_not_end_a_step():
     text = "It is 3.5 m. It grows.  Then it is 4.5 m. So 1"
     assert outcomes(text, "drop_step", ". ") == {
         "It grows.  Then it is 4.5 m. So 1",
@@ -327,7 +327,7 @@ def test_steps_of_prose_and_of_any_script():
 # ---------- all kinds ----------
 
 
-def test_an_unknown_kind_and_an_empty_delimiter_are_refused():
+def test_unknown_kind_and_empty_delimiter_are_refused():
     with pytest.raises(InputError, match="unknown perturbation 'operators': did you mean 'operator'"):
         perturb("1 + 1", random.Random(0), ["number", "operators"])
     with pytest.raises(InputError, match="the step delimiter is empty"):
@@ -359,7 +359,7 @@ def test_positions_are_sampled_uniformly(kind):
     assert all(abs(count - 1000 / places) < 50 for count in counts.values())
 
 
-def test_the_result_is_frozen():
+def test_result_is_frozen():
     with pytest.raises(FrozenInstanceError):
         draw("12", "number").text = "12"
 
@@ -478,7 +478,7 @@ def test_every_number_of_a_trace_can_be_hit(kind):
     assert hit == set(range(len(old)))
 
 
-def test_the_seed_decides():
+def test_result_depends_only_on_the_seed():
     text = "\n".join(f"{n} + {n + 1} = {2 * n + 1}" for n in range(10, 40))
     one = [perturb(text, random.Random(seed)) for seed in range(50)]
     assert one == [perturb(text, random.Random(seed)) for seed in range(50)]

@@ -72,7 +72,7 @@ def test_features_of_empty_and_blank_texts():
         (lambda trace: TraceText(trace.prompt, trace.text + ".", True), "ends_with_punctuation"),
     ],
 )
-def test_a_planted_leak_is_found_and_named(leak, name):
+def test_planted_leak_is_found_and_named(leak, name):
     experts, rollouts = worlds(40)
     probe = surface_probe([leak(trace) for trace in experts], rollouts)
     assert probe.auroc > 0.99
@@ -83,7 +83,7 @@ def test_a_planted_leak_is_found_and_named(leak, name):
     assert LABELS[name] in leak_warning(probe)
 
 
-def test_an_end_token_on_experts_only_is_found_and_named():
+def test_end_token_on_experts_only_is_found_and_named():
     experts, rollouts = worlds(40)
     probe = surface_probe(experts, [TraceText(trace.prompt, trace.text, False) for trace in rollouts])
     assert probe.auroc > 0.99
@@ -94,7 +94,7 @@ def test_an_end_token_on_experts_only_is_found_and_named():
     )
 
 
-def test_a_difference_in_length_is_found_and_its_direction_named():
+def test_length_difference_is_found_with_its_direction():
     experts, rollouts = worlds(40)
     long = [TraceText(trace.prompt, f"{trace.text}\n{trace.text}", True) for trace in rollouts]
     probe = surface_probe(experts, long)
@@ -136,7 +136,7 @@ def test_probe_does_not_recognise_prompts():
     assert np.mean(aurocs) < 0.65
 
 
-def test_the_same_traces_give_the_same_figure():
+def test_probe_is_deterministic():
     experts, rollouts = worlds(20, seed=2)
     assert surface_probe(experts, rollouts) == surface_probe(experts, rollouts)
 
@@ -165,7 +165,7 @@ def test_two_prompts_can_be_split():
     assert not math.isnan(surface_probe(pair, rollouts).auroc)
 
 
-def test_a_fold_without_experts_to_learn_from_is_undefined(monkeypatch):
+def test_fold_without_training_experts_is_undefined(monkeypatch):
     experts, rollouts = worlds(20, rollouts=1)
     rows = np.arange(40)
     monkeypatch.setattr(
@@ -180,7 +180,7 @@ def test_equal_traces_have_no_feature_to_name():
     assert probe == Probe(0.5, (), 40)
 
 
-def test_a_warning_is_above_the_bound_only():
+def test_warning_only_above_the_bound():
     features = (Feature("digits", -0.5, 0.25), Feature("words", 1.0, 0.6))
     assert LEAK_BOUND == 0.7
     assert leak_warning(Probe(0.7, features, 50)) is None

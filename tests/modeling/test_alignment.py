@@ -58,7 +58,7 @@ def test_sampled_word_tokens(tokenizer, ids):
     check(tokenizer, ids)
 
 
-def test_a_character_belongs_to_the_last_of_its_tokens():
+def test_character_belongs_to_the_last_of_its_tokens():
     assert len(BYTES("😀")["input_ids"]) == 4
     assert tokens_of(BYTES, "😀") == ["", "", "", "😀"]
     assert "".join(tokens_of(BYTES, TEXT)) == TEXT
@@ -126,7 +126,7 @@ def test_space_added_by_encoding_is_in_no_span():
 
 
 @given(text=st.text(st.sampled_from("ab .\n😀日é🧮ñ"), max_size=20), special=st.integers(0, 20))
-def test_the_stream_and_the_prefixes_agree_on_text(text, special):
+def test_stream_matches_decoded_prefixes(text, special):
     """If no token contains a full character and part of the next, as in byte-fallback vocabularies."""
     for tokenizer in (KEPT, STRIPPED):
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
@@ -157,7 +157,7 @@ def test_no_tokens():
     assert step_ends("", []) == []
 
 
-def test_a_slow_tokenizer_is_refused():
+def test_slow_tokenizer_is_refused():
     class Slow:
         name_or_path = "some/slow-model"
 
@@ -181,7 +181,7 @@ def test_blank_lines_are_not_steps():
     assert ends_of(BYTES, "a\n\n\nb\n \n c") == ["a\n\n\n", "b\n \n", " c"]
 
 
-def test_the_last_token_always_ends_a_step():
+def test_last_token_always_ends_a_step():
     offsets = [(0, 1), (1, 2), (2, 3), (3, 3)]
     assert step_ends("a\nb", offsets) == [False, True, False, True]
     assert step_ends("a\nb", offsets[:1]) == [True]

@@ -178,11 +178,11 @@ def test_only_supervised_values_move():
     assert project([1.0, 2.0, 3.0], [False] * 3, source, target, ended=False) == ([0.0, 0.0], [False, False])
 
 
-def test_a_supervised_value_of_zero_is_supervised():
+def test_supervised_zero_stays_supervised():
     assert project([0.0], [True], [(0, 1)], [(0, 1)], ended=False) == ([0.0], [True])
 
 
-def test_a_leading_space_in_the_token_or_before_it():
+def test_leading_space_inside_or_before_the_token():
     joined, apart = [(0, 3)], [(0, 1), (1, 3)]
     assert spans_of(KEPT, " 12", False, []) == joined
     assert spans_of(STRIPPED, " 12", False, []) == [(0, 0), (0, 3)]
@@ -191,7 +191,7 @@ def test_a_leading_space_in_the_token_or_before_it():
     assert containing_tokens([(0, 0), (0, 3)], apart, False) == [0, 1]
 
 
-def test_an_emoji_in_four_byte_tokens():
+def test_emoji_in_four_byte_tokens():
     """a😀b: three tokens with part of the character and no text, then the one that completes it."""
     split, full = [(0, 1), (1, 1), (1, 1), (1, 1), (1, 2), (2, 3)], [(0, 1), (1, 2), (2, 3)]
     assert spans_of(BYTES, "a😀b", False, []) == split
@@ -218,7 +218,7 @@ def test_end_of_sequence_tokens_map_to_each_other():
     assert containing_tokens(target, source, False) == [0, 1, 1]
 
 
-def test_the_end_of_sequence_token_alone_takes_everything():
+def test_lone_end_of_sequence_token_gets_all_values():
     assert containing_tokens([(0, 0)], [(0, 0)], True) == [0]
     assert containing_tokens([(0, 0), (0, 0), (0, 0)], [(0, 0)], True) == [0, 0, 0]
     assert containing_tokens([(0, 2), (2, 2)], [(0, 0)], True) == [0, 0]
@@ -242,7 +242,7 @@ def test_tokens_beyond_the_target_text_map_to_its_last_token_with_text():
     assert containing_tokens([(0, 2), (2, 4)], [(0, 0), (0, 0)], False) == [1, 1]
 
 
-def test_a_surplus_of_empty_tokens_at_the_end_keeps_the_order():
+def test_trailing_empty_tokens_keep_the_order():
     target = [(0, 1), (1, 1), (1, 1)]
     assert containing_tokens([(0, 1), *[(1, 1)] * 4], target, False) == [0, 1, 2, 2, 2]
     assert containing_tokens([(0, 1), (1, 1), (1, 2)], target, False) == [0, 1, 1]

@@ -220,7 +220,7 @@ def test_centre_is_the_square_of_the_sum(batch):
 
 
 @given(sequences(), EIGHTHS)
-def test_a_common_shift_changes_centre_and_not_pairwise(batch, shift):
+def test_common_shift_changes_centre_but_not_pairwise(batch, shift):
     scores, is_expert, group = map(torch.tensor, batch)
     torch.testing.assert_close(
         pairwise(scores + shift, is_expert, group), pairwise(scores, is_expert, group), atol=1e-5, rtol=1e-5

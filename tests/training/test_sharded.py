@@ -130,7 +130,7 @@ def test_sharding_keeps_the_discriminator_complete_on_one_process(one):
     assert torch.equal(one("sharded discriminator")["end"]["discriminator"], one("sharded")["end"]["discriminator"])
 
 
-def test_the_comparison_can_fail(one):
+def test_comparison_detects_a_one_percent_change(one):
     """A 1 % larger learning rate of the policy exceeds the tolerances."""
     run, other = one("sharded"), one("sharded, 1 % faster")
     found = differences(run, other, LOSSES) | {model: apart(run, other, model) for model in run["end"]}
