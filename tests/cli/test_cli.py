@@ -164,7 +164,7 @@ def test_folders_of_other_content_are_not_overwritten(command, bench, tmp_path):
     (folder / "policy" / "mine.txt").write_text("dear")
     (folder / "checkpoints" / "checkpoint-500").mkdir(parents=True)
     for resume in ([], ["--resume"]):
-        refused(command("train", *words(bench, folder), *resume), "holds policy and is no run folder", "config.yaml")
+        refused(command("train", *words(bench, folder), *resume), "policy", "not a run folder", "config.yaml")
     assert (folder / "policy" / "mine.txt").read_text() == "dear"
     assert (folder / "checkpoints" / "checkpoint-500").is_dir()
 
