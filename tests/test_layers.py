@@ -25,11 +25,6 @@ FOREIGN = {"zip", "loop.run_in_executor", "rows.add_row"}
 """Calls whose signature is another library's."""
 UNFINISHED = {
     "src/tracereward/commands/train.py",
-    "src/tracereward/training/discriminator.py",
-    "src/tracereward/training/discriminator_batch.py",
-    "src/tracereward/training/token_bridge.py",
-    "src/tracereward/training/trainer.py",
-    "src/tracereward/training/validation.py",
 }
 """To be emptied: files with calls that still pass more than four arguments by position."""
 

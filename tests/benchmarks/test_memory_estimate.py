@@ -207,7 +207,12 @@ def test_rollouts_are_pickled():
     setup = Setup(L8, "ddp", gpus=2, rows=4, accumulation=2)
     ids = [list(range(100_000, 100_000 + setup.completion)) for _ in range(setup.rows * setup.accumulation)]
     for_discriminator = [discriminator_batch.Rollout(index, row) for index, row in enumerate(ids)]
-    for_metrics = [rollout_metrics.Rollout("?", row, True, [token / 7 for token in row], 0.5, 1.0) for row in ids]
+    for_metrics = [
+        rollout_metrics.Rollout(
+            prompt="?", ids=row, finished=True, rewards=[token / 7 for token in row], reward=0.5, correct=1.0
+        )
+        for row in ids
+    ]
     packed = len(pickle.dumps(for_discriminator)) + len(pickle.dumps(for_metrics))
     assert rollouts(setup) == pytest.approx(setup.gpus * packed, rel=0.02)
 

@@ -203,7 +203,7 @@ def test_token_advantages_are_numpys(batch, gamma, garbage):
     group, _, width, rewards = batch
     values, mask = padded(rewards, width, garbage)
     mean, std = moments_to_statistics(group_moments(values, mask), group)
-    advantages = token_advantages(values, mask, mean, std, gamma)
+    advantages = token_advantages(values, mask, mean, std, gamma=gamma)
     for row, real in enumerate(rewards):
         first = row // group * group
         tokens = np.concatenate([np.array(r, np.float64) for r in rewards[first : first + group]])
@@ -225,7 +225,7 @@ def test_true_zero_rewards_are_not_padding():
     mean, std = moments_to_statistics(group_moments(rewards, mask), 2)
     assert mean[0] == 1.5
     assert float(std[0]) == pytest.approx(np.std([0, 0, 6, 0]))
-    advantages = token_advantages(rewards, mask, mean, std, 1.0)
+    advantages = token_advantages(rewards, mask, mean, std, gamma=1.0)
     unit = np.std([0, 0, 6, 0]) + EPSILON
     np.testing.assert_allclose(advantages, [[1.5 / unit, 3 / unit, 4.5 / unit], [-1.5 / unit, 0, 0]], rtol=1e-6)
 
@@ -253,7 +253,7 @@ def test_a_wholly_masked_group_has_no_advantages():
     """TRL can mask truncated completions: a group without real tokens has no statistics, and must not give nan."""
     rewards, mask = torch.ones(2, 3), torch.zeros(2, 3)
     mean, std = moments_to_statistics(group_moments(rewards, mask), 2)
-    assert torch.equal(token_advantages(rewards, mask, mean, std, 1.0), torch.zeros(2, 3))
+    assert torch.equal(token_advantages(rewards, mask, mean, std, gamma=1.0), torch.zeros(2, 3))
 
 
 def padded_again(rewards, width, garbage):
@@ -282,7 +282,7 @@ def test_padding_and_width_change_no_advantage(batch, more, garbage, gamma):
         rewards = torch.where(mask.bool(), rewards, garbage)
         moments = group_moments(rewards, mask)
         mean, std = moments_to_statistics(moments, group)
-        of_tokens = token_advantages(rewards, mask, mean, std, gamma)
+        of_tokens = token_advantages(rewards, mask, mean, std, gamma=gamma)
         white = whiten(rewards, *batch_statistics(moments))
         assert not of_tokens[mask == 0].any()
         return of_tokens, aggregate(white, mask, "mean")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tracereward.rewards.choices import GRANULARITIES
 from tracereward.rewards.supervision import supervision_mask
-from tracereward.training.discriminator_batch import (
+from tracereward.training.first_difference import (
     after_first_difference,
     first_changed_token,
     first_difference,

@@ -14,12 +14,12 @@ from tracereward.training.discriminator_batch import (
     MONITORED,
     Expert,
     Labelled,
-    Recipe,
     ReplayBuffer,
     Rollout,
     draw,
     perturbed_pairs,
 )
+from tracereward.training.options import ExampleOptions
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=4)  # few, so that rollouts often equal the expert
 WHERE = ("rollouts", "both", "none")
@@ -29,6 +29,28 @@ def filled(rollouts, size=1000) -> ReplayBuffer:
     replay = ReplayBuffer(size)
     replay.add(rollouts)
     return replay
+
+
+def examples(prompts, rollouts, replay_share, perturbed, first_difference) -> ExampleOptions:
+    return ExampleOptions(
+        discriminator_prompts=prompts,
+        discriminator_rollouts=rollouts,
+        replay_share=replay_share,
+        perturbed_per_expert=perturbed,
+        first_difference=first_difference,
+    )
+
+
+def labelled(completion, is_expert, starts, switch, is_perturbed=False) -> Labelled:
+    return Labelled(
+        prompt=[9],
+        completion=completion,
+        group=0,
+        is_expert=is_expert,
+        starts=starts,
+        switch=switch,
+        is_perturbed=is_perturbed,
+    )
 
 
 def leaves_at(completion, expert) -> int:
@@ -42,7 +64,7 @@ def worlds(draw_):
     """Experts whose prompt is their index, fresh and old rollouts of them, batch settings, a seed."""
     experts = [Expert([100 + i], draw_(IDS)) for i in range(draw_(st.integers(1, 5)))]
     rollout = st.builds(Rollout, st.integers(0, len(experts) - 1), IDS, st.booleans())
-    recipe = Recipe(
+    options = examples(
         draw_(st.integers(1, 6)),
         draw_(st.integers(1, 3)),
         draw_(st.sampled_from([0.0, 0.25, 0.5, 1.0])),
@@ -50,7 +72,7 @@ def worlds(draw_):
         draw_(st.sampled_from(WHERE)),
     )
     fresh, old = (draw_(st.lists(rollout, max_size=8)) for _ in range(2))
-    return experts, fresh, old, recipe, draw_(st.integers(0, 99))
+    return experts, fresh, old, options, draw_(st.integers(0, 99))
 
 
 def marked_copy(expert: Expert, rng: random.Random):
@@ -63,12 +85,12 @@ def marked_copy(expert: Expert, rng: random.Random):
 
 @given(worlds())
 def test_traces_are_batched_with_their_own_prompts_expert(world):
-    experts, fresh, old, recipe, seed = world
+    experts, fresh, old, options, seed = world
     before = copy.deepcopy((experts, fresh, old))
     replay = filled(old)
-    traces, shares = draw(experts, fresh, replay, recipe, random.Random(seed), marked_copy)
+    traces, shares = draw(experts, fresh, replay, options, rng=random.Random(seed), perturbed=marked_copy)
     assert (experts, fresh, replay.rollouts) == before  # inputs are not modified
-    assert draw(experts, fresh, replay, recipe, random.Random(seed), marked_copy) == (traces, shares)
+    assert draw(experts, fresh, replay, options, rng=random.Random(seed), perturbed=marked_copy) == (traces, shares)
 
     # One block for each demonstration: expert, verified rollouts, other rollouts, perturbed copies.
     blocks: list[list[Labelled]] = []
@@ -79,7 +101,7 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
             blocks.append([trace])
     groups = [block[0].group for block in blocks]
     assert len(set(groups)) == len(groups)
-    assert len(groups) <= recipe.prompts
+    assert len(groups) <= options.discriminator_prompts
     assert set(groups) <= {r.demonstration for r in [*fresh, *old]}
     for expert_trace, *others in blocks:
         group = expert_trace.group
@@ -92,7 +114,7 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
         assert kinds == sorted(kinds)
         sources = [[(r.ids, r.verified) for r in rollouts if r.demonstration == group] for rollouts in (fresh, old)]
         rollouts = [t for t in others if not t.is_perturbed]
-        assert len(rollouts) <= recipe.rollouts
+        assert len(rollouts) <= options.discriminator_rollouts
         assert any(all((t.completion, t.is_expert) in source for t in rollouts) for source in sources)
         for trace in others:
             if trace.is_perturbed:
@@ -100,23 +122,23 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
                 assert trace.completion[-1] == 200 + group
                 assert trace.switch == len(trace.completion) - 1
                 assert trace.completion[: trace.switch] == expert.completion[: trace.switch]
-                assert trace.starts == [0 if recipe.first_difference == "none" else trace.switch]
+                assert trace.starts == [0 if options.first_difference == "none" else trace.switch]
             else:
                 assert trace.completion != expert.completion
                 assert trace.switch == (len(trace.completion) if trace.is_expert else 0)
-                late = recipe.first_difference != "none" and not trace.is_expert
+                late = options.first_difference != "none" and not trace.is_expert
                 assert trace.starts == [leaves_at(trace.completion, expert.completion) if late else 0]
         negatives = [t for t in others if not t.is_expert]
         if not negatives:
             assert others == []  # a verified rollout has no negative either
             assert expert_trace.starts == []
             assert not expert_trace.counts
-        elif recipe.first_difference == "both":
+        elif options.first_difference == "both":
             assert expert_trace.starts == [t.starts[0] for t in negatives]
         else:
             assert set(expert_trace.starts) == {0}
-    requested = recipe.perturbed * len(blocks)
-    assert ("perturbed_missing_share" in shares) == (recipe.perturbed > 0)
+    requested = options.perturbed_per_expert * len(blocks)
+    assert ("perturbed_missing_share" in shares) == (options.perturbed_per_expert > 0)
     if requested:
         made = sum(t.is_perturbed for t in traces)
         assert shares["perturbed_missing_share"] == pytest.approx((requested - made) / requested)
@@ -128,9 +150,9 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
 @given(worlds())
 def test_shares_count_the_chosen_rollouts(world):
     """All demonstrations and rollouts are chosen, so the shares are those of the lists."""
-    experts, fresh, _, recipe, seed = world
-    recipe = Recipe(99, 99, 0.0, 0, recipe.first_difference)
-    _, shares = draw(experts, fresh, filled([]), recipe, random.Random(seed))
+    experts, fresh, _, options, seed = world
+    options = examples(99, 99, 0.0, 0, options.first_difference)
+    _, shares = draw(experts, fresh, filled([]), options, rng=random.Random(seed))
     same = [r.ids == experts[r.demonstration].completion for r in fresh]
     assert shares["identical_share"] == pytest.approx(sum(same) / len(fresh) if fresh else 0.0)
     right = sum(r.verified and not s for r, s in zip(fresh, same))
@@ -146,33 +168,34 @@ def test_batch_by_hand():
     rollouts = [[1, 2, 3, 4], [1, 2, 0], [1, 2, 3, 4], [5], [1, 2, 3], [1, 7, 7]]
     fresh = [Rollout(0, ids, ids[-1] == 7) for ids in rollouts]
     for where, starts in (("none", [0, 0, 0]), ("rollouts", [2, 0, 3]), ("both", [2, 0, 3])):
-        recipe = Recipe(1, 6, 0.0, 1, where)
+        options = examples(1, 6, 0.0, 1, where)
         traces, shares = draw(
-            [expert], fresh, filled([]), recipe, random.Random(0), lambda expert, rng: ([1, 2, 3, 0], 3)
+            [expert], fresh, filled([]), options, rng=random.Random(0), perturbed=lambda expert, rng: ([1, 2, 3, 0], 3)
         )
         assert shares == {"identical_share": 2 / 6, "verified_share": 1 / 6, "perturbed_missing_share": 0.0}
         first, positive, *negatives, changed = traces
-        assert positive == Labelled([9], [1, 7, 7], 0, True, [0], 3)
+        assert positive == labelled([1, 7, 7], True, [0], 3)
         assert sorted((t.completion, t.starts, t.switch) for t in negatives) == sorted(
             (ids, [start], 0) for ids, start in zip([[1, 2, 0], [5], [1, 2, 3]], starts)
         )
-        assert changed == Labelled([9], [1, 2, 3, 0], 0, False, [0 if where == "none" else 3], 3, True)
+        start = 0 if where == "none" else 3
+        assert changed == labelled([1, 2, 3, 0], False, [start], 3, is_perturbed=True)
         assert sorted(first.starts) == (sorted([*starts, 3]) if where == "both" else [0])
-        assert first == Labelled([9], [1, 2, 3, 4], 0, True, first.starts, 4)
+        assert first == labelled([1, 2, 3, 4], True, first.starts, 4)
 
 
 def test_trace_counts_if_any_token_has_a_weight():
-    assert Labelled([1], [2, 3], 0, False, [1], 0).counts
-    assert not Labelled([1], [2, 3], 0, False, [2], 0).counts  # a truncated expert prefix
-    assert Labelled([1], [2, 3], 0, True, [2, 1], 2).counts
-    assert not Labelled([1], [2, 3], 0, True, [], 2).counts
+    assert labelled([2, 3], False, [1], 0).counts
+    assert not labelled([2, 3], False, [2], 0).counts  # a truncated expert prefix
+    assert labelled([2, 3], True, [2, 1], 2).counts
+    assert not labelled([2, 3], True, [], 2).counts
 
 
 def test_verified_rollouts_are_dropped_without_a_negative():
     """They still count in the share, which is of the sampled rollouts."""
     experts = [Expert([8], [1, 2]), Expert([9], [3, 4])]
     fresh = [Rollout(0, [1, 5], True), Rollout(0, [1, 2], True), Rollout(1, [3, 5], True), Rollout(1, [3, 6])]
-    traces, shares = draw(experts, fresh, filled([]), Recipe(2, 2, 0.0, 0, "both"), random.Random(0))
+    traces, shares = draw(experts, fresh, filled([]), examples(2, 2, 0.0, 0, "both"), rng=random.Random(0))
     by_group = {g: [(t.completion, t.is_expert) for t in traces if t.group == g] for g in (0, 1)}
     assert by_group[0] == [([1, 2], True)]
     assert by_group[1] == [([3, 4], True), ([3, 5], True), ([3, 6], False)]
@@ -189,7 +212,7 @@ def test_replay_share_is_a_share_of_demonstrations(share, new):
     fresh = [Rollout(i, [21]) for i in range(12)]
     chosen = set()
     for seed in range(20):
-        traces, _ = draw(experts, fresh, replay, Recipe(8, 1, share, 0, "none"), random.Random(seed))
+        traces, _ = draw(experts, fresh, replay, examples(8, 1, share, 0, "none"), rng=random.Random(seed))
         rollouts = [t for t in traces if not t.is_expert]
         assert len({t.group for t in rollouts}) == len(rollouts) == 8
         assert sum(t.completion == [21] for t in rollouts) == new
@@ -201,12 +224,12 @@ def test_replay_fills_up_batches_with_few_fresh_rollouts():
     experts = [Expert([i], [1]) for i in range(9)]
     replay = filled(Rollout(i, [20]) for i in range(5))
     fresh = [Rollout(8, [21])]
-    traces, _ = draw(experts, fresh, replay, Recipe(4, 1, 0.1, 0, "none"), random.Random(0))
+    traces, _ = draw(experts, fresh, replay, examples(4, 1, 0.1, 0, "none"), rng=random.Random(0))
     chosen = [(t.group, t.completion) for t in traces if not t.is_expert]
     assert len(chosen) == 4
     assert chosen[0] == (8, [21])
     assert all(completion == [20] and group < 5 for group, completion in chosen[1:])
-    assert draw(experts, [], filled([]), Recipe(4, 1, 0.5, 0, "none"), random.Random(0)) == (
+    assert draw(experts, [], filled([]), examples(4, 1, 0.5, 0, "none"), rng=random.Random(0)) == (
         [],
         {"identical_share": 0.0},
     )
@@ -217,9 +240,9 @@ def test_zero_replay_share_never_replays_alongside_fresh_rollouts():
     experts = [Expert([i], [1]) for i in range(9)]
     replay = filled(Rollout(i, [20]) for i in range(5))
     fresh = [Rollout(8, [21]), Rollout(3, [21])]
-    traces, _ = draw(experts, fresh, replay, Recipe(4, 1, 0.0, 0, "none"), random.Random(0))
+    traces, _ = draw(experts, fresh, replay, examples(4, 1, 0.0, 0, "none"), rng=random.Random(0))
     assert sorted((t.group, t.completion[0]) for t in traces if not t.is_expert) == [(3, 21), (8, 21)]
-    warm_up, _ = draw(experts, [], replay, Recipe(4, 1, 0.0, 0, "none"), random.Random(0))
+    warm_up, _ = draw(experts, [], replay, examples(4, 1, 0.0, 0, "none"), rng=random.Random(0))
     assert len({t.group for t in warm_up}) == 4
 
 
@@ -301,19 +324,28 @@ def test_inapplicable_perturbations_are_counted_and_dropped(tokenizer, demonstra
     monkeypatch.setattr(module, "perturb", lambda *_: results[same])
     changes = module.perturber(tokenizer, "\n")
     fresh = [Rollout(0, [5])]
-    traces, shares = draw([expert], fresh, filled([]), Recipe(1, 1, 0.0, 3, "both"), random.Random(0), changes)
+    traces, shares = draw(
+        [expert], fresh, filled([]), examples(1, 1, 0.0, 3, "both"), rng=random.Random(0), perturbed=changes
+    )
     assert shares["perturbed_missing_share"] == 1.0
     assert [t.completion for t in traces] == [expert.completion, [5]]
     # Without rollouts, the expert has no negative.
     traces, _ = draw(
-        [expert], [Rollout(0, expert.completion)], filled([]), Recipe(1, 1, 0.0, 3, "none"), random.Random(0), changes
+        [expert],
+        [Rollout(0, expert.completion)],
+        filled([]),
+        examples(1, 1, 0.0, 3, "none"),
+        rng=random.Random(0),
+        perturbed=changes,
     )
     assert not any(t.counts for t in traces)
     assert perturbed_pairs([expert], [], changes, 0) == []
 
 
 def test_without_perturber_all_copies_are_missing():
-    _, shares = draw([Expert([1], [2])], [Rollout(0, [3])], filled([]), Recipe(1, 1, 0.0, 2, "none"), random.Random(0))
+    _, shares = draw(
+        [Expert([1], [2])], [Rollout(0, [3])], filled([]), examples(1, 1, 0.0, 2, "none"), rng=random.Random(0)
+    )
     assert shares["perturbed_missing_share"] == 1.0
 
 
@@ -323,9 +355,9 @@ def test_perturbed_copies_carry_both_labels(tokenizer, demonstrations):
         demonstrations,
         fresh,
         filled([]),
-        Recipe(12, 1, 0.0, 2, "rollouts"),
-        random.Random(0),
-        module.perturber(tokenizer, "\n"),
+        examples(12, 1, 0.0, 2, "rollouts"),
+        rng=random.Random(0),
+        perturbed=module.perturber(tokenizer, "\n"),
     )
     copies = [t for t in traces if t.is_perturbed]
     assert shares["perturbed_missing_share"] == 0.0

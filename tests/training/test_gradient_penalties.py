@@ -33,7 +33,8 @@ def critics(tiny_model_folder, tokenizer):
 
 
 def trace(prompt, completion, group, is_expert=True) -> Labelled:
-    return Labelled(prompt, completion, group, is_expert, [0], len(completion) if is_expert else 0)
+    switch = len(completion) if is_expert else 0
+    return Labelled(prompt=prompt, completion=completion, group=group, is_expert=is_expert, starts=[0], switch=switch)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def test_terms_sum_to_the_mean(critics, traces, pairs, head, budget):
     terms = list(gradient_penalties(model, traces, POINTS, budget))
     assert {1: len(terms) == 5, 60: 1 < len(terms) < 5, 10_000: len(terms) == 1}[budget]
     assert sum(terms).item() == pytest.approx(expected, rel=1e-5)
-    halves = [list(gradient_penalties(model, traces, POINTS, budget, rank, 2)) for rank in (0, 1)]
+    halves = [list(gradient_penalties(model, traces, POINTS, budget, rank=rank, world=2)) for rank in (0, 1)]
     assert sum(halves[0]).item() == pytest.approx(sum((norms[i] - 1) ** 2 for i in (0, 2, 4)) / 5, rel=1e-5)
     assert (sum(halves[0]) + sum(halves[1])).item() == pytest.approx(expected, rel=1e-5)
 
@@ -197,13 +198,13 @@ def test_r1_terms_sum_to_half_the_mean_square_at_the_experts(critics, traces, he
     terms = list(r1_penalties(model, traces, budget))
     assert {1: len(terms) == 6, 60: 1 < len(terms) < 6, 10_000: len(terms) == 1}[budget]
     assert sum(terms).item() == pytest.approx(expected, rel=1e-5)
-    halves = [list(r1_penalties(model, traces, budget, rank, 2)) for rank in (0, 1)]
+    halves = [list(r1_penalties(model, traces, budget, rank=rank, world=2)) for rank in (0, 1)]
     assert sum(halves[0]).item() == pytest.approx(sum(norms[i] ** 2 for i in (0, 2, 4)) / 12, rel=1e-5)
     assert (sum(halves[0]) + sum(halves[1])).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_process_without_pairs(critics, traces):
-    assert list(gradient_penalties(critics["token"], traces, POINTS, 100, 5, 6)) == []
+    assert list(gradient_penalties(critics["token"], traces, POINTS, 100, rank=5, world=6)) == []
     assert list(gradient_penalties(critics["token"], traces[9:10], POINTS, 100)) == []  # an expert without a negative
     assert list(r1_penalties(critics["token"], traces[1:2], 100)) == []
 

@@ -15,7 +15,7 @@ NAN = math.nan
 
 
 def rollout(prompt="a", ids=(1, 2), finished=True, rewards=(0.0, 0.0), reward=0.0, correct=NAN) -> Rollout:
-    return Rollout(prompt, ids, finished, rewards, reward, correct)
+    return Rollout(prompt=prompt, ids=ids, finished=finished, rewards=rewards, reward=reward, correct=correct)
 
 
 BATCH = [

@@ -56,7 +56,14 @@ def test_accuracy_is_the_share_of_correct_greedy_traces(tiny_model_folder, token
             return text == gold
 
     gold = [text if place % 3 else text + " 1" for place, text in enumerate(texts)]
-    validation = Validation([row["prompt"] for row in rows], gold, LastToken(), tokenizer, 12, 3)
+    validation = Validation(
+        prompts=[row["prompt"] for row in rows],
+        answers=gold,
+        task=LastToken(),
+        tokenizer=tokenizer,
+        max_new_tokens=12,
+        batch_size=3,
+    )
     model.train()
     before = torch.get_rng_state()
     assert validation.accuracy(model) == pytest.approx(5 / 8)
@@ -66,7 +73,7 @@ def test_accuracy_is_the_share_of_correct_greedy_traces(tiny_model_folder, token
 
 
 def test_no_validation_without_a_dataset(tokenizer):
-    assert load_validation(DataArguments(), TASK, tokenizer, [], 8, 8) is None
+    assert load_validation(DataArguments(), TASK, tokenizer, [], max_new_tokens=8, batch_size=8) is None
 
 
 def test_invalid_validation_questions_are_refused(tmp_path, tokenizer):
@@ -74,11 +81,11 @@ def test_invalid_validation_questions_are_refused(tmp_path, tokenizer):
     data = DataArguments(task="arithmetic", validation_dataset_name=write(tmp_path / "v.jsonl", rows))
     trained_on = [{"prompt": rows[2]["prompt"], "source": "experts.jsonl, line 7"}]
     with pytest.raises(InputError, match=r"v\.jsonl.*3.*also trains on this question \(experts\.jsonl, line 7\)"):
-        load_validation(data, TASK, tokenizer, trained_on, 8, 8)
+        load_validation(data, TASK, tokenizer, trained_on, max_new_tokens=8, batch_size=8)
     del rows[1]["answer"]
     write(tmp_path / "v.jsonl", [{"prompt": row["prompt"], "answer": row.get("answer")} for row in rows])
     with pytest.raises(InputError, match=r"v\.jsonl.*2.*no answer"):
-        load_validation(data, TASK, tokenizer, [], 8, 8)
+        load_validation(data, TASK, tokenizer, [], max_new_tokens=8, batch_size=8)
 
 
 def test_conflicting_ways_of_validation_are_refused(tmp_path, tiny_model_folder):

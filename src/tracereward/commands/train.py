@@ -99,7 +99,14 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
             "Give more, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
         )
     raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
-    validation = load_validation(data, task, tokenizer, [*rows, *unlabeled], limit, config.per_device_train_batch_size)
+    validation = load_validation(
+        data,
+        task,
+        tokenizer,
+        [*rows, *unlabeled],
+        max_new_tokens=limit,
+        batch_size=config.per_device_train_batch_size,
+    )
     if validation is not None and config.save_strategy == "no":
         raise InputError("--validation_dataset_name chooses among checkpoints, and --save_strategy no makes none")
     if validation is not None and config.load_best_model_at_end:

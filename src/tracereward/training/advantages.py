@@ -40,7 +40,7 @@ def group_moments(rewards: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([mask.sum(1).double(), rewards.sum(1), rewards.square().sum(1)], 1)
 
 
-def token_advantages(rewards: Tensor, mask: Tensor, mean: Tensor, std: Tensor, gamma: float) -> Tensor:
+def token_advantages(rewards: Tensor, mask: Tensor, mean: Tensor, std: Tensor, *, gamma: float) -> Tensor:
     """Return-to-go of group-standardised token rewards: A_t = sum_{k >= t} gamma^(k-t) (r_k - mean) / (std + eps).
 
     Args:

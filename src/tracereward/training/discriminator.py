@@ -39,18 +39,14 @@ from tracereward.training.discriminator_batch import (
     Expert,
     Labelled,
     Perturber,
-    Recipe,
     ReplayBuffer,
     Rollout,
-    Weights,
-    after_first_difference,
     draw,
-    labels_from,
-    passes,
     perturber,
-    weigh,
 )
+from tracereward.training.first_difference import after_first_difference, labels_from
 from tracereward.training.gradient_penalties import gradient_penalties, r1_penalties
+from tracereward.training.loss_weights import Weights, passes, weigh
 from tracereward.training.losses import bce, centre, limit_spectral_norm, pairwise, sequence_scores, wasserstein
 from tracereward.training.options import DiscriminatorOptions
 
@@ -197,16 +193,8 @@ class Discriminator:
         return {"loss": loss, **accuracies, **shares, "grad_norm": norm}
 
     def _draw(self, fresh: Sequence[Rollout]) -> tuple[list[Labelled], dict[str, float]]:
-        options = self.options
-        recipe = Recipe(
-            options.discriminator_prompts,
-            options.discriminator_rollouts,
-            options.replay_share,
-            options.perturbed_per_expert,
-            options.first_difference,
-        )
         rollouts = [rollout for rollout in fresh if rollout.demonstration not in self.held_out]
-        return draw(self.experts, rollouts, self.replay, recipe, self.random, self.perturbed)
+        return draw(self.experts, rollouts, self.replay, self.options, rng=self.random, perturbed=self.perturbed)
 
     def _accumulate(self, traces: list[Labelled]) -> Tensor:
         """Gradients of this process's share of the loss.
@@ -216,13 +204,12 @@ class Discriminator:
         """
         options = self.options
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        budget = options.discriminator_token_budget
         weights = weigh(traces, options.objective)
         paired = options.objective == "pairwise" or options.centre_penalty > 0
-        todo = [(rows, 1.0) for rows in passes(traces, paired, options.discriminator_token_budget, rank, world)]
-        if self.sharded or subtracts_policy(
-            options.head
-        ):  # as many passes as the other processes make, see `distributed`
-            first = passes(traces, paired, options.discriminator_token_budget)[:1]
+        todo = [(rows, 1.0) for rows in passes(traces, paired, budget, rank=rank, world=world)]
+        if self.sharded or subtracts_policy(options.head):  # equally many passes on all processes, see `distributed`
+            first = passes(traces, paired, budget)[:1]
             todo += [(rows, 0.0) for rows in first] * (all_reduce_max(len(todo)) - len(todo))
         sums = torch.zeros(7, device=self.model.device)
         for rows, share in todo:
@@ -232,10 +219,10 @@ class Discriminator:
         counting = [trace for trace in traces if trace.counts]
         if options.gradient_penalty:
             points = [self.random.random() for _ in traces]  # drawn by all ranks alike
-            terms = gradient_penalties(self.model, counting, points, options.discriminator_token_budget, rank, world)
+            terms = gradient_penalties(self.model, counting, points, budget, rank=rank, world=world)
             sums[0] += self._backward(terms, options.gradient_penalty)
         if options.r1_penalty:
-            terms = r1_penalties(self.model, counting, options.discriminator_token_budget, rank, world)
+            terms = r1_penalties(self.model, counting, budget, rank=rank, world=world)
             sums[0] += self._backward(terms, options.r1_penalty)
         return sums
 

@@ -53,6 +53,7 @@ def gradient_penalties(
     traces: Sequence[Labelled],
     points: Sequence[float],
     token_budget: int,
+    *,
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Tensor]:
@@ -83,7 +84,7 @@ def gradient_penalties(
 
 
 def r1_penalties(
-    model: TokenRewardModel, traces: Sequence[Labelled], token_budget: int, rank: int = 0, world: int = 1
+    model: TokenRewardModel, traces: Sequence[Labelled], token_budget: int, *, rank: int = 0, world: int = 1
 ) -> Iterator[Tensor]:
     """norm^2 / 2 at each expert, over their number (Mescheder et al. 2018); arguments as of `gradient_penalties`."""
     experts = [t for t in traces if t.is_expert]

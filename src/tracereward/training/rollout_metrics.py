@@ -12,7 +12,7 @@ import numpy as np
 from tracereward.metrics import auroc, centred, mean, pearson, point_biserial, within_prompt_auroc
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rollout:
     """One completion of the policy and its rewards.
 

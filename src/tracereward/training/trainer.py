@@ -79,6 +79,7 @@ class AdversarialTrainer(RolloutTrainer):
         model: PreTrainedModel | PeftModel,
         reward_model: TokenRewardModel,
         demonstrations: list[dict[str, Any]],
+        *,
         args: AdversarialConfig,
         task: Task,
         processing_class: PreTrainedTokenizerBase,
@@ -175,6 +176,7 @@ class AdversarialTrainer(RolloutTrainer):
 
     def learned_reward(
         self,
+        *,
         prompts: list[str],
         completions: list[str],
         completion_ids: list[list[int]],
@@ -272,7 +274,14 @@ class AdversarialTrainer(RolloutTrainer):
 
     def _monitor(self, prompts: list[str], completion_ids: list[list[int]], log: Callable[[str, float], None]) -> None:
         local = [
-            rollout_metrics.Rollout(prompt, list(ids), self.bridge.finished(ids), values.tolist(), reward, right)
+            rollout_metrics.Rollout(
+                prompt=prompt,
+                ids=list(ids),
+                finished=self.bridge.finished(ids),
+                rewards=values.tolist(),
+                reward=reward,
+                correct=right,
+            )
             for prompt, ids, values, reward, right in zip(
                 prompts, completion_ids, self._rewards, self._trace_rewards, self._correct, strict=True
             )
@@ -368,7 +377,7 @@ class AdversarialTrainer(RolloutTrainer):
             rewards[row, : len(values)] = values.to(mask.device)
         moments = self._gather(group_moments(rewards, mask))
         mean, std = moments_to_statistics(moments, self._group_size)
-        return token_advantages(rewards, mask, self._local(mean), self._local(std), self.config.gamma)
+        return token_advantages(rewards, mask, self._local(mean), self._local(std), gamma=self.config.gamma)
 
     # Checkpoints: the discriminator's state rides in each, and the best is kept for `restore_best`.
 

@@ -15,7 +15,7 @@ from tracereward.tasks.recipes import Task
 from tracereward.training.options import DataArguments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Validation:
     """The questions, and how they are answered.
 
@@ -58,6 +58,7 @@ def load_validation(
     task: Task,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
+    *,
     max_new_tokens: int,
     batch_size: int,
 ) -> Validation | None:
@@ -87,5 +88,11 @@ def load_validation(
                 f"{row['source']}: the run also trains on this question ({trained_on[prompt]}); "
                 "leave it out of one of the two"
             )
-    answers = [row["answer"] for row in questions]
-    return Validation(rendered, answers, task, tokenizer, max_new_tokens, batch_size)
+    return Validation(
+        prompts=rendered,
+        answers=[row["answer"] for row in questions],
+        task=task,
+        tokenizer=tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )

@@ -1,0 +1,68 @@
+"""Token weights and labels that depend on where a trace leaves the expert's."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def first_difference(completion: Sequence[int], expert: Sequence[int]) -> int:
+    """Index of the first token in which a rollout leaves the expert trace of its prompt.
+
+    The shorter length where one is a prefix of the other; the common length where they are equal.
+    """
+    for index, (a, b) in enumerate(zip(completion, expert)):
+        if a != b:
+            return index
+    return min(len(completion), len(expert))
+
+
+def after_first_difference(lengths: Sequence[int], starts: Sequence[Sequence[int]], width: int) -> Tensor:
+    """Weights that leave out the tokens which a rollout shares with the expert trace: they say nothing about either.
+
+    A rollout has one start: its weight is 0 before it and 1 from it on. An expert trace that is compared with each of
+    its rollouts has theirs, and its weight at t is the share of them that have left it by t.
+
+    Args:
+        lengths: B completion lengths.
+        starts: for each of the B completions, the first differences that apply to it.
+        width: T.
+
+    Returns:
+        (B, T) float in [0, 1], 0 on padding.
+    """
+    weights = torch.zeros(len(lengths), width)
+    for row, (length, row_starts) in enumerate(zip(lengths, starts, strict=True)):
+        for start in row_starts:
+            weights[row, start:length] += 1 / len(row_starts)
+    return weights
+
+
+def first_changed_token(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """Index of the token that holds a character: the first that ends after it.
+
+    Args:
+        offsets: T >= 1 character spans (start, end) in order; special tokens have an empty span.
+        character: index into the text, e.g. the first that a perturbation changed.
+
+    Returns:
+        The last token's index if no token ends after the character: a text that was cut short has changed where it
+        ends, and the end-of-sequence token says so.
+    """
+    return next((index for index, (_, end) in enumerate(offsets) if end > character), len(offsets) - 1)
+
+
+def labels_from(first_change: Sequence[int], width: int) -> Tensor:
+    """Token labels: 1, the expert's, before the first changed token, and 0, the policy's, from it on.
+
+    With `step`, `interval` and `dense` supervision the tokens before a perturbation are still the expert's.
+
+    Args:
+        first_change: for each of B traces its first changed token: 0 for a rollout, its length or more for an expert.
+        width: T.
+
+    Returns:
+        (B, T) float.
+    """
+    starts = torch.tensor(first_change, dtype=torch.long)
+    return (torch.arange(width) < starts[:, None]).float()
