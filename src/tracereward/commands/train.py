@@ -31,7 +31,7 @@ from tracereward.modeling.tokenization import (
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.finish import load_policy, train_and_choose
-from tracereward.runs.folder import Config, check_disk, run_folder
+from tracereward.runs.folder import Config, Job, check_disk, run_folder
 from tracereward.runs.report import report_rewards
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -43,7 +43,7 @@ from tracereward.training.trainer import AdversarialTrainer
 from tracereward.training.validation import Validation, load_validation
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What a run reads, checked before any model is loaded."""
 
@@ -111,7 +111,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         raise InputError("--validation_dataset_name chooses among checkpoints, and --save_strategy no makes none")
     if validation is not None and config.load_best_model_at_end:
         raise InputError("give one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end")
-    return Prepared(task, tokenizer, rows, unlabeled, raw, validation)
+    return Prepared(task=task, tokenizer=tokenizer, rows=rows, unlabeled=unlabeled, raw=raw, validation=validation)
 
 
 @contextlib.contextmanager
@@ -140,12 +140,13 @@ def lora(model: ModelConfig) -> LoraConfig | None:
 
 def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Supervised fine-tuning on the demonstrations; returns the run folder, which holds ``policy/``."""
+    job = Job(kind="sft", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     train, validation = prepared.rows, []
     if config.validation_fraction:
         train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)
-    check_disk(config, model, models=1)
-    with run_folder("sft", data, config, model, resume=resume) as run:
+    check_disk(job, models=1)
+    with run_folder(job) as run:
         tokenizer = prepared.tokenizer
         with explained():
             trainer = SupervisedTrainer(
@@ -157,7 +158,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
     return run.folder
 
@@ -183,6 +184,7 @@ def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
 
 def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resume: bool = False) -> Path:
     """GRPO with a given reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
+    job = Job(kind="grpo", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     if config.base_model is not None:
         check_model(config.base_model)
@@ -193,13 +195,13 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
     missing = next((row for row in [*prepared.rows, *prepared.unlabeled] if row["answer"] is None), None)
     if config.reward == "verifier" and missing is not None:
         raise InputError(f"{missing['source']}: no answer; the verifier needs one in every row")
-    check_disk(config, model, models=1)
+    check_disk(job, models=1)
 
     def correct(completions: list[str], answer: list[str | None], **_: Any) -> list[float | None]:
         pairs = zip(completions, answer, strict=True)
         return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
 
-    with run_folder("grpo", data, config, model, resume=resume) as run:
+    with run_folder(job) as run:
         with explained():
             policy = load_policy(model)
         functions = [correct]
@@ -232,13 +234,14 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
     return run.folder
 
 
 def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Warm-up and adversarial training; the run folder holds ``policy/``, ``reward_model/`` and ``report.html``."""
+    job = Job(kind="train", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     task, tokenizer = prepared.task, prepared.tokenizer
     policy = str(model.model_name_or_path)
@@ -272,14 +275,19 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     )
     if config.shared_base and not model.use_peft:
         raise InputError("--shared_base needs --use_peft true: policy and discriminator are two LoRA adapters")
-    check_disk(config, model, models=2)
+    check_disk(job, models=2)
     peft = lora(model)
-    with run_folder("train", data, config, model, resume=resume) as run:
+    with run_folder(job) as run:
         with explained():
             torch.manual_seed(config.seed)  # the head and LoRA start at random
             starting, policy_peft = load_policy(model), lora(model)
             make = functools.partial(
-                TokenRewardModel.from_backbone, start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
+                TokenRewardModel.from_backbone,
+                start,
+                settings,
+                reward_tokenizer,
+                peft_config=peft,
+                dtype=model.dtype or "float32",
             )
             if config.shared_base:
                 assert peft is not None
@@ -297,7 +305,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 peft_config=policy_peft,
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
         with trainer.discriminator.averaged():
             weights = trainer.discriminator.weights() if trainer.discriminator.sharded else None
             if is_main_process():
@@ -305,8 +313,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                     reward_model = make()
                     reward_model.load_state_dict(weights, strict=False)
                 reward_model.save_pretrained(run.folder / "reward_model")
-                left = dataclasses.replace(model, model_name_or_path=str(run.folder / "policy"))
-                report_rewards(run, trainer, left, reward_model, prepared.rows, task, chosen)
+                report_rewards(run, trainer, reward_model, prepared.rows, chosen=chosen)
     return run.folder
 
 
