@@ -127,7 +127,7 @@ def words(bench, output: Path, **changed: object) -> list[str]:
         ({"discriminator_warmup_updates": -1}, "discriminator_warmup_updates must be at least 0"),
         ({"replay_size": -5}, "replay_size must be at least 1"),
         ({"discriminator_token_budget": 0}, "discriminator_token_budget must be at least 1"),
-        ({"validation_dataset_name": "questions", "save_strategy": "no"}, "chooses among checkpoints"),
+        ({"validation_dataset_name": "questions", "save_strategy": "no"}, "save_strategy no"),
     ],
 )
 def test_invalid_training_numbers_are_refused(command, bench, tmp_path, changed, named):
@@ -247,7 +247,7 @@ def test_completions_over_the_length_limit(command, bench, tmp_path, experts, to
                   per_device_train_batch_size=4, num_generations=None)  # fmt: skip
     dropped = launcher()("sft", *given, "--on_long", "drop")
     assert dropped.code == 0, dropped.err
-    assert f"{over} demonstrations left out: longer than {limit} tokens" in dropped.err
+    assert f"{over} demonstrations dropped: longer than {limit} tokens" in dropped.err
     refused(command("train", *words(bench, tmp_path / "other", max_completion_length=2), "--on_long", "drop"),
             f"{len(experts)} of {len(experts)} rows are too long")  # fmt: skip
 

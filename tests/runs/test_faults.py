@@ -323,17 +323,17 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize(
     ("where", "leave", "left"),
     [
-        (trap("open", "metrics.jsonl", 3), 0, "No checkpoint was finished"),
+        (trap("open", "metrics.jsonl", 3), 0, "No checkpoint was completed"),
         pytest.param(
             trap("open", "checkpoint-4/config.json"),
             200_000,
-            "The last whole checkpoint is checkpoint-2",
+            "The last complete checkpoint is checkpoint-2",
             marks=pytest.mark.long,
         ),
         pytest.param(
             trap("open", ".tmp/config.json"),  # of the final policy
             200_000,
-            "The last whole checkpoint is checkpoint-6",
+            "The last complete checkpoint is checkpoint-6",
             marks=pytest.mark.slow,
         ),
     ],
@@ -417,7 +417,7 @@ def test_non_finite_numbers_stop_run(bench, tmp_path, name, changed, message, le
     assert failed.code == 1, failed.err
     last = sentence(failed)
     assert message in last
-    assert (f"The last whole checkpoint is {left[-1]}" if left else "No checkpoint was finished") in last
+    assert (f"The last complete checkpoint is {left[-1]}" if left else "No checkpoint was completed") in last
     assert "Traceback" not in failed.err
     assert failed.out == ""
     assert whole_checkpoints(output) == left

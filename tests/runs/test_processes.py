@@ -93,7 +93,7 @@ def test_survivor_of_killed_process_reports_how_to_resume(bench, tmp_path, where
     last = sentence(other)
     assert "another process of this run ended after step" in last
     assert "--resume" in last
-    assert (f"The last whole checkpoint is {left[-1]}" if left else "No checkpoint was finished") in last
+    assert (f"The last complete checkpoint is {left[-1]}" if left else "No checkpoint was completed") in last
     assert "Traceback" not in other.err
     assert whole_checkpoints(output) == left
     resumed = launcher().two(*bench.words(output), "--resume")

@@ -213,10 +213,10 @@ def test_replay_share_is_a_share_of_demonstrations(share, new):
     chosen = set()
     for seed in range(20):
         traces, _ = draw(experts, fresh, replay, examples(8, 1, share, 0, "none"), rng=random.Random(seed))
-        drawn = [t for t in traces if not t.is_expert]
-        assert len({t.group for t in drawn}) == len(drawn) == 8
-        assert sum(t.completion == [21] for t in drawn) == new
-        chosen |= {t.group for t in drawn}
+        rollouts = [t for t in traces if not t.is_expert]
+        assert len({t.group for t in rollouts}) == len(rollouts) == 8
+        assert sum(t.completion == [21] for t in rollouts) == new
+        chosen |= {t.group for t in rollouts}
     assert chosen == set(range(12))
 
 
@@ -225,10 +225,10 @@ def test_replay_fills_up_batches_with_few_fresh_rollouts():
     replay = filled(Rollout(i, [20]) for i in range(5))
     fresh = [Rollout(8, [21])]
     traces, _ = draw(experts, fresh, replay, examples(4, 1, 0.1, 0, "none"), rng=random.Random(0))
-    drawn = [(t.group, t.completion) for t in traces if not t.is_expert]
-    assert len(drawn) == 4
-    assert drawn[0] == (8, [21])
-    assert all(completion == [20] and group < 5 for group, completion in drawn[1:])
+    chosen = [(t.group, t.completion) for t in traces if not t.is_expert]
+    assert len(chosen) == 4
+    assert chosen[0] == (8, [21])
+    assert all(completion == [20] and group < 5 for group, completion in chosen[1:])
     assert draw(experts, [], filled([]), examples(4, 1, 0.5, 0, "none"), rng=random.Random(0)) == (
         [],
         {"identical_share": 0.0},

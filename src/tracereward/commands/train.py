@@ -1,4 +1,4 @@
-"""The training commands: check everything, train, and leave a run folder that is whole."""
+"""The training commands: check all inputs, train, and write a complete run folder."""
 
 import contextlib
 import dataclasses
@@ -31,7 +31,7 @@ from tracereward.modeling.tokenization import (
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.finish import load_policy, train_and_choose
-from tracereward.runs.folder import Config, check_disk, run_folder
+from tracereward.runs.folder import Config, Job, check_disk, run_folder
 from tracereward.runs.report import report_rewards
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -43,15 +43,15 @@ from tracereward.training.trainer import AdversarialTrainer
 from tracereward.training.validation import Validation, load_validation
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What a run reads, checked before any model is loaded."""
+    """The inputs of a run, checked before any model is loaded."""
 
     task: Task
     tokenizer: PreTrainedTokenizerBase
     rows: list[dict[str, Any]]
     unlabeled: list[dict[str, Any]]
-    raw: list[dict[str, Any]]  # rows, then unlabeled, before a template was applied
+    raw: list[dict[str, Any]]  # rows, then unlabeled, before templating
     validation: Validation | None
 
 
@@ -59,14 +59,14 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     """Load the tokenizer and the demonstrations and check them against the options.
 
     Raises:
-        InputError: see `demonstrations` and `models`; also fewer demonstrations than a batch holds.
+        InputError: the model or a file cannot be used, options conflict, or a batch needs more demonstrations.
     """
     task = get_task(data.task)
     if model.model_name_or_path is None:
-        raise InputError("no model: give --model_name_or_path, a folder or a Hub id")
+        raise InputError("no model: pass --model_name_or_path, a folder or a Hub id")
     source = data.dataset_name or task.dataset
     if source is None:
-        raise InputError(f"task {task.name!r} has no set of its own: give --dataset_name, a file or a Hub id")
+        raise InputError(f"task {task.name!r} has no default dataset: pass --dataset_name, a file or a Hub id")
     subset = data.dataset_config or (task.subset if data.dataset_name in (None, task.dataset) else None)
     rows = load_demonstrations(
         source, task, split=data.dataset_train_split, subset=subset, limit=data.max_demonstrations
@@ -84,7 +84,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     assert limit is not None
     rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
     if dropped:
-        note(f"{dropped} demonstrations left out: longer than {limit} tokens (--max_completion_length)")
+        note(f"{dropped} demonstrations dropped: longer than {limit} tokens (--max_completion_length)")
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     prompts = len(rows) + len(unlabeled)
     if isinstance(config, SupervisedConfig):
@@ -95,8 +95,8 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         needed, what = config.generation_batch_size // config.num_generations, "one batch of rollouts"
     if prompts < needed:
         raise InputError(
-            f"{source}: {prompts} demonstrations, {needed} prompts needed for {what}. "
-            "Give more, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
+            f"{source}: {prompts} demonstrations, but {what} needs {needed} prompts. "
+            "Add rows, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
         )
     raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
     validation = load_validation(
@@ -108,31 +108,31 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         batch_size=config.per_device_train_batch_size,
     )
     if validation is not None and config.save_strategy == "no":
-        raise InputError("--validation_dataset_name chooses among checkpoints, and --save_strategy no makes none")
+        raise InputError(
+            "--validation_dataset_name selects a checkpoint, but --save_strategy no writes none; use steps"
+        )
     if validation is not None and config.load_best_model_at_end:
-        raise InputError("give one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end")
-    return Prepared(task, tokenizer, rows, unlabeled, raw, validation)
+        raise InputError(
+            "use only one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end"
+        )
+    return Prepared(task=task, tokenizer=tokenizer, rows=rows, unlabeled=unlabeled, raw=raw, validation=validation)
 
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """What transformers, PEFT and TRL refuse while models and a trainer are made is the user's to mend.
-
-    Raises:
-        InputError: in their words.
-    """
+    """Re-raise configuration errors of transformers, PEFT and TRL as `InputError`, with their message."""
     try:
         yield
     except InputError:
         raise
     except (ValueError, ImportError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, such as a full disk
+        if isinstance(error, OSError) and error.errno is not None:  # a system error, such as a full disk
             raise
         raise InputError(" ".join(str(error).split())) from error
 
 
 def lora(model: ModelConfig) -> LoraConfig | None:
-    """The LoRA settings among the options; None without ``use_peft``."""
+    """LoRA settings from the options; None without ``use_peft``."""
     config = get_peft_config(model)
     assert config is None or isinstance(config, LoraConfig)
     return config
@@ -140,12 +140,13 @@ def lora(model: ModelConfig) -> LoraConfig | None:
 
 def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Supervised fine-tuning on the demonstrations; returns the run folder, which holds ``policy/``."""
+    job = Job(kind="sft", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     train, validation = prepared.rows, []
     if config.validation_fraction:
         train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)
-    check_disk(config, model, models=1)
-    with run_folder("sft", data, config, model, resume=resume) as run:
+    check_disk(job, models=1)
+    with run_folder(job) as run:
         tokenizer = prepared.tokenizer
         with explained():
             trainer = SupervisedTrainer(
@@ -157,22 +158,22 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
     return run.folder
 
 
 class SupervisedTrainer(SafeTrainer, SFTTrainer):
-    """`trl.SFTTrainer` with whole checkpoints."""
+    """`trl.SFTTrainer` with complete checkpoints."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         logged = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
-        self._total_train_tokens = logged[-1] if logged else 0  # TRL would count from 0 again
+        self._total_train_tokens = logged[-1] if logged else 0  # TRL would restart at 0
 
 
 def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows as SFT trains on them: the same token ids that the discriminator reads and that scoring reads."""
+    """Rows as SFT trains on them: the token ids that the discriminator and scoring use too."""
     encoded = []
     for row in rows:
         prompt, completion = encode_prompt(tokenizer, row["prompt"]), encode_completion(tokenizer, row["completion"])
@@ -182,24 +183,27 @@ def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resume: bool = False) -> Path:
-    """GRPO with a given reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
+    """GRPO with a fixed reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
+    job = Job(kind="grpo", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     if config.base_model is not None:
         check_model(config.base_model)
         if not same_tokenizer(prepared.tokenizer, load_tokenizer(config.base_model)):
-            raise InputError(f"--base_model {config.base_model} has another tokenizer than the policy")
+            raise InputError(
+                f"--base_model {config.base_model} and the policy have different tokenizers; use the model before SFT"
+            )
     task, tokenizer = prepared.task, prepared.tokenizer
     rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in [*prepared.rows, *prepared.unlabeled]]
     missing = next((row for row in [*prepared.rows, *prepared.unlabeled] if row["answer"] is None), None)
     if config.reward == "verifier" and missing is not None:
-        raise InputError(f"{missing['source']}: no answer; the verifier needs one in every row")
-    check_disk(config, model, models=1)
+        raise InputError(f"{missing['source']}: no answer; --reward verifier needs one in every row")
+    check_disk(job, models=1)
 
     def correct(completions: list[str], answer: list[str | None], **_: Any) -> list[float | None]:
         pairs = zip(completions, answer, strict=True)
         return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
 
-    with run_folder("grpo", data, config, model, resume=resume) as run:
+    with run_folder(job) as run:
         with explained():
             policy = load_policy(model)
         functions = [correct]
@@ -219,7 +223,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
                     rewards = [reward + sign * value for reward, value in zip(rewards, values, strict=True)]
                 return rewards
 
-            log_probs.__name__ = config.reward  # TRL logs a reward under its function's name
+            log_probs.__name__ = config.reward  # TRL's log name for a reward is its function's name
             functions = [log_probs, correct] if missing is None else [log_probs]
         config.reward_weights = [1.0, 0.0][: len(functions)]
         with explained():
@@ -232,13 +236,14 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
     return run.folder
 
 
 def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Warm-up and adversarial training; the run folder holds ``policy/``, ``reward_model/`` and ``report.html``."""
+    job = Job(kind="train", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     task, tokenizer = prepared.task, prepared.tokenizer
     policy = str(model.model_name_or_path)
@@ -251,11 +256,11 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         check_model(config.warmup_model)
         if not same_tokenizer(tokenizer, load_tokenizer(config.warmup_model)):
             raise InputError(
-                f"the policy {policy} and --warmup_model {config.warmup_model} have different tokenizers: the "
-                "warm-up's rollouts must be such as the policy could write"
+                f"the policy {policy} and --warmup_model {config.warmup_model} have different tokenizers; "
+                "use a model with the policy's tokenizer"
             )
     if config.positives == "mixed":
-        note("USES GOLD ANSWERS: rollouts that the verifier finds right are trained on as experts' (--positives mixed)")
+        note("USES GOLD ANSWERS: rollouts with a correct answer are additional positives (--positives mixed)")
     settings = RewardSettings(
         head=config.head,
         granularity=config.granularity,
@@ -272,14 +277,19 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     )
     if config.shared_base and not model.use_peft:
         raise InputError("--shared_base needs --use_peft true: policy and discriminator are two LoRA adapters")
-    check_disk(config, model, models=2)
+    check_disk(job, models=2)
     peft = lora(model)
-    with run_folder("train", data, config, model, resume=resume) as run:
+    with run_folder(job) as run:
         with explained():
-            torch.manual_seed(config.seed)  # the head and LoRA start at random
+            torch.manual_seed(config.seed)  # random initialisation of the head and LoRA
             starting, policy_peft = load_policy(model), lora(model)
             make = functools.partial(
-                TokenRewardModel.from_backbone, start, settings, reward_tokenizer, peft, dtype=model.dtype or "float32"
+                TokenRewardModel.from_backbone,
+                start,
+                settings,
+                reward_tokenizer,
+                peft_config=peft,
+                dtype=model.dtype or "float32",
             )
             if config.shared_base:
                 assert peft is not None
@@ -297,7 +307,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 peft_config=policy_peft,
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, model=model)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
         with trainer.discriminator.averaged():
             weights = trainer.discriminator.weights() if trainer.discriminator.sharded else None
             if is_main_process():
@@ -305,13 +315,12 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                     reward_model = make()
                     reward_model.load_state_dict(weights, strict=False)
                 reward_model.save_pretrained(run.folder / "reward_model")
-                left = dataclasses.replace(model, model_name_or_path=str(run.folder / "policy"))
-                report_rewards(run, trainer, left, reward_model, prepared.rows, task, chosen)
+                report_rewards(run, trainer, reward_model, prepared.rows, chosen=chosen)
     return run.folder
 
 
 def with_reward_prompts(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, template: str) -> list[dict[str, Any]]:
-    """Demonstrations, then unlabeled prompts, with the reward model's rendering of each prompt if it may differ."""
+    """Demonstrations, then unlabeled prompts; with `reward_prompt` if the reward model's rendering may differ."""
     rows = [*prepared.rows, *prepared.unlabeled]
     if template == "plain" or same_tokenizer(prepared.tokenizer, tokenizer):
         return rows

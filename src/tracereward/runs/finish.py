@@ -30,18 +30,14 @@ def load_policy(model: ModelConfig) -> PreTrainedModel:
 
 
 def train_and_choose(
-    run: Run,
-    trainer: SafeTrainer,
-    validation: Validation | None,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    model: ModelConfig,
+    run: Run, trainer: SafeTrainer, validation: Validation | None, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Train and write ``policy/``: the last weights, or, after a failure or with validation questions, the best.
 
     Returns:
         A sentence for the report on how the policy was selected, with a leading space; empty for the last weights.
     """
+    model = run.job.model
     trainer.validation = validation
     if validation is not None:
         start = trainer.accelerator.unwrap_model(trainer.model)

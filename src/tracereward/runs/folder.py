@@ -45,11 +45,30 @@ Config = SupervisedConfig | RewardConfig | AdversarialConfig
 CHECKPOINTS = "checkpoints"
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a training command was asked to do.
+
+    Attributes:
+        kind: the command: ``sft``, ``grpo`` or ``train``.
+        data: options of the demonstrations.
+        config: options of the training.
+        model: options of the starting policy.
+        resume: whether a run in the output folder is resumed.
+    """
+
+    kind: str
+    data: DataArguments
+    config: Config
+    model: ModelConfig
+    resume: bool = False
+
+
+@dataclasses.dataclass(kw_only=True)
 class Run:
     """An open run folder."""
 
-    kind: str
+    job: Job
     folder: Path
     metrics: MetricsFile
     stop: StopSignal
@@ -71,7 +90,7 @@ class Run:
                 0 if self.checkpoint is None else int(self.checkpoint.name.split("-")[-1]),
                 warmed if self.checkpoint is None else sys.maxsize,
             )
-        Progress.replace_default(trainer, self.kind)
+        Progress.replace_default(trainer, self.job.kind)
         with self.stop, explain_full_disk(self.folder):
             try:
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -99,9 +118,9 @@ class Run:
         if not is_main_process():
             return
         report = Report(
-            title=f"tracereward {self.kind}: {self.folder.name}",
+            title=f"tracereward {self.job.kind}: {self.folder.name}",
             summary=summary,
-            command=f"tracereward {self.kind} --config {shlex.quote(str(self.folder / 'config.yaml'))}",
+            command=f"tracereward {self.job.kind} --config {shlex.quote(str(self.folder / 'config.yaml'))}",
             metrics=read_jsonl(self.metrics.path),
             config=self.settings,
             **content,
@@ -110,26 +129,27 @@ class Run:
 
 
 @contextlib.contextmanager
-def run_folder(kind: str, data: DataArguments, config: Config, model: ModelConfig, *, resume: bool) -> Iterator[Run]:
+def run_folder(job: Job) -> Iterator[Run]:
     """Open a run folder; refuses to overwrite another run.
 
     Raises:
-        InputError: the folder has a run and `resume` is False, or that run had other options.
+        InputError: the folder has a run that is not to be resumed or had other options.
         RunFailed: the disk is full.
     """
-    folder = Path(str(config.output_dir))
+    folder = Path(str(job.config.output_dir))
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file, not a folder")
     with explain_full_disk(folder), locked(folder):
-        yield _open(kind, folder, data, config, model=model, resume=resume)
+        yield _open(job, folder)
 
 
-def _open(kind: str, folder: Path, data: DataArguments, config: Config, *, model: ModelConfig, resume: bool) -> Run:
-    settings = resolved(data, config, model)
+def _open(job: Job, folder: Path) -> Run:
+    config = job.config
+    settings = resolved(job.data, config, job.model)
     checkpoint: Path | InputError | None = None
     if is_main_process():
         try:
-            checkpoint = _claim(kind, folder, settings, config, resume=resume)
+            checkpoint = _claim(job, folder, settings)
         except InputError as error:
             checkpoint = error
     checkpoint = broadcast_object(checkpoint)
@@ -138,12 +158,12 @@ def _open(kind: str, folder: Path, data: DataArguments, config: Config, *, model
     config.output_dir = str(folder / CHECKPOINTS)  # what the trainers write while they run
     if checkpoint is not None:
         note(f"resuming from {checkpoint}")
-    metrics = MetricsFile(folder / "metrics.jsonl", kind)
+    metrics = MetricsFile(folder / "metrics.jsonl", job.kind)
     stop = StopSignal(config.rollout_steps if isinstance(config, PolicyConfig) else 1)
-    return Run(kind=kind, folder=folder, metrics=metrics, stop=stop, checkpoint=checkpoint, settings=settings)
+    return Run(job=job, folder=folder, metrics=metrics, stop=stop, checkpoint=checkpoint, settings=settings)
 
 
-def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, *, resume: bool) -> Path | None:
+def _claim(job: Job, folder: Path, settings: dict[str, Any]) -> Path | None:
     """Check the folder and write the run's options to it; returns the checkpoint to resume from."""
     stored, checkpoints = folder / "config.yaml", folder / CHECKPOINTS
     made = what_was_made(folder)
@@ -152,23 +172,23 @@ def _claim(kind: str, folder: Path, settings: dict[str, Any], config: Config, *,
             f"{folder} has {made[0]} but is not a run folder (config.yaml is missing); use another --output_dir. "
             "Nothing was overwritten."
         )
-    if made and not resume:
+    if made and not job.resume:
         raise InputError(
             f"{folder} already has a run; resume it with --resume, or use another --output_dir. "
             "Nothing was overwritten."
         )
     if made:
-        defaults = option_defaults(DataArguments, type(config), ModelConfig)
+        defaults = option_defaults(DataArguments, type(job.config), ModelConfig)
         check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, defaults, folder)
     else:  # a run that ended before training, for example by an invalid option
         (checkpoints / "batch.json").unlink(missing_ok=True)
-    checkpoint = last_complete_checkpoint(checkpoints) if resume else None
+    checkpoint = last_complete_checkpoint(checkpoints) if job.resume else None
     if checkpoint is None and "report.html" in made:
         raise InputError(f"{folder} is finished and has no checkpoint to resume from; use another --output_dir")
     remove_unfinished(folder)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    check_same_batch(checkpoints / "batch.json", config)
-    versions = f"# tracereward {__version__} {kind}, torch {torch.__version__}\n"
+    check_same_batch(checkpoints / "batch.json", job.config)
+    versions = f"# tracereward {__version__} {job.kind}, torch {torch.__version__}\n"
     atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False))
     return checkpoint
 
@@ -325,11 +345,12 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def check_disk(config: Config, model: ModelConfig, models: int) -> None:
+def check_disk(job: Job, models: int) -> None:
     """Refuse if the checkpoints and final weights of `models` models do not fit on the disk.
 
     Existing files of the run folder count as free space, since a resumed run replaces them.
     """
+    config, model = job.config, job.model
     with zero3_disabled(), init_empty_weights():
         shape = AutoModelForCausalLM.from_config(
             AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)

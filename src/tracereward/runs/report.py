@@ -1,5 +1,6 @@
 """The report of an adversarial run: curves, and fresh rollouts of the final policy."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,30 +15,31 @@ from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.runs.finish import load_policy
 from tracereward.runs.folder import Run
-from tracereward.tasks.recipes import Task
 from tracereward.training.trainer import AdversarialTrainer
 
 
 def report_rewards(
     run: Run,
     trainer: AdversarialTrainer,
-    policy: ModelConfig,
     reward_model: TokenRewardModel,
     rows: list[dict[str, Any]],
-    task: Task,
+    *,
     chosen: str,
 ) -> None:
     """Write the report: curves, rewards of fresh rollouts on training prompts, and heatmaps of five rollouts.
 
-    Everything else is saved before. If policy and reward model do not fit in memory, the rollouts are skipped.
+    Everything else, the final policy included, is saved before. If policy and reward model do not fit in memory, the
+    rollouts are skipped.
     """
     config = trainer.config
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
-    gold = {row["prompt"]: row["answer"] for row in rows}
+    answers = {row["prompt"]: row["answer"] for row in rows}
+    gold = {prompt: answers[prompt] for prompt in prompts}
+    policy = dataclasses.replace(run.job.model, model_name_or_path=str(run.folder / "policy"))
     shown = f"Rewards and heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts."
     try:
         with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes
-            traces = fresh_traces(trainer, policy, reward_model, prompts=prompts, gold=gold, task=task)
+            traces = fresh_traces(trainer, policy, reward_model, gold)
     except torch.OutOfMemoryError:
         traces, shown = (
             [],
@@ -51,7 +53,8 @@ def report_rewards(
     ended = "" if failure is None else f" Stopped at step {failure.step} by the rule {failure.name}: {failure.reason}."
     gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
     run.report(
-        f"Adversarial training on {len(rows)} demonstrations of {task.name}.{ended}{chosen}{gold_answers} {shown}",
+        f"Adversarial training on {len(rows)} demonstrations of {trainer.task.name}."
+        f"{ended}{chosen}{gold_answers} {shown}",
         rewards_correct=right,
         rewards_wrong=wrong,
         traces=pick_traces(traces),
@@ -59,18 +62,20 @@ def report_rewards(
 
 
 def fresh_traces(
-    trainer: AdversarialTrainer,
-    left: ModelConfig,
-    reward_model: TokenRewardModel,
-    prompts: list[str],
-    gold: dict[str, str | None],
-    task: Task,
+    trainer: AdversarialTrainer, model: ModelConfig, reward_model: TokenRewardModel, gold: dict[str, str | None]
 ) -> list[ScoredTrace]:
-    """Four scored rollouts per prompt by the final policy."""
-    config, device = trainer.config, trainer.accelerator.device
+    """Four scored rollouts per prompt by the final policy.
+
+    Args:
+        trainer: of the finished run.
+        model: where the final policy is.
+        reward_model: the trained reward model.
+        gold: rendered prompts, each with its gold answer or None.
+    """
+    config, device, task, prompts = trainer.config, trainer.accelerator.device, trainer.task, list(gold)
     clear_device_cache(garbage_collection=True)
     reward_model.to(device)
-    policy = load_policy(left).to(device)  # pyright: ignore[reportArgumentType]
+    policy = load_policy(model).to(device)  # pyright: ignore[reportArgumentType]
     assert config.max_completion_length is not None
     params = SamplingParams(max_new_tokens=config.max_completion_length, seed=config.seed, batch_size=128)
     samples = [s for chunk in sample(policy, trainer.tokenizer, prompts, params, n=4) for s in chunk]

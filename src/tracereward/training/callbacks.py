@@ -1,4 +1,4 @@
-"""What watches a run from outside: the metrics file, the progress bar and the stop signal."""
+"""Callbacks of the training commands: metrics file, stop signal, progress bar and failure detection."""
 
 import json
 import signal
@@ -17,7 +17,7 @@ from tracereward.training.failures import Failure, detect
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each log to ``metrics.jsonl``: one object a line, first `phase` and `step`."""
+    """Appends each log to ``metrics.jsonl``: one object per line, starting with `phase` and `step`."""
 
     def __init__(self, path: Path, phase: str):
         self.path = path
@@ -31,17 +31,17 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Called by the trainer with what it logs."""
+        """Called by the trainer for each log."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             self.append({"phase": self.phase, "step": state.global_step, **logs})
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row; nan and infinity, which JSON does not have, become null."""
+        """Append one row; nan and infinity become null."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(without_nan(row)) + "\n")
 
     def rewind(self, step: int, warmup_updates: int) -> None:
-        """Forget what was logged after the checkpoint from which a run goes on."""
+        """Remove the rows that were logged after the checkpoint from which the run resumes."""
 
         def keep(row: dict) -> bool:
             return row["update"] <= warmup_updates if row["phase"] == "warmup" else row["step"] <= step
@@ -50,10 +50,10 @@ class MetricsFile(TrainerCallback):
 
 
 class StopSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the step that is running, saves a checkpoint and stops; a second one stops at once.
+    """On Ctrl-C or SIGTERM finishes the current step, saves a checkpoint and stops; a second signal stops at once.
 
     Args:
-        every: optimiser steps that share one batch of rollouts; a run stops behind the last of them.
+        every: optimiser steps per batch of rollouts; the run stops after the last of them.
     """
 
     def __init__(self, every: int = 1):
@@ -62,15 +62,15 @@ class StopSignal(TrainerCallback):
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        """Take over SIGINT and SIGTERM; from the main thread."""
+        """Install handlers of SIGINT and SIGTERM; main thread only."""
         self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Give the signals back.
+        """Restore the signal handlers.
 
-        A process of a distributed run that has failed keeps from SIGTERM: its launcher sends it when another has ended,
-        and this one still has to say why it ends.
+        A failed process of a distributed run ignores SIGTERM: the launcher sends it when another process has ended, and
+        this one must still report its error.
         """
         for number, handler in self._old.items():
             fails = kind is not None and number == signal.SIGTERM and dist.is_initialized()
@@ -82,7 +82,7 @@ class StopSignal(TrainerCallback):
         self.told = True
 
     def received(self) -> bool:
-        """Whether any process was told to stop; every process must ask, so that all stop at the same step."""
+        """Whether any process received a signal. A collective call, so that all stop at the same step."""
         return all_reduce_max(int(self.told)) > 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -93,7 +93,7 @@ class StopSignal(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar on stderr with the time left and a few current numbers; stdout stays free for data."""
+    """A progress bar on stderr with the remaining time and a few metrics; stdout stays free for data."""
 
     SHOWN: ClassVar = {
         "loss": "loss",
@@ -108,7 +108,7 @@ class Progress(TrainerCallback):
 
     @classmethod
     def replace_default(cls, trainer: Trainer, description: str) -> None:
-        """Put this bar in the place of the trainer's, which prints every log to stdout."""
+        """Replace the trainer's progress bar, which prints every log to stdout."""
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(cls(description))
@@ -129,7 +129,7 @@ class Progress(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show current numbers behind the bar."""
+        """Show current metrics after the bar."""
         if self.bar is not None and logs:
             shown = {label: logs[key] for key, label in self.SHOWN.items() if isinstance(logs.get(key), float)}
             self.bar.set_postfix({label: f"{value:.3g}" for label, value in shown.items()})
@@ -144,11 +144,11 @@ class Progress(TrainerCallback):
 
 
 class FailureWatch(TrainerCallback):
-    """Asks the rules of `failures` after each log; stops the run, or warns, once for each name.
+    """Applies the rules of `failures` after each log; stops the run or warns, once per failure.
 
     Args:
         on_failure: ``stop``, ``warn`` or ``ignore``.
-        say: where a warning goes.
+        say: called with a warning.
     """
 
     def __init__(self, on_failure: str, say: Callable[[str], None]):
@@ -159,13 +159,13 @@ class FailureWatch(TrainerCallback):
 
     @property
     def stopped(self) -> Failure | None:
-        """The failure that ended the run."""
+        """The failure that stopped the run, if any."""
         return self.found[0] if self.found and self.on_failure == "stop" else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """A resumed run goes on with what was logged before."""
+        """Restore the history of a resumed run."""
         self.history = [dict(row) for row in state.log_history if "reward" in row]
 
     def on_log(
@@ -176,7 +176,7 @@ class FailureWatch(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Called by the trainer with what it logs."""
+        """Called by the trainer for each log."""
         if not logs or "reward" not in logs:
             return
         self.history.append({"step": state.global_step, **logs})

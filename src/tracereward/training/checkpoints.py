@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or ignored, and runs that stop before a number that is not finite does harm."""
+"""Checkpoints that are complete or ignored, and runs that stop at the first non-finite number."""
 
 import io
 import math
@@ -19,7 +19,7 @@ from tracereward.modeling.distributed import gather_head_for_gradient, local_sha
 from tracereward.training.failures import CORRECT, PERTURBATION, Failure
 from tracereward.training.validation import Validation
 
-COMPLETE = "complete.json"  # written last: a checkpoint without it was cut short by a kill
+COMPLETE = "complete.json"  # written last: without it a checkpoint is incomplete, for example after a kill
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -28,20 +28,20 @@ def checkpoint_step(folder: Path) -> int:
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; the unfinished ones are removed."""
+    """The newest complete checkpoint; incomplete ones are removed."""
     complete = []
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if (path / COMPLETE).is_file():
             complete.append(path)
         else:
-            shutil.rmtree(path, ignore_errors=True)  # another process of the same run may be at it too
+            shutil.rmtree(path, ignore_errors=True)  # another process of the run may be removing it too
     return max(complete, key=checkpoint_step, default=None)
 
 
 def kept(folder: Path) -> str:
-    """What a run that ends early leaves, for its last sentence."""
+    """One clause for error messages: the newest complete checkpoint, if any."""
     checkpoint = last_complete_checkpoint(folder)
-    return "No checkpoint was finished" if checkpoint is None else f"The last whole checkpoint is {checkpoint.name}"
+    return "No checkpoint was completed" if checkpoint is None else f"The last complete checkpoint is {checkpoint.name}"
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -58,14 +58,13 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 class SafeTrainer(Trainer):
-    """Mixin for TRL's trainers: complete checkpoints, the best of them kept, no step on a loss that is not finite.
+    """Mixin for TRL's trainers: complete checkpoints, selection of the best one, no step on a non-finite loss.
 
-    TRL and transformers write a checkpoint in place, file by file; a marker after everything is on the disk says that
-    it is whole.
+    TRL and transformers write a checkpoint in place, file by file. A marker is written once all files are on the disk.
 
     Attributes:
-        validation: questions that say which checkpoint is the best.
-        start_accuracy: what the starting policy reaches on them.
+        validation: questions that select the best checkpoint.
+        start_accuracy: the starting policy's accuracy on them.
     """
 
     validation: Validation | None = None
@@ -73,15 +72,15 @@ class SafeTrainer(Trainer):
 
     @property
     def failure(self) -> Failure | None:
-        """The failure that ended the run, by a rule of the trainer's."""
+        """The failure that stopped the run, if the trainer detects failures."""
         return None
 
     def load_before_training(self) -> int:
-        """Load what a run without a checkpoint has already done; returns its updates."""
+        """Load progress made before the first checkpoint; returns the number of updates."""
         return 0
 
     def checkpoint_score(self) -> float:
-        """How good the policy is now: its accuracy on the validation questions, nan without them."""
+        """The current policy's accuracy on the validation questions; nan without them."""
         if self.validation is None:
             return math.nan
         accuracy = self.validation.accuracy(self.accelerator.unwrap_model(self.model))
@@ -89,14 +88,14 @@ class SafeTrainer(Trainer):
         return accuracy
 
     def beats_start(self) -> bool:
-        """Whether the best checkpoint is worth restoring."""
+        """Whether the best checkpoint is at least as good as the starting policy."""
         return self.state.best_metric is not None and self.state.best_metric >= self.start_accuracy
 
     def restore_best(self) -> str | None:
-        """Put the weights of the best checkpoint in the place of the last ones.
+        """Load the weights of the best checkpoint.
 
         Returns:
-            The checkpoint's name. None if none is as good as the start: the caller has to load the starting policy.
+            The checkpoint's name. None if none is as good as the starting policy, which the caller then loads.
         """
         best = self.state.best_global_step
         if best is None or not self.beats_start():
@@ -112,12 +111,12 @@ class SafeTrainer(Trainer):
         return prepared
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """A training step; stops the run at numbers that are not finite, before the optimiser uses them."""
+        """A training step; raises `RunFailed` at non-finite numbers, before the optimiser uses them."""
         step = self.state.global_step + 1
         try:
             loss = super().training_step(*args, **kwargs)
         except RuntimeError as error:
-            if "probability tensor contains" not in str(error):  # torch.multinomial, while rollouts are drawn
+            if "probability tensor contains" not in str(error):  # torch.multinomial, while rollouts are sampled
                 raise
             raise RunFailed(f"the policy's token probabilities are not finite at step {step}") from error
         if not math.isfinite(float(loss)):
@@ -125,7 +124,7 @@ class SafeTrainer(Trainer):
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """An epoch, unless no step is left or the warm-up was stopped: transformers would take a step and then look."""
+        """An epoch, unless no step is left or the warm-up was stopped: transformers checks only after a step."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
@@ -142,19 +141,17 @@ class SafeTrainer(Trainer):
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             fsync_tree(folder)
             atomic_write_json(folder / COMPLETE, {"step": self.state.global_step})
-        self.accelerator.wait_for_everyone()  # a process that ended now would have the launcher end the others
+        self.accelerator.wait_for_everyone()  # if a process ended now, the launcher would kill the others
 
 
-FIRST_ROWS = 3  # of a run: the policy has hardly moved
-
-
-CLEARLY_WORSE = 0.05  # than the start; a batch of rollouts is no better measure
+FIRST_ROWS = 3  # first logged rows of a run, when the policy has hardly changed
+CLEARLY_WORSE = 0.05  # below the start; a batch of rollouts is no more precise
 
 
 def score_of(rows: Sequence[Mapping[str, Any]]) -> float:
-    """How good the policy of some logged rows was: mean correctness, or perturbation AUROC where no answer is known.
+    """Score of the policy from logged rows: mean correctness, or perturbation AUROC without gold answers.
 
-    Both are measured on prompts of the training file. nan if neither was logged.
+    Both are measured on training prompts. nan if neither was logged.
     """
     for name in (CORRECT, PERTURBATION):
         values = [value for row in rows if (value := row.get(name)) is not None and math.isfinite(value)]
@@ -164,6 +161,6 @@ def score_of(rows: Sequence[Mapping[str, Any]]) -> float:
 
 
 def better_than_start(score: float | None, history: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a checkpoint is worth restoring: its score is not clearly under that of the run's first steps."""
+    """Whether a checkpoint's score is not clearly below that of the run's first steps."""
     start = score_of(history[:FIRST_ROWS])
     return score is not None and not score < start - CLEARLY_WORSE

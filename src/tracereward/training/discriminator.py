@@ -1,9 +1,9 @@
 """The discriminator's training: losses, stabilisers, own optimiser, averaged copy, exact state.
 
 Plain torch, outside `accelerator.prepare`: the accelerated optimiser's step does nothing while gradients accumulate,
-FSDP2 and DeepSpeed refuse a second model, and the reward model must not be sharded with the policy. Across processes
-all ranks choose the same batch, take every world-size-th part of it, and add up their gradients: in one flat
-all-reduce, or where `shard_discriminator` leaves each a part of the weights, in FSDP2's reduce-scatters.
+FSDP2 and DeepSpeed refuse a second model, and the reward model must not be sharded with the policy. All ranks sample
+the same batch, process every world-size-th part of it and sum their gradients: in one flat all-reduce, or, with
+`shard_discriminator`, in FSDP2's reduce-scatters.
 """
 
 import contextlib
@@ -51,26 +51,26 @@ from tracereward.training.losses import bce, centre, limit_spectral_norm, pairwi
 from tracereward.training.options import DiscriminatorOptions
 
 LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
-HELD_OUT_ROLLOUTS = 128  # the newest rollouts of held-out prompts: enough to judge by, cheap to score
+HELD_OUT_ROLLOUTS = 128  # newest rollouts of held-out prompts: enough for an estimate, cheap to score
 
 
 def ema_decay(decay: float, updates: int) -> float:
-    """min(decay, (1 + n) / (10 + n)): the average forgets where it started, however few updates there are."""
+    """min(decay, (1 + n) / (10 + n)): the average forgets its initial weights even after few updates."""
     return min(decay, (1 + updates) / (10 + updates))
 
 
 class Discriminator:
-    """Learns to tell expert traces from rollouts of the same prompts; its log-odds are the reward.
+    """Trains a reward model to distinguish experts from rollouts of the same prompts; its log-odds are the reward.
 
     Args:
         model: the reward model to train.
-        experts: each demonstration; its index names it everywhere.
-        options: of its training.
-        seed: of the choice of demonstrations and rollouts.
-        held_out: demonstrations that are never learned from; the held-out accuracy is measured on them.
+        experts: the demonstrations; everywhere else they are referred to by index.
+        options: options of the training.
+        seed: seed of the sampling of demonstrations and rollouts.
+        held_out: indices of demonstrations that are not trained on, used for the held-out accuracy.
         judged_every: batches of rollouts between two held-out accuracies.
-        device: where each process's shard goes with `shard_discriminator`; by default the model's.
-        policy_log_probs: log pi(y_t) of a batch, (B, T): what the heads ``airl`` and ``implicit`` take off.
+        device: device of this process's shard with `shard_discriminator`; default: the model's.
+        policy_log_probs: returns log pi(y_t) of a batch, (B, T), which the heads ``airl`` and ``implicit`` subtract.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Discriminator:
         self.policy_log_probs = policy_log_probs
         self.sharded: bool = options.shard_discriminator and is_distributed()
         device = device if device is not None and self.sharded else model.device
-        if dist.is_initialized():  # the same start on every rank, whatever the seed did
+        if dist.is_initialized():  # identical initial weights on all ranks
             broadcast_parameters(self._trained().values(), device)
         if self.sharded:
             shard(model.backbone, device)
@@ -118,16 +118,16 @@ class Discriminator:
             return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:
-        """Add rollouts of demonstrations' prompts to the replay buffer; those of held-out ones are kept apart."""
+        """Add rollouts to the replay buffer; rollouts of held-out demonstrations go to a buffer of their own."""
         self.replay.add(rollout for rollout in rollouts if rollout.demonstration not in self.held_out)
         self.held_out_rollouts.add(rollout for rollout in rollouts if rollout.demonstration in self.held_out)
 
     def learn(self, fresh: Sequence[Rollout]) -> dict[str, float]:
-        """Take in a batch of the policy's rollouts: remember it, and update after every `discriminator_every`-th.
+        """Store a batch of rollouts, and update the discriminator after every `discriminator_every`-th batch.
 
         Returns:
-            Metrics of the last update, with the number of `updates` and, where `judged_every` divides the number of
-            batches or a gate looks at it, `held_out_accuracy`; nothing if the batch was only remembered.
+            Metrics of the last update with the number of `updates`, and `held_out_accuracy` every `judged_every`
+            batches or if a gate needs it; empty if the batch was only stored.
         """
         options = self.options
         self.remember(fresh)
@@ -136,7 +136,7 @@ class Discriminator:
             return {}
         gate = options.discriminator_gate_high
         judged = bool(self.held_out) and (gate is not None or self.batches % self.judged_every == 0)
-        # All processes go by one number: an update of some alone would wait for the others for ever.
+        # All processes must use the same number: if only some updated, their collective calls would hang.
         accuracy = broadcast_object(self.held_out_accuracy()) if judged else math.nan
         count = 0 if gate is not None and accuracy > gate else options.discriminator_updates
         metrics: dict[str, float] = {}
@@ -149,15 +149,15 @@ class Discriminator:
         return metrics
 
     def update(self, fresh: Sequence[Rollout]) -> dict[str, float]:
-        """One optimiser step on demonstrations, each beside rollouts of its own prompt.
+        """One optimiser step on demonstrations and rollouts of the same prompts.
 
         Args:
-            fresh: the policy's newest rollouts, already in the replay buffer. Share `1 - replay_share` of the
-                demonstrations is chosen among them.
+            fresh: the policy's newest rollouts, already in the replay buffer. `1 - replay_share` of the demonstrations
+                are sampled from those that have one.
 
         Returns:
             loss (with penalties), accuracy_expert, accuracy_policy and accuracy_perturbed (at supervised positions),
-            grad_norm, and `negatives.draw`'s shares; nothing as long as no demonstration's prompt has a rollout.
+            grad_norm, and the shares of `discriminator_batch.draw`; empty if no demonstration has a rollout.
 
         Raises:
             RunFailed: the loss or its gradient is not finite.
@@ -197,10 +197,11 @@ class Discriminator:
         return draw(self.experts, rollouts, self.replay, self.options, rng=self.random, perturbed=self.perturbed)
 
     def _accumulate(self, traces: list[Labelled]) -> Tensor:
-        """Gradients of this process's share of the loss.
+        """Accumulate the gradients of this process's share of the loss.
 
         Returns:
-            loss; then right and all supervised positions of experts, of rollouts, and of perturbed experts.
+            The loss, then the numbers of correct and of all supervised positions: of experts, of rollouts, and of
+            perturbed experts.
         """
         options = self.options
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -218,7 +219,7 @@ class Discriminator:
             sums += share * torch.stack([loss.detach(), *counted])
         counting = [trace for trace in traces if trace.counts]
         if options.gradient_penalty:
-            points = [self.random.random() for _ in traces]  # drawn by all ranks alike
+            points = [self.random.random() for _ in traces]  # the same on all ranks
             terms = gradient_penalties(self.model, counting, points, budget, rank=rank, world=world)
             sums[0] += self._backward(terms, options.gradient_penalty)
         if options.r1_penalty:
@@ -227,12 +228,12 @@ class Discriminator:
         return sums
 
     def _loss(self, traces: Sequence[Labelled], rows: Sequence[int], weights: Weights) -> tuple[Tensor, list[Tensor]]:
-        """The loss of one pass, and its counts of positions in the order of `_accumulate`.
+        """The loss of one pass, and its position counts in the order of `_accumulate`.
 
         Args:
-            traces: of the pass.
-            rows: their places in the update.
-            weights: theirs.
+            traces: the traces of the pass.
+            rows: their indices in the update.
+            weights: their loss weights.
         """
         options, expert = self.options, weights.is_expert
         batch = self.model.pack([trace.prompt for trace in traces], [trace.completion for trace in traces])
@@ -264,7 +265,7 @@ class Discriminator:
         return loss, [(kind[:, None] & some).sum() for kind in kinds for some in (right, positions)]
 
     def _logits(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """The discriminator's logits of a batch, and log p_phi where the head reads it."""
+        """The discriminator's logits, and log p_phi if the head uses it."""
         shown = batch
         if self.options.token_dropout:
             seeds = [hash((self.seed, self.updates, row)) % 2**31 for row in rows]
@@ -276,21 +277,21 @@ class Discriminator:
         return values, log_probs
 
     def _backward(self, terms: Iterator[Tensor], weight: float) -> Tensor:
-        """Gradients of `weight` times the sum of `terms`; returns their value."""
+        """Accumulate the gradients of `weight` times the sum of `terms`; returns the value."""
         total = torch.zeros((), device=self.model.device)
         for term in terms:
-            with sdpa_kernel(
-                SDPBackend.MATH
-            ):  # under gradient checkpointing the penalty's forward pass runs again here
+            with sdpa_kernel(SDPBackend.MATH):  # gradient checkpointing repeats the penalty's forward pass here
                 (weight * term).backward()
             total += weight * term.detach()
         return total
 
     @property
     def learning_rate(self) -> float:
-        """The next update's learning rate."""
+        """The learning rate of the next update."""
         online = self.options.discriminator_online_learning_rate
-        warmed = self.batches > 0 or self.updates >= self.options.discriminator_warmup_updates  # it may end early
+        warmed = (
+            self.batches > 0 or self.updates >= self.options.discriminator_warmup_updates
+        )  # the warm-up may end early
         if online is not None and warmed:
             return online
         return self.options.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
@@ -299,8 +300,8 @@ class Discriminator:
     def held_out_accuracy(self) -> float:
         """Share of (held-out expert, rollout of its prompt) pairs in which the expert's mean logit is higher.
 
-        Ties count half; rollouts that equal the expert are left out. Unlike the share of tokens on the right side of
-        0 it means the same for every objective. nan without such a pair.
+        Ties count half; rollouts equal to the expert are skipped. Unlike the share of tokens on the correct side of
+        0, it is comparable across objectives. nan if there is no such pair.
         """
         self.model.eval()
         groups = []
@@ -320,7 +321,7 @@ class Discriminator:
         return wins / total if total else math.nan
 
     def _sequence_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
-        """Mean logit over supervised positions of each completion."""
+        """Each completion's mean logit over its supervised positions."""
         scores = torch.zeros(len(prompts))
         subtracts = subtracts_policy(self.model.settings.head)
         share = not subtracts and can_share_prompts(self.model.backbone)
@@ -335,7 +336,7 @@ class Discriminator:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[TokenRewardModel]:
-        """The reward model with the averaged weights in the place of the live ones, if there is an average."""
+        """The reward model with the averaged weights instead of the current ones, if there is an average."""
         live = {name: self.parameters[name].detach().clone() for name in self.average}
         self._copy(self.average)
         try:
@@ -349,7 +350,7 @@ class Discriminator:
             self.parameters[name].copy_(shard_like(value, self.parameters[name]))
 
     def _add_up(self, sums: Tensor) -> None:
-        """Sum gradients and `sums` over the processes, in place; those of weights in parts are summed already."""
+        """Sum gradients and `sums` over processes, in place; FSDP2 has already summed those of sharded weights."""
         if not dist.is_initialized():
             return
         parameters = [p for p in self.parameters.values() if not isinstance(p, DTensor)]
@@ -362,16 +363,16 @@ class Discriminator:
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def weights(self) -> dict[str, Tensor]:
-        """All trained weights, whole, on the CPU; of those in parts every process must ask, and the first gets them."""
+        """All trained weights, unsharded, on the CPU. With sharding a collective call; only rank 0 gets the values."""
         return {name: self._whole(p.detach()) for name, p in self.parameters.items()}
 
     def _whole(self, tensor: Tensor) -> Tensor:
         tensor = full_tensor(tensor)
-        # A machine's memory need not hold what is too large for one process once for each of them.
+        # One copy per machine: the full weights of all processes might not fit in its memory.
         return tensor.cpu() if not self.sharded or dist.get_rank() == 0 else tensor.new_empty(0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything the next update depends on: whole tensors, as `weights` gives them, numbers and lists only."""
+        """Everything the next update depends on: full tensors (see `weights`), numbers and lists only."""
         return {
             "parameters": self.weights(),
             "average": {name: self._whole(p) for name, p in self.average.items()},
@@ -384,11 +385,11 @@ class Discriminator:
         }
 
     def load(self, path: Path) -> None:
-        """`load_state_dict` of a file; of weights in parts a process reads its own."""
+        """Load a `state_dict` from a file; with sharding each process reads only its shard."""
         self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=self.sharded))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken."""
+        """Restore exactly the state of `state_dict`."""
         self._copy(state["parameters"])
         for name, average in self.average.items():
             average.copy_(shard_like(state["average"][name], average))
@@ -407,6 +408,6 @@ class Discriminator:
 
 
 def held_out_demonstrations(count: int, fraction: float, seed: int) -> list[int]:
-    """Indices of the demonstrations that are not learned from, chosen by `seed`; at least one is left."""
+    """Indices of the held-out demonstrations, sampled with `seed`; at least one is left to train on."""
     held = min(count - 1, round(fraction * count))
     return sorted(random.Random(f"held out {seed}").sample(range(count), held))

@@ -1,7 +1,7 @@
-"""What the discriminator learns from in one update: experts, each beside what is not its own.
+"""The traces of one discriminator update: experts, each with negatives of the same prompt.
 
-Negatives are rollouts of the same prompt, fresh or from a replay buffer, and perturbed copies of the expert's trace.
-All of a demonstration's negatives answer its own prompt, by construction: they are looked up by its index.
+Negatives are rollouts, fresh or from a replay buffer, and perturbed copies of the expert's trace. They are looked up by
+the demonstration's index, so that they always answer its own prompt.
 """
 
 import functools
@@ -16,11 +16,11 @@ from tracereward.modeling.tokenization import encode_completion
 from tracereward.training.first_difference import first_changed_token, first_difference
 from tracereward.training.options import ExampleOptions
 
-MONITORED = 64  # demonstrations whose perturbed copies are scored for the perturbation AUROC
+MONITORED = 64  # demonstrations in the perturbation AUROC
 
 
 class Expert(NamedTuple):
-    """A demonstration: token ids of the reward model, and the completion's text, which perturbations start from."""
+    """A demonstration in the reward model's token ids, and the completion's text, which is perturbed."""
 
     prompt: list[int]
     completion: list[int]
@@ -28,7 +28,7 @@ class Expert(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A policy's completion of a demonstration's prompt; `verified` if a verifier found it right and may say so."""
+    """A completion of a demonstration's prompt by the policy; `verified`: a further positive (positives mixed)."""
 
     demonstration: int
     ids: list[int]
@@ -43,9 +43,9 @@ class Labelled:
         prompt: token ids.
         completion: token ids.
         group: index of the demonstration whose prompt it answers.
-        is_expert: the class it belongs to.
+        is_expert: the trace's class.
         starts: first differences; the weight of token t is the share of them at or before t.
-        switch: first token whose label is the policy's: 0 for a rollout, the length for an expert, in between for a
+        switch: first token labelled as the policy's: 0 for a rollout, the length for an expert, in between for a
             perturbed expert.
         is_perturbed: whether it is a perturbed expert.
     """
@@ -60,7 +60,7 @@ class Labelled:
 
     @property
     def counts(self) -> bool:
-        """Whether any of its tokens has a weight."""
+        """Whether any token has a non-zero weight."""
         return any(start < len(self.completion) for start in self.starts)
 
 
@@ -72,11 +72,11 @@ class ReplayBuffer:
         self.rollouts: list[Rollout] = []
 
     def add(self, rollouts: Iterable[Rollout]) -> None:
-        """Take rollouts in; the oldest leave first."""
+        """Append rollouts and drop the oldest."""
         self.rollouts = [*self.rollouts, *rollouts][-self.size :]
 
     def by_demonstration(self) -> dict[int, list[Rollout]]:
-        """Rollouts of each demonstration that has any."""
+        """Rollouts by demonstration, for those that have any."""
         return by_demonstration(self.rollouts)
 
     def state(self) -> list[tuple[Any, ...]]:
@@ -84,12 +84,12 @@ class ReplayBuffer:
         return [tuple(rollout) for rollout in self.rollouts]
 
     def load(self, state: list[tuple[Any, ...]]) -> None:
-        """Put `state` in the place of what is held."""
+        """Replace the contents by `state`."""
         self.rollouts = [Rollout(index, list(ids), verified) for index, ids, verified in state]
 
 
 def by_demonstration(rollouts: Iterable[Rollout]) -> dict[int, list[Rollout]]:
-    """Rollouts of each demonstration that has any."""
+    """Rollouts by demonstration, for those that have any."""
     found: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
         found.setdefault(rollout.demonstration, []).append(rollout)
@@ -100,9 +100,9 @@ Perturber = Callable[[Expert, random.Random], tuple[list[int], int] | None]
 
 
 def perturber(tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS) -> Perturber:
-    """A function that perturbs an expert: token ids, and the first token that holds a changed character.
+    """A function that perturbs an expert and returns token ids and the first token with a changed character.
 
-    It gives None where no perturbation applies, or where the changed text has the same tokens: never the original.
+    It returns None if no perturbation applies or if the changed text has the same tokens; never the original.
     """
 
     def perturbed(expert: Expert, rng: random.Random) -> tuple[list[int], int] | None:
@@ -113,7 +113,7 @@ def perturber(tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS) -> P
         if ids == expert.completion:
             return None
         text, offsets = token_offsets(tokenizer, ids)
-        # Where the tokenizer changes the text (an unknown word), the first token that differs is all that is known.
+        # If the tokenizer changes the text (an unknown word), only the first differing token is known.
         same = text == changed.text
         return ids, first_changed_token(offsets, changed.first_change) if same else first_difference(
             ids, expert.completion
@@ -128,15 +128,15 @@ def perturbed_pairs(
     perturbed: Perturber,
     seed: int,
 ) -> list[tuple[list[int], list[int], list[int]]]:
-    """(prompt, expert, its perturbed copy) of up to `MONITORED` demonstrations, the same throughout a run.
+    """(prompt, expert, perturbed copy) for up to `MONITORED` demonstrations, fixed for the run.
 
-    Of held-out demonstrations where there are any; without, the discriminator is asked about what it learned from.
+    Held-out demonstrations if there are any, otherwise training demonstrations.
     """
     rng = random.Random(f"perturbed pairs {seed}")
     pool = list(held_out) or list(range(len(experts)))
     pairs = []
     for index in rng.sample(pool, min(MONITORED, len(pool))):
-        # Some of a trace's perturbations: few demonstrations must still give enough pairs.
+        # Several perturbations per trace, so that few demonstrations give enough pairs.
         for _ in range(max(1, min(8, MONITORED // len(pool)))):
             changed = perturbed(experts[index], rng)
             if changed is not None:

@@ -1,8 +1,8 @@
-"""`AdversarialTrainer`: TRL's GRPO with a reward that is learned beside the policy.
+"""`AdversarialTrainer`: TRL's GRPO with a reward that is learned together with the policy.
 
-One private hook of TRL is overridden, `_generate_and_score_completions`, and only to put other advantages in the place
-of TRL's where they are asked for: `_compute_loss` accepts (B, T) as well as (B,). The reward itself is an ordinary
-reward function. A contract test pins what is used.
+The reward is an ordinary reward function. One private TRL method is overridden, `_generate_and_score_completions`, to
+replace TRL's advantages by token advantages (`_compute_loss` accepts (B, T) as well as (B,)). Contract tests pin the
+TRL behaviour that this relies on.
 """
 
 import contextlib
@@ -50,26 +50,26 @@ from tracereward.training.token_bridge import TokenBridge
 from tracereward.training.warmup import DISCRIMINATOR_FILE, RolloutCollector, WarmUp
 
 NO_DEMONSTRATION = -1
-KL_ROWS = 32  # rollouts of a process that the KL is estimated on
+KL_ROWS = 32  # rollouts per process in the KL estimate
 
 
 class AdversarialTrainer(RolloutTrainer):
-    """GRPO on the log-odds of a discriminator that learns to tell the demonstrations from the policy's rollouts.
+    """GRPO on the log-odds of a discriminator trained to distinguish demonstrations from the policy's rollouts.
 
     Args:
-        model: the starting policy; with its LoRA adapter if the reward model shares its base.
-        reward_model: the starting discriminator; it may have another tokenizer than the policy.
+        model: the starting policy; with its LoRA adapter if the reward model shares its base model.
+        reward_model: the initial discriminator; its tokenizer may differ from the policy's.
         demonstrations: rows with prompt (rendered text), completion and, for monitoring only, answer. Rows whose
-            completion is None are further prompts for the policy's rollouts. A row's `reward_prompt` is the reward
-            model's rendering of its prompt, if that differs.
-        args: the run's options.
-        task: recipe that verifies answers for the monitors.
+            completion is None are unlabeled: further prompts for the policy's rollouts. `reward_prompt` is the prompt
+            as rendered for the reward model, if that differs.
+        args: the options of the run. Like all arguments after it, keyword-only.
+        task: verifies answers for monitoring.
         processing_class: the policy's tokenizer.
         peft_config: LoRA settings of the policy.
-        callbacks: as in TRL. The warm-up logs to the `MetricsFile` among them and stops when the `StopSignal` does.
+        callbacks: as in TRL. The warm-up logs to the `MetricsFile` among them and obeys the `StopSignal`.
 
     Raises:
-        InputError: an option needs answers that are not there, or one tokenizer where there are two.
+        InputError: an option requires answers that are missing, or the same tokenizer for both models.
     """
 
     _tag_names: ClassVar = ["trl", "tracereward"]
@@ -99,7 +99,7 @@ class AdversarialTrainer(RolloutTrainer):
         if not self.bridge.same and (subtracts_policy(args.head) or self.form.adds_reference):
             raise InputError(
                 f"head {args.head} with reward_form {self.form.form} adds log-probs of the policy's tokens to the "
-                "reward model's: both need the same tokenizer. Use head token or action with reward_form logit."
+                "reward model's, so both need the same tokenizer. Use head token or action with reward_form logit."
             )
         self._starting_policy = None
         if self.form.adds_reference and peft_config is None and not isinstance(model, PeftModel):
@@ -110,9 +110,9 @@ class AdversarialTrainer(RolloutTrainer):
         rows = prompt_rows(demonstrations, unlabeled, args.expert_prompt_share)
         monitored = all(row["answer"] is not None for row in rows)
         if args.positives == "mixed" and not any(row.get("answer") for row in demonstrations):
-            raise InputError("positives mixed needs answers: no demonstration has one")
+            raise InputError("positives mixed needs answers, but no demonstration has one; use positives expert")
         functions = [self.learned_reward, self.correct] if monitored else [self.learned_reward]
-        args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is watched, never trained on
+        args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is monitored, never trained on
         self.watch: FailureWatch = FailureWatch(args.on_failure, warn)
         self.warm_up: WarmUp = WarmUp(self)
         super().__init__(
@@ -133,10 +133,10 @@ class AdversarialTrainer(RolloutTrainer):
             for row in demonstrations
         ]
         self.demonstration_rows: list[dict[str, Any]] = rows[: len(demonstrations)]
-        if not (args.shard_discriminator and is_distributed()):  # a sharded one is never complete on a device
+        if not (args.shard_discriminator and is_distributed()):  # a sharded one never fits on one device in full
             reward_model.to(self.accelerator.device)
         if reward_model.shares_base and is_sharded(self):
-            raise InputError("shared_base needs the whole base model on each process: DDP, not FSDP or DeepSpeed")
+            raise InputError("shared_base needs the full base model on each process: use DDP, not FSDP or DeepSpeed")
         if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
         held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
@@ -163,13 +163,13 @@ class AdversarialTrainer(RolloutTrainer):
 
     @property
     def policy(self) -> PreTrainedModel:
-        """The model that is trained; transformers allows it to be absent."""
+        """The trained model (optional in transformers, always present here)."""
         assert self.model is not None
         return self.model  # pyright: ignore[reportReturnType]
 
     @property
     def quiet(self) -> bool:
-        """Whether this process shows no progress."""
+        """Whether progress bars are disabled on this process."""
         return self.args.disable_tqdm is True or not self.is_world_process_zero()
 
     # Reward functions, called by TRL with the local rows of a batch of rollouts.
@@ -185,14 +185,14 @@ class AdversarialTrainer(RolloutTrainer):
         log_metric: Callable[[str, float], None],
         **_: Any,
     ) -> list[float]:
-        """Train the discriminator on the rollouts, then reward each by the aggregate of its token rewards."""
+        """Reward function: train the discriminator on the rollouts, then aggregate each rollout's token rewards."""
         self._correct = self.verify(completions, answer)
         rollouts = self.as_rollouts(demonstration, completion_ids, self._correct)
         if self.policy.training:
             fresh = gather_object(rollouts)
-            with self.accelerator.autocast():  # the discriminator is not prepared: it would train in float32
+            with self.accelerator.autocast():  # not prepared by accelerate, the discriminator would train in float32
                 metrics = self.discriminator.learn(fresh)
-            # They take memory, and on a shared base model the policy's would be clipped by the norm of both.
+            # Its gradients take memory, and on a shared base model they would count in the policy's gradient norm.
             self.discriminator.optimizer.zero_grad()
             for name, value in metrics.items():
                 log_metric(f"discriminator/{name}", value)
@@ -208,11 +208,11 @@ class AdversarialTrainer(RolloutTrainer):
         return self._trace_rewards
 
     def correct(self, prompts: list[str], **_: Any) -> list[float]:
-        """Whether each rollout's answer is right; weight 0."""
+        """Reward function with weight 0: whether each rollout's answer is correct."""
         return self._correct
 
     def verify(self, completions: Sequence[str], answers: Sequence[str | None]) -> list[float]:
-        """1 or 0 for each completion, nan where the gold answer is not known."""
+        """1 or 0 per completion; nan without a gold answer."""
         return [
             math.nan if gold is None else float(self.task.verify(text, gold))
             for text, gold in zip(completions, answers, strict=True)
@@ -221,7 +221,7 @@ class AdversarialTrainer(RolloutTrainer):
     def as_rollouts(
         self, demonstrations: Sequence[int], completions: Sequence[Sequence[int]], correct: Sequence[float]
     ) -> list[Rollout]:
-        """Rollouts that have a demonstration, in the reward model's tokens."""
+        """The rollouts of demonstrations' prompts, in the reward model's tokens."""
         mixed = self.config.positives == "mixed"
         return [
             Rollout(index, self.bridge.completion(ids), mixed and right == 1)
@@ -230,7 +230,7 @@ class AdversarialTrainer(RolloutTrainer):
         ]
 
     def collect(self, rows: list[dict[str, Any]]) -> list[Rollout]:
-        """Rollouts of the local rows' prompts by the engine that the run uses; nothing learns from them here."""
+        """Generate rollouts for the local rows with the run's engine, without training on them."""
         collector, functions = RolloutCollector(self), self.reward_funcs
         self.reward_funcs = [collector.keep, *([collector.unknown] * (len(functions) - 1))]
         self.policy.train()
@@ -241,7 +241,7 @@ class AdversarialTrainer(RolloutTrainer):
         return collector.rollouts
 
     def token_rewards(self, prompts: list[list[int]], completions: list[list[int]]) -> list[Tensor]:
-        """What training rewards: the averaged discriminator's values in the run's reward form, in its own tokens."""
+        """Token rewards as used in training: the averaged discriminator's, in the run's reward form."""
         with (
             self.accelerator.autocast(),
             self._reference() as reference,
@@ -261,7 +261,7 @@ class AdversarialTrainer(RolloutTrainer):
         return float(aggregate(rewards[None], torch.ones(1, len(rewards)), self.config.reward_aggregate))
 
     def _statistics(self, rewards: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the token rewards of all processes' rollouts."""
+        """Mean and standard deviation of the token rewards over all processes. A collective call."""
         moments = torch.cat([group_moments(values[None], torch.ones(1, len(values))) for values in rewards])
         return batch_statistics(self._gather(moments).cpu())
 
@@ -270,7 +270,7 @@ class AdversarialTrainer(RolloutTrainer):
         assert isinstance(gathered, Tensor)
         return gathered
 
-    # Monitors
+    # Monitoring
 
     def _monitor(self, prompts: list[str], completion_ids: list[list[int]], log: Callable[[str, float], None]) -> None:
         local = [
@@ -293,11 +293,11 @@ class AdversarialTrainer(RolloutTrainer):
             log(f"monitor/{name}", value)
 
     def _perturbation(self) -> dict[str, float]:
-        """Do experts outscore their perturbed copies? Needs no answers."""
+        """AUROC of experts against their perturbed copies; needs no answers."""
         if not self.perturbed_pairs:
             return {}
         pairs = [((*prompt,), (*expert,), (*changed,)) for prompt, expert, changed in self.perturbed_pairs]
-        # With few demonstrations an expert stands in several pairs.
+        # With few demonstrations an expert is in several pairs.
         traces = list(dict.fromkeys((prompt, ids) for prompt, *both in pairs for ids in both))
         rewards = self.token_rewards([list(prompt) for prompt, _ in traces], [list(ids) for _, ids in traces])
         scores = dict(zip(traces, map(self._aggregate, rewards), strict=True))
@@ -307,7 +307,7 @@ class AdversarialTrainer(RolloutTrainer):
 
     @torch.no_grad()
     def _kl(self, prompts: list[str], completion_ids: list[list[int]]) -> dict[str, float]:
-        """E[exp(d) - d - 1], d = log pi_start - log pi: TRL's estimate, where TRL does not log one itself."""
+        """E[exp(d) - d - 1], d = log pi_start - log pi: TRL's estimator, used where TRL logs none."""
         with self._reference() as reference:
             if reference is None or self.config.beta:
                 return {}
@@ -321,7 +321,7 @@ class AdversarialTrainer(RolloutTrainer):
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module | None]:
-        """The starting policy: under LoRA the policy without its adapter, else a copy if the reward needs one."""
+        """The starting policy: with LoRA the policy without its adapter, otherwise the frozen copy, if there is one."""
         policy = self.accelerator.unwrap_model(self.model)
         if isinstance(policy, PeftModel):
             yield AdapterView(policy, None).eval()
@@ -330,7 +330,7 @@ class AdversarialTrainer(RolloutTrainer):
 
     @contextlib.contextmanager
     def _evaluated(self) -> Iterator[nn.Module]:
-        """The policy without dropout."""
+        """The policy in evaluation mode."""
         policy = self.accelerator.unwrap_model(self.model)
         if isinstance(policy, PeftModel):
             yield AdapterView(policy, POLICY).eval()
@@ -344,7 +344,7 @@ class AdversarialTrainer(RolloutTrainer):
 
     @torch.no_grad()
     def _policy_log_probs(self, batch: Batch) -> Tensor:
-        """log pi(y_t) of the model whose rollouts the discriminator is shown."""
+        """log pi(y_t) of the model that generated the discriminator's rollouts."""
         of_another = self.warm_up.log_probs(batch)
         if of_another is not None:
             return of_another
@@ -366,12 +366,12 @@ class AdversarialTrainer(RolloutTrainer):
         return group
 
     def _local(self, values: Tensor) -> Tensor:
-        """This process's part of what all have: a group may span two of them."""
+        """This process's slice of gathered values; a group may span two processes."""
         share = len(values) // self.accelerator.num_processes
         return values[self.accelerator.process_index * share :][:share]
 
     def _token_advantages(self, mask: Tensor) -> Tensor:
-        """(B, T) advantages of the local rollouts; group statistics over all processes' real tokens."""
+        """(B, T) advantages of the local rollouts; group statistics include the real tokens of all processes."""
         rewards = torch.zeros(mask.shape, device=mask.device)
         for row, values in enumerate(self._rewards):
             rewards[row, : len(values)] = values.to(mask.device)
@@ -379,10 +379,10 @@ class AdversarialTrainer(RolloutTrainer):
         mean, std = moments_to_statistics(moments, self._group_size)
         return token_advantages(rewards, mask, self._local(mean), self._local(std), gamma=self.config.gamma)
 
-    # Checkpoints: the discriminator's state rides in each, and the best is kept for `restore_best`.
+    # Checkpoints contain the discriminator's state; the best one is kept for `restore_best`.
 
     def checkpoint_score(self) -> float:
-        """Accuracy on the validation questions; without any, what was logged since the last checkpoint."""
+        """Accuracy on the validation questions; without them, the `score_of` the rows since the last checkpoint."""
         if self.validation is not None:
             return super().checkpoint_score()
         since = self.state.global_step - max(1, int(self.state.save_steps or 1))
@@ -395,16 +395,16 @@ class AdversarialTrainer(RolloutTrainer):
         return better_than_start(self.state.best_metric, self.watch.history)
 
     def load_before_training(self) -> int:
-        """Continue an interrupted warm-up."""
+        """Resume an interrupted warm-up."""
         return self.warm_up.load()
 
     @property
     def failure(self) -> Failure | None:
-        """The failure that ended the run."""
+        """The failure that stopped the run, if any."""
         return self.watch.stopped
 
     def restore_best(self) -> str | None:
-        """The discriminator comes back with the policy, or as it was after its warm-up."""
+        """Restore the discriminator with the policy, or its state after the warm-up if no checkpoint is good enough."""
         restored = super().restore_best()
         if restored is None:
             self.warm_up.load()
@@ -427,13 +427,16 @@ class AdversarialTrainer(RolloutTrainer):
 def prompt_rows(
     demonstrations: Sequence[dict[str, Any]], unlabeled: Sequence[dict[str, Any]], expert_share: float
 ) -> list[dict[str, Any]]:
-    """Rows of the policy's prompts: prompt, answer or None, and the index of the demonstration or -1.
+    """The policy's training rows: prompt, answer or None, and the index of the demonstration or -1.
 
-    With unlabeled prompts, the demonstrations' are repeated so that they make up about `expert_share` of all rows:
-    without fresh rollouts beside experts the discriminator would not follow the policy.
+    With unlabeled prompts, the demonstrations' prompts are repeated to make up about `expert_share` of all rows: the
+    discriminator can only follow the policy if its prompts have fresh rollouts.
+
+    Raises:
+        InputError: there are no demonstrations.
     """
     if not demonstrations:
-        raise InputError("there is no demonstration to learn from")
+        raise InputError("no demonstrations: at least one row needs a completion")
     labeled = [
         {"prompt": row["prompt"], "answer": row.get("answer"), "demonstration": index}
         for index, row in enumerate(demonstrations)

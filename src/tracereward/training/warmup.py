@@ -1,4 +1,4 @@
-"""The warm-up: the policy does not move, so its rollouts are drawn once and it has no backward pass."""
+"""The warm-up: the discriminator is trained on rollouts sampled once, while the policy stays fixed."""
 
 import math
 import random
@@ -35,10 +35,10 @@ SAVED_UPDATES = 20  # updates between two saves
 
 
 class RolloutCollector:
-    """Reward functions for rollouts that are only collected: the first keeps them, the others know nothing of them.
+    """Reward functions that only collect rollouts: the first stores them, the others return nan.
 
     Args:
-        trainer: an AdversarialTrainer, which imports this module.
+        trainer: an AdversarialTrainer, whose module imports this one.
     """
 
     def __init__(self, trainer: Any):
@@ -64,40 +64,40 @@ class RolloutCollector:
 
 
 class WarmUp(TrainerCallback):
-    """Trains the discriminator on a pool of the starting policy's rollouts, before the policy's first step.
+    """Trains the discriminator on the starting policy's rollouts, before the policy's first step.
 
-    It goes on where a kill left it, uses no random state of the caller's, and leaves one that depends on the seed only,
-    so that a run which was interrupted here continues as if it had not been.
+    An interrupted warm-up resumes exactly: it does not use the caller's random state, and the state that it leaves
+    depends on the seed only.
     """
 
-    def __init__(self, trainer: Any):  # an AdversarialTrainer, which imports this module
+    def __init__(self, trainer: Any):  # an AdversarialTrainer, whose module imports this one
         self.trainer = trainer
         self.config: AdversarialConfig = trainer.config
-        self.model: PreTrainedModel | None = None  # another model that draws the pool
+        self.model: PreTrainedModel | None = None  # `warmup_model`, if it samples the rollouts
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Called by the trainer when the policy is wrapped and placed."""
+        """Called by the trainer once the policy is wrapped and on its device."""
         if state.global_step == 0:
             self.run()
             if self.trainer.stop.received():
                 control.should_training_stop = True
 
     def run(self) -> None:
-        """Draw the pool, probe it for surface leaks, and update the discriminator on it."""
+        """Sample the rollouts, probe them for surface leaks, and train the discriminator on them."""
         trainer, config, discriminator = self.trainer, self.config, self.trainer.discriminator
         total = config.discriminator_warmup_updates
         tokens_seen = trainer.state.num_input_tokens_seen
         self.model = self._load_model()
         leaks: dict[str, Any] = {}
         if total and discriminator.updates == 0:
-            pool = self._draw(self._rows())
-            discriminator.remember(pool)
-            leaks = {} if trainer.stop.received() else self._leaks(pool)
+            rollouts = self._draw(self._rows())
+            discriminator.remember(rollouts)
+            leaks = {} if trainer.stop.received() else self._leaks(rollouts)
         progress = tqdm(total=total, initial=discriminator.updates, desc="warm-up", disable=trainer.quiet, leave=False)
         while discriminator.updates < total and not trainer.stop.received():
-            # Dropout draws from the global generator: each update has a seed of its own, as it may be the first to run.
+            # Dropout uses the global generator: each update has its own seed, as a resumed run may start with any.
             set_seed(config.seed + 500_000 + discriminator.updates, device_specific=True)
             with trainer.accelerator.autocast():
                 row = discriminator.update([])
@@ -116,7 +116,7 @@ class WarmUp(TrainerCallback):
         progress.close()
         self.model = None
         trainer.state.num_input_tokens_seen = tokens_seen
-        trainer._metrics["train"].clear()  # the warm-up's rollouts are not a training step's
+        trainer._metrics["train"].clear()  # metrics of the warm-up's rollouts do not belong to a training step
         set_seed(config.seed + 1, device_specific=True)
 
     def _accuracy(self) -> float | None:
@@ -126,17 +126,17 @@ class WarmUp(TrainerCallback):
             return None
         if discriminator.updates % self.config.monitor_every:
             return None
-        return broadcast_object(discriminator.held_out_accuracy())  # all processes go by one number
+        return broadcast_object(discriminator.held_out_accuracy())  # all processes must use the same number
 
     def log_probs(self, batch: Batch) -> torch.Tensor | None:
-        """log pi of the model that drew the pool; None where that is the policy, or the warm-up is over."""
+        """log pi of `warmup_model`; None if the policy sampled the rollouts or the warm-up is over."""
         return None if self.model is None else completion_log_probs(self.model, batch)[0]
 
     # State
 
     @property
     def folder(self) -> Path:
-        """Where the pool and the discriminator's state are kept."""
+        """Folder of the rollouts and the discriminator's state."""
         return Path(str(self.trainer.args.output_dir)) / "warmup"
 
     def save(self) -> None:
@@ -146,21 +146,23 @@ class WarmUp(TrainerCallback):
             save_state(self.folder / DISCRIMINATOR_FILE, state)
 
     def load(self) -> int:
-        """Continue a warm-up that was interrupted; returns the updates done, 0 if there is nothing to continue."""
+        """Load the state of an interrupted warm-up; returns the number of completed updates."""
         path = self.folder / DISCRIMINATOR_FILE
         if path.is_file():
             self.trainer.discriminator.load(path)
         return self.trainer.discriminator.updates
 
-    # The pool
+    # Rollouts
 
     def _rows(self) -> list[dict[str, Any]]:
-        """The demonstrations whose prompts the warm-up's rollouts answer, each `warmup_rollouts` times."""
+        """Rows of the warm-up's prompts, each repeated `warmup_rollouts` times."""
         rows = self.trainer.demonstration_rows
         count = min(self.config.warmup_prompts, len(rows))
         chosen = random.Random(self.config.seed).sample(rows, count)
         held_out = self.trainer.discriminator.held_out
-        if all(row["demonstration"] in held_out for row in chosen):  # of a few; there would be nothing to learn from
+        if all(
+            row["demonstration"] in held_out for row in chosen
+        ):  # possible with few demonstrations; nothing would be left to train on
             chosen[0] = next(row for row in rows if row["demonstration"] not in held_out)
         repeated = [row for row in chosen for _ in range(self.config.warmup_rollouts)]
         return filled(repeated, self._batch_size)
@@ -172,29 +174,29 @@ class WarmUp(TrainerCallback):
         return size
 
     def _draw(self, rows: list[dict[str, Any]]) -> list[Rollout]:
-        """A rollout of each row's prompt, by the engine that the run uses, or by `warmup_model`.
+        """Sample a rollout for each row, with the run's engine or with `warmup_model`.
 
-        Drawn in chunks of one generation batch, each with a seed of its own and saved when it is done.
+        Sampled in chunks of one generation batch, each with its own seed and saved when complete.
         """
         trainer, size = self.trainer, self._batch_size
         path = self.folder / "rollouts.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pool = [Rollout(row["demonstration"], row["ids"], row["verified"]) for row in read_jsonl(path)]
+        rollouts = [Rollout(row["demonstration"], row["ids"], row["verified"]) for row in read_jsonl(path)]
         local = size // trainer.accelerator.num_processes
-        starts = range(len(pool), len(rows), size)
+        starts = range(len(rollouts), len(rows), size)
         for start in tqdm(starts, desc="warm-up rollouts", disable=trainer.quiet, leave=False):
             if trainer.stop.received():
                 break
             set_seed(self.config.seed + 1000 + start, device_specific=True)
             begin = start + trainer.accelerator.process_index * local
             draw: Callable[[list[dict[str, Any]]], list[Rollout]]
-            draw = trainer.collect if self.model is None else self._by_the_other
-            pool += gather_object(draw(rows[begin : begin + local]))
+            draw = trainer.collect if self.model is None else self._by_warmup_model
+            rollouts += gather_object(draw(rows[begin : begin + local]))
             if trainer.is_world_process_zero():
-                write_jsonl(path, [dict(rollout._asdict()) for rollout in pool])
-        return pool
+                write_jsonl(path, [dict(rollout._asdict()) for rollout in rollouts])
+        return rollouts
 
-    def _by_the_other(self, rows: list[dict[str, Any]]) -> list[Rollout]:
+    def _by_warmup_model(self, rows: list[dict[str, Any]]) -> list[Rollout]:
         trainer, config = self.trainer, self.config
         assert self.model is not None
         limit = config.max_completion_length
@@ -219,22 +221,22 @@ class WarmUp(TrainerCallback):
         with zero3_disabled():
             return load_causal_lm(name, self.trainer.policy.dtype, self.trainer.accelerator.device)
 
-    def _leaks(self, pool: list[Rollout]) -> dict[str, Any]:
-        """Can surface features alone tell the experts from the pool? Warns if so.
+    def _leaks(self, rollouts: list[Rollout]) -> dict[str, Any]:
+        """Warn if surface features alone distinguish the experts from the rollouts.
 
         Returns:
-            `surface/auroc`, and the features most responsible.
+            `surface/auroc`, and the most predictive features.
         """
         discriminator = self.trainer.discriminator
         tokenizer = discriminator.model.tokenizer
-        used = sorted({rollout.demonstration for rollout in pool})
+        used = sorted({rollout.demonstration for rollout in rollouts})
         experts = [TraceText(str(index), discriminator.experts[index].text, True) for index in used]
-        texts = tokenizer.batch_decode([rollout.ids for rollout in pool], skip_special_tokens=True)
+        texts = tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
         probe = surface_probe(
             experts,
             [
                 TraceText(str(rollout.demonstration), text, rollout.ids[-1:] == [tokenizer.eos_token_id])
-                for rollout, text in zip(pool, texts, strict=True)
+                for rollout, text in zip(rollouts, texts, strict=True)
             ],
         )
         warning = leak_warning(probe)
@@ -244,5 +246,5 @@ class WarmUp(TrainerCallback):
 
 
 def filled(rows: list[Any], size: int) -> list[Any]:
-    """Rows, the first of them again until their number is a multiple of `size`: processes need equal shares."""
+    """Rows, repeated from the first until their number is a multiple of `size`: processes need equal shares."""
     return rows + list(islice(cycle(rows), -len(rows) % size))
