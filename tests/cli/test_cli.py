@@ -1004,7 +1004,7 @@ def test_a_calibration_is_of_the_reward_alone(command, bench, tmp_path):
     beside = command("score", model, data, "--reference", bench.model)
     (row,) = [json.loads(line) for line in beside.out.splitlines()]
     assert "probability" not in row
-    assert beside.err.count("no probability: the model is calibrated for its reward without --reference") == 1
+    assert beside.err.count("no probability: the calibration applies to rewards without --reference") == 1
 
 
 def test_steps_that_the_tokenizer_does_not_give_back(command, bench, tmp_path):
@@ -1133,7 +1133,7 @@ def test_inspect_shows_rows_with_scores_and_scores_those_without(bench, samples,
     assert "<html" in (tmp_path / "page.html").read_text()
     bare = launcher()("inspect", samples)
     assert bare.code == 2
-    assert f"{samples}:1: no scores; give --model" in bare.err
+    assert f"{samples}:1: no scores; pass --model" in bare.err
 
 
 @pytest.mark.parametrize(
