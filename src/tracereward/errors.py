@@ -9,6 +9,10 @@ class InputError(ValueError):
     """Invalid user input: names the file, line or field and the fix. The commands exit with 2."""
 
 
+class EmptyTrace(InputError):
+    """A trace without a token."""
+
+
 class TooLong(InputError):
     """A trace that is longer than the model's context."""
 

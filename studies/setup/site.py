@@ -119,9 +119,7 @@ def choose_demonstrations(site: Site) -> None:
     if count:
         parts = ("experts", "validation", "test", "unlabeled")
         used = {row["prompt"] for part in parts if site.data(part).exists() for row in read_jsonl(site.data(part))}
-        drawn = generate(
-            world.name, 10 * count, 9000 + site.seed, max_new_tokens=MISTAKE_RATES[world.name], exclude=used
-        )
+        drawn = generate(world.name, 10 * count, 9000 + site.seed, mistake_rate=MISTAKE_RATES[world.name], exclude=used)
         wrong = [row for row in drawn if not task.verify(row["completion"], row["answer"])]
         rows[:count] = wrong[:count]
     write_jsonl(path, rows)

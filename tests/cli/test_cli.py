@@ -1006,7 +1006,7 @@ def test_calibrated_probability_needs_the_plain_reward(command, bench, tmp_path)
     with_reference = command("score", model, data, "--reference", bench.model)
     (row,) = [json.loads(line) for line in with_reference.out.splitlines()]
     assert "probability" not in row
-    assert with_reference.err.count("no probability: the model is calibrated for its reward without --reference") == 1
+    assert with_reference.err.count("no probability: the calibration applies to rewards without --reference") == 1
 
 
 def test_steps_that_the_tokenizer_cannot_round_trip(command, bench, tmp_path):
@@ -1135,7 +1135,7 @@ def test_inspect_scores_rows_without_scores(bench, samples, tmp_path):
     assert "<html" in (tmp_path / "page.html").read_text()
     bare = launcher()("inspect", samples)
     assert bare.code == 2
-    assert f"{samples}:1: no scores; give --model" in bare.err
+    assert f"{samples}:1: no scores; pass --model" in bare.err
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Scoring into Parquet shards: what is in them, and that each row is in them once, whoever is killed.
+"""Scoring into Parquet shards: their content, and that each row is written exactly once if a process is killed.
 
-Most tests put the worker in this process in the place of Ray (`here`); those at the end start a Ray of their own.
+Most tests run the worker in this process instead of Ray (`here`); those at the end start their own Ray cluster.
 """
 
 import json
@@ -39,7 +39,7 @@ TOO_LONG = {"prompt": "1 + 1 = ?\n", "completion": "\n" * 200}  # the tiny model
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
-    """A reward model, one whose weights cannot be loaded, and fifty rows of three kinds with columns of their own."""
+    """A reward model, one with unloadable weights, and fifty rows of three kinds, some with extra columns."""
     folder = tmp_path_factory.mktemp("ray")
     model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(task="arithmetic"), tokenizer)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """`command(word, ...)` runs the command line in this process: exit code, stdout and stderr."""
+    """`command(word, ...)` runs the CLI in this process; returns exit code, stdout and stderr."""
 
     def run(*argv: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
@@ -76,7 +76,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Shards of four rows, scored in this process; gives the list of the shards that were."""
+    """Score shards of four rows in this process; the value is the list of scored shards."""
     scored: list[int] = []
 
     def run(job: score_ray.Job, shards: list[int]) -> Iterator[int]:
@@ -97,7 +97,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def all_rows(folder: Path) -> list[dict[str, Any]]:
-    """All rows of all shards; all files have one schema, and nothing unfinished lies beside them."""
+    """All rows of all shards; checks that the files have one schema and the folder has no unfinished files."""
     found = parts(folder)
     assert (
         len({parquet.read_schema(part).remove_metadata().to_string(show_schema_metadata=False) for part in found}) == 1
@@ -107,14 +107,14 @@ def all_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Parquet has every column in every row."""
+    """Drop null fields: Parquet has every column in every row."""
     if isinstance(value, dict):
         return {name: without_nulls(inner) for name, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def assert_close(given: Any, expected: Any) -> None:
-    """Numbers within 1e-5, all else the same."""
+    """Floats are within 1e-5, everything else is equal."""
     if isinstance(expected, dict):
         assert given.keys() == expected.keys()
         for name in expected:
@@ -129,57 +129,59 @@ def assert_close(given: Any, expected: Any) -> None:
         assert given == expected
 
 
-def refused(done: SimpleNamespace, *said: object) -> None:
+def assert_rejected(done: SimpleNamespace, *parts: object) -> None:
     assert done.code == 2, done.err
     assert done.out == ""
     lines = [line for line in done.err.splitlines() if line.startswith("tracereward: ")]
     assert len(lines) == 1, done.err
-    for text in said:
+    for text in parts:
         assert str(text) in lines[0]
 
 
 def test_without_ray(command, bench, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     done = command("score", bench.bare, bench.data, "--engine", "ray", "-o", tmp_path / "scored")
-    refused(done, "pip install 'tracereward[ray]'")
+    assert_rejected(done, "pip install 'tracereward[ray]'")
     assert not (tmp_path / "scored").exists()
 
 
 @pytest.mark.parametrize(
-    ("calibrated", "beside"), [(False, []), (True, []), (True, ["--reference"])], ids=["bare", "calibrated", "beside"]
+    ("calibrated", "reference"),
+    [(False, []), (True, []), (True, ["--reference"])],
+    ids=["uncalibrated", "calibrated", "with reference"],
 )
-def test_shards_hold_what_the_default_engine_writes(command, bench, here, tmp_path, monkeypatch, calibrated, beside):
-    """To the last digit, where both batch the same rows: of all kinds, with columns that only some have."""
+def test_shards_equal_output_of_default_engine(command, bench, here, tmp_path, monkeypatch, calibrated, reference):
+    """Bitwise equal if both use the same batches: all kinds of rows, with columns that only some have."""
     model = tmp_path / "model"
     shutil.copytree(bench.model, model)
     if calibrated:
         write_calibration(model, Calibration("platt", 1.0, 0.5))
-    beside = [*beside, model] if beside else []  # a calibration is of the reward alone
+    reference = [*reference, model] if reference else []  # a calibration applies to the reward without it
     monkeypatch.setattr(score, "CHUNK", ROWS)
-    assert command("score", model, bench.data, *beside, "-o", tmp_path / "scored.jsonl").code == 0
-    done = command("score", model, bench.data, *beside, "-o", tmp_path / "scored", "--engine", "ray")
+    assert command("score", model, bench.data, *reference, "-o", tmp_path / "scored.jsonl").code == 0
+    done = command("score", model, bench.data, *reference, "-o", tmp_path / "scored", "--engine", "ray")
     assert (done.code, done.out) == (0, ""), done.err
     assert "50 rows in 13 shards" in done.err
     expected = rows(tmp_path / "scored.jsonl")
     found = all_rows(tmp_path / "scored")
     assert [without_nulls(row) for row in found] == [without_nulls(row) for row in expected]
-    shown = calibrated and not beside
+    shown = calibrated and not reference
     assert all(("probability" in without_nulls(row)) == (shown and "candidates" not in row) for row in expected)
-    assert ("no probability" in done.err) == bool(beside)
+    assert ("no probability" in done.err) == bool(reference)
     assert [parquet.read_metadata(part).num_rows for part in parts(tmp_path / "scored")] == [4] * 12 + [2]
     assert parquet.read_schema(parts(tmp_path / "scored")[0]).field("share").type == "double"
 
 
-def test_scores_take_the_place_of_older_ones(command, bench, here, tmp_path):
-    """Rows that were scored before, and by something whose rewards were texts."""
+def test_scores_replace_columns_of_the_same_name(command, bench, here, tmp_path):
+    """Rows that already have a reward, as text."""
     write_jsonl(tmp_path / "rows.jsonl", [{**row, "reward": "high"} for row in rows(bench.data)[::3]])
     done = command("score", bench.model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored", "--engine", "ray")
     assert done.code == 0, done.err
     assert all(isinstance(row["reward"], float) for row in all_rows(tmp_path / "scored"))
 
 
-def test_parquet_in(command, bench, here, tmp_path):
-    """Its rows are those of the same JSON Lines."""
+def test_parquet_input(command, bench, here, tmp_path):
+    """Results equal those of the same rows in JSON Lines."""
     data = tmp_path / "rows.parquet"
     plain = [{name: row[name] for name in ("n", "prompt", "completion")} for row in rows(bench.data)[::3]]
     write_jsonl(tmp_path / "rows.jsonl", plain)
@@ -201,39 +203,39 @@ def test_parquet_in(command, bench, here, tmp_path):
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": "\ud800"}, ":51: field 'm' does not fit in JSON"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "meta": 3}, ":49 and the 2 rows after it: column 'meta'"),
     ],
-    ids=["unscorable", "two types", "no fields", "too large", "no text", "a number for an object"],
+    ids=["no completion", "two types", "empty struct", "integer overflow", "invalid unicode", "number for object"],
 )
-def test_rows_are_refused_before_a_model_is_loaded(command, bench, here, tmp_path, row, message):
+def test_invalid_rows_raise_before_a_model_is_loaded(command, bench, here, tmp_path, row, message):
     data = tmp_path / "rows.jsonl"
     data.write_text(bench.data.read_text() + json.dumps(row) + "\n")
     done = command("score", bench.bare, data, "-o", tmp_path / "scored", "--engine", "ray")
-    refused(done, f"{data}{message}")
+    assert_rejected(done, f"{data}{message}")
     assert not (tmp_path / "scored").exists()
 
 
 def test_no_rows(command, bench, here, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n")
     done = command("score", bench.bare, tmp_path / "rows.jsonl", "-o", tmp_path / "scored", "--engine", "ray")
-    refused(done, "no rows")
+    assert_rejected(done, "no rows")
     assert not (tmp_path / "scored").exists()
 
 
-def test_places_that_cannot_be_written(command, bench, here, tmp_path):
+def test_invalid_outputs(command, bench, here, tmp_path):
     words = ["score", bench.bare, bench.data, "--engine", "ray"]
-    refused(command(*words), "needs --output")
-    refused(command(*words, "-o", tmp_path / "no" / "scored"), "does not exist")
-    refused(command(*words, "-o", bench.data), "is a file")
+    assert_rejected(command(*words), "needs --output")
+    assert_rejected(command(*words, "-o", tmp_path / "no" / "scored"), "does not exist")
+    assert_rejected(command(*words, "-o", bench.data), "is a file")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    refused(command(*words, "-o", tmp_path / "full", "--resume"), "thesis.tex", "choose another --output")
+    assert_rejected(command(*words, "-o", tmp_path / "full", "--resume"), "thesis.tex", "choose another --output")
     (tmp_path / "busy").mkdir()
     with FileLock(tmp_path / "busy" / ".lock"):
-        refused(command(*words, "-o", tmp_path / "busy"), "another process")
-    refused(command("score", bench.bare, bench.data, "--workers", 2), "--workers")
+        assert_rejected(command(*words, "-o", tmp_path / "busy"), "another process")
+    assert_rejected(command("score", bench.bare, bench.data, "--workers", 2), "--workers")
 
 
-def test_other_scores_are_not_gone_on_with(command, bench, here, tmp_path, monkeypatch):
-    """Neither with other rows nor with other weights under the same name; nothing in the folder changes."""
+def test_resume_rejects_other_inputs(command, bench, here, tmp_path, monkeypatch):
+    """Other rows, or other weights under the same name; the folder does not change."""
     model, data, output = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "scored"
     shutil.copytree(bench.model, model)
     shutil.copy(bench.data, data)
@@ -241,37 +243,37 @@ def test_other_scores_are_not_gone_on_with(command, bench, here, tmp_path, monke
     assert command(*words).code == 0
     (output / "part-000003.parquet").unlink()
     before = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
-    refused(command(*words), "holds scores already", "--resume")
+    assert_rejected(command(*words), "already has scores", "--resume")
     lines = data.read_text().splitlines(keepends=True)
     data.write_text("".join([*lines[1:], lines[0]]))
-    refused(command(*words, "--resume"), "other rows", "50 of", data, "choose another --output")
+    assert_rejected(command(*words, "--resume"), "other rows", "50 of", data, "choose another --output")
     data.write_text("".join(lines))
     trained_on = TokenRewardModel.from_pretrained(str(model))
     with torch.no_grad():
         trained_on.head.w.neg_()
     trained_on.save_pretrained(model)
-    refused(command(*words, "--resume"), "another reward model", model)
+    assert_rejected(command(*words, "--resume"), "another reward model", model)
     shutil.rmtree(model)
     shutil.copytree(bench.model, model)
-    refused(command(*words, "--resume", "--reference", bench.folder / "model"), "another --reference", "None")
+    assert_rejected(command(*words, "--resume", "--reference", bench.folder / "model"), "another --reference", "None")
     monkeypatch.setattr(score_shards, "SHARD_ROWS", 5)
-    refused(command(*words, "--resume"), "4 rows a shard")
+    assert_rejected(command(*words, "--resume"), "4 rows per shard")
     monkeypatch.setattr(score_shards, "SHARD_ROWS", ROWS)
     assert {path.name: path.stat().st_mtime_ns for path in output.iterdir()} == before
     manifest = (output / "manifest.json").read_text()
     (output / "manifest.json").write_text(manifest[:-20])
-    refused(command(*words, "--resume"), "damaged")
+    assert_rejected(command(*words, "--resume"), "damaged")
     (output / "manifest.json").write_text(manifest)
     here.clear()
     assert command(*words, "--resume").code == 0
     assert here == [3]
 
 
-def test_resume_scores_what_is_missing(command, bench, here, tmp_path):
-    """And removes what a killed run had begun. The name of the data may change, and its place."""
+def test_resume_scores_missing_shards(command, bench, here, tmp_path):
+    """And removes unfinished files of a killed run. The data file may be renamed or moved."""
     output = tmp_path / "scored"
     assert command("score", bench.model, bench.data, "-o", output, "--engine", "ray").code == 0
-    whole = all_rows(output)
+    complete = all_rows(output)
     for n in (0, 7, 12):
         (output / f"part-{n:06d}.parquet").unlink()
     (output / ".part-000007.parquet.abc.tmp").write_bytes(b"PAR1")
@@ -283,27 +285,27 @@ def test_resume_scores_what_is_missing(command, bench, here, tmp_path):
     words = ["score", bench.model, tmp_path / "moved.jsonl", "-o", output, "--engine", "ray", "--resume"]
     done = command(*words)
     assert done.code == 0, done.err
-    assert "going on after 10 of 13 shards" in done.err
+    assert "resuming after 10 of 13 shards" in done.err
     assert here == [0, 7, 12]
     assert before.items() <= {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in parts(output)}.items()
-    assert all_rows(output) == whole
+    assert all_rows(output) == complete
     here.clear()
     done = command(*words)
     assert (done.code, here) == (0, [])
     assert f"{output} is finished" in done.err
 
 
-def test_bad_rows_are_reported_by_every_run(command, bench, here, tmp_path):
-    """Those without a trace, and those that only the model's tokenizer shows to be too long."""
+def test_every_run_reports_skipped_rows(command, bench, here, tmp_path):
+    """Rows without a trace, and rows that are too long once tokenized."""
     given = rows(bench.data)
     given[5:5] = [{"prompt": "1 + 1 = ?\n"}, TOO_LONG]
     data, output = tmp_path / "rows.jsonl", tmp_path / "scored"
     write_jsonl(data, given)
     words = ["score", bench.model, data, "-o", output, "--engine", "ray"]
-    refused(command(*words), f"{data}:6: ", "needs a completion")
+    assert_rejected(command(*words), f"{data}:6: ", "needs a completion")
     del given[5]
     write_jsonl(tmp_path / "long.jsonl", given)
-    refused(
+    assert_rejected(
         command("score", bench.model, tmp_path / "long.jsonl", "-o", tmp_path / "long", "--engine", "ray"),
         f"{tmp_path / 'long.jsonl'}:6: ",
         "the reward model reads 128",
@@ -311,16 +313,16 @@ def test_bad_rows_are_reported_by_every_run(command, bench, here, tmp_path):
     for resume in ([], ["--resume"]):
         done = command(*words, "--skip-bad", *resume)
         assert done.code == 0, done.err
-        said = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
-        assert len(said) == 2
-        assert f"{data}:6: " in said[0]
-        assert f"{data}:7: " in said[1]
+        reported = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
+        assert len(reported) == 2
+        assert f"{data}:6: " in reported[0]
+        assert f"{data}:7: " in reported[1]
         assert "50 rows in 13 shards" in done.err
     assert [row["n"] for row in all_rows(output)] == list(range(50))
 
 
-def test_a_shard_that_ends_its_workers_is_given_up(bench, tmp_path):
-    """Three are sent into it; one that is there costs no attempt."""
+def test_crashing_shard_is_given_up_after_three_attempts(bench, tmp_path):
+    """A finished shard costs no attempt."""
     todo = tmp_path / "todo"
     todo.mkdir()
     (todo / "000002.jsonl").write_text(json.dumps(["rows:1", {"prompt": "1 + 2 = ?\n", "completion": "#### 3"}]) + "\n")
@@ -331,16 +333,16 @@ def test_a_shard_that_ends_its_workers_is_given_up(bench, tmp_path):
         schema=pyarrow.schema([]),
     )
     for _ in range(3):
-        with pytest.raises(Exception, match="header"):  # of the weights' file: it is where a worker would die
+        with pytest.raises(Exception, match="header"):  # of the weights file; stands in for a crash
             score_ray.ShardScorer(job).score(2)
-    with pytest.raises(RunFailed, match=r"shard 2 ended its worker 3 times"):
+    with pytest.raises(RunFailed, match=r"shard 2 crashed its worker 3 times"):
         score_ray.ShardScorer(job).score(2)
     (tmp_path / "part-000002.parquet").touch()
     score_ray.ShardScorer(job).score(2)
 
 
-def test_a_full_disk(command, bench, here, tmp_path, monkeypatch):
-    """While the third shard is written. What is there stays, and the command says how to go on."""
+def test_full_disk(command, bench, here, tmp_path, monkeypatch):
+    """The disk fills up in the third shard: finished shards stay, and the message says how to resume."""
     write_table, output = parquet.write_table, tmp_path / "scored"
 
     def full(table, file, **options):
@@ -353,7 +355,9 @@ def test_a_full_disk(command, bench, here, tmp_path, monkeypatch):
     words = ["score", bench.model, bench.data, "-o", output, "--engine", "ray"]
     done = command(*words)
     assert (done.code, done.out) == (1, "")
-    assert done.err.splitlines()[-1] == f"tracereward: the disk of {output} is full; make room and go on with --resume"
+    last = done.err.splitlines()[-1]
+    assert f"the disk of {output} is full" in last
+    assert "--resume" in last
     assert {path.name for path in output.iterdir()} == {
         ".lock", "manifest.json", "part-000000.parquet", "part-000001.parquet"
     }  # fmt: skip
@@ -377,13 +381,13 @@ print("ADDRESS", ray.get_runtime_context().gcs_address, flush=True)
 sys.stdin.read()
 """
 
-# A token of its own, or Ray would leave one in the home folder, and each process must be told whether there is one.
+# Without an explicit token Ray stores one in the home folder; each process needs the same settings.
 RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "5eed" * 16}
 
 
 @contextmanager
 def process(code: str, *argv: object, **options: Any) -> Iterator[subprocess.Popen]:
-    """A Python process; it and all that it has started are gone afterwards."""
+    """Run a Python process; afterwards it and its descendants are killed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **RAY_SETTINGS, **options.pop("env", {})}
     started = subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], env=environment, text=True, **options)
     family: dict[int, psutil.Process] = {}
@@ -392,7 +396,7 @@ def process(code: str, *argv: object, **options: Any) -> Iterator[subprocess.Pop
         with suppress(psutil.NoSuchProcess):
             family.update({child.pid: child for child in psutil.Process(started.pid).children(recursive=True)})
 
-    started.look = look  # before its parent is killed, after which nothing says whose children they were
+    started.look = look  # must be called before the parent is killed, since its children are then unknown
     try:
         yield started
     finally:
@@ -406,7 +410,7 @@ def process(code: str, *argv: object, **options: Any) -> Iterator[subprocess.Pop
 
 
 def wait_for(found: Callable[[], Any], running: subprocess.Popen, seconds: float = 240) -> Any:
-    """The first value of `found()` that is true, while `running` runs."""
+    """Poll `found()` until it is true, while `running` runs."""
     end = time.monotonic() + seconds
     while not (value := found()):
         assert running.poll() is None, f"ended with {running.returncode}"
@@ -416,7 +420,7 @@ def wait_for(found: Callable[[], Any], running: subprocess.Popen, seconds: float
 
 
 def hold_a_worker(folder: Path, driver: subprocess.Popen) -> tuple[int, int]:
-    """Stop a worker while it is at a shard; (its pid, the shard)."""
+    """Suspend a worker while it scores a shard; return its pid and the shard."""
 
     def held() -> tuple[int, int] | None:
         for mark in sorted(folder.glob(".todo.*.tmp/*.attempt-0")):
@@ -437,7 +441,7 @@ def hold_a_worker(folder: Path, driver: subprocess.Popen) -> tuple[int, int]:
 
 @pytest.fixture(scope="module")
 def expected(bench, tmp_path_factory):
-    """What the default engine gives."""
+    """Output of the default engine."""
     model = TokenRewardModel.from_pretrained(str(bench.model))
     scored = score.score_rows(model, candidate_rows(str(bench.data)))
     return [without_nulls(json.loads(json.dumps(row))) for row in scored]
@@ -450,8 +454,8 @@ def assert_scored_once(folder: Path, expected: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_is_killed(bench, expected, tmp_path):
-    """With SIGKILL, at a shard that is not there yet, when others are; its shard is scored all the same."""
+def test_killed_worker(bench, expected, tmp_path):
+    """SIGKILL in an unfinished shard, while others are finished; the shard is scored by another worker."""
     pytest.importorskip("ray", reason="Ray is not installed")
     output = tmp_path / "scored"
     words = ["score", bench.model, bench.data, "-o", output, "--engine", "ray", "--workers", 2]
@@ -468,8 +472,8 @@ def test_a_worker_is_killed(bench, expected, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_is_killed(bench, expected, tmp_path):
-    """With SIGKILL, when some shards are there and one is begun. With --resume those are left as they are."""
+def test_killed_driver(bench, expected, tmp_path):
+    """SIGKILL when some shards are finished and one is started; --resume does not touch the finished ones."""
     pytest.importorskip("ray", reason="Ray is not installed")
     output = tmp_path / "scored"
     words = ["score", bench.model, bench.data, "-o", output, "--engine", "ray", "--workers", 2]
@@ -484,14 +488,14 @@ def test_the_command_is_killed(bench, expected, tmp_path):
     with process(PROGRAM, *words, "--resume", stdout=subprocess.PIPE, stderr=subprocess.PIPE) as driver:
         out, err = driver.communicate(timeout=240)
         assert (driver.returncode, out) == (0, ""), err
-    assert f"going on after {len(before)} of 13 shards" in err
+    assert f"resuming after {len(before)} of 13 shards" in err
     assert before.items() <= {p.name: (p.stat().st_ino, p.stat().st_mtime_ns) for p in parts(output)}.items()
     assert_scored_once(output, expected)
 
 
 @pytest.mark.slow
-def test_a_cluster_that_is_there(bench, expected, tmp_path):
-    """It is used, by commands in another folder than its own, and it is there afterwards."""
+def test_existing_cluster(bench, expected, tmp_path):
+    """Commands in another folder use the cluster, which keeps running afterwards."""
     pytest.importorskip("ray", reason="Ray is not installed")
     (tmp_path / "elsewhere").mkdir()
     with process(CLUSTER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path / "elsewhere") as cluster:

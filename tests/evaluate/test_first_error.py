@@ -1,4 +1,4 @@
-"""Localisation of first errors: against brute force, enumerated chance, and numbers worked out by hand."""
+"""First-error metrics against brute force, enumerated chance and hand-computed values."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from tracereward.evaluate.first_error import (
     summarise,
 )
 
-# Few different scores, so that ties are common.
+# Few distinct scores, so ties are common.
 SCORES = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=6)
 
 
@@ -40,7 +40,7 @@ def f1_by_counting(scores, errors, threshold) -> float:
     right = {True: [], False: []}
     for trace, error in zip(scores, errors):
         predicted = None
-        for step in range(len(trace) - 1, -1, -1):  # the last one that is written is the first step
+        for step in range(len(trace) - 1, -1, -1):  # the first such step is assigned last
             if trace[step] < threshold:
                 predicted = step
         right[error is not None].append(predicted == error)
@@ -51,7 +51,7 @@ def f1_by_counting(scores, errors, threshold) -> float:
 
 
 @given(rows=labelled())
-def test_no_threshold_is_better_than_the_fitted_one(rows):
+def test_fitted_threshold_is_optimal(rows):
     scores, errors = rows
     assume(0 < sum(error is not None for error in errors) < len(errors))
     seen = sorted({score for trace in scores for score in trace})
@@ -63,26 +63,26 @@ def test_no_threshold_is_better_than_the_fitted_one(rows):
     assert max(others) <= values[threshold] + 1e-12
 
 
-def test_a_threshold_by_hand():
+def test_threshold_by_hand():
     """At 0.4 and 0.5 both correct traces pass and two of three first errors are found: F1 = 2 (2/3) / (5/3) = 0.8.
 
-    The third trace is lost anyway: an earlier step of it is lower than the wrong one.
+    The third trace is always missed: one of its earlier steps is lower than the wrong one.
     """
     scores = [[0.9, 0.2, 0.8], [0.3, 0.9], [0.9, 0.1, 0.4], [0.6, 0.7], [0.5]]
     errors = [1, 0, 2, None, None]
     assert fit_threshold(scores, errors) == 0.4
     assert f1_by_counting(scores, errors, 0.4) == pytest.approx(0.8)
-    assert fit_threshold([*scores, [0.45, 0.4]], [*errors, 1]) == 0.45, "a fourth that only this threshold finds"
+    assert fit_threshold([*scores, [0.45, 0.4]], [*errors, 1]) == 0.45, "only this threshold finds the fourth error"
 
 
 @pytest.mark.parametrize("errors", [[None, None], [0, 0]])
-def test_a_threshold_needs_both_kinds(errors):
+def test_threshold_needs_both_classes(errors):
     with pytest.raises(ValueError, match="erroneous and correct"):
         fit_threshold([[1.0], [2.0]], errors)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_a_threshold_needs_finite_scores(bad):
+def test_threshold_needs_finite_scores(bad):
     with pytest.raises(ValueError, match="finite"):
         fit_threshold([[1.0], [bad]], [0, None])
 
@@ -96,9 +96,9 @@ def test_f1_is_the_harmonic_mean(a, b):
 
 
 @given(scores=SCORES, data=st.data(), within=st.integers(0, 2))
-def test_hits_are_the_expectation_over_broken_ties(scores, data, within):
+def test_hit_is_the_expectation_over_tie_breaks(scores, data, within):
     error = data.draw(st.integers(0, len(scores) - 1))
-    # Every order of equal scores: the step that comes first in the order is the lowest one.
+    # All orders of equal scores: the first step of an order is the lowest one.
     orders = [o for o in itertools.permutations(range(len(scores))) if [scores[i] for i in o] == sorted(scores)]
     expected = statistics.fmean(abs(order[0] - error) <= within for order in orders)
     assert hit(scores, error, within) == pytest.approx(expected)
@@ -111,11 +111,13 @@ def test_chance_is_the_mean_over_all_steps(steps, data, within):
     assert chance(steps, error, within) == pytest.approx(
         statistics.fmean(hit(scores, error, within) for scores in one_lowest)
     )
-    assert hit([0.7] * steps, error, within) == pytest.approx(chance(steps, error, within)), "no step stands out"
+    assert hit([0.7] * steps, error, within) == pytest.approx(chance(steps, error, within)), (
+        "equal scores are at chance"
+    )
 
 
 @given(steps=st.integers(1, 8), data=st.data())
-def test_the_random_guess_is_the_mean_over_all_guesses(steps, data):
+def test_random_guess_is_the_mean_over_all_guesses(steps, data):
     error = data.draw(st.none() | st.integers(0, steps - 1))
     guesses = [outcome([0.0] * steps, error, predicted) for predicted in [None, *range(steps)]]
     expected = random_outcome(steps, error)
@@ -135,12 +137,14 @@ def test_differences_and_step_values_by_hand():
 # ---------- summaries ----------
 
 
-def test_a_summary_by_hand():
+def test_summary_by_hand():
     """Three erroneous traces of 4, 2 and 5 steps and two correct ones; the threshold is 0."""
     scores = [[1.0, -2.0, 1.0, 1.0], [2.0, 1.0], [1.0, 1.0, -1.0, 1.0, 1.0], [1.0, 2.0], [-1.0]]
     errors = [1, 1, 3, None, None]
     result = summarise(outcomes(scores, errors, 0.0), questions=list("abcde"))
-    assert result["acc_error"] == pytest.approx(1 / 3)  # the second trace has no low step, the third another one
+    assert result["acc_error"] == pytest.approx(
+        1 / 3
+    )  # no step of the second trace is low, and a wrong one of the third
     assert result["acc_correct"] == 0.5
     assert result["f1"] == pytest.approx(0.4)
     assert result["hit_at_1"] == pytest.approx(2 / 3)
@@ -157,7 +161,7 @@ def test_a_summary_by_hand():
 
 
 @given(rows=labelled(), threshold=st.integers(-3, 4))
-def test_summaries_are_json_and_intervals_are_ordered(rows, threshold):
+def test_summaries_are_valid_json_with_ordered_intervals(rows, threshold):
     scores, errors = rows
     result = summarise(outcomes(scores, errors, threshold), questions=range(len(scores)))
     json.dumps(result, allow_nan=False)
@@ -184,17 +188,21 @@ def test_constant_scores_are_exactly_at_chance():
         assert result[name] == pytest.approx(0, abs=1e-12)
         assert result[f"{name}_interval"] == pytest.approx([0, 0], abs=1e-12)
     first = summarise(outcomes([[-1.0] + [0.0] * (n - 1) for n in lengths], errors, 0.0), questions=range(200))
-    assert first["hit_at_1"] == pytest.approx(errors.count(0) / 200), "the early step is a baseline of its own"
+    assert first["hit_at_1"] == pytest.approx(errors.count(0) / 200), (
+        "errors come early, so the first step is a strong baseline"
+    )
 
 
-def test_intervals_know_that_traces_of_a_question_are_alike():
-    """Two questions, one always hit and one never: half of the draws hold both, a quarter each only one of them."""
+def test_intervals_resample_questions():
+    """Two questions, one always hit and one never: half of the resamples have both, a quarter each only one."""
     hits = [Outcome(True, 1.0, hit=1.0, chance=0.5), Outcome(True, 0.0, hit=0.0, chance=0.5)]
     result = summarise(hits * 50, questions=["a", "b"] * 50)
     assert result["hit_at_1"] == 0.5
     assert result["hit_at_1_interval"] == [0.0, 1.0]
     assert result["hit_at_1_normalised_interval"] == [-1.0, 1.0]
     apart = summarise(hits * 50, questions=range(100))["hit_at_1_interval"]
-    half = 1.96 * math.sqrt(0.25 / 100)  # of the normal approximation, where all traces are questions of their own
+    half = 1.96 * math.sqrt(0.25 / 100)  # normal approximation, if each trace has its own question
     assert apart == pytest.approx([0.5 - half, 0.5 + half], abs=0.02)
-    assert summarise(hits * 50, questions=range(100))["hit_at_1_interval"] == apart, "the same seed, the same draws"
+    assert summarise(hits * 50, questions=range(100))["hit_at_1_interval"] == apart, (
+        "the same seed gives the same resamples"
+    )

@@ -1,4 +1,4 @@
-"""Pools of candidates: read from several forms, scored, judged, against counts made another way; the command."""
+"""Pools of candidates: reading several formats, scoring, evaluation against independent counts, and the command."""
 
 import gzip
 import json
@@ -17,8 +17,8 @@ from helpers.paths import SHARED
 from helpers.tiny import launcher
 from tracereward.cli import app
 from tracereward.errors import InputError, RunFailed
-from tracereward.evaluate.figures import curve_figure
-from tracereward.evaluate.pool import evaluate_pool, pool_figures, pool_tables, score_pool, split_questions
+from tracereward.evaluate.figures import curve_figure, pool_figures
+from tracereward.evaluate.pool import evaluate_pool, pool_tables, score_pool, split_questions
 from tracereward.evaluate.pool_data import by_question, read_pool, read_questions
 from tracereward.files import write_jsonl
 from tracereward.metrics import bootstrap_interval
@@ -52,8 +52,8 @@ QUESTIONS = [
 ]
 
 
-def test_rows_with_an_id_are_joined_to_the_question_in_that_place(tmp_path):
-    """Fields qid, model, reasoning, answer, correct; the questions have no ids, so that positions from 0 count."""
+def test_rows_with_an_id_are_joined_to_the_question_at_that_position(tmp_path):
+    """Fields qid, model, reasoning, answer, correct; the questions have no ids, so positions from 0 are used."""
     rows = [
         {"qid": 2, "model": "a", "reasoning": "2 and 3 are 5.", "answer": "5", "correct": True},
         {"qid": 0, "model": "a", "reasoning": "It is 2.\n", "answer": "2", "correct": False},
@@ -65,7 +65,7 @@ def test_rows_with_an_id_are_joined_to_the_question_in_that_place(tmp_path):
     assert [row.question for row in pool] == ["2", "0", "2", "0"]
     assert pool[0].prompt == GSM8K.example(QUESTIONS[2])["prompt"]
     assert "Tom has 2 apples" in pool[0].prompt
-    # A reward model's traces end with their answer: one that states none gets its row's on a line of its own.
+    # Reward models are trained on traces that end with an answer: a missing one is appended from the row.
     assert [row.completion for row in pool] == [
         "2 and 3 are 5.\n#### 5",
         "It is 2.\n#### 2",
@@ -78,8 +78,8 @@ def test_rows_with_an_id_are_joined_to_the_question_in_that_place(tmp_path):
     assert [[row.where[-1] for row in group] for group in by_question(pool)] == [["1", "3"], ["2", "4"]]
 
 
-def test_without_correct_the_answers_are_checked_against_the_questions(tmp_path):
-    """1,001 is 1001, and 3.0 is 3."""
+def test_answers_are_verified_against_gold_answers_if_correct_is_missing(tmp_path):
+    """1,001 equals 1001, and 3.0 equals 3."""
     questions = written(tmp_path / "questions.jsonl", [{"question": "How many?", "answer": "#### 1,001"}, QUESTIONS[1]])
     rows = [
         {"qid": 0, "reasoning": "x", "answer": "1001"},
@@ -91,7 +91,7 @@ def test_without_correct_the_answers_are_checked_against_the_questions(tmp_path)
     assert [row.correct for row in pool] == [True, False, True, False]
 
 
-def test_rows_with_a_letter_of_their_own(tmp_path):
+def test_multiple_choice_rows_with_their_own_letter(tmp_path):
     """Fields question_id, model, solution, pred, correct; the questions have the ids in another order."""
     questions = [
         {"question_id": 70, "question": "Which?", "options": ["one", "two", "three"], "answer": "B"},
@@ -113,7 +113,7 @@ def test_rows_with_a_letter_of_their_own(tmp_path):
 
 
 def test_rows_that_sample_writes(tmp_path):
-    """Here answer is the gold one, and what the trace states is in it."""
+    """`answer` is the gold answer; the candidate's own is extracted from the trace."""
     base = {"question": 4, "prompt": "1 + 2 = ?\n", "answer": "3", "finished": True, "logprob": -0.5}
     rows = [
         {**base, "completion": "1 + 2 = 3\n#### 3", "extracted": "3", "correct": True},
@@ -129,8 +129,8 @@ def test_rows_that_sample_writes(tmp_path):
     assert [row.finished for row in pool] == [True, True, False]
 
 
-def test_an_id_beside_a_prompt_is_not_the_questions(tmp_path):
-    """Many sets number their rows: taken for the question's, each candidate would stand alone."""
+def test_id_is_ignored_if_the_row_has_a_prompt(tmp_path):
+    """Many data sets number their rows: used as the question's id, it would put each candidate in its own group."""
     rows = [
         {"id": n, "prompt": f"{n // 2} + 1 = ?\n", "completion": "#### 1", "answer": f"{n // 2 + 1}"} for n in range(4)
     ]
@@ -144,8 +144,8 @@ def test_an_id_beside_a_prompt_is_not_the_questions(tmp_path):
     assert [len(group) for group in by_question(read_pool(written(tmp_path / "c.jsonl", rows), MMLU))] == [2]
 
 
-def test_questions_of_two_files_that_are_numbered_alike_stay_apart(tmp_path):
-    """Rows 0, 1 of one file and 0, 1 of another are four questions, wherever their rows stand."""
+def test_equal_ids_with_different_prompts_are_different_questions(tmp_path):
+    """Rows 0, 1 of one file and 0, 1 of another are four questions, in any row order."""
     one, two = (
         [{"question": q, "prompt": f"{q} + {n} = ?\n", "completion": "#### 1", "answer": "1"} for q in (0, 1)]
         for n in (5, 6)
@@ -155,22 +155,22 @@ def test_questions_of_two_files_that_are_numbered_alike_stay_apart(tmp_path):
     assert groups == [[1, 5], [2, 6], [3], [4]]
 
 
-def test_a_question_that_is_null_is_none(tmp_path):
+def test_null_question_is_treated_as_missing(tmp_path):
     rows = [{"question": None, "prompt": f"{n} + 1 = ?\n", "completion": "#### 1", "answer": "1"} for n in (0, 1, 0, 2)]
     pool = read_pool(written(tmp_path / "a.jsonl", rows), ARITHMETIC)
     assert [len(group) for group in by_question(pool)] == [2, 1, 1]
     assert "None" not in {row.question for row in pool}
 
 
-def test_correct_may_be_a_number_as_tables_write_it(tmp_path):
+def test_correct_may_be_0_or_1(tmp_path):
     rows = [{"prompt": "1 + 1 = ?\n", "completion": "#### 2", "correct": value} for value in (1, 0.0, True, False)]
     pool = read_pool(written(tmp_path / "a.jsonl", rows), ARITHMETIC)
     assert [row.correct for row in pool] == [True, False, True, False]
     assert {type(row.correct) for row in pool} == {bool}
 
 
-def test_white_space_at_the_end_is_the_traces(tmp_path):
-    """`score` and `rerank` read it too; a line is added behind what is before it."""
+def test_trailing_white_space_of_a_trace_is_kept(tmp_path):
+    """`score` and `rerank` keep it too; it is stripped only before an appended answer."""
     rows = [{"prompt": "1 + 1 = ?\n", "completion": text, "answer": "2"} for text in ("#### 2\n\n", "two \n")]
     rows[1]["extracted"] = "2"
     pool = read_pool(written(tmp_path / "a.jsonl", rows), ARITHMETIC)
@@ -180,12 +180,15 @@ def test_white_space_at_the_end_is_the_traces(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"qid": 1, "answer": "3", "correct": True}, "no trace; it is looked for in completion, candidate, reasoning"),
+        (
+            {"qid": 1, "answer": "3", "correct": True},
+            "no trace; put it in one of the fields completion, candidate, reasoning",
+        ),
         ({"qid": 9, "reasoning": "x", "answer": "3"}, "question '9' is not in --questions"),
         ({"reasoning": "x", "answer": "3"}, "question None is not in --questions; ids are read from question_id"),
     ],
 )
-def test_bad_rows_with_questions_are_named(tmp_path, row, message):
+def test_invalid_rows_with_questions_are_located(tmp_path, row, message):
     questions = written(tmp_path / "questions.jsonl", QUESTIONS)
     good = {"qid": 1, "reasoning": "x", "answer": "3", "correct": True}
     data = written(tmp_path / "pool.jsonl", [good, row])
@@ -198,7 +201,7 @@ def test_bad_rows_with_questions_are_named(tmp_path, row, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"qid": 1, "reasoning": "x", "answer": "3"}, "no prompt or question; give --questions"),
+        ({"qid": 1, "reasoning": "x", "answer": "3"}, "no prompt or question; pass --questions"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3"}, "neither correct (true or false) nor a gold answer"),
         ({"prompt": "1 + 2 = ?\n", "reasoning": "x", "answer": "3"}, "neither correct (true or false) nor a gold"),
         ({"question": "1?", "solution": "x", "correct": True}, "is missing for task 'mmlu_pro'"),
@@ -221,7 +224,7 @@ def test_bad_rows_with_questions_are_named(tmp_path, row, message):
         ),
     ],
 )
-def test_bad_rows_are_named(tmp_path, row, message):
+def test_invalid_rows_are_located(tmp_path, row, message):
     task = MMLU if "question" in row else GSM8K
     data = tmp_path / "pool.jsonl"
     data.write_text("\n" + json.dumps(row) + "\n")  # blank lines count
@@ -234,7 +237,7 @@ def test_bad_rows_are_named(tmp_path, row, message):
         read_pool(str(data), task)
 
 
-def test_the_limit_is_of_rows(tmp_path):
+def test_limit_counts_rows(tmp_path):
     rows = [{"prompt": "1 + 2 = ?\n", "completion": f"#### {n}", "answer": "3"} for n in range(5)]
     assert [row.answer for row in read_pool(written(tmp_path / "p.jsonl", rows), ARITHMETIC, limit=2)] == ["0", "1"]
 
@@ -243,7 +246,7 @@ def test_the_limit_is_of_rows(tmp_path):
 
 
 def arithmetic_pool(count: int, seed: int) -> list[dict]:
-    """Four candidates of each problem, some right: two workings, one cut short, one without an answer."""
+    """Four candidates of each problem, some correct: two full ones, one only an answer, one without."""
     rows = []
     for q, row in enumerate(generate("misconception", count, seed=seed)):
         wrong = str(int(row["answer"]) + 1)
@@ -270,8 +273,8 @@ def reward_model(tiny_model_folder, tokenizer):
     return model.eval()
 
 
-def test_candidates_have_the_rewards_of_score(tmp_path, reward_model, tokenizer, tiny_model_folder):
-    """Question by question in the order of the file; the log-prob is the policy's, in float64 by a plain forward."""
+def test_candidate_rewards_equal_those_of_score(tmp_path, reward_model, tokenizer, tiny_model_folder):
+    """Grouped by question in file order; log-probs match a plain forward pass of the policy in float64."""
     rows = arithmetic_pool(6, seed=1)
     rows = [*rows[::2], *rows[1::2]]
     pool = read_pool(written(tmp_path / "pool.jsonl", rows), ARITHMETIC)
@@ -294,8 +297,8 @@ def test_candidates_have_the_rewards_of_score(tmp_path, reward_model, tokenizer,
     assert all(c.logprob is None for q in score_pool(reward_model, pool)[0] for c in q)
 
 
-def test_what_is_too_long_is_left_out_and_counted(tmp_path, reward_model):
-    """128 positions. A question of which nothing is left goes as a whole; the order stays."""
+def test_long_and_empty_traces_are_skipped_and_counted(tmp_path, reward_model):
+    """128 positions. A question without remaining candidates is dropped; the order is kept."""
     rows = arithmetic_pool(3, seed=2)
     for index in (1, 4, 5, 6, 7):
         rows[index]["completion"] = "\n" * 140 + "#### 1"
@@ -307,7 +310,17 @@ def test_what_is_too_long_is_left_out_and_counted(tmp_path, reward_model):
     assert [[c.text for c in candidates] for candidates in questions] == kept
 
 
-def test_a_policy_that_reads_less_than_the_reward_model_sets_the_limit(tmp_path, reward_model, tiny_model_folder):
+def test_other_encoding_errors_are_not_suppressed(tmp_path, reward_model, monkeypatch):
+    def fail(trace, limit):
+        raise InputError(f"{trace.where}: another error")
+
+    pool = read_pool(written(tmp_path / "pool.jsonl", arithmetic_pool(1, seed=2)), ARITHMETIC)
+    monkeypatch.setattr(reward_model, "encode", fail)
+    with pytest.raises(InputError, match=r":1: another error"):
+        score_pool(reward_model, pool)
+
+
+def test_shorter_context_of_the_policy_sets_the_limit(tmp_path, reward_model, tiny_model_folder):
     pool = read_pool(written(tmp_path / "pool.jsonl", arithmetic_pool(3, seed=2)), ARITHMETIC)
     policy = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
     sizes = [len(encode_prompt(reward_model.tokenizer, row.prompt)) for row in pool]
@@ -316,7 +329,7 @@ def test_a_policy_that_reads_less_than_the_reward_model_sets_the_limit(tmp_path,
     assert score_pool(reward_model, pool, policy)[1] == sum(size > sorted(sizes)[5] for size in sizes) > 0
 
 
-def test_rewards_and_log_probs_that_are_no_numbers_end_the_run(tmp_path, reward_model, tiny_model_folder):
+def test_nan_rewards_and_log_probs_raise(tmp_path, reward_model, tiny_model_folder):
     rows = arithmetic_pool(2, seed=2)
     data = written(tmp_path / "pool.jsonl", rows)
     pool = read_pool(data, ARITHMETIC)
@@ -330,7 +343,7 @@ def test_rewards_and_log_probs_that_are_no_numbers_end_the_run(tmp_path, reward_
         score_pool(reward_model, pool, policy)
 
 
-def test_a_share_of_the_questions_is_for_fitting():
+def test_share_of_the_questions_is_used_for_fitting():
     questions = [[Candidate(str(n), None, 0.0)] for n in range(11)]
     for share, count in ((0.5, round(5.5)), (0.3, 3), (0.9, 10)):
         fit, rest = split_questions(questions, share, seed=1)
@@ -345,7 +358,7 @@ def test_a_share_of_the_questions_is_for_fitting():
 
 
 def made(count: int, seed: int, n: int = 6) -> list[list[Candidate]]:
-    """Candidates whose log-odds of being right is twice their reward minus 0.5; models differ in skill."""
+    """Candidates whose log-odds of being correct are twice their reward minus 0.5; models differ in accuracy."""
     rng = np.random.default_rng(seed)
     found = []
     for q in range(count):
@@ -361,7 +374,7 @@ def made(count: int, seed: int, n: int = 6) -> list[list[Candidate]]:
     return found
 
 
-def test_the_result_is_that_of_its_parts():
+def test_result_matches_independent_computations():
     judged, fit = made(80, 1), made(60, 2)
     result = evaluate_pool(judged, fit, same, seed=5)
     flat = [c for candidates in judged for c in candidates]
@@ -392,8 +405,8 @@ def test_the_result_is_that_of_its_parts():
     assert sorted(result["rewards"]["wrong"]) == pytest.approx(sorted(rewards[~correct]))
 
 
-def test_calibration_is_fitted_on_other_questions_and_helps():
-    """The sigmoid of the reward is too flat; Platt's fit on other questions finds slope 2 and intercept -0.5."""
+def test_calibration_fitted_on_other_questions_reduces_errors():
+    """The sigmoid of the reward is too flat; the true calibration has slope 2 and intercept -0.5."""
     result = evaluate_pool(made(200, 1), made(300, 2), same)["calibration"]
     assert list(result) == ["none", "platt", "temperature", "isotonic"]
     assert result["platt"]["ece"] < 0.05 < result["none"]["ece"]
@@ -406,8 +419,8 @@ def test_calibration_is_fitted_on_other_questions_and_helps():
     assert sum(b["count"] for b in result["isotonic"]["bins"]) == len(flat)
 
 
-def test_undefined_numbers_are_null_and_large_rewards_no_error():
-    """Without log-probs and models, all of one length, all judged traces wrong; a clip may be any size."""
+def test_undefined_metrics_are_null_and_large_rewards_are_accepted():
+    """No log-probs or model names, equal lengths, all evaluated traces wrong, and rewards of a large clip."""
     fit = made(20, 3)
     wrong = [
         [replace(c, correct=False, logprob=None, model=None, length=7, reward=1e4 * c.reward) for c in candidates]
@@ -423,27 +436,27 @@ def test_undefined_numbers_are_null_and_large_rewards_no_error():
     assert tables[0].rows[0][1] == 0.0
 
 
-def test_without_right_or_wrong_traces_to_fit_on_only_the_calibrations_are_left_out():
-    """All else is what it is with a fit; without any information the vote's temperature is the highest."""
+def test_fit_set_of_one_class_skips_only_the_calibrations():
+    """The other results do not change; the temperature of the vote is the highest, for lack of information."""
     judged, fit = made(30, 1), made(20, 2)
-    whole = evaluate_pool(judged, fit, same)
-    assert whole["uncalibrated"] is None
+    full = evaluate_pool(judged, fit, same)
+    assert full["uncalibrated"] is None
     for right, message in ((False, "0 right and 120 wrong"), (True, "120 right and 0 wrong")):
         one_kind = [[replace(c, correct=right) for c in candidates] for candidates in fit]
         result = evaluate_pool(judged, one_kind, same)
         assert message in result["uncalibrated"]
-        assert result["calibration"] == {"none": whole["calibration"]["none"]}
+        assert result["calibration"] == {"none": full["calibration"]["none"]}
         assert result["vote_temperature"] == max(TEMPERATURES)
         for part in ("correct", "discrimination", "reward_length", "rewards"):
-            assert result[part] == whole[part]
+            assert result[part] == full[part]
         *_, table = pool_tables(result)
         assert [row[0] for row in table.rows] == ["sigmoid of the reward"]
         assert message in table.note
         assert [figure["title"] for figure in pool_figures(result)][-1] == "Reliability"
 
 
-def test_curves_with_little_extent_or_none_can_be_drawn():
-    """Every method right everywhere, and one candidate of each question: a picture all the same, and no warning."""
+def test_flat_and_single_point_curves_can_be_plotted():
+    """All methods always correct, and one candidate per question: figures without warnings."""
     right = [[replace(c, correct=True) for c in candidates] for candidates in made(12, 1)]
     for judged in (right, [candidates[:1] for candidates in right]):
         for figure in pool_figures(evaluate_pool(judged, made(20, 2), same)):
@@ -452,8 +465,8 @@ def test_curves_with_little_extent_or_none_can_be_drawn():
     assert "<svg" in curve_figure(lines)  # labels need more room than the lines
 
 
-def test_one_candidate_is_the_mean_one_whatever_the_method():
-    """Exactly: the mean over questions of unequal sizes of each one's share of right candidates."""
+def test_curves_at_one_candidate_equal_the_mean_accuracy():
+    """Exactly the mean over questions of their share of correct candidates; questions have unequal sizes."""
     judged = [rows[: 2 + q % 5] for q, rows in enumerate(made(40, 1))]
     shares = [np.mean([c.correct for c in rows]) for rows in judged]
     curves = evaluate_pool(judged, made(20, 2), same, seed=3)["curves"]
@@ -475,14 +488,14 @@ def folder(tmp_path_factory, reward_model):
     return found
 
 
-def test_the_command_writes_json_and_a_report(folder, tiny_model_folder, tmp_path):
+def test_command_writes_json_and_a_report(folder, tiny_model_folder, tmp_path):
     words = ["evaluate", "pool", folder / "rm", folder / "pool.jsonl", "--policy", tiny_model_folder, "--seed", 2]
     done = launcher()(*words, "--fit", folder / "fit.jsonl", "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     result = json.loads(done.out)
     assert json.loads((tmp_path / "out" / "pool.json").read_text()) == result
     assert (result["questions"], result["candidates"], result["fit_questions"]) == (16, 64, 8)
-    # a is always right, b and d never, c in every other question.
+    # a is always correct, b and d never, c in every other question.
     accuracy = {row["method"]: row["accuracy"] for row in result["ranking"]}
     assert accuracy["mean"] == result["correct"] == pytest.approx((1 + 0 + 0.5 + 0) / 4)
     assert accuracy["oracle"] == accuracy["model"] == 1.0
@@ -493,7 +506,7 @@ def test_the_command_writes_json_and_a_report(folder, tiny_model_folder, tmp_pat
         assert text in page
 
 
-def test_the_command_splits_the_questions_itself(folder, tmp_path):
+def test_command_splits_the_questions(folder, tmp_path):
     done = launcher()("evaluate", "pool", folder / "rm", folder / "pool.jsonl", "--fit-share", 0.25, "-o", tmp_path)
     assert done.code == 0, done.err
     result = json.loads((tmp_path / "pool.json").read_text())
@@ -502,7 +515,7 @@ def test_the_command_splits_the_questions_itself(folder, tmp_path):
     assert "log-prob" not in result["discrimination"]
 
 
-def test_the_command_says_that_it_cannot_calibrate(folder, tmp_path):
+def test_command_reports_that_it_cannot_calibrate(folder, tmp_path):
     right = [{**row, "correct": True} for row in arithmetic_pool(8, seed=6)]
     data = written(tmp_path / "right.jsonl", right)
     done = launcher()("evaluate", "pool", folder / "rm", data, "-o", tmp_path / "out")
@@ -513,8 +526,8 @@ def test_the_command_says_that_it_cannot_calibrate(folder, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["platt", "temperature", "isotonic"])
-def test_calibrate_warns_of_a_reward_that_wrong_traces_have_more_of(folder, tmp_path, reward_model, method):
-    """The lower half of the rewards is called right but for one trace: its AUROC counts the pairs it is in."""
+def test_calibrate_warns_if_wrong_traces_have_higher_rewards(folder, tmp_path, reward_model, method):
+    """The lower half of the rewards is labelled correct, except one trace at the top; the AUROC is computed by hand."""
     reward_model.save_pretrained(tmp_path / "rm")
     rows = arithmetic_pool(16, seed=5)
     scores = reward_model.score([row["prompt"] for row in rows], [row["completion"] for row in rows])
@@ -535,8 +548,8 @@ def test_calibrate_warns_of_a_reward_that_wrong_traces_have_more_of(folder, tmp_
     assert "warning" not in done.err
 
 
-def test_calibrate_writes_what_score_then_gives(folder, tmp_path, reward_model):
-    """The probability of each trace is the fitted sigmoid of its reward; nothing else in the output changes."""
+def test_score_uses_the_stored_calibration(folder, tmp_path, reward_model):
+    """The probability of each trace is the fitted sigmoid of its reward; the rest of the output does not change."""
     reward_model.save_pretrained(tmp_path / "rm")
     before = launcher()("score", tmp_path / "rm", folder / "pool.jsonl")
     done = launcher()("calibrate", tmp_path / "rm", folder / "pool.jsonl")
@@ -554,7 +567,7 @@ def test_calibrate_writes_what_score_then_gives(folder, tmp_path, reward_model):
         )
 
 
-def test_what_the_commands_refuse(folder, tmp_path, monkeypatch, capsys):
+def test_commands_reject_invalid_input(folder, tmp_path, monkeypatch, capsys):
     def run(*argv):
         monkeypatch.setattr("sys.argv", ["tracereward", *map(str, argv)])
         with pytest.raises(SystemExit) as ended:
@@ -593,7 +606,7 @@ def test_what_the_commands_refuse(folder, tmp_path, monkeypatch, capsys):
 
 
 def vote_counts(rows, right) -> float:
-    """Share of questions whose most frequent answer is right; of equally frequent ones a mean."""
+    """Share of questions whose most frequent answer is correct; the mean over ties."""
     total = 0.0
     questions: dict = {}
     for question, answer, correct in rows:
@@ -616,8 +629,8 @@ def accuracies(pool, task) -> tuple[float, int]:
 
 
 @pytest.mark.long
-def test_majority_of_sixteen_models_on_real_answers():
-    """Numbers as text differ ("5" and "5.0"), so that plain counting agrees up to those and to ties."""
+def test_majority_vote_of_sixteen_models_on_gsm8k():
+    """Plain counting agrees up to ties and numbers with two spellings ("5" and "5.0")."""
     source, questions = SHARED / "zeroeval_gsm8k" / "pool_even.jsonl.gz", SHARED / "gsm8k" / "test.jsonl.gz"
     if not (source.exists() and questions.exists()):
         pytest.skip(f"needs the shared data sets {source} and {questions}")
@@ -633,13 +646,13 @@ def test_majority_of_sixteen_models_on_real_answers():
     assert count == len({r["qid"] for r in raw})
     assert found == pytest.approx(expected, abs=0.02)
     assert found > np.mean([r["correct"] for r in raw])
-    # Each trace now states the answer that its row has, in the recipe's form.
+    # Each trace now states its row's answer in the task's form.
     stated = sum(GSM8K.extract(row.completion) is not None for row in pool)
     assert stated == sum(row.answer is not None for row in pool)
 
 
-def test_majority_of_ten_models_on_real_letters():
-    """Letters are exact: only ties, which go to the first in the file or count as a mean, can differ."""
+def test_majority_vote_of_ten_models_on_mmlu_pro():
+    """Letters are exact: only ties can differ, which go to the first in the file or count as a mean."""
     source, questions = SHARED / "mmlu_pro" / "solutions_10_models.jsonl.gz", SHARED / "mmlu_pro" / "questions.jsonl.gz"
     if not (source.exists() and questions.exists()):
         pytest.skip(f"needs the shared data sets {source} and {questions}")
@@ -648,7 +661,7 @@ def test_majority_of_ten_models_on_real_letters():
         raw = [json.loads(line) for line in lines]
     with gzip.open(questions, "rt") as lines:
         gold = {row["question_id"]: row["answer"] for row in map(json.loads, lines)}
-    # A trace may state a letter that its row's pred missed; the row's own comes first.
+    # A trace may state a letter although its row has no pred; the row's pred has priority.
     plain = [(r["question_id"], r["pred"] or p.answer, None) for r, p in zip(raw, pool, strict=True)]
     assert [p.answer for p in pool] == [answer for _, answer, _ in plain]
     by_id: dict = {}
@@ -660,7 +673,7 @@ def test_majority_of_ten_models_on_real_letters():
         winners = [answer for answer, count in counts.items() if count == max(counts.values())]
         low += winners == [gold[question]]
         high += gold[question] in winners
-        first += bool(winners) and winners[0] == gold[question]  # a Counter keeps the order of first sight
+        first += bool(winners) and winners[0] == gold[question]  # a Counter keeps insertion order
     found, count = accuracies(pool, MMLU)
     assert count == len(by_id) == len(gold)
     assert low <= found * count <= high

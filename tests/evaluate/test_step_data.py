@@ -1,4 +1,4 @@
-"""Readers of step-labelled sets: rows written here, and what the real sets say of their own labels."""
+"""Readers of step-labelled data sets: synthetic rows, and the real sets against their own metadata."""
 
 import json
 import re
@@ -53,7 +53,7 @@ def read(tmp_path, form, *rows, **options):
 def real(name: str) -> str:
     path = DATA / f"{name}.jsonl.gz"
     if not path.is_file():
-        pytest.skip(f"the set {name} is not beside this checkout (../shared/data)")
+        pytest.skip(f"the data set {name} is not in ../shared/data")
     return str(path)
 
 
@@ -69,7 +69,7 @@ def test_processbench(tmp_path):
     ]
 
 
-def test_prmbench_gives_the_modified_trace_and_each_original_once(tmp_path):
+def test_prmbench_yields_modified_traces_and_each_original_once(tmp_path):
     free = {**PRMBENCH, "error_steps": [], "classification": "multi_solutions"}
     traces = read(tmp_path, "prmbench", PRMBENCH, free)
     assert [(t.question, t.steps, t.first_error, t.group) for t in traces] == [
@@ -90,7 +90,7 @@ def test_mrben_counts_numbered_steps_not_lines(tmp_path):
     assert {(t.options, t.group) for t in traces} == {("A: one \nB: two", "m")}
 
 
-def test_mrben_where_the_numbers_start_again(tmp_path):
+def test_mrben_with_restarting_step_numbers(tmp_path):
     lines = ["Step 1: a", "Step 2: b", "Step 1: c", "Step 2: d", "Step 3: e", "Solution: f"]
     rows = [{**MRBEN, "Model_Solution_Steps": lines, "Model_Solution_First_Error_Step": label} for label in "234"]
     traces = read(tmp_path, "mrben", *rows)
@@ -123,26 +123,26 @@ def test_mrben_where_the_numbers_start_again(tmp_path):
         ("mrben", {"Options": ["a", "b"]}, "field 'Options' is list"),
     ],
 )
-def test_bad_rows_are_refused_by_line_and_field(tmp_path, form, change, message):
+def test_invalid_rows_raise_with_line_and_field(tmp_path, form, change, message):
     with pytest.raises(InputError, match=f"rows.jsonl:2: .*{message}" if "rows.jsonl" not in message else message):
         read(tmp_path, form, ROWS[form], {**ROWS[form], **change})
 
 
 @pytest.mark.parametrize(("form", "row"), ROWS.items())
-def test_a_missing_field_is_named(tmp_path, form, row):
+def test_missing_field_is_named(tmp_path, form, row):
     for field in row.keys() - {"Options"}:
         with pytest.raises(InputError, match=f"rows.jsonl:1: field '{field}' is missing for format '{form}'; fields: "):
             read(tmp_path, form, {name: value for name, value in row.items() if name != field})
 
 
-def test_what_is_asked_for(tmp_path):
+def test_limit_and_unknown_format(tmp_path):
     ordered = [{**PROCESSBENCH, "label": label} for label in [1] * 20 + [-1] * 20]
-    drawn = read(tmp_path, "processbench", *ordered, limit=15)
-    assert len(drawn) == 15
-    assert {trace.first_error for trace in drawn} == {1, None}, "not the first rows of a sorted file"
-    assert drawn == read(tmp_path, "processbench", *ordered, limit=15)
+    sampled = read(tmp_path, "processbench", *ordered, limit=15)
+    assert len(sampled) == 15
+    assert {trace.first_error for trace in sampled} == {1, None}, "a sample, not the first rows of a sorted file"
+    assert sampled == read(tmp_path, "processbench", *ordered, limit=15)
     everything = read(tmp_path, "processbench", *ordered, limit=99)
-    assert [t for t in everything if t in drawn] == drawn
+    assert [t for t in everything if t in sampled] == sampled
     assert len(everything) == 40
     with pytest.raises(InputError, match="at least 1"):
         read(tmp_path, "processbench", PROCESSBENCH, limit=0)
@@ -163,13 +163,13 @@ def test_what_is_asked_for(tmp_path):
         (". ", ["A is b.", "So c", "d."], "A is b. So c. d."),
     ],
 )
-def test_joined_steps(delimiter, steps, text):
+def test_join_steps(delimiter, steps, text):
     joined, spans = join_steps(steps, delimiter)
     assert joined == text
     assert [joined[start:end] for start, end in spans] == steps
 
 
-def test_prompts_have_the_tasks_words(tmp_path):
+def test_prompts_have_the_wording_of_the_task(tmp_path):
     [trace] = read(tmp_path, "mrben", MRBEN)
     assert prompt_of(trace, get_task("mmlu_pro")) == (
         "Question: Which?\nOptions:\nA. one\nB. two\nEnd with: The answer is (letter).\nAnswer:\n"
@@ -182,7 +182,7 @@ def test_prompts_have_the_tasks_words(tmp_path):
         prompt_of(trace, get_task("mmlu_pro"))
 
 
-def test_a_split_shares_no_question():
+def test_split_shares_no_question():
     traces = [StepTrace("", f"q{i % 10}", ["a"], None, "") for i in range(30)]
     fit, rest = split_by_question(traces, 0.3, seed=1)
     assert {t.question for t in fit}.isdisjoint(t.question for t in rest)
@@ -194,8 +194,8 @@ def test_a_split_shares_no_question():
 # ---------- the real sets ----------
 
 
-def test_real_processbench_has_its_published_counts_and_trivial_rows():
-    """406 correct traces (arXiv 2412.06559, table 1). A wrong final answer always has a wrong step before it."""
+def test_real_processbench_has_published_counts_and_trivial_baselines():
+    """406 correct traces (arXiv 2412.06559, table 1). A trace with a wrong final answer always has a wrong step."""
     source = real("processbench/math")
     traces = read_step_traces(source, "processbench")
     assert sum(t.first_error is None for t in traces) == 406
@@ -204,13 +204,13 @@ def test_real_processbench_has_its_published_counts_and_trivial_rows():
     wrong_answers = [t for t, row in zip(traces, raw, strict=True) if not row["final_answer_correct"]]
     assert len(wrong_answers) == 500
     assert all(t.first_error is not None for t in wrong_answers)
-    # Counted from 0: the first step may be wrong and the last one too, and none is beyond it.
+    # Labels count from 0: both the first and the last step can be wrong.
     assert any(t.first_error == 0 for t in traces)
     assert any(t.first_error == len(t.steps) - 1 for t in traces)
 
     errors, questions = [t.first_error for t in traces], [t.question for t in traces]
-    nothing = summarise(outcomes([[0.0] * len(t.steps) for t in traces], errors, 0.0), questions)
-    assert (nothing["f1"], nothing["acc_error"], nothing["acc_correct"]) == (0.0, 0.0, 1.0)
+    no_error = summarise(outcomes([[0.0] * len(t.steps) for t in traces], errors, 0.0), questions)
+    assert (no_error["f1"], no_error["acc_error"], no_error["acc_correct"]) == (0.0, 0.0, 1.0)
     guess = summarise([random_outcome(len(t.steps), t.first_error) for t in traces], questions)
     by_kind = {
         kind: statistics.fmean(1 / (len(row["steps"]) + 1) for row in raw if (row["label"] >= 0) == kind)
@@ -223,7 +223,7 @@ def test_real_processbench_has_its_published_counts_and_trivial_rows():
 
 
 def test_real_prmbench_counts_error_steps_from_one():
-    """Where original and modified trace have as many steps, the first error is the first step that differs."""
+    """If original and modified trace have equally many steps, the first error is the first step that differs."""
     source = real("prmbench/subset400")
     traces = read_step_traces(source, "prmbench")
     groups = [t.group for t in traces]
@@ -245,8 +245,8 @@ def test_real_prmbench_counts_error_steps_from_one():
 
 
 @pytest.mark.parametrize(("name", "erroneous", "correct"), [("biology", 418, 617), ("physics", 348, 319)])
-def test_real_mrben_names_steps_by_their_number(name, erroneous, correct):
-    """Annotators rewrote the first wrong step, mostly with its number: it must be that of the step found."""
+def test_real_mrben_labels_are_step_numbers(name, erroneous, correct):
+    """Annotators rewrote the first wrong step, mostly with its number, which must match the labelled step."""
     source = real(f"mrben/{name}")
     traces = read_step_traces(source, "mrben")
     assert sum(t.first_error is not None for t in traces) == erroneous
@@ -265,7 +265,7 @@ def test_real_mrben_names_steps_by_their_number(name, erroneous, correct):
         by_line += bool(re.match(pattern, row["Model_Solution_Steps"][int(row["Model_Solution_First_Error_Step"]) - 1]))
     assert several > 300
     assert agree / several > 0.98
-    assert by_line / several < 0.95, "lines and numbers would agree, and this test would say nothing"
+    assert by_line / several < 0.95, "otherwise lines and numbers agree, and the test has no power"
 
 
 @pytest.mark.parametrize("name", ["biology", "physics"])

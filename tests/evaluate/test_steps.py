@@ -1,4 +1,4 @@
-"""Step-level evaluation: scores against plain forward passes, and results against rewards that know the answer."""
+"""Step-level evaluation: scores against plain forward passes, and results for oracle and constant rewards."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ PROCESSBENCH = SHARED / "processbench" / "math.jsonl.gz"
 
 @pytest.fixture(scope="module")
 def policy(tiny_model_folder):
-    """A causal LM whose next-token distributions differ from token to token."""
+    """A causal LM with non-uniform next-token distributions."""
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def policy(tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def model(tiny_model_folder, tokenizer, policy):
-    """A reward model with a trained-looking head, another model than the policy."""
+    """A reward model with perturbed weights, different from the policy."""
     settings = RewardSettings(head="action", beta_clip=50.0)
     made = TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer, dtype=torch.float32)
     generator = torch.Generator().manual_seed(2)
@@ -57,7 +57,7 @@ def model(tiny_model_folder, tokenizer, policy):
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():
-    """A token a byte: characters of several bytes lie across tokens."""
+    """One token per byte: a multi-byte character has several tokens."""
     ids = {piece: i for i, piece in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(ids, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +66,7 @@ def byte_tokenizer():
 
 
 def wrong_equation(lines) -> int | None:
-    """First line of an arithmetic trace that is false: an equation, or an answer other than the last result."""
+    """First wrong line of an arithmetic trace: a false equation, or an answer other than the last result."""
     result = None
     for n, line in enumerate(lines):
         if match := re.fullmatch(r"(\d+) ([-+*]) (\d+) = (\d+)", line):
@@ -78,8 +78,8 @@ def wrong_equation(lines) -> int | None:
     return None
 
 
-class Knowing(TokenRewardModel):
-    """A reward model whose tokens have 1, but -5 in the first line that is false."""
+class Oracle(TokenRewardModel):
+    """A reward model with reward 1 for each token, but -5 in the first wrong line."""
 
     def compute_rewards(self, prompts, completions, options):
         rewards = []
@@ -95,15 +95,15 @@ class Knowing(TokenRewardModel):
         return rewards
 
 
-class Blind(TokenRewardModel):
-    """A reward model that gives every token the same."""
+class Constant(TokenRewardModel):
+    """A reward model with the same reward for every token."""
 
     def compute_rewards(self, prompts, completions, options):
         return [torch.ones(len(ids)) for ids in completions]
 
 
 def traces_of(rows, wrong_at: dict[int, int]) -> list[StepTrace]:
-    """Arithmetic traces; `wrong_at` row: step whose result is made false."""
+    """Arithmetic traces; `wrong_at` maps a row to the step whose result is made wrong."""
     traces = []
     for i, row in enumerate(rows):
         steps = row["completion"].split("\n")
@@ -117,7 +117,7 @@ def traces_of(rows, wrong_at: dict[int, int]) -> list[StepTrace]:
 
 @pytest.fixture(scope="module")
 def halves(experts):
-    """Traces to judge and traces to fit on."""
+    """Traces to evaluate and traces to fit on."""
     return traces_of(experts[:8], {0: 0, 1: 1, 2: 0, 3: 1}), traces_of(experts[8:], {0: 1, 1: 0})
 
 
@@ -125,8 +125,8 @@ def halves(experts):
 
 
 @pytest.mark.parametrize("delimiter", ["\n", "\n\n", ". "])
-def test_each_step_has_the_tokens_that_write_it(byte_tokenizer, delimiter):
-    """Also where a step holds the delimiter, or characters of several bytes."""
+def test_steps_have_the_tokens_that_overlap_them(byte_tokenizer, delimiter):
+    """Also if a step contains the delimiter or multi-byte characters."""
     steps = ["ab\ncd", "é 日本", "1. 2. 3", "x"]
     text, spans = join_steps(steps, delimiter)
     encoded = encode_steps(byte_tokenizer, Trace(where="here", prompt="q", completion=text, spans=spans))
@@ -140,14 +140,14 @@ def test_each_step_has_the_tokens_that_write_it(byte_tokenizer, delimiter):
     assert ends[-1] == len(encoded.completion) - 2, "nor does the end of the sequence"
 
 
-def test_a_token_across_two_steps_belongs_to_both(tokenizer):
-    """The arithmetic vocabulary has one token for " + ": a step that starts inside it is not left without a token."""
+def test_token_across_two_steps_belongs_to_both(tokenizer):
+    """The arithmetic vocabulary has one token for " + ": a step that starts inside it gets that token too."""
     text = "12 + 9"
     encoded = encode_steps(tokenizer, Trace(where="here", prompt="q", completion=text, spans=[(0, 4), (4, 6)]))
     assert encoded.steps == [[0, 1], [1, 2]]
 
 
-def test_a_step_without_a_token_is_refused(byte_tokenizer):
+def test_step_without_a_token_raises(byte_tokenizer):
     with pytest.raises(InputError, match=r"here: step 1 .* has no token"):
         encode_steps(byte_tokenizer, Trace(where="here", prompt="q", completion="ab", spans=[(0, 2), (2, 2)]))
 
@@ -156,7 +156,7 @@ def test_a_step_without_a_token_is_refused(byte_tokenizer):
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "min"])
-def test_scores_are_those_of_plain_forward_passes(model, policy, tokenizer, halves, aggregate):
+def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, aggregate):
     """One unpadded trace at a time; a step's tokens are those between newlines."""
     traces, _ = halves
     encoded = []
@@ -197,10 +197,10 @@ def test_scores_are_those_of_plain_forward_passes(model, policy, tokenizer, halv
 # ---------- evaluation ----------
 
 
-def test_a_reward_that_knows_finds_every_first_error(model, tokenizer, policy, halves):
+def test_oracle_reward_finds_every_first_error(model, tokenizer, policy, halves):
     traces, fit = halves
-    knowing = Knowing(model.backbone, tokenizer, model.settings)
-    result = evaluate_steps(knowing, traces, fit, policy=policy)
+    oracle = Oracle(model.backbone, tokenizer, model.settings)
+    result = evaluate_steps(oracle, traces, fit, policy=policy)
     assert (result["traces"], result["erroneous"], result["correct"]) == (8, 4, 4)
     assert (result["fit_traces"], result["left_out"], result["fit_left_out"]) == (4, 0, 0)
     reward = result["methods"]["reward"]
@@ -208,19 +208,19 @@ def test_a_reward_that_knows_finds_every_first_error(model, tokenizer, policy, h
     for name in ("f1", "acc_error", "acc_correct", "hit_at_1", "hit_within_1", "hit_at_1_normalised"):
         assert reward[name] == 1.0, name
     lengths = [len(t.steps) for t in traces[:4]]
-    blind = evaluate_steps(Blind(model.backbone, tokenizer, model.settings), traces, fit)
-    assert list(blind["methods"]) == ["reward", "noise", "first_step", "random", "no_error"]
-    assert blind["methods"]["reward"]["f1"] == 0.0
-    assert blind["methods"]["reward"]["hit_at_1"] == pytest.approx(statistics.fmean(1 / n for n in lengths))
-    for methods in (result["methods"], blind["methods"]):
+    constant = evaluate_steps(Constant(model.backbone, tokenizer, model.settings), traces, fit)
+    assert list(constant["methods"]) == ["reward", "noise", "first_step", "random", "no_error"]
+    assert constant["methods"]["reward"]["f1"] == 0.0
+    assert constant["methods"]["reward"]["hit_at_1"] == pytest.approx(statistics.fmean(1 / n for n in lengths))
+    for methods in (result["methods"], constant["methods"]):
         assert (methods["first_step"]["acc_error"], methods["first_step"]["acc_correct"]) == (0.5, 0.0)
         assert methods["first_step"]["hit_at_1"] == 0.5
         assert (methods["no_error"]["acc_error"], methods["no_error"]["acc_correct"]) == (0.0, 1.0)
         assert methods["first_step"]["f1"] == methods["no_error"]["f1"] == 0.0
         assert methods["random"]["acc_error"] == pytest.approx(statistics.fmean(1 / (n + 1) for n in lengths))
         assert [methods[name]["threshold"] for name in ("first_step", "random", "no_error")] == [None] * 3
-    assert set(result["methods"]) - set(blind["methods"]) == {"logprob", "reward_logprob", "logprob_drop", "entropy"}
-    assert result["methods"]["noise"] == blind["methods"]["noise"], "the same draw"
+    assert set(result["methods"]) - set(constant["methods"]) == {"logprob", "reward_logprob", "logprob_drop", "entropy"}
+    assert result["methods"]["noise"] == constant["methods"]["noise"], "the same random numbers"
     assert 0 < result["methods"]["noise"]["threshold"] < 1
     groups = result["groups"]
     assert (groups["wrong"]["erroneous"], groups["wrong"]["correct"]) == (4, 0)
@@ -231,39 +231,39 @@ def test_a_reward_that_knows_finds_every_first_error(model, tokenizer, policy, h
 
 def test_results_do_not_depend_on_batches_or_order(model, policy, halves):
     traces, fit = halves
-    whole = evaluate_steps(model, traces, fit, policy=policy)
+    full = evaluate_steps(model, traces, fit, policy=policy)
     parts = evaluate_steps(model, traces[::-1], fit[::-1], policy=policy, token_budget=40)
-    json.dumps(whole, allow_nan=False)
-    for name, values in whole["methods"].items():
+    json.dumps(full, allow_nan=False)
+    for name, values in full["methods"].items():
         for key, value in values.items():
-            if not key.endswith("interval"):  # the draws follow the order
+            if not key.endswith("interval"):  # the bootstrap depends on the order
                 assert parts["methods"][name][key] == pytest.approx(value, abs=1e-4), (name, key)
 
 
-def test_long_traces_are_left_out_with_a_count(model, policy, tokenizer, halves):
+def test_long_traces_are_skipped_and_counted(model, policy, tokenizer, halves):
     traces, fit = halves
     long = StepTrace("rows:9", "1 + 1 = ?", ["1 + 1 = 2"] * 40, 3, "wrong")
-    knowing = Knowing(model.backbone, tokenizer, model.settings)
-    result = evaluate_steps(knowing, [*traces, long], [replace(long, question="2 + 2 = ?"), *fit])
+    oracle = Oracle(model.backbone, tokenizer, model.settings)
+    result = evaluate_steps(oracle, [*traces, long], [replace(long, question="2 + 2 = ?"), *fit])
     assert (result["left_out"], result["fit_left_out"], result["traces"], result["fit_traces"]) == (1, 1, 8, 4)
     assert result["positions"] == 128
     assert result["methods"]["reward"]["f1"] == 1.0
     [table, _] = step_tables(result)
-    assert "Left out, because longer than 128 positions: 1 and, of those to fit on, 1." in table.note
+    assert "longer than 128 positions: 1 of these traces and 1 of those to fit on." in table.note
     with pytest.raises(InputError, match="none of 1 traces fits into the model's 128 positions"):
-        evaluate_steps(knowing, [long], fit)
+        evaluate_steps(oracle, [long], fit)
 
 
-def test_what_is_refused(model, halves):
+def test_invalid_input_raises(model, halves):
     traces, fit = halves
     other = replace(traces[2], where="other:5", steps=["1 + 1 = 2"])  # another trace of the same question
-    with pytest.raises(InputError, match=r"rows:2: its question is also .* fitted on, in other:5"):
+    with pytest.raises(InputError, match=r"rows:2: .* same question, in other:5"):
         evaluate_steps(model, traces, [*fit, other])
     wrong = f"{fit[0].where}: the threshold needs erroneous and correct traces; from here on 2 and 0 fit into 128"
     with pytest.raises(InputError, match=wrong):
         evaluate_steps(model, traces, fit[:2])
     for few in (([], fit), (traces, [])):
-        with pytest.raises(InputError, match=f"{len(few[0])} traces to judge and {len(few[1])} to fit"):
+        with pytest.raises(InputError, match=f"{len(few[0])} traces to evaluate and {len(few[1])} to fit"):
             evaluate_steps(model, *few)
     with pytest.raises(InputError, match="unknown aggregate 'max'"):
         evaluate_steps(model, traces, fit, aggregate="max")
@@ -275,8 +275,8 @@ def test_what_is_refused(model, halves):
         )
 
 
-def test_a_damaged_model_is_said_to_be_one(model, tokenizer, policy, halves):
-    class Damaged(Blind):
+def test_non_finite_scores_raise(model, tokenizer, policy, halves):
+    class Damaged(Constant):
         def compute_rewards(self, prompts, completions, options):
             return [values / torch.tensor(0.0) for values in super().compute_rewards(prompts, completions, options)]
 
@@ -290,8 +290,8 @@ def test_a_damaged_model_is_said_to_be_one(model, tokenizer, policy, halves):
 
 
 @pytest.mark.parametrize("suite", ["processbench", "perturbation"])
-def test_the_command_prints_names_as_they_are(model, experts, suite, tmp_path):
-    """A closing tag of rich's markup and an emoji's name, both from data; and refuses what it cannot use."""
+def test_command_prints_names_without_markup(model, experts, suite, tmp_path):
+    """Data may contain a closing tag of rich's markup or an emoji's name. Also rejects an unknown aggregate."""
     model.save_pretrained(tmp_path / "rm")
     rows = [*experts]
     if suite == "processbench":
@@ -308,15 +308,15 @@ def test_the_command_prints_names_as_they_are(model, experts, suite, tmp_path):
     if suite == "processbench":
         assert "[/x]" in done.out
         assert ":smile:" in done.out
-    refused = launcher()(*words, "--aggregate", "mena")
-    assert refused.code == 2
-    assert "did you mean 'mean'" in refused.err
-    assert "Loading" not in refused.err
+    done = launcher()(*words, "--aggregate", "mena")
+    assert done.code == 2
+    assert "did you mean 'mean'" in done.err
+    assert "Loading" not in done.err
 
 
-def test_tables_show_the_result(model, tokenizer, policy, halves, tmp_path):
+def test_tables_contain_the_results(model, tokenizer, policy, halves, tmp_path):
     traces, fit = halves
-    result = evaluate_steps(Knowing(model.backbone, tokenizer, model.settings), traces, fit, policy=policy)
+    result = evaluate_steps(Oracle(model.backbone, tokenizer, model.settings), traces, fit, policy=policy)
     [table, groups] = step_tables(result)
     assert [row[0] for row in table.rows][:2] == ["reward", "log-prob"]
     assert table.rows[0][1:5] == ["100.0", "[100.0, 100.0]", "100.0", "100.0"]
@@ -329,9 +329,9 @@ def test_tables_show_the_result(model, tokenizer, policy, halves, tmp_path):
 
 
 def test_real_processbench_through_a_byte_model(byte_tokenizer):
-    """An untrained model on the real set: counts add up, and the rows that need no model are those of the file."""
+    """An untrained model on the real set: counts add up, and baselines without a model match the file."""
     if not PROCESSBENCH.is_file():
-        pytest.skip("ProcessBench is not beside this checkout (../shared/data)")
+        pytest.skip("ProcessBench is not in ../shared/data")
     config = LlamaConfig(
         vocab_size=len(byte_tokenizer),
         hidden_size=16,
@@ -354,7 +354,7 @@ def test_real_processbench_through_a_byte_model(byte_tokenizer):
     words = "Problem: \nPut the final answer in \\boxed{}.\nSolution:\n"
 
     def size(row) -> int:
-        """Bytes of what is read, and the end of the sequence."""
+        """Bytes of prompt and trace, plus the end of the sequence."""
         text = words + row["problem"].strip() + "\n".join(step.strip() for step in row["steps"])
         return len(text.encode()) + 1
 
@@ -371,19 +371,19 @@ def test_real_processbench_through_a_byte_model(byte_tokenizer):
     assert result["methods"]["no_error"]["f1"] == 0.0
 
 
-# ---------- errors that were put in ----------
+# ---------- inserted errors ----------
 
 
-def test_steps_of_a_text():
+def test_split_steps_and_changed_step():
     text = "a b\n\n  cd \n \ne"
     assert [text[start:end] for start, end in split_steps(text, "\n")] == ["a b", "cd", "e"]
     assert [changed_step(split_steps(text, "\n"), at) for at in (0, 3, 7, 8, len(text) - 1)] == [0, 0, 1, 1, 2]
 
 
-def test_a_reward_that_knows_finds_every_error_that_was_put_in(model, tokenizer, policy, experts):
-    knowing = Knowing(model.backbone, tokenizer, model.settings)
+def test_oracle_reward_finds_every_inserted_error(model, tokenizer, policy, experts):
+    oracle = Oracle(model.backbone, tokenizer, model.settings)
     kinds = ("operator", "nearby_number", "number")
-    result = evaluate_perturbations(knowing, experts, policy=policy, kinds=kinds)
+    result = evaluate_perturbations(oracle, experts, policy=policy, kinds=kinds)
     json.dumps(result, allow_nan=False)
     assert (result["traces"], result["left_out"], list(result["kinds"])) == (12, 0, list(kinds))
     for kind in kinds:
@@ -408,20 +408,20 @@ def test_a_reward_that_knows_finds_every_error_that_was_put_in(model, tokenizer,
     ]
 
 
-def test_a_blind_reward_is_at_chance(model, tokenizer, experts):
-    result = evaluate_perturbations(Blind(model.backbone, tokenizer, model.settings), experts)
+def test_constant_reward_is_at_chance(model, tokenizer, experts):
+    result = evaluate_perturbations(Constant(model.backbone, tokenizer, model.settings), experts)
     for kind, of in result["kinds"].items():
         assert of["applied"] + of["not_applicable"] == 12
         reward = of["methods"]["reward"]
         assert reward["hit_at_1_normalised"] == pytest.approx(0, abs=1e-12), kind
         assert (reward["auroc"], reward["win_rate"]) == (0.5, 0.5)
     dropped = result["kinds"]["drop_step"]["methods"]["reward"]["hit_at_1"]
-    kept = statistics.fmean(1 / row["completion"].count("\n") for row in experts)  # one step less than there were
+    kept = statistics.fmean(1 / row["completion"].count("\n") for row in experts)  # one step fewer than in the original
     assert dropped == pytest.approx(kept)
 
 
-def test_log_probs_of_traces_are_means_over_tokens(model, policy, tokenizer, experts):
-    """Pairs counted from plain forward passes over the originals and the same copies."""
+def test_trace_log_probs_are_means_over_tokens(model, policy, tokenizer, experts):
+    """Win rate from plain forward passes over the originals and the same copies."""
     result = evaluate_perturbations(model, experts, policy=policy, kinds=["number"], seed=3)
     wins = []
     for index, row in enumerate(experts):
@@ -437,7 +437,7 @@ def test_log_probs_of_traces_are_means_over_tokens(model, policy, tokenizer, exp
     assert result["kinds"]["number"]["methods"]["logprob"]["win_rate"] == pytest.approx(statistics.fmean(wins))
 
 
-def test_rewards_of_traces_are_aggregated_as_the_settings_say(model, tokenizer, experts):
+def test_trace_rewards_use_the_aggregate_of_the_settings(model, tokenizer, experts):
     wins = {}
     for how in ("mean", "last"):
         one = TokenRewardModel(model.backbone, tokenizer, replace(model.settings, aggregate=how))
@@ -453,8 +453,8 @@ def test_rewards_of_traces_are_aggregated_as_the_settings_say(model, tokenizer, 
     assert wins["mean"] != wins["last"]
 
 
-def test_where_no_error_can_be_put_in(model, experts):
-    """One step: nothing to drop or to exchange. A number outside the vocabulary: the copy has the same tokens."""
+def test_traces_without_an_applicable_error(model, experts):
+    """One step: nothing to drop or swap. A number outside the vocabulary: the copy has the same tokens."""
     rows = [{"prompt": "1 + 1 = ?\n", "completion": "#### 2", "answer": "2"}]
     result = evaluate_perturbations(model, rows, kinds=["drop_step", "swap_steps", "number"])
     for kind in ("drop_step", "swap_steps"):

@@ -1,4 +1,4 @@
-"""Calibrations against scipy's optimiser and pooling by hand; their errors by hand; their place in a folder."""
+"""Calibrations against scipy's optimiser and the min-max formula, calibration errors by hand, and storage."""
 
 import json
 import math
@@ -25,8 +25,8 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings, read_settings, write_calibration
 
 
-def drawn(n, slope, intercept, mean=0.0, std=1.0, seed=0):
-    """Rewards, and labels that are right with probability sigmoid(slope z + intercept), z the standardised reward."""
+def sampled(n, slope, intercept, mean=0.0, std=1.0, seed=0):
+    """Rewards, and labels that are true with probability sigmoid(slope z + intercept), z the standardised reward."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=n)
     return mean + std * z, rng.random(n) < expit(slope * z + intercept)
@@ -45,24 +45,24 @@ def split(rows):
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1.5, -0.7), (0.4, 1.0), (-1.0, 0.2)])
-def test_platt_recovers_the_sigmoid_that_labels_were_drawn_from(slope, intercept):
-    """Standard errors of 20,000 draws are under 0.03."""
-    found = fit_calibration(*drawn(20_000, slope, intercept))
+def test_platt_recovers_the_sigmoid_of_the_labels(slope, intercept):
+    """Standard errors of 20,000 samples are below 0.03."""
+    found = fit_calibration(*sampled(20_000, slope, intercept))
     assert found.slope == pytest.approx(slope, abs=0.1)
     assert found.intercept == pytest.approx(intercept, abs=0.1)
     assert found.traces == 20_000
 
 
 def test_temperature_recovers_the_slope_of_a_sigmoid_through_zero():
-    found = fit_calibration(*drawn(20_000, 0.35, 0.0), "temperature")
+    found = fit_calibration(*sampled(20_000, 0.35, 0.0), "temperature")
     assert found.slope == pytest.approx(0.35, abs=0.05)
     assert found.intercept == 0.0
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0, 1), (-3, 0.1), (4.9, 1e-4), (100, 0.01), (0, 1e6)])
-def test_platt_is_the_optimum_wherever_the_rewards_lie(mean, std):
-    """Another optimiser on the standardised rewards; a mean log-odds may be far from zero and differ by little."""
-    rewards, correct = drawn(400, 2.0, -0.5, mean, std)
+def test_platt_is_the_optimum_for_any_location_and_scale(mean, std):
+    """Another optimiser on the standardised rewards, whose mean may be far from zero and deviation small."""
+    rewards, correct = sampled(400, 2.0, -0.5, mean, std)
     found = fit_calibration(rewards, correct)
     z, right = (rewards - mean) / std, correct.sum()
     target = np.where(correct, (right + 1) / (right + 2), 1 / (len(z) - right + 2))
@@ -78,7 +78,7 @@ def test_platt_is_the_optimum_wherever_the_rewards_lie(mean, std):
 
 @given(gap=st.floats(0.01, 100), right=st.integers(1, 20), wrong=st.integers(9, 20))
 def test_platt_is_finite_on_separable_traces(gap, right, wrong):
-    """Unsmoothed it would grow without end. Two values: each group's probability is its smoothed target, exactly."""
+    """Without smoothing it diverges. With two distinct rewards each probability is exactly its smoothed target."""
     found = fit_calibration([gap] * right + [-gap] * wrong, [True] * right + [False] * wrong)
     assert math.isfinite(found.slope)
     assert found.probability(gap) == pytest.approx((right + 1) / (right + 2), abs=1e-4)
@@ -86,7 +86,7 @@ def test_platt_is_finite_on_separable_traces(gap, right, wrong):
 
 
 @given(rows=LABELLED)
-def test_no_other_temperature_has_a_smaller_loss(rows):
+def test_fitted_temperature_minimises_the_loss(rows):
     rewards, correct = split(rows)
     best = log_loss(fit_calibration(rewards, correct, "temperature").probabilities(rewards), correct)
     for log_slope in np.linspace(-8, 8, 161):
@@ -114,12 +114,12 @@ def test_isotonic_is_monotone_and_the_min_max_formula(rows):
     assert (np.diff(fine) >= 0).all()
     assert fine.min() >= 0
     assert fine.max() <= 1
-    assert found.probability(-1e9) == found.probability(min(rewards))  # constant outside what was seen
+    assert found.probability(-1e9) == found.probability(min(rewards))  # constant outside the observed range
     assert found.probability(1e9) == found.probability(max(rewards))
 
 
-def test_equal_rewards_give_the_share_that_is_right():
-    """Nothing to go by: Platt's is the mean of the smoothed targets."""
+def test_equal_rewards_give_the_share_of_correct_traces():
+    """The rewards are uninformative: Platt's probability is the mean of the smoothed targets."""
     correct = [True] * 9 + [False] * 3
     assert fit_calibration([0.5] * 12, correct, "isotonic").probability(3.0) == pytest.approx(9 / 12)
     target = (9 * 10 / 11 + 3 * 1 / 5) / 12
@@ -127,7 +127,7 @@ def test_equal_rewards_give_the_share_that_is_right():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_too_little_is_refused(method):
+def test_too_few_traces_raise(method):
     with pytest.raises(InputError, match="0 right and 12 wrong traces"):
         fit_calibration(range(12), [False] * 12, method)
     with pytest.raises(InputError, match="12 right and 0 wrong traces"):
@@ -136,7 +136,7 @@ def test_too_little_is_refused(method):
         fit_calibration(range(9), [True] + [False] * 8, method)
 
 
-def test_unknown_methods_and_knots_in_the_wrong_place_are_refused():
+def test_unknown_methods_and_misplaced_knots_raise():
     with pytest.raises(InputError, match="did you mean 'platt'"):
         fit_calibration(range(12), [True, False] * 6, "plat")
     with pytest.raises(InputError, match="isotonic needs knots"):
@@ -160,7 +160,7 @@ def test_errors_by_hand():
     assert expected_calibration_error(p, correct, bins=1) == pytest.approx(abs(0.5 - sum(p) / 4))
 
 
-def test_being_sure_and_wrong_is_finite():
+def test_log_loss_of_certain_and_wrong_is_finite():
     assert log_loss([0.0, 1.0], [True, False]) == pytest.approx(-math.log(1e-12), rel=1e-4)
 
 
@@ -168,25 +168,25 @@ def test_being_sure_and_wrong_is_finite():
     rows=st.lists(st.tuples(st.integers(0, 100), st.booleans()), min_size=1, max_size=40),
     bins=st.integers(1, 12),
 )
-def test_the_calibration_error_by_brute_force(rows, bins):
+def test_calibration_error_by_brute_force(rows, bins):
     p, correct = [n / 101 for n, _ in rows], [c for _, c in rows]
     total = 0.0
     for b in range(bins):
         inside = [k for k, value in enumerate(p) if b / bins <= value < (b + 1) / bins]
         if inside:
-            said, true = sum(p[k] for k in inside) / len(inside), sum(correct[k] for k in inside) / len(inside)
-            total += len(inside) / len(p) * abs(said - true)
+            mean, accuracy = sum(p[k] for k in inside) / len(inside), sum(correct[k] for k in inside) / len(inside)
+            total += len(inside) / len(p) * abs(mean - accuracy)
     assert expected_calibration_error(p, correct, bins) == pytest.approx(total)
 
 
-def test_a_perfect_calibration_has_no_error_and_the_brier_score_of_its_variance():
+def test_perfect_calibration_has_zero_error_and_brier_score_of_the_variance():
     p = np.repeat([0.25, 0.75], 400)
     correct = [k % 4 == 0 for k in range(400)] + [k % 4 != 0 for k in range(400)]
     assert expected_calibration_error(p, correct) == pytest.approx(0.0)
     assert brier_score(p, correct) == pytest.approx(0.25 * 0.75)
 
 
-# ---------- the folder ----------
+# ---------- storage ----------
 
 
 @pytest.fixture
@@ -197,13 +197,13 @@ def folder(tiny_model_folder, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_comes_back_from_the_folder_as_it_was(folder, method):
-    """All else in the file stays, also what a later version wrote; saving and loading the model keeps it."""
+def test_calibration_round_trips_through_the_folder(folder, method):
+    """Other fields are kept, even unknown ones; saving and loading the model keeps the calibration."""
     path = folder / "tracereward.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "something_new": 1}))
     before = json.loads(path.read_text())
     assert before["calibration"] is None
-    found = fit_calibration(*drawn(300, 1.0, 0.5), method)
+    found = fit_calibration(*sampled(300, 1.0, 0.5), method)
     write_calibration(folder, found)
     assert read_settings(folder).calibration == found
     after = json.loads(path.read_text())
@@ -216,7 +216,7 @@ def test_it_comes_back_from_the_folder_as_it_was(folder, method):
     assert again.probabilities(rewards).tolist() == found.probabilities(rewards).tolist()
 
 
-def test_settings_from_before_calibrations_are_read(folder):
+def test_settings_without_a_calibration_field_are_read(folder):
     path = folder / "tracereward.json"
     stored = json.loads(path.read_text())
     del stored["calibration"]
@@ -229,7 +229,7 @@ def test_settings_from_before_calibrations_are_read(folder):
 @pytest.mark.parametrize(
     "calibration", [5, {"method": "platt", "slop": 1}, {"method": "isotonic", "knots": [[1.0]]}, {"slope": 1.0}]
 )
-def test_a_damaged_calibration_is_named(folder, calibration):
+def test_damaged_calibration_is_named(folder, calibration):
     path = folder / "tracereward.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "calibration": calibration}))
     with pytest.raises(InputError, match=r"tracereward\.json is damaged"):

@@ -1,4 +1,4 @@
-"""A token head fitted to another head's rewards: it learns, the fit is the formula, and the folder is plain."""
+"""Distillation into a token head: learning, the reported fit, and a plain checkpoint."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def build(folder, tokenizer, head, **settings) -> TokenRewardModel:
 
 @pytest.fixture(scope="module")
 def examples(tokenizer):
-    """Right and mistaken working of 150 problems, marked as such."""
+    """Correct and wrong traces of 150 problems, labelled."""
     found = []
     for row in generate("misconception", 150, seed=3, mistake_rate=0.5):
         correct = row["completion"].endswith(f"#### {row['answer']}")
@@ -50,8 +50,8 @@ def examples(tokenizer):
     return found
 
 
-def test_the_student_learns_the_teachers_rewards(tiny_model_folder, tokenizer, examples, tmp_path):
-    """A new head explains nothing of rewards on held-out prompts; after training it explains a good part."""
+def test_student_learns_the_rewards_of_the_teacher(tiny_model_folder, tokenizer, examples, tmp_path):
+    """On held-out prompts R2 is low for a hardly trained head and higher after training."""
     teacher = build(tiny_model_folder, tokenizer, "action", beta_clip=6.0, temperature=2.0, reward_form="logit")
     teacher.save_pretrained(tmp_path / "teacher")
     loaded = TokenRewardModel.from_pretrained(str(tmp_path / "teacher"))
@@ -75,8 +75,8 @@ def test_the_student_learns_the_teachers_rewards(tiny_model_folder, tokenizer, e
     torch.testing.assert_close(rewards, expected, atol=1e-5, rtol=0)
 
 
-def test_the_fit_is_the_formula(tiny_model_folder, tokenizer, examples):
-    """R2 over supervised positions only, in numpy; the AUROC is that of trace means within the prompt."""
+def test_fit_matches_its_definition(tiny_model_folder, tokenizer, examples):
+    """R2 over supervised positions only, in numpy; the within-prompt AUROC of trace means."""
     teacher = build(tiny_model_folder, tokenizer, "action", granularity="step")
     student = build(tiny_model_folder, tokenizer, "token", granularity="step")
     test = examples[:24]
@@ -98,7 +98,7 @@ def test_the_fit_is_the_formula(tiny_model_folder, tokenizer, examples):
     assert (fit.traces, fit.held_out) == (6, 24)
 
 
-def test_the_loss_is_over_supervised_positions(tiny_model_folder, tokenizer, examples):
+def test_loss_covers_supervised_positions_only(tiny_model_folder, tokenizer, examples):
     student = build(tiny_model_folder, tokenizer, "token", granularity="sparse")
     chosen = examples[:5]
     targets = [torch.arange(len(e.completion), dtype=torch.float32) for e in chosen]
@@ -110,7 +110,7 @@ def test_the_loss_is_over_supervised_positions(tiny_model_folder, tokenizer, exa
 
 
 @pytest.mark.parametrize("head", ["token", "airl"])
-def test_a_token_classifier_is_taken_as_it_is(tiny_model_folder, tokenizer, examples, head):
+def test_token_classifier_is_not_trained(tiny_model_folder, tokenizer, examples, head):
     teacher = build(tiny_model_folder, tokenizer, head, temperature=2.0)
     student, fit = distill(teacher, tiny_model_folder, examples)
     assert fit.r2 == 1.0
@@ -137,8 +137,8 @@ def test_rows_become_examples(tiny_model_folder, tokenizer):
         examples_of([*rows, ("rows.jsonl:3", long)], model)
 
 
-def test_an_absurd_learning_rate_ends_in_a_sentence(tiny_model_folder, tokenizer, examples):
-    """The last step's parameters enter no loss: what they give is looked at."""
+def test_divergence_raises_with_a_hint(tiny_model_folder, tokenizer, examples):
+    """The parameters after the last step have no loss, so their rewards are checked."""
     teacher = build(tiny_model_folder, tokenizer, "action")
     for epochs in (1, 3):
         with pytest.raises(RunFailed, match="use a lower --learning-rate"):
@@ -149,7 +149,7 @@ def test_an_absurd_learning_rate_ends_in_a_sentence(tiny_model_folder, tokenizer
         distill(teacher, tiny_model_folder, examples[:8])
 
 
-def test_the_command(tiny_model_folder, tokenizer, tmp_path):
+def test_command(tiny_model_folder, tokenizer, tmp_path):
     from typer.testing import CliRunner
 
     build(tiny_model_folder, tokenizer, "implicit").save_pretrained(tmp_path / "rm")
@@ -161,14 +161,14 @@ def test_the_command(tiny_model_folder, tokenizer, tmp_path):
     assert done.exit_code == 0
     printed = json.loads(done.stdout.splitlines()[-1])
     assert printed["held_out"] == 2
-    assert printed["auroc_before"] is None, "all are right: undefined, and JSON has no nan"
+    assert printed["auroc_before"] is None, "undefined if all are correct; JSON has no NaN"
     assert "Distilled from a reward model with head `implicit`" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match="exists already"):
         CliRunner().invoke(app, words, catch_exceptions=False)
-    (tmp_path / "rm" / "model.safetensors").write_bytes(b"")  # cannot be loaded: all below is said before
+    (tmp_path / "rm" / "model.safetensors").write_bytes(b"")  # cannot be loaded: the errors below come first
     words[5] = str(tmp_path / "more" / "out")
     for rate in ("0", "-1", "nan", "1e9"):
-        with pytest.raises(InputError, match="--learning-rate must be over 0 and at most 1"):
+        with pytest.raises(InputError, match="--learning-rate must be above 0 and at most 1"):
             CliRunner().invoke(app, [*words, "--learning-rate", rate], catch_exceptions=False)
     data.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(InputError, match="at least two prompts"):

@@ -1,17 +1,17 @@
-"""Predictions of a trace's first error from its step scores, by hand."""
+"""First-error rules on hand-computed step scores."""
 
 import math
 
 from tracereward.rewards.first_error_rules import first_below, first_below_others, first_token_below, lowest_steps
 
 
-def test_first_step_under_a_threshold():
+def test_first_step_below_a_threshold():
     assert first_below([3.0, 1.0, 0.0], 2.0) == 1
     assert first_below([3.0, 2.0], 2.0) is None, "strictly below"
     assert first_below([1.0, 0.0], math.inf) == 0
 
 
-def test_first_token_of_the_first_step_under_a_threshold():
+def test_first_token_of_the_first_step_below_a_threshold():
     ends = [False, True, False, False, True, True]
     assert first_token_below([0.5, 0.2, -0.1], ends, 0.0) == 5
     assert first_token_below([0.5, 0.2, -0.1], ends, 0.3) == 2
@@ -30,6 +30,6 @@ def test_first_step_well_below_the_others():
     assert first_below_others([]) is None
 
 
-def test_all_lowest_steps_are_given():
+def test_lowest_steps_returns_all_ties():
     assert lowest_steps([1.0, -1.0, 0.0]) == [1]
     assert lowest_steps([0.0, 2.0, 0.0]) == [0, 2]

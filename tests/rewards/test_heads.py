@@ -1,4 +1,4 @@
-"""The four heads: f_t against plain transformers, on disk and off, and the options that go with each."""
+"""The four heads: f_t against plain transformers, in memory and from disk, and the options of each head."""
 
 import copy
 
@@ -20,7 +20,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0
 
 
 def build(folder, tokenizer, head, peft=None, **settings) -> TokenRewardModel:
-    """A reward model all of whose trainable weights have left their start, so that zeros there hide nothing."""
+    """A reward model with all trainable weights perturbed, so that zero initialisation hides no bug."""
     torch.manual_seed(0)
     settings = RewardSettings(head=head, **{"beta_clip": 1e9, **settings})
     model = TokenRewardModel.from_backbone(str(folder), settings, tokenizer, peft, dtype=torch.float32)
@@ -44,7 +44,7 @@ def pairs(tokenizer, experts):
 
 @pytest.fixture(scope="module")
 def lms(tokenizer):
-    """Two further causal LMs: a reference and a policy."""
+    """Two more causal LMs: a reference and a policy."""
     return [build_model(tokenizer, seed=seed).eval() for seed in (5, 6)]
 
 
@@ -55,7 +55,7 @@ def f_of(model, prompts, completions) -> list[torch.Tensor]:
 
 
 def log_probs_of(lm, prompt, completion) -> torch.Tensor:
-    """log p(y_t) by a plain forward of the unpadded sequence, normalised in float64."""
+    """log p(y_t) from a plain forward pass of the unpadded sequence, normalised in float64."""
     with torch.no_grad():
         log_probs = lm(torch.tensor([[*prompt, *completion]])).logits[0].double().log_softmax(-1)
     return torch.stack([log_probs[len(prompt) + t - 1, token] for t, token in enumerate(completion)])
@@ -69,7 +69,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 # ---------- f ----------
 
 
-def test_the_table_of_heads():
+def test_properties_of_heads():
     assert {h: (reads_log_probs(h), subtracts_policy(h), default_reward_form(h)) for h in HEADS} == {
         "token": (False, False, "logit"),
         "action": (True, False, "logit"),
@@ -79,8 +79,8 @@ def test_the_table_of_heads():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_f_is_what_the_table_says(tiny_model_folder, tokenizer, pairs, head, tmp_path):
-    """Read off the saved folder in plain transformers, one unpadded sequence at a time, summed in float64."""
+def test_f_matches_its_definition(tiny_model_folder, tokenizer, pairs, head, tmp_path):
+    """From the saved folder in plain transformers, one unpadded sequence at a time, in float64."""
     model = build(tiny_model_folder, tokenizer, head)
     model.backbone.save_pretrained(tmp_path)
     auto = AutoModelForCausalLM if head in ("action", "implicit") else AutoModelForTokenClassification
@@ -103,7 +103,7 @@ def test_f_is_what_the_table_says(tiny_model_folder, tokenizer, pairs, head, tmp
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_values_come_with_the_log_probs_that_the_head_reads(tiny_model_folder, tokenizer, pairs, head):
+def test_values_and_log_probs(tiny_model_folder, tokenizer, pairs, head):
     model = build(tiny_model_folder, tokenizer, head)
     batch = model.pack(*pairs)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_values_come_with_the_log_probs_that_the_head_reads(tiny_model_folder, t
     assert_close(own, [log_probs_of(model.backbone, p, c) for p, c in zip(*pairs)])
 
 
-def test_the_action_head_starts_as_the_log_prob():
+def test_action_head_is_initialised_to_the_log_prob():
     head = ActionHead(3)
     log_probs, hidden = torch.tensor([[-1.0, -2.5]]), torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(0))
     assert torch.equal(head(log_probs, hidden), log_probs)
@@ -139,8 +139,8 @@ def test_the_action_head_starts_as_the_log_prob():
 
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("head", HEADS)
-def test_the_head_weight_is_the_one_that_f_moves_with(tiny_model_folder, tokenizer, pairs, head, peft):
-    """w is trained, and f - f(w = 0) is linear in it; the head `implicit` has none."""
+def test_f_is_linear_in_the_head_weight(tiny_model_folder, tokenizer, pairs, head, peft):
+    """w is trainable, and f - f(w = 0) is linear in it; the head `implicit` has none."""
     model = build(tiny_model_folder, tokenizer, head, peft)
     weight = model.head_weight
     if head == "implicit":
@@ -149,14 +149,14 @@ def test_the_head_weight_is_the_one_that_f_moves_with(tiny_model_folder, tokeniz
     assert any(weight is p for p in model.parameters())
     assert weight.requires_grad
     assert weight.numel() == 64
-    whole = torch.cat(f_of(model, *pairs))
+    full = torch.cat(f_of(model, *pairs))
     with torch.no_grad():
         kept = weight.clone()
         weight.zero_()
         without = torch.cat(f_of(model, *pairs))
         weight.copy_(2 * kept)
-    assert (whole - without).abs().max() > 0.1
-    torch.testing.assert_close(torch.cat(f_of(model, *pairs)) - without, 2 * (whole - without), atol=1e-4, rtol=1e-4)
+    assert (full - without).abs().max() > 0.1
+    torch.testing.assert_close(torch.cat(f_of(model, *pairs)) - without, 2 * (full - without), atol=1e-4, rtol=1e-4)
     if head in ("token", "airl"):
         assert torch.equal(without, torch.zeros_like(without))
 
@@ -167,7 +167,7 @@ def test_the_head_weight_is_the_one_that_f_moves_with(tiny_model_folder, tokeniz
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("head", HEADS)
 def test_save_and_load(tiny_model_folder, tokenizer, pairs, tmp_path, head, peft):
-    """The folder gives the same f, and is a plain checkpoint without missing or unexpected keys."""
+    """The loaded model has the same f; the folder is a plain checkpoint without missing or unexpected keys."""
     model = build(tiny_model_folder, tokenizer, head, peft, base_model="some/base")
     model.save_pretrained(tmp_path / "rm")
     ours = f_of(model, *pairs)
@@ -199,7 +199,7 @@ def test_save_and_load(tiny_model_folder, tokenizer, pairs, tmp_path, head, peft
 
 @pytest.fixture(scope="module")
 def saved(tiny_model_folder, tokenizer, tmp_path_factory):
-    """For each head and granularity a reward model and its folder."""
+    """A reward model and its folder for each head and granularity."""
     found = {}
     for head in HEADS:
         model = build(tiny_model_folder, tokenizer, head)
@@ -215,8 +215,8 @@ def saved(tiny_model_folder, tokenizer, tmp_path_factory):
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("head", HEADS)
 def test_ids_text_and_the_reloaded_checkpoint_agree(saved, experts, tokenizer, pairs, lms, head, granularity):
-    """Alone, with prompts padded by longer neighbours and completions padded by longer ones; also with a reference
-    and a policy. All are clip(f + log p_reference - log p_policy) of the next supervised token.
+    """One at a time, and in batches with padded prompts and completions; also with a reference and a policy. Each
+    reward is clip(f + log p_reference - log p_policy) of the next supervised token.
     """
     model = saved[head]
     model.settings, folder = saved[head, granularity]
@@ -231,8 +231,8 @@ def test_ids_text_and_the_reloaded_checkpoint_agree(saved, experts, tokenizer, p
         alone = [model.token_rewards([p], [c], **models)[0] for p, c in zip(prompts, completions)]
         assert_close(model.token_rewards(prompts, completions, **models), alone)
         assert_close(model.token_rewards(prompts, completions, token_budget=70, **models), alone)
-        beside = model.token_rewards([*long[0], prompts[2]], [*long[1], completions[2]], **models)
-        assert_close(beside[2:], alone[2:3])
+        batched = model.token_rewards([*long[0], prompts[2]], [*long[1], completions[2]], **models)
+        assert_close(batched[2:], alone[2:3])
         assert_close(loaded.token_rewards(prompts, completions, **models), alone)
         for scorer in (model, loaded):
             assert_close([score.rewards for score in scorer.score(*texts, **models)], alone)
@@ -249,7 +249,7 @@ def test_ids_text_and_the_reloaded_checkpoint_agree(saved, experts, tokenizer, p
                 "dense": list(range(last + 1)),
             }[granularity]
             following = [min(k for k in supervised if k >= t) for t in range(last + 1)]
-            assert granularity != "dense" or bool((rewards.abs() < 10).any())  # the clip hides nothing
+            assert granularity != "dense" or bool((rewards.abs() < 10).any())  # not everything is clipped
             assert_close([rewards], [[max(-10.0, min(10.0, float(values[k]))) for k in following]])
 
 
@@ -266,11 +266,11 @@ def test_rewards_are_divided_by_the_temperature_before_the_clip(saved, pairs):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_forms_and_what_they_need(head):
+def test_reward_forms_and_required_models(head):
     default = RewardSettings(head=head)
     assert default.form == default_reward_form(head)
     assert not default.adds_reference
-    assert not default.subtracts_policy  # by default no head's reward needs the policy
+    assert not default.subtracts_policy  # no default reward needs the policy
     both = RewardSettings(head=head, reward_form="logit_plus_logprob")
     assert both.adds_reference
     assert both.subtracts_policy == RewardSettings(head=head, reward_form="logit").subtracts_policy
@@ -287,14 +287,14 @@ def test_forms_and_what_they_need(head):
         ({"temperature": float("nan")}, "temperature must be positive"),
     ],
 )
-def test_impossible_settings_are_refused(wrong, message):
+def test_invalid_settings_raise(wrong, message):
     with pytest.raises(InputError, match=message):
         RewardSettings(**wrong)
 
 
 @pytest.mark.parametrize("gold", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_the_card_says_so_where_gold_answers_were_used(tiny_model_folder, tokenizer, tmp_path, head, gold):
+def test_card_reports_use_of_gold_answers(tiny_model_folder, tokenizer, tmp_path, head, gold):
     build(tiny_model_folder, tokenizer, head, uses_gold_answers=gold).save_pretrained(tmp_path / "rm", "A note.")
     card = (tmp_path / "rm" / "README.md").read_text()
     assert ("gold answers" in card) == gold
@@ -307,7 +307,7 @@ def test_the_card_says_so_where_gold_answers_were_used(tiny_model_folder, tokeni
     assert card.rstrip().endswith("A note.")
 
 
-def test_the_card_names_the_reward():
+def test_card_names_the_reward_form():
     for form, text in (("logit", "rewarded the log-odds\n"), ("f", "rewarded f\n")):
         assert text in model_card(RewardSettings(head="airl", reward_form=form), "")
     settings = RewardSettings(reward_form="logit_plus_logprob", reference_model="some/policy")
@@ -325,7 +325,7 @@ def configure(tmp_path):
 @pytest.mark.parametrize(
     ("head", "form"), [("token", "logit"), ("action", "logit_plus_logprob"), ("airl", "f"), ("implicit", "f")]
 )
-def test_the_reward_form_of_each_head(configure, head, form):
+def test_default_reward_form_of_each_head(configure, head, form):
     assert configure(head=head).reward_form == form
     assert configure(head=head, reward_form="logit").reward_form == "logit"
 
@@ -358,7 +358,7 @@ def test_the_reward_form_of_each_head(configure, head, form):
         ({"interval": 0}, ["interval must be at least 1, not 0"]),
     ],
 )
-def test_options_that_cannot_work_are_refused_with_the_mend(configure, options, parts):
+def test_invalid_option_combinations_raise_with_the_fix(configure, options, parts):
     with pytest.raises(InputError) as caught:
         configure(**options)
     assert all(part in str(caught.value) for part in parts), str(caught.value)
@@ -377,6 +377,6 @@ def test_options_that_cannot_work_are_refused_with_the_mend(configure, options, 
         {"held_out_fraction": 0.0},
     ],
 )
-def test_options_that_can_work_are_taken(configure, options):
+def test_valid_option_combinations_are_accepted(configure, options):
     config = configure(**options)
     assert all(getattr(config, name) == value for name, value in options.items())

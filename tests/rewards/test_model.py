@@ -1,4 +1,4 @@
-"""The reward model against plain transformers, on disk and off, and its batching."""
+"""The reward model against plain transformers: heads, batching, granularities, scoring of text, and files."""
 
 import json
 import math
@@ -31,7 +31,7 @@ LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0
 
 
 def build(folder, tokenizer, head, peft=None, trained=True, **settings) -> TokenRewardModel:
-    """A reward model; `trained` moves every trainable weight, so that zeros at the start hide nothing."""
+    """A reward model; `trained` perturbs every trainable weight, so that zero initialisation hides no bug."""
     torch.manual_seed(0)
     settings = RewardSettings(head=head, beta_clip=settings.pop("beta_clip", 1e9), **settings)
     model = TokenRewardModel.from_backbone(str(folder), settings, tokenizer, peft, dtype=torch.float32)
@@ -76,7 +76,7 @@ def assert_close(actual, expected, tolerance=1e-5):
 # ---------- heads ----------
 
 
-def test_action_head_starts_as_the_log_probs_of_the_lm(tiny_model_folder, tokenizer, pairs):
+def test_action_head_is_initialised_to_the_log_probs_of_the_lm(tiny_model_folder, tokenizer, pairs):
     model = build(tiny_model_folder, tokenizer, "action", trained=False)
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
     expected = []
@@ -87,8 +87,8 @@ def test_action_head_starts_as_the_log_probs_of_the_lm(tiny_model_folder, tokeni
     assert_close(logits_of(model, *pairs), expected)
 
 
-def test_action_head_adds_a_linear_function_of_the_state_after_the_token(tiny_model_folder, tokenizer, pairs):
-    """a * log p(y_t) + b + w . h_t, with h_t read off a plain forward with all hidden states."""
+def test_action_head_adds_a_linear_function_of_the_hidden_state(tiny_model_folder, tokenizer, pairs):
+    """a * log p(y_t) + b + w . h_t, with h_t from a plain forward pass with all hidden states."""
     model = build(tiny_model_folder, tokenizer, "action", trained=False)
     generator = torch.Generator().manual_seed(2)
     w = torch.randn(64, generator=generator)
@@ -109,7 +109,7 @@ def test_action_head_adds_a_linear_function_of_the_state_after_the_token(tiny_mo
 
 
 def test_token_head_is_a_plain_token_classification_checkpoint(tiny_model_folder, tokenizer, pairs, tmp_path):
-    """The folder's logits in plain transformers are v_t, and as a sequence classifier it gives the last token's."""
+    """Loaded in plain transformers, its logits are v_t; as a sequence classifier it returns the last token's logit."""
     model = build(tiny_model_folder, tokenizer, "token")
     model.save_pretrained(tmp_path / "rm")
     ours = logits_of(model, *pairs)
@@ -133,7 +133,7 @@ def test_token_head_is_a_plain_token_classification_checkpoint(tiny_model_folder
 
 @pytest.mark.parametrize("head", ["token", "action"])
 def test_no_randomness_in_training_mode(tiny_model_folder, tokenizer, pairs, head):
-    """Dropout would make the training loss disagree with the scores."""
+    """Dropout would make the training loss inconsistent with the scores."""
     model = build(tiny_model_folder, tokenizer, head)
     expected = logits_of(model, *pairs)
     assert all(torch.equal(a, b) for a, b in zip(logits_of(model.train(), *pairs), expected, strict=True))
@@ -143,7 +143,7 @@ def test_no_randomness_in_training_mode(tiny_model_folder, tokenizer, pairs, hea
 
 
 @pytest.mark.parametrize("head", ["token", "action"])
-def test_padding_and_neighbours_change_nothing(tiny_model_folder, tokenizer, pairs, head):
+def test_values_do_not_depend_on_padding_or_batch(tiny_model_folder, tokenizer, pairs, head):
     model = build(tiny_model_folder, tokenizer, head)
     prompts, completions = pairs
     alone = [logits_of(model, [p], [c])[0] for p, c in zip(prompts, completions)]
@@ -153,10 +153,10 @@ def test_padding_and_neighbours_change_nothing(tiny_model_folder, tokenizer, pai
         assert_close(logits_of(model, [p, long_prompt], [c, long_completion])[:1], [expected])
 
 
-def test_padding_changes_nothing_where_positions_are_absolute(tokenizer, pairs, tmp_path):
-    """Rotary positions are relative and forgive a shift by the padding; learned ones, as GPT-2's, do not."""
+def test_values_do_not_depend_on_padding_with_absolute_positions(tokenizer, pairs, tmp_path):
+    """Rotary positions are invariant to a shift by padding; learned positions, as in GPT-2, are not."""
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    config.initializer_range = 0.5  # so that a position matters
+    config.initializer_range = 0.5  # so that positions matter
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     model = build(tmp_path / "gpt2", tokenizer, "action")
@@ -168,8 +168,8 @@ def test_padding_changes_nothing_where_positions_are_absolute(tokenizer, pairs, 
         assert (lm(shifted).logits[0, 5:] - lm(shifted[:, 5:]).logits[0]).abs().max() > 1e-2
 
 
-def test_a_batch_written_out(tiny_model_folder, tokenizer):
-    """Prompts end where completions start; positions count from each row's first token."""
+def test_batch_by_hand(tiny_model_folder, tokenizer):
+    """Prompts are padded left, completions right; positions count from each row's first token."""
     batch = build(tiny_model_folder, tokenizer, "action", granularity="step").pack([[5, 6, 7], [8]], [[9], [3, 11]])
     assert batch.input_ids.tolist() == [[5, 6, 7, 9, 0], [0, 0, 8, 3, 11]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
@@ -181,13 +181,13 @@ def test_a_batch_written_out(tiny_model_folder, tokenizer):
 
 @pytest.mark.parametrize("head", ["token", "action"])
 @pytest.mark.parametrize("budget", [1, 40, 10_000])
-def test_the_token_budget_changes_nothing(tiny_model_folder, tokenizer, pairs, head, budget):
+def test_rewards_do_not_depend_on_the_token_budget(tiny_model_folder, tokenizer, pairs, head, budget):
     model = build(tiny_model_folder, tokenizer, head)
     rewards = model.token_rewards(*pairs, token_budget=budget)
-    assert_close(rewards, logits_of(model, *pairs))  # rows come back in their order, without padding
+    assert_close(rewards, logits_of(model, *pairs))  # in input order, without padding
 
 
-def test_scoring_leaves_the_mode_as_it_was(tiny_model_folder, tokenizer, pairs):
+def test_scoring_restores_the_training_mode(tiny_model_folder, tokenizer, pairs):
     model = build(tiny_model_folder, tokenizer, "action")
     for training in (True, False):
         model.train(training)
@@ -207,7 +207,7 @@ def test_rewards_are_clipped_logits_of_the_next_supervised_token(
     settings = {"granularity": granularity, "interval": interval, "beta_clip": beta}
     model = build(tiny_model_folder, tokenizer, "token", **settings)
     logits = logits_of(model, *pairs)
-    assert max(float(row.abs().max()) for row in logits) > beta  # or clipping would not be seen
+    assert max(float(row.abs().max()) for row in logits) > beta  # so that clipping has an effect
     for reward, values, completion in zip(model.token_rewards(*pairs), logits, pairs[1], strict=True):
         newline = tokenizer.convert_tokens_to_ids("\n")
         last = len(completion) - 1
@@ -224,7 +224,7 @@ def test_rewards_are_clipped_logits_of_the_next_supervised_token(
 
 
 def test_training_and_scoring_supervise_the_same_tokens(tiny_model_folder, tokenizer, pairs):
-    """One mask for loss and score; the interval is counted from the completion's first token, not the prompt's."""
+    """Loss and score use one mask; the interval counts from the first token of the completion, not the prompt."""
     prompts, completions = pairs
     for granularity in ("sparse", "step", "interval", "dense"):
         model = build(tiny_model_folder, tokenizer, "token", granularity=granularity, interval=4)
@@ -240,7 +240,7 @@ def test_training_and_scoring_supervise_the_same_tokens(tiny_model_folder, token
             assert scored.supervised == mask[0].tolist()
 
 
-def test_a_reference_adds_its_log_prob_before_clipping(tiny_model_folder, tokenizer, pairs):
+def test_reference_log_prob_is_added_before_clipping(tiny_model_folder, tokenizer, pairs):
     """Mode-seeking form: clip(v_t + log pi(y_t)), with log pi from a plain forward in float64."""
     model = build(tiny_model_folder, tokenizer, "token", beta_clip=4.0)
     lm = AutoModelForCausalLM.from_pretrained(tiny_model_folder).eval()
@@ -286,8 +286,8 @@ def test_scores_by_hand(tiny_model_folder, tokenizer):
         score.aggregate("sum")
 
 
-def test_a_cut_trace_gets_no_end_of_sequence(tiny_model_folder, tokenizer):
-    """An extra end on traces that did not end would tell them apart; the other tokens' rewards do not change."""
+def test_truncated_trace_gets_no_end_of_sequence(tiny_model_folder, tokenizer):
+    """An added end of sequence would mark unfinished traces; the other tokens' rewards do not change."""
     model = build(tiny_model_folder, tokenizer, "action")
     prompt, completion = "13 - 5 = ?\n", "13 - 5 = 8"
     ended, cut = model.score([prompt] * 2, [completion] * 2, finished=[True, False])
@@ -299,18 +299,18 @@ def test_a_cut_trace_gets_no_end_of_sequence(tiny_model_folder, tokenizer):
 
 
 def test_nothing_is_truncated(tiny_model_folder, tokenizer):
-    """128 positions: a trace that fills them is scored to its end, one token more is refused with its row."""
+    """128 positions: a trace that fills them is scored completely; one more token raises an error with the row."""
     model = build(tiny_model_folder, tokenizer, "action")
     prompt = "1 + 1 = ?\n"
     room = 128 - len(encode_prompt(tokenizer, prompt)) - 1
     (score,) = model.score([prompt], ["\n" * room])
     assert len(score.rewards) == room + 1
-    message = rf"row 1: 7 prompt and {room + 2} completion tokens, the reward model reads 128.*never cut"
+    message = rf"row 1: 7 prompt and {room + 2} completion tokens, the reward model reads 128"
     with pytest.raises(InputError, match=message.replace("7 prompt", r"\d+ prompt")):
         model.score([prompt] * 2, ["\n", "\n" * (room + 1)])
 
 
-def test_an_empty_cut_trace_is_refused(tiny_model_folder, tokenizer):
+def test_empty_truncated_trace_raises(tiny_model_folder, tokenizer):
     model = build(tiny_model_folder, tokenizer, "action")
     with pytest.raises(InputError, match="row 0: the completion is empty"):
         model.score(["1 + 1 = ?\n"], [""], finished=[False])
@@ -319,8 +319,8 @@ def test_an_empty_cut_trace_is_refused(tiny_model_folder, tokenizer):
 # ---------- steps and candidates ----------
 
 
-def test_a_span_has_the_mean_of_the_tokens_that_write_it():
-    """A token of two spans counts in both; one without characters, as the end of sequence, in none."""
+def test_span_reward_is_the_mean_over_overlapping_tokens():
+    """A token that overlaps two spans counts in both; one without characters (end of sequence) in none."""
     offsets = [(0, 3), (3, 5), (5, 9), (9, 9)]
     scores = TokenScores(["abc", "de", "fghi", "<eos>"], offsets, [1.0, 2.0, 4.0, 100.0], [True] * 4, [False] * 4)
     assert scores.span_rewards([(0, 3), (3, 9), (2, 4), (6, 7)]) == [1.0, 3.0, 1.5, 4.0]
@@ -330,8 +330,8 @@ def test_a_span_has_the_mean_of_the_tokens_that_write_it():
 
 
 @pytest.mark.parametrize("head", ["token", "action"])
-def test_steps_have_the_mean_of_their_own_tokens(tiny_model_folder, tokenizer, head):
-    """The newline between two steps belongs to neither, one inside a step to it; the end of sequence to none."""
+def test_step_rewards_are_means_over_their_tokens(tiny_model_folder, tokenizer, head):
+    """A newline between steps belongs to neither, one inside a step to it; the end of sequence to none."""
     model = build(tiny_model_folder, tokenizer, head)
     prompt, steps = "13 - 5 + 1 = ?\n", ["13 - 5 = 8", "8 + 1 = 9\n9", "#### 9"]
     (score,) = model.score([prompt], ["\n".join(steps)])
@@ -345,7 +345,7 @@ def test_steps_have_the_mean_of_their_own_tokens(tiny_model_folder, tokenizer, h
     assert found[1] == pytest.approx([sum(short.rewards[:-1]) / (len(short.rewards) - 1)], abs=1e-5)
 
 
-def test_the_first_step_under_the_threshold_is_the_first_error(tiny_model_folder, tokenizer):
+def test_first_error_is_the_first_step_below_the_threshold(tiny_model_folder, tokenizer):
     model = build(tiny_model_folder, tokenizer, "token")
     prompt, steps = "13 - 5 + 1 = ?\n", ["13 - 5 = 8", "8 + 1 = 9", "#### 9"]
     (rewards,) = model.score_steps([prompt], [steps])
@@ -357,8 +357,8 @@ def test_the_first_step_under_the_threshold_is_the_first_error(tiny_model_folder
     assert model.first_error(prompt, steps, max(rewards) + 1) == 0
 
 
-def test_candidates_from_best_to_worst(tiny_model_folder, tokenizer):
-    """By reward; by a vote its winner comes first and the others follow by reward."""
+def test_rerank_sorts_candidates_from_best_to_worst(tiny_model_folder, tokenizer):
+    """By reward; for a vote its winner comes first and the others follow by reward."""
     model = build(tiny_model_folder, tokenizer, "action", task="arithmetic", aggregate="min")
     prompt = "13 - 5 = ?\n"
     texts = ["13 - 5 = 8\n#### 8", "#### 9", "13 - 5 = 8", "#### 8", "13 - 5 = 12\n#### 12", "13 + 5\n#### 8"]
@@ -367,7 +367,7 @@ def test_candidates_from_best_to_worst(tiny_model_folder, tokenizer):
     assert [index for index, _ in ranked] == sorted(range(6), key=lambda n: -rewards[n])
     assert [reward for _, reward in ranked] == pytest.approx(sorted(rewards, reverse=True), abs=1e-5)
     voted = [index for index, _ in model.rerank(prompt, texts, "majority")]
-    assert voted[0] == 0  # three state 8; all weigh 1, so that the first stands for them
+    assert voted[0] == 0  # three candidates answer 8 with equal weight; the first represents them
     assert voted[1:] == [index for index, _ in ranked if index != 0]
     log_probs = [-3.0, -2.0, -1.0, -0.5, -4.0, -5.0]
     assert model.rerank(prompt, texts, "logprob", log_probs)[0][0] == 3
@@ -384,7 +384,7 @@ def test_candidates_from_best_to_worst(tiny_model_folder, tokenizer):
 @pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("head", ["token", "action"])
 def test_save_and_load(tiny_model_folder, tokenizer, pairs, tmp_path, head, peft):
-    """Without LoRA exact; merging LoRA rounds. The live weights are bit for bit what they were."""
+    """Exact without LoRA; merging LoRA rounds. The live weights do not change."""
     settings = {"granularity": "interval", "interval": 4, "aggregate": "min", "task": "gsm8k", "step_delimiter": ". "}
     model = build(tiny_model_folder, tokenizer, head, peft, beta_clip=3.5, base_model="some/base", **settings)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -403,7 +403,7 @@ def test_save_and_load(tiny_model_folder, tokenizer, pairs, tmp_path, head, peft
     else:
         assert_close(theirs, ours, 2e-5)
         untrained = logits_of(build(tiny_model_folder, tokenizer, head, peft, trained=False), *pairs)
-        assert max(float((a - b).abs().max()) for a, b in zip(ours, untrained)) > 0.1  # the adapter does something
+        assert max(float((a - b).abs().max()) for a, b in zip(ours, untrained)) > 0.1  # the adapter has an effect
         assert not list((tmp_path / "rm").glob("adapter*"))
 
 
@@ -422,7 +422,7 @@ def test_saving_again_replaces_the_folder(tiny_model_folder, tokenizer, tmp_path
 
 @pytest.mark.parametrize("head", ["token", "action"])
 def test_lora_on_all_linear_layers_trains(tiny_model_folder, tokenizer, pairs, head):
-    """`all-linear` would wrap the token head as well and crash; the head itself is trained in full."""
+    """`all-linear` would also wrap the token head and crash; the head itself is trained in full."""
     model = build(tiny_model_folder, tokenizer, head, LORA)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or name.startswith("head.") or ".score." in name for name in trainable)
@@ -430,7 +430,7 @@ def test_lora_on_all_linear_layers_trains(tiny_model_folder, tokenizer, pairs, h
     model(model.pack(*pairs)).sum().backward()
     heads = [p for name, p in model.named_parameters() if name in trainable and "lora_" not in name]
     assert all(p.grad is not None and bool(p.grad.ne(0).any()) for p in heads)
-    assert LORA.task_type == "CAUSAL_LM"  # the given settings are not changed
+    assert LORA.task_type == "CAUSAL_LM"  # the given settings do not change
     assert LORA.exclude_modules is None
 
 
@@ -445,7 +445,7 @@ def test_lora_on_all_linear_layers_trains(tiny_model_folder, tokenizer, pairs, h
         ("token", "tokenizer.json"),
     ],
 )
-def test_a_missing_file_is_named(tiny_model_folder, tokenizer, tmp_path, head, missing):
+def test_missing_file_is_named(tiny_model_folder, tokenizer, tmp_path, head, missing):
     build(tiny_model_folder, tokenizer, head).save_pretrained(tmp_path / "rm")
     (tmp_path / "rm" / missing).unlink()
     with pytest.raises(InputError, match=missing) as caught:
@@ -462,7 +462,7 @@ def test_damaged_settings_are_named(tiny_model_folder, tokenizer, tmp_path, cont
         check_reward_model(str(tmp_path / "rm"))
 
 
-def test_settings_of_a_later_version_are_read(tiny_model_folder, tokenizer, tmp_path):
+def test_unknown_settings_fields_are_ignored(tiny_model_folder, tokenizer, tmp_path):
     build(tiny_model_folder, tokenizer, "token").save_pretrained(tmp_path / "rm")
     path = tmp_path / "rm" / "tracereward.json"
     stored = json.loads(path.read_text())
@@ -470,7 +470,7 @@ def test_settings_of_a_later_version_are_read(tiny_model_folder, tokenizer, tmp_
     assert check_reward_model(str(tmp_path / "rm")).head == "token"
 
 
-def test_the_tokenizer_of_the_folder_is_whole(tiny_model_folder, tokenizer, tmp_path):
+def test_saved_tokenizer_is_complete(tiny_model_folder, tokenizer, tmp_path):
     build(tiny_model_folder, tokenizer, "token").save_pretrained(tmp_path / "rm")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "rm")
     text = "13 - 5 = 8\n#### 8"
@@ -489,13 +489,13 @@ def test_the_tokenizer_of_the_folder_is_whole(tiny_model_folder, tokenizer, tmp_
         ({"beta_clip": math.nan}, "beta_clip must be positive"),
     ],
 )
-def test_impossible_settings_are_refused(wrong, message):
+def test_invalid_settings_raise(wrong, message):
     with pytest.raises(InputError, match=message):
         RewardSettings(**wrong)
 
 
-def test_another_vocabulary_is_noticed(tokenizer):
-    """The same ids must mean the same text in policy and reward model, or token rewards would land on other tokens."""
+def test_different_vocabulary_is_detected(tokenizer):
+    """Token ids must have the same text in policy and reward model, or rewards are assigned to wrong tokens."""
     assert same_tokenizer(tokenizer, build_tokenizer())
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     words = stored["model"]["vocab"]

@@ -1,4 +1,4 @@
-"""A reward model in TRL's GRPOTrainer, as a function and as a checkpoint folder: the same numbers as `score`."""
+"""A reward model in TRL's GRPOTrainer, as a function and as a checkpoint folder: same rewards as `score`."""
 
 import dataclasses
 
@@ -25,7 +25,7 @@ def build(folder, tokenizer, head, **settings) -> TokenRewardModel:
 
 
 class Recorded(GRPOTrainer):
-    """Keeps what each reward computation got and gave."""
+    """Records inputs and outputs of each reward computation."""
 
     def __init__(self, *args, **kwargs):
         self.seen = []
@@ -40,7 +40,7 @@ class Recorded(GRPOTrainer):
 
 @pytest.fixture
 def train(tiny_model_folder, tokenizer, experts, tmp_path):
-    """Runs two steps with the given reward functions; what was seen, and whether the policy moved."""
+    """Train two steps with the given reward functions; return the recorded calls."""
 
     def run(*funcs):
         config = GRPOConfig(
@@ -76,13 +76,13 @@ def train(tiny_model_folder, tokenizer, experts, tmp_path):
     ("head", "settings"),
     [("action", {"aggregate": "min", "beta_clip": 50.0}), ("implicit", {}), ("token", {"granularity": "step"})],
 )
-def test_the_function_gives_what_score_gives(tiny_model_folder, tokenizer, train, head, settings):
-    """Traces that were cut off get no end-of-sequence token, those that ended get one."""
+def test_function_returns_rewards_of_score(tiny_model_folder, tokenizer, train, head, settings):
+    """Truncated traces get no end-of-sequence token, finished ones get one."""
     model = build(tiny_model_folder, tokenizer, head, **settings)
     eos = tokenizer.eos_token_id
     finished = []
     for prompts, completions, ids, rewards in train(as_reward_func(model)):
-        # TRL's ids, not the function's: a completion that ended has the end of sequence as its last token.
+        # From TRL's ids: a finished completion has the end of sequence as its last token.
         ended = [row[-1] == eos for row in ids]
         scores = model.score(prompts, completions, finished=[end or not text for end, text in zip(ended, completions)])
         expected = [trace.aggregate(model.settings.aggregate) for trace in scores]
@@ -92,8 +92,8 @@ def test_the_function_gives_what_score_gives(tiny_model_folder, tokenizer, train
     assert not all(finished)
 
 
-def test_a_token_head_is_a_reward_model_by_its_folder(tiny_model_folder, tokenizer, train, tmp_path):
-    """TRL's value is the logit of the text's last token, before an end of sequence: `last` of a trace that goes on."""
+def test_token_head_folder_is_a_reward_model_for_trl(tiny_model_folder, tokenizer, train, tmp_path):
+    """TRL's reward is the logit of the last text token: the aggregate `last` of an unfinished trace."""
     model = build(tiny_model_folder, tokenizer, "token", beta_clip=1e9, aggregate="last")
     model.save_pretrained(tmp_path / "rm")
     function = as_reward_func(model)
@@ -106,8 +106,8 @@ def test_a_token_head_is_a_reward_model_by_its_folder(tiny_model_folder, tokeniz
         assert rewards[:, 1].tolist() == pytest.approx(function(prompts, completions, ids), abs=1e-5)
 
 
-def test_messages_are_rendered_and_empty_traces_scored(tiny_model_folder, tokenizer):
-    """A rollout of special tokens alone has no text and did not end: it must not stop a training run."""
+def test_messages_are_rendered_and_empty_traces_are_scored(tiny_model_folder, tokenizer):
+    """A rollout of only special tokens has no text and is unfinished; it must not stop training."""
     model = build(tiny_model_folder, tokenizer, "action")
     function, eos = as_reward_func(model), tokenizer.eos_token_id
     prompt, trace = "13 - 5 = ?\n", "13 - 5 = 8"

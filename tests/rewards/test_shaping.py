@@ -27,7 +27,7 @@ def test_epsilon_is_trls():
     assert EPSILON == 0.0001
 
 
-# Near 1 a float64 D keeps f to 2^-53 / (1 - D) = 2^-53 e^f only; near 0 it keeps all of it.
+# Near 1 a float64 D determines f only up to 2^-53 / (1 - D) = 2^-53 e^f; near 0 f is exact.
 @given(f=st.floats(-700, 30))
 def test_log_odds_of_the_sigmoid_is_the_logit(f):
     recovered = float(log_odds(torch.sigmoid(torch.tensor(f, dtype=torch.float64))))
@@ -35,13 +35,13 @@ def test_log_odds_of_the_sigmoid_is_the_logit(f):
 
 
 @given(p=st.floats(2.0**-126, 1 - 2.0**-24, width=32))
-def test_log_odds_in_float32_are_right_up_to_both_ends(p):
+def test_log_odds_in_float32_are_accurate_at_both_ends(p):
     value = log_odds(torch.tensor(p, dtype=torch.float32))
     assert value.dtype == torch.float32
     assert float(value) == pytest.approx(np.log(p) - np.log1p(-p), rel=3e-7, abs=2e-7)
 
 
-def test_log_odds_written_out():
+def test_log_odds_by_hand():
     """Odds 3 : 1, 1 : 1, 1 : 3; the nearest float32 below 1 is 1 - 2^-24; certainty is infinite."""
     values = log_odds(torch.tensor([0.75, 0.5, 0.25, 1 - 2.0**-24, 2.0**-126]))
     expected = [np.log(3), 0, -np.log(3), 24 * np.log(2), -126 * np.log(2)]
@@ -66,7 +66,7 @@ def test_backfill_is_the_next_supervised_value(data, shape):
     np.testing.assert_array_equal(filled, backfill_by_loop(values, supervised))
 
 
-def test_backfill_ignores_what_is_not_supervised():
+def test_backfill_ignores_unsupervised_values():
     values = torch.tensor([[torch.nan, 1.0, torch.inf, -2.0, torch.nan]])
     supervised = torch.tensor([[False, True, False, True, False]])
     assert backfill(values, supervised).tolist() == [[1.0, 1.0, -2.0, -2.0, 0.0]]
@@ -89,7 +89,7 @@ def test_temperature_divides_before_the_clip():
 
 
 @given(data=st.data(), shape=SHAPES, garbage=st.sampled_from([0.0, torch.nan, -torch.inf, torch.inf]))
-def test_trace_rewards_are_means_and_minima_of_real_tokens(data, shape, garbage):
+def test_trace_rewards_are_means_and_minima_of_unpadded_tokens(data, shape, garbage):
     values = torch.full(shape, garbage)
     mask = torch.zeros(shape)
     for row in range(shape[0]):
@@ -105,8 +105,8 @@ def test_trace_rewards_are_means_and_minima_of_real_tokens(data, shape, garbage)
     )
 
 
-def test_a_longer_trace_of_the_same_tokens_has_the_same_reward():
-    """The sum would be twice as high."""
+def test_mean_does_not_depend_on_length():
+    """A sum would be twice as high for the longer trace."""
     values, mask = (
         torch.tensor([[1.0, 3.0, 0.0, 0.0], [1.0, 3.0, 1.0, 3.0]]),
         torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]]),
@@ -115,7 +115,7 @@ def test_a_longer_trace_of_the_same_tokens_has_the_same_reward():
     assert aggregate(values, mask, "min").tolist() == masked_min(values, mask).tolist() == [1.0, 1.0]
 
 
-def test_an_aggregate_that_is_a_sum_is_refused():
+def test_sum_is_not_an_aggregate():
     with pytest.raises(InputError, match="unknown reward_aggregate 'sum': Known: mean, min"):
         aggregate(torch.ones(1, 2), torch.ones(1, 2), "sum")
 
@@ -131,14 +131,14 @@ def return_to_go_by_sums(rewards, mask, gamma):
 
 @given(data=st.data(), shape=SHAPES, gamma=st.sampled_from([0.0, 0.3, 0.9, 1.0]))
 def test_return_to_go_is_the_sum(data, shape, gamma):
-    """A token that is masked between real ones has no return, and costs those before it one more discount."""
+    """A masked token between others has no return, but still adds one discount step to earlier tokens."""
     rewards = data.draw(npst.arrays(np.float32, shape, elements=NUMBERS))
     mask = data.draw(npst.arrays(np.bool_, shape))
     returns = discounted_return_to_go(torch.tensor(rewards), torch.tensor(mask), gamma)
     np.testing.assert_allclose(returns, return_to_go_by_sums(rewards, mask, gamma), rtol=1e-5, atol=1e-4)
 
 
-# The scan adds in log2(4096) = 12 rounds, each rounding by 2^-24 of what it holds: 7e-7 of the largest return at worst.
+# The scan has log2(4096) = 12 rounds, each with a rounding error of 2^-24: at most 7e-7 of the largest return.
 @pytest.mark.parametrize("gamma", [1.0, 0.99, 0.9, 0.0])
 def test_return_to_go_of_4096_tokens_in_float32(gamma):
     rewards = 0.5 + torch.randn(3, 4096, generator=torch.Generator().manual_seed(1))
@@ -154,7 +154,7 @@ def test_return_to_go_of_4096_tokens_in_float32(gamma):
 
 
 def test_division_by_the_discount_overflows_where_the_scan_does_not():
-    """1 / 0.9^t leaves float32 at t = 842: a cumulative sum that divides by gamma^t has no returns there."""
+    """1 / 0.9^t overflows float32 at t = 842: a cumulative sum divided by gamma^t is not finite from there."""
     rewards = torch.ones(1, 4096)
     discount = torch.tensor(0.9) ** torch.arange(4096)
     naive = (rewards * discount).flip(1).cumsum(1).flip(1) / discount
@@ -169,7 +169,7 @@ def test_division_by_the_discount_overflows_where_the_scan_does_not():
 
 @st.composite
 def groups(draw):
-    """Rewards of prompt groups, lengths of at least 1, and padding full of garbage."""
+    """Rewards of prompt groups, with lengths of at least 1 and arbitrary padding."""
     group, count = draw(st.integers(2, 4)), draw(st.integers(1, 3))
     lengths = [draw(st.integers(1, 8)) for _ in range(group * count)]
     width = max(lengths) + draw(st.integers(0, 3))
@@ -187,7 +187,7 @@ def padded(rewards, width, garbage):
 
 
 @given(batch=groups())
-def test_group_statistics_are_numpys(batch):
+def test_group_statistics_match_numpy(batch):
     group, _, width, rewards = batch
     mean, std = moments_to_statistics(group_moments(*padded(rewards, width, torch.nan)), group)
     for row in range(len(rewards)):
@@ -198,8 +198,8 @@ def test_group_statistics_are_numpys(batch):
 
 
 @given(batch=groups(), gamma=st.sampled_from([0.0, 0.5, 1.0]), garbage=st.sampled_from([0.0, torch.nan, 1e30]))
-def test_token_advantages_are_numpys(batch, gamma, garbage):
-    """Standardised within the prompt's group over real tokens, then summed by definition; padding does not matter."""
+def test_token_advantages_match_numpy(batch, gamma, garbage):
+    """Standardised over the unpadded tokens of the group, then summed by definition; padding has no effect."""
     group, _, width, rewards = batch
     values, mask = padded(rewards, width, garbage)
     mean, std = moments_to_statistics(group_moments(values, mask), group)
@@ -207,7 +207,7 @@ def test_token_advantages_are_numpys(batch, gamma, garbage):
     for row, real in enumerate(rewards):
         first = row // group * group
         tokens = np.concatenate([np.array(r, np.float64) for r in rewards[first : first + group]])
-        if tokens.std() == 0:  # equal rewards: nothing to prefer
+        if tokens.std() == 0:  # equal rewards have no advantage
             assert advantages[row].abs().max() < 1e-3
             continue
         standardised = (np.array(real) - tokens.mean()) / (tokens.std() + EPSILON)
@@ -216,8 +216,8 @@ def test_token_advantages_are_numpys(batch, gamma, garbage):
             assert float(advantages[row, t]) == pytest.approx(expected, rel=1e-4, abs=1e-3)
 
 
-def test_true_zero_rewards_are_not_padding():
-    """Rewards 0 and 4 of two one-token completions: mean 2, std 2; and zeros in the middle keep their place."""
+def test_zero_rewards_are_not_padding():
+    """Rewards 0 and 4 of two one-token completions: mean 2, std 2; and zeros inside a completion are kept."""
     mean, std = moments_to_statistics(group_moments(torch.tensor([[0.0], [4.0]]), torch.ones(2, 1)), 2)
     assert mean.tolist() == [2.0, 2.0]
     assert std.tolist() == [2.0, 2.0]
@@ -231,14 +231,14 @@ def test_true_zero_rewards_are_not_padding():
 
 
 def test_statistics_of_large_offsets_keep_their_digits():
-    """The variance is a difference of large sums: in float32 this standard deviation of 0.01 would be lost."""
+    """The variance is a difference of large sums: float32 would lose this standard deviation of 0.01."""
     values = 4.9 + 0.01 * torch.randn(4, 2000, generator=torch.Generator().manual_seed(0))
     _, std = moments_to_statistics(group_moments(values, torch.ones(4, 2000)), 4)
     assert float(std[0]) == pytest.approx(values.double().numpy().std(), rel=1e-6)
 
 
 def test_groups_do_not_mix():
-    """Rows i*G ... i*G + G - 1 are one prompt's: changing another prompt's rewards changes nothing here."""
+    """Rows i*G ... i*G + G - 1 share a prompt; the rewards of other prompts have no effect on them."""
     rewards, mask = torch.arange(12.0).view(4, 3), torch.ones(4, 3)
     mean, std = moments_to_statistics(group_moments(rewards, mask), 2)
     changed = rewards.clone()
@@ -249,15 +249,15 @@ def test_groups_do_not_mix():
     assert mean.tolist() == [2.5, 2.5, 8.5, 8.5]
 
 
-def test_a_wholly_masked_group_has_no_advantages():
-    """TRL can mask truncated completions: a group without real tokens has no statistics, and must not give nan."""
+def test_fully_masked_group_has_zero_advantages():
+    """TRL can mask truncated completions: a group without tokens must not give NaN."""
     rewards, mask = torch.ones(2, 3), torch.zeros(2, 3)
     mean, std = moments_to_statistics(group_moments(rewards, mask), 2)
     assert torch.equal(token_advantages(rewards, mask, mean, std, gamma=1.0), torch.zeros(2, 3))
 
 
 def padded_again(rewards, width, garbage):
-    """As `padded`, with the supervised positions: the even ones and the last."""
+    """Like `padded`, with a mask of supervised positions: the even ones and the last."""
     values, mask = padded(rewards, width, garbage)
     supervised = torch.zeros(values.shape, dtype=torch.bool)
     for row, real in enumerate(rewards):
@@ -272,7 +272,7 @@ def padded_again(rewards, width, garbage):
     garbage=st.sampled_from([torch.nan, torch.inf, -torch.inf, 1e30, 7.0]),
     gamma=st.sampled_from([0.0, 0.9, 1.0]),
 )
-def test_padding_and_width_change_no_advantage(batch, more, garbage, gamma):
+def test_advantages_do_not_depend_on_padding(batch, more, garbage, gamma):
     """From logits to token advantages and whitened trace rewards."""
     group, _, width, logits = batch
 
@@ -294,8 +294,8 @@ def test_padding_and_width_change_no_advantage(batch, more, garbage, gamma):
     np.testing.assert_allclose(wide_of_traces, of_traces, atol=1e-5, rtol=1e-5)
 
 
-def test_equal_rewards_have_no_deviation_whatever_their_rounding():
-    """The difference of the sums can come out as -1e-17, whose root would be nan."""
+def test_deviation_of_equal_rewards_is_zero_despite_rounding():
+    """The difference of the sums can be -1e-17, whose square root is NaN."""
     differences = []
     for count in range(1, 60):
         moments = group_moments(torch.full((2, count), 0.1), torch.ones(2, count))
@@ -308,7 +308,7 @@ def test_equal_rewards_have_no_deviation_whatever_their_rounding():
 
 
 def test_statistics_over_no_tokens_are_zero():
-    """The first group has none at all; in the second only one trace has."""
+    """The first group has no tokens; in the second only one trace has."""
     rewards = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
     moments = group_moments(rewards, torch.tensor([[0], [0], [1], [0]]))
     mean, std = moments_to_statistics(moments, 2)
@@ -319,8 +319,8 @@ def test_statistics_over_no_tokens_are_zero():
 
 
 @given(batch=groups(), cut=st.integers(0, 12), garbage=st.sampled_from([0.0, torch.nan, torch.inf]))
-def test_whitening_is_over_the_tokens_of_all_processes(batch, cut, garbage):
-    """Two processes pad to different widths and exchange moments: the statistics are those of all tokens together."""
+def test_whitening_uses_the_tokens_of_all_processes(batch, cut, garbage):
+    """Two processes pad to different widths and exchange moments: the statistics are those of all tokens."""
     *_, rewards = batch
     parts = [part for part in (rewards[:cut], rewards[cut:]) if part]
     local = [padded(part, max(map(len, part)), garbage) for part in parts]
@@ -335,7 +335,7 @@ def test_whitening_is_over_the_tokens_of_all_processes(batch, cut, garbage):
     np.testing.assert_allclose(white, expected, rtol=1e-4, atol=1e-4 if tokens.std() else 0.1)
 
 
-def test_whitening_written_out():
+def test_whitening_by_hand():
     """Rewards 1, 1, 5, 5: mean 3, deviation 2."""
     rewards = torch.tensor([[1.0, 1.0], [5.0, 5.0]])
     mean, std = batch_statistics(group_moments(rewards, torch.ones(2, 2)))

@@ -1,4 +1,4 @@
-"""Supervision masks against their definition written as plain Python loops."""
+"""Supervision masks against their definition as plain Python loops."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def by_definition(length: int, ends: list[bool], granularity: str, interval: int
 def batches(draw):
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
     width = max(lengths) + draw(st.integers(0, 7))
-    # Step ends on padding are garbage that must not matter.
+    # Step ends on padding are arbitrary and must have no effect.
     ends = [draw(st.lists(st.booleans(), min_size=width, max_size=width)) for _ in lengths]
     return lengths, width, ends
 
@@ -48,7 +48,7 @@ def tensors(lengths, width, ends):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @given(batch=batches(), interval=st.integers(1, 17))
-def test_every_granularity_is_its_definition(granularity, batch, interval):
+def test_masks_match_their_definition(granularity, batch, interval):
     lengths, width, ends = batch
     mask = supervision_mask(*tensors(*batch), granularity, interval)
     assert mask.dtype == torch.bool
@@ -58,7 +58,7 @@ def test_every_granularity_is_its_definition(granularity, batch, interval):
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @given(batch=batches(), more=st.integers(1, 9))
-def test_more_padding_changes_nothing(granularity, batch, more):
+def test_masks_do_not_depend_on_padding(granularity, batch, more):
     lengths, width, ends = batch
     narrow = supervision_mask(*tensors(lengths, width, ends), granularity, 3)
     wide = supervision_mask(*tensors(lengths, width + more, [e + [True] * more for e in ends]), granularity, 3)
@@ -66,18 +66,18 @@ def test_more_padding_changes_nothing(granularity, batch, more):
     assert not wide[:, width:].any()
 
 
-def test_interval_of_15_written_out():
+def test_interval_of_15_by_hand():
     """Tokens 15, 30 and the last (33), counted from 1 at the completion's first token; nothing else."""
     mask = supervision_mask(torch.ones(1, 33), torch.zeros(1, 33), "interval")
     assert mask[0].nonzero().flatten().tolist() == [14, 29, 32]
 
 
-def test_an_empty_completion_has_no_supervised_token():
+def test_empty_completion_has_no_supervised_token():
     for granularity in GRANULARITIES:
         assert not supervision_mask(torch.zeros(2, 4), torch.ones(2, 4), granularity).any()
 
 
-def test_integer_and_boolean_masks_are_the_same():
+def test_integer_and_boolean_masks_are_equivalent():
     lengths, width, ends = [3, 5], 6, [[True] * 6] * 2
     integers, flags = tensors(lengths, width, ends)
     for granularity in GRANULARITIES:
@@ -85,7 +85,7 @@ def test_integer_and_boolean_masks_are_the_same():
         assert torch.equal(supervision_mask(integers.bool(), flags.float(), granularity, 2), expected)
 
 
-def test_an_unknown_granularity_is_refused_by_name():
+def test_unknown_granularity_raises():
     with pytest.raises(ValueError, match=r"^unknown granularity 'token'; known: sparse, step, interval, dense$"):
         supervision_mask(torch.ones(1, 2), torch.ones(1, 2), "token")
 
@@ -108,7 +108,7 @@ def test_first_difference_is_the_common_prefix(a, b):
     ),
     padding=st.integers(0, 3),
 )
-def test_weights_are_the_share_of_rollouts_that_have_left(rows, padding):
+def test_weights_are_the_share_of_diverged_rollouts(rows, padding):
     width = max(n for n, _ in rows) + padding
     weights = after_first_difference([n for n, _ in rows], [starts for _, starts in rows], width)
     assert weights.shape == (len(rows), width)
@@ -118,13 +118,13 @@ def test_weights_are_the_share_of_rollouts_that_have_left(rows, padding):
             assert float(weights[row, t]) == pytest.approx(left, abs=1e-6)
 
 
-def test_a_completion_without_its_starts_is_refused():
+def test_missing_starts_raise():
     with pytest.raises(ValueError, match="shorter"):
         after_first_difference([4, 4], [[0]], 5)
 
 
 def test_interval_1_is_dense_and_a_long_interval_is_sparse():
-    """The last token counts once, also where the interval ends on it (k = 5) or one before (4) or after it (6)."""
+    """The last token counts once, even if the interval ends on it (k = 5), one before (4) or one after it (6)."""
     completion, ends = torch.tensor([[1, 1, 1, 1, 1, 0, 0]]), torch.ones(1, 7)
     supervised = {
         k: supervision_mask(completion, ends, "interval", k)[0].nonzero().flatten().tolist() for k in range(1, 7)
@@ -132,8 +132,8 @@ def test_interval_1_is_dense_and_a_long_interval_is_sparse():
     assert supervised == {1: [0, 1, 2, 3, 4], 2: [1, 3, 4], 3: [2, 4], 4: [3, 4], 5: [4], 6: [4]}
 
 
-def test_rollout_and_expert_weights_written_out():
-    """Expert 1 2 3 9; rollouts 1 2 4 9 (leaves at 2) and 5 9 (leaves at 0)."""
+def test_rollout_and_expert_weights_by_hand():
+    """Expert 1 2 3 9; rollouts 1 2 4 9 (diverges at 2) and 5 9 (diverges at 0)."""
     expert, one, two = [1, 2, 3, 9], [1, 2, 4, 9], [5, 9]
     starts = [first_difference(rollout, expert) for rollout in (one, two)]
     assert starts == [2, 0]
@@ -143,7 +143,7 @@ def test_rollout_and_expert_weights_written_out():
 
 @given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=9), data=st.data())
 def test_first_changed_token_holds_the_character(sizes, data):
-    """Spans tile the text; some are empty, as those of special tokens and of parts of a character are."""
+    """Spans tile the text; some are empty, like those of special tokens and parts of a character."""
     ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
     offsets = [(end - size, end) for end, size in zip(ends, sizes)]
     character = data.draw(st.integers(0, ends[-1] + 2))
@@ -152,14 +152,14 @@ def test_first_changed_token_holds_the_character(sizes, data):
     assert first_changed_token(offsets, character) == (holders[0] if holders else len(offsets) - 1)
 
 
-def test_first_changed_token_written_out():
+def test_first_changed_token_by_hand():
     """ "12", " + ", "7", then the end of sequence: characters 0-1, 2-4, 5, none."""
     offsets = [(0, 2), (2, 5), (5, 6), (6, 6)]
     assert [first_changed_token(offsets, character) for character in range(8)] == [0, 0, 1, 1, 1, 2, 3, 3]
 
 
 @given(starts=st.lists(st.integers(0, 12), max_size=5), width=st.integers(0, 9))
-def test_labels_are_the_experts_before_the_first_change(starts, width):
+def test_labels_are_expert_before_the_first_change(starts, width):
     labels = labels_from(starts, width)
     assert labels.shape == (len(starts), width)
     assert labels.dtype == torch.float32
@@ -170,8 +170,8 @@ def test_labels_of_a_rollout_a_perturbed_and_an_expert_trace():
     assert labels_from([0, 2, 4], 4).tolist() == [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
 
 
-def test_a_supervised_token_at_or_after_the_change_is_negative():
-    """Steps end at 1, 3, 5; the change is in token 2: the first step is still the expert's, its own is not."""
+def test_supervised_tokens_from_the_change_on_are_negative():
+    """Steps end at 1, 3, 5; the change is in token 2: the first step is labelled expert, the changed one is not."""
     supervised = supervision_mask(torch.ones(1, 6), torch.tensor([[0, 1, 0, 1, 0, 1]]), "step")
     assert labels_from([2], 6)[supervised].tolist() == [1, 0, 0]
     assert labels_from([4], 6)[supervised].tolist() == [1, 1, 0]

@@ -1,4 +1,4 @@
-"""Real vLLM: rollouts in the training process through TRL, and scoring (pytest -m slow -n 0 tests/rewards)."""
+"""Tests with vLLM: rollouts through TRL during training, and scoring (pytest -m slow -n 0 tests/rewards)."""
 
 import dataclasses
 import json
@@ -31,11 +31,11 @@ from tracereward.cli import main
 main()
 """
 
-SHAPE = {"hidden_size": 64, "layers": 2, "heads": 2}  # vLLM's attention has no heads of 16
+SHAPE = {"hidden_size": 64, "layers": 2, "heads": 2}  # vLLM's attention does not support a head size of 16
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
 
 
-# Weights reach a vLLM server over NCCL, which a machine without a GPU does not have. The sent names are written down.
+# Weights are sent to a vLLM server over NCCL, which needs a GPU. Here only the names are recorded.
 RUN_WITHOUT_NCCL = """
 import json, sys
 from trl.generation.vllm_client import VLLMClient
@@ -57,7 +57,7 @@ def save_policy(tmp_path):
 
 
 def train(tmp_path, script, **more):
-    """Warm-up and two steps with rollouts by vLLM; what was logged of the steps."""
+    """Run the warm-up and two steps with vLLM rollouts; return the logged steps."""
     save_policy(tmp_path)
     rows = tmp_path / "experts.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in generate("misconception", 16, seed=1)))
@@ -93,14 +93,14 @@ def train(tmp_path, script, **more):
 
 
 def test_training_with_vllm_rollouts(tmp_path):
-    """vLLM's log-probs of its samples agree with the policy's: it has the policy's weights."""
+    """vLLM's log-probs of its samples agree with the policy's, so it has the policy's weights."""
     options = {"vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.1, "vllm_max_model_length": 64}
     steps = train(tmp_path, RUN, **options)
     assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)
 
 
 def test_training_with_a_vllm_server(tmp_path, monkeypatch):
-    """A real server draws the rollouts; the policy stands still, so its first weights are right, and all are sent."""
+    """A real server samples the rollouts; the learning rate is 0, so its initial weights are current; all are sent."""
     save_policy(tmp_path)
     for name, value in (ENVIRONMENT | {"VLLM_SERVER_DEV_MODE": "1"}).items():
         monkeypatch.setitem(served.ENVIRONMENT, name, value)
@@ -123,13 +123,13 @@ def test_training_with_a_vllm_server(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory):
-    """A token classifier whose rewards differ clearly."""
+    """A token classifier with clearly different rewards."""
     return save_reward_model(tmp_path_factory.mktemp("vllm") / "rm", build_tokenizer(), SHAPE, head="token")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 1e-2)])
 def test_scores_agree_with_transformers(reward_model, dtype, tolerance, monkeypatch):
-    """Trace rewards within the tolerance, as part of the largest; tokens in 16 bits as near as transformers' own."""
+    """Trace rewards within a relative tolerance; 16-bit token rewards are as accurate as those of transformers."""
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     prompts, completions = zip(*traces(24), strict=True)
@@ -150,12 +150,12 @@ def test_scores_agree_with_transformers(reward_model, dtype, tolerance, monkeypa
 
 
 def rms_difference(found, expected):
-    """Of token rewards."""
+    """Root mean square difference of token rewards."""
     a, b = (torch.tensor([reward for scores in each for reward in scores.rewards]) for each in (found, expected))
     return float((a - b).square().mean().sqrt())
 
 
-def test_the_command_and_the_server(reward_model, tmp_path, monkeypatch):
+def test_command_and_server(reward_model, tmp_path, monkeypatch):
     pairs = traces(8)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs))

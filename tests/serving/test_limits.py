@@ -152,11 +152,11 @@ def test_valid_upstream_urls():
 def test_key_not_valid_in_a_header_is_rejected(tmp_path, monkeypatch, key):
     file = tmp_path / "key"
     file.write_text(key, encoding="utf-8")
-    with pytest.raises(InputError, match="key: a key goes into an HTTP header"):
+    with pytest.raises(InputError, match=r"key: .* HTTP header"):
         key_of(file, "UNUSED")
     if "\x00" not in key:
         monkeypatch.setenv("SOME_KEY", key)
-        with pytest.raises(InputError, match=r"\$SOME_KEY: a key goes"):
+        with pytest.raises(InputError, match=r"\$SOME_KEY: .* HTTP header"):
             key_of(None, "SOME_KEY")
     file.write_text("sk-0123_aZ.~=\n")
     assert key_of(file, "UNUSED") == "sk-0123_aZ.~="

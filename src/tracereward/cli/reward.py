@@ -18,6 +18,10 @@ Policy = Annotated[
     str | None, typer.Option(help="Policy whose log-prob is subtracted: the logit of the heads airl and implicit.")
 ]
 Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pip install 'tracereward[vllm]').")]
+AnswerTask = Annotated[
+    str | None, typer.Option("--task", help="Task that checks answers. Default: the reward model's.")
+]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
 @commands.command()
@@ -66,7 +70,7 @@ def score(
 def rerank(
     model: Model,
     data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion.")],
-    task: Annotated[str | None, typer.Option(help="Task that checks answers. Default: the reward model's.")] = None,
+    task: AnswerTask = None,
     method: Annotated[
         str,
         typer.Option(
@@ -83,17 +87,10 @@ def rerank(
     """Choose among candidates; with known answers, compare with majority, log-prob, length and oracle."""
     from tracereward.commands.rerank import RerankOptions, run_rerank
 
-    run_rerank(
-        RerankOptions(
-            model=model,
-            data=data,
-            task=task,
-            method=method,
-            aggregate=aggregate,
-            output=output,
-            json_table=json_table,
-        )
+    options = RerankOptions(
+        model=model, data=data, task=task, method=method, aggregate=aggregate, output=output, json_table=json_table
     )
+    run_rerank(options)
 
 
 @commands.command()
@@ -114,11 +111,11 @@ def correct(
         float | None,
         typer.Option(min=0, max=1, help="Instead of --threshold: share of traces with a suspected step."),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Task that checks answers. Default: the reward model's.")] = None,
+    task: AnswerTask = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a trace.")] = 512,
     temperature: Annotated[float, typer.Option(help="Sampling temperature of the continuations.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
     reference: Reference = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
@@ -203,7 +200,7 @@ def calibrate(
     check_choice("method", method, METHODS)
     calibration, left_out = run_calibrate(model, data, questions=questions, task=task, method=method)
     if left_out:
-        say(f"{left_out} traces were skipped: longer than the reward model reads")
+        say(f"{left_out} traces were skipped: empty, or longer than the reward model reads")
     say(f"fitted on {calibration.traces} traces and written to {model}/tracereward.json")
     print(json.dumps(dataclasses.asdict(calibration)))
 
@@ -217,7 +214,7 @@ def export(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 3,
     learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
     token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens per step.")] = 8192,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Distil a reward model into a token-classification checkpoint and report the fit."""
     from tracereward.commands.export import ExportOptions, run_export

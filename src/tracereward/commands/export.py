@@ -1,4 +1,4 @@
-"""`tracereward export`: a reward model distilled into a token-classification checkpoint."""
+"""`tracereward export`: distil a reward model into a token-classification checkpoint."""
 
 import json
 from contextlib import suppress
@@ -18,16 +18,16 @@ from tracereward.rewards.settings import check_reward_model
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What `tracereward export` is asked for.
+    """Options of `tracereward export`.
 
     Attributes:
         model: folder or Hub id of the reward model.
         data: rows to fit on.
         output: folder of the new reward model.
         epochs: passes over the rows.
-        learning_rate: of AdamW.
-        token_budget: padded tokens of one step.
-        seed: of the split, the order and the new head.
+        learning_rate: learning rate of AdamW.
+        token_budget: padded tokens per step.
+        seed: seed of the split, the order and the new head.
     """
 
     model: str
@@ -43,16 +43,16 @@ def run_export(options: ExportOptions) -> None:
     """`tracereward export`: write the distilled reward model, and print its fit as JSON on stdout.
 
     Raises:
-        InputError: an option or a row that cannot be used, or an output that exists.
+        InputError: an option or a row is invalid, or the output exists.
         RunFailed: the loss, or a reward, is not finite.
     """
-    if not 0 < options.learning_rate <= 1:  # nan is not either
-        raise InputError(f"--learning-rate must be over 0 and at most 1, not {options.learning_rate}")
+    if not 0 < options.learning_rate <= 1:  # also rejects NaN
+        raise InputError(f"--learning-rate must be above 0 and at most 1, not {options.learning_rate}")
     settings = check_reward_model(options.model)
     output = options.output
     if output.exists():
         raise InputError(f"{output} exists already: choose another --output")
-    with suppress(OSError):  # which check_output then says
+    with suppress(OSError):  # check_output reports it
         output.parent.mkdir(parents=True, exist_ok=True)
     check_output(str(output))
     rows = list(candidate_rows(options.data, template=settings.template))
@@ -75,7 +75,7 @@ def run_export(options: ExportOptions) -> None:
 
 
 def _note(head: str, fit: Fit) -> str:
-    """What the model card says of the fit."""
+    """The model card's paragraph on the fit."""
     return (
         f"\nDistilled from a reward model with head `{head}` on {fit.traces} traces: R2 {fit.r2:.3f} "
         f"on {fit.held_out} traces of held-out prompts; within-prompt AUROC {fit.auroc_before:.3f} before, "

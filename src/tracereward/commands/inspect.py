@@ -1,4 +1,4 @@
-"""`tracereward inspect`: rows with their scores, to look at."""
+"""`tracereward inspect`: load or compute the scores of the rows to show."""
 
 from dataclasses import dataclass
 from itertools import islice
@@ -15,12 +15,12 @@ from tracereward.tasks import get_task
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions:
-    """Which rows `tracereward inspect` shows.
+    """Options of `tracereward inspect`.
 
     Attributes:
-        data: rows that `score` wrote, or rows to score.
+        data: rows written by `score`, or rows to score.
         model: folder or Hub id of the reward model, for rows without scores.
-        task: recipe that finds and checks answers; the reward model's if None.
+        task: task that extracts and checks answers; the reward model's if None.
         reference: folder or Hub id of the model whose log-prob is added.
         policy: folder or Hub id of the model whose log-prob is subtracted.
         limit: use the first N rows.
@@ -35,24 +35,24 @@ class InspectOptions:
 
 
 def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
-    """Rows with scores, which `score` wrote or the model gives now, with their answers found and checked.
+    """Rows with scores, as read or computed by the model, with extracted and checked answers.
 
     Raises:
-        InputError: rows without scores and no model, or anything that cannot be read.
+        InputError: rows have no scores and there is no model, or an input cannot be read.
     """
     data, model = options.data, options.model
     rows = list(islice(read_rows(data), options.limit))
     if not rows:
         raise InputError(f"{data}: no rows")
     bare = [where for where, row in rows if ("scores" if "candidates" in row else "token_rewards") not in row]
-    recipe = get_task(options.task) if options.task else None
+    task = get_task(options.task) if options.task else None
     scored = [row for _, row in rows]
     if bare:
         if model is None:
-            raise InputError(f"{bare[0]}: no scores; give --model, or rows that `tracereward score` wrote")
+            raise InputError(f"{bare[0]}: no scores; pass --model, or rows written by `tracereward score`")
         settings = check_reward_model(model)
         check_log_prob_models(settings, options.reference, options.policy)
-        recipe = recipe or get_task(settings.task)
+        task = task or get_task(settings.task)
         checked = list(islice(candidate_rows(data, template=settings.template), options.limit))
         for where, row in checked:
             check_facts(where, row)
@@ -62,20 +62,20 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
     else:
         for where, row in rows:
             if "candidates" in row and not _fit(row["candidates"], row["scores"]):
-                raise InputError(f"{where}: scores must be a list with the scores of each of the candidates")
+                raise InputError(f"{where}: scores must be a list with one record for each candidate")
             for trace in traces_in(row):
                 check_scores(where, trace)
-    if recipe is None:
+    if task is None:
         return scored
     for row in scored:
         for text, found in zip(row["candidates"], row["scores"]) if "candidates" in row else [(row["completion"], row)]:
-            found.setdefault("extracted", recipe.extract(text))
+            found.setdefault("extracted", task.extract(text))
             if (gold := gold_of(row)) is not None:
-                found.setdefault("correct", recipe.verify(text, gold))
+                found.setdefault("correct", task.verify(text, gold))
     return scored
 
 
 def _fit(candidates: Any, scores: Any) -> bool:
-    """Whether scores are one record for each candidate."""
+    """Whether `scores` is a list with one record for each candidate."""
     lists = isinstance(candidates, list) and isinstance(scores, list) and len(candidates) == len(scores)
     return lists and all(isinstance(record, dict) for record in scores)

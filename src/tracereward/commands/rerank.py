@@ -1,4 +1,4 @@
-"""`tracereward rerank`: one of the scored candidates of each question."""
+"""`tracereward rerank`: choose one of the scored candidates of each question."""
 
 import json
 from collections.abc import Iterable
@@ -18,19 +18,19 @@ from tracereward.selection import METHODS, Candidate, choose, ranking_aurocs, ra
 from tracereward.tasks import Task, get_task
 
 RERANK_METHODS = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
-"""Those that choose without knowing which answers are right, what wrote them, or a fitted temperature."""
+"""Methods that need no correctness labels, model names or fitted temperature."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RerankOptions:
-    """What `tracereward rerank` is asked for.
+    """Options of `tracereward rerank`.
 
     Attributes:
         model: folder or Hub id of the reward model.
         data: rows with a prompt and one completion.
-        task: recipe that checks answers; the reward model's if None.
+        task: task that checks answers; the reward model's if None.
         method: one of `RERANK_METHODS`.
-        aggregate: of token rewards to a trace reward; the reward model's if None.
+        aggregate: how token rewards are reduced to a trace reward; as in the reward model's settings if None.
         output: JSONL file of the chosen rows; stdout if None.
         json_table: print the table as JSON on stdout.
     """
@@ -45,10 +45,10 @@ class RerankOptions:
 
 
 def run_rerank(options: RerankOptions) -> None:
-    """`tracereward rerank`: write the chosen rows, and print a table where answers are known.
+    """`tracereward rerank`: write the chosen rows, and print a table if answers are known.
 
     Raises:
-        InputError: anything that cannot be read; a row without what the method needs.
+        InputError: an input cannot be read, or a row lacks a field that the method needs.
         RunFailed: a reward is not finite.
     """
     check_choice("method", options.method, RERANK_METHODS)
@@ -82,7 +82,7 @@ def run_rerank(options: RerankOptions) -> None:
 
 
 def candidate_of(row: dict[str, Any], task: Task) -> Candidate:
-    """A scored row as a candidate; its answer is extracted, and verified where the gold one is known."""
+    """A scored row as a candidate; its answer is extracted, and verified if the gold answer is known."""
     text, gold, correct = row["completion"], gold_of(row), row.get("correct")
     correct = task.verify(text, gold) if gold is not None else None if correct is None else bool(correct)
     return Candidate(
@@ -98,7 +98,7 @@ def candidate_of(row: dict[str, Any], task: Task) -> Candidate:
 def rerank_rows(
     scored: Iterable[dict[str, Any]], task: Task, method: str
 ) -> tuple[list[dict[str, Any]], list[list[Candidate]]]:
-    """The chosen row of each question, in the order in which questions first come, and all questions' candidates."""
+    """The chosen row of each question, in the order of first occurrence, and the candidates of all questions."""
     groups: dict[str, list[tuple[dict[str, Any], Candidate]]] = {}
     for row in scored:
         kept = {name: row[name] for name in ("question", "prompt", "completion", "answer", "reward") if name in row}
@@ -115,7 +115,7 @@ def rerank_rows(
 
 
 def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | None:
-    """Accuracies and AUROCs where correctness is known for all candidates, else None."""
+    """Accuracies and AUROCs if correctness is known for all candidates, else None."""
     if any(c.correct is None for candidates in questions for c in candidates):
         return None
     rows = ranking_table(questions, task.equal)
@@ -123,6 +123,6 @@ def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | No
         "questions": len(questions),
         "no_answer": sum(c.answer is None for candidates in questions for c in candidates),
         "accuracy": {row.label: [row.accuracy, row.low, row.high] for row in rows},
-        # JSON has no nan: an AUROC is undefined where all candidates are right, or all wrong.
+        # JSON has no NaN: an AUROC is undefined if all candidates are correct or all are wrong.
         **without_nan(ranking_aurocs(questions)),
     }

@@ -1,4 +1,4 @@
-"""`tracereward score`: rows with the rewards of their traces."""
+"""`tracereward score`: add the rewards of its traces to each row."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,19 +35,19 @@ from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
-    """What `tracereward score` is asked for.
+    """Options of `tracereward score`.
 
     Attributes:
         model: folder or Hub id of the reward model.
-        data: what `candidate_rows` reads.
-        output: JSONL file, stdout if None; with engine ``ray`` a folder that all machines see.
-        split: of a Hub set.
+        data: input of `candidate_rows`.
+        output: JSONL file, stdout if None; with engine ``ray`` a folder shared by all machines.
+        split: split of a Hub data set.
         engine: one of `ENGINES`, or ``ray``.
-        workers: processes of engine ``ray`` with a model each; a GPU of the cluster each if None, or one process.
+        workers: processes of engine ``ray``, each with a model; if None, one per GPU of the cluster, or one.
         reference: folder or Hub id of the model whose log-prob is added.
         policy: folder or Hub id of the model whose log-prob is subtracted.
-        resume: continue what an earlier call left in `output`.
-        skip_bad: leave rows out that cannot be scored, instead of stopping.
+        resume: continue an unfinished `output`.
+        skip_bad: skip rows that cannot be scored, instead of stopping.
     """
 
     model: str
@@ -63,20 +63,20 @@ class ScoreOptions:
 
     @property
     def calibrated(self) -> bool:
-        """Whether rewards are those that a calibration is fitted to: without other models' log-probs."""
+        """Whether a calibration applies to the rewards: only if they contain no other models' log-probs."""
         return self.reference is None and self.policy is None
 
 
 def run_score(options: ScoreOptions) -> None:
-    """`tracereward score`: write scored rows to the output, and what was left out to stderr.
+    """`tracereward score`: write scored rows to the output and report skipped rows on stderr.
 
     Raises:
-        InputError: before any model is loaded, if an option or a row cannot be used; later, if a row is too long.
+        InputError: an option or a row is invalid (before a model is loaded), or a row is too long.
         RunFailed: a reward is not finite, or the disk is full.
     """
     check_choice("engine", options.engine, [*ENGINES, "ray"])
     if options.workers is not None and options.engine != "ray":
-        raise InputError("--workers is of --engine ray")
+        raise InputError("--workers needs --engine ray")
     if options.engine == "ray":
         from tracereward.commands.score_ray import score_to_folder
 
@@ -90,11 +90,11 @@ def run_score(options: ScoreOptions) -> None:
 
 def _note_no_probability(settings: RewardSettings, options: ScoreOptions) -> None:
     if settings.calibration is not None and not options.calibrated:
-        say("no probability: the model is calibrated for its reward without --reference and --policy")
+        say("no probability: the calibration applies to rewards without --reference and --policy")
 
 
 def _score_to_file(options: ScoreOptions) -> list[str]:
-    """Score in this process; returns what is wrong with each row that was left out."""
+    """Score in this process; return the error of each skipped row."""
     settings = check_engine(options.model, options.engine)
     check_log_prob_models(settings, options.reference, options.policy, options.engine)
     check_output(options.output)
@@ -127,10 +127,10 @@ def _score_to_file(options: ScoreOptions) -> list[str]:
 
 
 def check_any_rows(count: int, data: str, skipped: list[str] | None) -> None:
-    """Refuse data without a row that can be scored.
+    """Reject data without a row that can be scored.
 
     Raises:
-        InputError: names the first row that was left out, if there is one.
+        InputError: names the first skipped row, if there is one.
     """
     if count == 0:
         raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
@@ -144,27 +144,25 @@ def score_rows(
     skipped: list[str] | None = None,
     done: int = 0,
 ) -> Iterator[dict[str, Any]]:
-    """The same rows in the same order with their scores (`as_row`); of several candidates a list of them in `scores`.
+    """Yield the rows in order with their scores (`as_row`); rows with candidates get a list of them in `scores`.
 
-    Steps are joined to a completion.
-
-    Rows are read and scored `CHUNK` at a time, so that a million take no more memory than a thousand.
+    Steps are joined to a completion. Rows are read and scored `CHUNK` at a time, so memory use is constant.
 
     Args:
         model: the reward model.
         rows: as `candidate_rows` yields them.
         extra: models whose log-probs enter the rewards.
-        skipped: receives the error of each row that the model cannot read, which is then left out; None makes it
-            fatal.
-        done: number of scorable rows to leave out at the start, since an earlier run has scored them. A chunk that was
-            scored in part is scored again in full: other neighbours would change the last digits.
+        skipped: receives the error of each row that cannot be scored, which is then skipped; if None, the first such
+            row raises its error.
+        done: number of scorable rows to skip at the start, since an earlier run has scored them. A partly scored chunk
+            is scored again in full: the last digits depend on the batch.
 
     Raises:
-        InputError: a row that the model cannot read.
+        InputError: a row cannot be scored.
         RunFailed: a reward is not finite.
     """
     rows = iter(rows)
-    calibrated = extra is None or not extra.signed  # a calibration is fitted to the reward without them
+    calibrated = extra is None or not extra.signed  # a calibration is fitted to rewards without them
     while chunk := list(islice(rows, CHUNK)):
         kept: list[tuple[dict[str, Any], list[Trace]]] = []
         encoded: list[EncodedTrace] = []
@@ -190,7 +188,7 @@ def score_rows(
 
 
 def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
-    """The traces of a row that `candidate_rows` let through, with the prompt rendered."""
+    """The traces of a row from `candidate_rows`, with the prompt rendered."""
     prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.template, where)
     texts, finished, spans = traces_of(row, model.settings.step_delimiter)
     return [
@@ -202,7 +200,7 @@ def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
 def _scored_row(
     model: Scorer, row: dict[str, Any], traces: Sequence[Trace], *, scores: Sequence[TokenScores], calibrated: bool
 ) -> dict[str, Any]:
-    """A row with its scores."""
+    """Add scores to a row."""
     scored = [as_row(found, model, calibrated) for found in scores]
     if "candidates" in row:
         return {**row, "scores": scored}
@@ -214,8 +212,8 @@ def _scored_row(
 def as_row(scores: TokenScores, model: Scorer, calibrated: bool = True) -> dict[str, Any]:
     """The columns that `score` writes for a trace.
 
-    Its reward, the probability that it is right where the model is calibrated for this reward, every aggregate, the
-    steps' rewards, and for each token its text, offsets, reward and flags.
+    Its reward, the probability that it is correct if the model has a calibration for this reward, every aggregate, the
+    step rewards, and for each token its text, offsets, reward and flags.
     """
     reward = scores.aggregate(model.settings.aggregate)
     calibration = model.settings.calibration if calibrated else None

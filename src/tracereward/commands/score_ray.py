@@ -1,9 +1,9 @@
-"""Scoring beyond one machine: the workers of a Ray cluster write Parquet shards into one folder.
+"""Scoring on several machines: the workers of a Ray cluster write Parquet shards into one folder.
 
-The command's own process reads and checks all rows and cuts them into shards, one file each in a hidden folder beside
-the results. A worker takes a shard, scores it as `score` does, and renames what it wrote to ``part-000012.parquet``.
-That name is the only record of what is done: a shard whose worker was killed is scored again from its first row, and
-one that is there is not touched again, whoever was killed and however often the command is repeated.
+The command's process (the driver) reads and checks all rows and splits them into shards, one file each in a hidden
+subfolder of the results. A worker takes a shard, scores it as `score` does, and renames its output to
+``part-000012.parquet``. That name is the only record of progress: if a worker is killed, its shard is scored again from
+the first row; a finished shard is never written again, even if the driver is killed and the command repeated.
 """
 
 import functools
@@ -38,13 +38,13 @@ NEEDS_RAY = "--engine ray needs Ray: pip install 'tracereward[ray]'"
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a worker must know.
+    """Everything a worker needs.
 
     Attributes:
-        folder: of the results, the same path on every machine.
-        todo: folder of the rows, a file for each shard.
-        options: of the command, with models under names that workers in another folder can read.
-        schema: of every shard.
+        folder: folder of the results, the same path on every machine.
+        todo: folder of the rows to score, a file for each shard.
+        options: options of the command; models have absolute paths, since workers run in another folder.
+        schema: schema of every shard.
     """
 
     folder: Path
@@ -56,16 +56,16 @@ class Job:
 def score_to_folder(options: ScoreOptions) -> list[str]:
     """Score rows with the workers of a Ray cluster into Parquet shards; see the module's docstring.
 
-    The cluster is the one that ``RAY_ADDRESS`` names, or one of this machine that ends with the call. The output is a
-    folder of the shards and of ``manifest.json``. Only this process reads the data.
+    Connects to the cluster at ``RAY_ADDRESS``, or starts a local one for the duration of the call. The output is a
+    folder with the shards and ``manifest.json``. Only this process reads the data.
 
     Returns:
-        What was wrong with each row that was left out, in this call or an earlier one.
+        The error of each skipped row, of this call and earlier ones.
 
     Raises:
-        InputError: before any model is loaded, if Ray is not installed, anything cannot be read, or the output holds
-            other scores; from a worker, if a row is too long for the model.
-        RunFailed: a shard ended its workers, or the disk is full.
+        InputError: Ray is not installed, an input cannot be read, or the output has scores of other inputs (all before
+            a model is loaded); or a row is too long for the model.
+        RunFailed: a shard crashed its workers, or the disk is full.
     """
     _require_ray()
     settings = check_reward_model(options.model)
@@ -86,7 +86,7 @@ def score_to_folder(options: ScoreOptions) -> list[str]:
         if not missing:
             say(f"{options.output} is finished")
         elif len(missing) < len(sizes):
-            say(f"going on after {len(sizes) - len(missing)} of {len(sizes)} shards")
+            say(f"resuming after {len(sizes) - len(missing)} of {len(sizes)} shards")
         if missing:
             job = Job(folder=folder, todo=todo, options=_for_workers(options), schema=schema)
             scored = count - sum(sizes[n] for n in missing)
@@ -100,7 +100,7 @@ def score_to_folder(options: ScoreOptions) -> list[str]:
 
 
 def _manifest(options: ScoreOptions, rows: int, shards: int, fingerprint: str) -> dict[str, Any]:
-    """What the scores are of: models and data by content."""
+    """Inputs of the scores: models and data, with hashes of their content."""
     return {
         "tracereward": __version__,
         "model": options.model,
@@ -118,13 +118,13 @@ def _manifest(options: ScoreOptions, rows: int, shards: int, fingerprint: str) -
 
 
 def _for_workers(options: ScoreOptions) -> ScoreOptions:
-    """The options with models' names that workers in another folder can read."""
+    """The options with absolute paths of models, since workers run in another folder."""
     names = {name: getattr(options, name) for name in ("model", "reference", "policy")}
     return replace(options, **{name: value and _absolute(value) for name, value in names.items()})
 
 
 class ShardScorer:
-    """A worker: scores one shard after the other with a model that it has loaded once."""
+    """A worker: loads the model once and scores one shard after the other."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -133,15 +133,15 @@ class ShardScorer:
     def models(self) -> tuple[Scorer, LogProbModels]:
         """The reward model, and the models whose log-probs enter its rewards.
 
-        Loaded with the first shard, not with the worker: Ray gives a shard whose worker died to another one, but ends
-        the run when a worker dies before its first.
+        Loaded with the first shard, not in the constructor: Ray retries the shard of a dead worker, but ends the run if
+        a worker dies before its first shard.
         """
         options = self.job.options
         model = load_scorer(options.model, "transformers")
         return model, load_log_prob_models(model, reference=options.reference, policy=options.policy)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Score the shards that `batch` numbers; what went wrong is a value, since Ray would wrap an exception."""
+        """Score the shards in `batch`; errors are returned as values, since Ray would wrap exceptions."""
         outcomes: dict[str, list[Any]] = {"shard": [], "refused": [], "failed": []}
         for shard in map(int, batch["shard"]):
             refused = failed = ""
@@ -156,14 +156,14 @@ class ShardScorer:
         return outcomes
 
     def score(self, shard: int) -> None:
-        """Write a shard, unless it is there.
+        """Write a shard, unless it exists.
 
         Raises:
             InputError: a row is too long for the model.
-            RunFailed: this shard has ended its workers, or the disk is full.
+            RunFailed: this shard has crashed its workers, or the disk is full.
         """
         job, part = self.job, score_shards.part_file(self.job.folder, shard)
-        if part.exists():  # Ray may repeat what a worker has finished just before it died
+        if part.exists():  # Ray may repeat a shard that a worker finished just before it died
             return
         score_shards.note_attempt(job.todo, shard)
         with open(score_shards.todo_file(job.todo, shard), encoding="utf-8") as file:
@@ -177,12 +177,12 @@ class ShardScorer:
 
 
 def _absolute(model: str) -> str:
-    """A model's name as workers in another folder must spell it."""
+    """The absolute path of a local model; a Hub id does not change."""
     return str(Path(model).expanduser().absolute()) if looks_local(model) else model
 
 
 def _require_ray() -> None:
-    # Read when Ray is imported or started. Its C++ side logs to stderr what is of no use to a user of this command.
+    # Ray reads these when it is imported or started. The logs of its C++ code are of no use to a user of this command.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -192,7 +192,7 @@ def _require_ray() -> None:
 
 
 def _run(job: Job, missing: list[int]) -> Iterator[int]:
-    """Have the shards scored; yields the number of each that is done.
+    """Score the shards on the cluster; yield the number of each finished shard.
 
     Raises:
         InputError: a row cannot be scored, or the cluster cannot be reached.
@@ -200,13 +200,13 @@ def _run(job: Job, missing: list[int]) -> Iterator[int]:
     """
     from ray.data import ActorPoolStrategy, from_items  # pyright: ignore[reportMissingImports]
 
-    # Ray reports dead workers on stdout, which is for data.
+    # Ray reports dead workers on stdout, which is reserved for data.
     with redirect_stdout(sys.stderr), _cluster(job.options.workers) as (size, num_cpus, num_gpus):
         numbers = from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
         outcomes = numbers.map_batches(
             ShardScorer,
             fn_constructor_args=[job],
-            # No shard waits behind another while a worker is free, and a worker that dies takes one shard with it.
+            # One task per worker: no shard waits while a worker is idle, and a worker that dies loses one shard.
             compute=ActorPoolStrategy(size=min(size, len(missing)), max_tasks_in_flight_per_actor=1),
             batch_size=1,
             num_cpus=num_cpus,
@@ -216,7 +216,7 @@ def _run(job: Job, missing: list[int]) -> Iterator[int]:
 
 
 def _finished(outcome: dict[str, Any]) -> int:
-    """The number of a shard that is done; raises what its worker has said otherwise."""
+    """The number of a finished shard; re-raises the error of its worker."""
     if outcome["refused"]:
         raise InputError(outcome["refused"])
     if outcome["failed"]:
@@ -226,7 +226,7 @@ def _finished(outcome: dict[str, Any]) -> int:
 
 @contextmanager
 def _cluster(workers: int | None) -> Iterator[tuple[int, int, int]]:
-    """Connect to Ray, or start it here; yields the number of workers and the CPUs and GPUs of each.
+    """Connect to a Ray cluster or start one; yield the number of workers and the CPUs and GPUs of each.
 
     Raises:
         InputError: the cluster cannot be reached, or has too few GPUs.
@@ -246,14 +246,14 @@ def _cluster(workers: int | None) -> Iterator[tuple[int, int, int]]:
                 address="local",
                 num_cpus=max(workers or 1, os.cpu_count() or 1),
                 include_dashboard=False,
-                object_store_memory=128 * 2**20,  # nothing but numbers of shards is in it
+                object_store_memory=128 * 2**20,  # it stores shard numbers only
                 **quiet,
             )
         elif not connected:
             ray.init(address=address, **quiet)
     except ConnectionError as error:
         raise InputError(
-            f"RAY_ADDRESS is {address}: no Ray cluster answers there ({error}). One that asks for a token needs "
+            f"RAY_ADDRESS is {address}: no Ray cluster answers there ({error}). If the cluster needs a token, set "
             "RAY_AUTH_MODE=token here too"
         ) from error
     try:
@@ -261,10 +261,10 @@ def _cluster(workers: int | None) -> Iterator[tuple[int, int, int]]:
         gpus = int(found.get("GPU", 0))
         size = workers or gpus or 1
         if own and 0 < gpus < size:
-            raise InputError(f"--workers {size}: there are {gpus} GPUs, and each worker takes one")
+            raise InputError(f"--workers {size}: there are {gpus} GPUs, one per worker; use --workers {gpus}")
         if gpus:
             yield size, 0, 1
-        else:  # torch gets as many threads; a machine of a cluster may have no more than one to spare
+        else:  # also the number of torch threads; on a cluster a machine may have only one free CPU
             yield size, max(1, int(found["CPU"]) // size) if own else 1, 0
     finally:
         if not connected:

@@ -1,6 +1,6 @@
-"""Parquet shards of scores in one folder: cut, claimed by a worker, written whole, and what they are of.
+"""Parquet shards of scores in one folder: splitting rows, atomic writes, attempts, and the manifest of the inputs.
 
-A shard's name is the only record that it is done, so that whoever is killed, no row is scored twice or left out.
+A shard's file name is the only record that it is finished: no row is written twice or lost if a process is killed.
 """
 
 import hashlib
@@ -32,56 +32,56 @@ from tracereward.files import (
 from tracereward.rewards.scoring import CHUNK
 from tracereward.rewards.token_scores import AGGREGATES
 
-SHARD_ROWS = CHUNK  # what `score` batches together, so that the numbers are the same; lost at most when a worker dies
-ATTEMPTS = 3  # a shard that ends its worker so often (out of memory) would end every worker
+SHARD_ROWS = CHUNK  # the chunks of `score`, so results are identical; also the most that a dying worker loses
+ATTEMPTS = 3  # a shard that crashed so many workers (out of memory) would crash every worker
 MANIFEST = "manifest.json"
-SKIPPED = b"tracereward.skipped"  # in a shard's metadata: what is wrong with the rows that were left out of it
+SKIPPED = b"tracereward.skipped"  # metadata key of a shard: errors of its skipped rows
 
 
 def part_file(folder: Path, shard: int) -> Path:
-    """Where a shard of scores is, when it is done."""
+    """Path of a finished shard of scores."""
     return folder / f"part-{shard:06d}.parquet"
 
 
 def todo_file(todo: Path, shard: int) -> Path:
-    """Where the rows of a shard are, as long as they are to be scored."""
+    """Path of the rows of an unfinished shard."""
     return todo / f"{shard:06d}.jsonl"
 
 
 @contextmanager
 def room(folder: Path) -> Iterator[None]:
-    """Say so when the disk of `folder` is full."""
+    """Raise `RunFailed` if the disk of `folder` is full."""
     try:
         yield
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise RunFailed(f"the disk of {folder} is full; make room and go on with --resume") from error
+        raise RunFailed(f"the disk of {folder} is full; free some space and resume with --resume") from error
 
 
 @contextmanager
 def own_folder(folder: Path, resume: bool) -> Iterator[Path]:
-    """Make the folder of the results this process's own; yields a folder in it that is gone afterwards.
+    """Create and lock the folder of the results; yield a temporary folder inside it.
 
     Raises:
-        InputError: it cannot be one, holds something else, or another process writes to it.
+        InputError: it cannot be created, has other files in it, or another process writes to it.
     """
     require_parent_folder(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; --engine ray writes a folder")
     if (folder / MANIFEST).exists() and not resume:
-        raise InputError(f"{folder} holds scores already: go on with --resume, or choose another --output")
+        raise InputError(f"{folder} already has scores: continue with --resume, or choose another --output")
     if folder.is_dir() and not (folder / MANIFEST).exists():
         others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
         if others:
-            raise InputError(f"{folder}: {others[0]} is in it and no {MANIFEST}: choose another --output")
+            raise InputError(f"{folder} has {others[0]} but no {MANIFEST}: choose another --output")
     folder.mkdir(exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as error:
         raise InputError(f"another process is writing to {folder}: wait for it, or choose another --output") from error
-    # A worker may outlive a killed run for a moment: it must not find another run's rows under the names of its own.
+    # A worker may briefly outlive a killed run: it must not find another run's rows under its own file names.
     todo = folder / f".todo.{uuid.uuid4().hex}.tmp"
     try:
         remove_unfinished(folder)
@@ -90,7 +90,7 @@ def own_folder(folder: Path, resume: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(todo, ignore_errors=True)
         lock.release()
-        if not (folder / MANIFEST).exists():  # refused before anything was scored
+        if not (folder / MANIFEST).exists():  # rejected before anything was scored
             (folder / ".lock").unlink(missing_ok=True)
             with suppress(OSError):
                 folder.rmdir()
@@ -99,13 +99,13 @@ def own_folder(folder: Path, resume: bool) -> Iterator[Path]:
 def cut(
     rows: Iterable[tuple[str, dict[str, Any]]], folder: Path, todo: Path, score_fields: list[pa.Field]
 ) -> tuple[int, str, pa.Schema]:
-    """Write the shards that are still to be scored, as lines of location and row.
+    """Split rows into shards and write the unfinished ones, as lines of location and row.
 
     Returns:
-        Number of rows, their SHA-256, and the schema of all of them with their scores.
+        Number of rows, their SHA-256, and the schema of all rows with their scores.
 
     Raises:
-        InputError: a row is bad, or a column is not of one type.
+        InputError: a row is invalid, or a column has several types.
     """
     rows, count, fingerprint, schema = iter(rows), 0, hashlib.sha256(), pa.schema([])
     while chunk := list(islice(rows, SHARD_ROWS)):
@@ -122,7 +122,7 @@ def cut(
 
 
 def score_columns(calibrated: bool) -> list[pa.Field]:
-    """The columns that `commands.score.as_row` gives."""
+    """The columns that `commands.score.as_row` returns."""
     number, numbers, flags = pa.float64(), pa.list_(pa.float64()), pa.list_(pa.bool_())
     types = {
         "reward": number,
@@ -139,7 +139,7 @@ def score_columns(calibrated: bool) -> list[pa.Field]:
 
 
 def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_fields: list[pa.Field]) -> pa.Schema:
-    """`schema` with room for the rows of `chunk` and their scores, which take the place of columns of their names."""
+    """Extend `schema` by the columns of `chunk` and its scores; scores replace columns of the same name."""
     of_many, of_one = [pa.field("scores", pa.list_(pa.struct(score_fields)))], score_fields
     columns: dict[str, list[Any]] = {}
     fields: dict[str, pa.Field] = {}
@@ -155,7 +155,9 @@ def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_f
     try:
         for name, values in columns.items():
             kind = pa.schema([pa.field(name, pa.array(values).type)])
-            parquet.write_table(kind.empty_table(), pa.BufferOutputStream())  # no column of empty objects, for one
+            parquet.write_table(
+                kind.empty_table(), pa.BufferOutputStream()
+            )  # fails for types that Parquet lacks, such as empty structs
             schema = pa.unify_schemas([schema, kind], promote_options="permissive")
         name = ""
         return pa.unify_schemas([schema, pa.schema(list(fields.values()))], promote_options="permissive")
@@ -168,10 +170,10 @@ def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_f
 
 
 def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write what these scores are of, or compare it with what an earlier run has written.
+    """Write the manifest, or compare it with that of an earlier run.
 
     Raises:
-        InputError: the shards in `folder` are of something else.
+        InputError: the shards in `folder` have other inputs.
     """
     path = folder / MANIFEST
     if not path.exists():
@@ -185,35 +187,35 @@ def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     for what, name in (("reward model", "model"), ("--reference", "reference"), ("--policy", "policy")):
         if old[f"{name}_sha256"] != manifest[f"{name}_sha256"]:
             raise InputError(
-                f"{folder} was started with another {what} ({old[name]}, now {manifest[name]}; the same name may hold "
-                "other weights): go on with that one, or choose another --output"
+                f"{folder} was started with another {what} ({old[name]}, now {manifest[name]}; the same name may have "
+                "other weights): use the earlier one, or choose another --output"
             )
     if old["data_sha256"] != manifest["data_sha256"]:
         raise InputError(
             f"{folder} was started with other rows ({old['rows']} of {old['data']}, now {manifest['rows']} of "
-            f"{manifest['data']}): go on with those, or choose another --output"
+            f"{manifest['data']}): use the earlier rows, or choose another --output"
         )
     if old["rows_per_shard"] != manifest["rows_per_shard"]:
         raise InputError(
-            f"{folder} has {old['rows_per_shard']} rows a shard, this version makes {manifest['rows_per_shard']}: "
+            f"{folder} has {old['rows_per_shard']} rows per shard, this version writes {manifest['rows_per_shard']}: "
             "choose another --output"
         )
 
 
 def note_attempt(todo: Path, shard: int) -> None:
-    """Leave a file that says who is at a shard. Ray itself would hand a shard on without an end."""
+    """Record an attempt at a shard in a file; raise after too many, since Ray itself retries without limit."""
     for attempt in range(ATTEMPTS):
         with suppress(FileExistsError), open(todo / f"{shard:06d}.attempt-{attempt}", "x") as file:
             file.write(f"{os.getpid()} {socket.gethostname()}\n")
             return
     raise RunFailed(
-        f"shard {shard} ended its worker {ATTEMPTS} times, perhaps for memory; its rows are numbers "
-        f"{shard * SHARD_ROWS} to {(shard + 1) * SHARD_ROWS - 1} of those that can be scored, counted from 0"
+        f"shard {shard} crashed its worker {ATTEMPTS} times, perhaps out of memory; it has rows "
+        f"{shard * SHARD_ROWS} to {(shard + 1) * SHARD_ROWS - 1} of the rows that can be scored, counted from 0"
     )
 
 
 def write_part(part: Path, table: pa.Table) -> None:
-    """Write a shard whole or not at all, under a name of its own: two workers may be at it."""
+    """Write a shard atomically, through a unique temporary name: two workers may write the same shard."""
     temporary = part.with_name(f".{part.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "wb") as file:

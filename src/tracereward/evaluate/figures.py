@@ -1,30 +1,33 @@
-"""Figures of an evaluation, drawn as `plots` draws: inline SVG that serves light and dark pages."""
+"""Figures of an evaluation, as inline SVG for light and dark pages (see `reports.plots`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from markupsafe import Markup
 
-from tracereward.reports.plots import STAND_INS, new_figure, to_svg
+from tracereward.reports.plots import STAND_INS, histogram, new_figure, to_svg
+from tracereward.selection import METHODS
 
 COLOURS = {"reward": "positive", "log-prob": "curve"}
-"""Lines whose label begins with these; all others are drawn in the ink's colour."""
+"""Colours of lines by the start of their label; other lines have the colour of the text."""
+SHOWN = ("mean", "majority", "shortest", "logprob", "reward", "vote", "reward_logprob", "oracle")
+"""Methods shown in the figure of accuracy over N; all of them would overlap."""
 
 
 def curve_figure(lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
-    """Accuracy over N on a logarithmic axis, each line named at its end.
+    """Accuracy over N on a logarithmic axis, with a label at the end of each line.
 
     Args:
-        lines: for each label points (N, accuracy, low, high), shares of 1.
+        lines: points (N, accuracy, low, high) by label, as fractions.
     """
     figure, axes = new_figure(6.4, 3.6)
     sizes = sorted({int(point[0]) for points in lines.values() for point in points})
     ends = sorted((points[-1][1], label) for label, points in lines.items())
     places: dict[str, float] = {}
     low, high = min(p[1] for ps in lines.values() for p in ps), max(p[1] for ps in lines.values() for p in ps)
-    span = max(high - low, 0.05)  # all alike: labels would be far from an axis without extent
+    span = max(high - low, 0.05)  # if all values are equal, the axis still needs an extent
     gap = 0.062 * span
-    for value, label in ends:  # labels that would lie on each other move up
+    for value, label in ends:  # overlapping labels move up
         places[label] = max([value, *(place + gap for place in places.values())])
     for label, points in lines.items():
         name = next((colour for start, colour in COLOURS.items() if label.startswith(start)), "ink")
@@ -43,7 +46,7 @@ def curve_figure(lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
         )
     bottom = 100 * (low - 0.05 * span)
     axes.set_ylim(bottom, 100 * (max(high, *places.values()) + 0.05 * span))
-    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])  # labels may stand above 100 %
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= 100])  # labels may be above 100 %
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.set_xlabel("candidates N")
@@ -52,10 +55,10 @@ def curve_figure(lines: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
 
 
 def reliability_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Markup:
-    """Share of right traces over the probability that was said, with the diagonal; a dot's area is its bin's share.
+    """Reliability diagram: accuracy over predicted probability; a dot's area is its bin's share of traces.
 
     Args:
-        bins: for each calibration rows with probability, accuracy and count.
+        bins: rows with probability, accuracy and count, by calibration.
     """
     figure, axes = new_figure(4.3, 3.6)
     axes.plot([0, 1], [0, 1], color=STAND_INS["ink"], alpha=0.55, linewidth=0.8, dashes=(3, 3))
@@ -65,7 +68,7 @@ def reliability_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Marku
         axes.plot(x, y, color=STAND_INS[name], linewidth=1.4)
         axes.scatter(x, y, [8 + 120 * row["count"] / total for row in rows], color=STAND_INS[name])
         axes.annotate(
-            "as it is" if label == "none" else label,
+            "uncalibrated" if label == "none" else label,
             (x[-1], y[-1]),
             xytext=(0, 7),
             textcoords="offset points",
@@ -75,5 +78,18 @@ def reliability_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Marku
         )
     axes.set_xlim(-0.03, 1.03)
     axes.set_ylim(-0.03, 1.08)
-    axes.set_xlabel("probability that the trace is right")
-    return to_svg(figure, "Share of right traces over the probability that was said")
+    axes.set_xlabel("predicted probability that the trace is correct")
+    return to_svg(figure, "Accuracy over the predicted probability")
+
+
+def pool_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Figures of `evaluate_pool`'s result: accuracy over N, rewards of correct and wrong traces, and reliability."""
+    lines = {METHODS[m].format(n="N"): points for m, points in result["curves"].items() if m in SHOWN}
+    bins = {method: values["bins"] for method, values in result["calibration"].items() if method in ("none", "platt")}
+    separation = histogram(result["rewards"]["correct"], result["rewards"]["wrong"])
+    assert separation is not None  # there are candidates
+    return [
+        {"title": "Accuracy over the number of candidates", "svg": curve_figure(lines)},
+        {"title": "Rewards of correct and wrong traces", "svg": separation["svg"]},
+        {"title": "Reliability", "svg": reliability_figure(bins)},
+    ]

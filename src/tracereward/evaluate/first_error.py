@@ -1,6 +1,6 @@
 """How well step scores find the first error: fitted thresholds, ProcessBench's F1, Hit@1, and chance.
 
-Pure functions on lists: scores come from any model or baseline. `rewards.first_error_rules` has the predictions.
+Pure functions on lists of scores, from any model or baseline. `rewards.first_error_rules` has the predictions.
 """
 
 import itertools
@@ -86,17 +86,17 @@ def chance(steps: int, first_error: int, within: int = 0) -> float:
 
 
 def differences(scores: Sequence[float]) -> list[float]:
-    """Each score minus the one before it; 0 for the first step, which has none before it."""
+    """Each score minus the previous one; 0 for the first step."""
     return [0.0, *(score - before for before, score in itertools.pairwise(scores))][: len(scores)]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a scorer did on one trace; shares in [0, 1] rather than flags where ties or chance decide.
+    """Result of a scorer on one trace; fractions in [0, 1] rather than flags if ties or chance decide.
 
     Attributes:
-        is_error: whether the trace has an error. `hit` ... `chance_within_1` count only then.
-        found: whether the prediction is right: the first error, or none.
+        is_error: whether the trace has an error. `hit` ... `chance_within_1` are used only then.
+        found: whether the prediction is correct: the first error, or none.
         hit: whether the lowest step is the first error.
         hit_within_1: whether it is at most one step away.
         chance: expectation of `hit` for a random step.
@@ -127,7 +127,7 @@ def outcome(scores: Sequence[float], first_error: int | None, predicted: int | N
 
 
 def outcomes(scores: Sequence[Sequence[float]], first_errors: Sequence[int | None], threshold: float) -> list[Outcome]:
-    """Outcome of each trace, with `first_below` the threshold as the prediction."""
+    """Outcome of each trace, with the prediction of `first_below`."""
     pairs = zip(scores, first_errors, strict=True)
     return [outcome(of_trace, first_error, first_below(of_trace, threshold)) for of_trace, first_error in pairs]
 
@@ -137,8 +137,8 @@ def random_outcome(steps: int, first_error: int | None) -> Outcome:
     found = 1 / (steps + 1)
     if first_error is None:
         return Outcome(False, found)
-    chances = chance(steps, first_error), chance(steps, first_error, 1)
-    return Outcome(True, found, *chances, *chances)
+    at_1, within_1 = chance(steps, first_error), chance(steps, first_error, 1)
+    return Outcome(is_error=True, found=found, hit=at_1, hit_within_1=within_1, chance=at_1, chance_within_1=within_1)
 
 
 def summarise(results: Sequence[Outcome], questions: Sequence[Hashable], seed: int = 0) -> dict[str, Any]:
@@ -148,14 +148,14 @@ def summarise(results: Sequence[Outcome], questions: Sequence[Hashable], seed: i
     and hit_within_1 are means over erroneous traces, and their ``_normalised`` (hit - chance) / (1 - chance), with the
     mean chance: 0 is a random step, 1 always right.
 
-    Each has an ``_interval`` of 95 %: Wilson's for the accuracies (a bootstrap where shares, not flags, are averaged),
-    and for the others a bootstrap over questions, because traces of one question are alike. What is not defined (no
-    erroneous trace, no correct one, chance 1) is None.
+    Each has an ``_interval`` of 95 %: Wilson's for the accuracies (a bootstrap if fractions, not flags, are averaged),
+    and for the others a bootstrap over questions, because traces of one question are correlated. Undefined metrics (no
+    erroneous trace, no correct one, chance 1) are None.
 
     Args:
-        results: one outcome a trace.
+        results: one outcome per trace.
         questions: the question of each trace.
-        seed: of the bootstraps.
+        seed: seed of the bootstraps.
     """
     error = np.array([o.is_error for o in results], dtype=float)
     columns = {name: np.array([getattr(o, name) for o in results], dtype=float) for name in vars(results[0])}
@@ -167,17 +167,13 @@ def summarise(results: Sequence[Outcome], questions: Sequence[Hashable], seed: i
     result |= _accuracy("acc_error", found[error == 1]) | _accuracy("acc_correct", found[error == 0])
     result |= _with_interval("hit_at_1", (at_1, error), np.divide, **over)
     result |= _with_interval("hit_within_1", (within_1, error), np.divide, **over)
-    result |= _with_interval(
-        "hit_at_1_normalised", (at_1, chance_1, error), _normalised, questions=questions, seed=seed
-    )
-    result |= _with_interval(
-        "hit_within_1_normalised", (within_1, chance_within, error), _normalised, questions=questions, seed=seed
-    )
+    result |= _with_interval("hit_at_1_normalised", (at_1, chance_1, error), _normalised, **over)
+    result |= _with_interval("hit_within_1_normalised", (within_1, chance_within, error), _normalised, **over)
     return result
 
 
 def _f1_of_counts(found: Any, erroneous: Any, passed: Any, correct: Any) -> Any:
-    """F1 of traces whose error is found, of all erroneous ones, and of traces passed, of all correct ones."""
+    """F1 of found / erroneous and passed / correct, all counts of traces."""
     return f1(np.divide(found, erroneous), np.divide(passed, correct))
 
 
@@ -187,7 +183,7 @@ def _normalised(hits: Any, chances: Any, count: Any) -> Any:
 
 
 def _accuracy(name: str, found: np.ndarray) -> dict[str, Any]:
-    """Mean with its interval."""
+    """The mean and its 95 % interval."""
     if len(found) == 0:
         return {name: None, f"{name}_interval": None}
     flags = bool(np.isin(found, (0, 1)).all())
@@ -208,11 +204,11 @@ def _with_interval(
 
     Args:
         name: key of the result.
-        columns: k arrays, one value a trace.
-        statistic: of k arrays of sums.
-        questions: the question of each trace; all its traces are drawn together.
-        seed: of the draws.
-        resamples: number of draws.
+        columns: k arrays, one value per trace.
+        statistic: function of k arrays of sums.
+        questions: the question of each trace; all its traces are resampled together.
+        seed: seed of the resampling.
+        resamples: number of resamples.
     """
     numbers = {question: number for number, question in enumerate(dict.fromkeys(questions))}
     codes = [numbers[question] for question in questions]

@@ -1,4 +1,4 @@
-"""A test of a reward model that needs no labels: does it see an error that was put into a right trace, and where?"""
+"""Evaluation without labels: does a reward model detect and locate an error inserted into a correct trace?"""
 
 import random
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from tracereward.rewards.token_scores import aggregate_rewards
 
 
 def split_steps(text: str, delimiter: str) -> list[tuple[int, int]]:
-    """Characters of each step of a text, without white space around it; blank steps do not count."""
+    """Character span of each step of a text, without surrounding white space; blank steps are skipped."""
     spans = []
     start = 0
     for piece in text.split(delimiter):
@@ -38,9 +38,9 @@ def split_steps(text: str, delimiter: str) -> list[tuple[int, int]]:
 
 
 def changed_step(spans: Sequence[tuple[int, int]], first_change: int) -> int:
-    """The step that holds the first changed character: where a careful reader meets the error first.
+    """The step with the first changed character.
 
-    After a dropped step it is the one that now comes too early, of two exchanged steps the first.
+    If a step was dropped, this is the step that follows it; if two steps were swapped, the first of the two.
     """
     return max((step for step, (start, _) in enumerate(spans) if start <= first_change), default=0)
 
@@ -55,28 +55,29 @@ def evaluate_perturbations(
     token_budget: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Corrupt each right trace once with each kind that applies, and compare it with itself.
+    """Corrupt each correct trace once with each applicable kind of error, and compare it with the original.
 
     Metrics of each kind, for the reward and the policy's log-prob: hit_at_1 and hit_within_1 (the lowest step is the
-    changed one) with their normalised forms, as `localisation.summarise` has them; auroc, the probability that an
-    original scores above a corrupted trace, any pair; win_rate, the same for a trace and its own corrupted copy. A
-    trace's reward is aggregated as the reward model's settings say, its log-prob is the mean over tokens.
+    changed one) with their normalised forms, see `first_error.summarise`; auroc, the probability that an original
+    scores above a corrupted trace, over all pairs; win_rate, the same over pairs of a trace and its corrupted copy. A
+    trace's reward is aggregated as in the reward model's settings, its log-prob is the mean over tokens.
 
     Args:
         model: the reward model.
-        rows: right traces, with prompt and completion, as `load_demonstrations` gives them.
-        policy: causal LM with the reward model's tokenizer, on its device, for the baseline; None leaves it out.
-        kinds: of `perturb.KINDS`.
+        rows: correct traces with prompt and completion, as returned by `load_demonstrations`.
+        policy: causal LM with the reward model's tokenizer, on its device, for the baseline; None skips it.
+        kinds: some of `perturbations.KINDS`.
         aggregate: ``mean`` or ``min`` over a step's tokens.
-        token_budget: padded tokens per forward pass; as many as suit the device if None.
-        seed: of the places that are changed, and of the bootstraps.
+        token_budget: padded tokens per forward pass; chosen for the device if None.
+        seed: seed of the perturbations and the bootstraps.
 
     Returns:
-        JSON-ready: ``traces``, ``left_out`` (originals longer than the models' ``positions``) and ``kinds`` by name,
-        each with ``applied``, ``not_applicable``, ``left_out`` (corrupted ones that are too long) and ``methods``.
+        A dict for JSON: ``traces``, ``left_out`` (originals longer than the models' ``positions``) and ``kinds`` by
+        name, each with ``applied``, ``not_applicable``, ``left_out`` (corrupted traces that are too long) and
+        ``methods``.
 
     Raises:
-        InputError: unknown kind or aggregate, or no trace that fits.
+        InputError: unknown kind or aggregate, or all traces are too long.
     """
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
     for kind in kinds:
@@ -93,10 +94,12 @@ def evaluate_perturbations(
 
     originals = {i: one for i, row in enumerate(rendered) if (one := encode(row, row["completion"])) is not None}
     if not originals:
-        raise InputError(f"none of {len(rows)} traces fits into the model's {limit:.0f} positions")
+        raise InputError(
+            f"none of {len(rows)} traces fits into the model's {limit:.0f} positions: use a longer backbone"
+        )
     encoded = list(originals.values())
-    places = {index: place for place, index in enumerate(originals)}  # of the originals in `encoded`
-    found: dict[str, list[tuple[int, int, int]]] = {}  # per kind: row, place of the copy in `encoded`, changed step
+    places = {index: place for place, index in enumerate(originals)}  # index of each original in `encoded`
+    found: dict[str, list[tuple[int, int, int]]] = {}  # by kind: row, index of the copy in `encoded`, changed step
     counts: dict[str, dict[str, int]] = {}
     for kind in kinds:
         found[kind] = []
@@ -106,7 +109,7 @@ def evaluate_perturbations(
             changed = perturb(row["completion"], random.Random(f"{seed} {kind} {index}"), [kind], delimiter)
             one = None if changed is None else encode(row, changed.text)
             if changed is None or (one is not None and one.completion == original.completion):
-                counts[kind]["not_applicable"] += 1  # the same tokens: the vocabulary does not know the difference
+                counts[kind]["not_applicable"] += 1  # or the tokens are the same: the vocabulary lacks the difference
             elif one is None:
                 counts[kind]["left_out"] += 1
             else:
@@ -152,7 +155,7 @@ def evaluate_perturbations(
 
 
 def step_tables(result: dict[str, Any]) -> list[Table]:
-    """What `evaluate_perturbations` returns, as a table. Shares in percent."""
+    """The result of `evaluate_perturbations` as a table, in percent."""
     columns = ["error", "traces", "score", "Hit@1", "95 %", "over chance", "AUROC", "above its copy", "95 %"]
     rows: list[list[str | float | int | None]] = []
     for kind, of in result["kinds"].items():
@@ -164,7 +167,7 @@ def step_tables(result: dict[str, Any]) -> list[Table]:
             cells = [*hits, None if over is None else percent(over), values["auroc"]]
             wins = [percent(values["win_rate"]), interval(*values["win_rate_interval"])]
             rows.append([kind, of["applied"], LABELS[name], *cells, *wins])
-    note = f"{result['traces']} right traces, each compared with a copy that has one error of the kind"
+    note = f"{result['traces']} correct traces, each compared with a copy that has one error of the kind"
     if result["left_out"]:
-        note += f"; {result['left_out']} left out, because longer than {result['positions']} positions"
-    return [Table("Errors that were put in", columns, rows, f"{note}.")]
+        note += f"; {result['left_out']} skipped as longer than {result['positions']} positions"
+    return [Table("Inserted errors", columns, rows, f"{note}.")]

@@ -1,4 +1,4 @@
-"""`tracereward evaluate pool`: how well a reward tells right traces from wrong, and what choosing by it reaches."""
+"""`tracereward evaluate pool`: how well a reward separates correct from wrong traces, and best-of-N accuracy."""
 
 import math
 import random
@@ -13,15 +13,13 @@ from scipy.stats import pearsonr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from tracereward.errors import InputError
-from tracereward.evaluate.figures import curve_figure, reliability_figure
+from tracereward.errors import EmptyTrace, InputError, TooLong
 from tracereward.evaluate.pool_data import PoolRow, by_question
 from tracereward.evaluate.steps import position_limit
 from tracereward.files import without_nan
 from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, spearman, within_prompt_auroc
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import pad_id, render_prompt
-from tracereward.reports.plots import histogram
 from tracereward.reports.tables import Table
 from tracereward.rewards.calibration import METHODS as CALIBRATIONS
 from tracereward.rewards.calibration import (
@@ -36,7 +34,6 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import check_finite
 from tracereward.rewards.scoring import CHUNK, EncodedTrace, Trace
 from tracereward.selection import (
-    METHODS,
     Candidate,
     fit_vote_temperature,
     model_scores,
@@ -49,21 +46,21 @@ from tracereward.selection import (
 def score_pool(
     model: TokenRewardModel, rows: Sequence[PoolRow], policy: PreTrainedModel | None = None
 ) -> tuple[list[list[Candidate]], int]:
-    """Candidates of each question with their rewards, and how many were left out as empty, or too long for a model.
+    """Candidates of each question with their rewards, and how many were skipped as empty or too long for a model.
 
     Args:
         model: the reward model.
-        rows: of a pool.
-        policy: causal LM of the same tokenizer whose mean log-prob is given with the reward; without it the rows' own.
+        rows: rows of a pool.
+        policy: causal LM with the same tokenizer, for the candidates' mean log-prob; the rows' own log-prob if None.
 
     Raises:
-        InputError: a prompt that does not go with the model's template, or no trace is left.
+        InputError: a prompt does not fit the model's template, or no trace is left.
         RunFailed: a reward or a log-prob is not finite.
     """
     limit = position_limit(model.backbone, policy)
     tokenizer, template = model.tokenizer, model.settings.template
     prompts = {id(row): render_prompt(tokenizer, row.prompt, template, row.where) for row in rows}
-    questions, left_out = [], 0
+    questions, skipped = [], 0
     with tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr) as progress:
         for chunk in _chunks(rows):
             encoded: dict[int, tuple[PoolRow, EncodedTrace]] = {}
@@ -71,25 +68,25 @@ def score_pool(
                 trace = Trace(
                     where=row.where, prompt=prompts[id(row)], completion=row.completion, finished=row.finished
                 )
-                with suppress(InputError):  # it is empty or too long
+                with suppress(EmptyTrace, TooLong):
                     encoded[id(row)] = row, model.encode(trace, limit)
             scored = dict(zip(encoded, _candidates(model, list(encoded.values()), policy), strict=True))
             for group in chunk:
                 candidates = [scored[id(row)] for row in group if id(row) in scored]
-                left_out += len(group) - len(candidates)
+                skipped += len(group) - len(candidates)
                 if candidates:
                     questions.append(candidates)
                 progress.update(len(group))
     if not questions:
         raise InputError(
-            f"{rows[0].where}: from here on none of {len(rows)} traces can be scored: they are empty, or longer with "
-            f"their prompt than the model's {limit:.0f} positions"
+            f"{rows[0].where}: from here on none of {len(rows)} traces can be scored: each is empty or longer, "
+            f"with its prompt, than the model's {limit:.0f} positions; use shorter traces or a longer backbone"
         )
-    return questions, left_out
+    return questions, skipped
 
 
 def _chunks(rows: Sequence[PoolRow]) -> Iterator[list[list[PoolRow]]]:
-    """The candidates of complete questions, at least `CHUNK` of them but for the last."""
+    """Groups of complete questions with at least `CHUNK` candidates, except the last."""
     chunk: list[list[PoolRow]] = []
     for group in by_question(list(rows)):
         chunk.append(group)
@@ -103,7 +100,7 @@ def _chunks(rows: Sequence[PoolRow]) -> Iterator[list[list[PoolRow]]]:
 def _candidates(
     model: TokenRewardModel, traces: Sequence[tuple[PoolRow, EncodedTrace]], policy: PreTrainedModel | None
 ) -> list[Candidate]:
-    """Each trace with its reward, and its mean log-prob under `policy`, or its row's own.
+    """Candidates with their reward and mean log-prob, under `policy` or as given in the row.
 
     Raises:
         RunFailed: a reward or a log-prob is not finite.
@@ -134,7 +131,7 @@ def _candidates(
 def split_questions(
     questions: Sequence[list[Candidate]], share: float, seed: int
 ) -> tuple[list[list[Candidate]], list[list[Candidate]]]:
-    """A share of the questions for fitting, and the others for the report, at random by `seed`."""
+    """Split at random: a share of the questions for fitting, and the others for the report."""
     order = list(range(len(questions)))
     random.Random(seed).shuffle(order)
     count = round(share * len(order))
@@ -148,16 +145,16 @@ def evaluate_pool(
     equal: Callable[[str, str], bool],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Everything the suite reports, ready for JSON; nan is None.
+    """All results of the suite, ready for JSON; NaN becomes None.
 
     Args:
-        questions: judged; their candidates are marked correct or not.
-        fit_questions: others, on which calibrations and the vote's temperature are fitted.
+        questions: questions to evaluate; correctness of their candidates is known.
+        fit_questions: other questions, to fit the calibrations and the temperature of the vote.
         equal: whether two answers are the same.
-        seed: of random choices and bootstrap.
+        seed: seed of random choices and the bootstrap.
 
     Returns:
-        Among the rest ``uncalibrated``: why there are no calibrations, where `fit_questions` do not give them.
+        A dict; its field ``uncalibrated`` is the reason if no calibration could be fitted, else None.
     """
     flat = [c for candidates in questions for c in candidates]
     correct = [bool(c.correct) for c in flat]
@@ -185,7 +182,7 @@ def evaluate_pool(
 
 
 def _discrimination(questions: Sequence[Sequence[Candidate]]) -> dict[str, dict[str, float]]:
-    """AUROCs of the reward and of what needs none: log-prob, length, and who wrote it."""
+    """AUROCs of the reward and its baselines: log-prob, length and the model that wrote the trace."""
     flat = [c for candidates in questions for c in candidates]
     correct = [bool(c.correct) for c in flat]
     prompts = [index for index, candidates in enumerate(questions) for _ in candidates]
@@ -212,7 +209,7 @@ def _discrimination(questions: Sequence[Sequence[Candidate]]) -> dict[str, dict[
 def _curves(
     questions: Sequence[Sequence[Candidate]], equal: Callable[[str, str], bool], seed: int, temperature: float
 ) -> dict[str, list[tuple[int, float, float, float]]]:
-    """`ranking_curves`, but exact at N = 1, where whatever a method prefers it picks one candidate at random."""
+    """`ranking_curves`, with the exact value at N = 1, where every method picks a candidate at random."""
     curves = ranking_curves(questions, equal, seed=seed, temperature=temperature)
     shares = outcomes(questions, "mean", equal)
     one = (1, sum(shares) / len(shares), *bootstrap_interval(shares, seed))
@@ -220,7 +217,7 @@ def _curves(
 
 
 def _fits(fit_questions: Sequence[Sequence[Candidate]]) -> tuple[dict[str, Calibration], str | None]:
-    """Each calibration; or none, and why."""
+    """All calibrations and None, or none and the reason."""
     fit = [c for candidates in fit_questions for c in candidates]
     rewards, correct = [c.reward for c in fit], [bool(c.correct) for c in fit]
     try:
@@ -232,7 +229,7 @@ def _fits(fit_questions: Sequence[Sequence[Candidate]]) -> tuple[dict[str, Calib
 def _calibrations(
     fits: Mapping[str, Calibration], rewards: Sequence[float], correct: Sequence[bool]
 ) -> dict[str, dict[str, Any]]:
-    """The log-odds as they are, and after each calibration: errors and reliability on the judged questions."""
+    """Calibration errors and reliability on the evaluated questions, uncalibrated and for each calibration."""
     probabilities: dict[str, Any] = {"none": expit(rewards)}
     probabilities |= {method: calibration.probabilities(rewards) for method, calibration in fits.items()}
     return {
@@ -247,7 +244,7 @@ def _calibrations(
 
 
 def _pearson(a: Sequence[float], b: Sequence[float]) -> float:
-    """Pearson correlation as scipy rounds it: its last digit can differ from that of `metrics.pearson`."""
+    """Pearson correlation by scipy; its last digit can differ from that of `metrics.pearson`."""
     if len(set(a)) < 2 or len(set(b)) < 2:
         return math.nan
     return float(pearsonr(a, b).statistic)  # pyright: ignore[reportAttributeAccessIssue]
@@ -258,11 +255,11 @@ def _of(values: Sequence[float], correct: Sequence[bool], wanted: bool) -> list[
 
 
 def pool_tables(result: dict[str, Any]) -> list[Table]:
-    """The result as tables: choosing, telling right from wrong, calibration."""
+    """The result as tables: selection, discrimination and calibration."""
     percent = [[row["label"], *(100 * row[key] for key in ("accuracy", "low", "high"))] for row in result["ranking"]]
     note = (
         f"{result['questions']} questions, {result['candidates']} candidates, of which "
-        f"{100 * result['correct']:.1f} % are right and {result['no_answer']} state no answer."
+        f"{100 * result['correct']:.1f} % are correct and {result['no_answer']} have no answer."
     )
     sources = [[name, *values.values()] for name, values in result["discrimination"].items()]
     names = {"none": "sigmoid of the reward", "platt": "Platt", "temperature": "temperature", "isotonic": "isotonic"}
@@ -274,13 +271,13 @@ def pool_tables(result: dict[str, Any]) -> list[Table]:
     return [
         Table("Choosing one of the candidates", ["method", "accuracy %", "95 % low", "95 % high"], percent, note),
         Table(
-            "Telling right from wrong",
-            ["score", "AUROC", "within the prompt", "among traces of a length", "AUPRC"],
+            "Separating correct from wrong traces",
+            ["score", "AUROC", "within-prompt AUROC", "length-matched AUROC", "AUPRC"],
             sources,
             f"Reward and characters: Pearson {_digits(length['pearson'])}, Spearman {_digits(length['spearman'])}.",
         ),
         Table(
-            "Reward as a probability of being right",
+            "Reward as a probability of being correct",
             ["calibration", "ECE", "Brier", "log loss"],
             errors,
             result["uncalibrated"] or f"Fitted on {result['fit_questions']} other questions.",
@@ -290,20 +287,3 @@ def pool_tables(result: dict[str, Any]) -> list[Table]:
 
 def _digits(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
-
-
-SHOWN = ("mean", "majority", "shortest", "logprob", "reward", "vote", "reward_logprob", "oracle")
-"""Methods in the figure of accuracy over N, where there are so many that lines would hide each other."""
-
-
-def pool_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Accuracy over N, separation of right and wrong, and reliability."""
-    lines = {METHODS[m].format(n="N"): points for m, points in result["curves"].items() if m in SHOWN}
-    bins = {method: values["bins"] for method, values in result["calibration"].items() if method in ("none", "platt")}
-    separation = histogram(result["rewards"]["correct"], result["rewards"]["wrong"])
-    assert separation is not None  # there are candidates
-    return [
-        {"title": "Accuracy over the number of candidates", "svg": curve_figure(lines)},
-        {"title": "Rewards of right and wrong traces", "svg": separation["svg"]},
-        {"title": "Reliability", "svg": reliability_figure(bins)},
-    ]

@@ -1,4 +1,4 @@
-"""Pools: candidates of many questions, ours or other people's, read into one record."""
+"""Pools: candidates of many questions, in our format or others', read into `PoolRow` records."""
 
 import json
 from collections.abc import Iterator
@@ -13,12 +13,12 @@ from tracereward.errors import InputError
 from tracereward.tasks.recipes import Task, get_task
 
 TRACE_FIELDS = ("completion", "candidate", "reasoning", "solution")
-"""Where a row holds the trace. With ``completion`` the field ``answer`` is the gold answer, as `tracereward sample`
-writes it; with the others it is the candidate's own."""
+"""Fields that may hold the trace. With ``completion`` the field ``answer`` is the gold answer, as written by
+`tracereward sample`; with the others it is the candidate's own."""
 OWN_ANSWER_FIELDS = ("answer", "pred")
 ID_FIELDS = ("question_id", "qid", "id")
-"""Where a row names its question. In rows with a prompt or question of their own ``id`` may as well be the candidate's:
-there it is not read."""
+"""Fields that may hold the question's id. In rows with their own prompt or question ``id`` is ignored, since it may be
+the candidate's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +26,15 @@ class PoolRow:
     """One candidate.
 
     Attributes:
-        where: file and line, for messages.
-        question: what the row names its question by; two files may give one name to two questions.
-        prompt: as the recipe words it.
-        completion: the trace. Where it states no answer in the recipe's form but its row has one, that answer stands
-            on a line of its own at the end: reward models were trained on traces that end with one.
+        where: file and line, for error messages.
+        question: the question's id in the row; two files may use one id for two questions.
+        prompt: the question in the task's wording.
+        completion: the trace. If it states no answer in the task's form but its row has one, that answer is appended
+            on a line of its own: reward models are trained on traces that end with one.
         answer: the candidate's answer; None if it has none.
-        correct: whether that is right.
-        model: who wrote it, if the pool says.
-        logprob: mean log-prob under the policy that wrote it, if the row says.
+        correct: whether the answer is correct.
+        model: name of the model that wrote it, if the row has it.
+        logprob: mean log-prob under the policy that wrote it, if the row has it.
         finished: whether the trace ended by itself.
     """
 
@@ -50,17 +50,17 @@ class PoolRow:
 
     @property
     def asked(self) -> str:
-        """The prompt as one text, by which questions of two files are compared."""
+        """The prompt as one string, to compare questions of two files."""
         return json.dumps(self.prompt)
 
 
 def read_questions(source: str, task: Task) -> dict[str, dict[str, Any]]:
-    """A set's prompts and gold answers by id; rows without one are known by their position, from 0.
+    """Prompts and gold answers of a data set by id; a row without an id has its position, from 0, as its id.
 
-    Of a set on the Hub the split ``test`` is read, and of the task's own set the task's subset.
+    Reads the split ``test`` of a Hub data set, and the task's subset of the task's own data set.
 
     Raises:
-        InputError: a row that the recipe cannot read, by file and line.
+        InputError: names the file and line of a row that the task cannot read.
     """
     questions = {}
     subset = task.subset if source == task.dataset else None
@@ -71,17 +71,17 @@ def read_questions(source: str, task: Task) -> dict[str, dict[str, Any]]:
 
 
 def read_pool(source: str, task: Task, questions: str | None = None, limit: int | None = None) -> list[PoolRow]:
-    """Candidates in the order of the file.
+    """Read candidates, in the order of the file.
 
     Args:
         source: rows with a trace (`TRACE_FIELDS`), its ``correct`` or a gold answer to check it against, and a
             ``prompt``, a ``question``, or an id (`ID_FIELDS`) of `questions`.
-        task: words the prompts, and finds and compares answers.
-        questions: file or Hub id of the questions, where rows name them by id only.
+        task: formats the prompts, and extracts and compares answers.
+        questions: file or Hub id of the questions, if rows have only their id.
         limit: use the first N rows.
 
     Raises:
-        InputError: a row without what it needs, by file, line and field; an empty file.
+        InputError: names the file, line and field of an incomplete row; or the file is empty.
     """
     known = read_questions(questions, task) if questions else None
     rows = [_pool_row(where, row, task, known) for where, row in islice(read_rows(source), limit)]
@@ -91,7 +91,7 @@ def read_pool(source: str, task: Task, questions: str | None = None, limit: int 
 
 
 def by_question(rows: list[PoolRow]) -> Iterator[list[PoolRow]]:
-    """Candidates of each question, known by name and prompt as in `rerank`, in the order of their first row."""
+    """Candidates grouped by question (id and prompt, as in `rerank`), in the order of their first row."""
     groups: dict[tuple[str, str], list[PoolRow]] = {}
     for row in rows:
         groups.setdefault((row.question, row.asked), []).append(row)
@@ -101,7 +101,7 @@ def by_question(rows: list[PoolRow]) -> Iterator[list[PoolRow]]:
 def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict[str, Any]] | None) -> PoolRow:
     field = next((name for name in TRACE_FIELDS if isinstance(row.get(name), str)), None)
     if field is None:
-        raise InputError(f"{where}: no trace; it is looked for in {', '.join(TRACE_FIELDS)}")
+        raise InputError(f"{where}: no trace; put it in one of the fields {', '.join(TRACE_FIELDS)}")
     alone = known is None and (row.get("prompt") or row.get("question") is not None)
     named = [row[name] for name in ID_FIELDS if row.get(name) is not None and not (alone and name == "id")]
     name = str(named[0]) if named else None
@@ -119,7 +119,7 @@ def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict
         prompt, gold = checked_example(task, {**row, "answer": None}, where)["prompt"], None
         name = name or str(row["question"])
     else:
-        raise InputError(f"{where}: no prompt or question; give --questions where rows have only an id")
+        raise InputError(f"{where}: no prompt or question; pass --questions if rows have only an id")
     text, extracted = row[field], task.extract(row[field])
     own = [row.get("extracted")] if field == "completion" else [row.get(name) for name in OWN_ANSWER_FIELDS]
     stated = next((str(value) for value in own if value is not None and str(value).strip()), extracted)

@@ -1,4 +1,4 @@
-"""Step-labelled sets: traces cut into steps, with the first wrong one, read from three public formats."""
+"""Readers of step-labelled data sets in three public formats: traces split into steps, with the first wrong one."""
 
 import random
 import re
@@ -11,9 +11,9 @@ from tracereward.errors import InputError, check_choice
 from tracereward.tasks.recipes import Task
 
 ORIGINAL = "original"
-"""Group of PRMBench's right traces, which its modified ones were made from."""
+"""Group of PRMBench's original, correct traces."""
 
-_OPTION_TASKS = ("mmlu_pro", "medreason")  # their prompts list the options themselves
+_OPTION_TASKS = ("mmlu_pro", "medreason")  # their prompts already list the options
 
 # "Step 4:" and "Step 4." begin a step; the parts "Step 4.A:" and "Step 4_A:" do not.
 _NUMBERED = re.compile(r"Step\s*(\d+)\s*(?::|\.(?=\s|$))")
@@ -24,13 +24,13 @@ class StepTrace:
     """A trace with its label.
 
     Attributes:
-        where: location that errors name.
+        where: location in error messages.
         question: the problem, as text.
-        steps: at least one; none is blank, or has white space around it.
+        steps: at least one; none is blank or has surrounding white space.
         first_error: index of the first wrong step, from 0; None if no step is wrong.
-        group: results are also given by group: the model that wrote the trace (processbench, mrben), or the kind of
-            error that was put in (prmbench).
-        options: of a multiple-choice question, one a line with its letter; "" if there are none.
+        group: results are also reported by group: the model that wrote the trace (processbench, mrben), or the kind of
+            inserted error (prmbench).
+        options: options of a multiple-choice question, one per line with its letter; "" if there are none.
     """
 
     where: str
@@ -44,28 +44,28 @@ class StepTrace:
 def read_step_traces(
     source: str, form: str, *, split: str = "train", subset: str | None = None, limit: int | None = None
 ) -> list[StepTrace]:
-    """Read and check a step-labelled set.
+    """Read and check a step-labelled data set.
 
     - ``processbench`` (arXiv 2412.06559): problem, steps, label (from 0; -1: no error), generator.
-    - ``prmbench`` (arXiv 2501.03124): each row gives two traces. The modified one (modified_question, modified_process)
-      has its first error at the smallest of error_steps, from 1; no error_steps, no error. Its group is the row's
-      classification. The original one (original_question, original_process) is right; each is kept once, though several
-      rows start from it.
+    - ``prmbench`` (arXiv 2501.03124): each row yields two traces. The modified one (modified_question,
+      modified_process) has its first error at the smallest of error_steps, from 1; if error_steps is empty, it has
+      none. Its group is the row's classification. The original one (original_question, original_process) is correct; it
+      is kept once, even if several rows contain it.
     - ``mrben`` (arXiv 2406.13975): Question, Options, Sampled_Model, Model_Solution_Steps,
-      Model_Solution_Correctness, Model_Solution_First_Error_Step. The last names the number in "Step 4:", not the
-      line: a line without such a number belongs to the step before it. "Solution:" begins the step after the last.
-      Where the numbers start again, the first of that number is meant.
+      Model_Solution_Correctness, Model_Solution_First_Error_Step. The last is the number in "Step 4:", not the
+      line: a line without such a number belongs to the previous step. "Solution:" starts the step after the last. If
+      the numbers start again, the first step with that number is used.
 
     Args:
         source: file or Hub id, as for `read_rows`.
         form: one of `FORMATS`.
-        split: split of a Hub set.
-        subset: configuration of a Hub set.
-        limit: number of traces, drawn at random (the same in each call) and in order; None for all. The first would
-            not do: ProcessBench begins with its erroneous traces.
+        split: split of a Hub data set.
+        subset: configuration of a Hub data set.
+        limit: number of traces, sampled with a fixed seed and kept in order; None for all. (ProcessBench starts with
+            its erroneous traces, so the first N would be biased.)
 
     Raises:
-        InputError: no rows, an unknown format, or a row that cannot be used: names file, line, field and mend.
+        InputError: no rows, an unknown format, or an invalid row: names file, line, field and fix.
     """
     read = FORMATS[check_choice("format", form, FORMATS)]
     if limit is not None and limit < 1:
@@ -95,45 +95,40 @@ def read_step_traces(
 def split_by_question(
     traces: list[StepTrace], share: float = 0.5, seed: int = 0
 ) -> tuple[list[StepTrace], list[StepTrace]]:
-    """Two parts that share no question, for a set without another subset to fit the threshold on.
+    """Split traces by question, for a data set without another subset to fit the threshold on.
 
     Returns:
-        The traces of a `share` of the questions (rounded), drawn at random, and the others; the order stays.
+        The traces of a random `share` of the questions (rounded), and the others; both in order.
     """
     questions = list(dict.fromkeys(trace.question for trace in traces))
-    drawn = set(random.Random(seed).sample(questions, round(share * len(questions))))
-    return [t for t in traces if t.question in drawn], [t for t in traces if t.question not in drawn]
+    sampled = set(random.Random(seed).sample(questions, round(share * len(questions))))
+    return [t for t in traces if t.question in sampled], [t for t in traces if t.question not in sampled]
 
 
 def prompt_of(trace: StepTrace, task: Task) -> str:
-    """The question in the task's words, as the reward model's training had it.
+    """The prompt of the trace's question in the task's wording, as in training.
 
     Raises:
-        InputError: the task's prompts need more than a question (and options), or cannot use them.
+        InputError: the task's prompts need more than a question (and options), or cannot use options.
     """
     if trace.options and task.name in _OPTION_TASKS:
         row = {"question": trace.question, "options": trace.options}
     else:
         question = f"{trace.question}\n{trace.options}".rstrip()
-        # A generic prompt has no words of its own: it ends in a newline, so that the trace does not run into it.
+        # The generic task adds no words: the newline separates the prompt from the trace.
         row = {"question": question, "problem": question, "prompt": question + "\n"}
     return checked_example(task, row, trace.where)["prompt"]
 
 
 def _processbench(where: str, row: dict) -> Iterator[StepTrace]:
-    """One row, one trace."""
+    """The trace of a row."""
     steps = _steps(row, "steps")
     label = _whole_number(row["label"], "label")
     if not -1 <= label < len(steps):
         raise ValueError(f"field 'label' is {label}: give a step from 0 to {len(steps) - 1}, or -1 for no error")
     first_error = None if label == -1 else label
-    yield StepTrace(
-        where=where,
-        question=_text(row, "problem"),
-        steps=steps,
-        first_error=first_error,
-        group=_text(row, "generator"),
-    )
+    question, group = _text(row, "problem"), _text(row, "generator")
+    yield StepTrace(where=where, question=question, steps=steps, first_error=first_error, group=group)
 
 
 def _prmbench(where: str, row: dict) -> Iterator[StepTrace]:
@@ -143,29 +138,20 @@ def _prmbench(where: str, row: dict) -> Iterator[StepTrace]:
     if not isinstance(numbers, list):
         raise ValueError(f"field 'error_steps' is {type(numbers).__name__}: give a list of step numbers from 1")
     first = min((_whole_number(number, "error_steps") for number in numbers), default=None)
-    # Some rows also name later steps that are not there; only the first counts here.
+    # Some rows also list later steps that do not exist; only the first is used.
     if first is not None and not 1 <= first <= len(steps):
         raise ValueError(f"field 'error_steps' starts with {first}: give steps from 1 to {len(steps)}")
     original = _steps(row, "original_process")
-    yield StepTrace(
-        where=f"{where} (original_process)",
-        question=_text(row, "original_question"),
-        steps=original,
-        first_error=None,
-        group=ORIGINAL,
-    )
+    question = _text(row, "original_question")
+    place = f"{where} (original_process)"
+    yield StepTrace(where=place, question=question, steps=original, first_error=None, group=ORIGINAL)
     first_error = None if first is None else first - 1
-    yield StepTrace(
-        where=where,
-        question=_text(row, "modified_question"),
-        steps=steps,
-        first_error=first_error,
-        group=_text(row, "classification"),
-    )
+    question, group = _text(row, "modified_question"), _text(row, "classification")
+    yield StepTrace(where=where, question=question, steps=steps, first_error=first_error, group=group)
 
 
 def _mrben(where: str, row: dict) -> Iterator[StepTrace]:
-    """One row, one trace."""
+    """The trace of a row."""
     numbers, steps = _numbered_steps(_texts(row, "Model_Solution_Steps"))
     correctness, label = row["Model_Solution_Correctness"], row["Model_Solution_First_Error_Step"]
     if correctness not in ("correct", "incorrect"):
@@ -184,7 +170,7 @@ def _mrben(where: str, row: dict) -> Iterator[StepTrace]:
         first_error = numbers.index(number)
     options = row.get("Options") or ""
     if not isinstance(options, str):
-        raise ValueError(f"field 'Options' is {type(options).__name__}: give one text, an option a line")
+        raise ValueError(f"field 'Options' is {type(options).__name__}: give one text with an option per line")
     yield StepTrace(
         where=where,
         question=_text(row, "Question"),
@@ -196,7 +182,7 @@ def _mrben(where: str, row: dict) -> Iterator[StepTrace]:
 
 
 def _numbered_steps(lines: list[str]) -> tuple[list[int], list[str]]:
-    """Lines put together to steps, and the number of each step; ``Solution:`` has the one after the largest."""
+    """Join lines to steps and number them; ``Solution:`` has the number after the largest."""
     numbers: list[int] = []
     steps: list[str] = []
     head: list[str] = []  # "Here is a step-by-step analysis:" belongs to the first step
@@ -216,7 +202,7 @@ def _numbered_steps(lines: list[str]) -> tuple[list[int], list[str]]:
 
 
 def _text(row: dict, field: str) -> str:
-    """Required text, without space around it."""
+    """Read a required text field, stripped."""
     value = row[field]
     if not isinstance(value, str) or not value.strip():
         kind = "empty" if isinstance(value, str) else type(value).__name__
@@ -225,20 +211,22 @@ def _text(row: dict, field: str) -> str:
 
 
 def _texts(row: dict, field: str) -> list[str]:
-    """Required list of texts."""
+    """Read a required field with a list of texts."""
     values = row[field]
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"field {field!r} must be a list of texts, one a step")
+        raise ValueError(f"field {field!r} must be a list of texts, one per step")
     return values
 
 
 def _steps(row: dict, field: str) -> list[str]:
-    """Required list of steps. A blank one is refused: leaving it out would shift the labels."""
+    """Read a required field with a list of steps. A blank step is an error: skipping it would shift the labels."""
     steps = [step.strip() for step in _texts(row, field)]
     if not steps:
         raise ValueError(f"field {field!r} is empty: give at least one step")
     if "" in steps:
-        raise ValueError(f"field {field!r}: step {steps.index('')} (from 0) is blank: remove it and count labels anew")
+        raise ValueError(
+            f"field {field!r}: step {steps.index('')} (from 0) is blank: remove it and renumber the labels"
+        )
     return steps
 
 

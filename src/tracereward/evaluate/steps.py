@@ -1,4 +1,4 @@
-"""Step-level evaluation of a reward model: does it know where a trace goes wrong, and better than its baselines?"""
+"""Step-level evaluation: how well a reward model and its baselines find the first error of a trace."""
 
 import math
 import random
@@ -48,16 +48,16 @@ LABELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedSteps(EncodedTrace):
-    """A trace as token ids, and the tokens of each of its steps: indices into `completion`."""
+    """A trace as token ids, and the token indices of each of its steps."""
 
     steps: list[list[int]]
 
 
 def encode_steps(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> EncodedSteps:
-    """Token ids, and which tokens belong to which step: those that write one of its characters.
+    """Tokenize a trace and find the tokens that overlap each step.
 
-    Character offsets decide, because a step may hold the delimiter. A delimiter's own tokens, and the end-of-sequence
-    token, belong to no step; a token across two steps belongs to both, so that none is without a token.
+    Tokens are assigned by character offsets, because a step may contain the delimiter. The delimiter's own tokens and
+    the end-of-sequence token belong to no step; a token that overlaps two steps belongs to both.
 
     Raises:
         InputError: a step has no token.
@@ -70,12 +70,14 @@ def encode_steps(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> EncodedSte
     steps = [[t for t, (a, b) in enumerate(offsets) if a < end and b > start] for start, end in trace.spans]
     if [] in steps:
         step = steps.index([])
-        raise InputError(f"{trace.where}: step {step} (from 0) has no token in the reward model's vocabulary")
+        raise InputError(
+            f"{trace.where}: step {step} (from 0) has no token in the reward model's vocabulary; edit or remove it"
+        )
     return EncodedSteps(where=trace.where, prompt=encode_prompt(tokenizer, trace.prompt), completion=ids, steps=steps)
 
 
 def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
-    """Tokens that all the models can read; infinite if none says."""
+    """Smallest context length of the models in tokens; infinity if no config has one."""
     configs: list[Any] = [model.config for model in models if model is not None]
     limits = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
     return min((limit for limit in limits if limit), default=math.inf)
@@ -91,9 +93,9 @@ def token_values(
     policy: PreTrainedModel | None = None,
     token_budget: int | None = None,
 ) -> Iterator[tuple[int, dict[str, list[float]]]]:
-    """Token values of each trace, longest traces first, with its index: reward and, with a policy, logprob, entropy.
+    """Yield index and token values of each trace, longest first: reward and, with a policy, logprob and entropy.
 
-    Entropy is negated: all values are low where something looks wrong. Shows progress on stderr.
+    Entropy is negated, so that low values suggest an error in all of them. Shows progress on stderr.
 
     Raises:
         RunFailed: a value is not finite.
@@ -123,7 +125,7 @@ def token_values(
 def encode_fitting(
     model: TokenRewardModel, traces: Sequence[StepTrace], task: Task, limit: float
 ) -> tuple[list[StepTrace], list[EncodedSteps]]:
-    """The traces of at most `limit` tokens with their prompts, and their token ids."""
+    """The traces with at most `limit` tokens, prompt included, and their token ids."""
     kept: list[StepTrace] = []
     encoded: list[EncodedSteps] = []
     for trace in traces:
@@ -144,7 +146,7 @@ def step_scores(
     policy: PreTrainedModel | None = None,
     token_budget: int | None = None,
 ) -> dict[str, list[list[float]]]:
-    """For each method that has scores, the step scores of each trace."""
+    """Step scores of each trace, by method."""
     scores: dict[str, list[list[float]]] = {}
     for index, values in token_values(model, encoded, policy=policy, token_budget=token_budget):
         steps = {name: step_values(v, encoded[index].steps, aggregate) for name, v in values.items()}
@@ -170,26 +172,28 @@ def evaluate_steps(
     token_budget: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """How well step scores find the first error, for the reward and for what it must beat.
+    """How well step scores find the first error, for the reward and its baselines.
 
-    A step scores the mean (or min) of its tokens' values: the reward as `TokenRewardModel.score` gives it without
-    further models; log-prob and negative next-token entropy under `policy`; also reward + log-prob, the log-prob's
-    difference to the step before, and random numbers, each with a threshold fitted on `fit_traces`. Fitted, random
-    numbers reach a higher F1 than a uniform guess among steps and "no error", whose expectation is the row "random".
+    A step's score is the mean (or min) of its tokens' values: the reward of `TokenRewardModel.score` without further
+    models; log-prob and negative next-token entropy under `policy`; also reward + log-prob, the difference of the
+    log-prob to the previous step, and random numbers. Each has a threshold fitted on `fit_traces`. With a fitted
+    threshold random numbers reach a higher F1 than the row "random", the expectation of a uniform guess among the steps
+    and "no error".
 
     Args:
         model: the reward model.
-        traces: those that results are about.
-        fit_traces: others, for the thresholds; both erroneous and correct ones.
-        policy: causal LM with the reward model's tokenizer, on its device; None leaves its baselines out.
-        task: recipe whose words the prompts have; the reward model's if None.
+        traces: traces to evaluate.
+        fit_traces: other traces, erroneous and correct, to fit the thresholds.
+        policy: causal LM with the reward model's tokenizer, on its device; without it its baselines are skipped.
+        task: task that formats the prompts; the reward model's if None.
         aggregate: ``mean`` or ``min`` over a step's tokens.
-        token_budget: padded tokens per forward pass; as many as suit the device if None.
-        seed: of the bootstraps and of the random numbers.
+        token_budget: padded tokens per forward pass; chosen for the device if None.
+        seed: seed of the bootstraps and the random numbers.
 
     Returns:
-        JSON-ready: counts (``left_out`` and ``fit_left_out`` are traces longer than the models' ``positions``),
-        ``methods`` by name, with `summarise`'s metrics and ``threshold``, and ``groups``: both by `StepTrace.group`.
+        A dict for JSON: counts (``left_out`` and ``fit_left_out`` count traces longer than the models' ``positions``),
+        ``methods`` by name, with the metrics of `summarise` and ``threshold``, and ``groups``: both by
+        `StepTrace.group`.
 
     Raises:
         InputError: unknown aggregate or task, a question in both sets, or too few traces that fit.
@@ -198,15 +202,15 @@ def evaluate_steps(
     recipe = get_task(task or model.settings.task)
     if not traces or not fit_traces:
         raise InputError(
-            f"{len(traces)} traces to judge and {len(fit_traces)} to fit the threshold on: use more questions, or fit "
-            "on another subset"
+            f"{len(traces)} traces to evaluate and {len(fit_traces)} to fit the threshold on: use more questions or "
+            "fit on another subset"
         )
     asked = {trace.question: trace.where for trace in fit_traces}
     for trace in traces:
         if trace.question in asked:
             raise InputError(
-                f"{trace.where}: its question is also in the set that the threshold is fitted on, in "
-                f"{asked[trace.question]}: fit on another subset"
+                f"{trace.where}: the threshold is fitted on the same question, in {asked[trace.question]}: fit on "
+                "another subset"
             )
     positions = position_limit(model.backbone, policy)
     fit_kept, fit_encoded = encode_fitting(model, fit_traces, recipe, positions)
@@ -216,8 +220,8 @@ def evaluate_steps(
     if not 0 < erroneous < len(fit_errors):
         raise InputError(
             f"{fit_traces[0].where}: the threshold needs erroneous and correct traces; from here on {erroneous} and "
-            f"{len(fit_kept) - erroneous} fit into {positions:.0f} positions, {len(fit_traces) - len(fit_kept)} of any "
-            "kind do not: fit on another subset, or use a longer backbone"
+            f"{len(fit_kept) - erroneous} fit into {positions:.0f} positions, {len(fit_traces) - len(fit_kept)} are "
+            "too long: fit on another subset, or use a longer backbone"
         )
     if not kept:
         raise InputError(
@@ -272,7 +276,7 @@ def _results(
 
 
 def step_tables(result: dict[str, Any]) -> list[Table]:
-    """What `evaluate_steps` returns, as tables: all traces, and Hit@1 by group. Shares in percent."""
+    """The result of `evaluate_steps` as tables: all traces, and Hit@1 by group; in percent."""
     columns = ["method", "F1", "95 %", "erroneous", "correct", "Hit@1", "95 %", "Hit@±1", "over chance", "95 %"]
     rows: list[list[str | float | int | None]] = []
     for name, of in result["methods"].items():
@@ -283,8 +287,8 @@ def step_tables(result: dict[str, Any]) -> list[Table]:
     note = f"{result['traces']} traces, {result['erroneous']} of them with an error, of {result['questions']} questions"
     note += f"; thresholds fitted on {result['fit_traces']} others. Over chance: (Hit@1 - chance) / (1 - chance)."
     if result["left_out"] or result["fit_left_out"]:
-        note += f" Left out, because longer than {result['positions']} positions: {result['left_out']}"
-        note += f" and, of those to fit on, {result['fit_left_out']}."
+        note += f" Skipped as longer than {result['positions']} positions: {result['left_out']} of these traces"
+        note += f" and {result['fit_left_out']} of those to fit on."
     names = [name for name, of in result["methods"].items() if of["threshold"] is not None]
     by_group: list[list[str | float | int | None]] = [
         [group, of["erroneous"], of["correct"], *(_percent(of["methods"][n]["hit_at_1_normalised"]) for n in names)]

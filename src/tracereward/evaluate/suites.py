@@ -14,11 +14,12 @@ from tracereward.commands.sample import sample_rows
 from tracereward.console import note
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError, check_choice
+from tracereward.evaluate.figures import pool_figures
 from tracereward.evaluate.first_error import STEP_AGGREGATES
 from tracereward.evaluate.perturbation import evaluate_perturbations
 from tracereward.evaluate.perturbation import step_tables as perturbation_tables
 from tracereward.evaluate.policy import evaluate_policy, policy_tables
-from tracereward.evaluate.pool import evaluate_pool, pool_figures, pool_tables, score_pool, split_questions
+from tracereward.evaluate.pool import evaluate_pool, pool_tables, score_pool, split_questions
 from tracereward.evaluate.pool_data import read_pool
 from tracereward.evaluate.step_data import read_step_traces, split_by_question
 from tracereward.evaluate.steps import evaluate_steps, step_tables

@@ -1,4 +1,4 @@
-"""From a trace's reward to the probability that the trace is correct, and how far such probabilities can be trusted."""
+"""Calibration: from a trace's reward to the probability that the trace is correct, and metrics of calibration."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from tracereward.errors import InputError, check_choice
 
 METHODS = ("platt", "temperature", "isotonic")
 MIN_TRACES = 10
-"""Fewest labelled traces that a calibration is fitted on."""
+"""Minimum number of labelled traces to fit a calibration."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Calibration:
             = 1 / T (Guo et al. 2017); ``isotonic``: piecewise linear through `knots` (Zadrozny and Elkan 2002).
         slope: of ``platt`` and ``temperature``.
         intercept: of ``platt``.
-        knots: pairs (reward, probability) of ``isotonic``, rewards rising; constant outside them.
-        traces: how many labelled traces it was fitted on.
+        knots: pairs (reward, probability) of ``isotonic``, in increasing order of reward; constant outside them.
+        traces: number of labelled traces used for the fit.
     """
 
     method: str
@@ -49,7 +49,7 @@ class Calibration:
         return float(self.probabilities([reward])[0])
 
     def probabilities(self, rewards: Sequence[float]) -> np.ndarray:
-        """The same for many rewards, (n,) float64."""
+        """Probabilities of several rewards, (n,) float64."""
         values = np.asarray(rewards, dtype=float)
         if self.method == "isotonic":
             known, probabilities = zip(*self.knots, strict=True)
@@ -58,13 +58,13 @@ class Calibration:
 
 
 def fit_calibration(rewards: Sequence[float], correct: Sequence[bool], method: str = "platt") -> Calibration:
-    """Fit on a small labelled set; a few dozen traces do for ``platt``, ``isotonic`` wants hundreds.
+    """Fit on a small labelled set: a few dozen traces for ``platt``, hundreds for ``isotonic``.
 
     ``platt`` and ``temperature`` minimise the log loss; ``platt`` against Platt's smoothed targets (n + 1) / (n + 2)
-    and 1 / (m + 2), so that separable traces give a finite slope.
+    and 1 / (m + 2), so that the slope is finite for separable traces.
 
     Raises:
-        InputError: fewer than `MIN_TRACES` traces, or all of them right or all wrong.
+        InputError: fewer than `MIN_TRACES` traces, or all of them correct or all wrong.
     """
     check_choice("calibration method", method, METHODS)
     values, labels = np.asarray(rewards, dtype=float), np.asarray(correct, dtype=bool)
@@ -104,14 +104,14 @@ def log_loss(probabilities: Sequence[float] | np.ndarray, correct: Sequence[bool
 
 
 def brier_score(probabilities: Sequence[float] | np.ndarray, correct: Sequence[bool]) -> float:
-    """Mean squared difference of probability and label; 0.25 for always saying one half (Brier 1950)."""
+    """Mean squared difference of probability and label; 0.25 if every probability is one half (Brier 1950)."""
     difference = np.asarray(probabilities, dtype=float) - np.asarray(correct, dtype=float)
     return float((difference**2).mean())
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Traces whose probabilities lie in one interval: what was said, what was true, and how many they are."""
+    """Traces with a probability in one interval: their mean probability, their accuracy and their number."""
 
     probability: float
     accuracy: float
@@ -119,7 +119,7 @@ class Bin:
 
 
 def reliability(probabilities: Sequence[float] | np.ndarray, correct: Sequence[bool], bins: int = 10) -> list[Bin]:
-    """Bins of equal width over [0, 1] that hold traces, from low to high."""
+    """Non-empty bins of equal width over [0, 1], in increasing order."""
     p, labels = np.asarray(probabilities, dtype=float), np.asarray(correct, dtype=float)
     index = np.minimum((p * bins).astype(int), bins - 1)
     return [

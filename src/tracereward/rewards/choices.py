@@ -1,4 +1,4 @@
-"""The names that a reward model's settings and the training options choose among; loads nothing."""
+"""Allowed names in a reward model's settings and the training options; imports nothing."""
 
 HEADS = ("token", "action", "airl", "implicit")
 REWARD_FORMS = ("logit", "logit_plus_logprob", "f")

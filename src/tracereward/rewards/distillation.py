@@ -1,7 +1,7 @@
-"""Any head as a plain token-classification checkpoint: a token head is fitted to another reward model's rewards.
+"""Distillation of a reward model with any head into a plain token-classification checkpoint.
 
-The artefact of a `token` head loads in transformers, in vLLM's pooling runner and in TRL as it is; the other heads need
-this package, or log-probs. The fit is measured on prompts that it did not see, and says what was lost.
+A checkpoint with a `token` head loads directly in transformers, vLLM's pooling runner and TRL; the other heads need
+this package, or log-probs. The fit is measured on held-out prompts.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ HELD_OUT = 0.2  # of the prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Example(EncodedTrace):
-    """A trace to imitate the rewards of, and whether it is right."""
+    """A trace whose rewards are distilled, and whether it is correct."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -41,14 +41,14 @@ class Example(EncodedTrace):
 
 @dataclass(frozen=True)
 class Fit:
-    """How well the student gives the teacher's rewards, on held-out prompts.
+    """How well the student reproduces the teacher's rewards on held-out prompts.
 
     Attributes:
         r2: 1 - sum (student - teacher)^2 / sum (teacher - mean)^2 over supervised positions.
-        auroc_before: the teacher's within-prompt AUROC for correctness, nan if it is not known.
+        auroc_before: the teacher's within-prompt AUROC for correctness, NaN if correctness is unknown.
         auroc_after: the student's.
-        traces: trained on.
-        held_out: measured on.
+        traces: number of training traces.
+        held_out: number of held-out traces.
     """
 
     r2: float
@@ -59,11 +59,11 @@ class Fit:
 
 
 def check_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
-    """Refuse rows that cannot be fitted on, whatever the model.
+    """Reject rows that no model can be distilled on.
 
     Raises:
-        InputError: a row has not one completion, or fields of another type; fewer than two prompts, of which one is
-            held out.
+        InputError: a row has no completion or several, or a field has the wrong type; fewer than two prompts, since one
+            is held out.
     """
     prompts = set()
     for where, row in rows:
@@ -72,18 +72,18 @@ def check_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
         check_facts(where, row)
         prompts.add(json.dumps(row["prompt"]))
     if len(prompts) < 2:
-        raise InputError("export fits on some prompts and measures on others: give rows of at least two prompts")
+        raise InputError("export measures the fit on held-out prompts: give rows with at least two prompts")
 
 
 def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardModel) -> list[Example]:
-    """Rows with prompt, completion, and optionally finished and correct, in the model's tokens.
+    """Tokenize rows with a prompt, a completion and optionally finished and correct.
 
     Args:
-        rows: that `check_rows` let through.
+        rows: rows that passed `check_rows`.
         model: the reward model.
 
     Raises:
-        InputError: a trace is longer than the model reads.
+        InputError: a trace is longer than the model's context.
     """
     found = []
     for where, row in rows:
@@ -105,19 +105,19 @@ def distill(
     token_budget: int = 8192,
     seed: int = 0,
 ) -> tuple[TokenRewardModel, Fit]:
-    """Fit a token head, on the teacher's own backbone, to the teacher's rewards at supervised positions.
+    """Fit a token head on the teacher's backbone to the teacher's rewards at supervised positions.
 
-    loss = mean over supervised positions of (f_t - r_t)^2, r the teacher's clipped reward: what scoring would clip is
-    not worth fitting. A head that is a token classifier already is taken as it is.
+    loss = mean over supervised positions of (f_t - r_t)^2, r the teacher's clipped reward, since scoring clips too. A
+    teacher that is already a token classifier is not trained.
 
     Args:
         teacher: the reward model.
-        folder: where it was loaded from; the student starts from its backbone.
-        examples: traces, best such as will be scored.
-        epochs: passes over them.
-        learning_rate: of AdamW, warmed up and then lowered along a cosine.
-        token_budget: padded tokens of one step.
-        seed: of the split, the order and the new head.
+        folder: the teacher's folder; the student starts from its backbone.
+        examples: training traces, similar to those that will be scored.
+        epochs: passes over the examples.
+        learning_rate: peak learning rate of AdamW, with linear warm-up and cosine decay.
+        token_budget: padded tokens per step.
+        seed: seed of the split, the order and the new head.
 
     Raises:
         RunFailed: the loss, or a reward of either model, is not finite.
@@ -162,7 +162,7 @@ def distill(
 
 
 def squared_error(student: TokenRewardModel, examples: Sequence[Example], targets: Sequence[Tensor]) -> Tensor:
-    """Mean over the supervised positions of the batch of (f_t - r_t)^2."""
+    """Mean of (f_t - r_t)^2 over the supervised positions of the batch."""
     batch = student.pack([e.prompt for e in examples], [e.completion for e in examples])
     supervised = student.supervision(batch)
     wanted = torch.nn.utils.rnn.pad_sequence(list(targets), batch_first=True).to(supervised.device)
@@ -173,7 +173,7 @@ def rewards_of(model: TokenRewardModel, examples: Sequence[Example], token_budge
     """Token rewards of each example.
 
     Raises:
-        RunFailed: one is not finite.
+        RunFailed: a reward is not finite.
     """
     return model.rewards_of(examples, ForwardOptions(token_budget=token_budget))
 
@@ -186,7 +186,7 @@ def measure(
     trained: int,
     token_budget: int,
 ) -> Fit:
-    """Compare the two on held-out traces; `trained` is the number of the others."""
+    """Compare student and teacher on held-out traces; `trained` is the number of training traces."""
     before = rewards_of(teacher, test, token_budget)
     try:
         after = rewards_of(student, test, token_budget)

@@ -14,10 +14,10 @@ ENGINES = ("transformers", "vllm")
 
 
 def check_engine(model: str, engine: str) -> RewardSettings:
-    """Settings of a reward model that `engine` can run; loads nothing.
+    """Settings of a reward model, checked to run on `engine`; loads no weights.
 
     Raises:
-        InputError: there is no such engine, it is not installed, or it cannot run this model.
+        InputError: the engine is unknown or not installed, or it cannot run this model.
     """
     check_choice("engine", engine, ENGINES)
     if engine == "vllm":
@@ -28,7 +28,7 @@ def check_engine(model: str, engine: str) -> RewardSettings:
 
 
 def load_scorer(model: str, engine: str) -> Scorer:
-    """A reward model that is ready to score, on the accelerator if there is one."""
+    """Load a reward model for scoring, on the accelerator if there is one."""
     if engine == "vllm":
         from tracereward.rewards.vllm_scorer import VllmScorer
 
@@ -39,36 +39,36 @@ def load_scorer(model: str, engine: str) -> Scorer:
 def check_log_prob_models(
     settings: RewardSettings, reference: str | None, policy: str | None, engine: str = "transformers"
 ) -> None:
-    """Refuse models whose log-probs cannot enter a reward model's rewards; loads nothing.
+    """Reject models whose log-probs cannot enter the rewards; loads no weights.
 
     Raises:
-        InputError: the head has no policy to subtract, the engine computes no log-probs, or a model is missing.
+        InputError: the head subtracts no policy, the engine computes no log-probs, or a model is missing.
     """
     check_policy(settings, policy)
     for name in (reference, policy):
         if name is not None:
             if engine != "transformers":
-                raise InputError(f"--engine {engine} computes logits alone: leave --reference and --policy out")
+                raise InputError(f"--engine {engine} computes no log-probs: remove --reference and --policy")
             check_model(name)
 
 
 def load_log_prob_models(model: Scorer, *, reference: str | None = None, policy: str | None = None) -> LogProbModels:
-    """The models whose log-probs enter a reward model's rewards.
+    """Load the models whose log-probs enter the rewards.
 
     Raises:
-        InputError: one has another tokenizer.
+        InputError: a model's tokenizer differs from the reward model's.
     """
     return LogProbModels(reference=load_log_prob_model(model, reference), policy=load_log_prob_model(model, policy))
 
 
 def load_log_prob_model(model: Scorer, name: str | None) -> PreTrainedModel | None:
-    """A causal LM with the reward model's tokenizer, for its log-probs; None for no name.
+    """Load a causal LM for its log-probs; None if `name` is None.
 
     Raises:
-        InputError: it has another tokenizer.
+        InputError: its tokenizer differs from the reward model's.
     """
     if name is None:
         return None
     if not same_tokenizer(model.tokenizer, load_tokenizer(name)):
-        raise InputError(f"{name} has another tokenizer than the reward model: its log-probs are of other tokens")
+        raise InputError(f"{name}: its tokenizer differs from the reward model's; use a model with the same tokenizer")
     return load_causal_lm(name, device=best_device())

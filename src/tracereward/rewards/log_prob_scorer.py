@@ -1,4 +1,4 @@
-"""A policy's own log-prob instead of a reward: the control that needs no reward model."""
+"""Baseline scorer: the policy's own log-prob instead of a reward."""
 
 import math
 
@@ -14,12 +14,12 @@ from tracereward.rewards.settings import RewardSettings
 
 
 class LogProbs(Scorer):
-    """A policy's own log-prob of each token instead of a reward.
+    """Scores each token with the policy's own log-prob.
 
     Args:
         policy: a causal LM.
         tokenizer: its tokenizer.
-        settings: of the reward model that it stands in for; steps and aggregate are as there.
+        settings: settings of the reward model that it replaces, for steps and aggregate.
     """
 
     def __init__(self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: RewardSettings):
@@ -27,7 +27,7 @@ class LogProbs(Scorer):
 
     @property
     def max_positions(self) -> float:
-        """The reward model that it stands in for sets the limit."""
+        """Infinity: the reward model that it replaces sets the limit."""
         return math.inf
 
     @property
@@ -36,7 +36,7 @@ class LogProbs(Scorer):
         return scoring_budget(self.policy.device)
 
     def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:
-        """Log-probs in nats, neither clipped nor backfilled; no other model's log-probs are added or subtracted."""
+        """Log-probs in nats, neither clipped nor backfilled; takes no further models."""
         assert not options.extra.signed
         pad = pad_id(self.tokenizer)
         return log_probs(self.policy, prompts, completions, pad, token_budget=options.token_budget)

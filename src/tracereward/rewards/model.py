@@ -1,9 +1,9 @@
 """The reward model: a causal backbone with one number f_t per completion token, its artefact on disk, and scoring.
 
-`heads` says what f_t is. On disk a reward model is a plain Hugging Face checkpoint: a token classifier with
-``num_labels=1`` whose logit is f_t (heads ``token`` and ``airl``), or a causal LM, whose log-prob is f_t (``implicit``)
-or enters it with the a, b and w of ``head.safetensors`` (``action``). Beside it lies ``tracereward.json``: everything
-that must be the same in training, scoring and serving.
+`heads` defines f_t. On disk a reward model is a plain Hugging Face checkpoint: a token classifier with
+``num_labels=1`` whose logit is f_t (heads ``token`` and ``airl``), or a causal LM whose log-prob is f_t (``implicit``)
+or enters it with the a, b and w of ``head.safetensors`` (``action``). ``tracereward.json`` in the same folder has the
+settings that training, scoring and serving must share.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ from tracereward.rewards.shaping import token_rewards
 
 
 class TokenRewardModel(nn.Module, Scorer):
-    """A backbone with a head: `forward` gives f_t, `score` gives `TokenScores`."""
+    """A backbone with a head: `forward` returns f_t, `score` returns `TokenScores`."""
 
     def __init__(
         self,
@@ -74,16 +74,16 @@ class TokenRewardModel(nn.Module, Scorer):
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> "TokenRewardModel":
-        """A discriminator to be trained, started from the causal LM `model_name_or_path`.
+        """Create a discriminator from the causal LM `model_name_or_path`.
 
         Args:
             model_name_or_path: folder or Hub id of a causal LM, usually the SFT policy.
             settings: head, granularity and shaping.
-            tokenizer: the backbone's, which must be the policy's too.
+            tokenizer: the backbone's, which must also be the policy's.
             peft_config: LoRA settings; None trains all weights.
             **kwargs: for `from_pretrained`, e.g. ``dtype``.
         """
-        with zero3_disabled():  # it stands beside a policy that may be spread over processes
+        with zero3_disabled():  # the policy may be sharded, the discriminator is not
             if reads_log_probs(settings.head):
                 backbone = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
             else:
@@ -93,10 +93,8 @@ class TokenRewardModel(nn.Module, Scorer):
             peft_config = copy.deepcopy(peft_config)
             if not reads_log_probs(settings.head):
                 peft_config.task_type = "TOKEN_CLS"
-                peft_config.exclude_modules = [
-                    "score",
-                    "classifier",
-                ]  # trained in full; "all-linear" would wrap it too and crash
+                # The head is trained in full; "all-linear" would wrap it too and crash.
+                peft_config.exclude_modules = ["score", "classifier"]
             backbone = get_peft_model(backbone, peft_config)
         return cls(backbone, tokenizer, settings)
 
@@ -104,13 +102,13 @@ class TokenRewardModel(nn.Module, Scorer):
     def beside_policy(
         cls, policy: PeftModel, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase, peft_config: LoraConfig
     ) -> "TokenRewardModel":
-        """A discriminator to be trained that shares the policy's base model: a second adapter on it, and the head.
+        """Create a discriminator that shares the policy's base model: a second adapter and a head.
 
         Args:
-            policy: its LoRA adapter is the active one and stays so.
-            settings: head ``action`` or ``implicit``: the base is a language model.
+            policy: its LoRA adapter stays the active one.
+            settings: with head ``action`` or ``implicit``, since the base is a language model.
             tokenizer: the policy's.
-            peft_config: of the second adapter.
+            peft_config: LoRA settings of the second adapter.
         """
         policy.add_adapter(DISCRIMINATOR, copy.deepcopy(peft_config))
         return cls(AdapterView(policy, DISCRIMINATOR), tokenizer, settings)
@@ -120,7 +118,7 @@ class TokenRewardModel(nn.Module, Scorer):
         """Load a finished reward model from a folder or the Hub.
 
         Raises:
-            InputError: it is not a reward model; says which file is missing.
+            InputError: it is not a reward model; names the missing file.
         """
         folder = local_folder(model_name_or_path)
         settings = read_settings(folder)
@@ -137,22 +135,22 @@ class TokenRewardModel(nn.Module, Scorer):
         return isinstance(self.backbone, AdapterView)
 
     def active(self) -> contextlib.AbstractContextManager[None]:
-        """Around passes whose gradients are wanted: holds a shared base model under this model's adapter."""
+        """Context that keeps this model's adapter active on a shared base model, for passes with gradients."""
         return self.backbone.active() if isinstance(self.backbone, AdapterView) else contextlib.nullcontext()
 
     @property
     def device(self) -> torch.device:
-        """Where the backbone is."""
+        """Device of the backbone."""
         return next(self.backbone.parameters()).device
 
     @property
     def max_positions(self) -> float:
-        """Tokens of the longest prompt and completion that the backbone reads."""
+        """Longest prompt plus completion that the backbone accepts, in tokens."""
         return getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
     @property
     def token_budget(self) -> int:
-        """Padded tokens that suit one forward pass on this device."""
+        """Padded tokens per forward pass on this device."""
         return scoring_budget(self.device)
 
     @property
@@ -164,14 +162,14 @@ class TokenRewardModel(nn.Module, Scorer):
             return None
         named = self.backbone.named_parameters()
         found = [p for name, p in named if re.search(r"\b(score|classifier)\b.*weight$", name)]
-        return max(found, key=lambda p: p.requires_grad)  # PEFT keeps the untrained one beside the trained one
+        return max(found, key=lambda p: p.requires_grad)  # PEFT also keeps the untrained copy
 
     def forward(self, batch: Batch, shared: Sequence[int] | None = None) -> Tensor:
         """f_t of each completion token, (B, T) float32.
 
         Args:
-            batch: what the backbone reads.
-            shared: lengths of runs of rows with the same prompt, which is then read once; without gradients only.
+            batch: inputs of the backbone.
+            shared: lengths of runs of rows with the same prompt, which is then encoded once; only without gradients.
         """
         if shared is None:
             return self.values_and_log_probs(batch)[0]
@@ -184,8 +182,8 @@ class TokenRewardModel(nn.Module, Scorer):
         """f_t, and log p_phi(y_t) where the head reads it; each (B, T) float32.
 
         Args:
-            batch: what the backbone reads.
-            inputs_embeds: (B, P + T, H) in the place of the embeddings of `batch.input_ids`.
+            batch: inputs of the backbone.
+            inputs_embeds: (B, P + T, H), used instead of the embeddings of `batch.input_ids`.
         """
         if reads_log_probs(self.settings.head):
             log_probs, hidden = completion_log_probs(self.backbone, batch, inputs_embeds)
@@ -200,7 +198,7 @@ class TokenRewardModel(nn.Module, Scorer):
         return output.logits[:, -batch.completion_mask.size(1) :, 0].float(), None
 
     def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
-        """Token ids to a `Batch` on this model's device, with step ends where the granularity needs them."""
+        """Pad token ids into a `Batch` on this model's device, with step ends if the granularity needs them."""
         ends = [self.step_ends(ids) for ids in completions] if self.settings.granularity == "step" else None
         return pack(prompts, completions, pad_id(self.tokenizer), ends).to(self.device)
 
@@ -232,9 +230,9 @@ class TokenRewardModel(nn.Module, Scorer):
         return rewards
 
     def save_pretrained(self, folder: str | Path, notes: str = "") -> None:
-        """Write the artefact (see the module's docstring), LoRA merged, whole or not at all.
+        """Write the artefact (see the module's docstring) atomically, with LoRA merged.
 
-        The live weights are not touched: merging in place and undoing it would change them by rounding.
+        A copy is merged: merging in place and undoing it would change the live weights by rounding.
         """
         backbone = self.backbone
         if isinstance(backbone, AdapterView):
@@ -259,7 +257,7 @@ def _token_classifier(name: str, **kwargs: Any) -> PreTrainedModel:
     config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
     config.token_classification_bias = False
     verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # it would warn that the new head is untrained, which is the point
+    transformers_logging.set_verbosity_error()  # silences the warning that the new head is untrained
     try:
         return AutoModelForTokenClassification.from_pretrained(name, config=config, **kwargs)
     except ValueError as error:
@@ -271,13 +269,13 @@ def _token_classifier(name: str, **kwargs: Any) -> PreTrainedModel:
 
 
 def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
-    """What ``GRPOTrainer(reward_funcs=...)`` calls: the trace reward of each completion.
+    """Reward function for ``GRPOTrainer(reward_funcs=...)``: the trace reward of each completion.
 
-    A token-head checkpoint can also be named by its folder there: TRL then loads it with transformers and takes the
-    last token's logit, without clip, temperature and aggregate. This function gives what `score` gives, for any head.
+    The folder of a token-head checkpoint can also be passed to TRL, which loads it with transformers and takes the last
+    token's logit, without clip, temperature and aggregate. This function returns the rewards of `score`, for any head.
 
     Args:
-        model: scores on its own device; prompts are rendered by ``settings.template``, texts or lists of messages.
+        model: scores on its own device; renders prompts (text or messages) with ``settings.template``.
     """
 
     def tracereward(
@@ -289,7 +287,7 @@ def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
         eos = model.tokenizer.eos_token_id
         texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
         finished = None
-        if completion_ids is not None:  # of a trace without text there is only its end to score
+        if completion_ids is not None:  # a trace without text has only its end-of-sequence token to score
             finished = [ids[-1:] == [eos] or not text for ids, text in zip(completion_ids, texts[1], strict=True)]
         return [trace.aggregate(model.settings.aggregate) for trace in model.score(*texts, finished=finished)]
 

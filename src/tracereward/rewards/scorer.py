@@ -1,4 +1,4 @@
-"""`Scorer`: from traces as text to `TokenScores`, whatever computes the token rewards."""
+"""`Scorer`: the base class of reward models and engines, from traces as text to `TokenScores`."""
 
 import math
 from abc import ABC, abstractmethod
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tracereward.errors import InputError, RunFailed, TooLong
+from tracereward.errors import EmptyTrace, InputError, RunFailed, TooLong
 from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
@@ -23,11 +23,11 @@ from tracereward.tasks.recipes import get_task
 
 
 class Scorer(ABC):
-    """What scoring needs of a reward model.
+    """Base class of all engines: subclasses compute token rewards, this class encodes, ranks and formats.
 
     Attributes:
         tokenizer: the reward model's.
-        settings: what must be the same in training and scoring.
+        settings: settings that training and scoring must share.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -36,12 +36,12 @@ class Scorer(ABC):
     @property
     @abstractmethod
     def max_positions(self) -> float:
-        """Tokens of the longest prompt and completion that can be read; infinity if nothing limits them."""
+        """Longest prompt plus completion that the model accepts, in tokens; infinity if there is no limit."""
 
     @property
     @abstractmethod
     def token_budget(self) -> int:
-        """Padded tokens that suit one forward pass."""
+        """Padded tokens per forward pass on this device."""
 
     @abstractmethod
     def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:
@@ -61,11 +61,11 @@ class Scorer(ABC):
 
         Args:
             prompts: token ids.
-            completions: token ids of as many traces.
-            token_budget: padded tokens per forward pass; `token_budget` if None.
+            completions: token ids, one for each prompt.
+            token_budget: padded tokens per forward pass; the property `token_budget` if None.
             reference: causal LM whose log-prob of each token is added to f (``logit_plus_logprob``).
             policy: causal LM whose log-prob is subtracted (the logit of the heads ``airl`` and ``implicit``).
-            sharded: whether weights of these models are sharded over processes, which then all make the same number of
+            sharded: whether any of these models has sharded weights; all processes then make the same number of
                 passes.
         """
         extra = LogProbModels(reference=reference, policy=policy)
@@ -73,7 +73,7 @@ class Scorer(ABC):
         return self.compute_rewards(prompts, completions, options)
 
     def step_ends(self, completion: Sequence[int]) -> list[bool]:
-        """Which tokens of a completion end a step."""
+        """Flag the tokens of a completion that end a step."""
         text, offsets = token_offsets(self.tokenizer, completion)
         return step_ends(text, offsets, self.settings.step_delimiter)
 
@@ -93,17 +93,17 @@ class Scorer(ABC):
         reference: nn.Module | None = None,
         policy: nn.Module | None = None,
     ) -> list[TokenScores]:
-        """Score completions given as text, in one forward pass each.
+        """Score completions given as text.
 
         Args:
-            prompts: rendered prompts (with the recipe's words and template), as in training.
-            completions: as many traces.
-            finished: whether each trace ended by itself (then the end-of-sequence token is scored too, as in
+            prompts: rendered as in training, with the task's wording and the template.
+            completions: one trace for each prompt.
+            finished: whether each trace ended by itself (its end-of-sequence token is then scored too, as in
                 training) or was cut off; all ended if None.
-            token_budget: padded tokens per forward pass; as many as suit the device if None.
-            reference: the model that ``settings.reference_model`` names, to get what training rewarded under
-                ``logit_plus_logprob``; without it the rewards are the logits alone.
-            policy: the policy, to get the logit of the heads ``airl`` and ``implicit``; without it the rewards are f.
+            token_budget: padded tokens per forward pass; chosen for the device if None.
+            reference: the model that ``settings.reference_model`` names, for the training reward under
+                ``logit_plus_logprob``; without it rewards are logits only.
+            policy: the policy, for the logit of the heads ``airl`` and ``implicit``; without it rewards are f.
 
         Raises:
             InputError: a trace is empty, or longer than the backbone's positions; nothing is ever truncated.
@@ -117,20 +117,21 @@ class Scorer(ABC):
         return self.score_ids(*ids, token_budget=token_budget, reference=reference, policy=policy)
 
     def score_ids(self, prompts: TokenIds, completions: TokenIds, **options: Any) -> list[TokenScores]:
-        """The same of token ids; options as of `token_rewards`."""
+        """Score token ids; for the options see `token_rewards`."""
         rewards = self.token_rewards(prompts, completions, **options)
         return [self.to_scores(ids, values) for ids, values in zip(completions, rewards, strict=True)]
 
     def encode(self, trace: Trace, limit: float = math.inf) -> EncodedTrace:
-        """Token ids of a trace that this model can read.
+        """Tokenize a trace and check that this model can score it.
 
         Args:
             trace: as text.
-            limit: tokens of the longest prompt and completion, if lower than this model's.
+            limit: longest prompt plus completion in tokens, if lower than this model's.
 
         Raises:
-            InputError: the trace is empty, or the tokenizer changes a character of its steps.
+            EmptyTrace: the trace has no token.
             TooLong: it is longer than the backbone's positions, or `limit`.
+            InputError: the tokenizer cannot round-trip its steps.
         """
         prompt = encode_prompt(self.tokenizer, trace.prompt)
         completion = encode_completion(self.tokenizer, trace.completion, trace.finished)
@@ -140,10 +141,10 @@ class Scorer(ABC):
         return EncodedTrace(where=trace.where, prompt=prompt, completion=completion)
 
     def rewards_of(self, traces: Sequence[EncodedTrace], options: ForwardOptions) -> list[Tensor]:
-        """Token rewards of encoded traces, as `token_rewards` gives them.
+        """Token rewards of encoded traces, see `token_rewards`.
 
         Raises:
-            RunFailed: one is not finite.
+            RunFailed: a reward is not finite.
         """
         ids = [trace.prompt for trace in traces], [trace.completion for trace in traces]
         rewards = self.compute_rewards(*ids, options)
@@ -163,14 +164,14 @@ class Scorer(ABC):
     def rerank(
         self, prompt: str, candidates: Sequence[str], method: str = "reward", log_probs: Sequence[float] | None = None
     ) -> list[tuple[int, float]]:
-        """Candidates of one question from best to worst: pairs of index and trace reward.
+        """Rank the candidates of one question: pairs of index and trace reward, best first.
 
         Args:
-            prompt: rendered, as in training.
+            prompt: rendered as in training.
             candidates: traces.
-            method: one of `rerank.METHODS` that chooses; what it chooses comes first, the others follow by reward.
-                Votes compare the answers that the recipe of ``settings.task`` extracts.
-            log_probs: mean policy log-probs, for the methods with one.
+            method: one of `selection.METHODS`; its choice comes first, the others follow by reward. Votes compare the
+                answers that the task ``settings.task`` extracts.
+            log_probs: mean policy log-probs, for the methods that use them.
         """
         task, how = get_task(self.settings.task), self.settings.aggregate
         rewards = [scores.aggregate(how) for scores in self.score([prompt] * len(candidates), candidates)]
@@ -184,21 +185,21 @@ class Scorer(ABC):
         return [(index, rewards[index]) for index in order]
 
     def first_error(self, prompt: str, steps: Sequence[str], threshold: float = 0.0) -> int | None:
-        """Index of the first step whose mean reward is under `threshold`; None if there is none.
+        """Index of the first step whose mean reward is below `threshold`; None if there is none.
 
         Args:
-            prompt: rendered, as in training.
-            steps: of one trace, without delimiters.
+            prompt: rendered as in training.
+            steps: steps of one trace, without delimiters.
             threshold: in log-odds; `tracereward evaluate processbench` fits one on labelled traces.
         """
         rewards = self.score_steps([prompt], [steps])[0]
         return first_below(rewards, threshold)
 
     def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Mean token reward of each step of traces that are given step by step.
+        """Mean token reward of each step.
 
-        Steps are joined by ``settings.step_delimiter`` (`alignment.join_steps`). Characters decide which tokens are a
-        step's, so that a step may itself contain the delimiter.
+        Steps are joined by ``settings.step_delimiter`` (`alignment.join_steps`). Tokens are assigned to steps by
+        character spans, so a step may contain the delimiter.
 
         Raises:
             InputError: as for `score`, or the tokenizer cannot round-trip a step.
@@ -212,7 +213,7 @@ class Scorer(ABC):
         return [trace.span_rewards(spans) for trace, (_, spans) in zip(scores, joined, strict=True)]
 
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
-        """Token ids and their rewards as a `TokenScores`."""
+        """Build the `TokenScores` of a completion."""
         text, offsets = token_offsets(self.tokenizer, completion)
         ends = step_ends(text, offsets, self.settings.step_delimiter)
         mask = torch.ones(1, len(completion), dtype=torch.long)
@@ -229,10 +230,10 @@ class Scorer(ABC):
         )
 
     def _check_steps(self, trace: Trace, completion: Sequence[int]) -> None:
-        """Refuse steps that the tokenizer cannot round-trip: it is ambiguous which tokens belong to which step.
+        """Reject steps that the tokenizer cannot round-trip: their token boundaries would be ambiguous.
 
         Raises:
-            InputError: the tokenizer drops or changes a character; names the first step with one.
+            InputError: the tokenizer drops or changes a character; names the first such step.
         """
         text, (decoded, _) = trace.completion, token_offsets(self.tokenizer, completion)
         if decoded != text:
@@ -245,25 +246,25 @@ class Scorer(ABC):
             )
 
     def check_ids(self, where: str, prompt: Sequence[int], completion: Sequence[int], limit: float = math.inf) -> None:
-        """Refuse token ids that this model cannot read; see `encode`."""
+        """Reject token ids that this model cannot score; see `encode`."""
         limit = min(limit, self.max_positions)
         if not completion:
-            raise InputError(f"{where}: the completion is empty")
+            raise EmptyTrace(f"{where}: the completion is empty")
         if len(prompt) + len(completion) > limit:
             raise TooLong(
                 f"{where}: {len(prompt)} prompt and {len(completion)} completion tokens, the reward model reads "
-                f"{limit:.0f}. Traces are never cut (the answer would be lost): leave the row out or use a longer "
-                "backbone."
+                f"{limit:.0f}. Traces are never truncated (the answer would be lost): remove the row or use a backbone "
+                "with a longer context."
             )
 
 
 def check_finite(where: str, name: str, values: Sequence[float]) -> None:
-    """Refuse nan and infinity, which a model with damaged weights gives: a nan would be ranked somewhere.
+    """Reject NaN and infinity, the sign of damaged weights: a NaN would get an arbitrary rank.
 
     Args:
         where: location of the trace in the error message.
-        name: of a value, e.g. "reward".
-        values: those of the trace.
+        name: what the values are, e.g. "reward".
+        values: values of the trace.
 
     Raises:
         RunFailed: a value is not finite.

@@ -1,4 +1,4 @@
-"""Records of the scoring loop: traces in, as text and as token ids, and what else a forward pass is given."""
+"""Records of the scoring loop: traces as text and as token ids, and the options of a forward pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,8 +7,8 @@ from torch import nn
 
 TokenIds = Sequence[Sequence[int]]
 CHUNK = 256
-"""Rows scored together: enough to sort by length, few enough to show progress. Batches depend on it, and the last
-digits of a reward on its batch."""
+"""Rows scored together: enough to sort by length, few enough to show progress. It determines the batches, and the last
+digits of a reward depend on its batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,10 +17,10 @@ class Trace:
 
     Attributes:
         where: location of the row in error messages.
-        prompt: rendered, as in training.
+        prompt: rendered as in training.
         completion: the text.
-        finished: whether the trace ended by itself; then its end-of-sequence token is scored too.
-        spans: characters of each step, of a trace that was given step by step.
+        finished: whether the trace ended by itself; if so, its end-of-sequence token is scored too.
+        spans: character span of each step, if the trace was given step by step.
     """
 
     where: str
@@ -74,10 +74,10 @@ class ForwardOptions:
     """How token rewards are computed.
 
     Attributes:
-        token_budget: padded tokens of a forward pass; what suits the device if None.
+        token_budget: padded tokens per forward pass; chosen for the device if None.
         extra: models whose log-probs enter the rewards.
-        sharded: whether weights of any of these models are sharded over processes, which must then all make the same
-            number of passes.
+        sharded: whether any of these models has sharded weights; all processes must then make the same number of
+            passes.
     """
 
     token_budget: int | None = None

@@ -1,4 +1,4 @@
-"""What a reward model's folder says of itself: ``tracereward.json``, its check, and the model card."""
+"""Settings of a reward model: ``tracereward.json``, checks of a reward model's folder, and the model card."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,24 +17,24 @@ HEAD_FILE = "head.safetensors"
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """What training, scoring and serving must agree on; stored as ``tracereward.json``.
+    """Settings that training, scoring and serving share; stored as ``tracereward.json``.
 
     Attributes:
         head: one of `choices.HEADS`.
-        granularity: which tokens are supervised, see `masks.supervision_mask`.
+        granularity: which tokens are supervised, see `supervision.supervision_mask`.
         interval: k of granularity ``interval``.
-        step_delimiter: what ends a step.
+        step_delimiter: text that ends a step.
         beta_clip: token rewards are clipped to +-beta_clip, in log-odds.
         temperature: log-odds are divided by it before the clip.
-        reward_form: what training rewarded, one of `choices.REWARD_FORMS`; "" is the head's default. `score` gives it
-            when it is handed the models whose log-probs it needs, else f alone.
+        reward_form: reward used in training, one of `choices.REWARD_FORMS`; "" is the head's default. `score` computes
+            it if given the models whose log-probs it needs, otherwise f.
         reference_model: the model whose log-prob ``logit_plus_logprob`` adds.
-        uses_gold_answers: whether verified rollouts were trained on as if they were experts'.
-        aggregate: how a trace's token rewards become one number.
-        task: the recipe whose prompts and answers it was trained on.
+        uses_gold_answers: whether training used rollouts with a verified answer as expert traces.
+        aggregate: how token rewards are reduced to a trace reward.
+        task: name of the task whose prompts and answers it was trained on.
         template: ``plain`` or ``chat``.
-        base_model: the checkpoint that the backbone started from.
-        calibration: from a trace's reward to the probability that it is correct; None before `tracereward calibrate`.
+        base_model: checkpoint from which the backbone was initialised.
+        calibration: map from trace reward to the probability of being correct; None before `tracereward calibrate`.
     """
 
     head: str = "action"
@@ -58,7 +58,7 @@ class RewardSettings:
         check_choice("aggregate", self.aggregate, AGGREGATES)
         if self.interval < 1:
             raise InputError(f"interval must be at least 1, not {self.interval}")
-        if not self.beta_clip > 0:  # nan is not either
+        if not self.beta_clip > 0:  # also rejects NaN
             raise InputError(f"beta_clip must be positive, not {self.beta_clip}")
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, not {self.temperature}")
@@ -68,31 +68,31 @@ class RewardSettings:
 
     @property
     def form(self) -> str:
-        """The reward form, the head's default filled in."""
+        """The reward form, with the head's default filled in."""
         return self.reward_form or default_reward_form(self.head)
 
     @property
     def adds_reference(self) -> bool:
-        """Whether the reward has the log-prob of a reference model in it."""
+        """Whether the reward adds the log-prob of a reference model."""
         return self.form == "logit_plus_logprob"
 
     @property
     def subtracts_policy(self) -> bool:
-        """Whether the reward has minus the log-prob of the policy in it."""
+        """Whether the reward subtracts the log-prob of the policy."""
         return self.form != "f" and subtracts_policy(self.head)
 
 
 def check_reward_model(name: str) -> RewardSettings:
-    """Settings of a reward model that is whole; reads no weights.
+    """Settings of a reward model, after a check that its folder is complete; loads no weights.
 
     Raises:
-        InputError: there is none, or files are missing.
+        InputError: it is not a reward model, or files are missing.
     """
     return read_settings(local_folder(name))
 
 
 def check_policy(settings: RewardSettings, policy: str | None) -> None:
-    """Refuse a policy beside a reward model whose logit has no log-prob of the policy's in it.
+    """Reject a policy for a reward model whose logit does not contain the policy's log-prob.
 
     Raises:
         InputError: names the head.
@@ -102,10 +102,10 @@ def check_policy(settings: RewardSettings, policy: str | None) -> None:
 
 
 def read_settings(folder: str | Path) -> RewardSettings:
-    """Read and check ``tracereward.json`` and the presence of the files that go with it.
+    """Read and check ``tracereward.json``, and check that the other files of the reward model are present.
 
     Raises:
-        InputError: a file is missing or damaged, by name.
+        InputError: names the file that is missing or damaged.
     """
     folder = Path(folder)
     path = folder / SETTINGS_FILE
@@ -124,7 +124,7 @@ def read_settings(folder: str | Path) -> RewardSettings:
     weights = any(folder.glob("*.safetensors"))
     needed = {"config.json": (folder / "config.json").is_file(), "model.safetensors": weights}
     needed["tokenizer.json"] = (folder / "tokenizer.json").is_file()
-    if settings.head == "action":  # the only head with weights beside the backbone's
+    if settings.head == "action":  # the only head with weights outside the backbone
         needed[HEAD_FILE] = (folder / HEAD_FILE).is_file()
         needed["model.safetensors"] = any(path.name != HEAD_FILE for path in folder.glob("*.safetensors"))
     missing = [name for name, present in needed.items() if not present]
@@ -134,27 +134,27 @@ def read_settings(folder: str | Path) -> RewardSettings:
 
 
 def write_calibration(folder: str | Path, calibration: Calibration) -> None:
-    """Put a calibration into a reward model's ``tracereward.json``; all else in it stays as it is."""
+    """Store a calibration in a reward model's ``tracereward.json``; the other fields do not change."""
     path = Path(folder) / SETTINGS_FILE
     stored = read_json(path)
     atomic_write_json(path, {**stored, "calibration": asdict(calibration)})
 
 
 def model_card(settings: RewardSettings, notes: str) -> str:
-    """The artefact's README: what the numbers mean and how to load it."""
+    """The README of the artefact: what the rewards mean and how to load the model."""
     kind = "AutoModelForCausalLM" if reads_log_probs(settings.head) else "AutoModelForTokenClassification"
     kind += " plus head.safetensors" if settings.head == "action" else ""
     meaning = (
-        "a reward f: what the experts do more than the policy that they were told from, with its log-prob taken out"
+        "a reward f: the log-odds of expert versus policy, with the policy's log-prob taken out"
         if subtracts_policy(settings.head)
-        else "a log-odds of being the expert's rather than the policy's"
+        else "the log-odds that it was written by the expert rather than the policy"
     )
     form = {
         "logit": "the log-odds",
         "logit_plus_logprob": f"the log-odds plus the log-prob under `{settings.reference_model or 'the reference'}`",
         "f": "f",
     }[settings.form]
-    gold = "\n- **uses gold answers**: rollouts that a verifier found right were trained on as experts' traces"
+    gold = "\n- **uses gold answers**: training used rollouts with a verified answer as expert traces"
     gold = gold if settings.uses_gold_answers else ""
     return f"""---
 library_name: tracereward
@@ -165,12 +165,12 @@ base_model: {settings.base_model}
 # Token-level reward model
 
 Learned from expert traces by adversarial inverse reinforcement learning (arXiv 2510.01857). Each completion token has
-{meaning}. High is like the expert.
+{meaning}. A high reward is expert-like.
 
 - head: `{settings.head}` ({kind}); supervision: `{settings.granularity}`; rewards divided by {settings.temperature:g}
   and clipped to +-{settings.beta_clip:g}
 - training rewarded {form}
-- recipe: `{settings.task}`, template: `{settings.template}`
+- task: `{settings.task}`, template: `{settings.template}`
 - trace reward: `{settings.aggregate}` of its token rewards{gold}
 
 ```python
@@ -179,5 +179,5 @@ from tracereward import TokenRewardModel
 scores = TokenRewardModel.from_pretrained("reward_model").score(prompts, completions)
 ```
 
-The logit is the reward: a `token-classification` pipeline would apply a softmax to the single label and show 1.0.
+The reward is the logit; a `token-classification` pipeline would apply a softmax over the single label and return 1.0.
 {notes}"""

@@ -9,10 +9,10 @@ AGGREGATES = ("mean", "min")
 
 
 def log_odds(probability: Tensor) -> Tensor:
-    """v = log D - log(1 - D), the implicit reward of a discriminator that says "expert" with probability D.
+    """v = log D - log(1 - D), the implicit reward of a discriminator with expert probability D.
 
-    It is the logit: with D = sigmoid(f), v = f (arXiv 2510.01857). Take f itself where you have it: near 1, D has
-    rounded most of it away.
+    It is the logit: with D = sigmoid(f), v = f (arXiv 2510.01857). Use f if you have it: near 1, rounding of
+    D loses most of its digits.
 
     Args:
         probability: D in [0, 1], any shape.
@@ -66,7 +66,7 @@ def masked_min(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def aggregate(rewards: Tensor, mask: Tensor, how: str = "mean") -> Tensor:
-    """Trace rewards: the `mean` or `min` of the token rewards, never the sum, which would pay for length.
+    """Trace rewards: the `mean` or `min` of the token rewards; never a sum, which would reward length.
 
     Args:
         rewards: (B, T).
@@ -74,7 +74,7 @@ def aggregate(rewards: Tensor, mask: Tensor, how: str = "mean") -> Tensor:
         how: one of `AGGREGATES`.
 
     Returns:
-        (B,); nan where there is no token.
+        (B,); NaN for rows without a token.
 
     Raises:
         InputError: `how` is not one of `AGGREGATES`.

@@ -1,4 +1,4 @@
-"""Which tokens are supervised: the only place that knows granularities.
+"""Which tokens are supervised: the only module that implements granularities.
 
 Training, scoring and serving call `supervision_mask` with the same arguments, so the phase of the interval, the end of
 the trace and the step ends are the same everywhere (arXiv 2510.01857, section on supervision granularity).

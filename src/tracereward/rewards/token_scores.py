@@ -1,4 +1,4 @@
-"""`TokenScores`: the one record that crosses layers, from scoring to ranking, files, reports and servers."""
+"""`TokenScores`: the record that scoring returns and ranking, files, reports and servers read."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +18,9 @@ class TokenScores:
         offsets: T pairs (start, end), character offsets into the completion's text; an end-of-sequence token has
             start = end = len(text).
         rewards: T rewards in log-odds, clipped to +-beta and backfilled: a token has the reward of the next supervised
-            position at or after it. Expert is high.
-        supervised: T flags, the positions that the granularity supervises.
-        step_ends: T flags, the last token of each step (and of the trace).
+            position at or after it. High is expert-like.
+        supervised: T flags, whether the granularity supervises the position.
+        step_ends: T flags, whether the token is the last of a step (or of the trace).
     """
 
     tokens: list[str]
@@ -30,7 +30,7 @@ class TokenScores:
     step_ends: list[bool]
 
     def aggregate(self, how: str = "mean") -> float:
-        """One number for the trace; see `aggregate_rewards`."""
+        """The trace reward; see `aggregate_rewards`."""
         return aggregate_rewards(self.rewards, how)
 
     def step_rewards(self) -> list[float]:
@@ -44,10 +44,10 @@ class TokenScores:
         return steps
 
     def span_rewards(self, spans: Sequence[tuple[int, int]]) -> list[float]:
-        """The mean reward of the tokens that write a character of each span (start, end) of the text.
+        """The mean reward of the tokens that overlap each span (start, end) of the text.
 
         Raises:
-            ValueError: a span without a token.
+            ValueError: no token overlaps a span.
         """
         means = []
         for start, end in spans:
@@ -58,12 +58,12 @@ class TokenScores:
         return means
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, for JSON."""
+        """A dict of plain lists, for JSON."""
         return asdict(self)
 
 
 def aggregate_rewards(rewards: Sequence[float], how: str = "mean") -> float:
-    """One number for a trace, never the sum, which would pay for length.
+    """Reduce token rewards to a trace reward; never a sum, which would reward length.
 
     ``mean`` or ``min`` over tokens, the ``last`` token's reward, or ``discounted``, the mean with weights
     `DISCOUNT` ** t of token t = 0, 1, ...: the weights of a return from the first token.

@@ -1,6 +1,6 @@
-"""Scoring with vLLM's pooling runner: its forward pass, batching and paging under the same rewards.
+"""Scoring with vLLM's pooling runner; rewards are the same as with transformers.
 
-vLLM runs a token classifier only; a reward model with another head is distilled into one by `tracereward export`.
+vLLM runs token classifiers only; `tracereward export` distils a reward model with another head into one.
 """
 
 import importlib.util
@@ -19,20 +19,20 @@ from tracereward.rewards.scoring import ForwardOptions, TokenIds
 from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.rewards.shaping import token_rewards
 
-TOKEN_BUDGET = 65_536  # handed over at once: vLLM cuts it into passes by its own budget
+TOKEN_BUDGET = 65_536  # tokens per call; vLLM splits them into passes by its own budget
 
 
 def check_vllm(model_name_or_path: str) -> RewardSettings:
-    """Settings of a reward model that vLLM can run; loads nothing.
+    """Settings of a reward model, checked to run on vLLM; loads no weights.
 
     Raises:
-        InputError: vLLM is not installed, or the reward model is no token classifier.
+        InputError: vLLM is not installed, or the reward model is not a token classifier.
     """
     settings = check_reward_model(model_name_or_path)
     if settings.head != "token":
         raise InputError(
-            f"{model_name_or_path}: the vLLM engine runs token classifiers, and this reward model has head "
-            f"{settings.head}: distil it first, with `tracereward export MODEL --data ROWS -o FOLDER`"
+            f"{model_name_or_path}: the vLLM engine runs token classifiers only, and this reward model has head "
+            f"{settings.head}: distil it first with `tracereward export MODEL --data ROWS -o FOLDER`"
         )
     if importlib.util.find_spec("vllm") is None:
         raise InputError("--engine vllm needs vLLM: pip install 'tracereward[vllm]'")
@@ -40,11 +40,11 @@ def check_vllm(model_name_or_path: str) -> RewardSettings:
 
 
 class VllmScorer(Scorer):
-    """A reward model with head ``token`` whose f_t vLLM computes.
+    """A reward model with head ``token``, run by vLLM.
 
     Args:
         model_name_or_path: folder or Hub id of the reward model.
-        dtype: as in vLLM; the checkpoint's if None. (vLLM's "auto" would turn float32 into 16 bits.)
+        dtype: dtype for vLLM; the checkpoint's if None. (vLLM's "auto" would cast float32 to 16 bits.)
 
     Raises:
         InputError: see `check_vllm`.
@@ -66,24 +66,24 @@ class VllmScorer(Scorer):
             str(folder),
             runner="pooling",
             dtype=dtype or str(stored).removeprefix("torch."),
-            enable_prefix_caching=False,  # a cached prefix would have no values
+            enable_prefix_caching=False,  # a cached prefix has no outputs
             disable_log_stats=True,
         )
 
     @property
     def max_positions(self) -> float:
-        """Tokens of the longest prompt and completion."""
+        """See `Scorer`."""
         return self._positions or math.inf
 
     @property
     def token_budget(self) -> int:
-        """Tokens handed to vLLM at once."""
+        """Tokens per call of vLLM."""
         return TOKEN_BUDGET
 
     def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:
-        """See `Scorer.compute_rewards`; without the log-probs of other models."""
+        """See `Scorer.compute_rewards`; log-probs of other models are not supported."""
         if options.extra.signed:
-            raise InputError("the vLLM engine computes logits alone: leave --reference and --policy out")
+            raise InputError("the vLLM engine computes no log-probs: remove --reference and --policy")
         inputs = [{"prompt_token_ids": [*p, *c]} for p, c in zip(prompts, completions, strict=True)]
         outputs = self._llm.encode(inputs, pooling_params=self._params, pooling_task="token_classify", use_tqdm=False)
         rewards = []
