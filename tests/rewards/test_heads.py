@@ -358,7 +358,7 @@ def test_the_reward_form_of_each_head(configure, head, form):
         ({"interval": 0}, ["interval must be at least 1, not 0"]),
     ],
 )
-def test_options_that_cannot_work_are_refused_with_the_mend(configure, options, parts):
+def test_invalid_option_combinations_are_rejected_with_a_fix(configure, options, parts):
     with pytest.raises(InputError) as caught:
         configure(**options)
     assert all(part in str(caught.value) for part in parts), str(caught.value)

@@ -31,10 +31,10 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
                 "spectral_norm limits the head's weights, and head implicit has none: set --spectral_norm false"
             )
         if self.expert_nll and not reads_log_probs(self.head):
-            raise InputError(f"expert_nll needs head action or implicit (a language model), not {self.head}")
+            raise InputError(f"expert_nll needs a language-model head: action or implicit, not {self.head}")
         if self.shared_base:
             if not reads_log_probs(self.head):
-                raise InputError(f"shared_base needs head action or implicit (a language model), not {self.head}")
+                raise InputError(f"shared_base needs a language-model head: action or implicit, not {self.head}")
             if self.discriminator_model is not None:
                 raise InputError(
                     "shared_base makes the discriminator an adapter on the policy's base model: remove "
