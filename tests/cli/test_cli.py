@@ -254,9 +254,9 @@ def test_completions_over_the_length_limit(command, bench, tmp_path, experts, to
 
 def test_fewer_demonstrations_than_a_batch(command, bench, tmp_path):
     given = words(bench, tmp_path / "run", per_device_train_batch_size=52)
-    refused(command("train", *given), "12 demonstrations, 13 prompts needed", "--per_device_train_batch_size")
+    refused(command("train", *given), "12 demonstrations", "needs 13 prompts", "--per_device_train_batch_size")
     given = words(bench, tmp_path / "run", per_device_train_batch_size=13, num_generations=None)
-    refused(command("sft", *given), "12 demonstrations, 13", "--per_device_train_batch_size")
+    refused(command("sft", *given), "12 demonstrations", "needs 13 prompts", "--per_device_train_batch_size")
 
 
 # Training: options

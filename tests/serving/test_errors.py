@@ -192,7 +192,9 @@ def test_full_queue_is_429(model):
 def test_failed_trace_is_500(model, monkeypatch):
     with client_of(model) as client:
         forward = model.token_rewards
-        monkeypatch.setattr(model, "token_rewards", lambda *ids: [rewards * float("nan") for rewards in forward(*ids)])
+        monkeypatch.setattr(
+            model, "token_rewards", lambda *ids, **given: [rewards * float("nan") for rewards in forward(*ids, **given)]
+        )
         response = client.post("/v1/score", json={"prompt": PROMPT, "completion": "2"})
         assert_error(response, 500, "not finite", "scoring_failed")
         monkeypatch.undo()

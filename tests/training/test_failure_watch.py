@@ -92,7 +92,7 @@ def test_report_is_written_last_and_without_heatmaps_if_out_of_memory(run, capsy
         yield
         own.pop()
 
-    def fails(trainer, left, reward_model, **rest):
+    def fails(trainer, left, reward_model, gold):
         assert own
         folder = Path(left.model_name_or_path).parent
         folders.append({path.name for path in [*folder.glob("*/*.safetensors"), *folder.iterdir()]})

@@ -89,7 +89,7 @@ def test_without_answers_the_perturbation_auroc_detects_decoupling(seed):
     assert failure is not None
     assert failure.name == "decoupling"
     assert 100 < failure.step <= 140
-    assert "altered copies" in failure.reason
+    assert "copies" in failure.reason
 
 
 HEALTHY_RUNS = {

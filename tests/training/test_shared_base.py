@@ -243,5 +243,5 @@ def test_options_incompatible_with_shared_base(base, tmp_path, more, message):
 
 
 def test_input_error_is_ours():
-    with pytest.raises(InputError, match="leave out"):
+    with pytest.raises(InputError, match="--discriminator_model"):
         AdversarialConfig(output_dir="x", shared_base=True, discriminator_model="other", report_to="none")

@@ -1,1 +1,1 @@
-"""Training: configs, trainers, the discriminator and its losses, and what monitors a run."""
+"""Training: configs, trainers, the discriminator and its losses, and monitoring."""

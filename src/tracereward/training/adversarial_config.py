@@ -1,4 +1,4 @@
-"""Options of `tracereward train`: TRL's GRPO, the discriminator, its reward, and what monitors the run."""
+"""Options of `tracereward train`: TRL's GRPO, the discriminator, its reward, and monitoring."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from tracereward.training.options import DiscriminatorOptions, MonitorOptions, S
 
 @dataclass
 class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, MonitorOptions):
-    """Options of `tracereward train`: `trl.GRPOConfig` and the three groups of its own."""
+    """Options of `tracereward train`: `trl.GRPOConfig` and three groups of tracereward's own."""
 
     def __post_init__(self):
         check_options(self)
@@ -21,41 +21,43 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
         super().__post_init__()
 
     def _check_combinations(self) -> None:
-        """Options that do nothing, or not what they say, beside others."""
+        """Reject combinations in which an option would have no effect or the wrong one."""
         if self.objective == "wgan" and not (self.gradient_penalty or self.spectral_norm):
             raise InputError(
-                "objective wgan has no lower bound by itself: give --gradient_penalty 10 or --spectral_norm true"
+                "objective wgan is unbounded without a constraint: set --gradient_penalty 10 or --spectral_norm true"
             )
         if self.spectral_norm and self.head == "implicit":
-            raise InputError("spectral_norm limits the head's weights; head implicit has none")
+            raise InputError(
+                "spectral_norm limits the head's weights, and head implicit has none: set --spectral_norm false"
+            )
         if self.expert_nll and not reads_log_probs(self.head):
-            raise InputError(f"expert_nll needs a head that is a language model: action or implicit, not {self.head}")
+            raise InputError(f"expert_nll needs a language-model head: action or implicit, not {self.head}")
         if self.shared_base:
             if not reads_log_probs(self.head):
-                raise InputError(f"shared_base needs a language model as head: action or implicit, not {self.head}")
+                raise InputError(f"shared_base needs a language-model head: action or implicit, not {self.head}")
             if self.discriminator_model is not None:
                 raise InputError(
-                    "shared_base makes the discriminator an adapter on the policy's base model: leave out "
+                    "shared_base makes the discriminator an adapter on the policy's base model: remove "
                     "--discriminator_model"
                 )
         if self.shard_discriminator:
             if self.shared_base:
-                raise InputError("give one of shard_discriminator and shared_base: a shared base is whole everywhere")
+                raise InputError(
+                    "use only one of shard_discriminator and shared_base: a shared base model is not sharded"
+                )
             if self.gradient_penalty or self.r1_penalty:
                 raise InputError(
-                    "shard_discriminator: FSDP2 has no second derivatives, which gradient_penalty and r1_penalty need"
+                    "gradient_penalty and r1_penalty need second derivatives; shard_discriminator (FSDP2) has none"
                 )
             if self.spectral_norm and self.head != "action":
-                raise InputError(
-                    "shard_discriminator with spectral_norm needs head action, whose w is whole everywhere"
-                )
+                raise InputError("shard_discriminator with spectral_norm needs head action, whose w is not sharded")
         group = self.num_generations
         if self.use_vllm and self.vllm_mode == "server" and group and self.warmup_rollouts % group:
             raise InputError(
-                f"with --vllm_mode server prompts are asked for num_generations ({group}) completions at a time: "
+                f"--vllm_mode server samples num_generations ({group}) completions per prompt at a time: "
                 f"warmup_rollouts {self.warmup_rollouts} must be a multiple of it"
             )
         if self.reward_form == "f" and not subtracts_policy(self.head):
             raise InputError(f"reward_form f is for the heads airl and implicit; with head {self.head} use logit")
         if self.discriminator_gate_high is not None and not self.held_out_fraction:
-            raise InputError("discriminator_gate_high looks at held-out demonstrations: give --held_out_fraction 0.1")
+            raise InputError("discriminator_gate_high needs held-out demonstrations: set --held_out_fraction 0.1")

@@ -58,7 +58,7 @@ class StopSignal(TrainerCallback):
 
     def __init__(self, every: int = 1):
         self.every = every
-        self.told: bool = False
+        self.signalled: bool = False
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -77,13 +77,13 @@ class StopSignal(TrainerCallback):
             signal.signal(number, signal.SIG_IGN if fails else handler)
 
     def _handle(self, number, frame):
-        if self.told:
+        if self.signalled:
             raise KeyboardInterrupt
-        self.told = True
+        self.signalled = True
 
     def received(self) -> bool:
         """Whether any process received a signal. A collective call, so that all stop at the same step."""
-        return all_reduce_max(int(self.told)) > 0
+        return all_reduce_max(int(self.signalled)) > 0
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Called by the trainer after each optimiser step."""

@@ -1,6 +1,6 @@
-"""Configs of the training commands: TRL's `GRPOConfig` and `SFTConfig` with our own options.
+"""Configs of `sft` and `grpo`: TRL's `SFTConfig` and `GRPOConfig` with our own options.
 
-That of `tracereward train` is in `adversarial_config`.
+The config of `tracereward train` is in `adversarial_config`.
 """
 
 import math
@@ -25,7 +25,7 @@ RETIRED: dict[str, Any] = {
     "warmup_save_updates": 20,
     "warmup_target_accuracy": None,
 }
-"""Options that only earlier versions have, each with the one value that means the same as its absence."""
+"""Options of earlier versions, each with the value that is equivalent to its absence."""
 _COUNT = Range(min=1, whole=True)
 _FROM_ZERO = Range(min=0)
 TRL_RANGES = {
@@ -41,13 +41,13 @@ TRL_RANGES = {
     "top_p": Range(above=0, max=1),
     "num_generations": Range(min=2, why="the advantage compares the completions of a prompt; use 4 or more"),
 }
-"""What TRL's own options may be: other values end in another library's traceback, or in nothing learned."""
+"""Ranges of TRL's own options; values outside fail inside another library, or nothing is learned."""
 
 
 def _prepare(config: GRPOConfig | SFTConfig) -> dict[str, Any]:
-    """Remember the options as they were given, before others are derived from them; float32 on a CPU.
+    """Return the options as given, before others are derived from them; select float32 on a CPU.
 
-    TRL's default is bf16, which a machine without an accelerator does not train in.
+    TRL's default is bf16, which does not work for training on a CPU.
     """
     given = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
@@ -64,7 +64,7 @@ class SupervisedConfig(SupervisedOptions, SFTConfig):
     def __post_init__(self):
         self.given = _prepare(self)
         check_options(self, TRL_RANGES)
-        self.max_length = None  # lengths are checked before; TRL would cut the answer off silently
+        self.max_length = None  # lengths are checked before; TRL would truncate the answer silently
         self.completion_only_loss = True
         if self.validation_fraction:
             self.eval_strategy = self.save_strategy
@@ -84,23 +84,25 @@ class PolicyConfig(PolicyOptions, GRPOConfig):
         check_options(self, TRL_RANGES)
         if self.compile_rollouts:
             if self.use_vllm or not torch.cuda.is_available():
-                raise InputError("compile_rollouts is for a CUDA GPU without --use_vllm: leave it out")
+                raise InputError(
+                    "compile_rollouts needs a CUDA GPU and does not work with --use_vllm: remove one of them"
+                )
             if self.gradient_checkpointing:
                 raise InputError(
-                    "compile_rollouts needs --gradient_checkpointing false: switching it on again after each batch of "
-                    "rollouts adds hooks to the model, which would be compiled anew"
+                    "compile_rollouts needs --gradient_checkpointing false: re-enabling it after each batch of "
+                    "rollouts adds hooks to the model and forces a recompilation"
                 )
             self.cache_implementation = "static"
         super().__post_init__()
         if self.save_strategy == "steps" and self.save_steps % self.rollout_steps:
             raise InputError(
-                f"save_steps {self.save_steps:g} is not a multiple of {self.rollout_steps}, the optimiser steps that "
-                f"share one batch of rollouts: a resumed run would differ. Use --save_steps {self.rollout_steps}."
+                f"save_steps {self.save_steps:g} is not a multiple of {self.rollout_steps}, the optimiser steps per "
+                f"batch of rollouts: a resumed run would differ. Use --save_steps {self.rollout_steps}."
             )
 
     @property
     def rollout_steps(self) -> int:
-        """Optimiser steps until a batch of rollouts and a step end together: there a checkpoint is exact."""
+        """Optimiser steps until a batch of rollouts and a step end together, where a run resumes exactly."""
         assert self.steps_per_generation is not None
         passes = self.steps_per_generation * self.num_iterations
         return passes // math.gcd(passes, self.gradient_accumulation_steps)

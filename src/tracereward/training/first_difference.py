@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def first_difference(completion: Sequence[int], expert: Sequence[int]) -> int:
-    """Index of the first token in which a rollout leaves the expert trace of its prompt.
+    """Index of the first token in which a rollout differs from the expert trace of its prompt.
 
     The shorter length where one is a prefix of the other; the common length where they are equal.
     """
@@ -18,10 +18,10 @@ def first_difference(completion: Sequence[int], expert: Sequence[int]) -> int:
 
 
 def after_first_difference(lengths: Sequence[int], starts: Sequence[Sequence[int]], width: int) -> Tensor:
-    """Weights that leave out the tokens which a rollout shares with the expert trace: they say nothing about either.
+    """Weights that exclude the initial tokens that a rollout shares with the expert trace, which are uninformative.
 
-    A rollout has one start: its weight is 0 before it and 1 from it on. An expert trace that is compared with each of
-    its rollouts has theirs, and its weight at t is the share of them that have left it by t.
+    A rollout has one start: its weight is 0 before it and 1 from there on. An expert trace has the starts of the
+    rollouts it is compared with, and its weight at t is the share of them that have diverged by t.
 
     Args:
         lengths: B completion lengths.
@@ -46,8 +46,8 @@ def first_changed_token(offsets: Sequence[tuple[int, int]], character: int) -> i
         character: index into the text, e.g. the first that a perturbation changed.
 
     Returns:
-        The last token's index if no token ends after the character: a text that was cut short has changed where it
-        ends, and the end-of-sequence token says so.
+        The last token's index if no token ends after the character: a truncated text has changed at its end, where
+        the end-of-sequence token is.
     """
     return next((index for index, (_, end) in enumerate(offsets) if end > character), len(offsets) - 1)
 

@@ -1,7 +1,7 @@
-"""Gradient penalties of the discriminator, on the embeddings of completions.
+"""Gradient penalties of the discriminator, with respect to the embeddings of completions.
 
-The critic is s, the mean of f_t over supervised positions, as a function of the embeddings that the backbone reads. It
-is punished for its slope there. Both penalties need second derivatives, which fused attention kernels do not have.
+The critic is s, the mean of f_t over supervised positions, as a function of the backbone's input embeddings. Both
+penalties need second derivatives, which fused attention kernels do not support.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,10 +19,10 @@ from tracereward.training.losses import input_gradient_norms, sequence_scores
 def interpolate(
     model: TokenRewardModel, pairs: Sequence[tuple[Labelled, Labelled]], points: Sequence[float]
 ) -> tuple[Batch, Tensor]:
-    """A point between each expert and a rollout of its prompt: embeddings point * e + (1 - point) * r, token by token.
+    """Interpolate each expert e and a rollout r of its prompt: embeddings point * e + (1 - point) * r per token.
 
-    Behind the shorter one's end both are the longer one. The tokens whose log-prob a head may read are those of the
-    nearer of the two.
+    Beyond the end of the shorter one, both are the longer one. Heads that use log-probs use the tokens of the nearer
+    of the two.
 
     Returns:
         A batch, and its embeddings (B, P + T, H), which require grad.
@@ -39,7 +39,7 @@ def interpolate(
 
 
 def gradient_norms(model: TokenRewardModel, batch: Batch, embeddings: Tensor) -> Tensor:
-    """||d s / d embeddings of the completion||_2 of each sequence, (B,); differentiable."""
+    """||d s / d completion embeddings||_2 per sequence, (B,); differentiable."""
     with sdpa_kernel(SDPBackend.MATH):
         values, _ = model.values_and_log_probs(batch, embeddings)
         scores = sequence_scores(values, model.supervision(batch).float())
@@ -57,20 +57,20 @@ def gradient_penalties(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[Tensor]:
-    """(norm - 1)^2 at a point between each expert and its first negative, over their number (Gulrajani et al. 2017).
+    """Mean of (norm - 1)^2 at a point between each expert and its first negative (Gulrajani et al. 2017).
 
-    Each process has every `world`-th pair; the terms of all of them sum to the mean.
+    Each process has every `world`-th pair; the terms of all processes sum to the mean.
 
     Args:
         model: the critic.
-        traces: of one update.
+        traces: the traces of one update.
         points: in [0, 1], at least as many as experts.
-        token_budget: padded tokens of a micro-batch.
-        rank: this process.
-        world: processes.
+        token_budget: padded tokens in a micro-batch.
+        rank: index of this process.
+        world: number of processes.
 
     Yields:
-        A term for each micro-batch.
+        One term per micro-batch.
     """
     pairs = []
     for expert in traces:
@@ -86,7 +86,7 @@ def gradient_penalties(
 def r1_penalties(
     model: TokenRewardModel, traces: Sequence[Labelled], token_budget: int, *, rank: int = 0, world: int = 1
 ) -> Iterator[Tensor]:
-    """norm^2 / 2 at each expert, over their number (Mescheder et al. 2018); arguments as of `gradient_penalties`."""
+    """Mean of norm^2 / 2 at the experts (Mescheder et al. 2018); arguments as for `gradient_penalties`."""
     experts = [t for t in traces if t.is_expert]
     mine = experts[rank::world]
     for rows in token_budget_batches([len(t.prompt) + len(t.completion) for t in mine], token_budget):

@@ -1,8 +1,8 @@
 """Discriminator losses: per sequence, unreduced. Label 1 is the expert; "expert is high" everywhere.
 
 `bce` looks at tokens; `pairwise` and `wasserstein` look at a sequence's score s_i, the mean logit over its supervised
-positions. How sequences weigh against each other is said by `class_weights` and `pair_weights`, so that a batch can be
-cut into micro-batches, or spread over processes, without changing the loss.
+positions. `class_weights` and `pair_weights` weight sequences, so that a batch can be split into micro-batches or over
+processes without changing the loss.
 """
 
 import torch

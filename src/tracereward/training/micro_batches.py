@@ -1,9 +1,9 @@
-"""The policy's micro-batches by length.
+"""The policy's micro-batches, sorted by length.
 
-TRL pads all rollouts of a generation to its longest prompt and its longest completion, and deals them out at random: a
-micro-batch computes as much padding as the longest rollout of all asks for. Here the rollouts of one optimiser step are
-dealt out by length, and each micro-batch loses the columns that only hold its padding. Each has as many rows as before,
-so that the step's loss is the same sum.
+TRL pads all rollouts of a generation to the longest prompt and the longest completion and splits them at random, so
+that every micro-batch pays for the longest rollout. Here the rollouts of one optimiser step are sorted by length, and
+columns that are only padding are removed from each micro-batch. The number of rows per micro-batch does not change, so
+the loss of a step is the same sum.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ _KNOWN = _OF_PROMPTS | _OF_ROWS | {"num_items_in_batch"}
 
 
 def may_change_places(trainer: GRPOTrainer) -> bool:
-    """Whether it makes no difference which rows are together in a micro-batch.
+    """Whether the result does not depend on which rows share a micro-batch.
 
-    It does to a mean over the tokens of one (loss ``bnpo``, the entropy bonus, the balancing loss of experts), to a
-    quantile of them, and to TRL's logged means where rows may count for nothing.
+    It does for a mean over a micro-batch's tokens (loss ``bnpo``, the entropy bonus, the load-balancing loss of a
+    mixture of experts), for a quantile of them, and for TRL's logged means if rows may be masked out.
     """
     means = trainer.loss_type == "bnpo" or getattr(trainer, "_entropy_bonus_enabled", False)
     balanced = getattr(trainer, "aux_loss_enabled", False)
@@ -41,16 +41,16 @@ def may_change_places(trainer: GRPOTrainer) -> bool:
 
 
 def may_shift(config: Any) -> bool:
-    """Whether a model of this configuration reads a prompt alike with less padding before it.
+    """Whether the model's outputs do not depend on the amount of padding before a prompt.
 
-    TRL passes no position ids: learned positions would be others, and rotary ones that are scaled by the length too.
+    TRL passes no position ids, so learned positions would change, and rotary ones that are scaled by the length.
     """
     rope = getattr(config.get_text_config(), "rope_parameters", None)
     return bool(rope) and not any(kind in str(rope) for kind in ("dynamic", "longrope"))
 
 
 def window(accumulation: int, per_generation: int) -> int:
-    """How many successive micro-batches of one generation belong to one optimiser step; 1 where steps straddle them."""
+    """Successive micro-batches of one generation in one optimiser step; 1 if steps span generations unevenly."""
     if per_generation % accumulation == 0:
         return accumulation
     return per_generation if accumulation % per_generation == 0 else 1
@@ -59,14 +59,14 @@ def window(accumulation: int, per_generation: int) -> int:
 def by_length(
     batches: Sequence[MicroBatch], size: int, shift: bool = True, multiple: int | None = None
 ) -> list[MicroBatch]:
-    """Micro-batches with the same rows in each run of `size`, longest last, without columns that are padding only.
+    """Sort rows by length within each group of `size` micro-batches and remove columns that are only padding.
 
     Args:
-        batches: of one generation, as TRL splits it: prompts are padded on the left, completions on the right. Other
-            fields than those of text come back as they are.
-        size: micro-batches whose rows may change places; a divisor of their number.
-        shift: whether padding before the prompts may go, see `may_shift`.
-        multiple: of which widths are, TRL's ``pad_to_multiple_of``.
+        batches: micro-batches of one generation as TRL splits it, with prompts padded on the left and completions on
+            the right. Returned unchanged if they have fields other than those of text.
+        size: number of micro-batches whose rows are sorted together; a divisor of their number.
+        shift: whether padding before prompts may be removed, see `may_shift`.
+        multiple: widths are multiples of it; TRL's ``pad_to_multiple_of``.
     """
     if any(name not in _KNOWN and value is not None for batch in batches for name, value in batch.items()):
         return list(batches)
@@ -91,7 +91,7 @@ def _rows(batch: MicroBatch, rows: Tensor) -> MicroBatch:
 
 
 def _lengths(batch: MicroBatch) -> Tensor:
-    """Columns between a row's first prompt token and its last completion token that counts, (B,)."""
+    """Columns from a row's first prompt token to its last unmasked completion token, (B,)."""
     prompt, completion = batch["prompt_mask"], batch["completion_mask"]
     assert prompt is not None
     assert completion is not None
@@ -106,7 +106,7 @@ def _trimmed(batch: MicroBatch, shift: bool, multiple: int) -> MicroBatch:
     width = completion.size(1)
     first = int(prompt.any(0).int().argmax()) if shift else 0
     first -= (first - prompt.size(1)) % multiple
-    # Of one column TRL's logged means would leave out the mask.
+    # At least two columns: with one, TRL's logged means would ignore the mask.
     last = max(2, int((completion.any(0) * torch.arange(1, width + 1, device=completion.device)).max()))
     last += -last % multiple
     trimmed = dict(batch)

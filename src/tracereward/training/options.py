@@ -1,13 +1,13 @@
-"""Our own options of the training commands, next to those of TRL: plain dataclasses that load neither torch nor TRL.
+"""tracereward's own options of the training commands: plain dataclasses that import neither torch nor TRL.
 
-`config` and `adversarial_config` mix them into TRL's configs. What an option may be is in its annotation (the parser of
-transformers hands all of a field's metadata on to argparse).
+`config` and `adversarial_config` combine them with TRL's configs. Allowed values are in the annotations, because the
+parser of transformers passes all of a field's metadata to argparse.
 
-Deviations of the defaults from arXiv 2510.01857, in one place: head ``action`` instead of ``token`` and granularity
-``dense`` instead of ``sparse`` (a freshly headed small backbone learns too slowly to be of use), tokens before a
-rollout's first difference from the expert trace left out, at most 60 warm-up updates instead of 250, then one after
-every fourth batch of rollouts. `docs/recipe.md` has the evidence for these, for the log-prob that is added to the
-logit, and for perturbed experts as negatives.
+Defaults that differ from arXiv 2510.01857: head ``action`` instead of ``token`` and granularity ``dense`` instead of
+``sparse`` (a small backbone with a new head learns too slowly), tokens before a rollout's first difference from the
+expert trace excluded, at most 60 warm-up updates instead of 250, then one update after every fourth batch of rollouts.
+`docs/recipe.md` has the evidence for these, for adding the log-prob to the logit, and for perturbed experts as
+negatives.
 """
 
 import dataclasses
@@ -22,26 +22,26 @@ from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
 
 @dataclass(frozen=True)
 class OneOf:
-    """The names that an option may be."""
+    """Allowed names of an option."""
 
     names: tuple[str, ...]
 
     def check(self, option: str, value: Any) -> None:
-        """Raises InputError with the nearest name."""
+        """Raise `InputError` with the nearest allowed name."""
         check_choice(option, value, self.names)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Range:
-    """The numbers that an option may be; never nan or infinite.
+    """Allowed numbers of an option; never nan or infinite.
 
     Attributes:
-        min: smallest.
-        above: it is more than this.
-        max: largest.
-        below: it is less than this.
-        whole: whether it is a whole number.
-        why: for the message.
+        min: inclusive lower bound.
+        above: exclusive lower bound.
+        max: inclusive upper bound.
+        below: exclusive upper bound.
+        whole: integers only.
+        why: reason, for the message.
     """
 
     min: float | None = None
@@ -52,7 +52,7 @@ class Range:
     why: str = ""
 
     def check(self, option: str, value: Any) -> None:
-        """Raises InputError with what is allowed."""
+        """Raise `InputError` with the allowed range."""
         if (
             isinstance(value, int if self.whole else (int, float))
             and math.isfinite(value)
@@ -71,14 +71,14 @@ class Range:
 
 
 def check_options(options: Any, ranges: Mapping[str, Range] | None = None) -> None:
-    """Check each option that is given against its annotation.
+    """Check all options that are set against their annotations.
 
     Args:
         options: a dataclass.
-        ranges: for fields of another library's, by name; names that `options` lacks are passed over.
+        ranges: additional ranges by field name, for another library's fields; unknown names are ignored.
 
     Raises:
-        InputError: names the option and what is allowed.
+        InputError: names the option and the allowed values.
     """
     rules: dict[str, list[Any]] = {name: [limits] for name, limits in (ranges or {}).items()}
     for name, hint in get_type_hints(type(options), include_extras=True).items():
@@ -93,44 +93,44 @@ def check_options(options: Any, ranges: Mapping[str, Range] | None = None) -> No
 
 @dataclass
 class DataArguments:
-    """Which demonstrations, read how."""
+    """The demonstrations and how to read them."""
 
     task: str = field(
         default="generic",
         metadata={
-            "help": "Recipe that maps a set's fields: arithmetic, gsm8k, hotpotqa, math, medreason, mmlu_pro, "
+            "help": "Task that maps a dataset's fields: arithmetic, gsm8k, hotpotqa, math, medreason, mmlu_pro, "
             "prontoqa, strategyqa, or generic for rows with prompt, completion and optionally answer."
         },
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "JSONL or Parquet file, or Hub id. Default: the recipe's own set on the Hub."}
+        default=None, metadata={"help": "JSONL or Parquet file, or Hub id. Default: the task's dataset on the Hub."}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub set to train on."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
     unlabeled_dataset_name: str | None = field(
         default=None,
-        metadata={"help": "File or Hub id with further prompts for the policy's rollouts; no trace is read from it."},
+        metadata={"help": "File or Hub id with further prompts for the policy's rollouts; traces in it are ignored."},
     )
     validation_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "File or Hub id of questions with gold answers: after each save the policy answers them greedily, "
-            "and the run leaves the checkpoint, or the start, that answers most right. Nothing is trained on them."
+            "help": "File or Hub id of questions with gold answers. The policy answers them greedily after each save; "
+            "the most accurate checkpoint, or the starting policy, is kept. They are not trained on."
         },
     )
     validation_dataset_split: str = field(
-        default="validation", metadata={"help": "Split of a Hub set in --validation_dataset_name."}
+        default="validation", metadata={"help": "Split of a Hub dataset in --validation_dataset_name."}
     )
     max_demonstrations: int | None = field(default=None, metadata={"help": "Use the first N demonstrations only."})
     template: Annotated[str, OneOf(("plain", "chat"))] = field(
         default="plain",
-        metadata={"help": "plain: prompts as the recipe writes them; chat: the tokenizer's template."},
+        metadata={"help": "plain: prompts as the task formats them; chat: the tokenizer's chat template."},
     )
     on_long: Annotated[str, OneOf(("refuse", "drop"))] = field(
         default="refuse",
         metadata={
-            "help": "A completion over --max_completion_length: refuse to start, or drop the row and say so. "
-            "Nothing is ever cut."
+            "help": "If a completion exceeds --max_completion_length: refuse to start, or drop the row and report it. "
+            "Completions are never truncated."
         },
     )
 
@@ -140,12 +140,12 @@ class DataArguments:
 
 @dataclass
 class SavingOptions:
-    """Logging and checkpoints of all three commands."""
+    """Logging and checkpoints, for all three commands."""
 
     logging_steps: float = field(default=1, metadata={"help": "Log every N steps."})
     save_total_limit: Annotated[int | None, Range(min=2, why="so that one complete checkpoint always remains")] = field(
         default=2,
-        metadata={"help": "Checkpoints kept; at least 2."},
+        metadata={"help": "Number of checkpoints kept; at least 2."},
     )
 
 
@@ -164,37 +164,38 @@ class SupervisedOptions(SavingOptions):
 
 @dataclass
 class PolicyOptions(SavingOptions):
-    """What `grpo` and `train` share."""
+    """Options shared by `grpo` and `train`."""
 
     compile_rollouts: bool = field(
         default=False,
         metadata={
-            "help": "On a CUDA GPU without vLLM: sample rollouts by a static cache and a compiled decoding step, in "
-            "one shape for the whole run. Costs a minute of compiling; needs gradient_checkpointing false."
+            "help": "On a CUDA GPU without vLLM: sample rollouts with a static cache and a compiled decoding step, "
+            "in one shape for the run. Compilation takes a minute; needs gradient_checkpointing false."
         },
     )
 
 
 @dataclass
 class RewardOptions:
-    """A given reward instead of a learned one."""
+    """A fixed reward instead of a learned one."""
 
     reward: Annotated[str, OneOf(("verifier", "logprob", "logratio"))] = field(
         default="verifier",
         metadata={
             "help": "verifier: 1 for a correct answer, uses gold answers (upper baseline). logprob: mean "
-            "log-prob under the starting policy, frozen (control: what a learned reward must beat). logratio: the same "
-            "less the log-prob under --base_model, the model before SFT (control without a discriminator)."
+            "log-prob under the frozen starting policy (control that a learned reward must beat). logratio: the same "
+            "minus the log-prob under --base_model, the model before SFT (control without a discriminator)."
         },
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "For --reward logratio: the causal LM that the starting policy came from."}
+        default=None,
+        metadata={"help": "For --reward logratio: the causal LM from which the starting policy was trained."},
     )
 
 
 @dataclass
 class DiscriminatorModelOptions:
-    """The discriminator as a model: where it starts, its head, the tokens that it judges."""
+    """The discriminator as a model: initial weights, head and supervised tokens."""
 
     head: Annotated[str, OneOf(HEADS)] = field(
         default="action",
@@ -208,22 +209,22 @@ class DiscriminatorModelOptions:
         metadata={"help": "Supervised tokens: sparse, step, interval or dense."},
     )
     interval: Annotated[int, Range(min=1)] = field(default=15, metadata={"help": "k of granularity interval."})
-    step_delimiter: str | None = field(default=None, metadata={"help": "What ends a step. Default: the recipe's."})
+    step_delimiter: str | None = field(default=None, metadata={"help": "String that ends a step. Default: the task's."})
     discriminator_model: str | None = field(
-        default=None, metadata={"help": "Causal LM that the discriminator starts from. Default: the starting policy."}
+        default=None, metadata={"help": "Causal LM that initialises the discriminator. Default: the starting policy."}
     )
     shared_base: bool = field(
         default=False,
         metadata={
             "help": "Policy and discriminator are two LoRA adapters on one base model (--use_peft true, head action or "
-            "implicit): the discriminator costs its adapter, not a second model."
+            "implicit): the discriminator needs memory for an adapter, not for a second model."
         },
     )
     shard_discriminator: bool = field(
         default=False,
         metadata={
-            "help": "Over several processes each holds a shard of the discriminator, of its optimiser's state and of "
-            "the frozen starting policy (FSDP2), where the full ones are too large for a device."
+            "help": "Shard the discriminator, its optimiser's state and the frozen starting policy over processes "
+            "(FSDP2), if the full ones are too large for a device."
         },
     )
     discriminator_token_budget: Annotated[int, Range(min=1)] = field(
@@ -233,57 +234,57 @@ class DiscriminatorModelOptions:
 
 @dataclass
 class ExampleOptions:
-    """What one update of the discriminator is shown."""
+    """The traces of one discriminator update."""
 
     discriminator_prompts: Annotated[int, Range(min=1)] = field(
         default=16, metadata={"help": "Demonstrations in one update."}
     )
     discriminator_rollouts: Annotated[int, Range(min=1)] = field(
-        default=4, metadata={"help": "Rollouts of each demonstration."}
+        default=4, metadata={"help": "Rollouts per demonstration."}
     )
     first_difference: Annotated[str, OneOf(("rollouts", "both", "none"))] = field(
         default="rollouts",
         metadata={
-            "help": "Tokens that a rollout shares with its prompt's expert trace, from the start: rollouts leaves "
-            "them out of the rollout's loss, both also out of the expert's, none keeps them."
+            "help": "Initial tokens that a rollout shares with its prompt's expert trace: rollouts excludes them from "
+            "the rollout's loss, both also from the expert's, none keeps them."
         },
     )
     perturbed_per_expert: Annotated[int, Range(min=0)] = field(
         default=1,
-        metadata={"help": "Perturbed copies of each expert trace as further negatives, new ones in each update."},
+        metadata={"help": "Perturbed copies per expert trace as further negatives, new in each update."},
     )
     positives: Annotated[str, OneOf(("expert", "mixed"))] = field(
         default="expert",
         metadata={
-            "help": "expert, or mixed: rollouts whose answer the verifier finds right join the experts. Mixed USES "
-            "GOLD ANSWERS; logs, config and model card say so."
+            "help": "expert, or mixed: rollouts with a correct answer are positives too. Mixed USES GOLD ANSWERS, as "
+            "logs, config and model card record."
         },
     )
     replay_size: Annotated[int, Range(min=1)] = field(
-        default=4096, metadata={"help": "Rollouts kept for later updates."}
+        default=4096, metadata={"help": "Rollouts kept in the replay buffer."}
     )
     replay_share: Annotated[float, Range(min=0, max=1)] = field(
         default=0.5,
         metadata={
-            "help": "Share of an update's demonstrations whose rollouts come from the replay buffer: more where fresh "
-            "ones are too few; 0: none but in the warm-up."
+            "help": "Share of an update's demonstrations whose rollouts come from the replay buffer; more if there are "
+            "too few fresh ones; 0: only in the warm-up."
         },
     )
 
 
 @dataclass
 class LossOptions:
-    """The discriminator's loss, and what keeps it stable."""
+    """The discriminator's loss and regularisation."""
 
     objective: Annotated[str, OneOf(("bce", "pairwise", "wgan"))] = field(
         default="bce",
         metadata={
-            "help": "bce: cross-entropy of tokens; pairwise: an expert's mean logit above its prompt's rollouts'; "
-            "wgan: Wasserstein critic, which needs --gradient_penalty or --spectral_norm."
+            "help": "bce: binary cross-entropy per token; pairwise: Bradley-Terry on mean logits of an expert and "
+            "rollouts of its prompt; wgan: Wasserstein critic, needs --gradient_penalty or --spectral_norm."
         },
     )
     label_smoothing: Annotated[float, Range(min=0, max=0.499)] = field(
-        default=0.1, metadata={"help": "Smoothing of the labels in the discriminator's BCE."}
+        default=0.1, metadata={"help": "Label smoothing in the discriminator's BCE."}
     )
     centre_penalty: Annotated[float, Range(min=0)] = field(
         default=0.0,
@@ -291,17 +292,15 @@ class LossOptions:
     )
     gradient_penalty: Annotated[float, Range(min=0)] = field(
         default=0.0,
-        metadata={"help": "Weight of (|gradient| - 1)^2 at embeddings between an expert and a rollout."},
+        metadata={"help": "Weight of (|gradient| - 1)^2 at embeddings interpolated between an expert and a rollout."},
     )
     r1_penalty: Annotated[float, Range(min=0)] = field(
         default=0.0, metadata={"help": "Weight of |gradient|^2 / 2 at the experts' embeddings."}
     )
-    spectral_norm: bool = field(
-        default=False, metadata={"help": "Keep the length of the head's weights w at 1 or less."}
-    )
+    spectral_norm: bool = field(default=False, metadata={"help": "Limit the norm of the head's weights w to 1."})
     token_dropout: Annotated[float, Range(min=0, max=0.9)] = field(
         default=0.0,
-        metadata={"help": "Share of completion tokens hidden from the others in the discriminator."},
+        metadata={"help": "Share of completion tokens that other tokens cannot attend to in the discriminator."},
     )
     expert_nll: Annotated[float, Range(min=0)] = field(
         default=0.0,
@@ -311,81 +310,83 @@ class LossOptions:
 
 @dataclass
 class UpdateOptions:
-    """When the discriminator is updated, and how fast it learns."""
+    """Schedule and learning rates of the discriminator's updates."""
 
     discriminator_learning_rate: Annotated[float, Range(min=0)] = field(
         default=1e-5, metadata={"help": "AdamW learning rate of the warm-up."}
     )
     discriminator_online_learning_rate: Annotated[float | None, Range(min=0)] = field(
-        default=None, metadata={"help": "Its learning rate after the warm-up. Default: the same."}
+        default=None, metadata={"help": "AdamW learning rate after the warm-up. Default: the same."}
     )
     discriminator_updates: Annotated[int, Range(min=0)] = field(
         default=1,
-        metadata={"help": "Updates after a batch of rollouts; 0 freezes the discriminator after its warm-up."},
+        metadata={"help": "Updates per batch of rollouts; 0 freezes the discriminator after the warm-up."},
     )
     discriminator_every: Annotated[int, Range(min=1)] = field(
         default=4,
-        metadata={"help": "Update after every N-th batch of rollouts only; the others fill the replay buffer."},
+        metadata={"help": "Update only after every N-th batch of rollouts; the others fill the replay buffer."},
     )
     discriminator_gate_high: Annotated[float | None, Range(min=0, max=1)] = field(
         default=None,
-        metadata={"help": "No update while the held-out accuracy is above this."},
+        metadata={"help": "Skip updates while the held-out accuracy is above this."},
     )
     discriminator_ema: Annotated[float, Range(min=0, max=0.9999)] = field(
         default=0.0,
-        metadata={"help": "Decay of an averaged copy of the discriminator, which then gives the rewards; 0: none."},
+        metadata={"help": "Decay of an averaged copy of the discriminator, which computes the rewards; 0: no copy."},
     )
 
 
 @dataclass
 class WarmUpOptions:
-    """Updates of the discriminator before the policy moves."""
+    """Updates of the discriminator before the policy is trained."""
 
     discriminator_warmup_updates: Annotated[int, Range(min=0)] = field(
-        default=60, metadata={"help": "Updates before the policy moves, on rollouts sampled once."}
+        default=60, metadata={"help": "Updates before the policy is trained, on rollouts sampled once."}
     )
     warmup_model: str | None = field(
         default=None,
         metadata={
-            "help": "Causal LM that samples the warm-up's rollouts, e.g. the one before SFT, when the policy has "
-            "memorised its demonstrations and its own rollouts equal them. Default: the starting policy."
+            "help": "Causal LM that samples the warm-up's rollouts, e.g. the one before SFT if the policy reproduces "
+            "its demonstrations. Default: the starting policy."
         },
     )
     warmup_prompts: Annotated[int, Range(min=1)] = field(
         default=512,
-        metadata={"help": "Demonstrations, chosen at random, whose prompts the warm-up's rollouts answer."},
+        metadata={"help": "Randomly chosen demonstrations whose prompts are used in the warm-up."},
     )
-    warmup_rollouts: Annotated[int, Range(min=1)] = field(default=8, metadata={"help": "Rollouts of each of them."})
+    warmup_rollouts: Annotated[int, Range(min=1)] = field(default=8, metadata={"help": "Warm-up rollouts per prompt."})
 
 
 @dataclass
 class DiscriminatorOptions(DiscriminatorModelOptions, ExampleOptions, LossOptions, UpdateOptions, WarmUpOptions):
-    """The discriminator: its head, its loss, what it is shown, and what keeps it stable."""
+    """All options of the discriminator."""
 
 
 @dataclass
 class ShapingOptions:
-    """From the discriminator's values to rewards and advantages."""
+    """Rewards and advantages from the discriminator's values."""
 
     reward_form: Annotated[str | None, OneOf(REWARD_FORMS)] = field(
         default=None,
         metadata={
             "help": "Token reward: logit (the paper's), logit_plus_logprob, which adds the token's log-prob under the "
-            "starting policy (the logit alone is maximal where the policy copies the experts' mix), or f (heads airl "
+            "starting policy (the logit alone is maximised by imitating the experts' distribution), or f (heads airl "
             "and implicit). Default: logit_plus_logprob for head action, f for airl and implicit, logit for token."
         },
     )
     beta_clip: float = field(default=5.0, metadata={"help": "Token rewards are clipped to +-beta_clip, in log-odds."})
     whiten_rewards: bool = field(
         default=False,
-        metadata={"help": "Token rewards to mean 0 and variance 1 over the batch; matters with --scale_rewards none."},
+        metadata={
+            "help": "Whiten token rewards (mean 0, variance 1) over the batch; matters with --scale_rewards none."
+        },
     )
     reward_aggregate: Annotated[str, OneOf(("mean", "min"))] = field(
         default="mean", metadata={"help": "Trace reward: mean or min of token rewards."}
     )
     advantages: Annotated[str, OneOf(("trajectory", "token"))] = field(
         default="trajectory",
-        metadata={"help": "trajectory: one advantage a trace; token: discounted return-to-go."},
+        metadata={"help": "trajectory: one advantage per trace; token: discounted return-to-go."},
     )
     gamma: Annotated[float, Range(min=0, max=1)] = field(
         default=1.0, metadata={"help": "Discount of token advantages."}
@@ -398,21 +399,23 @@ class ShapingOptions:
 
 @dataclass
 class MonitorOptions:
-    """What monitors a run, and what happens when it goes wrong."""
+    """Monitoring of a run and the response to failures."""
 
     held_out_fraction: Annotated[float, Range(min=0, max=0.9)] = field(
         default=0.1,
-        metadata={"help": "Share of the demonstrations that the discriminator is judged on and never learns from."},
+        metadata={
+            "help": "Share of the demonstrations held out to evaluate the discriminator; they are not trained on."
+        },
     )
     monitor_every: Annotated[int, Range(min=1)] = field(
         default=4,
-        metadata={"help": "Batches of rollouts between two held-out accuracies, perturbation AUROCs and KL estimates."},
+        metadata={"help": "Batches of rollouts between evaluations of held-out accuracy, perturbation AUROC and KL."},
     )
     on_failure: Annotated[str, OneOf(("stop", "warn", "ignore"))] = field(
         default="stop",
         metadata={
-            "help": "When a rule finds mode collapse, decoupling or token-level noise: stop and restore the best "
-            "checkpoint, warn, or ignore."
+            "help": "On mode collapse, decoupling or token-level noise: stop and restore the best checkpoint, warn, or "
+            "ignore."
         },
     )
 
@@ -438,10 +441,10 @@ GROUPS: dict[str, dict[str, type]] = {
         "Logging and checkpoints": SavingOptions,
     },
 }
-"""The options of each command that are not TRL's, under the headings of its help."""
+"""Each command's own options (not TRL's), by heading of its help."""
 
 
 def own_fields(group: type) -> list[dataclasses.Field]:
-    """The options that a class itself declares."""
+    """The options that a class declares itself."""
     own = vars(group).get("__annotations__", {})
     return [option for option in dataclasses.fields(group) if option.name in own]

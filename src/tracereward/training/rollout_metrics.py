@@ -1,6 +1,6 @@
-"""What is watched at each training step: does the reward still mean correctness, and how does the policy write?
+"""Monitoring metrics of one batch of rollouts: does the reward track correctness, and how diverse is the policy?
 
-Pure functions on one batch of rollouts, of all processes together.
+Pure functions on the rollouts of all processes.
 """
 
 import math
@@ -17,12 +17,12 @@ class Rollout:
     """One completion of the policy and its rewards.
 
     Attributes:
-        prompt: the prompt, as text.
+        prompt: the prompt's text.
         ids: completion tokens.
-        finished: whether it ended by itself, with the end-of-sequence token.
-        rewards: shaped token rewards r_t in log-odds, one a token.
+        finished: whether it ends with the end-of-sequence token.
+        rewards: shaped token rewards r_t in log-odds, one per token.
         reward: trace reward, their aggregate.
-        correct: 1 or 0, nan if not known.
+        correct: 1 or 0, nan without a gold answer.
     """
 
     prompt: str
@@ -34,12 +34,12 @@ class Rollout:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """The monitors of one batch; nan where one is not defined.
+    """Metrics of one batch; nan where undefined.
 
-    Always: `length` (mean tokens), `repetition`, `distinct_share`, `eos_rate`, `reward_std` (of the trace rewards over
-    the whole batch, population), `token_noise`, `length_reward_r`, `length_reward_r_within`. If correctness is known of
-    some: `auroc`, `within_prompt_auroc`, `point_biserial_r`, and the mean rewards `reward_correct` and `reward_wrong`,
-    all over the traces of which it is known.
+    Always: `length` (mean tokens), `repetition`, `distinct_share`, `eos_rate`, `reward_std` (population standard
+    deviation of the trace rewards), `token_noise`, `length_reward_r`, `length_reward_r_within`. If some traces have
+    gold answers, over those traces: `auroc`, `within_prompt_auroc`, `point_biserial_r`, and the mean rewards
+    `reward_correct` and `reward_wrong`.
     """
     prompts = [rollout.prompt for rollout in rollouts]
     completions = [tuple(rollout.ids) for rollout in rollouts]
@@ -76,9 +76,9 @@ def repetition(ids: Sequence[int], n: int = 4) -> float:
 
 
 def distinct_share(prompts: Sequence[Hashable], completions: Sequence[Hashable]) -> float:
-    """Mean over prompts with at least two completions of distinct completions / completions; nan if there is none.
+    """Mean of distinct completions / completions over prompts with at least two completions; nan if there are none.
 
-    1: no two completions of a prompt are equal. 1 / G: all G of a group are.
+    1: all completions of a prompt differ. 1 / G: all G are equal.
     """
     groups: dict[Hashable, list[Hashable]] = {}
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -89,8 +89,8 @@ def distinct_share(prompts: Sequence[Hashable], completions: Sequence[Hashable])
 def token_noise(rewards: Sequence[Sequence[float]]) -> float:
     """Mean over traces of the variance of the token rewards inside the trace: mean_i mean_t (r_it - mean_t r_it)^2.
 
-    In squared log-odds. `rollout_metrics` takes the correct traces: in these no token should stand out, so what varies
-    is noise. Where correctness is known of none, it takes all traces, and errors that are marked count too. Traces
-    without a token are left out; nan if none is left.
+    In squared log-odds. `rollout_metrics` passes the correct traces: no token of theirs should stand out, so variation
+    is noise. Without gold answers it passes all traces, and the marking of errors counts as noise too. Traces without
+    tokens are skipped; nan if none is left.
     """
     return mean([float(np.var(trace)) for trace in rewards if len(trace)])

@@ -1,15 +1,15 @@
-"""Rollouts as the policy draws them and as it learns from them.
+"""How the policy samples rollouts and trains on them.
 
-It learns from micro-batches by length, see `micro_batches`. With `compile_rollouts` transformers draws in one shape for
-a whole run, so that the decoding step is compiled once.
+It trains on micro-batches sorted by length, see `micro_batches`. With `compile_rollouts`, transformers samples with one
+tensor shape for the run, so that the decoding step is compiled once.
 
-A small model's decoding on a GPU is bound by the launches of its kernels. transformers records the step of a static
-cache as CUDA graphs where it may compile, and records again for every other shape; TRL forbids the compiling and pads
-prompts to the longest of each batch. With vLLM none of this is used.
+A small model's decoding on a GPU is limited by kernel launches. With compilation, transformers captures the decoding
+step with a static cache as CUDA graphs, once per shape; TRL disables compilation and pads prompts to the longest of
+each batch. None of this applies to vLLM.
 
-Under bfloat16 autocast the keys of rotary attention come out in float32 and its values in bfloat16, which a static
-cache cannot hold, and each step casts all weights anew. Rollouts are then drawn by a copy of the policy in bfloat16,
-which gets the policy's weights before each batch: what vLLM does.
+Under bfloat16 autocast, rotary attention yields float32 keys and bfloat16 values, which a static cache does not
+support, and each step casts all weights again. Rollouts are then sampled by a bfloat16 copy of the policy, which is
+updated before each batch, as vLLM's is.
 """
 
 import copy
@@ -26,12 +26,11 @@ from tracereward.training.micro_batches import by_length, may_change_places, may
 
 
 class RolloutTrainer(SafeTrainer, GRPOTrainer):
-    """`trl.GRPOTrainer` with whole checkpoints, micro-batches by length and, if asked, compiled decoding.
+    """`trl.GRPOTrainer` with complete checkpoints, micro-batches by length and optionally compiled decoding.
 
     Attributes:
-        prompt_width: to which all prompts are padded when rollouts are drawn: the longest of the run; None leaves it to
-            TRL.
-        half: copy of the policy that draws, or None where the policy itself does.
+        prompt_width: width to which prompts are padded while sampling: the longest prompt of the run; None: TRL's.
+        half: bfloat16 copy of the policy that samples; None if the policy itself does.
     """
 
     pad_to_multiple_of: int | None  # TRL's
@@ -46,7 +45,7 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         if not getattr(config, "compile_rollouts", False):
             return
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise InputError("compile_rollouts is for a policy that is whole on each GPU: leave it out, or use vLLM")
+            raise InputError("compile_rollouts needs an unsharded policy on each GPU: remove it, or use vLLM")
         prompts = self.train_dataset["prompt"]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
         self.prompt_width = max(len(encode_prompt(self._tokenizer, prompt)) for prompt in set(prompts))
         assert self.max_completion_length is not None
@@ -56,7 +55,7 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         if config.bf16 and any(weight.dtype == torch.float32 for weight in self.model.parameters()):
             self.half = copy.deepcopy(self.model).requires_grad_(False).eval()
             nn.Module.to(self.half, torch.bfloat16)
-            for module in self.half.modules():  # TRL's fused forward of the copy would call the policy's own
+            for module in self.half.modules():  # otherwise TRL's fused forward of the copy would call the policy's
                 module.__dict__.pop("forward", None)
 
     def _prepare_inputs(self, inputs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Between the policy's tokens and the reward model's, which may come from another family.
+"""Conversion between the tokens of the policy and of the reward model, whose tokenizers may differ.
 
-With one tokenizer ids pass straight through: nothing is decoded and tokenised again. With two, rollouts go through
-their text, and rewards come back by character offsets.
+With a shared tokenizer ids pass through unchanged. Otherwise rollouts are re-tokenised from their text, and rewards are
+projected back by character offsets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from tracereward.rewards.shaping import backfill
 
 
 class TokenBridge:
-    """Translates rollouts of a policy into tokens of a reward model, and its rewards back.
+    """Converts a policy's rollouts to the reward model's tokens, and token rewards back to the policy's.
 
     Args:
         tokenizer: the policy's.
         model: the reward model.
         ends: the policy's end-of-sequence ids.
-        prompts: the reward model's rendering of each prompt that the policy renders otherwise (chat templates).
+        prompts: maps prompts as rendered for the policy to prompts for the reward model, where chat templates differ.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class TokenBridge:
         return encode_prompt(self.model.tokenizer, self.prompts.get(text, text))
 
     def finished(self, ids: Sequence[int]) -> bool:
-        """Whether a rollout ended by itself."""
+        """Whether a rollout ends with the end-of-sequence token."""
         return bool(ids) and ids[-1] in self.ends
 
     def completion(self, ids: Sequence[int]) -> list[int]:
-        """A rollout's token ids for the reward model, with its end-of-sequence token where the rollout has one."""
+        """Token ids of a rollout for the reward model, with its end-of-sequence token if the rollout has one."""
         if self.same:
             return list(ids)
         text, _ = token_offsets(self.tokenizer, ids)
@@ -56,11 +56,11 @@ class TokenBridge:
         return encoded or encode_completion(self.model.tokenizer, text)  # never empty
 
     def rewards(self, ids: Sequence[int], reward_ids: Sequence[int], rewards: Tensor) -> Tensor:
-        """Rewards of the reward model's tokens on the policy's: projected where supervised, and backfilled.
+        """Project rewards from the reward model's tokens to the policy's: of supervised tokens, then backfilled.
 
         Args:
             ids: the rollout's T tokens.
-            reward_ids: `completion` of it, S tokens.
+            reward_ids: its `completion`, S tokens.
             rewards: (S,) clipped and backfilled.
 
         Returns:
@@ -73,6 +73,6 @@ class TokenBridge:
         values, supervised = project(
             scores.rewards, scores.supervised, scores.offsets, offsets, ended=self.finished(ids)
         )
-        beta = self.model.settings.beta_clip  # the sum of two may leave the interval
+        beta = self.model.settings.beta_clip  # sums may exceed it
         clipped = torch.tensor([values]).clamp(-beta, beta)
         return backfill(clipped, torch.tensor([supervised]))[0]

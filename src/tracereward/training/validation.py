@@ -1,4 +1,4 @@
-"""Questions with gold answers that choose which checkpoint a run leaves. Nothing is trained on them."""
+"""Questions with gold answers that select a run's final checkpoint. They are not trained on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ from tracereward.training.options import DataArguments
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """The questions, and how they are answered.
+    """Validation questions and the settings of answering them.
 
     Attributes:
-        prompts: rendered.
-        answers: gold.
-        task: recipe that verifies answers.
+        prompts: rendered prompts.
+        answers: gold answers.
+        task: verifies answers.
         tokenizer: the policy's.
         max_new_tokens: length limit of an answer.
-        batch_size: questions answered together.
+        batch_size: questions per batch.
     """
 
     prompts: list[str]
@@ -39,7 +39,7 @@ class Validation:
         return len(self.prompts)
 
     def accuracy(self, policy: PreTrainedModel) -> float:
-        """Share of the questions that `policy`'s greedy trace answers right. Draws no random number."""
+        """Share of the questions that `policy` answers correctly by greedy decoding. Uses no random numbers."""
         training = policy.training
         right = []
         for start in range(0, len(self.prompts), self.batch_size):
@@ -62,17 +62,18 @@ def load_validation(
     max_new_tokens: int,
     batch_size: int,
 ) -> Validation | None:
-    """What `data` names; None if it names nothing.
+    """Load the validation questions; None without `validation_dataset_name`.
 
     Args:
-        data: the run's options.
-        task: its recipe.
+        data: data options of the run.
+        task: the run's task.
         tokenizer: the policy's.
-        rows: what the run trains on, rendered.
-        max_new_tokens, batch_size: see `Validation`.
+        rows: rendered training rows.
+        max_new_tokens: see `Validation`.
+        batch_size: see `Validation`.
 
     Raises:
-        InputError: a question without a gold answer, or one that the run trains on; names file and line.
+        InputError: a question has no gold answer or is also trained on; names file and line.
     """
     if data.validation_dataset_name is None:
         return None
@@ -86,7 +87,7 @@ def load_validation(
         if prompt in trained_on:
             raise InputError(
                 f"{row['source']}: the run also trains on this question ({trained_on[prompt]}); "
-                "leave it out of one of the two"
+                "remove it from one of the two"
             )
     return Validation(
         prompts=rendered,

@@ -202,7 +202,7 @@ class WarmUp(TrainerCallback):
         limit = config.max_completion_length
         assert limit is not None
         prompts = [row["prompt"] for row in rows]
-        drawn = generate(
+        completions = generate(
             self.model,
             trainer.tokenizer,
             prompts,
@@ -210,9 +210,9 @@ class WarmUp(TrainerCallback):
             temperature=config.temperature,
             top_p=config.top_p,
         )
-        texts = trainer.tokenizer.batch_decode(drawn, skip_special_tokens=True)
+        texts = trainer.tokenizer.batch_decode(completions, skip_special_tokens=True)
         correct = trainer.verify(texts, [row["answer"] for row in rows])
-        return trainer.as_rollouts([row["demonstration"] for row in rows], drawn, correct)
+        return trainer.as_rollouts([row["demonstration"] for row in rows], completions, correct)
 
     def _load_model(self) -> PreTrainedModel | None:
         name = self.config.warmup_model
