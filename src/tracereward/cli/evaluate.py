@@ -1,4 +1,7 @@
-"""The commands `tracereward evaluate SUITE`. Imports are inside each."""
+"""The commands `tracereward evaluate SUITE`. Imports are inside each.
+
+typer reads options from signatures, so the suites repeat their options on purpose; the option types are shared.
+"""
 
 import math
 from pathlib import Path

@@ -62,6 +62,7 @@ def _calculate(left: int, operator: str, right: int) -> int:
     return left * right if operator == "*" else left + right if operator == "+" else left - right
 
 
+# A table: its entries look alike on purpose.
 STORIES: tuple[Story, ...] = (
     Story(
         question="{one} buys {boxes} boxes with {each} {things} each. Then {one} gives away {gone} {things}. How many "

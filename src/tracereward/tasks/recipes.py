@@ -294,6 +294,7 @@ def equal_any(answer: str, gold: str) -> bool:
     return answers.equal_math(answer, gold) or answers.equal_yes_no(answer, gold)
 
 
+# A table: its entries look alike on purpose.
 _ALL = (
     Task(name="arithmetic", example=generic, extract=answers.extract_number, equal=answers.equal_math),
     Task(
