@@ -1,8 +1,8 @@
 """tracereward's own options of the training commands: plain dataclasses that import neither torch nor TRL.
 
 `config` and `adversarial_config` combine them with TRL's configs. Allowed values are in the annotations, because the
-parser of transformers passes all of a field's metadata to argparse. The classes are tables of options: that their fields
-look alike is on purpose.
+parser of transformers passes all of a field's metadata to argparse. The classes are tables of options: their fields
+look alike on purpose.
 
 Defaults that differ from arXiv 2510.01857: head ``action`` instead of ``token`` and granularity ``dense`` instead of
 ``sparse`` (a small backbone with a new head learns too slowly), tokens before a rollout's first difference from the
