@@ -17,7 +17,7 @@ from tracereward.generation.guide import Guide, Guided
 from tracereward.generation.params import SamplingParams
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.log_prob_scorer import LogProbs
-from tracereward.rewards.scoring import Trace
+from tracereward.rewards.records import Trace
 from tracereward.selection import Candidate, ranking_curves
 from tracereward.tasks.recipes import get_task
 

@@ -25,7 +25,7 @@ from tracereward.files import write_jsonl
 from tracereward.modeling.alignment import join_steps
 from tracereward.reports.report import Report, write_report
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.scoring import Trace
+from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import RewardSettings
 
 NEWLINE = 3  # of the arithmetic tokenizer

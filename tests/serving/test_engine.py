@@ -10,7 +10,7 @@ import torch
 from helpers.engine import TRACES, assert_same, expected, loaded, model, offline, running, score, until  # noqa: F401
 from tracereward.errors import InputError, TooLong
 from tracereward.modeling.tokenization import encode_completion
-from tracereward.rewards.scoring import Trace
+from tracereward.rewards.records import Trace
 from tracereward.serving.encoding import TooManyTokens
 from tracereward.serving.engine import Busy, Engine, ScoringFailed
 

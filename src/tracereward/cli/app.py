@@ -126,9 +126,9 @@ def sample(
     ] = None,
 ) -> None:
     """Sample completions from a policy: one JSON row each."""
-    from tracereward.commands.guided import Guidance, guide_options
     from tracereward.commands.questions import Questions
     from tracereward.commands.sample import run_sample
+    from tracereward.commands.sample_guided import Guidance, guide_options
     from tracereward.generation.params import SamplingParams
 
     options = {"beam": beam, "expansions": expansions, "lookahead": lookahead, "keep": keep, "alpha": alpha}

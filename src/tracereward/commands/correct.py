@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tracereward.commands.guided import load_guide
 from tracereward.commands.partial_output import (
     complete_rows,
     is_finished,
@@ -16,6 +15,7 @@ from tracereward.commands.partial_output import (
     unfinished,
     write_row,
 )
+from tracereward.commands.sample_guided import load_guide
 from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
@@ -26,7 +26,7 @@ from tracereward.modeling.loading import check_model
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import load_tokenizer, pad_id, render_prompt
 from tracereward.rewards.log_prob_scorer import LogProbs
-from tracereward.rewards.scoring import Trace
+from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks import get_task
 

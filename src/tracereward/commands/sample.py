@@ -6,7 +6,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from tracereward.commands.guided import Guidance, finished_guided, guided_rows
 from tracereward.commands.partial_output import (
     finished_questions,
     is_finished,
@@ -16,6 +15,7 @@ from tracereward.commands.partial_output import (
     write_row,
 )
 from tracereward.commands.questions import Questions, load_questions, sample_row
+from tracereward.commands.sample_guided import Guidance, finished_guided, guided_rows
 from tracereward.console import say
 from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams

@@ -27,8 +27,8 @@ from tracereward.rewards.engines import (
     load_log_prob_models,
     load_scorer,
 )
+from tracereward.rewards.records import CHUNK, EncodedTrace, LogProbModels, Trace
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.scoring import CHUNK, EncodedTrace, LogProbModels, Trace
 from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 

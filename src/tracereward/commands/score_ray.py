@@ -29,8 +29,8 @@ from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.loading import looks_local, model_fingerprint
 from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
+from tracereward.rewards.records import LogProbModels
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.scoring import LogProbModels
 from tracereward.rewards.settings import check_reward_model
 
 NEEDS_RAY = "--engine ray needs Ray: pip install 'tracereward[ray]'"

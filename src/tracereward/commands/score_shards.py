@@ -29,7 +29,7 @@ from tracereward.files import (
     remove_unfinished,
     require_parent_folder,
 )
-from tracereward.rewards.scoring import CHUNK
+from tracereward.rewards.records import CHUNK
 from tracereward.rewards.token_scores import AGGREGATES
 
 SHARD_ROWS = CHUNK  # the chunks of `score`, so results are identical; also the most that a dying worker loses

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tracereward.commands.guided import check_template, load_guide
 from tracereward.commands.questions import Questions, load_questions
+from tracereward.commands.sample_guided import check_template, load_guide
 from tracereward.console import note
 from tracereward.errors import InputError
 from tracereward.evaluate.suites import check_answers, output_folder, publish

@@ -21,7 +21,7 @@ from tracereward.metrics import auroc, bootstrap_interval, perturbation_auroc
 from tracereward.modeling.tokenization import render
 from tracereward.reports.tables import Table, interval, percent
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.scoring import Trace
+from tracereward.rewards.records import Trace
 from tracereward.rewards.token_scores import aggregate_rewards
 
 

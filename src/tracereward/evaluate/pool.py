@@ -31,8 +31,8 @@ from tracereward.rewards.calibration import (
     reliability,
 )
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.records import CHUNK, EncodedTrace, Trace
 from tracereward.rewards.scorer import check_finite
-from tracereward.rewards.scoring import CHUNK, EncodedTrace, Trace
 from tracereward.selection import (
     Candidate,
     fit_vote_temperature,

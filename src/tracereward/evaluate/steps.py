@@ -29,8 +29,8 @@ from tracereward.modeling.log_probs import log_probs_and_entropies
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id, render_prompt
 from tracereward.reports.tables import Table, interval, percent
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
 from tracereward.rewards.scorer import check_finite
-from tracereward.rewards.scoring import EncodedTrace, ForwardOptions, Trace
 from tracereward.tasks.recipes import Task, get_task
 
 LABELS = {

@@ -25,7 +25,7 @@ from tracereward.modeling.batching import token_budget_batches
 from tracereward.modeling.tokenization import render_prompt
 from tracereward.rewards.heads import reads_log_probs
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.scoring import EncodedTrace, ForwardOptions, Trace
+from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
 
 HELD_OUT = 0.2  # of the prompts
 

@@ -6,8 +6,8 @@ from tracereward.errors import InputError, check_choice
 from tracereward.modeling.loading import best_device, check_model, load_causal_lm
 from tracereward.modeling.tokenization import load_tokenizer, same_tokenizer
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.records import LogProbModels
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.scoring import LogProbModels
 from tracereward.rewards.settings import RewardSettings, check_policy, check_reward_model
 
 ENGINES = ("transformers", "vllm")

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tracereward.modeling.batching import scoring_budget
 from tracereward.modeling.log_probs import log_probs
 from tracereward.modeling.tokenization import pad_id
+from tracereward.rewards.records import ForwardOptions, TokenIds
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.scoring import ForwardOptions, TokenIds
 from tracereward.rewards.settings import RewardSettings
 
 

@@ -14,7 +14,7 @@ from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.first_error_rules import first_below
-from tracereward.rewards.scoring import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
+from tracereward.rewards.records import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
 from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.supervision import supervision_mask
 from tracereward.rewards.token_scores import TokenScores

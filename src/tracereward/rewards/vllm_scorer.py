@@ -14,8 +14,8 @@ from tracereward.errors import InputError
 from tracereward.modeling.batching import pack
 from tracereward.modeling.loading import local_folder
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
+from tracereward.rewards.records import ForwardOptions, TokenIds
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.scoring import ForwardOptions, TokenIds
 from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.rewards.shaping import token_rewards
 
