@@ -12,7 +12,8 @@ from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.choices import GRANULARITIES, HEADS
 from tracereward.rewards.heads import ActionHead, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import RewardSettings, model_card
+from tracereward.rewards.model_card import model_card
+from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model
 from tracereward.training.adversarial_config import AdversarialConfig
 

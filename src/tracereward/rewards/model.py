@@ -43,9 +43,10 @@ from tracereward.modeling.log_probs import (
 )
 from tracereward.modeling.tokenization import load_tokenizer, pad_id, render
 from tracereward.rewards.heads import ActionHead, reads_log_probs
+from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, model_card, read_settings
+from tracereward.rewards.settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, read_settings
 from tracereward.rewards.shaping import token_rewards
 
 

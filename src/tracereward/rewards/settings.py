@@ -1,4 +1,4 @@
-"""Settings of a reward model: ``tracereward.json``, checks of a reward model's folder, and the model card."""
+"""Settings of a reward model: ``tracereward.json``, and checks of a reward model's folder."""
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -8,7 +8,7 @@ from tracereward.files import atomic_write_json, read_json
 from tracereward.modeling.loading import local_folder
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
-from tracereward.rewards.heads import default_reward_form, reads_log_probs, subtracts_policy
+from tracereward.rewards.heads import default_reward_form, subtracts_policy
 from tracereward.rewards.token_scores import AGGREGATES
 
 SETTINGS_FILE = "tracereward.json"
@@ -138,46 +138,3 @@ def write_calibration(folder: str | Path, calibration: Calibration) -> None:
     path = Path(folder) / SETTINGS_FILE
     stored = read_json(path)
     atomic_write_json(path, {**stored, "calibration": asdict(calibration)})
-
-
-def model_card(settings: RewardSettings, notes: str) -> str:
-    """The README of the artefact: what the rewards mean and how to load the model."""
-    kind = "AutoModelForCausalLM" if reads_log_probs(settings.head) else "AutoModelForTokenClassification"
-    kind += " plus head.safetensors" if settings.head == "action" else ""
-    meaning = (
-        "a reward f: the log-odds of expert versus policy, with the policy's log-prob taken out"
-        if subtracts_policy(settings.head)
-        else "the log-odds that it was written by the expert rather than the policy"
-    )
-    form = {
-        "logit": "the log-odds",
-        "logit_plus_logprob": f"the log-odds plus the log-prob under `{settings.reference_model or 'the reference'}`",
-        "f": "f",
-    }[settings.form]
-    gold = "\n- **uses gold answers**: training used rollouts with a verified answer as expert traces"
-    gold = gold if settings.uses_gold_answers else ""
-    return f"""---
-library_name: tracereward
-tags: [reward-model, tracereward, {settings.head}-head]
-base_model: {settings.base_model}
----
-
-# Token-level reward model
-
-Learned from expert traces by adversarial inverse reinforcement learning (arXiv 2510.01857). Each completion token has
-{meaning}. A high reward is expert-like.
-
-- head: `{settings.head}` ({kind}); supervision: `{settings.granularity}`; rewards divided by {settings.temperature:g}
-  and clipped to +-{settings.beta_clip:g}
-- training rewarded {form}
-- task: `{settings.task}`, template: `{settings.template}`
-- trace reward: `{settings.aggregate}` of its token rewards{gold}
-
-```python
-from tracereward import TokenRewardModel
-
-scores = TokenRewardModel.from_pretrained("reward_model").score(prompts, completions)
-```
-
-The reward is the logit; a `token-classification` pipeline would apply a softmax over the single label and return 1.0.
-{notes}"""
