@@ -208,7 +208,7 @@ def test_rollouts_are_pickled():
     ids = [list(range(100_000, 100_000 + setup.completion)) for _ in range(setup.rows * setup.accumulation)]
     for_discriminator = [discriminator_batch.Rollout(index, row) for index, row in enumerate(ids)]
     for_metrics = [
-        rollout_metrics.Rollout(
+        rollout_metrics.RewardedRollout(
             prompt="?", ids=row, finished=True, rewards=[token / 7 for token in row], reward=0.5, correct=1.0
         )
         for row in ids

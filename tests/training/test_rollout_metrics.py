@@ -9,13 +9,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from tracereward.metrics import centred, pearson, perturbation_auroc
-from tracereward.training.rollout_metrics import Rollout, distinct_share, repetition, rollout_metrics, token_noise
+from tracereward.training.rollout_metrics import (
+    RewardedRollout,
+    distinct_share,
+    repetition,
+    rollout_metrics,
+    token_noise,
+)
 
 NAN = math.nan
 
 
-def rollout(prompt="a", ids=(1, 2), finished=True, rewards=(0.0, 0.0), reward=0.0, correct=NAN) -> Rollout:
-    return Rollout(prompt=prompt, ids=ids, finished=finished, rewards=rewards, reward=reward, correct=correct)
+def rollout(prompt="a", ids=(1, 2), finished=True, rewards=(0.0, 0.0), reward=0.0, correct=NAN) -> RewardedRollout:
+    return RewardedRollout(prompt=prompt, ids=ids, finished=finished, rewards=rewards, reward=reward, correct=correct)
 
 
 BATCH = [

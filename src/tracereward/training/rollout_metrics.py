@@ -13,8 +13,8 @@ from tracereward.metrics import auroc, centred, mean, pearson, point_biserial, w
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout:
-    """One completion of the policy and its rewards.
+class RewardedRollout:
+    """A rollout with its rewards.
 
     Attributes:
         prompt: the prompt's text.
@@ -33,7 +33,7 @@ class Rollout:
     correct: float
 
 
-def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+def rollout_metrics(rollouts: Sequence[RewardedRollout]) -> dict[str, float]:
     """Metrics of one batch; nan where undefined.
 
     Always: `length` (mean tokens), `repetition`, `distinct_share`, `eos_rate`, `reward_std` (population standard

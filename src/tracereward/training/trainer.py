@@ -274,7 +274,7 @@ class AdversarialTrainer(RolloutTrainer):
 
     def _monitor(self, prompts: list[str], completion_ids: list[list[int]], log: Callable[[str, float], None]) -> None:
         local = [
-            rollout_metrics.Rollout(
+            rollout_metrics.RewardedRollout(
                 prompt=prompt,
                 ids=list(ids),
                 finished=self.bridge.finished(ids),
