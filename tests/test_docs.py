@@ -19,7 +19,7 @@ from helpers.paths import ROOT
 from tracereward.cli.app import app
 from tracereward.cli.training_options import CONFIGS, parse
 from tracereward.rewards.choices import GRANULARITIES, HEADS
-from tracereward.runs.folder import MAY_CHANGE
+from tracereward.runs.same_run import MAY_CHANGE
 from tracereward.selection import METHODS
 from tracereward.tasks.recipes import TASKS
 from tracereward.training.adversarial_config import AdversarialConfig

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.paths import ROOT
 from tracereward import RewardModel
-from tracereward.cli import main
+from tracereward.cli.app import main
 from tracereward.cli.training_options import parse
 from tracereward.errors import InputError
-from tracereward.runs.folder import check_same_run
+from tracereward.runs.same_run import check_same_run
 from tracereward.training.config import RETIRED
 
 FIXTURE = ROOT / "tests/fixtures/compat"

@@ -28,7 +28,7 @@ from tracereward.modeling.tokenization import load_tokenizer, pad_id, render_pro
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import check_reward_model
-from tracereward.tasks import get_task
+from tracereward.tasks.recipes import get_task
 
 SUSPECTS = ("reward", "logprob")
 """Scores that can decide where a trace is cut."""

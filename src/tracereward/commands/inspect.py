@@ -10,7 +10,7 @@ from tracereward.data.trace_rows import candidate_rows, check_facts, check_score
 from tracereward.errors import InputError
 from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
 from tracereward.rewards.settings import check_reward_model
-from tracereward.tasks import get_task
+from tracereward.tasks.recipes import get_task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from tracereward.errors import InputError
 from tracereward.generation.sampling import Sample
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.tokenization import load_tokenizer, render_prompt
-from tracereward.tasks import Task, get_task
+from tracereward.tasks.recipes import Task, get_task
 
 
 @dataclass(frozen=True, kw_only=True)

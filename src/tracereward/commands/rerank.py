@@ -15,7 +15,7 @@ from tracereward.rewards.engines import load_scorer
 from tracereward.rewards.settings import check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES
 from tracereward.selection import METHODS, Candidate, choose, ranking_aurocs, ranking_table
-from tracereward.tasks import Task, get_task
+from tracereward.tasks.recipes import Task, get_task
 
 RERANK_METHODS = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
 """Methods that need no correctness labels, model names or fitted temperature."""

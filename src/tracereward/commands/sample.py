@@ -21,7 +21,7 @@ from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.loading import best_device, load_causal_lm
-from tracereward.tasks import get_task
+from tracereward.tasks.recipes import get_task
 
 
 def run_sample(

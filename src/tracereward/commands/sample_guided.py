@@ -19,7 +19,7 @@ from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model
-from tracereward.tasks import get_task
+from tracereward.tasks.recipes import get_task
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,10 @@ from tracereward.modeling.tokenization import (
 )
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
+from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
-from tracereward.runs.folder import Config, Job, check_disk, run_folder
+from tracereward.runs.folder import run_folder
+from tracereward.runs.job import Config, Job
 from tracereward.runs.report import report_rewards
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig

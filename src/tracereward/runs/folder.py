@@ -7,7 +7,6 @@ finished, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
 import contextlib
 import dataclasses
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,53 +14,26 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import init_empty_weights
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig
 
 from tracereward import __version__
 from tracereward.console import is_main_process, note
 from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import (
-    DISK_FULL,
-    atomic_write_json,
     atomic_write_text,
-    read_json,
     read_jsonl,
     remove_unfinished,
-    require_free_disk,
 )
-from tracereward.modeling.distributed import broadcast_object, is_peer_failure, zero3_disabled
+from tracereward.modeling.distributed import broadcast_object, is_peer_failure
 from tracereward.reports.report import Report, write_report
-from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.runs.disk import explain_full_disk
+from tracereward.runs.job import CHECKPOINTS, Job
+from tracereward.runs.same_run import check_same_batch, check_same_run, option_defaults, resolved
 from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.training.checkpoints import SafeTrainer, kept, last_complete_checkpoint
-from tracereward.training.config import RETIRED, PolicyConfig, RewardConfig, SupervisedConfig
+from tracereward.training.config import PolicyConfig
 from tracereward.training.options import DataArguments
-
-Config = SupervisedConfig | RewardConfig | AdversarialConfig
-CHECKPOINTS = "checkpoints"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a training command was asked to do.
-
-    Attributes:
-        kind: the command: ``sft``, ``grpo`` or ``train``.
-        data: options of the demonstrations.
-        config: options of the training.
-        model: options of the starting policy.
-        resume: whether a run in the output folder is resumed.
-    """
-
-    kind: str
-    data: DataArguments
-    config: Config
-    model: ModelConfig
-    resume: bool = False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -217,147 +189,3 @@ def locked(folder: Path) -> Iterator[None]:
         raise InputError(f"another process is running in {folder}; wait for it, or use another --output_dir") from error
     with lock:
         yield
-
-
-def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[str, Any]:
-    """The options as given and the defaults of tracereward's own, in the format of ``--config``."""
-    own = {
-        name
-        for cls in type(config).__mro__
-        if cls.__module__.startswith("tracereward.")
-        for name in vars(cls).get("__annotations__", {})
-    }
-    settings: dict[str, Any] = dataclasses.asdict(data)
-    for source, given in ((model, vars(model)), (config, config.given)):
-        for field in dataclasses.fields(source):
-            if field.name not in given:
-                continue
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if field.name in own or given[field.name] != default:
-                settings[field.name] = given[field.name]
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-# Options that may change when a run is resumed.
-MAY_CHANGE = {
-    "max_steps",
-    "num_train_epochs",
-    "logging_steps",
-    "save_steps",
-    "save_total_limit",
-    "output_dir",
-    "report_to",
-    "disable_tqdm",
-    "per_device_eval_batch_size",
-    "shard_discriminator",
-    # Their product with the number of processes must not change, see `check_same_batch`.
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-}
-
-
-def option_defaults(*classes: type) -> dict[str, Any]:
-    """The default of every option of these dataclasses."""
-    return {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for cls in classes
-        for field in dataclasses.fields(cls)
-    }
-
-
-def check_same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any], folder: Path) -> None:
-    """Refuse to resume a run with other options.
-
-    An option that is not stored had its default, including options added since the run was written.
-
-    Args:
-        stored: the run's ``config.yaml``, possibly of an earlier version.
-        given: the options of the command, see `resolved`.
-        defaults: all options of this version, with their defaults.
-        folder: the run folder.
-
-    Raises:
-        InputError: options differ (named with both values), or this version does not have them.
-    """
-    unknown = stored.keys() - defaults.keys()
-    gone = [
-        f"{name}: {stored[name]!r}" for name in sorted(unknown) if name not in RETIRED or stored[name] != RETIRED[name]
-    ]
-    if gone:
-        raise InputError(
-            f"{folder} has a run with options that this version of tracereward does not have ({'; '.join(gone)}); "
-            "resume it with the version that started it, or use another --output_dir"
-        )
-    before, now = defaults | stored, defaults | given
-    names = (stored.keys() | given.keys()) - MAY_CHANGE - unknown
-    differing = [
-        f"{name}: {before[name]!r} before, {now[name]!r} now" for name in sorted(names) if before[name] != now[name]
-    ]
-    if differing:
-        raise InputError(
-            f"{folder} has a run with other options ({'; '.join(differing)}); pass those, or use another --output_dir"
-        )
-
-
-def check_same_batch(path: Path, config: Config) -> None:
-    """Store the batch sizes in `path`, or check them: a run may be resumed with another number of processes.
-
-    Raises:
-        InputError: the run was started with another batch size.
-    """
-    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    now = {"rows": rows, "rollouts": getattr(config, "generation_batch_size", None)}
-    before = now | (read_json(path) if path.is_file() else {})
-    folder = path.parent.parent
-    if before["rows"] != rows:
-        raise InputError(
-            f"{folder} has a run with {before['rows']} rows per optimiser step, this command has {rows} "
-            f"({config.world_size} processes): change --per_device_train_batch_size or "
-            "--gradient_accumulation_steps so that their product with the processes stays the same"
-        )
-    if before["rollouts"] != now["rollouts"]:
-        raise InputError(
-            f"{folder} has a run with {before['rollouts']} rollouts per generation, this command has "
-            f"{now['rollouts']}: change --steps_per_generation so that its product with the processes and "
-            "--per_device_train_batch_size stays the same"
-        )
-    atomic_write_json(path, now)
-
-
-@contextlib.contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Re-raise writes that failed on a full disk as `RunFailed`."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(folder).free if folder.exists() else None
-        written_short = (
-            "No space left" in str(error)
-            or "file write failed" in str(error)
-            or (getattr(error, "errno", None) in DISK_FULL)
-        )
-        if not written_short or isinstance(error, RunFailed | Interrupted):
-            raise
-        raise RunFailed(
-            f"the disk of {folder} is full ({free} bytes free). {kept(folder / CHECKPOINTS)}: "
-            "free some space, then run the same command with --resume."
-        ) from error
-
-
-def check_disk(job: Job, models: int) -> None:
-    """Refuse if the checkpoints and final weights of `models` models do not fit on the disk.
-
-    Existing files of the run folder count as free space, since a resumed run replaces them.
-    """
-    config, model = job.config, job.model
-    with zero3_disabled(), init_empty_weights():
-        shape = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
-        )
-    weights = sum(p.numel() for p in shape.parameters())
-    trained = weights // 10 if model.use_peft else weights  # an upper estimate for LoRA
-    checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
-    needed = models * (checkpoints * trained * 12 + weights * 4)  # float32 weights and two Adam moments; final weights
-    present = sum(path.stat().st_size for path in Path(str(config.output_dir)).rglob("*") if path.is_file())
-    require_free_disk(str(config.output_dir), needed - present, f"{checkpoints} checkpoints and the finished models")

@@ -1,0 +1,54 @@
+"""Disk space: checked before a run, explained when it runs out."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tracereward.errors import Interrupted, RunFailed
+from tracereward.files import DISK_FULL, require_free_disk
+from tracereward.modeling.distributed import zero3_disabled
+from tracereward.runs.job import CHECKPOINTS, Job
+from tracereward.training.checkpoints import kept
+
+
+@contextlib.contextmanager
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Re-raise writes that failed on a full disk as `RunFailed`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free if folder.exists() else None
+        written_short = (
+            "No space left" in str(error)
+            or "file write failed" in str(error)
+            or (getattr(error, "errno", None) in DISK_FULL)
+        )
+        if not written_short or isinstance(error, RunFailed | Interrupted):
+            raise
+        raise RunFailed(
+            f"the disk of {folder} is full ({free} bytes free). {kept(folder / CHECKPOINTS)}: "
+            "free some space, then run the same command with --resume."
+        ) from error
+
+
+def check_disk(job: Job, models: int) -> None:
+    """Refuse if the checkpoints and final weights of `models` models do not fit on the disk.
+
+    Existing files of the run folder count as free space, since a resumed run replaces them.
+    """
+    config, model = job.config, job.model
+    with zero3_disabled(), init_empty_weights():
+        shape = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
+        )
+    weights = sum(p.numel() for p in shape.parameters())
+    trained = weights // 10 if model.use_peft else weights  # an upper estimate for LoRA
+    checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
+    needed = models * (checkpoints * trained * 12 + weights * 4)  # float32 weights and two Adam moments; final weights
+    present = sum(path.stat().st_size for path in Path(str(config.output_dir)).rglob("*") if path.is_file())
+    require_free_disk(str(config.output_dir), needed - present, f"{checkpoints} checkpoints and the finished models")

@@ -1,0 +1,31 @@
+"""What a training command was asked to do, in one record."""
+
+import dataclasses
+
+from trl import ModelConfig
+
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.config import RewardConfig, SupervisedConfig
+from tracereward.training.options import DataArguments
+
+Config = SupervisedConfig | RewardConfig | AdversarialConfig
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a training command was asked to do.
+
+    Attributes:
+        kind: the command: ``sft``, ``grpo`` or ``train``.
+        data: options of the demonstrations.
+        config: options of the training.
+        model: options of the starting policy.
+        resume: whether a run in the output folder is resumed.
+    """
+
+    kind: str
+    data: DataArguments
+    config: Config
+    model: ModelConfig
+    resume: bool = False
