@@ -12,11 +12,13 @@ from tracereward.training.options import DiscriminatorOptions, MonitorOptions, S
 class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, MonitorOptions):
     """Options of `tracereward train`: `trl.GRPOConfig` and three groups of tracereward's own."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_options(self)
         if self.reward_form is None:
             # The action head's logit estimates a ratio to the policy, whose maximum is not the expert.
-            self.reward_form = "logit_plus_logprob" if self.head == "action" else default_reward_form(self.head)
+            self.reward_form: str | None = (
+                "logit_plus_logprob" if self.head == "action" else default_reward_form(self.head)
+            )
         self._check_combinations()
         super().__post_init__()
 

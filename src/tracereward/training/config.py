@@ -61,8 +61,8 @@ def _prepare(config: GRPOConfig | SFTConfig) -> dict[str, Any]:
 class SupervisedConfig(SupervisedOptions, SFTConfig):
     """`trl.SFTConfig` with the length limit of demonstrations and a validation split."""
 
-    def __post_init__(self):
-        self.given = _prepare(self)
+    def __post_init__(self) -> None:
+        self.given: dict[str, Any] = _prepare(self)
         check_options(self, TRL_RANGES)
         self.max_length = None  # lengths are checked before; TRL would truncate the answer silently
         self.completion_only_loss = True
@@ -79,8 +79,8 @@ class SupervisedConfig(SupervisedOptions, SFTConfig):
 class PolicyConfig(PolicyOptions, GRPOConfig):
     """`trl.GRPOConfig` with the defaults that `grpo` and `train` share."""
 
-    def __post_init__(self):
-        self.given = _prepare(self)
+    def __post_init__(self) -> None:
+        self.given: dict[str, Any] = _prepare(self)
         check_options(self, TRL_RANGES)
         if self.compile_rollouts:
             if self.use_vllm or not torch.cuda.is_available():
@@ -92,7 +92,7 @@ class PolicyConfig(PolicyOptions, GRPOConfig):
                     "compile_rollouts needs --gradient_checkpointing false: re-enabling it after each batch of "
                     "rollouts adds hooks to the model and forces a recompilation"
                 )
-            self.cache_implementation = "static"
+            self.cache_implementation: str | None = "static"
         super().__post_init__()
         if self.save_strategy == "steps" and self.save_steps % self.rollout_steps:
             raise InputError(
@@ -112,7 +112,7 @@ class PolicyConfig(PolicyOptions, GRPOConfig):
 class RewardConfig(RewardOptions, PolicyConfig):
     """Options of `tracereward grpo`: a given reward instead of a learned one."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.base_model is None) == (self.reward == "logratio"):
             raise InputError("--reward logratio needs --base_model, and no other reward uses it")
         super().__post_init__()

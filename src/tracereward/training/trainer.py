@@ -232,7 +232,7 @@ class AdversarialTrainer(RolloutTrainer):
     def collect(self, rows: list[dict[str, Any]]) -> list[Rollout]:
         """Generate rollouts for the local rows with the run's engine, without training on them."""
         collector, functions = RolloutCollector(self), self.reward_funcs
-        self.reward_funcs = [collector.keep, *([collector.unknown] * (len(functions) - 1))]
+        self.reward_funcs: list[Any] = [collector.keep, *([collector.unknown] * (len(functions) - 1))]
         self.policy.train()
         try:
             super()._generate_and_score_completions(rows)
