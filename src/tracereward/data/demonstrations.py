@@ -29,7 +29,7 @@ def load_demonstrations(
 
     Args:
         source: file or Hub id, as for `read_rows`.
-        task: recipe that turns raw rows into prompt, completion and answer.
+        task: turns raw rows into prompt, completion and answer.
         split: split of a Hub set.
         subset: configuration of a Hub set.
         limit: number of rows read from the start; None for all.
@@ -61,7 +61,7 @@ def load_demonstrations(
 
 
 def checked_example(task: Task, raw: dict[str, Any], location: str) -> dict[str, Any]:
-    """The prompt, completion and answer that a recipe reads in a raw row.
+    """The prompt, completion and answer that a task reads in a raw row.
 
     Raises:
         InputError: a field is missing, empty or of a wrong type; names `location` and the field.

@@ -199,7 +199,7 @@ def evaluate_steps(
         InputError: unknown aggregate or task, a question in both sets, or too few traces that fit.
     """
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    recipe = get_task(task or model.settings.task)
+    task_spec = get_task(task or model.settings.task)
     if not traces or not fit_traces:
         raise InputError(
             f"{len(traces)} traces to evaluate and {len(fit_traces)} to fit the threshold on: use more questions or "
@@ -213,8 +213,8 @@ def evaluate_steps(
                 "another subset"
             )
     positions = position_limit(model.backbone, policy)
-    fit_kept, fit_encoded = encode_fitting(model, fit_traces, recipe, positions)
-    kept, encoded = encode_fitting(model, traces, recipe, positions)
+    fit_kept, fit_encoded = encode_fitting(model, fit_traces, task_spec, positions)
+    kept, encoded = encode_fitting(model, traces, task_spec, positions)
     fit_errors = [trace.first_error for trace in fit_kept]
     erroneous = sum(error is not None for error in fit_errors)
     if not 0 < erroneous < len(fit_errors):
@@ -239,7 +239,7 @@ def evaluate_steps(
     methods["random"] = [random_outcome(n, first_error) for n, first_error in zip(lengths, errors)]
     methods["no_error"] = outcomes([[0.0] * n for n in lengths], errors, 0.0)
     return {
-        "task": recipe.name,
+        "task": task_spec.name,
         "aggregate": aggregate,
         "positions": without_nan(positions),
         "left_out": len(traces) - len(kept),

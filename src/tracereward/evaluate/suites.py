@@ -43,7 +43,7 @@ class Trial:
     Attributes:
         model: folder or Hub id of the reward model.
         data: file or Hub id to judge it on.
-        task: name of a recipe; None is the reward model's.
+        task: name of a task; None is the reward model's.
         policy: causal LM whose log-probs are a baseline.
         limit: use as many rows only.
         seed: of every random number.
@@ -68,7 +68,7 @@ def load(model: str, policy: str | None) -> tuple[TokenRewardModel, PreTrainedMo
 
 
 def check(model: str, policy: str | None, task: str | None) -> Task:
-    """Refuse unusable models before anything slow starts; returns the recipe, by default the reward model's own."""
+    """Refuse unusable models before anything slow starts; returns the task, by default the reward model's own."""
     settings = check_reward_model(model)
     if policy is not None:
         check_model(policy)
@@ -142,10 +142,10 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
         InputError: anything that cannot be read, too few questions to fit and to judge on, or one that is in both sets.
     """
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
-    recipe = check(model, policy, trial.task)
+    task_spec = check(model, policy, trial.task)
     folder = output_folder(model, trial.output)
-    rows = read_pool(data, recipe, questions, trial.limit)
-    fit_rows = read_pool(fit, recipe, questions) if fit else []
+    rows = read_pool(data, task_spec, questions, trial.limit)
+    fit_rows = read_pool(fit, task_spec, questions) if fit else []
     asked = {row.asked: row.where for row in rows}
     for row in fit_rows:
         if row.asked in asked:
@@ -160,7 +160,7 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
             count = len(judged) + len(fit_questions)
             raise InputError(f"{data}: too few questions, {count}, to fit on some and judge on others: give --fit")
     result: dict[str, Any] = {"model": model, "data": data, "policy": policy, "left_out": left_out, "seed": seed}
-    result |= evaluate_pool(judged, fit_questions, recipe.equal, seed)
+    result |= evaluate_pool(judged, fit_questions, task_spec.equal, seed)
     if left_out:
         note(f"{left_out} candidates are empty or longer than the model reads and were left out")
     if result["uncalibrated"]:
@@ -180,7 +180,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
         aggregate: of a step's token rewards, one of `STEP_AGGREGATES`.
     """
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
-    recipe = check(model, policy, trial.task)
+    task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
     folder = output_folder(model, trial.output)
     traces = read_step_traces(data, suite, split=split, limit=trial.limit)
@@ -191,7 +191,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
     reward_model, baseline = load(model, policy)
     result = {"model": model, "data": data, "policy": policy, "fit": fit}
     result |= evaluate_steps(
-        reward_model, traces, fit_traces, policy=baseline, task=recipe.name, aggregate=aggregate, seed=seed
+        reward_model, traces, fit_traces, policy=baseline, task=task_spec.name, aggregate=aggregate, seed=seed
     )
     publish(folder, suite, result, step_tables(result), as_json=trial.as_json)
 
@@ -205,11 +205,11 @@ def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
         aggregate: of a step's token rewards, one of `STEP_AGGREGATES`.
     """
     model, data, policy = trial.model, trial.data, trial.policy
-    recipe = check(model, policy, trial.task)
+    task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
     folder = output_folder(model, trial.output)
-    subset = recipe.subset if data == recipe.dataset else None
-    rows = load_demonstrations(data, recipe, split=split, subset=subset, limit=trial.limit)
+    subset = task_spec.subset if data == task_spec.dataset else None
+    rows = load_demonstrations(data, task_spec, split=split, subset=subset, limit=trial.limit)
     reward_model, baseline = load(model, policy)
     result = {"model": model, "data": data, "policy": policy}
     result |= evaluate_perturbations(reward_model, rows, policy=baseline, aggregate=aggregate, seed=trial.seed)
@@ -267,11 +267,11 @@ def run_calibrate(
     Raises:
         InputError: anything that cannot be read, or too few traces of a kind.
     """
-    recipe = check(model, None, task)
+    task_spec = check(model, None, task)
     folder = Path(model)
     if not folder.is_dir():
         raise InputError(f"{model}: the calibration is written into the model: give a local folder")
-    rows = read_pool(data, recipe, questions)
+    rows = read_pool(data, task_spec, questions)
     groups, left_out = score_pool(load(model, None)[0], rows)
     flat = [c for candidates in groups for c in candidates]
     rewards, correct = [c.reward for c in flat], [bool(c.correct) for c in flat]
