@@ -9,12 +9,21 @@ import pytest
 import torch
 from hypothesis import settings
 
+from helpers.unloadable import guard_weights
 from tracereward.synthetic.arithmetic import build_model, build_tokenizer, generate
 
 torch.set_num_threads(1)
 # Deterministic examples without a deadline: neither chance nor load on the machine may fail a test.
 settings.register_profile("tests", deadline=None, derandomize=True)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _guarded_weights():
+    """See `helpers.unloadable`."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        guard_weights(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="session")

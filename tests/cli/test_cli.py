@@ -1,7 +1,7 @@
 """The command line: error messages for bad input, and the pipeline from samples to scores to a choice.
 
-Bad input is given to `cli.main` in this process, with models without weights: a command that checked its input only
-after loading a model would fail with another error.
+Bad input is given to `cli.main` in this process, with models that cannot be loaded: a command that checked its input
+only after loading a model would fail with another error.
 """
 
 import datetime
@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from helpers.tiny import launcher, options, rows, trap
+from helpers.unloadable import unloadable
 from tracereward import __version__
 from tracereward.cli import app
 from tracereward.commands import score
@@ -40,20 +41,17 @@ TINY = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
-    """Rows, a policy and a reward model without weights, and a reward model with weights."""
+    """Rows, a policy and a reward model that cannot be loaded, and a reward model that can."""
     folder = tmp_path_factory.mktemp("cli")
     write_jsonl(folder / "experts.jsonl", experts)
-    bare = folder / "bare"
-    shutil.copytree(tiny_model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    bare = unloadable(tiny_model_folder, folder / "bare")
     reward_model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(task="arithmetic"), tokenizer)
     with torch.no_grad():
         reward_model.head.w.copy_(
             torch.linspace(-1, 1, len(reward_model.head.w))
         )  # otherwise the reward is only the log-prob
     reward_model.save_pretrained(folder / "reward_model")
-    bare_reward = folder / "bare_reward_model"
-    shutil.copytree(folder / "reward_model", bare_reward)
-    (bare_reward / "model.safetensors").write_bytes(b"")  # cannot be loaded
+    bare_reward = unloadable(folder / "reward_model", folder / "bare_reward_model")
     return SimpleNamespace(
         folder=folder,
         model=tiny_model_folder,
@@ -171,7 +169,7 @@ def test_folders_of_other_content_are_not_overwritten(command, bench, tmp_path):
     (tmp_path / "failed" / "checkpoints").mkdir(parents=True)
     (tmp_path / "failed" / "config.yaml").write_text("learning_rate: 5.0\n")
     (tmp_path / "failed" / "checkpoints" / "batch.json").write_text('{"rows": 3}')
-    refused(command("train", *words(bench, tmp_path / "failed")), "no file named model.safetensors")
+    refused(command("train", *words(bench, tmp_path / "failed")), "were to be loaded")
 
     finished = tmp_path / "finished"
     (finished / "policy").mkdir(parents=True)
@@ -299,7 +297,8 @@ def test_bad_models(command, bench, tmp_path, tokenizer):
     refused(command("train", *words(bench, run, model_name_or_path=empty)), empty, "config.json is missing")
     foreign = tmp_path / "foreign"
     shutil.copytree(bench.bare, foreign)
-    other = Tokenizer(models.WordLevel({**tokenizer.get_vocab(), "new": len(tokenizer)}, unk_token="<unk>"))
+    words_of = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    other = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*words_of[:-1], "new"])}, unk_token="<unk>"))
     other.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=other, eos_token="<eos>").save_pretrained(foreign)
     refused(command("train", *words(bench, run, warmup_model=foreign)), "different tokenizers", bench.bare, foreign)
@@ -352,7 +351,7 @@ def test_invalid_reward_models_are_refused(command, bench, tmp_path, name):
         partial = tmp_path / missing
         shutil.copytree(bench.bare_reward, partial)
         (partial / missing).unlink()
-        refused(command(name, partial, data), "not a complete reward model", f"{missing} missing")
+        refused(command(name, partial, data), partial, missing, "missing")
     damaged = tmp_path / "damaged"
     shutil.copytree(bench.bare_reward, damaged)
     (damaged / "tracereward.json").write_text('{"head": ')
@@ -493,9 +492,8 @@ def test_top_p_outside_its_range_is_refused(command, bench):
 
 def test_policy_and_reference_must_be_causal_lms(command, bench, token_reward_model, tmp_path):
     """A token classifier (for example a reward model with a token head) would be loaded with a random LM head."""
-    bare = tmp_path / "bare"
-    shutil.copytree(token_reward_model, bare)
-    (bare / "model.safetensors").write_bytes(b"")
+    bare = unloadable(token_reward_model, tmp_path / "bare")
+    (bare / "tracereward.json").unlink()
     given, kind = ["--task", "arithmetic", "--data", bench.experts], f"{bare}: is a LlamaForTokenClassification"
     refused(command("sample", bare, *given), kind)
     refused(command("evaluate", "policy", bare, *given), kind)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.scripted_policy import WORDS, word_tokenizer
 from helpers.tiny import launcher, rows, trap
+from helpers.unloadable import unloadable
 from tracereward.cli import app
 from tracereward.commands.correct import correction_summary
 from tracereward.errors import RunFailed
@@ -43,7 +43,7 @@ FIELDS = {"question", "prompt", "completion", "answer", "extracted", "correct", 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
-    """Rows, a reward model, and a policy and a reward model without weights."""
+    """Rows, a reward model, and a policy and a reward model that cannot be loaded."""
     folder = tmp_path_factory.mktemp("guided")
     write_jsonl(folder / "experts.jsonl", experts[:3])
     settings = RewardSettings(task="arithmetic", head="token")
@@ -52,9 +52,8 @@ def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
         head = reward_model.head_weight
         head.copy_(torch.linspace(-1, 1, head.numel()).view_as(head))
     reward_model.save_pretrained(folder / "reward_model")
-    shutil.copytree(tiny_model_folder, folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copytree(folder / "reward_model", folder / "bare_reward_model")
-    (folder / "bare_reward_model" / "model.safetensors").write_bytes(b"")  # cannot be loaded
+    unloadable(tiny_model_folder, folder / "bare")
+    unloadable(folder / "reward_model", folder / "bare_reward_model")
     words = word_tokenizer(WORDS, r"[abc\n]")
     build_model(words, seed=0, hidden_size=16, layers=1, heads=2).save_pretrained(folder / "other")
     words.save_pretrained(folder / "other")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification
 
+from helpers.unloadable import unloadable
 from tracereward.cli.app import app
 from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
@@ -165,7 +166,7 @@ def test_command(tiny_model_folder, tokenizer, tmp_path):
     assert "Distilled from a reward model with head `implicit`" in (tmp_path / "out" / "README.md").read_text()
     with pytest.raises(InputError, match="exists already"):
         CliRunner().invoke(app, words, catch_exceptions=False)
-    (tmp_path / "rm" / "model.safetensors").write_bytes(b"")  # cannot be loaded: the errors below come first
+    words[1] = str(unloadable(tmp_path / "rm", tmp_path / "bare"))  # the errors below come first
     words[5] = str(tmp_path / "more" / "out")
     for rate in ("0", "-1", "nan", "1e9"):
         with pytest.raises(InputError, match="--learning-rate must be above 0 and at most 1"):

@@ -1,4 +1,5 @@
-"""Finding, checking and loading models, with clear errors: every `from_pretrained` of a model or configuration.
+"""Finding, checking and loading models, with clear errors: every `from_pretrained` of a model, configuration or
+tokenizer.
 
 `load_model` is strict: transformers fills weights that a checkpoint lacks with random numbers and only logs it. The
 checks load the model on the meta device, which reads names and shapes of weights, not the weights.
@@ -14,7 +15,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import deepspeed
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -263,6 +271,33 @@ def new_classifier(name: str | Path, **kwargs: Any) -> PreTrainedModel:
             f"{name}: transformers has no token-classification class for this architecture; use --head action"
         )
     return load_model(CLASSIFIER, name, NEW_HEAD, config=config, **kwargs)
+
+
+def read_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokenizerBase:
+    """A tokenizer that pads at the left, checked to fit the embedding of the model that it is stored with.
+
+    Raises:
+        InputError: it cannot be loaded, or has ids that the embedding lacks.
+    """
+    source = _source(name)
+    with _explained(name, "the tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
+    folder = Path(source)
+    if folder.is_dir():
+        files = type(tokenizer).vocab_files_names.values()
+        if not any((folder / file).is_file() for file in (*files, "tokenizer.json")):
+            raise InputError(f"{name}: no tokenizer: tokenizer.json is missing")
+        if not (folder / "config.json").is_file():
+            return tokenizer
+    rows = read_config(name, revision=revision).get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        raise InputError(
+            f"{name}: its tokenizer has ids up to {largest}, and the embedding has {rows} rows: call "
+            "resize_token_embeddings(len(tokenizer)) on the model and save it again, or use the tokenizer it was "
+            "trained with"
+        )
+    return tokenizer
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

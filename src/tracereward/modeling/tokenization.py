@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tracereward.errors import InputError, check_choice, first_line
+from tracereward.errors import InputError, check_choice
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -114,14 +114,11 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
     """A tokenizer that pads at the left and has a padding and an end-of-sequence token.
 
     Raises:
-        InputError: it cannot be loaded, or has no end-of-sequence token.
+        InputError: it cannot be loaded, has tokens that the model's embedding lacks, or no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
+    from tracereward.modeling.loading import read_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
-    except Exception as error:
-        raise InputError(f"{name}: the tokenizer cannot be loaded ({first_line(error)})") from error
+    tokenizer = read_tokenizer(name, revision=revision)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
     if tokenizer.pad_token_id is None:

@@ -105,6 +105,13 @@ class SafeTrainer(Trainer):
         self._load_best_model()
         return folder.name
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint without all weights; tied ones, which are not stored twice, are not missing."""
+        tied = set(self.accelerator.unwrap_model(self.model).all_tied_weights_keys)
+        wrong = sorted(set(load_result.missing_keys) - tied) + sorted(load_result.unexpected_keys)
+        if wrong:
+            raise RunFailed(f"the checkpoint does not fit the model: {', '.join(wrong[:3])}")
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         prepared = super()._prepare_for_training(*args, **kwargs)
         gather_head_for_gradient(self.accelerator.unwrap_model(self.model))
