@@ -24,7 +24,8 @@ from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import lowest_steps, self_correct, threshold_of
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.log_probs import mean_log_probs
-from tracereward.modeling.tokenization import load_tokenizer, pad_id, render_prompt
+from tracereward.modeling.rendering import render_prompt
+from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import check_reward_model
@@ -156,7 +157,7 @@ def corrected_rows(
             raise InputError(f"{where}: correct needs a completion in each row; `tracereward sample` writes it")
     check_model(model)
     tokenizer = load_tokenizer(model)
-    prompts = [render_prompt(tokenizer, row["prompt"], settings.template, where) for where, row in rows]
+    prompts = [render_prompt(tokenizer, row["prompt"], settings.rendering, where) for where, row in rows]
     guide = load_guide(
         model,
         tokenizer,

@@ -19,7 +19,8 @@ from tracereward.evaluate.steps import position_limit
 from tracereward.files import without_nan
 from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, spearman, within_prompt_auroc
 from tracereward.modeling.log_probs import mean_log_probs
-from tracereward.modeling.tokenization import pad_id, render_prompt
+from tracereward.modeling.rendering import render_prompt
+from tracereward.modeling.tokenization import pad_id
 from tracereward.reports.tables import Table
 from tracereward.rewards.calibration import METHODS as CALIBRATIONS
 from tracereward.rewards.calibration import (
@@ -58,8 +59,8 @@ def score_pool(
         RunFailed: a reward or a log-prob is not finite.
     """
     limit = position_limit(model.backbone, policy)
-    tokenizer, template = model.tokenizer, model.settings.template
-    prompts = {id(row): render_prompt(tokenizer, row.prompt, template, row.where) for row in rows}
+    tokenizer, rendering = model.tokenizer, model.settings.rendering
+    prompts = {id(row): render_prompt(tokenizer, row.prompt, rendering, row.where) for row in rows}
     questions, skipped = [], 0
     with tqdm(total=len(rows), desc="scored", unit="", file=sys.stderr) as progress:
         for chunk in _chunks(rows):

@@ -22,7 +22,7 @@ from tracereward.data.trace_rows import check_facts
 from tracereward.errors import InputError, RunFailed
 from tracereward.metrics import within_prompt_auroc
 from tracereward.modeling.batching import token_budget_batches
-from tracereward.modeling.tokenization import render_prompt
+from tracereward.modeling.rendering import render_prompt
 from tracereward.rewards.heads import reads_log_probs
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
@@ -87,7 +87,7 @@ def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardMo
     """
     found = []
     for where, row in rows:
-        prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.template, where)
+        prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.rendering, where)
         finished = row.get("finished") is not False
         trace = model.encode(Trace(where=where, prompt=prompt, completion=row["completion"], finished=finished))
         ids = {"prompt": tuple(trace.prompt), "completion": tuple(trace.completion)}
