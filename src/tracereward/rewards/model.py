@@ -43,7 +43,7 @@ from tracereward.modeling.log_probs import (
 )
 from tracereward.modeling.rendering import render
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
-from tracereward.rewards.heads import ActionHead, reads_log_probs
+from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds
 from tracereward.rewards.scorer import Scorer
@@ -176,7 +176,8 @@ class TokenRewardModel(nn.Module, Scorer):
         if shared is None:
             return self.values_and_log_probs(batch)[0]
         if not reads_log_probs(self.settings.head):
-            return shared_classifier_logits(self.backbone, batch, shared)[..., 0].float()
+            with self._exact_classifier():
+                return shared_classifier_logits(self.backbone, batch, shared)[..., 0].float()
         log_probs, hidden = shared_log_probs(self.backbone, batch, shared)
         return log_probs if self.head is None else self.head(log_probs, hidden)
 
@@ -190,14 +191,19 @@ class TokenRewardModel(nn.Module, Scorer):
         if reads_log_probs(self.settings.head):
             log_probs, hidden = completion_log_probs(self.backbone, batch, inputs_embeds)
             return (log_probs if self.head is None else self.head(log_probs, hidden)), log_probs
-        output = self.backbone(
-            input_ids=batch.input_ids if inputs_embeds is None else None,
-            inputs_embeds=inputs_embeds,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        with self._exact_classifier():
+            output = self.backbone(
+                input_ids=batch.input_ids if inputs_embeds is None else None,
+                inputs_embeds=inputs_embeds,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
         return output.logits[:, -batch.completion_mask.size(1) :, 0].float(), None
+
+    def _exact_classifier(self) -> contextlib.AbstractContextManager[None]:
+        assert self.head_weight is not None
+        return classifier_outside_autocast(self.backbone, self.head_weight.dtype)
 
     def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
         """Pad token ids into a `Batch` on this model's device, with step ends if the granularity needs them."""

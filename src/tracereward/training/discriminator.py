@@ -182,6 +182,7 @@ class Discriminator:
         if self.options.spectral_norm:
             assert self.model.head_weight is not None
             limit_spectral_norm(self.model.head_weight)
+        self._weights_changed()
         self.updates += 1
         decay = ema_decay(self.options.discriminator_ema, self.updates)
         for name, average in self.average.items():
@@ -348,6 +349,11 @@ class Discriminator:
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self.parameters[name].copy_(shard_like(value, self.parameters[name]))
+        self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        """Forget autocast's casts of the old weights: it keeps them until its outermost context ends."""
+        torch.clear_autocast_cache()
 
     def _add_up(self, sums: Tensor) -> None:
         """Sum gradients and `sums` over processes, in place; FSDP2 has already summed those of sharded weights."""
