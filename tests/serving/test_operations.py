@@ -144,7 +144,7 @@ def test_nothing_in_a_request_is_opened(model):
             assert client.post("/v1/score", json=text).status_code == 200
             assert_error(client.post("/v1/score", json={**text, "model": given}), 404, "", "model_not_found", "model")
             assert_error(client.post("/v1/score", json={**text, "upstream": given}), 422, param="upstream")
-            ranked = client.post("/v1/rerank", json={"query": given, "documents": [given], "upstream": given})
+            ranked = client.post("/v1/rerank", json={"query": given, "documents": [{"text": given, "url": given}]})
             assert ranked.status_code == 200
             assert client.get("/page/" + given.replace("/", "%2F")).status_code == 404
             assert client.get("/page/../" * 3 + given).status_code == 404
