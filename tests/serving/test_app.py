@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
 from scipy.special import expit
 
 from helpers.served import assert_error, client_of, close, save_reward_model, traces

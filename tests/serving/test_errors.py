@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
 from helpers.served import JSON, assert_error, client_of, save_reward_model, traces
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.serving.middleware import Guard
@@ -35,11 +35,11 @@ def test_api_key_is_required(model):
             response = client.get("/v1/models", headers={} if given is None else {"authorization": given})
             assert_error(response, 401, "key", "invalid_api_key")
             assert response.headers["www-authenticate"] == "Bearer"
-        for path in ("/nothing", "/page/nothing", "/metrics/nothing"):
+        for path in ("/nothing", "/page/nothing", "/metrics/nothing", "/docs/nothing", "/docs/filesx"):
             assert client.get(path).status_code == 401
         for path in ("/v1/score", "/v1/rerank", "/v2/rerank", "/rerank", "/pooling", "/classify"):
             assert client.post(path, json={}).status_code == 401
-        operations = ("/health", "/ready", "/metrics", "/docs", "/redoc", "/openapi.json")
+        operations = ("/health", "/ready", "/metrics", "/docs", "/docs/files/swagger-ui.css", "/openapi.json")
         for path in ("/", "/page/page.js", "/page/page.css", *operations):
             assert client.get(path).status_code == 200
         for scheme in ("Bearer", "bearer", "BEARER"):  # RFC 9110: the scheme's case does not matter

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from scipy.special import expit
 
@@ -22,7 +23,7 @@ from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 from tracereward.serving.errors import add_errors
 from tracereward.serving.json_body import JsonRoute
-from tracereward.serving.middleware import Counted, Guard
+from tracereward.serving.middleware import DOCS, DOCS_FILES, Counted, Guard
 from tracereward.serving.proxy import Proxy
 from tracereward.serving.schemas import (
     Class,
@@ -57,7 +58,10 @@ def create_app(model: Scorer, settings: Settings) -> FastAPI:
         if proxy is not None:
             await proxy.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # its page of the API's description loads nothing from the internet
+        docs_url=DOCS,
+        redoc_url=None,
+        static_url=DOCS_FILES,
         title="tracereward",
         version=__version__,
         description="Token-level rewards of reasoning traces, reranking, and best-of-N.",
