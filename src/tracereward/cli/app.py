@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -98,8 +99,11 @@ def sample(
     task: Annotated[str, typer.Option(help="Task that reads the rows and checks answers.")] = "generic",
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="Completions per prompt. Default: 8.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy decoding. Default: 1.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling. Default: 1, all tokens.")] = None,
+    use_generation_config: Annotated[
+        bool, typer.Option(help="Sample as the policy's generation_config.json recommends. Default: ignore it.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
@@ -130,7 +134,15 @@ def sample(
     from tracereward.commands.sample import run_sample
     from tracereward.commands.sample_guided import Guidance, guide_options
     from tracereward.generation.params import SamplingParams
+    from tracereward.generation.settings import recommended_options
 
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, **given)
+    if use_generation_config:
+        if guide is not None:
+            raise InputError("--guide samples from the policy itself: remove --use-generation-config")
+        sampling = dataclasses.replace(sampling, **recommended_options(model, given))
     options = {"beam": beam, "expansions": expansions, "lookahead": lookahead, "keep": keep, "alpha": alpha}
     options["top_k"] = top_k
     guidance = None
@@ -144,9 +156,7 @@ def sample(
     run_sample(
         model,
         Questions(data=data, task=task, split=split, limit=limit, template=template),
-        SamplingParams(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
-        ),
+        sampling,
         n=n or 8,
         guidance=guidance,
         output=output,

@@ -101,7 +101,7 @@ def run_correct(
     origin = None
     if output is not None:
         options: dict[str, Any] = {**asdict(correcting), **asdict(sampling)}
-        del options["batch_size"]
+        del options["batch_size"], options["settings"]
         models = {"model": model, "--reward-model": options.pop("reward_model")}
         models["--reference"] = options.pop("reference")
         origin = origin_of("correct", models, data, **options)

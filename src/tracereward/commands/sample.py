@@ -51,6 +51,8 @@ def run_sample(
     models = {"model": model, "--reward-model": None, "--reference": None}
     options: dict[str, Any] = {**asdict(questions), **asdict(sampling)}
     data = options.pop("data")
+    if not sampling.settings:  # outputs of earlier versions have none
+        del options["settings"]
     if guidance is None:  # a batch has one random seed, so rows depend on its size
         options["n"] = n
     else:

@@ -10,8 +10,11 @@ each batch. None of this applies to vLLM.
 Under bfloat16 autocast, rotary attention yields float32 keys and bfloat16 values, which a static cache does not
 support, and each step casts all weights again. Rollouts are then sampled by a bfloat16 copy of the policy, which is
 updated before each batch, as vLLM's is.
+
+The policy's ``generation_config.json`` has no part in it, see `generation.settings`: TRL leaves some fields to it.
 """
 
+import contextlib
 import copy
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from tracereward.errors import InputError
+from tracereward.generation.settings import only
 from tracereward.modeling.tokenization import encode_prompt
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.micro_batches import by_length, may_change_places, may_shift, window
@@ -81,8 +85,14 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         if self.half is not None:
             self._refresh(self.half)
             self.model_wrapped = self.half
+        alone = contextlib.nullcontext()
+        if (
+            not self.use_vllm
+        ):  # vLLM gets complete sampling parameters from TRL, and of the model's file only end tokens
+            alone = only(self.accelerator.unwrap_model(self.model_wrapped), self.generation_config)
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            with alone:
+                return super()._generate_single_turn(*args, **kwargs)
         finally:
             self.pad_to_multiple_of, self.model_wrapped = padded, wrapped
 
