@@ -17,6 +17,7 @@ from tracereward.commands.partial_output import (
 )
 from tracereward.commands.sample_guided import load_guide
 from tracereward.console import say
+from tracereward.data.labels import judge
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
 from tracereward.files import write_jsonl
@@ -196,14 +197,17 @@ def corrected_rows(
             # An unchanged trace keeps its text: decoding its tokens may differ slightly.
             text = row["completion"] if new.ids == old else str(tokenizer.decode(new.ids, skip_special_tokens=True))
             gold = gold_of(row)
+            before = judge(row, row["completion"], task, gold)
+            # A label is of the trace as it was: it holds for an unchanged one only.
+            after = before if new.ids == old else judge({}, text, task, gold)
             out.append(
                 {
                     **{name: row[name] for name in ("question", "prompt") if name in row},
                     "completion": text,
                     "answer": row.get("answer"),
-                    "extracted": task.extract(text),
-                    "correct_before": None if gold is None else task.verify(row["completion"], gold),
-                    "correct": None if gold is None else task.verify(text, gold),
+                    "extracted": after.answer,
+                    "correct_before": before.correct,
+                    "correct": after.correct,
                     "finished": new.finished,
                     "length": len(new.ids),
                     "logprob": log_prob,
@@ -225,7 +229,8 @@ def correction_summary(rows: Sequence[dict[str, Any]]) -> str:
     tokens = sum(row["sampled_tokens"] for row in rows)
     changed = sum(row["reward"] > row["reward_before"] for row in rows)
     text = f"{len(rows)} traces, {changed} changed, {tokens} tokens sampled"
-    known = [(row["correct_before"], row["correct"]) for row in rows if row["correct"] is not None]
+    pairs = [(row["correct_before"], row["correct"]) for row in rows]
+    known = [pair for pair in pairs if None not in pair]
     if known:
         before, after = (sum(pair[side] for pair in known) for side in (0, 1))
         broken, repaired = known.count((True, False)), known.count((False, True))
