@@ -200,13 +200,13 @@ def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
 def _scored_row(
     model: Scorer, row: dict[str, Any], traces: Sequence[Trace], *, scores: Sequence[TokenScores], calibrated: bool
 ) -> dict[str, Any]:
-    """Add scores to a row."""
+    """Add scores to a row, whose text becomes the one that was read: offsets are places in it."""
     scored = [as_row(found, model, calibrated) for found in scores]
     if "candidates" in row:
-        return {**row, "scores": scored}
+        return {**row, "candidates": [trace.completion for trace in traces], "scores": scored}
     if spans := traces[0].spans:
-        scored[0] |= {"completion": traces[0].completion, "step_rewards": scores[0].span_rewards(spans)}
-    return {**row, **scored[0]}
+        scored[0] |= {"step_rewards": scores[0].span_rewards(spans)}
+    return {**row, "completion": traces[0].completion, **scored[0]}
 
 
 def as_row(scores: TokenScores, model: Scorer, calibrated: bool = True) -> dict[str, Any]:
