@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from tracereward import __version__
 from tracereward.errors import InputError
 from tracereward.files import atomic_folder, atomic_write_json
-from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView
+from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
 from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
 from tracereward.modeling.loading import local_folder
@@ -41,6 +41,7 @@ from tracereward.modeling.log_probs import (
     shared_classifier_logits,
     shared_log_probs,
 )
+from tracereward.modeling.quantized import HEADS, is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import render
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
@@ -83,7 +84,10 @@ class TokenRewardModel(nn.Module, Scorer):
             settings: head, granularity and shaping.
             tokenizer: the backbone's, which must also be the policy's.
             peft_config: LoRA settings; None trains all weights.
-            **kwargs: for `from_pretrained`, e.g. ``dtype``.
+            **kwargs: for `from_pretrained`, e.g. ``dtype``, or with LoRA ``quantization_config``.
+
+        Raises:
+            InputError: quantized weights without LoRA.
         """
         with zero3_disabled():  # the policy may be sharded, the discriminator is not
             if reads_log_probs(settings.head):
@@ -91,12 +95,16 @@ class TokenRewardModel(nn.Module, Scorer):
             else:
                 backbone = _token_classifier(model_name_or_path, **kwargs)
         backbone.config.pad_token_id = tokenizer.pad_token_id
+        if is_quantized(backbone):
+            if peft_config is None:
+                raise InputError("quantized weights cannot be trained: pass LoRA settings as peft_config")
+            prepare_for_lora(backbone)
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             if not reads_log_probs(settings.head):
                 peft_config.task_type = "TOKEN_CLS"
                 # The head is trained in full; "all-linear" would wrap it too and crash.
-                peft_config.exclude_modules = ["score", "classifier"]
+                peft_config.exclude_modules = list(HEADS)
             backbone = get_peft_model(backbone, peft_config)
         return cls(backbone, tokenizer, settings)
 
@@ -238,15 +246,12 @@ class TokenRewardModel(nn.Module, Scorer):
         return rewards
 
     def save_pretrained(self, folder: str | Path, notes: str = "") -> None:
-        """Write the artefact (see the module's docstring) atomically, with LoRA merged.
-
-        A copy is merged: merging in place and undoing it would change the live weights by rounding.
-        """
+        """Write the artefact (see the module's docstring) atomically, with LoRA merged."""
         backbone = self.backbone
         if isinstance(backbone, AdapterView):
             backbone = backbone.merged()
         elif isinstance(backbone, PeftModel):
-            backbone = copy.deepcopy(backbone).merge_and_unload()
+            backbone = merged(backbone)
         with atomic_folder(folder) as target:
             backbone.save_pretrained(target)
             self.tokenizer.save_pretrained(target)
@@ -264,6 +269,10 @@ def _token_classifier(name: str, **kwargs: Any) -> PreTrainedModel:
     config.num_labels = 1
     config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
     config.token_classification_bias = False
+    quantization = copy.copy(kwargs.pop("quantization_config", None))
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = list(HEADS)  # in 4 bits too, despite its name
+        kwargs["quantization_config"] = quantization
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # silences the warning that the new head is untrained
     try:
