@@ -7,7 +7,8 @@ from typing import Any
 
 from tracereward.commands.partial_output import STDOUT, Output, check_output, rows_to, write_row
 from tracereward.commands.score import score_rows
-from tracereward.console import print_json
+from tracereward.console import note, print_json, say
+from tracereward.data.labels import judge, judged_by, judgement_counts
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
 from tracereward.files import without_nan
@@ -82,19 +83,25 @@ def run_rerank(options: RerankOptions) -> None:
         print_json(table)
     elif table is not None:
         print_ranking(table)
+        say(judged_by(table["judged"]))
+    if table is None:
+        counts = judgement_counts(c for candidates in questions for c in candidates)
+        if counts["labelled"] or counts["graded"]:
+            note(f"no accuracies: {counts['unknown']} rows have neither correct nor a gold answer")
 
 
 def candidate_of(row: dict[str, Any], task: Task) -> Candidate:
-    """A scored row as a candidate; its answer is extracted, and verified if the gold answer is known."""
-    text, gold, correct = row["completion"], gold_of(row), row.get("correct")
-    correct = task.verify(text, gold) if gold is not None else None if correct is None else bool(correct)
+    """A scored row as a candidate, judged by `judge`."""
+    text = row["completion"]
+    judged = judge(row, text, task, gold_of(row))
     return Candidate(
         text=text,
-        answer=task.extract(text),
+        answer=judged.answer,
         reward=row["reward"],
         logprob=row.get("logprob"),
         length=len(text),
-        correct=correct,
+        correct=judged.correct,
+        labelled=judged.labelled,
     )
 
 
@@ -119,12 +126,14 @@ def rerank_rows(
 
 def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | None:
     """Accuracies and AUROCs if correctness is known for all candidates, else None."""
-    if any(c.correct is None for candidates in questions for c in candidates):
+    counts = judgement_counts(c for candidates in questions for c in candidates)
+    if counts["unknown"]:
         return None
     rows = ranking_table(questions, task.equal)
     return {
         "questions": len(questions),
         "no_answer": sum(c.answer is None for candidates in questions for c in candidates),
+        "judged": counts,
         "accuracy": {row.label: [row.accuracy, row.low, row.high] for row in rows},
         # JSON has no NaN: an AUROC is undefined if all candidates are correct or all are wrong.
         **without_nan(ranking_aurocs(questions)),

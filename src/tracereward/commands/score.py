@@ -21,7 +21,7 @@ from tracereward.commands.partial_output import (
 from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows, traces_of
 from tracereward.errors import InputError, check_choice
-from tracereward.modeling.tokenization import render_prompt
+from tracereward.modeling.rendering import render_prompt
 from tracereward.rewards.engines import (
     ENGINES,
     check_engine,
@@ -188,7 +188,7 @@ def score_rows(
 
 def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
     """The traces of a row from `candidate_rows`, with the prompt rendered."""
-    prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.template, where)
+    prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.rendering, where)
     texts, finished, spans = traces_of(row, model.settings.step_delimiter)
     return [
         Trace(where=where, prompt=prompt, completion=text, finished=ended, spans=spans)

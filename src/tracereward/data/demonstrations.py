@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_choice
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, row_location
+from tracereward.modeling.rendering import row_location
+from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.tasks.recipes import Task
 
 if TYPE_CHECKING:

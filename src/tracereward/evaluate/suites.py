@@ -1,18 +1,20 @@
 """The suites as commands run them: read and check everything, load models, evaluate, write JSON and a report."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from tracereward.commands.partial_output import check_new
 from tracereward.commands.questions import Questions, load_questions
 from tracereward.commands.sample import sample_rows
-from tracereward.console import note, print_json
+from tracereward.console import note, print_json, warn
 from tracereward.data.demonstrations import load_demonstrations
+from tracereward.data.labels import judged_by, judgement_counts
 from tracereward.errors import InputError, check_choice
 from tracereward.evaluate.figures import pool_figures
 from tracereward.evaluate.first_error import STEP_AGGREGATES
@@ -25,7 +27,7 @@ from tracereward.evaluate.step_data import read_step_traces, split_by_question
 from tracereward.evaluate.steps import evaluate_steps, step_tables
 from tracereward.files import atomic_write_json
 from tracereward.generation.params import SamplingParams
-from tracereward.metrics import auroc
+from tracereward.metrics import auroc, auroc_interval
 from tracereward.modeling.loading import best_device, check_model, local_folder
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
@@ -34,6 +36,9 @@ from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model, write_calibration
 from tracereward.tasks.recipes import Task, get_task
+
+MIN_SPREAD = 0.05
+"""Of the probabilities of a calibration, from the 5th to the 95th percentile; under it `calibrate` warns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +278,24 @@ def run_policy(
     publish(folder, "policy", result, policy_tables(result), as_json=results.as_json)
 
 
+def useless_fit(
+    calibration: Calibration, rewards: Sequence[float], correct: Sequence[bool], prompts: Sequence[int]
+) -> Iterator[str]:
+    """Reasons why a calibration's probabilities do not separate right from wrong traces, on the traces of its fit."""
+    low, high = auroc_interval(rewards, correct, prompts)
+    right = sum(correct)
+    kinds = f"{right} right and {len(correct) - right} wrong traces"
+    if calibration.slope < 0 or not low > 0.5:
+        slope = "" if calibration.method == "isotonic" else f", slope {calibration.slope:.3g}"
+        yield (
+            f"the reward does not rise with correctness beyond chance (AUROC {auroc(rewards, correct):.3f} of {kinds}, "
+            f"95 % interval {low:.3f} to {high:.3f}{slope})"
+        )
+    first, last = np.percentile(calibration.probabilities(rewards), [5, 95])
+    if last - first < MIN_SPREAD:
+        yield f"nine probabilities in ten lie between {first:.3f} and {last:.3f}, whatever the reward"
+
+
 def run_calibrate(
     model: str, data: str, *, questions: str | None, task: str | None, method: str, overwrite: bool = False
 ) -> tuple[Calibration, int]:
@@ -302,12 +325,9 @@ def run_calibrate(
         calibration = fit_calibration(rewards, correct, method)
     except InputError as error:
         raise InputError(f"{data}: {error}") from error
-    area = auroc(rewards, correct)
-    if area < 0.5 or calibration.slope < 0:
-        slope = "" if method == "isotonic" else f", slope {calibration.slope:.3g}"
-        note(
-            f"warning: {data}: the reward does not rise with correctness (AUROC {area:.3f} of {sum(correct)} right and "
-            f"{len(correct) - sum(correct)} wrong traces{slope}): the probabilities say little about other traces"
-        )
+    note(f"{data}: {judged_by(judgement_counts(flat))} {sum(c.answer is None for c in flat)} traces state no answer.")
+    prompts = [index for index, candidates in enumerate(groups) for _ in candidates]
+    for reason in useless_fit(calibration, rewards, correct, prompts):
+        warn(f"{data}: {reason}: the probabilities say little about other traces")
     write_calibration(local_folder(model), calibration)
     return calibration, left_out

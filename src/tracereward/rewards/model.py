@@ -41,7 +41,8 @@ from tracereward.modeling.log_probs import (
     shared_classifier_logits,
     shared_log_probs,
 )
-from tracereward.modeling.tokenization import load_tokenizer, pad_id, render
+from tracereward.modeling.rendering import render
+from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.heads import ActionHead, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds
@@ -276,7 +277,7 @@ def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
     token's logit, without clip, temperature and aggregate. This function returns the rewards of `score`, for any head.
 
     Args:
-        model: scores on its own device; renders prompts (text or messages) with ``settings.template``.
+        model: scores on its own device; renders prompts (text or messages) with ``settings.rendering``.
     """
 
     def tracereward(
@@ -284,7 +285,7 @@ def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
     ) -> list[float]:
         pairs = zip(prompts, completions, strict=True)
         rows = [{"prompt": p, "completion": c, "answer": None, "source": "a rollout"} for p, c in pairs]
-        rendered = render(rows, model.tokenizer, model.settings.template)
+        rendered = render(rows, model.tokenizer, model.settings.rendering)
         eos = model.tokenizer.eos_token_id
         texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
         finished = None

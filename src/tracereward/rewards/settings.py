@@ -1,11 +1,14 @@
 """Settings of a reward model: ``tracereward.json``, and checks of a reward model's folder."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_write_json, read_json
 from tracereward.modeling.loading import local_folder
+from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
 from tracereward.rewards.heads import default_reward_form, subtracts_policy
@@ -33,6 +36,8 @@ class RewardSettings:
         aggregate: how token rewards are reduced to a trace reward.
         task: name of the task whose prompts and answers it was trained on.
         template: ``plain`` or ``chat``.
+        chat_template_kwargs: variables of the chat template, see `Rendering`.
+        date: the day that a chat template which reads the clock wrote in training, see `Rendering`.
         base_model: checkpoint from which the backbone was initialised.
         calibration: map from trace reward to the probability of being correct; None before `tracereward calibrate`.
     """
@@ -49,6 +54,8 @@ class RewardSettings:
     aggregate: str = "mean"
     task: str = "generic"
     template: str = "plain"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str = ""
     base_model: str = ""
     calibration: Calibration | None = None
 
@@ -56,6 +63,7 @@ class RewardSettings:
         check_choice("head", self.head, HEADS)
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("aggregate", self.aggregate, AGGREGATES)
+        check_choice("template", self.template, TEMPLATES)
         if self.interval < 1:
             raise InputError(f"interval must be at least 1, not {self.interval}")
         if not self.beta_clip > 0:  # also rejects NaN
@@ -65,6 +73,11 @@ class RewardSettings:
         check_choice("reward_form", self.form, REWARD_FORMS)
         if self.form == "f" and not subtracts_policy(self.head):
             raise InputError(f"reward_form f is for the heads airl and implicit; with head {self.head} use logit")
+
+    @property
+    def rendering(self) -> Rendering:
+        """How prompts become text."""
+        return Rendering(template=self.template, chat_template_kwargs=self.chat_template_kwargs, date=self.date)
 
     @property
     def form(self) -> str:
@@ -113,7 +126,7 @@ def read_settings(folder: str | Path) -> RewardSettings:
         raise InputError(f"{folder} is not a reward model: {SETTINGS_FILE} is missing. `tracereward train` writes one.")
     try:
         stored = read_json(path)
-        known = {field.name for field in fields(RewardSettings)}
+        known = {one.name for one in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
         settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from scipy.special import expit
 
 from tracereward.errors import InputError
-from tracereward.modeling.tokenization import render_prompt
+from tracereward.modeling.rendering import render_prompt
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.engine import Engine
@@ -125,13 +125,13 @@ class Service:
     def render(self, prompt: str | list[Message]) -> str:
         """Render a prompt for the reward model; `InputError` if its template cannot."""
         given: Any = prompt if isinstance(prompt, str) else [message.model_dump() for message in prompt]
-        template = self.model.settings.template
-        if template == "plain" and not isinstance(given, str):
+        rendering = self.model.settings.rendering
+        if rendering.template == "plain" and not isinstance(given, str):
             users = [message["content"] for message in given if message["role"] == "user"]
             if len(users) != 1 or any(message["role"] not in ("user", "system") for message in given):
                 raise InputError("the reward model was trained on plain prompts: send a text or one user message")
             given = users[0]
-        return render_prompt(self.model.tokenizer, given, template, "prompt")
+        return render_prompt(self.model.tokenizer, given, rendering, "prompt")
 
     def check(self, model: str | None, candidates: int, field: str | None = None) -> None:
         """Reject an unknown model name, and more candidates (in `field`) than the limit."""
