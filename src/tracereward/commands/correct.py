@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tracereward.commands.partial_output import (
+    STDOUT,
+    Output,
+    check_output,
     complete_rows,
     is_finished,
     origin_of,
@@ -81,8 +84,7 @@ def run_correct(
     correcting: Correcting,
     sampling: SamplingParams,
     *,
-    output: str | None = None,
-    resume: bool = False,
+    output: Output = STDOUT,
 ) -> None:
     """Self-correct the traces in `data`, write one JSON row each and print a summary.
 
@@ -91,28 +93,27 @@ def run_correct(
         data: file of the rows.
         correcting: options of self-correction.
         sampling: how continuations are sampled.
-        output: JSONL file; None or ``-`` is stdout.
-        resume: resume an unfinished output.
+        output: where the rows go.
 
     Raises:
-        InputError: see `corrected_rows`; or the unfinished output is from another run.
+        InputError: see `corrected_rows` and `check_output`; or the unfinished output is from another run.
     """
+    check_output(output, model, data, correcting.reward_model, correcting.reference)
     done: list[dict[str, Any]] = []
     origin = None
-    if output is not None:
+    if not output.to_stdout:
         options: dict[str, Any] = {**asdict(correcting), **asdict(sampling)}
         del options["batch_size"], options["settings"]
         models = {"model": model, "--reward-model": options.pop("reward_model")}
         models["--reference"] = options.pop("reference")
         origin = origin_of("correct", models, data, **options)
-    if resume:
-        if is_finished(output):
-            return
-        if part := unfinished(output, origin):
-            done = finished_corrections(part, sampling.prompts_together(correcting.k))
-            say(f"resuming after {len(done)} rows")
+    if is_finished(output):
+        return
+    if part := unfinished(output, origin):
+        done = finished_corrections(part, sampling.prompts_together(correcting.k))
+        say(f"resuming after {len(done)} rows")
     chunks = corrected_rows(model, data, correcting, sampling, done=len(done))
-    with rows_to(output, append=resume, origin=origin) as file:
+    with rows_to(output, origin) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)
