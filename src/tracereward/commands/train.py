@@ -16,8 +16,8 @@ from trl import ModelConfig, SFTTrainer, get_peft_config
 from tracereward.console import is_main_process, note
 from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
 from tracereward.errors import InputError
-from tracereward.modeling.distributed import frozen_copy, zero3_disabled
-from tracereward.modeling.loading import check_model
+from tracereward.modeling.distributed import zero3_disabled
+from tracereward.modeling.loading import check_model, frozen_copy
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.rendering import Rendering, render, render_prompt
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id, same_tokenizer
