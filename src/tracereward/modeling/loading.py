@@ -36,7 +36,6 @@ from tracereward.modeling.model_folder import (
     damaged_json,
     dtypes,
 )
-from tracereward.modeling.quantized import HEADS
 
 BackboneClass = type[AutoModelForCausalLM] | type[AutoModelForTokenClassification]
 CAUSAL_LM = AutoModelForCausalLM
@@ -261,7 +260,7 @@ def new_classifier(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     config.token_classification_bias = False
     quantization = copy.copy(kwargs.pop("quantization_config", None))
     if quantization is not None:
-        quantization.llm_int8_skip_modules = list(HEADS)  # in 4 bits too, despite its name
+        quantization.llm_int8_skip_modules = list(NEW_HEAD)  # in 4 bits too, despite its name
         kwargs["quantization_config"] = quantization
     if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
         raise InputError(

@@ -8,9 +8,6 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-HEADS = ("score", "classifier")
-"""Names that transformers gives to the head of a token classifier."""
-
 
 def is_quantized(model: Any) -> bool:
     """Whether a model's weights are quantized; also of a PEFT model, by its base model."""

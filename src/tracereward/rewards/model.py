@@ -27,7 +27,7 @@ from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
 from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
-from tracereward.modeling.loading import load_causal_lm, load_model, local_folder, new_classifier
+from tracereward.modeling.loading import NEW_HEAD, load_causal_lm, load_model, local_folder, new_classifier
 from tracereward.modeling.log_probs import (
     can_share_prompts,
     completion_log_probs,
@@ -104,7 +104,7 @@ class TokenRewardModel(nn.Module, Scorer):
             if not reads_log_probs(settings.head):
                 peft_config.task_type = "TOKEN_CLS"
                 # The head is trained in full; "all-linear" would wrap it too and crash.
-                peft_config.exclude_modules = list(HEADS)
+                peft_config.exclude_modules = list(NEW_HEAD)
             backbone = get_peft_model(backbone, peft_config)
         return cls(backbone, tokenizer, settings)
 
