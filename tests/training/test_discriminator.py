@@ -482,7 +482,8 @@ def test_updates_per_batch(make, rollouts):
     """`discriminator_updates` a batch, or one update every `discriminator_every` batches: the two are not confused."""
     assert updates_after(make(discriminator_updates=3), rollouts, 4) == [3, 6, 9, 12]
     assert updates_after(make(discriminator_every=2), rollouts, 4) == [0, 1, 1, 2]
-    assert updates_after(make(discriminator_updates=0), rollouts, 2) == [0, 0]
+    frozen = make(discriminator_updates=0, discriminator_every=4, replay_share=0.5)
+    assert updates_after(frozen, rollouts, 5) == [0] * 5
 
 
 def test_count_of_skipped_batches_is_restored(make, rollouts):

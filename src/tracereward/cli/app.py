@@ -15,9 +15,9 @@ import typer.core
 
 from tracereward import __version__
 from tracereward.cli.evaluate import suites
-from tracereward.cli.reward import commands
+from tracereward.cli.reward import Overwrite, Resume, commands
 from tracereward.cli.serve import server
-from tracereward.console import say
+from tracereward.console import open_streams, say
 from tracereward.errors import InputError, Interrupted, RunFailed
 
 
@@ -110,7 +110,8 @@ def sample(
     template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
     batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
-    resume: Annotated[bool, typer.Option(help="Resume an unfinished --output.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     guide: Annotated[str | None, typer.Option(help="Decoding guided by --reward-model: beam, reject or tilt.")] = None,
     reward_model: Annotated[str | None, typer.Option(help="With --guide: folder or Hub id; same tokenizer.")] = None,
     beam: Annotated[int | None, typer.Option(min=1, help="With beam: partial traces kept. Default: 4.")] = None,
@@ -130,6 +131,7 @@ def sample(
     ] = None,
 ) -> None:
     """Sample completions from a policy: one JSON row each."""
+    from tracereward.commands.partial_output import Output
     from tracereward.commands.questions import Questions
     from tracereward.commands.sample import run_sample
     from tracereward.commands.sample_guided import Guidance, guide_options
@@ -159,8 +161,7 @@ def sample(
         sampling,
         n=n or 8,
         guidance=guidance,
-        output=output,
-        resume=resume,
+        output=Output(path=output, resume=resume, overwrite=overwrite),
     )
 
 
@@ -190,6 +191,7 @@ app.add_typer(suites, name="evaluate")
 
 def main(application: typer.Typer = app) -> NoReturn:
     """Entry point. Exit codes: 0 success, 1 failed run, 2 bad input or usage, 130 interrupted."""
+    open_streams()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Deprecated transformers names that TRL still uses: users cannot fix these.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

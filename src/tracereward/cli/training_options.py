@@ -11,6 +11,7 @@ from tracereward.errors import InputError, nearest
 from tracereward.files import nearest_path
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RETIRED, RewardConfig, SupervisedConfig
+from tracereward.training.option_rules import check_job
 from tracereward.training.options import DataArguments
 
 CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}
@@ -53,6 +54,7 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
         raise
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
+    check_job(kind, data, config, model)
     return data, config, model, resume
 
 

@@ -29,11 +29,11 @@ from tracereward.modeling.distributed import broadcast_object, is_peer_failure
 from tracereward.reports.report import Report, write_report
 from tracereward.runs.disk import explain_full_disk
 from tracereward.runs.job import CHECKPOINTS, Job
-from tracereward.runs.same_run import check_same_batch, check_same_run, option_defaults, resolved
+from tracereward.runs.same_run import check_same_batch, check_same_run, resolved
 from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.training.checkpoints import SafeTrainer, kept, last_complete_checkpoint
 from tracereward.training.config import PolicyConfig
-from tracereward.training.options import DataArguments
+from tracereward.training.options import DataArguments, option_defaults
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -51,15 +51,6 @@ MAY_CHANGE = {
 }
 
 
-def option_defaults(*classes: type) -> dict[str, Any]:
-    """The default of every option of these dataclasses."""
-    return {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for cls in classes
-        for field in dataclasses.fields(cls)
-    }
-
-
 def check_same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any], folder: Path) -> None:
     """Refuse to resume a run with other options.
 

@@ -62,6 +62,10 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
             for module in self.half.modules():  # otherwise TRL's fused forward of the copy would call the policy's
                 module.__dict__.pop("forward", None)
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """As `encode_prompt`: TRL would keep an end-of-sequence token that a tokenizer adds behind every text."""
+        return [encode_prompt(self._tokenizer, prompt) for prompt in prompts], None, {}
+
     def _prepare_inputs(self, inputs: Any) -> Any:
         before = self._buffered_inputs
         prepared = super()._prepare_inputs(inputs)

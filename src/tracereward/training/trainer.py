@@ -23,7 +23,8 @@ from tracereward.console import warn
 from tracereward.errors import InputError
 from tracereward.modeling.adapters import POLICY, AdapterView
 from tracereward.modeling.batching import Batch, pack
-from tracereward.modeling.distributed import frozen_copy, is_distributed, is_sharded, shard
+from tracereward.modeling.distributed import is_distributed, is_sharded, shard
+from tracereward.modeling.loading import frozen_copy
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, eos_ids, pad_id
 from tracereward.rewards.heads import subtracts_policy

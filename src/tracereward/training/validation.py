@@ -11,7 +11,7 @@ from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import generate
-from tracereward.modeling.tokenization import render_prompt
+from tracereward.modeling.rendering import Rendering, render_prompt
 from tracereward.tasks.recipes import Task
 from tracereward.training.options import DataArguments
 
@@ -79,7 +79,9 @@ def load_validation(
         return None
     split = data.validation_dataset_split
     questions = load_demonstrations(data.validation_dataset_name, task, split=split, require_completion=False)
-    rendered = [render_prompt(tokenizer, row["prompt"], data.template, row["source"]) for row in questions]
+    rendered = [
+        render_prompt(tokenizer, row["prompt"], Rendering(template=data.template), row["source"]) for row in questions
+    ]
     trained_on = {row["prompt"]: row["source"] for row in rows}
     for row, prompt in zip(questions, rendered, strict=True):
         if row["answer"] is None:
