@@ -266,6 +266,10 @@ def new_classifier(name: str | Path, **kwargs: Any) -> PreTrainedModel:
     config.num_labels = 1
     config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
     config.token_classification_bias = False
+    quantization = copy.copy(kwargs.pop("quantization_config", None))
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = list(NEW_HEAD)  # in 4 bits too, despite its name
+        kwargs["quantization_config"] = quantization
     if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
         raise InputError(
             f"{name}: transformers has no token-classification class for this architecture; use --head action"

@@ -1,7 +1,9 @@
 """Settings of a reward model: ``tracereward.json``, and checks of a reward model's folder."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -10,6 +12,7 @@ from tracereward.errors import InputError, check_choice, first_line
 from tracereward.files import atomic_write_json, read_json
 from tracereward.modeling.loading import CAUSAL_LM, CLASSIFIER, BackboneClass, check_weights, local_folder, read_config
 from tracereward.modeling.model_folder import REWARD_MODEL, SETTINGS_FILE, check_folder
+from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
 from tracereward.rewards.heads import ActionHead, default_reward_form, reads_log_probs, subtracts_policy
@@ -36,6 +39,8 @@ class RewardSettings:
         aggregate: how token rewards are reduced to a trace reward.
         task: name of the task whose prompts and answers it was trained on.
         template: ``plain`` or ``chat``.
+        chat_template_kwargs: variables of the chat template, see `Rendering`.
+        date: the day that a chat template which reads the clock wrote in training, see `Rendering`.
         base_model: checkpoint from which the backbone was initialised.
         calibration: map from trace reward to the probability of being correct; None before `tracereward calibrate`.
     """
@@ -52,6 +57,8 @@ class RewardSettings:
     aggregate: str = "mean"
     task: str = "generic"
     template: str = "plain"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str = ""
     base_model: str = ""
     calibration: Calibration | None = None
 
@@ -59,6 +66,7 @@ class RewardSettings:
         check_choice("head", self.head, HEADS)
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("aggregate", self.aggregate, AGGREGATES)
+        check_choice("template", self.template, TEMPLATES)
         if self.interval < 1:
             raise InputError(f"interval must be at least 1, not {self.interval}")
         if not self.beta_clip > 0:  # also rejects NaN
@@ -68,6 +76,11 @@ class RewardSettings:
         check_choice("reward_form", self.form, REWARD_FORMS)
         if self.form == "f" and not subtracts_policy(self.head):
             raise InputError(f"reward_form f is for the heads airl and implicit; with head {self.head} use logit")
+
+    @property
+    def rendering(self) -> Rendering:
+        """How prompts become text."""
+        return Rendering(template=self.template, chat_template_kwargs=self.chat_template_kwargs, date=self.date)
 
     @property
     def form(self) -> str:
@@ -142,7 +155,7 @@ def read_settings(folder: str | Path) -> RewardSettings:
         stored = read_json(path)
         if stored.get("kind", REWARD_MODEL) != REWARD_MODEL:
             raise InputError(_not_a_reward_model(folder, f"it is a {stored['kind']}"))
-        known = {field.name for field in fields(RewardSettings)}
+        known = {one.name for one in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
         settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})

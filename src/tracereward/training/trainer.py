@@ -140,7 +140,7 @@ class AdversarialTrainer(RolloutTrainer):
             raise InputError("shared_base needs the full base model on each process: use DDP, not FSDP or DeepSpeed")
         if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
+        held_out = held_out_demonstrations(experts, args.held_out_fraction, args.seed)
         self.discriminator: Discriminator = Discriminator(
             reward_model,
             experts,
