@@ -4,9 +4,11 @@ import configparser
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,11 @@ def test_wheel_contains_only_package(site):
     (information,) = site.glob("*.dist-info")
     assert {path.name for path in site.iterdir()} == {"tracereward", information.name}
     names = {path.relative_to(site / "tracereward").as_posix() for path in (site / "tracereward").rglob("*")}
-    assert {"__init__.py", "cli/__init__.py", "py.typed"} <= names
+    page = {f"serving/page/{name}" for name in ("index.html", "page.js", "page.css")}
+    assert {"__init__.py", "cli/__init__.py", "py.typed", *page} <= names
     assert not [name for name in names if name.split("/")[0] in ("studies", "tests") or "test_" in name]
+    required = Parser().parsestr((information / "METADATA").read_text()).get_all("Requires-Dist", [])
+    assert any(re.match(r"fastapi-offline\b.*extra == 'serve'", one) for one in required)  # the files of /docs
     entries = configparser.ConfigParser()
     entries.read(information / "entry_points.txt")
     assert dict(entries["console_scripts"]) == {"tracereward": "tracereward.cli:main"}

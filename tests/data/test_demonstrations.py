@@ -16,7 +16,8 @@ from helpers.paths import SHARED
 from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
 from tracereward.data.readers import read_rows
 from tracereward.errors import InputError
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, render
+from tracereward.modeling.rendering import Rendering, render
+from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.synthetic.arithmetic import build_tokenizer, generate
 from tracereward.tasks.recipes import TASKS
 
@@ -256,23 +257,22 @@ MESSAGES = {
 
 def test_plain_keeps_texts():
     rows = [{**ROWS[0], "source": "f:1"}, {"prompt": "p", "completion": None}]
-    rendered = render(rows, build_tokenizer(), "plain")
+    rendered = render(rows, build_tokenizer(), Rendering(template="plain"))
     assert rendered == rows
     assert all(new is not old for new, old in zip(rendered, rows))
     with pytest.raises(InputError, match="f:1: the prompt is a list of messages: use --template chat"):
-        render([MESSAGES], build_tokenizer(), "plain")
+        render([MESSAGES], build_tokenizer(), Rendering(template="plain"))
     with pytest.raises(InputError, match=r"unknown template 'chatt': did you mean 'chat'\?"):
-        render(rows, build_tokenizer(), "chatt")
+        render(rows, build_tokenizer(), Rendering(template="chatt"))
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_chat_writes_bos_once(adds_bos):
     tokenizer = chat_tokenizer(adds_bos)
-    text, messages = render([ROWS[0], MESSAGES], tokenizer, "chat")
-    start = "" if adds_bos else "<bos>"
-    assert text["prompt"] == f"{start}<user>1 + 2 = ?\n<assistant>"
+    text, messages = render([ROWS[0], MESSAGES], tokenizer, Rendering(template="chat"))
+    assert text["prompt"] == "<bos><user>1 + 2 = ?\n<assistant>"
     assert text["completion"] == "#### 3"
-    assert messages["prompt"] == f"{start}<user>1 + 1 = ?<assistant>"
+    assert messages["prompt"] == "<bos><user>1 + 1 = ?<assistant>"
     assert messages["completion"] == "#### 2"
     assert encode_prompt(tokenizer, text["prompt"]).count(tokenizer.bos_token_id) == 1
     assert isinstance(MESSAGES["prompt"], list)
@@ -280,13 +280,13 @@ def test_chat_writes_bos_once(adds_bos):
 
 def test_chat_errors():
     with pytest.raises(InputError, match="has no chat template: use --template plain"):
-        render(ROWS, build_tokenizer(), "chat")
+        render(ROWS, build_tokenizer(), Rendering(template="chat"))
     tokenizer = chat_tokenizer(False)
     with pytest.raises(InputError, match="f:1: the chat template refuses the prompt: no system turn"):
-        render([{**MESSAGES, "prompt": [{"role": "system", "content": "s"}]}], tokenizer, "chat")
+        render([{**MESSAGES, "prompt": [{"role": "system", "content": "s"}]}], tokenizer, Rendering(template="chat"))
     two = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
     with pytest.raises(InputError, match="f:1: the completion must be one assistant message, not: assistant, user"):
-        render([{**MESSAGES, "completion": two}], tokenizer, "chat")
+        render([{**MESSAGES, "completion": two}], tokenizer, Rendering(template="chat"))
 
 
 def test_encoding_by_hand():

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
 from scipy.special import expit
 
 from helpers.served import assert_error, client_of, close, save_reward_model, traces
@@ -101,24 +101,24 @@ def test_tokens_are_omitted_on_request(served):
 
 
 def test_messages_for_a_model_with_plain_template(served, offline):
-    """The user message is the prompt and the system message is ignored; longer conversations are rejected."""
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
-    answer = served.post("/v1/score", json={"prompt": messages, "completion": CANDIDATES[0]}).json()
+    """The one user message is the prompt. Conversations that it could not have read in training are rejected."""
+    user = {"role": "user", "content": PROMPT}
+    answer = served.post("/v1/score", json={"prompt": [user], "completion": CANDIDATES[0]}).json()
     assert answer["results"][0]["token_rewards"] == close(offline[0].rewards)
-    messages.append({"role": "assistant", "content": "2"})
-    response = served.post("/v1/score", json={"prompt": messages, "completion": "3"})
-    assert_error(response, 400, "plain prompts", "invalid_input")
+    for messages in ([{"role": "system", "content": "Be brief."}, user], [user, {"role": "assistant", "content": "2"}]):
+        response = served.post("/v1/score", json={"prompt": messages, "completion": "3"})
+        assert_error(response, 400, "plain prompts", "invalid_input")
     response = served.post("/v1/score", json={"prompt": [{"role": "user", "content": ""}], "completion": "3"})
     assert_error(response, 400, "no tokens", "invalid_input")
 
 
 def test_messages_for_a_model_with_chat_template(tmp_path, tokenizer):
-    """Messages are rendered with the chat template, as in training."""
+    """Messages are rendered with the chat template, as in training; the assistant's last one is continued."""
     chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
     chatty.chat_template = "{% for m in messages %}{{ m.content }} = {% endfor %}"
     model = TokenRewardModel.from_pretrained(str(save_reward_model(tmp_path / "rm", chatty, template="chat")))
     messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    [expected] = model.score(["1 = 2 = "], ["3 + 4"])
+    [expected] = model.score(["1 = 2"], ["3 + 4"])
     with client_of(model) as client:
         answer = client.post("/v1/score", json={"prompt": messages, "completion": "3 + 4"}).json()
     assert answer["results"][0]["token_rewards"] == close(expected.rewards)
@@ -142,9 +142,9 @@ def test_calibrated_model_returns_probabilities(tmp_path, tokenizer, offline):
 
 @pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
 def test_rerank(served, offline, path):
-    """Texts and objects are ranked best first; unknown fields are ignored."""
+    """Texts and objects are ranked best first and returned with all their fields."""
     documents = [text if index % 2 else {"text": text, "id": index} for index, text in enumerate(CANDIDATES)]
-    body = {"model": "rm", "query": PROMPT, "documents": documents, "max_chunks_per_doc": 3}
+    body = {"model": "rm", "query": PROMPT, "documents": documents, "max_chunks_per_doc": None}
     answer = served.post(path, json=body).json()
     rewards = [scores.aggregate() for scores in offline]
     order = sorted(range(len(rewards)), key=lambda index: -rewards[index])
@@ -152,7 +152,9 @@ def test_rerank(served, offline, path):
     assert [result["reward"] for result in answer["results"]] == close([rewards[i] for i in order])
     relevance = [float(expit(rewards[i])) for i in order]
     assert [result["relevance_score"] for result in answer["results"]] == close(relevance)
-    assert [result["document"] for result in answer["results"]] == [{"text": CANDIDATES[i]} for i in order]
+    assert [result["document"] for result in answer["results"]] == [
+        {"text": CANDIDATES[i]} if i % 2 else documents[i] for i in order
+    ]
     assert answer["object"] == "list"
     assert answer["id"].startswith("rerank-")
     few = served.post(path, json={**body, "top_n": 2, "return_documents": False}).json()["results"]

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
 import uvicorn
 
 from helpers.browser import Page, driver, pytestmark  # noqa: F401

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
 import httpx
 
 from helpers.served import Process, save_reward_model, serving, wait_for

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
 from helpers.served import assert_error, client_of, save_reward_model, traces
 from tracereward.rewards.model import TokenRewardModel
 
@@ -39,6 +39,18 @@ def test_operations(served):
     page = served.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert {served.get(path).status_code for path in re.findall(r'(?:src|href)="([^"]+)"', page.text)} == {200}
+
+
+def test_page_of_the_api_description_works_offline(served):
+    """Each URL of the page is the server's own and has what the browser expects; the policy allows no other host."""
+    page = served.get("/docs")
+    urls = re.findall(r"""(?:src|href|url)["']?\s*[=:]\s*["']([^"']+)["']""", page.text)
+    kinds = {url: served.get(url).headers["content-type"].partition(";")[0] for url in urls}
+    assert set(kinds.values()) == {"text/css", "image/png", "text/javascript", "application/json"}
+    assert {served.get(url).status_code for url in urls} == {200}
+    assert not re.search("(?i)(https?:)?//[a-z]", page.text + page.headers["content-security-policy"])
+    assert not re.search(r"url\(['\"]?(https?:)?//|@import", served.get("/docs/files/swagger-ui.css").text)
+    assert served.get("/redoc").status_code == 404
 
 
 def test_health_checks_accept_head_requests(served):
@@ -144,7 +156,7 @@ def test_nothing_in_a_request_is_opened(model):
             assert client.post("/v1/score", json=text).status_code == 200
             assert_error(client.post("/v1/score", json={**text, "model": given}), 404, "", "model_not_found", "model")
             assert_error(client.post("/v1/score", json={**text, "upstream": given}), 422, param="upstream")
-            ranked = client.post("/v1/rerank", json={"query": given, "documents": [given], "upstream": given})
+            ranked = client.post("/v1/rerank", json={"query": given, "documents": [{"text": given, "url": given}]})
             assert ranked.status_code == 200
             assert client.get("/page/" + given.replace("/", "%2F")).status_code == 404
             assert client.get("/page/../" * 3 + given).status_code == 404

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
 import httpx
 import psutil
 

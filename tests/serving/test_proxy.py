@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-pytest.importorskip("fastapi", reason="the packages of tracereward[serve] are not installed")
+pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
 import httpx
 from fastapi.testclient import TestClient
 
@@ -201,7 +201,7 @@ def test_samples_are_requested_with_n_or_individually(model, reward, knows_n):
     """The proxy's own fields are not forwarded; all others are, with distinct seeds."""
     best = max(CHOICES, key=lambda text: reward(text, True))
     with behind(model, sampler(CHOICES, knows_n=knows_n), upstream_key="its own") as (client, upstream):
-        options = {"seed": 7, "top_p": 0.5, "stop": ["x"], "n": 2, "best_of": 9, "stream": False}
+        options = {"seed": 7, "top_p": 0.5, "stop": ["x"], "n": 2, "best_of": 1, "stream": False}
         response = completion(client, {"n": 4, "method": "reward", "temperature": 0.75}, **options)
     answer = response.json()
     requests = [body for _, body in upstream.requests]
@@ -273,7 +273,7 @@ def test_empty_samples_are_dropped(model):
 def test_chat(model, reward):
     """Messages with text parts, as a response and as a stream."""
     parts = [{"type": "text", "text": PROMPT}]
-    messages = [{"role": "system", "content": "Count."}, {"role": "user", "content": parts}]
+    messages = [{"role": "user", "content": parts}]
     best = max(CHOICES, key=lambda text: reward(text, True))
     body = {"model": "policy", "messages": messages, "tracereward": {"n": 4, "method": "reward"}}
     with behind(model, sampler(CHOICES)) as (client, upstream):
@@ -299,6 +299,128 @@ def test_chat(model, reward):
     for response, field in ((tools, "tools"), (images, "messages.0.content"), (assistant, "messages.0.content")):
         assert response.status_code == 422
         assert response.json()["error"]["param"] == field
+
+
+def choices_of(*messages, finish="stop", **fields):
+    """An upstream whose chat samples are these messages."""
+    choices = [
+        {"index": index, "message": {"role": "assistant", **message}, "finish_reason": finish, **fields}
+        for index, message in enumerate(messages)
+    ]
+    return lambda path, body: (200, {"id": "x", "choices": choices[: body["n"]]}, {})
+
+
+def chat(client, samples, **fields):
+    body = {"model": "policy", "messages": [{"role": "user", "content": PROMPT}], **fields}
+    return client.post("/v1/chat/completions", json={**body, "tracereward": {"n": samples, "method": "reward"}})
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_is_judged_with_the_content(model, reward, field):
+    """Of three samples with the same content, the one with the best reasoning is returned, unchanged."""
+    thoughts = ["1 + 2 = 4", "1 + 2 = 3", "2 + 2 = 4 - 1"]
+    messages = [{field: thought, "content": "#### 3"} for thought in thoughts]
+    with behind(model, choices_of(*messages)) as (client, _):
+        answer = chat(client, 3).json()
+    rewards = [reward(f"<think>\n{thought}\n</think>\n\n#### 3", True) for thought in thoughts]
+    best = max(range(3), key=lambda index: rewards[index])
+    assert answer["choices"][0]["message"] == {"role": "assistant", **messages[best]}
+    assert [one["reward"] for one in answer["tracereward"]["scores"]] == pytest.approx(
+        sorted(rewards, reverse=True), abs=1e-4
+    )
+    assert len({round(one, 3) for one in rewards}) == 3
+
+
+def test_samples_cut_off_while_reasoning_are_judged_as_unfinished(model, reward):
+    """Without content there is no closing mark, and no end of sequence; their answer is read from the reasoning."""
+    messages = [{"content": None, "reasoning": "1 + 2 = 4"}, {"content": "", "reasoning": "1 + 2 = 3\n#### 3"}, {}]
+    with behind(model, choices_of(*messages, finish="length")) as (client, _):
+        answer = chat(client, 3, n=3).json()
+    found = {one["answer"]: one["reward"] for one in answer["tracereward"]["scores"]}
+    assert found[None] == pytest.approx(reward("<think>\n1 + 2 = 4", False), abs=1e-4)
+    assert found["3"] == pytest.approx(reward("<think>\n1 + 2 = 3\n#### 3", False), abs=1e-4)
+    assert [choice["message"]["content"] for choice in answer["choices"]] in ([None, ""], ["", None])
+    with behind(model, choices_of({}, {"content": None}, finish="length")) as (client, _):
+        response = chat(client, 2)
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "bad_upstream")
+
+
+def test_votes_count_the_answer_of_the_content(model):
+    """The reasoning considers other answers; where the content has none, the trace's last one counts."""
+    messages = [{"reasoning": "#### 7", "content": "#### 3"}, {"reasoning": "#### 5", "content": "Done."}]
+    with behind(model, choices_of(*messages)) as (client, _):
+        answer = chat(client, 2).json()
+    assert {one["answer"] for one in answer["tracereward"]["scores"]} == {"3", "5"}
+
+
+@pytest.mark.parametrize("message", [{"content": "3", "tool_calls": [{"id": "a"}]}, {"content": [{"type": "image"}]}])
+def test_samples_with_more_than_text_are_502(model, message):
+    with behind(model, choices_of(message)) as (client, _):
+        response = chat(client, 1)
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "bad_upstream")
+
+
+@pytest.mark.parametrize(("reason", "finished"), [(None, True), (128009, True), ("\n\n", False)])
+def test_sample_that_met_a_stop_string_is_unfinished(model, reward, reason, finished):
+    """A number is the id of an end of sequence, a text a stop string."""
+    with behind(model, choices_of({"content": RIGHT}, stop_reason=reason)) as (client, _):
+        [score] = chat(client, 1, stop=["\n\n"]).json()["tracereward"]["scores"]
+    assert score["reward"] == pytest.approx(reward(RIGHT, finished), abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory, tokenizer):
+    """A reward model with a chat template that reads a variable."""
+    other = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    other.chat_template = (
+        "{% for m in messages %}{{ m.content }}{{ ' * ' if m.role == 'user' else ' - ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ sign or '=' }} {% endif %}"
+    )
+    folder = save_reward_model(tmp_path_factory.mktemp("chatty") / "rm", other, template="chat")
+    return TokenRewardModel.from_pretrained(str(folder))
+
+
+def test_template_variables_reach_upstream_and_reward_model(chatty):
+    with behind(chatty, choices_of({"content": "3"})) as (client, upstream):
+        answers = [chat(client, 1, **more).json() for more in ({}, {"chat_template_kwargs": {"sign": "<"}})]
+    assert [body.get("chat_template_kwargs") for _, body in upstream.requests] == [None, {"sign": "<"}]
+    scores = chatty.score([f"{PROMPT} * = ", f"{PROMPT} * < "], ["3", "3"])
+    for answer, one in zip(answers, scores, strict=True):
+        assert answer["tracereward"]["scores"][0]["reward"] == pytest.approx(one.aggregate(), abs=1e-4)
+
+
+def test_text_prompt_is_read_without_the_chat_template(chatty):
+    """The upstream continues the text as it is."""
+    with behind(chatty, sampler([RIGHT])) as (client, _):
+        answer = completion(client, {"n": 1}).json()
+    expected = chatty.score([PROMPT], [RIGHT])[0].aggregate()
+    assert answer["tracereward"]["scores"][0]["reward"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("last", "fields", "param"),
+    [
+        ("assistant", {}, "messages"),
+        ("assistant", {"continue_final_message": True}, "messages"),
+        ("assistant", {"add_generation_prompt": False}, "messages"),
+        ("user", {"continue_final_message": True}, "continue_final_message"),
+        ("user", {"add_generation_prompt": False}, "add_generation_prompt"),
+        ("user", {"continue_final_message": "yes"}, "continue_final_message"),
+        ("user", {"chat_template_kwargs": "yes"}, "chat_template_kwargs"),
+        ("user", {"chat_template": "{{ 1 }}"}, "chat_template"),
+        ("user", {"tool_choice": "auto"}, "tool_choice"),
+        ("user", {"include_reasoning": False}, "include_reasoning"),
+        ("user", {"documents": [{"text": "1"}]}, "documents"),
+        ("user", {"modalities": ["text", "audio"]}, "modalities"),
+    ],
+)
+def test_upstream_and_reward_model_read_the_same_conversation(chatty, last, fields, param):
+    """Requests under which they could read different ones are rejected before the upstream is called."""
+    messages = [{"role": "user", "content": "1"}, {"role": last, "content": "2"}]
+    with behind(chatty, choices_of({"content": "3"})) as (client, upstream):
+        response = chat(client, 1, messages=messages, **fields)
+    assert (response.status_code, response.json()["error"]["param"]) == (422, param)
+    assert not upstream.requests
 
 
 def test_upstream_error_is_forwarded(model):
@@ -613,7 +735,7 @@ def test_unserialisable_request_is_a_client_error(model):
     with behind(model, sampler([RIGHT])) as (client, upstream):
         for body in (b'{"prompt": "1", "top_p": NaN}', b'{"prompt": "\\ud800"}', b'{"prompt": "1", "\\ud800": 1}'):
             response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-            assert response.status_code == 422
+            assert response.status_code == 400
     assert not upstream.requests
 
 
@@ -623,10 +745,21 @@ def test_unserialisable_request_is_a_client_error(model):
         ('"stream": "false"', "stream", "valid boolean"),
         ('"stream_options": "yes"', "stream_options", "dictionary"),
         ('"temperature": NaN', "temperature", "finite number"),
+        ('"temperature": -1', "temperature", "greater than or equal to 0"),
         ('"temperature": "hot"', "temperature", "valid number"),
         ('"seed": "1"', "seed", "valid integer"),
         ('"n": true', "n", "valid integer"),
-        ('"top_p": NaN', "top_p", "JSON"),
+        ('"top_p": NaN', "top_p", "finite number"),
+        ('"best_of": 4', "best_of", "tracereward.n"),
+        ('"suffix": "3"', "suffix", "does not read"),
+        ('"truncate_prompt_tokens": 4', "truncate_prompt_tokens", "full prompt"),
+        ('"skip_special_tokens": false', "skip_special_tokens", "special tokens"),
+        ('"stream_options": {"include_usage": true}', "stream_options", "only with stream"),
+        (
+            '"stream": true, "stream_options": {"continuous_usage_stats": true}',
+            "stream_options.continuous_usage_stats",
+            "remove",
+        ),
         ('"prompt": ["1", "2"]', "prompt", "one text, not 2"),
         ('"prompt": []', "prompt", "one text, not 0"),
         ('"prompt": [1]', "prompt", "valid string"),
@@ -635,14 +768,14 @@ def test_unserialisable_request_is_a_client_error(model):
         ('"tracereward": {"n": 9}', "tracereward.n", "limit is 8"),
         ('"n": 9', "n", "limit is 8"),
         ('"tracereward": []', "tracereward", "dictionary"),
-        ('"x": ' + "[" * 900 + "]" * 900, "x", "depth"),
+        ('"x": ' + "[" * 900 + "]" * 900, "x", "deeply"),
     ],
 )
 def test_invalid_fields_are_named(model, fields, param, text):
     with behind(model, sampler([RIGHT]), max_candidates=8) as (client, upstream):
-        body = f'{{"prompt": "1 + 2", {fields}}}'
+        body = f"{{{fields}}}" if '"prompt"' in fields else f'{{"prompt": "1 + 2", {fields}}}'
         response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert response.status_code == (413 if "limit" in text else 422)
+    assert response.status_code == (413 if "limit" in text else 400 if text in ("finite number", "deeply") else 422)
     assert response.json()["error"]["param"] == param
     assert text in response.json()["error"]["message"]
     assert not upstream.requests
@@ -687,7 +820,7 @@ def test_openapi_describes_proxy_requests_and_responses(model):
         assert operation["responses"].keys() >= {"200", "413", "422", "429", "502", "504"}
         assert "text/event-stream" in operation["responses"]["200"]["content"]
     assert {"type": "array", "items": {"$ref": "#/components/schemas/TextPart"}} in (
-        schemas["ChatMessage"]["properties"]["content"]["anyOf"]
+        schemas["Message"]["properties"]["content"]["anyOf"]
     )
 
 

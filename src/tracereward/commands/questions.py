@@ -9,7 +9,8 @@ from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.sampling import Sample
 from tracereward.modeling.loading import check_model
-from tracereward.modeling.tokenization import load_tokenizer, render_prompt
+from tracereward.modeling.rendering import Rendering, render_prompt
+from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.tasks.recipes import Task, get_task
 
 
@@ -48,7 +49,9 @@ def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any
     )
     check_model(model)
     tokenizer = load_tokenizer(model)
-    prompts = [render_prompt(tokenizer, row["prompt"], questions.template, row["source"]) for row in rows]
+    prompts = [
+        render_prompt(tokenizer, row["prompt"], Rendering(template=questions.template), row["source"]) for row in rows
+    ]
     return rows, prompts, tokenizer
 
 

@@ -16,18 +16,11 @@ from trl import ModelConfig, SFTTrainer, get_peft_config
 from tracereward.console import is_main_process, note
 from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
 from tracereward.errors import InputError
-from tracereward.modeling.distributed import frozen_copy, zero3_disabled
-from tracereward.modeling.loading import check_model
+from tracereward.modeling.distributed import zero3_disabled
+from tracereward.modeling.loading import check_model, frozen_copy
 from tracereward.modeling.log_probs import mean_log_probs
-from tracereward.modeling.tokenization import (
-    encode_completion,
-    encode_prompt,
-    load_tokenizer,
-    pad_id,
-    render,
-    render_prompt,
-    same_tokenizer,
-)
+from tracereward.modeling.rendering import Rendering, render, render_prompt
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id, same_tokenizer
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.disk import check_disk
@@ -40,6 +33,7 @@ from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.config import RewardConfig, SupervisedConfig
 from tracereward.training.options import DataArguments
+from tracereward.training.quantization import check_quantization, quantization
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.trainer import AdversarialTrainer
 from tracereward.training.validation import Validation, load_validation
@@ -55,6 +49,7 @@ class Prepared:
     unlabeled: list[dict[str, Any]]
     raw: list[dict[str, Any]]  # rows, then unlabeled, before templating
     validation: Validation | None
+    rendering: Rendering
 
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
@@ -78,10 +73,12 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)
         unlabeled = [{**row, "completion": None} for row in unlabeled]
     check_model(model.model_name_or_path, model.model_revision)
+    check_quantization(model, config)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     by_source = {row["source"]: row for row in [*rows, *unlabeled]}
-    rows = render(rows, tokenizer, data.template)
-    unlabeled = render(unlabeled, tokenizer, data.template)
+    rendering = Rendering(template=data.template)
+    rows = render(rows, tokenizer, rendering)
+    unlabeled = render(unlabeled, tokenizer, rendering)
     limit = config.max_completion_length
     assert limit is not None
     rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
@@ -117,7 +114,15 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         raise InputError(
             "use only one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end"
         )
-    return Prepared(task=task, tokenizer=tokenizer, rows=rows, unlabeled=unlabeled, raw=raw, validation=validation)
+    return Prepared(
+        task=task,
+        tokenizer=tokenizer,
+        rows=rows,
+        unlabeled=unlabeled,
+        raw=raw,
+        validation=validation,
+        rendering=rendering,
+    )
 
 
 @contextlib.contextmanager
@@ -292,6 +297,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 reward_tokenizer,
                 peft_config=peft,
                 dtype=model.dtype or "float32",
+                **quantization(model),
             )
             if config.shared_base:
                 assert peft is not None
@@ -302,7 +308,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             trainer = AdversarialTrainer(
                 model=starting,
                 reward_model=reward_model,
-                demonstrations=with_reward_prompts(reward_tokenizer, prepared, data.template),
+                demonstrations=with_reward_prompts(reward_tokenizer, prepared),
                 args=config,
                 task=task,
                 processing_class=tokenizer,
@@ -321,12 +327,13 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     return run.folder
 
 
-def with_reward_prompts(tokenizer: PreTrainedTokenizerBase, prepared: Prepared, template: str) -> list[dict[str, Any]]:
+def with_reward_prompts(tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> list[dict[str, Any]]:
     """Demonstrations, then unlabeled prompts; with `reward_prompt` if the reward model's rendering may differ."""
     rows = [*prepared.rows, *prepared.unlabeled]
-    if template == "plain" or same_tokenizer(prepared.tokenizer, tokenizer):
+    rendering = prepared.rendering
+    if rendering.template == "plain" or same_tokenizer(prepared.tokenizer, tokenizer):
         return rows
     return [
-        {**row, "reward_prompt": render_prompt(tokenizer, raw["prompt"], template, raw["source"])}
+        {**row, "reward_prompt": render_prompt(tokenizer, raw["prompt"], rendering, raw["source"])}
         for row, raw in zip(rows, prepared.raw, strict=True)
     ]

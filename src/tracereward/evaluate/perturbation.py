@@ -18,7 +18,7 @@ from tracereward.evaluate.steps import (
 )
 from tracereward.files import without_nan
 from tracereward.metrics import auroc, bootstrap_interval, perturbation_auroc
-from tracereward.modeling.tokenization import render
+from tracereward.modeling.rendering import render
 from tracereward.reports.tables import Table, interval, percent
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import Trace
@@ -84,7 +84,7 @@ def evaluate_perturbations(
         check_choice("perturbation", kind, KINDS)
     limit = position_limit(model.backbone, policy)
     delimiter = model.settings.step_delimiter
-    rendered = render(list(rows), model.tokenizer, model.settings.template)
+    rendered = render(list(rows), model.tokenizer, model.settings.rendering)
 
     def encode(row: dict[str, Any], text: str) -> EncodedSteps | None:
         spans = split_steps(text, delimiter)

@@ -1,100 +1,54 @@
-"""Rendering and encoding of prompts and completions, shared by training, sampling, scoring and serving."""
+"""Encoding of prompts and completions, shared by training, sampling, scoring and serving."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tracereward.errors import InputError, check_choice, first_line
+from tracereward.errors import InputError, first_line
+from tracereward.modeling.seam import continued, without_end_marks
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-TEMPLATES = ("plain", "chat")
-
-
-def render(rows: list[dict], tokenizer: PreTrainedTokenizerBase, template: str) -> list[dict]:
-    """Render prompts and completions to the exact texts that are tokenised; returns new rows.
-
-    Args:
-        rows: demonstrations, with texts or lists of ``{"role", "content"}`` messages.
-        tokenizer: the policy's.
-        template: ``plain`` keeps texts; ``chat`` applies the tokenizer's chat template to each prompt, up to the start
-            of the assistant's turn. The completion is then the assistant's plain text.
-
-    Raises:
-        InputError: unknown template, messages under ``plain``, a tokenizer without a chat template, messages that the
-            template refuses, or a completion that is not one assistant message.
-    """
-    return [
-        {
-            **row,
-            "prompt": render_prompt(tokenizer, row["prompt"], template, row_location(row)),
-            "completion": _plain_completion(row),
-        }
-        for row in rows
-    ]
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], template: str, where: str) -> str:
-    """The exact text of a prompt that is tokenised; see `render`.
-
-    Args:
-        tokenizer: of the model that reads it.
-        prompt: a text or ``{"role", "content"}`` messages.
-        template: ``plain`` or ``chat``.
-        where: location of the row in error messages.
-
-    Raises:
-        InputError: unknown template, messages under ``plain``, a tokenizer without a chat template, or messages that
-            the template refuses.
-    """
-    check_choice("template", template, TEMPLATES)
-    if template == "plain":
-        if not isinstance(prompt, str):
-            raise InputError(f"{where}: the prompt is a list of messages: use --template chat")
-        return prompt
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template: use --template plain")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    try:
-        text = str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses the prompt: {error}") from error
-    bos = str(tokenizer.bos_token or "")
-    # `encode_prompt` lets the tokenizer add its own beginning-of-sequence token: drop the template's, once.
-    adds_bos = bos and tokenizer(text="a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if adds_bos else text
-
-
-def row_location(row: dict) -> str:
-    """Location of a row in error messages."""
-    return row.get("source", "a row")
-
-
-def _plain_completion(row: dict) -> str | None:
-    """Completion as text: itself, or the content of its one assistant message."""
-    completion = row["completion"]
-    if completion is None or isinstance(completion, str):
-        return completion
-    if len(completion) != 1 or completion[0]["role"] != "assistant":
-        roles = ", ".join(message["role"] for message in completion)
-        raise InputError(f"{row_location(row)}: the completion must be one assistant message, not: {roles}")
-    return completion[0]["content"].rstrip()
-
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a rendered prompt, with the tokenizer's own special tokens, as TRL's GRPOTrainer does it."""
-    return tokenizer(text=text)["input_ids"]  # type: ignore[return-value]
+    """Token ids of a rendered prompt: one beginning-of-sequence token if the tokenizer or the text has one, no end.
+
+    The token stands once, whether the tokenizer adds it, or the text has it because a chat template or the user wrote
+    it. Tokens that a tokenizer adds behind every text (``add_eos_token``) are left out: a completion follows.
+    """
+    before, after = added_ids(tokenizer)
+    bos = tokenizer.bos_token
+    if isinstance(bos, str) and bos and text.startswith(bos):
+        bare = text
+        while bare.startswith(bos):
+            bare = bare.removeprefix(bos)
+        text = bare if tokenizer.bos_token_id in before else bos + bare
+    encoded: Any = tokenizer(text=text)
+    ids = list(encoded["input_ids"])
+    return ids[: len(ids) - len(after)]
+
+
+def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer adds before and behind a text."""
+    probe = "a"
+    found: Any = tokenizer(text=probe)["input_ids"]
+    bare: Any = tokenizer(text=probe, add_special_tokens=False)["input_ids"]
+    for start in range(len(found) - len(bare) + 1):
+        if bare and found[start : start + len(bare)] == bare:
+            return list(found[:start]), list(found[start + len(bare) :])
+    ends = len(found) > 0 and found[-1] == tokenizer.eos_token_id  # no token for the probe: only what was added
+    return (list(found[:-1]), list(found[-1:])) if ends else (list(found), [])
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:
     """Token ids of a completion as a rollout has them: no special token except, if finished, one end-of-sequence token.
 
-    A completion that spells a special token out (``<|im_end|>``) is encoded as ordinary text: a policy must not be able
-    to hide something from the reward model by writing it.
+    End marks at the end of the text (see `seam.without_end_marks`) are that end: they are taken off, and the trace is
+    finished. A completion that spells another special token out (``<|im_start|>``) is encoded as ordinary text: by
+    writing it, a policy must not be able to hide something from the reward model. Tokens that were added to the
+    vocabulary but are not special, as reasoning models have for ``<think>``, are one token, as in a rollout.
 
     Args:
         tokenizer: of the model that reads the ids.
@@ -106,8 +60,23 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: b
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-sequence token")
+    text, ended = without_end_marks(text, str(tokenizer.eos_token))
     encoding: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    return encoding["input_ids"] + [tokenizer.eos_token_id] * finished
+    return encoding["input_ids"] + [tokenizer.eos_token_id] * (finished or ended)
+
+
+def encode_trace(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str, finished: bool = True
+) -> tuple[list[int], list[int]]:
+    """Token ids of a rendered prompt and of the completion that continues it.
+
+    The one encoding of texts for training, scoring and serving; see `encode_prompt`, `seam.continued` and
+    `encode_completion`.
+    """
+    return (
+        encode_prompt(tokenizer, prompt),
+        encode_completion(tokenizer, continued(prompt, completion), finished),
+    )
 
 
 def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:

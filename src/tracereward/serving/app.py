@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import PlainTextResponse
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from scipy.special import expit
 
 from tracereward import __version__
 from tracereward.errors import InputError
 from tracereward.modeling.alignment import join_steps
+from tracereward.modeling.rendering import message_text
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 from tracereward.serving.errors import add_errors
-from tracereward.serving.middleware import Counted, Guard
+from tracereward.serving.json_body import JsonRoute
+from tracereward.serving.middleware import DOCS, DOCS_FILES, Counted, Guard
 from tracereward.serving.proxy import Proxy
 from tracereward.serving.schemas import (
     Class,
@@ -55,12 +58,16 @@ def create_app(model: Scorer, settings: Settings) -> FastAPI:
         if proxy is not None:
             await proxy.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # its page of the API's description loads nothing from the internet
+        docs_url=DOCS,
+        redoc_url=None,
+        static_url=DOCS_FILES,
         title="tracereward",
         version=__version__,
         description="Token-level rewards of reasoning traces, reranking, and best-of-N.",
         lifespan=lifespan,
     )
+    app.router.route_class = JsonRoute
     app.state.service = service
     app.add_middleware(
         Guard,
@@ -129,7 +136,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
                 index=index,
                 relevance_score=service.relevance(rewards[index]),
                 reward=rewards[index],
-                document=Document(text=texts[index]) if body.return_documents else None,
+                document=_as_object(body.documents[index]) if body.return_documents else None,
             )
             for index in order
         ]
@@ -140,7 +147,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             service.check(body.model, 1)
             prompt = service.render(body.messages[:-1])
-            work = service.score(prompt, [body.messages[-1].content], "messages")
+            work = service.score(prompt, [message_text(body.messages[-1].fields())], "messages")
             return *await unless_gone(request, work), 0
         service.check(body.model, len(body.inputs), "input")
         return *await unless_gone(request, service.score_inputs(body.inputs)), 1
@@ -172,6 +179,10 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         return ClassifyResponse(
             id=f"classify-{uuid.uuid4().hex}", created=int(time.time()), model=settings.name, data=data, usage=usage
         )
+
+
+def _as_object(document: str | Document) -> Document:
+    return Document(text=document) if isinstance(document, str) else document
 
 
 def _add_operations(app: FastAPI, service: Service, proxy: Proxy | None) -> None:

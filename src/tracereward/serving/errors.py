@@ -23,7 +23,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Refused)
     async def refused(_: Request, e: Refused) -> JSONResponse:
-        return answer(e.status, e.message, "invalid_request_error", e.code, param=e.param)
+        return answer(e.status_code, e.message, "invalid_request_error", e.code, param=e.param)
 
     @app.exception_handler(InputError)
     async def unusable(_: Request, e: InputError) -> JSONResponse:
@@ -74,6 +74,8 @@ def _described(e: RequestValidationError) -> tuple[str, str | None]:
     fault = max(faults, key=lambda fault: (len(_path(fault, e.body)), not fault["type"].endswith("_type")))
     field = ".".join(_path(fault, e.body))
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        message = "not supported here, and not ignored either: remove it"
     return (f"{field}: {message}", field) if field else (message, None)
 
 

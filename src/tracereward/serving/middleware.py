@@ -10,10 +10,12 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-DOCS = {"/docs", "/docs/oauth2-redirect", "/redoc"}
+DOCS = "/docs"
+DOCS_FILES = f"{DOCS}/files"
 PAGE = {"/", "/page/page.js", "/page/page.css"}
-OPEN = {"/health", "/ready", "/metrics", "/openapi.json", *DOCS, *PAGE}
-"""Paths that need no key: they expose no prompts, and browsers, health checks and Prometheus send no key."""
+OPEN = {"/health", "/ready", "/metrics", "/openapi.json", DOCS, *PAGE}
+"""Paths that need no key, with those below `DOCS_FILES`: they expose no prompts, and browsers, health checks and
+Prometheus send no key."""
 LOOPBACK = re.compile(rb"(localhost|127\.0\.0\.1|\[::1\])(:\d*)?", re.IGNORECASE)
 HEADERS = {
     "x-content-type-options": "nosniff",
@@ -26,10 +28,10 @@ STRICT = (
 )
 
 DOCS_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline' https://cdn.jsdelivr.net; style-src 'unsafe-inline' "
-    "https://cdn.jsdelivr.net; img-src data: https://fastapi.tiangolo.com; connect-src 'self'; base-uri 'none'"
+    "default-src 'none'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'"
 )
-"""For FastAPI's documentation pages, which load scripts from a CDN."""
+"""For the page of the API's description, whose HTML has a script of its own."""
 
 
 def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Guard:
             begun = True
             if message["type"] == "http.response.start":
                 extra = dict(HEADERS)
-                extra["content-security-policy"] = DOCS_POLICY if scope["path"] in DOCS else STRICT
+                extra["content-security-policy"] = DOCS_POLICY if scope["path"] == DOCS else STRICT
                 present = {name for name, _ in message["headers"]}
                 fresh = [(n.encode(), v.encode()) for n, v in extra.items() if n.encode() not in present]
                 message = {**message, "headers": [*message["headers"], *fresh]}
@@ -109,7 +111,8 @@ class Guard:
         if self.local_only and not LOOPBACK.fullmatch(headers.get(b"host", b"")):
             text = "Host not allowed: without a key the server accepts localhost and 127.0.0.1 only; use --api-key-file"
             raise _Refused(421, error(text, "invalid_request_error", "wrong_host"))
-        if self.api_key is not None and scope["path"] not in OPEN:
+        is_open = scope["path"] in OPEN or scope["path"].startswith(f"{DOCS_FILES}/")
+        if self.api_key is not None and not is_open:
             scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
                 text = error("the API key is missing or wrong", "authentication_error", "invalid_api_key")

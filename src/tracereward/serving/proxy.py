@@ -5,22 +5,51 @@ import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from tracereward.modeling.rendering import Rendering, message_text, render_prompt
 from tracereward.selection import Candidate, choose
 from tracereward.serving.middleware import error
-from tracereward.serving.schemas import ChatRequest, CompletionRequest, ErrorResponse, JsonObject, Selection
+from tracereward.serving.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    ErrorResponse,
+    JsonObject,
+    Selection,
+    matters,
+)
 from tracereward.serving.service import ERRORS, Refused, Service, unless_gone
-from tracereward.serving.upstream import Upstream, UpstreamFailed, can_be_sent
+from tracereward.serving.upstream import Upstream, UpstreamFailed, bad_upstream
 from tracereward.tasks.recipes import get_task
 
 DROPPED = ("n", "stream", "stream_options", "best_of", "tracereward")
 """Fields that the proxy handles itself and does not forward."""
-REFUSED = {"tools": "tool calls", "functions": "function calls", "echo": "an echo of the prompt"}
+UNSUPPORTED: dict[str, tuple[Any, str]] = {
+    "tools": (None, "tool calls cannot be judged"),
+    "tool_choice": ("none", "tool calls cannot be judged"),
+    "functions": (None, "tool calls cannot be judged"),
+    "function_call": ("none", "tool calls cannot be judged"),
+    "modalities": (["text"], "only text can be judged"),
+    "audio": (None, "only text can be judged"),
+    "best_of": (1, "use tracereward.n for the number of samples"),
+    "echo": (False, "the prompt would be judged as a part of each sample"),
+    "suffix": (None, "the reward model does not read it"),
+    "prompt_embeds": (None, "the reward model cannot read them"),
+    "documents": (None, "the reward model does not read them"),
+    "chat_template": (None, "the reward model renders messages with its own template"),
+    "truncate_prompt_tokens": (None, "the reward model reads the full prompt"),
+    "include_reasoning": (True, "the reasoning is a part of the trace that is judged"),
+    "skip_special_tokens": (True, "special tokens would be judged as text"),
+}
+"""Fields with which the upstream would read, write or return something else than the reward model judges: the value
+that changes nothing, and the reason. All other fields set how the upstream samples."""
+ENDED = (None, "stop", "eos_token")
+"""Finish reasons of samples that ended by themselves; with any other the end of sequence is not scored."""
 VOTE_SECONDS = 5.0
 """Time limit for comparing the answers of one request, including the wait for the voting thread."""
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -29,6 +58,22 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     502: {"model": ErrorResponse, "description": "The upstream is unreachable or its response is invalid."},
     504: {"model": ErrorResponse, "description": "The upstream timed out."},
 }
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """One sample of the upstream.
+
+    Attributes:
+        trace: the text that is judged: the reasoning, if the upstream returns it in a field of its own, then the
+            content.
+        content: the text without the reasoning.
+        finished: whether it ended by itself, not at a length limit or a stop string.
+    """
+
+    trace: str
+    content: str
+    finished: bool
 
 
 class Proxy:
@@ -90,17 +135,15 @@ class Proxy:
         if selection.temperature is not None:
             request["temperature"] = selection.temperature
         answer, choices = await self.upstream.sample(path, request, samples)
-        texts = [_text(choice) for choice in choices]
-        ended = [choice.get("finish_reason") != "length" for choice in choices]
-        kept = [index for index, text in enumerate(texts) if text]
+        kept = [(choice, sample) for choice in choices if (sample := _sample(choice)).trace.strip()]
         if not kept:
-            raise UpstreamFailed(502, error("all samples of the upstream are empty", "upstream_error", "bad_upstream"))
-        texts = [texts[i] for i in kept]
-        rewards = await self._rewards(prompt, texts, [ended[i] for i in kept])
+            raise bad_upstream("all samples of the upstream are empty: none has text or reasoning")
+        samples_kept = [sample for _, sample in kept]
+        rewards = await self._rewards(prompt, samples_kept)
         deadline = time.monotonic() + VOTE_SECONDS
         loop = asyncio.get_running_loop()
         candidates, method, first = await loop.run_in_executor(
-            self.voting, lambda: self._choose(texts, rewards, selection.method, deadline)
+            self.voting, lambda: self._choose(samples_kept, rewards, selection.method, deadline)
         )
         order = sorted(range(len(candidates)), key=lambda place: (place != first, -rewards[place]))
         details = {
@@ -108,21 +151,19 @@ class Proxy:
             "samples": len(choices),
             "scores": [{"reward": rewards[place], "answer": candidates[place].answer} for place in order],
         }
-        picked = [{**choices[kept[place]], "index": index} for index, place in enumerate(order[:wanted])]
+        picked = [{**kept[place][0], "index": index} for index, place in enumerate(order[:wanted])]
         return {**answer, "choices": picked, "tracereward": details}
 
     async def _check(self, body: ChatRequest | CompletionRequest, sent: JsonObject, samples: int) -> str:
         """Render the reward model's prompt; reject requests that would fail before the upstream is called."""
-        for name, value in sent.items():
-            if not can_be_sent({name: value}):
-                text = f"{name}: contains a number, a character or a nesting depth that JSON cannot represent"
-                raise Refused(422, text, "invalid_value", name)
-        for name, what in REFUSED.items():
-            if sent.get(name):
-                raise Refused(422, f"{name}: {what} cannot be reranked", "unsupported", name)
+        for name, (neutral, reason) in UNSUPPORTED.items():
+            if matters(sent.get(name), neutral):
+                raise Refused(422, f"{name}: {reason}", "unsupported", name)
+        if matters(sent.get("stream_options")) and not body.stream:
+            raise Refused(422, "stream_options: only with stream", "invalid_value", "stream_options")
         field = "tracereward.n" if body.tracereward and body.tracereward.n else "n" if body.n else None
         self.service.check(None, samples, field)
-        prompt = self.service.render(body.prompt if isinstance(body, CompletionRequest) else list(body.messages))
+        prompt = self._prompt(body)
         self.service.log_prompt(prompt)
         limit = self.service.settings.max_tokens
         tokens = await self.service.engine.prompt_tokens(prompt, limit)
@@ -131,15 +172,37 @@ class Proxy:
             raise Refused(413, text, "too_many_tokens", field)
         return prompt
 
-    async def _rewards(self, prompt: str, texts: list[str], ended: list[bool]) -> list[float]:
-        service, prompts = self.service, [prompt] * len(texts)
-        limit = service.settings.max_tokens
-        scores, read, written = await service.engine.score(prompts, texts, ended, max_tokens=limit, field="sample")
-        service.count(len(texts), read, written)
+    def _prompt(self, body: ChatRequest | CompletionRequest) -> str:
+        """The prompt as the reward model reads it: the text or the conversation that the upstream continues."""
+        if isinstance(body, CompletionRequest):
+            return render_prompt(self.service.model.tokenizer, body.prompt, Rendering(), "prompt")
+        continued, opened = body.continue_final_message or False, body.add_generation_prompt is not False
+        if body.messages[-1].role == "assistant":
+            if not continued or opened:
+                text = "messages: the last one is the assistant's: to have it continued, set continue_final_message to "
+                raise Refused(422, f"{text}true and add_generation_prompt to false", "invalid_value", "messages")
+        elif continued:
+            text = "continue_final_message: the last message is not the assistant's"
+            raise Refused(422, text, "invalid_value", "continue_final_message")
+        elif not opened:
+            text = "add_generation_prompt: without it the samples would not be the assistant's"
+            raise Refused(422, text, "invalid_value", "add_generation_prompt")
+        return self.service.render(body.messages, body.chat_template_kwargs)
+
+    async def _rewards(self, prompt: str, samples: list[_Sample]) -> list[float]:
+        service = self.service
+        scores, read, written = await service.engine.score(
+            [prompt] * len(samples),
+            [sample.trace for sample in samples],
+            [sample.finished for sample in samples],
+            max_tokens=service.settings.max_tokens,
+            field="sample",
+        )
+        service.count(len(samples), read, written)
         return [service.reward(one) for one in scores]
 
     def _choose(
-        self, texts: list[str], rewards: list[float], method: str | None, deadline: float
+        self, samples: list[_Sample], rewards: list[float], method: str | None, deadline: float
     ) -> tuple[list[Candidate], str, int]:
         """The candidates, the method and the index of the best; runs in a thread because math-verify can be slow."""
 
@@ -148,19 +211,43 @@ class Proxy:
             return answer == other or (time.monotonic() < deadline and self.task.equal(answer, other))
 
         candidates = [
-            Candidate(text, self.task.extract(text), reward, length=len(text))
-            for text, reward in zip(texts, rewards, strict=True)
+            Candidate(one.trace, self._answer(one), reward, length=len(one.trace))
+            for one, reward in zip(samples, rewards, strict=True)
         ]
         answered = any(candidate.answer is not None for candidate in candidates)
         method = method or ("vote" if answered else "reward")
         return candidates, method, choose(candidates, method, equal)
 
+    def _answer(self, sample: _Sample) -> str | None:
+        """The answer that the sample states in its content, or otherwise anywhere in its trace."""
+        stated = self.task.extract(sample.content)
+        return self.task.extract(sample.trace) if stated is None else stated
 
-def _text(choice: JsonObject) -> str:
-    """The text of a choice of either endpoint."""
+
+def _sample(choice: JsonObject) -> _Sample:
+    """Read a choice of either endpoint.
+
+    Raises:
+        UpstreamFailed: it has tool calls, or something else than text.
+    """
+    # vLLM and SGLang name the stop string that was found here; a number is an end-of-sequence id.
+    stopped = any(isinstance(choice.get(name), str) for name in ("stop_reason", "matched_stop"))
+    finished = choice.get("finish_reason") in ENDED and not stopped
     message = choice.get("message")
-    text = message.get("content") if isinstance(message, dict) else choice.get("text")
-    return text if isinstance(text, str) else ""
+    if not isinstance(message, dict):
+        message = {"content": choice.get("text")}
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise bad_upstream(f"a sample of the upstream has {name}, which cannot be judged")
+    content = message.get("content") or ""
+    try:
+        if finished or content:
+            trace = message_text(message)
+        else:  # cut off while it reasoned
+            trace = message_text(message, think=("<think>\n", ""))
+    except ValueError as e:
+        raise bad_upstream(f"a sample of the upstream cannot be judged: {e}") from e
+    return _Sample(trace, content, finished)
 
 
 def _events(result: JsonObject, chat: bool, with_usage: bool) -> Iterator[str]:
@@ -173,9 +260,9 @@ def _events(result: JsonObject, chat: bool, with_usage: bool) -> Iterator[str]:
 
     for choice in result["choices"]:
         message = choice.get("message")
-        said = {"role": "assistant", "content": _text(choice), **(message if isinstance(message, dict) else {})}
+        said = {"role": "assistant", **(message if isinstance(message, dict) else {})}
         others = {name: value for name, value in choice.items() if name != "message"}
-        piece = {"delta": said} if chat else {"text": _text(choice)}
+        piece = {"delta": said} if chat else {"text": choice.get("text")}
         yield event(choices=[{**others, **piece, "finish_reason": None}])
         end = {"delta": {}} if chat else {"text": ""}
         yield event(choices=[{"index": choice["index"], **end, "finish_reason": choice.get("finish_reason")}])

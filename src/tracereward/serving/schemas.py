@@ -1,8 +1,10 @@
 """Request and response schemas. `/v1/rerank`, `/pooling` and `/classify` follow Jina and vLLM."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from tracereward.modeling.rendering import REASONING_FIELDS
 
 Text = Annotated[str, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
@@ -15,16 +17,85 @@ class Strict(BaseModel):
 
 
 class Lenient(BaseModel):
-    """A request in another server's format: unknown fields are ignored, as clients send fields not used here."""
+    """A request in another server's format. A field that the server does not read is accepted only if it changes
+    nothing, and rejected by name otherwise: null and empty values change nothing, nor do the following.
 
-    model_config = ConfigDict(extra="ignore")
+    Attributes:
+        ignored: fields that never change a score.
+        neutral: fields with the value that asks for what the server does anyway.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    ignored: ClassVar[frozenset[str]] = frozenset()
+    neutral: ClassVar[dict[str, Any]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: value
+            for name, value in given.items()
+            if name in cls.model_fields or (name not in cls.ignored and matters(value, cls.neutral.get(name)))
+        }
+
+
+def matters(value: Any, neutral: Any = None) -> bool:
+    """Whether the value of a field that is not read asks for anything; `neutral` asks for what happens anyway."""
+    return value is not None and value not in ([], {}, "") and (type(value) is not type(neutral) or value != neutral)
+
+
+ABOUT_REQUEST = frozenset({"user", "priority", "request_id", "metadata"})
+
+
+class TextPart(BaseModel):
+    """A text part of a message; other types are not supported."""
+
+    type: Literal["text"] = "text"
+    text: str
+
+
+def _joined(content: Any) -> Any:
+    """Join a list of text parts; return other content unchanged for the validator."""
+    if not isinstance(content, list):
+        return content
+    for index, part in enumerate(content):
+        kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f"part {index} is of type {kind!r:.40}: only text parts can be scored")
+    return "".join(part["text"] for part in content)
 
 
 class Message(Lenient):
-    """A chat message."""
+    """A chat message. The assistant's may have its reasoning in a field of its own."""
 
     role: Text
-    content: str
+    content: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reasoning_alone(cls, given: Any) -> Any:
+        """A message may have reasoning and no content."""
+        if isinstance(given, dict) and given.get("content") is None and any(map(given.get, REASONING_FIELDS)):
+            return {**given, "content": ""}
+        return given
+
+    @model_validator(mode="after")
+    def _one_reasoning(self) -> Self:
+        given = {getattr(self, name) for name in REASONING_FIELDS} - {None, ""}
+        if given and self.role != "assistant":
+            raise ValueError("only the assistant's messages have reasoning")
+        if len(given) > 1:
+            raise ValueError(f"give the reasoning in one of {', '.join(REASONING_FIELDS)}")
+        return self
+
+    def fields(self) -> dict[str, str]:
+        """The fields that the message has."""
+        return self.model_dump(exclude_none=True)
 
 
 Prompt = Text | Annotated[list[Message], Field(min_length=1)]
@@ -79,14 +150,19 @@ class ScoreResponse(BaseModel):
     usage: Usage
 
 
-class Document(Lenient):
-    """A document as an object."""
+class Document(BaseModel):
+    """A document as an object: its text is scored; its other fields are data of the client and returned."""
+
+    model_config = ConfigDict(extra="allow")
 
     text: Text
 
 
 class RerankRequest(Lenient):
     """Request of Jina and Cohere: documents are candidates, the query is the prompt."""
+
+    ignored = ABOUT_REQUEST
+    neutral = {"rank_fields": ["text"], "truncation": False}
 
     model: str | None = None
     query: Prompt
@@ -116,6 +192,9 @@ class RerankResponse(BaseModel):
 
 class ClassifyRequest(Lenient):
     """Request of vLLM: texts or their token ids, or a conversation whose last message is the assistant's trace."""
+
+    ignored = ABOUT_REQUEST
+    neutral = {"add_special_tokens": True, "add_generation_prompt": False, "continue_final_message": False}
 
     model: str | None = None
     input: (
@@ -214,22 +293,6 @@ class Selection(Strict):
     )
 
 
-class TextPart(Lenient):
-    """A text part of a message; other types are not supported."""
-
-    type: Literal["text"] = "text"
-    text: str
-
-
-def _joined(content: Any) -> Any:
-    """Join a list of text parts; return other content unchanged for the validator."""
-    if not isinstance(content, list):
-        return content
-    parts = [part.get("text") for part in content if isinstance(part, dict)]
-    texts = [part for part in parts if isinstance(part, str)]
-    return "".join(texts) if len(texts) == len(content) else content
-
-
 def _only(prompt: Any) -> Any:
     """Unwrap a list of one text."""
     if isinstance(prompt, list):
@@ -239,14 +302,11 @@ def _only(prompt: Any) -> Any:
     return prompt
 
 
-class ChatMessage(Message):
-    """A chat message, its content a text or OpenAI's list of text parts."""
-
-    content: Annotated[str, BeforeValidator(_joined, json_schema_input_type=str | list[TextPart])]
-
-
 class StreamOptions(Lenient):
     """OpenAI's stream options."""
+
+    ignored = frozenset({"include_obfuscation"})
+    neutral = {"continuous_usage_stats": False}
 
     include_usage: bool | None = Field(None, strict=True)
 
@@ -268,7 +328,10 @@ class Proxied(BaseModel):
 class ChatRequest(Proxied):
     """OpenAI's chat completion."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1)]
+    continue_final_message: Annotated[bool, Field(strict=True)] | None = None
+    add_generation_prompt: Annotated[bool, Field(strict=True)] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 class CompletionRequest(Proxied):

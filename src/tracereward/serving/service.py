@@ -3,15 +3,15 @@
 import asyncio
 import logging
 from collections.abc import Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import HTTPException, Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from scipy.special import expit
 
 from tracereward.errors import InputError
-from tracereward.modeling.tokenization import render_prompt
+from tracereward.modeling.rendering import render_prompt
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.engine import Engine
@@ -62,12 +62,12 @@ class Settings:
     log_prompts: bool = False
 
 
-class Refused(Exception):
-    """A well-formed request that the server rejects."""
+class Refused(HTTPException):  # FastAPI passes only these on while it reads a body
+    """A request that the server rejects, with OpenAI's error code and the name of the field."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.code, self.param = status, message, code, param
+        super().__init__(status, message)
+        self.message, self.code, self.param = message, code, param
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {
@@ -122,16 +122,24 @@ class Service:
         await self.engine.score(["1 + 1 = ?\n"], ["2"], [True])
         self.ready = True
 
-    def render(self, prompt: str | list[Message]) -> str:
-        """Render a prompt for the reward model; `InputError` if its template cannot."""
-        given: Any = prompt if isinstance(prompt, str) else [message.model_dump() for message in prompt]
-        template = self.model.settings.template
-        if template == "plain" and not isinstance(given, str):
-            users = [message["content"] for message in given if message["role"] == "user"]
-            if len(users) != 1 or any(message["role"] not in ("user", "system") for message in given):
-                raise InputError("the reward model was trained on plain prompts: send a text or one user message")
-            given = users[0]
-        return render_prompt(self.model.tokenizer, given, template, "prompt")
+    def render(self, prompt: str | list[Message], chat_template_kwargs: dict[str, Any] | None = None) -> str:
+        """Render a prompt for the reward model; `InputError` if its template cannot.
+
+        Args:
+            prompt: a text or messages.
+            chat_template_kwargs: variables of the chat template, over those that the reward model stores.
+        """
+        rendering = self.model.settings.rendering
+        given: Any = prompt
+        if not isinstance(prompt, str):
+            given = [message.fields() for message in prompt]
+            if rendering.template == "plain":
+                if [message.role for message in prompt] != ["user"]:
+                    raise InputError("the reward model was trained on plain prompts: send a text or one user message")
+                given = prompt[0].content
+        kwargs = {**rendering.chat_template_kwargs, **(chat_template_kwargs or {})}
+        rendering = replace(rendering, chat_template_kwargs=kwargs)
+        return render_prompt(self.model.tokenizer, given, rendering, "prompt")
 
     def check(self, model: str | None, candidates: int, field: str | None = None) -> None:
         """Reject an unknown model name, and more candidates (in `field`) than the limit."""

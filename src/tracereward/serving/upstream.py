@@ -10,12 +10,12 @@ from typing import Any
 
 import httpx
 
+from tracereward.serving.json_body import is_json
 from tracereward.serving.middleware import error
 from tracereward.serving.schemas import JsonObject
 
 MODELS_SECONDS = 2.0
 """Timeout for listing the upstream's models."""
-DEPTH = 100  # nesting levels reserved for stack frames and for the fields around a value that is serialised later
 
 
 class UpstreamFailed(Exception):
@@ -108,34 +108,24 @@ class Upstream:
         choices = body.get("choices") if isinstance(body, dict) else None
         if isinstance(choices, list) and choices and all(isinstance(choice, dict) for choice in choices):
             return body
-        raise _bad("the upstream's response has no choices")
+        raise bad_upstream("the upstream's response has no choices")
 
 
-def can_be_sent(body: Any) -> bool:
-    """Whether a value can be sent as JSON: Python's parser accepts NaN, lone surrogates and deep nesting."""
-    for _ in range(DEPTH):
-        body = [body]
-    try:
-        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _bad(text: str) -> UpstreamFailed:
+def bad_upstream(text: str) -> UpstreamFailed:
+    """The error for a response of the upstream that cannot be used."""
     return UpstreamFailed(502, error(text, "upstream_error", "bad_upstream"))
 
 
 def _read(response: httpx.Response) -> Any:
     """The parsed JSON of a response; None if it is not JSON, e.g. a gateway's error page."""
-    unusable = _bad(f"the upstream responded {response.status_code} with JSON that cannot be forwarded")
+    unusable = bad_upstream(f"the upstream responded {response.status_code} with JSON that cannot be forwarded")
     try:
         body = response.json()
     except ValueError:
         return None
     except RecursionError as e:
         raise unusable from e
-    if not can_be_sent(body):
+    if not is_json(body):
         raise unusable
     return body
 
