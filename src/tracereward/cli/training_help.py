@@ -1,8 +1,10 @@
 """``--help`` of the training commands: the essential options, then our own; loads neither torch nor TRL."""
 
 import dataclasses
+import textwrap
 
-from tracereward.training.options import GROUPS, own_fields
+from tracereward.training.options import GROUPS, NOT_OF, own_fields
+from tracereward.training.trl_options import HONOURED, commands_with
 
 COMMANDS = {
     "sft": ("Fine-tune a model on expert traces.", "SFTConfig"),
@@ -18,7 +20,7 @@ FIRST = {
     "task": "",
     "dataset_name": "",
     "output_dir": "the run folder (default: runs/{command})",
-    "resume": "continue from the last complete checkpoint of --output_dir",
+    "resume": "continue the run in --output_dir from its last complete checkpoint, with the options in its config.yaml",
     "max_completion_length": "longest completion in tokens",
     "per_device_train_batch_size": "rows in one forward and backward pass",
     "learning_rate": "learning rate of the policy",
@@ -37,14 +39,28 @@ def help_text(command: str) -> str:
     lines = [f"Usage: tracereward {command} [--config FILE.yaml] [--resume] [--OPTION VALUE ...]", "", about, ""]
     own = {option.name: _line(option) for group in GROUPS[command].values() for option in own_fields(group)}
     lines += ["First:"]
-    lines += [own.get(name, f"  --{name}: {text.format(command=command)}") for name, text in FIRST.items()]
+    lines += [own.get(name) or _wrapped(f"--{name}: {text.format(command=command)}") for name, text in FIRST.items()]
     lines += ["", "LoRA:", *(f"  --{name}: {text}" for name, text in LORA.items())]
     for heading, group in GROUPS[command].items():
-        lines += ["", f"{heading}:", *(own[o.name] for o in own_fields(group) if o.name not in FIRST)]
-    lines += ["", f"And every option of trl.{parent} and trl.ModelConfig, under the same names."]
+        names = [option.name for option in own_fields(group) if option.name not in (*FIRST, *NOT_OF.get(command, ()))]
+        lines += ["", f"{heading}:", *(own[name] for name in names)]
+    lines += ["", f"Options of trl.{parent} and trl.ModelConfig (docs/options.md says what each does):"]
+    for heading, group in HONOURED.items():
+        names = [f"--{name}" for name in group if command in commands_with(name) and name not in own]
+        if names:
+            lines += [f"  {heading}:", *_lines(" ".join(names), 80, "    ", "    ")]
     return "\n".join(lines)
 
 
 def _line(option: dataclasses.Field) -> str:
     default = "" if option.default in (None, dataclasses.MISSING) else f" (default: {option.default!r})"
-    return f"  --{option.name}: {option.metadata['help']}{default}"
+    return _wrapped(f"--{option.name}: {option.metadata['help']}{default}")
+
+
+def _wrapped(text: str) -> str:
+    """An option's line, with its continuation lines indented further."""
+    return "\n".join(_lines(text, 100, "  ", "      "))
+
+
+def _lines(text: str, width: int, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)

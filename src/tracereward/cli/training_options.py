@@ -1,10 +1,11 @@
 """Options of the training commands: a YAML file by ``--config``, overridden by ``--name value``."""
 
+import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import ModelConfig, TrlParser
@@ -16,12 +17,20 @@ from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RETIRED, RewardConfig, SupervisedConfig
 from tracereward.training.option_rules import check_job, effective
 from tracereward.training.options import DataArguments, option_defaults
-from tracereward.training.trl_options import OTHER_NAMES
+from tracereward.training.trl_options import OTHER_NAMES, commands_with, honoured
 
 CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}
 
 
 class _Parser(TrlParser):
+    def __init__(self, classes: Any):
+        super().__init__(classes)
+        hints = {name: get_args(hint) for cls in classes for name, hint in get_type_hints(cls).items()}
+        for action in self._actions:  # for a mapping that may not be a text, argparse would call `dict` with the text
+            kinds = hints.get(action.dest, ())
+            if str not in kinds and any((get_origin(kind) or kind) is dict for kind in kinds):
+                action.type = _mapping
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)  # argparse would print the usage of 200 options
 
@@ -70,6 +79,14 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     return data, config, model, resume
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    """A JSON object on the command line; argparse names the option if it is none."""
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(text)
+    return found
+
+
 def _parsed(parser: _Parser, argv: list[str], options: dict[str, Any]) -> Sequence[Any]:
     """The options of a file, overridden by those of the command line, as dataclasses."""
     for name, value in options.pop("env", {}).items():
@@ -112,6 +129,8 @@ def _taken(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _unknown(what: str, name: str, known: set[str]) -> str:
+    if commands := [*commands_with(name)] if name in honoured() else []:
+        return f"unknown {what}: it is one of tracereward {' and '.join(commands)}"
     near = OTHER_NAMES.get(name) or nearest(name, known)
     near = near if near in known else nearest(name, known)
     return f"unknown {what}: " + (f"did you mean {near!r}?" if near else "see `tracereward COMMAND --help`")

@@ -25,7 +25,7 @@ def resolved(job: Job) -> dict[str, Any]:
     return {
         name: _plain(value)
         for name, value in effective(job.kind, values, defaults).items()
-        if name not in SECRETS and (value is not None or defaults[name])  # None instead of "": the parser, no value
+        if name not in SECRETS and (value not in (None, "") or defaults[name])
     }
 
 
@@ -35,7 +35,7 @@ def derived(job: Job) -> dict[str, Any]:
     return {
         name: _plain(value)
         for name, value in vars(job.config).items()
-        if name in shown and given.get(name, value) is None and value not in (None, [])
+        if name in shown and given.get(name, value) is None and isinstance(value, bool | int | float | str)
     }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tracereward.errors import InputError
-from tracereward.training.options import option_defaults
+from tracereward.training.options import NOT_OF, option_defaults
 from tracereward.training.trl_options import COMMANDS, ROLLOUTS, SFT, TRAIN, refusal
 
 
@@ -394,7 +394,7 @@ JOB_RULES: tuple[Rule, ...] = (
         commands=ROLLOUTS,
     ),
     Rule(
-        options=("unlabeled_dataset_name",),
+        options=NOT_OF[SFT],
         when=lambda o: True,
         why="sft trains on demonstrations only: remove it",
         commands=(SFT,),

@@ -443,6 +443,8 @@ GROUPS: dict[str, dict[str, type]] = {
     },
 }
 """Each command's own options (not TRL's), by heading of its help."""
+NOT_OF: dict[str, tuple[str, ...]] = {"sft": ("unlabeled_dataset_name",)}
+"""Options of the groups that a command refuses."""
 
 
 def own_fields(group: type) -> list[dataclasses.Field]:

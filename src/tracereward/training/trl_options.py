@@ -235,23 +235,44 @@ _BEST = "use --validation_dataset_name or, for sft, --validation_fraction, which
 REFUSED: dict[str, tuple[Refusal, ...]] = {
     # Lengths and packing
     "max_length": (
-        Refusal(why="it would cut off the ends of traces: use --max_completion_length and --on_long", also=(None,)),
+        Refusal(
+            why="it would cut off the ends of traces: use --max_completion_length and --on_long",
+            also=(None,),
+            commands=(SFT,),
+        ),
     ),
-    "truncation_mode": (Refusal(why="traces are never truncated: see --max_completion_length and --on_long"),),
-    "packing": (Refusal(why="packing cuts traces at a fixed length; --padding_free true saves padding without that"),),
-    "packing_strategy": (Refusal(why="demonstrations are not packed"),),
-    "eval_packing": (Refusal(why="demonstrations are not packed", also=(False,)),),
+    "truncation_mode": (
+        Refusal(why="traces are never truncated: see --max_completion_length and --on_long", commands=(SFT,)),
+    ),
+    "packing": (
+        Refusal(
+            why="packing cuts traces at a fixed length; --padding_free true saves padding without that", commands=(SFT,)
+        ),
+    ),
+    "packing_strategy": (Refusal(why="demonstrations are not packed", commands=(SFT,)),),
+    "eval_packing": (Refusal(why="demonstrations are not packed", also=(False,), commands=(SFT,)),),
     # Demonstrations
-    "completion_only_loss": (Refusal(why="only completions are trained on, prompts never", also=(True,)),),
-    "assistant_only_loss": (Refusal(why="only completions are trained on, which are the assistant's"),),
-    "dataset_text_field": (Refusal(why="--task says which fields of a row are read"),),
-    "dataset_kwargs": (Refusal(why=_TOKENS),),
-    "dataset_num_proc": (Refusal(why=_TOKENS),),
-    "chat_template_path": (
-        Refusal(why="--template chat uses the chat template of the model's tokenizer; save another one there"),
+    "completion_only_loss": (
+        Refusal(why="only completions are trained on, prompts never", also=(True,), commands=(SFT,)),
     ),
-    "eos_token": (Refusal(why="traces end in the end-of-sequence token of the model's tokenizer; change it there"),),
-    "pad_token": (Refusal(why="padding is masked, so the token does not matter"),),
+    "assistant_only_loss": (
+        Refusal(why="only completions are trained on, which are the assistant's", commands=(SFT,)),
+    ),
+    "dataset_text_field": (Refusal(why="--task says which fields of a row are read", commands=(SFT,)),),
+    "dataset_kwargs": (Refusal(why=_TOKENS, commands=(SFT,)),),
+    "dataset_num_proc": (Refusal(why=_TOKENS, commands=(SFT,)),),
+    "chat_template_path": (
+        Refusal(
+            why="--template chat uses the chat template of the model's tokenizer; save another one there",
+            commands=(SFT,),
+        ),
+    ),
+    "eos_token": (
+        Refusal(
+            why="traces end in the end-of-sequence token of the model's tokenizer; change it there", commands=(SFT,)
+        ),
+    ),
+    "pad_token": (Refusal(why="padding is masked, so the token does not matter", commands=(SFT,)),),
     "length_column_name": (Refusal(why="lengths are counted from the tokens"),),
     "remove_unused_columns": (Refusal(why="all columns that the trainer gets are used"),),
     "label_names": (Refusal(why="the labels are the completions' tokens"),),
@@ -260,11 +281,12 @@ REFUSED: dict[str, tuple[Refusal, ...]] = {
         Refusal(
             why="the command has one reward; correctness is logged with weight 0 (see --reward of tracereward grpo)",
             also=([1.0], [1.0, 0.0]),
+            commands=ROLLOUTS,
         ),
     ),
-    "multi_objective_aggregation": (Refusal(why="the command has one reward; see --scale_rewards"),),
-    "max_tool_calling_iterations": (Refusal(why="rollouts call no tools"),),
-    "log_multimodal": (Refusal(why="traces are texts"),),
+    "multi_objective_aggregation": (Refusal(why="the command has one reward; see --scale_rewards", commands=ROLLOUTS),),
+    "max_tool_calling_iterations": (Refusal(why="rollouts call no tools", commands=ROLLOUTS),),
+    "log_multimodal": (Refusal(why="traces are texts", commands=ROLLOUTS),),
     # Model
     "model_init_kwargs": (
         Refusal(why="the policy is loaded with --dtype, --attn_implementation and --model_revision"),
@@ -283,7 +305,7 @@ REFUSED: dict[str, tuple[Refusal, ...]] = {
     "per_device_eval_batch_size": (
         Refusal(why="validation questions are answered in batches of --per_device_train_batch_size", commands=ROLLOUTS),
     ),
-    "num_generations_eval": (Refusal(why="validation questions are answered once, greedily"),),
+    "num_generations_eval": (Refusal(why="validation questions are answered once, greedily", commands=ROLLOUTS),),
     "load_best_model_at_end": (Refusal(why=_BEST),),
     "metric_for_best_model": (Refusal(why=_BEST, also=("eval_loss",)),),
     "greater_is_better": (Refusal(why=_BEST, also=(False,)),),
@@ -320,10 +342,18 @@ REFUSED: dict[str, tuple[Refusal, ...]] = {
     ),
     "parallelism_config": (Refusal(why="context and tensor parallelism are not supported: use FSDP2 or DeepSpeed"),),
     # Renamed
-    "use_transformers_paged": (Refusal(why="it is now --use_transformers_continuous_batching"),),
-    "vllm_importance_sampling_cap": (Refusal(why="it is now --vllm_importance_sampling_clip_max"),),
+    "use_transformers_paged": (Refusal(why="it is now --use_transformers_continuous_batching", commands=ROLLOUTS),),
+    "vllm_importance_sampling_cap": (Refusal(why="it is now --vllm_importance_sampling_clip_max", commands=ROLLOUTS),),
 }
 """Options refused if their value is not the default, with the reason."""
+
+SFT_ONLY = ("activation_offloading", "padding_free")
+ROLLOUTS_ONLY = (
+    *HONOURED["Rollouts"],
+    *HONOURED["vLLM"],
+    *(name for name in HONOURED["Loss"] if name not in ("loss_type", "label_smoothing_factor", "router_aux_loss_coef")),
+)
+"""Honoured options that TRL's config of the other commands does not have."""
 
 INTERNAL: dict[str, str] = {
     "do_train": "the command says what is done",
@@ -345,6 +375,7 @@ OTHER_NAMES: dict[str, str] = {
     "limit": "max_demonstrations",
     "lora": "use_peft",
     "lr": "learning_rate",
+    "max_length": "max_completion_length",
     "max_new_tokens": "max_completion_length",
     "max_seq_length": "max_completion_length",
     "model": "model_name_or_path",
@@ -368,6 +399,12 @@ def refusal(command: str, name: str) -> Refusal | None:
 def honoured() -> dict[str, str]:
     """What each honoured option does, by name."""
     return {name: text for group in HONOURED.values() for name, text in group.items()}
+
+
+def commands_with(name: str) -> tuple[str, ...]:
+    """The commands that honour an option."""
+    commands = (SFT,) if name in SFT_ONLY else ROLLOUTS if name in ROLLOUTS_ONLY else COMMANDS
+    return tuple(command for command in commands if refusal(command, name) is None)
 
 
 def unsorted(names: set[str]) -> set[str]:
