@@ -16,6 +16,7 @@ import typer.core
 from tracereward import __version__
 from tracereward.cli.evaluate import suites
 from tracereward.cli.reward import Overwrite, Resume, commands
+from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
 from tracereward.console import open_streams, say
 from tracereward.errors import InputError, Interrupted, RunFailed
@@ -37,8 +38,9 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(0) from None
 
 
-app = typer.Typer(
+app = CheckedTyper(
     cls=Commands,
+    context_settings={"token_normalize_func": with_hyphens},
     help="Reward models for reasoning, learned from expert traces alone.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

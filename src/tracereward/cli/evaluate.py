@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-suites = typer.Typer(no_args_is_help=True, help="Evaluate a reward model or a policy: one command per suite.")
+from tracereward.cli.rules import CheckedTyper
+
+suites = CheckedTyper(no_args_is_help=True, help="Evaluate a reward model or a policy: one command per suite.")
 
 
 def _finite(value: float) -> float:

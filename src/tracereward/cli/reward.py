@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from tracereward.cli.rules import CheckedTyper
 from tracereward.console import print_json, say
 
-commands = typer.Typer()
+commands = CheckedTyper()
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")]
 Reference = Annotated[

@@ -444,6 +444,18 @@ def without_effect(command: str, values: Values, rules: Iterable[Rule] = (*CONFI
     return found
 
 
+def effective(command: str, stored: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a run that had an effect: earlier versions accepted and stored others too.
+
+    Args:
+        command: the run's command.
+        stored: the run's ``config.yaml``.
+        defaults: of all options.
+    """
+    idle = without_effect(command, Values({**defaults, **stored}))
+    return {name: value for name, value in stored.items() if name not in idle and refusal(command, name) is None}
+
+
 def check_refused(command: str, options: Any) -> None:
     """Refuse TRL's options that the command does not have.
 
