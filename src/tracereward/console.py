@@ -1,5 +1,6 @@
 """Progress and warnings on stderr; stdout is for data, in UTF-8."""
 
+import functools
 import io
 import json
 import os
@@ -67,6 +68,12 @@ def note(text: str) -> None:
     """Print a line on stderr, in the main process only."""
     if is_main_process():
         say(text)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """`warn`, the first time only."""
+    warn(text)
 
 
 def warn(text: str) -> None:

@@ -9,8 +9,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 
 def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
-    """Probability that a correct trace scores above a wrong one, ties counting half; nan if one class is missing."""
-    if len(set(correct)) < 2:
+    """Probability that a correct trace scores above a wrong one, ties counting half.
+
+    nan if one class is missing or a score is nan.
+    """
+    if len(set(correct)) < 2 or any(map(math.isnan, scores)):
         return math.nan
     return float(roc_auc_score(np.asarray(correct, dtype=bool), np.asarray(scores, dtype=float)))
 
@@ -41,7 +44,7 @@ def auroc_interval(
 
 def auprc(scores: Sequence[float], correct: Sequence[bool]) -> float:
     """Average precision of correct traces (area under precision over recall); chance is their share. nan if none."""
-    if not any(correct):
+    if not any(correct) or any(map(math.isnan, scores)):
         return math.nan
     return float(average_precision_score(np.asarray(correct, dtype=bool), np.asarray(scores, dtype=float)))
 
@@ -70,8 +73,10 @@ def within_prompt_auroc(scores: Sequence[float], correct: Sequence[bool], prompt
     """Mean AUROC within a prompt, over the prompts that have both correct and wrong traces.
 
     This is what a group-normalised policy gradient and a reranker see; pooled AUROC mostly measures which prompts are
-    hard. nan if no prompt has both.
+    hard. nan if no prompt has both or a score is nan.
     """
+    if any(map(math.isnan, scores)):
+        return math.nan
     groups: dict = {}
     for score, is_correct, prompt in zip(scores, correct, prompts, strict=True):
         groups.setdefault(prompt, ([], []))
@@ -142,7 +147,7 @@ def perturbation_auroc(expert_rewards: Sequence[float], perturbed_rewards: Seque
     """Share of expert traces that score above their own perturbed copy, ties counting half; nan without pairs.
 
     (1 / N) sum_i ( [R(expert_i) > R(perturbed_i)] + [R(expert_i) = R(perturbed_i)] / 2 ). An AUROC of matched pairs: it
-    needs no verified answer, and the difficulty of the prompts cancels. 0.5 is chance.
+    needs no verified answer, and the difficulty of the prompts cancels. 0.5 is chance; nan if a reward is nan.
 
     Args:
         expert_rewards: N trace rewards.
@@ -151,7 +156,9 @@ def perturbation_auroc(expert_rewards: Sequence[float], perturbed_rewards: Seque
     Raises:
         ValueError: the sequences differ in length.
     """
-    pairs = zip(expert_rewards, perturbed_rewards, strict=True)
+    pairs = list(zip(expert_rewards, perturbed_rewards, strict=True))
+    if any(math.isnan(reward) for pair in pairs for reward in pair):
+        return math.nan
     return mean([1.0 if expert > perturbed else 0.5 if expert == perturbed else 0.0 for expert, perturbed in pairs])
 
 

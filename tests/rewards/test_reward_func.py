@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from tracereward import as_reward_func
@@ -123,3 +124,32 @@ def test_messages_are_rendered_and_empty_traces_are_scored(tiny_model_folder, to
     model.settings = dataclasses.replace(model.settings, template="chat")
     messages = [{"role": "user", "content": "13 - 5 = ?"}], [{"role": "assistant", "content": trace}]
     assert function([messages[0]], [messages[1]], [[*ids, eos]]) == pytest.approx([ended.aggregate()], abs=1e-5)
+
+
+def test_policys_end_tokens_end_a_trace(tiny_model_folder, tokenizer, capsys):
+    """A policy of another vocabulary, with two end-of-sequence tokens; without its tokenizer, ends are unknown."""
+    model = build(tiny_model_folder, tokenizer, "action")
+    words = ["13", "-", "5", "=", "8", " ", "<end>", "<turn>"]
+    backend = Tokenizer(models.WordLevel({word: 100 - i for i, word in enumerate(words)}, unk_token="<end>"))
+    backend.decoder = decoders.Fuse()
+    policy = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<end>", extra_special_tokens=["<turn>"], clean_up_tokenization_spaces=False
+    )
+    prompt, trace = "13 - 5 = ?\n", "13 - 5 = 8"
+    ids = [policy.convert_tokens_to_ids(word) for word in ["13", " ", "-", " ", "5", " ", "=", " ", "8"]]
+    ends = policy.convert_tokens_to_ids(["<end>", "<turn>"])
+    assert policy.decode(ids) == trace
+    cut, ended = (model.score([prompt], [trace], finished=[end])[0].aggregate() for end in (False, True))
+    assert cut != pytest.approx(ended)
+    sampled = [ids, [*ids, ends[0]], [*ids, ends[1]]]
+    found = as_reward_func(model, policy)([prompt] * 3, [trace] * 3, sampled)
+    assert found == pytest.approx([cut, ended, ended])
+    assert "policy_tokenizer" not in capsys.readouterr().err
+    assert as_reward_func(model)([prompt] * 3, [trace] * 3, sampled) == pytest.approx([ended] * 3)
+    assert "policy_tokenizer" in capsys.readouterr().err
+    own = tokenizer(trace)["input_ids"]
+    more = type(tokenizer).from_pretrained(tiny_model_folder)
+    more.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    model.tokenizer = more
+    found = as_reward_func(model)([prompt] * 2, [trace] * 2, [[*own, len(more) - 1], own])
+    assert found == pytest.approx([ended, cut])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward import __version__
+from tracereward.console import warn_once
 from tracereward.errors import InputError
 from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
@@ -263,7 +264,15 @@ class TokenRewardModel(nn.Module, Scorer):
 RewardModel = TokenRewardModel
 
 
-def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that are no text: one of them last in a sampled trace means that the trace ended by itself."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*added, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+
+
+def as_reward_func(
+    model: TokenRewardModel, policy_tokenizer: PreTrainedTokenizerBase | None = None
+) -> Callable[..., list[float]]:
     """Reward function for ``GRPOTrainer(reward_funcs=...)``: the trace reward of each completion.
 
     The folder of a token-head checkpoint can also be passed to TRL, which loads it with transformers and takes the last
@@ -271,6 +280,9 @@ def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
 
     Args:
         model: scores on its own device; renders prompts (text or messages) with ``settings.rendering``.
+        policy_tokenizer: tells which traces ended by themselves: with a special token, of which a policy may have
+            several. Needed if the policy's tokenizer is not the reward model's; without it all its traces count as
+            ended, with a warning.
     """
 
     def tracereward(
@@ -279,11 +291,18 @@ def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:
         pairs = zip(prompts, completions, strict=True)
         rows = [{"prompt": p, "completion": c, "answer": None, "source": "a rollout"} for p, c in pairs]
         rendered = render(rows, model.tokenizer, model.settings.rendering)
-        eos = model.tokenizer.eos_token_id
         texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
         finished = None
-        if completion_ids is not None:  # a trace without text has only its end-of-sequence token to score
-            finished = [ids[-1:] == [eos] or not text for ids, text in zip(completion_ids, texts[1], strict=True)]
+        tokenizer = policy_tokenizer or model.tokenizer
+        decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids or ()]
+        if any(text.strip() not in of_ids for text, of_ids in zip(texts[1], decoded)):
+            warn_once(
+                "completion_ids are not the reward model's tokens, so every trace counts as ended: pass the policy's "
+                "tokenizer, as_reward_func(model, policy_tokenizer)"
+            )
+        elif completion_ids is not None:  # a trace without text has only its end-of-sequence token to score
+            ends = special_ids(tokenizer)
+            finished = [not text or ids[-1] in ends for ids, text in zip(completion_ids, texts[1], strict=True)]
         return [trace.aggregate(model.settings.aggregate) for trace in model.score(*texts, finished=finished)]
 
     return tracereward

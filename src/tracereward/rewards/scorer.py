@@ -107,6 +107,7 @@ class Scorer(ABC):
 
         Raises:
             InputError: a trace is empty, or longer than the backbone's positions; nothing is ever truncated.
+            RunFailed: a reward is not finite.
         """
         finished = [True] * len(completions) if finished is None else finished
         encoded = [
@@ -117,8 +118,14 @@ class Scorer(ABC):
         return self.score_ids(*ids, token_budget=token_budget, reference=reference, policy=policy)
 
     def score_ids(self, prompts: TokenIds, completions: TokenIds, **options: Any) -> list[TokenScores]:
-        """Score token ids; for the options see `token_rewards`."""
+        """Score token ids; for the options see `token_rewards`.
+
+        Raises:
+            RunFailed: a reward is not finite.
+        """
         rewards = self.token_rewards(prompts, completions, **options)
+        for index, values in enumerate(rewards):
+            check_finite(f"row {index}", "reward", values.tolist())
         return [self.to_scores(ids, values) for ids, values in zip(completions, rewards, strict=True)]
 
     def encode(self, trace: Trace, limit: float = math.inf) -> EncodedTrace:

@@ -16,14 +16,20 @@ The policy's ``generation_config.json`` has no part in it, see `generation.setti
 
 import contextlib
 import copy
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
-from tracereward.errors import InputError
+from tracereward.errors import InputError, RunFailed
+from tracereward.files import atomic_write_json
 from tracereward.generation.settings import only
+from tracereward.modeling.distributed import all_reduce_max
 from tracereward.modeling.tokenization import encode_prompt
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.micro_batches import by_length, may_change_places, may_shift, window
@@ -81,6 +87,59 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         shift = may_shift(self.accelerator.unwrap_model(self.model).config)
         self._buffered_inputs = by_length(self._buffered_inputs, size, shift, self.pad_to_multiple_of)
         return self._buffered_inputs[self._step % config.steps_per_generation]
+
+    def check_rewards(
+        self,
+        prompts: Sequence[str],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        rewards: Sequence[Sequence[float]],
+    ) -> None:
+        """Stop the run at a reward that is not finite: TRL would make it 0, the best of a group of negative rewards.
+
+        A collective call.
+
+        Args:
+            prompts: of this process's traces.
+            completions: their texts.
+            completion_ids: their tokens.
+            rewards: the numbers of each trace that must be finite.
+
+        Raises:
+            RunFailed: on every process; names the step and the first such trace, which is also written to
+                ``not_finite.json`` next to the checkpoints.
+        """
+        bad = [row for row, values in enumerate(rewards) if not all(map(math.isfinite, values))]
+        if not all_reduce_max(len(bad)):
+            return
+        step, path = self.state.global_step + 1, Path(str(self.args.output_dir)) / "not_finite.json"
+        found = gather_object(
+            [
+                {
+                    "step": step,
+                    "prompt": prompts[row],
+                    "completion": completions[row],
+                    "completion_ids": list(completion_ids[row]),
+                    "rewards": [repr(value) for value in rewards[row]],
+                }
+                for row in bad[:1]
+            ]
+        )
+        if self.is_world_process_zero():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(path, found[0])
+        text = "; ".join(f"{name} {found[0][name][:200]!r}" for name in ("prompt", "completion"))
+        raise RunFailed(f"a reward is not finite at step {step}: {text} (the trace is in {path})")
+
+    def _calculate_rewards(
+        self, inputs: Any, prompts: list[str], completions: list[str], completion_ids_list: list[list[int]]
+    ) -> torch.Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        start = self.accelerator.process_index * len(prompts)
+        counting = (self.reward_weights != 0).to(rewards.device)  # correctness may be unknown: it only monitors
+        own = rewards[start : start + len(prompts)][:, counting]
+        self.check_rewards(prompts, completions, completion_ids_list, own.tolist())
+        return rewards
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         padded, wrapped = self.pad_to_multiple_of, self.model_wrapped

@@ -199,6 +199,7 @@ class AdversarialTrainer(RolloutTrainer):
                 log_metric(f"discriminator/{name}", value)
         reward_ids = [self.bridge.completion(ids) for ids in completion_ids]
         rewards = self.token_rewards([self.bridge.prompt(prompt) for prompt in prompts], reward_ids)
+        self.check_rewards(prompts, completions, completion_ids, [values.tolist() for values in rewards])
         if self.config.whiten_rewards:
             mean, std = self._statistics(rewards)
             rewards = [whiten(values, mean, std) for values in rewards]
@@ -301,6 +302,11 @@ class AdversarialTrainer(RolloutTrainer):
         # With few demonstrations an expert is in several pairs.
         traces = list(dict.fromkeys((prompt, ids) for prompt, *both in pairs for ids in both))
         rewards = self.token_rewards([list(prompt) for prompt, _ in traces], [list(ids) for _, ids in traces])
+        ids = [list(ids) for _, ids in traces]
+        decode = self.discriminator.model.tokenizer.batch_decode
+        self.check_rewards(
+            decode([list(prompt) for prompt, _ in traces]), decode(ids), ids, [values.tolist() for values in rewards]
+        )
         scores = dict(zip(traces, map(self._aggregate, rewards), strict=True))
         experts = [scores[prompt, expert] for prompt, expert, _ in pairs]
         altered = [scores[prompt, changed] for prompt, _, changed in pairs]
