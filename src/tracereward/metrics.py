@@ -15,6 +15,30 @@ def auroc(scores: Sequence[float], correct: Sequence[bool]) -> float:
     return float(roc_auc_score(np.asarray(correct, dtype=bool), np.asarray(scores, dtype=float)))
 
 
+def auroc_interval(
+    scores: Sequence[float], correct: Sequence[bool], prompts: Sequence[Hashable], resamples: int = 500
+) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of `auroc`, over prompts: the traces of one prompt are not independent.
+
+    Resamples in which one class is missing are left out; (nan, nan) if it is missing in all.
+    """
+    index: dict[Hashable, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        index.setdefault(prompt, []).append(i)
+    groups = [np.asarray(group) for group in index.values()]
+    values, labels = np.asarray(scores, dtype=float), np.asarray(correct, dtype=bool)
+    rng = np.random.default_rng(0)
+    areas = []
+    for _ in range(resamples):
+        chosen = np.concatenate([groups[g] for g in rng.integers(len(groups), size=len(groups))])
+        if 0 < labels[chosen].sum() < len(chosen):
+            areas.append(float(roc_auc_score(labels[chosen], values[chosen])))
+    if not areas:
+        return math.nan, math.nan
+    low, high = np.percentile(areas, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def auprc(scores: Sequence[float], correct: Sequence[bool]) -> float:
     """Average precision of correct traces (area under precision over recall); chance is their share. nan if none."""
     if not any(correct):

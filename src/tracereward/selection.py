@@ -23,6 +23,7 @@ class Candidate:
         length: in tokens or characters; used only for comparison.
         correct: 1 or 0, None if there is no gold answer.
         model: the model that generated it, in a pool with answers of several models.
+        labelled: whether `correct` is the row's own label, not a comparison with the gold answer.
     """
 
     text: str
@@ -32,6 +33,7 @@ class Candidate:
     length: int = 0
     correct: bool | None = None
     model: str | None = None
+    labelled: bool = False
 
 
 def vote_weights(rewards: Sequence[float], temperature: float | None = None) -> list[float]:

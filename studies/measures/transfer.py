@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from studies.setup import judging
+from studies.setup.arms import adversarial
 from studies.setup.frozen import load_frozen, once
 from studies.setup.site import TASK, Site
 from tracereward.commands.rerank import rerank_rows
@@ -16,7 +17,6 @@ from tracereward.modeling.tokenization import encode_completion, encode_prompt, 
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.selection import outcomes
 from tracereward.tasks.recipes import get_task
-from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.discriminator import Discriminator
 from tracereward.training.discriminator_batch import Expert, Rollout
 from tracereward.training.token_bridge import TokenBridge
@@ -96,8 +96,8 @@ def adapt(
         )
         for row in rows
     ]
-    given = {**site.world.grpo, **options, "discriminator_warmup_updates": 0}
-    config = AdversarialConfig(**site.options("adapted", given))
+    given = {**site.world.grpo, **options, "discriminator_warmup_updates": 0, "discriminator_updates": updates}
+    config = adversarial(site, "adapted", given)
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
     discriminator = Discriminator(model, experts, config, seed=config.seed)

@@ -14,7 +14,9 @@ from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.files import atomic_folder, read_jsonl, write_jsonl
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig, SupervisedConfig
-from tracereward.training.options import DataArguments
+from tracereward.training.option_rules import CONFIG_RULES, Values, without_effect
+from tracereward.training.options import DataArguments, option_defaults
+from tracereward.training.trl_options import TRAIN
 
 MODEL_OPTIONS = ("discriminator_model", "warmup_model")
 """Options that accept the name of an arm, e.g. ``base``."""
@@ -109,6 +111,13 @@ def train_grpo(site: Site, arm: str, reward: str, choose: bool = False) -> None:
     )
 
 
+def adversarial(site: Site, arm: str, given: dict[str, Any]) -> AdversarialConfig:
+    """The config of an arm, without the recipe's options that have no effect next to the arm's own."""
+    options = site.options(arm, given)
+    idle = without_effect(TRAIN, Values(option_defaults(AdversarialConfig) | options), CONFIG_RULES)
+    return AdversarialConfig(**{name: value for name, value in options.items() if name not in idle})
+
+
 def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
     """Warm-up and adversarial GRPO.
 
@@ -127,7 +136,7 @@ def train_irl(site: Site, arm: str, options: dict[str, Any]) -> None:
             given[name] = str(site.policy(site.start if given[name] == "base" else given[name]))
     if site.fast:
         given["discriminator_warmup_updates"] = 8
-    config = AdversarialConfig(**site.options(arm, given))
+    config = adversarial(site, arm, given)
     policy = str(site.policy(site.start if start == "base" else start))
     model = ModelConfig(model_name_or_path=policy, **lora(site))
     run_train(prompts(site, unlabeled, choose), config, model, site.unfinished(arm))

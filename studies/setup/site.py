@@ -84,6 +84,8 @@ class Site:
         if self.fast:
             merged["max_steps"] = max(4, merged["max_steps"] // 10)
             merged["save_steps"] = min(merged["save_steps"], merged["max_steps"])
+        if merged.get("save_strategy") == "no":
+            del merged["save_steps"]
         quiet = {"disable_tqdm": True} if self.quiet else {}
         return {**merged, **quiet, "output_dir": str(self.run(arm)), "seed": self.seed}
 

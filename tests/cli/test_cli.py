@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pyarrow
 import pytest
@@ -22,9 +21,9 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from helpers.command_line import bench, command, refused  # noqa: F401
 from helpers.tiny import launcher, options, rows, trap
 from tracereward import __version__
-from tracereward.cli import app
 from tracereward.commands import score
 from tracereward.errors import InputError
 from tracereward.files import write_jsonl
@@ -39,32 +38,6 @@ TINY = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory, tiny_model_folder, tokenizer, experts):
-    """Rows, a policy and a reward model without weights, and a reward model with weights."""
-    folder = tmp_path_factory.mktemp("cli")
-    write_jsonl(folder / "experts.jsonl", experts)
-    bare = folder / "bare"
-    shutil.copytree(tiny_model_folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
-    reward_model = TokenRewardModel.from_backbone(str(tiny_model_folder), RewardSettings(task="arithmetic"), tokenizer)
-    with torch.no_grad():
-        reward_model.head.w.copy_(
-            torch.linspace(-1, 1, len(reward_model.head.w))
-        )  # otherwise the reward is only the log-prob
-    reward_model.save_pretrained(folder / "reward_model")
-    bare_reward = folder / "bare_reward_model"
-    shutil.copytree(folder / "reward_model", bare_reward)
-    (bare_reward / "model.safetensors").write_bytes(b"")  # cannot be loaded
-    return SimpleNamespace(
-        folder=folder,
-        model=tiny_model_folder,
-        experts=folder / "experts.jsonl",
-        bare=bare,
-        reward_model=folder / "reward_model",
-        bare_reward=bare_reward,
-    )
-
-
-@pytest.fixture(scope="module")
 def token_reward_model(bench, tokenizer):
     """A reward model with a token-classification head."""
     folder = bench.folder / "token_reward_model"
@@ -72,32 +45,6 @@ def token_reward_model(bench, tokenizer):
     torch.manual_seed(0)
     TokenRewardModel.from_backbone(str(bench.model), settings, tokenizer).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """`command(word, ...)` runs the command line in this process and returns its exit code, stdout and stderr."""
-
-    def run(*argv: object) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["tracereward", *map(str, argv)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            app.main()
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
-
-    return run
-
-
-def refused(done: SimpleNamespace, *parts: object) -> None:
-    """Check for exit code 2, an empty stdout and one error line on stderr that contains `parts`."""
-    assert done.code == 2, done.err
-    assert done.out == ""
-    assert "Traceback" not in done.err
-    errors = [line for line in done.err.splitlines() if line.startswith("tracereward: ")]
-    assert len(errors) == 1, done.err
-    for part in parts:
-        assert str(part) in errors[0]
 
 
 def words(bench, output: Path, **changed: object) -> list[str]:
@@ -818,7 +765,7 @@ def test_scoring_resumes_from_every_row(command, bench, many, tmp_path, monkeypa
     killed = launcher()(*words, tmp_path / "full.jsonl", trap=trap("rename", "full.jsonl"))
     assert killed.code == -signal.SIGKILL
     made_of = (tmp_path / "full.jsonl.part.json").read_bytes()
-    assert command(*words, tmp_path / "full.jsonl").code == 0
+    assert command(*words, tmp_path / "full.jsonl", "--overwrite").code == 0
     full = (tmp_path / "full.jsonl").read_bytes()
     lines = full.splitlines(keepends=True)
     assert len(lines) == 26
@@ -866,7 +813,12 @@ def test_resuming_samples_with_other_options_is_refused(command, bench, cut_off,
     words = ["sample", bench.model, "--task", "arithmetic", "--data", bench.experts, "-n", 2, "--max-new-tokens", 4]
     given = cut_off(*words)
     before = (tmp_path / "out.jsonl.part").read_bytes()
-    refused(command(*given, *changed), tmp_path / "out.jsonl.part", *parts, "Give the same arguments, or remove")
+    refused(
+        command(*given, *changed),
+        tmp_path / "out.jsonl.part",
+        *parts,
+        "Give the same arguments, or start anew with --overwrite",
+    )
     assert (tmp_path / "out.jsonl.part").read_bytes() == before
     assert not (tmp_path / "out.jsonl").exists()
 
@@ -1204,7 +1156,10 @@ def test_step_suite_writes_json_and_report(bench, experts, tmp_path, suite):
     result = json.loads(done.out)
     assert json.loads((tmp_path / "out" / f"{suite}.json").read_text()) == result
     assert f"Evaluation: {suite}" in (tmp_path / "out" / f"{suite}.html").read_text()
-    printed = launcher()(*words)
+    over = launcher()(*words)
+    assert over.code == 2
+    assert "--overwrite" in over.err
+    printed = launcher()(*words, "--overwrite")
     assert printed.code == 0, printed.err
     assert "reward" in printed.out
 

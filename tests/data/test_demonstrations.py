@@ -270,10 +270,9 @@ def test_plain_keeps_texts():
 def test_chat_writes_bos_once(adds_bos):
     tokenizer = chat_tokenizer(adds_bos)
     text, messages = render([ROWS[0], MESSAGES], tokenizer, Rendering(template="chat"))
-    start = "" if adds_bos else "<bos>"
-    assert text["prompt"] == f"{start}<user>1 + 2 = ?\n<assistant>"
+    assert text["prompt"] == "<bos><user>1 + 2 = ?\n<assistant>"
     assert text["completion"] == "#### 3"
-    assert messages["prompt"] == f"{start}<user>1 + 1 = ?<assistant>"
+    assert messages["prompt"] == "<bos><user>1 + 1 = ?<assistant>"
     assert messages["completion"] == "#### 2"
     assert encode_prompt(tokenizer, text["prompt"]).count(tokenizer.bos_token_id) == 1
     assert isinstance(MESSAGES["prompt"], list)

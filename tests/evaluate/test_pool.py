@@ -538,7 +538,7 @@ def test_calibrate_warns_if_wrong_traces_have_higher_rewards(folder, tmp_path, r
     done = launcher()("calibrate", tmp_path / "rm", data, "--method", method)
     assert done.code == 0, done.err
     fitted = json.loads(done.out)
-    assert f"warning: {data}: the reward does not rise with correctness (AUROC" in done.err
+    assert f"warning: {data}: the reward does not rise with correctness beyond chance (AUROC" in done.err
     assert f"{32 / (32 * 32):.3f} of 32 right and 32 wrong traces" in done.err
     assert (f"slope {fitted['slope']:.3g}" in done.err) == (method != "isotonic")
     for row in rows:

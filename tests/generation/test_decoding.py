@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import settings as example_settings
 from hypothesis import strategies as st
 
-from helpers.scripted_policy import END, EOS, PAD, WORDS, A, B, C, Scripted, policy, word_tokenizer, words  # noqa: F401
+from helpers.scripted_policy import END, EOS, PAD, WORDS, A, B, C, Scripted, never_pads, policy, word_tokenizer, words  # noqa: F401
 from tracereward.errors import InputError
 from tracereward.generation.continuation import OpenTrace, choose_token, extend, first_step, uniform
 from tracereward.generation.decoding import beam, reject, tilt, tilted
@@ -158,7 +158,7 @@ def test_first_step_boundaries():
 def test_token_after_the_step_is_counted_but_not_kept():
     dots = word_tokenizer(["<pad>", "<eos>", "x", ".", " x", "5"], r" x|[x.5]")
     model = build_model(dots, seed=1, hidden_size=16, layers=1, heads=2).eval()
-    model.generation_config.suppress_tokens = [0]
+    never_pads(model)
     rows = [OpenTrace([2], [], str(i), 9) for i in range(99)]
     found, complete = extend(model, dots, rows, delimiter=". "), extend(model, dots, rows)
     short = 0
@@ -252,7 +252,7 @@ def all_traces(length: int) -> list[tuple[int, ...]]:
 def test_wide_beam_finds_the_best_trace(words, aggregate):
     """Steps of one token; 50 samples from a near-uniform policy miss a word with probability 5 * 0.8^50."""
     near_uniform = build_model(words, seed=0, hidden_size=16, layers=1, heads=2)
-    near_uniform.generation_config.suppress_tokens = [PAD]
+    never_pads(near_uniform)
     guide = make(near_uniform, words, aggregate=aggregate, max_new_tokens=3, step_tokens=1, batch_size=4000)
     (found,) = beam(guide, ["ab"], width=25, expansions=50)
     order = sorted(all_traces(3), key=lambda trace: -reward_of(guide, [A, B], trace))
@@ -263,7 +263,7 @@ def test_wide_beam_finds_the_best_trace(words, aggregate):
 def test_narrow_beam_keeps_the_best_prefixes(words, lookahead):
     """The two best extensions of the kept prefixes, by their reward after greedy lookahead, if any."""
     policy = build_model(words, seed=0, hidden_size=16, layers=1, heads=2)
-    policy.generation_config.suppress_tokens = [PAD]
+    never_pads(policy)
     guide = make(policy, words, max_new_tokens=4, step_tokens=1, batch_size=4000)
     for text in ("ab", "c"):
         (prompt,) = ids_of(words, [text])

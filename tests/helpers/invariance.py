@@ -40,6 +40,8 @@ class Layout(NamedTuple):
 # Four prompts per batch, on-policy; the discriminator sees only rollouts on demonstrations.
 TRAJECTORY = {
     "reward_form": "logit",
+    "whiten_rewards": True,
+    "scale_rewards": "none",
     "objective": "bce",
     "gradient_penalty": 1.0,
     "perturbed_per_expert": 1,
@@ -54,7 +56,6 @@ TOKEN = {
     "objective": "pairwise",
     "advantages": "token",
     "gamma": 0.9,
-    "whiten_rewards": True,
     "loss_type": "grpo",
     "num_iterations": 2,
     "beta": 0.05,

@@ -42,8 +42,18 @@ def policy(words):
     model = build_model(words, seed=3, hidden_size=16, layers=1, heads=2).eval()
     with torch.no_grad():
         model.lm_head.weight *= 12
-    model.generation_config.suppress_tokens = [PAD]
+    never_pads(model)
     return model
+
+
+def never_pads(model) -> None:
+    """Give the LM head a bias that leaves the padding token no probability."""
+    head = torch.nn.Linear(model.lm_head.in_features, model.lm_head.out_features)
+    with torch.no_grad():
+        head.weight.copy_(model.lm_head.weight)
+        head.bias.zero_()
+        head.bias[PAD] = -1e4
+    model.lm_head = head
 
 
 class Scripted(Scorer):

@@ -9,7 +9,6 @@ from tracereward.rewards.choices import GRANULARITIES
 from tracereward.rewards.supervision import supervision_mask
 from tracereward.training.first_difference import (
     after_first_difference,
-    first_changed_token,
     first_difference,
     labels_from,
 )
@@ -139,23 +138,6 @@ def test_rollout_and_expert_weights_by_hand():
     assert starts == [2, 0]
     weights = after_first_difference([4, 4, 2], [starts, starts[:1], starts[1:]], 5)
     assert weights.tolist() == [[0.5, 0.5, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 0]]
-
-
-@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=9), data=st.data())
-def test_first_changed_token_holds_the_character(sizes, data):
-    """Spans tile the text; some are empty, like those of special tokens and parts of a character."""
-    ends = [sum(sizes[: n + 1]) for n in range(len(sizes))]
-    offsets = [(end - size, end) for end, size in zip(ends, sizes)]
-    character = data.draw(st.integers(0, ends[-1] + 2))
-    holders = [index for index, (start, end) in enumerate(offsets) if character in range(start, end)]
-    assert len(holders) == (character < ends[-1])
-    assert first_changed_token(offsets, character) == (holders[0] if holders else len(offsets) - 1)
-
-
-def test_first_changed_token_by_hand():
-    """ "12", " + ", "7", then the end of sequence: characters 0-1, 2-4, 5, none."""
-    offsets = [(0, 2), (2, 5), (5, 6), (6, 6)]
-    assert [first_changed_token(offsets, character) for character in range(8)] == [0, 0, 1, 1, 1, 2, 3, 3]
 
 
 @given(starts=st.lists(st.integers(0, 12), max_size=5), width=st.integers(0, 9))

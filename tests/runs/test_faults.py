@@ -296,7 +296,7 @@ def test_sampling_resumes_after_kill(bench, tmp_path, tiny_model_folder):
     assert not part.exists()
     finished = launcher()(*command, cut, "--resume")
     assert (finished.code, finished.err) == (0, f"{cut} is finished\n")
-    interrupted = launcher()(*command, cut, trap=trap("open", "cut.jsonl.part", number=signal.SIGINT))
+    interrupted = launcher()(*command, cut, "--overwrite", trap=trap("open", "cut.jsonl.part", number=signal.SIGINT))
     assert interrupted.code == 130
     assert "interrupted" in interrupted.err
     assert "Traceback" not in interrupted.err

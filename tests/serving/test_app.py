@@ -113,12 +113,12 @@ def test_messages_for_a_model_with_plain_template(served, offline):
 
 
 def test_messages_for_a_model_with_chat_template(tmp_path, tokenizer):
-    """Messages are rendered with the chat template, as in training."""
+    """Messages are rendered with the chat template, as in training; the assistant's last one is continued."""
     chatty = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
     chatty.chat_template = "{% for m in messages %}{{ m.content }} = {% endfor %}"
     model = TokenRewardModel.from_pretrained(str(save_reward_model(tmp_path / "rm", chatty, template="chat")))
     messages = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
-    [expected] = model.score(["1 = 2 = "], ["3 + 4"])
+    [expected] = model.score(["1 = 2"], ["3 + 4"])
     with client_of(model) as client:
         answer = client.post("/v1/score", json={"prompt": messages, "completion": "3 + 4"}).json()
     assert answer["results"][0]["token_rewards"] == close(expected.rewards)

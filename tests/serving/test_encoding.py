@@ -21,7 +21,8 @@ class Tokenizer:
         self.open.set()
 
     def __call__(self, text, **options):
-        self.seen.append(text)
+        if text != "a":  # the probe for the tokens that a tokenizer adds
+            self.seen.append(text)
         assert self.open.wait(20)
         return self.tokenizer(text, **options)
 

@@ -28,7 +28,6 @@ from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import read_jsonl
 from tracereward.generation.sampling import Sample
 from tracereward.metrics import mean_interval
-from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig
 
 
@@ -324,14 +323,14 @@ def test_every_arm_has_valid_options(name, tmp_path):
             chooses = given.pop("choose", False)
             for own in ("unlabeled", "start"):
                 given.pop(own, None)
-            AdversarialConfig(**site.options("x", {**given, **arms.saves(given, chooses)}))
+            arms.adversarial(site, "x", {**given, **arms.saves(given, chooses)})
         elif kind.startswith("grpo"):
             reward = kind.removeprefix("grpo-")
             base = "base" if reward == "logratio" else None
             RewardConfig(**site.options("x", cell.world.grpo), reward=reward, base_model=base)
         elif kind in ("calibration", "transfer", *cells.BY_REWARD):
             given = transfer.of_training(options)
-            AdversarialConfig(**site.options("x", {**cell.world.grpo, **given}))
+            arms.adversarial(site, "x", {**cell.world.grpo, **given})
         else:
             assert kind in ("policy", "sft-continued", "log-probs")
 

@@ -482,7 +482,8 @@ def test_updates_per_batch(make, rollouts):
     """`discriminator_updates` a batch, or one update every `discriminator_every` batches: the two are not confused."""
     assert updates_after(make(discriminator_updates=3), rollouts, 4) == [3, 6, 9, 12]
     assert updates_after(make(discriminator_every=2), rollouts, 4) == [0, 1, 1, 2]
-    assert updates_after(make(discriminator_updates=0), rollouts, 2) == [0, 0]
+    frozen = make(discriminator_updates=0, discriminator_every=4, replay_share=0.5)
+    assert updates_after(frozen, rollouts, 5) == [0] * 5
 
 
 def test_count_of_skipped_batches_is_restored(make, rollouts):
@@ -540,6 +541,54 @@ def test_gate_uses_held_out_pairs(make, pairs, rollouts, monkeypatch):
     monkeypatch.setattr(discriminator, "held_out_accuracy", lambda: 0.5)
     assert discriminator.learn(rollouts) == {"held_out_accuracy": 0.5, "updates": 0.0}
     assert discriminator.updates == before
+
+
+def test_verified_rollouts_and_other_experts_are_no_traces_to_beat(make, pairs):
+    """Of one held-out prompt with two demonstrations: nothing is left to compare the expert with."""
+    prompt, expert, _ = pairs[0]
+    other = [*expert[:2], 7, *expert[2:]]
+    discriminator = make(experts=[pairs[0], Expert(prompt, other), pairs[1]])
+    discriminator.held_out = frozenset({0, 1})
+    discriminator.remember([Rollout(0, other), Rollout(1, expert), Rollout(0, [7, 7], True)])
+    assert math.isnan(discriminator.held_out_accuracy())
+    discriminator.remember([Rollout(0, [7, 7])])
+    assert discriminator.held_out_accuracy() in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("head", ["airl", "implicit"])
+def test_held_out_accuracy_compares_logits_not_rewards(make, pairs, head):
+    """The logit of these heads is f - log pi: a pi that hates the rollouts' tokens reverses every comparison."""
+    rollout = [7, 7, 7]
+
+    def accuracy(of_rollouts, of_experts):
+        discriminator = make(head)
+        discriminator.held_out = frozenset({0})
+        discriminator.remember([Rollout(0, rollout)])
+        width = {len(rollout): of_rollouts, len(pairs[0].completion): of_experts}
+
+        def log_probs(batch):
+            lengths = batch.completion_mask.sum(1).tolist()
+            return torch.tensor([[width[length]] * batch.completion_mask.size(1) for length in lengths])
+
+        discriminator.policy_log_probs = log_probs
+        return discriminator.held_out_accuracy()
+
+    assert accuracy(of_rollouts=-1e3, of_experts=0.0) == 0.0
+    assert accuracy(of_rollouts=0.0, of_experts=-1e3) == 1.0
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, [1, 1, 1, 2]), (0.5, [1, 2, 3, 4])])
+def test_without_replay_a_batch_without_usable_rollouts_is_not_learned_from(make, rollouts, share, expected):
+    """Of prompts without a demonstration, or of held-out ones: the buffer would be all that is left."""
+    discriminator = make(replay_share=share, discriminator_prompts=4)
+    discriminator.held_out = frozenset({0})
+    held_out = [rollout for rollout in rollouts if rollout.demonstration == 0]
+    updates = []
+    for batch in (rollouts, [], held_out, rollouts):
+        logged = discriminator.learn(batch)
+        updates.append(discriminator.updates)
+        assert logged["updates"] == updates[-1] - ([0, *updates][-2])
+    assert updates == expected
 
 
 @pytest.mark.parametrize(("gate", "judged"), [(None, [3, 6]), (1.0, [1, 2, 3, 4, 5, 6])])

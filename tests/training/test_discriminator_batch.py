@@ -6,10 +6,13 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tracereward.data.perturbations import KINDS, Perturbed, perturb
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.training import discriminator_batch as module
+from tracereward.training.discriminator import held_out_demonstrations
 from tracereward.training.discriminator_batch import (
     MONITORED,
     Expert,
@@ -261,7 +264,82 @@ def test_replay_buffer_keeps_the_newest_and_restores_its_state():
     assert replay.rollouts[0].ids == [2]
 
 
+# ---------- several demonstrations of a prompt ----------
+
+PROMPT, ONE, OTHER = [1, 2, 3], [10, 11, 12, 9], [10, 13, 14, 9]
+
+
+def test_rollout_that_equals_any_expert_of_its_prompt_has_no_label():
+    """Fresh or replayed, under either demonstration; other prompts' experts do not count."""
+    experts = [Expert(PROMPT, ONE), Expert(PROMPT, OTHER), Expert([4], [7, 9])]
+    rollouts = [Rollout(i, ids) for i in range(3) for ids in (ONE, OTHER, [7, 9])]
+    for fresh, replay in ((rollouts, filled([])), ([], filled(rollouts))):
+        share = float(not fresh)
+        options = examples(3, 9, share, 0, "rollouts")
+        traces, shares = draw(experts, fresh, replay, options, rng=random.Random(0))
+        negatives = sorted((t.group, t.completion) for t in traces if not t.is_expert)
+        assert negatives == [(0, [7, 9]), (1, [7, 9]), (2, ONE), (2, OTHER)]
+        assert shares["identical_share"] == pytest.approx(5 / 9)
+    traces, _ = draw(
+        experts, [Rollout(0, OTHER, True)], filled([]), examples(1, 1, 0.0, 0, "none"), rng=random.Random(0)
+    )
+    assert not any(t.counts for t in traces)
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_tokens_shared_with_any_expert_of_the_prompt_are_shared(where):
+    """The rollout follows the other expert for two tokens more; the first expert is left at token 1."""
+    experts, rollout = [Expert(PROMPT, ONE), Expert(PROMPT, OTHER)], [10, 13, 14, 15, 9]
+    traces, _ = draw(experts, [Rollout(0, rollout)], filled([]), examples(1, 1, 0.0, 0, where), rng=random.Random(0))
+    assert [t.completion for t in traces] == [ONE, rollout]
+    assert traces[1].starts == [0 if where == "none" else 3]
+    assert traces[0].starts == [1 if where == "both" else 0]
+
+
+def test_perturbed_copy_that_equals_another_expert_is_no_negative():
+    experts = [Expert(PROMPT, ONE), Expert(PROMPT, OTHER)]
+    options = examples(1, 1, 0.0, 2, "rollouts")
+    traces, shares = draw(
+        experts, [Rollout(0, [8])], filled([]), options, rng=random.Random(0), perturbed=lambda *_: (OTHER, 1)
+    )
+    assert [t.completion for t in traces] == [ONE, [8]]
+    assert shares["perturbed_missing_share"] == 1.0
+
+
+@given(prompts=st.lists(st.integers(0, 4), min_size=1, max_size=12), fraction=st.floats(0, 0.9), seed=st.integers(0, 9))
+def test_held_out_demonstrations_share_no_prompt_with_the_others(prompts, fraction, seed):
+    experts = [Expert([prompt], [i]) for i, prompt in enumerate(prompts)]
+    held = set(held_out_demonstrations(experts, fraction, seed))
+    inside, outside = ({prompts[i] for i in range(len(prompts)) if (i in held) is side} for side in (True, False))
+    assert outside
+    assert not inside & outside
+    assert len(inside) == min(round(fraction * len(set(prompts))), len(set(prompts)) - 1)
+
+
 # ---------- perturbed copies ----------
+
+
+def test_labels_switch_at_the_first_token_that_the_expert_did_not_write():
+    """ "×" is one token, "÷" its two bytes: the first of them has no character of its own."""
+    bytes_of = {c: pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(c)[0][0] for c in "×÷"}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet, bytes_of["×"], "<eos>"])}
+    backend = Tokenizer(models.BPE(vocabulary, [tuple(bytes_of["×"])]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    text = "6 × 2 = 12"
+    expert = Expert([1], encode_completion(tokenizer, text), text)
+    assert len(expert.completion) == len(text) + 1
+    perturbed = module.perturber(tokenizer, "\n", ["operator"])
+    for seed in range(20):
+        found = perturbed(expert, random.Random(seed))
+        assert found is not None
+        ids, switch = found
+        if "÷" in tokenizer.decode(ids):
+            break
+    assert tokenizer.convert_ids_to_tokens(ids)[2:4] == list(bytes_of["÷"])
+    assert switch == 2
 
 
 @pytest.fixture(scope="module")

@@ -142,7 +142,7 @@ def test_run_that_fails_immediately_restores_the_starting_policy(run, tiny_model
 
 
 def test_warning_does_not_stop_the_run(run, capsys):
-    folder = run(3, [0.9, 0.1, 0.1], on_failure="warn", save_strategy="no")
+    folder = run(3, [0.9, 0.1, 0.1], on_failure="warn", save_strategy="no", save_steps=500)
     assert "decoupling at step 3: as scripted" in capsys.readouterr().err
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(row["step"] for row in logged if row["phase"] == "train") == 6
@@ -150,5 +150,5 @@ def test_warning_does_not_stop_the_run(run, capsys):
 
 
 def test_ignored_rules_are_not_evaluated(run, capsys):
-    run(3, [0.9, 0.1, 0.1], on_failure="ignore", save_strategy="no")
+    run(3, [0.9, 0.1, 0.1], on_failure="ignore", save_strategy="no", save_steps=500)
     assert "decoupling" not in capsys.readouterr().err

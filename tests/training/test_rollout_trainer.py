@@ -132,7 +132,7 @@ def test_fixed_shape_chunks_sample_the_same_tokens(tiny_model_folder, tokenizer,
     shapes, generate = [], model.generate
 
     def seen(*args, **kwargs):
-        shapes.append((kwargs["input_ids"].shape, kwargs["cache_implementation"]))
+        shapes.append((kwargs["input_ids"].shape, kwargs["generation_config"].cache_implementation))
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(model, "generate", seen)

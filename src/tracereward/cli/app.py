@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -14,9 +15,10 @@ import typer.core
 
 from tracereward import __version__
 from tracereward.cli.evaluate import suites
-from tracereward.cli.reward import commands
+from tracereward.cli.reward import Overwrite, Resume, commands
+from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
-from tracereward.console import say
+from tracereward.console import open_streams, say
 from tracereward.errors import InputError, Interrupted, RunFailed
 
 
@@ -36,8 +38,9 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(0) from None
 
 
-app = typer.Typer(
+app = CheckedTyper(
     cls=Commands,
+    context_settings={"token_normalize_func": with_hyphens},
     help="Reward models for reasoning, learned from expert traces alone.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -98,15 +101,19 @@ def sample(
     task: Annotated[str, typer.Option(help="Task that reads the rows and checks answers.")] = "generic",
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="Completions per prompt. Default: 8.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy decoding. Default: 1.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus sampling. Default: 1, all tokens.")] = None,
+    use_generation_config: Annotated[
+        bool, typer.Option(help="Sample as the policy's generation_config.json recommends. Default: ignore it.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
     template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
     batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
-    resume: Annotated[bool, typer.Option(help="Resume an unfinished --output.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     guide: Annotated[str | None, typer.Option(help="Decoding guided by --reward-model: beam, reject or tilt.")] = None,
     reward_model: Annotated[str | None, typer.Option(help="With --guide: folder or Hub id; same tokenizer.")] = None,
     beam: Annotated[int | None, typer.Option(min=1, help="With beam: partial traces kept. Default: 4.")] = None,
@@ -126,11 +133,20 @@ def sample(
     ] = None,
 ) -> None:
     """Sample completions from a policy: one JSON row each."""
+    from tracereward.commands.partial_output import Output
     from tracereward.commands.questions import Questions
     from tracereward.commands.sample import run_sample
     from tracereward.commands.sample_guided import Guidance, guide_options
     from tracereward.generation.params import SamplingParams
+    from tracereward.generation.settings import recommended_options
 
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, **given)
+    if use_generation_config:
+        if guide is not None:
+            raise InputError("--guide samples from the policy itself: remove --use-generation-config")
+        sampling = dataclasses.replace(sampling, **recommended_options(model, given))
     options = {"beam": beam, "expansions": expansions, "lookahead": lookahead, "keep": keep, "alpha": alpha}
     options["top_k"] = top_k
     guidance = None
@@ -144,13 +160,10 @@ def sample(
     run_sample(
         model,
         Questions(data=data, task=task, split=split, limit=limit, template=template),
-        SamplingParams(
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
-        ),
+        sampling,
         n=n or 8,
         guidance=guidance,
-        output=output,
-        resume=resume,
+        output=Output(path=output, resume=resume, overwrite=overwrite),
     )
 
 
@@ -180,6 +193,7 @@ app.add_typer(suites, name="evaluate")
 
 def main(application: typer.Typer = app) -> NoReturn:
     """Entry point. Exit codes: 0 success, 1 failed run, 2 bad input or usage, 130 interrupted."""
+    open_streams()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Deprecated transformers names that TRL still uses: users cannot fix these.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")

@@ -9,7 +9,9 @@ from typing import Annotated
 
 import typer
 
-suites = typer.Typer(no_args_is_help=True, help="Evaluate a reward model or a policy: one command per suite.")
+from tracereward.cli.rules import CheckedTyper
+
+suites = CheckedTyper(no_args_is_help=True, help="Evaluate a reward model or a policy: one command per suite.")
 
 
 def _finite(value: float) -> float:
@@ -35,6 +37,7 @@ QuestionTask = Annotated[str, typer.Option(help="Task that reads the rows and ch
 Template = Annotated[str, typer.Option(help="plain or chat.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of a trace.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Traces generated together.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results of the same suite in --output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -52,14 +55,14 @@ def pool(
     limit: Limit = None,
     seed: Seed = 0,
     output: Output = None,
+    overwrite: Overwrite = False,
     json_table: Json = False,
 ) -> None:
     """Candidates of many questions: AUROC, best-of-N and vote curves, and calibration, with baselines."""
-    from tracereward.evaluate.suites import Trial, run_pool
+    from tracereward.evaluate.suites import Results, Trial, run_pool
 
-    trial = Trial(
-        model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, output=output, as_json=json_table
-    )
+    results = Results(folder=output, overwrite=overwrite, as_json=json_table)
+    trial = Trial(model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results)
     run_pool(trial, questions=questions, fit=fit, fit_share=fit_share)
 
 
@@ -80,13 +83,13 @@ def _step_suite(name: str, about: str) -> None:
         limit: Limit = None,
         seed: Seed = 0,
         output: Output = None,
+        overwrite: Overwrite = False,
         json_table: Json = False,
     ) -> None:
-        from tracereward.evaluate.suites import Trial, run_steps
+        from tracereward.evaluate.suites import Results, Trial, run_steps
 
-        trial = Trial(
-            model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, output=output, as_json=json_table
-        )
+        results = Results(folder=output, overwrite=overwrite, as_json=json_table)
+        trial = Trial(model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results)
         run_steps(name, trial, split=split, fit=fit, fit_split=fit_split, aggregate=aggregate)
 
     suites.command(name, help=about)(suite)
@@ -108,14 +111,14 @@ def perturbation(
     limit: Limit = None,
     seed: Seed = 0,
     output: Output = None,
+    overwrite: Overwrite = False,
     json_table: Json = False,
 ) -> None:
     """First wrong step without labels: errors of several kinds injected into correct traces."""
-    from tracereward.evaluate.suites import Trial, run_perturbation
+    from tracereward.evaluate.suites import Results, Trial, run_perturbation
 
-    trial = Trial(
-        model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, output=output, as_json=json_table
-    )
+    results = Results(folder=output, overwrite=overwrite, as_json=json_table)
+    trial = Trial(model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results)
     run_perturbation(trial, split=split, aggregate=aggregate)
 
 
@@ -133,16 +136,19 @@ def policy_suite(
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     output: Output = None,
+    overwrite: Overwrite = False,
     json_table: Json = False,
 ) -> None:
     """Greedy and sampled accuracy, pass@k, and the shares of traces without an answer or truncated."""
     from tracereward.commands.questions import Questions
-    from tracereward.evaluate.suites import run_policy
+    from tracereward.evaluate.suites import Results, run_policy
     from tracereward.generation.params import SamplingParams
 
     questions = Questions(data=data, task=task, split=split, limit=limit, template=template)
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size)
-    run_policy(policy, questions, sampling, n=n, output=output, as_json=json_table)
+    run_policy(
+        policy, questions, sampling, n=n, results=Results(folder=output, overwrite=overwrite, as_json=json_table)
+    )
 
 
 @suites.command("guided")
@@ -170,11 +176,13 @@ def guided_suite(
         str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
     ] = None,
     output: Output = None,
+    overwrite: Overwrite = False,
     json_table: Json = False,
 ) -> None:
     """Beam search, rejection, tilting and self-correction against best-of-N and votes, with the tokens sampled."""
     from tracereward.commands.questions import Questions
     from tracereward.evaluate.guided import Comparison, run_guided
+    from tracereward.evaluate.suites import Results
     from tracereward.generation.params import SamplingParams
 
     questions = Questions(data=data, task=task, split=split, limit=limit, template=template)
@@ -187,6 +195,5 @@ def guided_suite(
         comparison,
         reward_model=reward_model,
         reference=reference,
-        output=output,
-        as_json=json_table,
+        results=Results(folder=output, overwrite=overwrite, as_json=json_table),
     )

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from tracereward.console import say
+from tracereward.cli.rules import CheckedTyper
+from tracereward.console import print_json, say
 
-commands = typer.Typer()
+commands = CheckedTyper()
 
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")]
 Reference = Annotated[
@@ -21,6 +22,8 @@ Engine = Annotated[str, typer.Option(help="transformers, or vllm (head token; pi
 AnswerTask = Annotated[
     str | None, typer.Option("--task", help="Task that checks answers. Default: the reward model's.")
 ]
+Resume = Annotated[bool, typer.Option(help="Resume an unfinished --output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")]
 Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
@@ -42,25 +45,26 @@ def score(
     ] = None,
     reference: Reference = None,
     policy: Policy = None,
-    resume: Annotated[bool, typer.Option(help="Resume an unfinished --output.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Report and skip rows that cannot be scored, instead of stopping.")
     ] = False,
 ) -> None:
     """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
+    from tracereward.commands.partial_output import Output
     from tracereward.commands.score import ScoreOptions, run_score
 
     run_score(
         ScoreOptions(
             model=model,
             data=data,
-            output=output,
+            output=Output(path=output, resume=resume, overwrite=overwrite),
             split=split,
             engine=engine,
             workers=workers,
             reference=reference,
             policy=policy,
-            resume=resume,
             skip_bad=skip_bad,
         )
     )
@@ -82,15 +86,24 @@ def rerank(
         str | None, typer.Option(help="Trace reward: mean, min, last or discounted. Default: the reward model's.")
     ] = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
+    overwrite: Overwrite = False,
     json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
 ) -> None:
     """Choose among candidates; with known answers, compare with majority, log-prob, length and oracle."""
+    from tracereward.commands.partial_output import Output
     from tracereward.commands.rerank import RerankOptions, run_rerank
 
-    options = RerankOptions(
-        model=model, data=data, task=task, method=method, aggregate=aggregate, output=output, json_table=json_table
+    run_rerank(
+        RerankOptions(
+            model=model,
+            data=data,
+            task=task,
+            method=method,
+            aggregate=aggregate,
+            output=Output(path=output, resume=None, overwrite=overwrite),
+            json_table=json_table,
+        )
     )
-    run_rerank(options)
 
 
 @commands.command()
@@ -119,10 +132,12 @@ def correct(
     batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
     reference: Reference = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
-    resume: Annotated[bool, typer.Option(help="Resume an unfinished --output.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Cut traces before their first suspected step, continue them, keep what the reward prefers."""
     from tracereward.commands.correct import Correcting, run_correct
+    from tracereward.commands.partial_output import Output
     from tracereward.generation.params import SamplingParams
 
     correcting = Correcting(
@@ -138,7 +153,7 @@ def correct(
     sampling = SamplingParams(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
     )
-    run_correct(model, data, correcting, sampling, output=output, resume=resume)
+    run_correct(model, data, correcting, sampling, output=Output(path=output, resume=resume, overwrite=overwrite))
 
 
 @commands.command()
@@ -148,6 +163,7 @@ def inspect(
         str | None, typer.Option(help="Folder or Hub id of a reward model, for rows without scores.")
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="HTML file. Default: the terminal.")] = None,
+    overwrite: Overwrite = False,
     task: Annotated[str | None, typer.Option(help="Task that finds and checks answers.")] = None,
     reference: Reference = None,
     policy: Policy = None,
@@ -162,14 +178,17 @@ def inspect(
     """Look at traces token by token: one HTML page that needs no network, or the terminal."""
 
     from tracereward.commands.inspect import InspectOptions, rows_to_inspect
-    from tracereward.commands.partial_output import check_output
-    from tracereward.errors import check_choice, check_number
+    from tracereward.commands.partial_output import check_file
+    from tracereward.errors import InputError, check_choice, check_number
     from tracereward.reports.inspection import write_inspection
     from tracereward.reports.inspection_terminal import COLOURS, print_ansi
 
     check_number("--threshold", threshold)
     check_choice("colour", colour, COLOURS)
-    check_output(None if output is None else str(output))
+    if output is not None:
+        check_file(output, [data, model, reference, policy], overwrite=overwrite)
+    elif overwrite:
+        raise InputError("--overwrite needs --output, a file")
     rows = rows_to_inspect(
         InspectOptions(data=data, model=model, task=task, reference=reference, policy=policy, limit=limit)
     )
@@ -188,21 +207,23 @@ def calibrate(
     questions: Annotated[str | None, typer.Option(help="Questions, if rows only have their ids.")] = None,
     task: Annotated[str | None, typer.Option(help="Task. Default: the reward model's.")] = None,
     method: Annotated[str, typer.Option(help="platt, temperature or isotonic.")] = "platt",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model's calibration.")] = False,
 ) -> None:
     """Fit the probability that a trace is correct on a small labelled set, and save it with the reward model."""
     import dataclasses
-    import json
 
     from tracereward.errors import check_choice
     from tracereward.evaluate.suites import run_calibrate
     from tracereward.rewards.calibration import METHODS
 
     check_choice("method", method, METHODS)
-    calibration, left_out = run_calibrate(model, data, questions=questions, task=task, method=method)
+    calibration, left_out = run_calibrate(
+        model, data, questions=questions, task=task, method=method, overwrite=overwrite
+    )
     if left_out:
         say(f"{left_out} traces were skipped: empty, or longer than the reward model reads")
     say(f"fitted on {calibration.traces} traces and written to {model}/tracereward.json")
-    print(json.dumps(dataclasses.asdict(calibration)))
+    print_json(dataclasses.asdict(calibration))
 
 
 @commands.command()
@@ -215,6 +236,7 @@ def export(
     learning_rate: Annotated[float, typer.Option(help="AdamW learning rate.")] = 1e-4,
     token_budget: Annotated[int, typer.Option(min=1, help="Padded tokens per step.")] = 8192,
     seed: Seed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a reward model in --output.")] = False,
 ) -> None:
     """Distil a reward model into a token-classification checkpoint and report the fit."""
     from tracereward.commands.export import ExportOptions, run_export
@@ -230,5 +252,6 @@ def export(
             learning_rate=learning_rate,
             token_budget=token_budget,
             seed=seed,
+            overwrite=overwrite,
         )
     )

@@ -12,10 +12,11 @@ from typing import Annotated, Any
 import typer
 
 from tracereward.cli.reward import Engine, Model
+from tracereward.cli.rules import CheckedTyper
 from tracereward.console import say
 from tracereward.errors import InputError, check_number
 
-server = typer.Typer()
+server = CheckedTyper()
 API_KEY, UPSTREAM_KEY = "TRACEREWARD_API_KEY", "TRACEREWARD_UPSTREAM_KEY"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 

@@ -1,17 +1,22 @@
 """Options of the training commands: a YAML file by ``--config``, overridden by ``--name value``."""
 
-import dataclasses
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 from trl import ModelConfig, TrlParser
 
+from tracereward.data.readers import SUFFIXES
 from tracereward.errors import InputError, nearest
 from tracereward.files import nearest_path
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RETIRED, RewardConfig, SupervisedConfig
-from tracereward.training.options import DataArguments
+from tracereward.training.option_rules import check_job, effective
+from tracereward.training.options import DataArguments, option_defaults
+from tracereward.training.trl_options import OTHER_NAMES
 
 CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}
 
@@ -24,36 +29,61 @@ class _Parser(TrlParser):
 def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, bool]:
     """Parse the arguments of a training command.
 
+    With ``--resume`` and without ``--config``, the options are those in the run folder's ``config.yaml``, overridden by
+    the command line.
+
     Returns:
         Data options, training options, model options, and whether ``--resume`` was given.
 
     Raises:
-        InputError: unknown option (the nearest is suggested), a value that does not fit, an unreadable file.
+        InputError: unknown option (the nearest is suggested), a value that does not fit, an option that would be
+            ignored, an unreadable file.
     """
     argv = [_with_underscores(word) for word in argv]
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     resume = "--resume" in argv
-    if resume:
-        argv.remove("--resume")
+    argv = [word for word in argv if word != "--resume"]
     config_class = CONFIGS[kind]
     classes: Any = (DataArguments, config_class, ModelConfig)
-    known = {field.name for cls in classes for field in dataclasses.fields(cls) if field.init}
+    known = set(option_defaults(*classes))
+    if argv and not argv[0].startswith("-"):
+        raise InputError(_stray(argv[0]))
     for name in _given_names(argv):
         if name not in known | {"config"}:
             raise InputError(_unknown(f"option --{name}", name, known))
-    argv = _with_config(argv, known)
-    if not any(word.split("=")[0] == "--output_dir" for word in argv):
-        argv += ["--output_dir", f"runs/{kind}"]
+    path, argv = _taken("config", argv)
+    folder, _ = _taken("output_dir", argv)
+    options: dict[str, Any] = {}
+    if path is not None:
+        options = _read_config(Path(path), known)
+        folder = folder or options.get("output_dir")
+    folder = folder or f"runs/{kind}"
+    stored = Path(folder) / "config.yaml"
+    if resume and path is None and stored.is_file():
+        _check_kind(stored, kind)
+        path, options = str(stored), _read_config(stored, known)
+    if resume and path is not None and Path(path).absolute() == stored.absolute():
+        options = effective(kind, options, option_defaults(*classes))
+    data, config, model = _parsed(_Parser(classes), argv, {**options, "output_dir": folder})
+    if resume and path is None and model.model_name_or_path is None:
+        raise InputError(f"{folder}: no run to resume, config.yaml is missing: check --output_dir, or start a run")
+    check_job(kind, data, config, model)
+    return data, config, model, resume
+
+
+def _parsed(parser: _Parser, argv: list[str], options: dict[str, Any]) -> Sequence[Any]:
+    """The options of a file, overridden by those of the command line, as dataclasses."""
+    for name, value in options.pop("env", {}).items():
+        os.environ[name] = str(value)
     try:
-        data, config, model = _Parser(classes).parse_args_and_config(
-            args=argv,
-            fail_with_unknown_args=False,  # the remaining options are retired ones of a file, see `_with_config`
-        )
+        parser.set_defaults_with_config(**options)
+        *parsed, stray = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     except InputError:
         raise
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
-    return data, config, model, resume
+    if stray:
+        raise InputError(_stray(stray[0]))
+    return parsed
 
 
 def _with_underscores(word: str) -> str:
@@ -66,19 +96,45 @@ def _given_names(argv: list[str]) -> list[str]:
     return [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
 
 
+def _taken(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
+    """The last value of an option, and the arguments without it."""
+    value, rest, words = None, [], iter(argv)
+    for word in words:
+        if word == f"--{name}":
+            value = next(words, None)
+            if value is None or value.startswith("--"):
+                raise InputError(f"--{name} needs a name")
+        elif word.startswith(f"--{name}="):
+            value = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return value, rest
+
+
 def _unknown(what: str, name: str, known: set[str]) -> str:
-    near = nearest(name, known)
+    near = OTHER_NAMES.get(name) or nearest(name, known)
+    near = near if near in known else nearest(name, known)
     return f"unknown {what}: " + (f"did you mean {near!r}?" if near else "see `tracereward COMMAND --help`")
 
 
-def _with_config(argv: list[str], known: set[str]) -> list[str]:
-    """Check the YAML file of ``--config``, and add its ``output_dir`` to the arguments."""
-    if "--config" not in argv:
-        return argv
-    position = argv.index("--config")
-    if position + 1 == len(argv):
-        raise InputError("--config needs a file name")
-    path = Path(argv[position + 1])
+def _stray(word: str) -> str:
+    """The message about a word that belongs to no option."""
+    if word.startswith("-"):
+        return f"unknown option {word}: the names of options start with two hyphens"
+    if word.endswith(SUFFIXES) or Path(word).exists() or "/" in word:
+        return f"{word}: no option before it; pass demonstrations as --dataset_name {word}"
+    return f"{word!r}: no option before it; give every value behind its option, as --name {word}"
+
+
+def _check_kind(path: Path, kind: str) -> None:
+    """Refuse to resume the run of another command, which the first line of its ``config.yaml`` names."""
+    found = re.match(r"# tracereward \S+ (\w+),", path.read_text(encoding="utf-8"))
+    if found and found[1] != kind:
+        raise InputError(f"{path.parent} has a run of `tracereward {found[1]}`; resume it with that command")
+
+
+def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
+    """The options in a YAML file, without the retired ones."""
     if not path.is_file():
         near = nearest_path(path)
         raise InputError(f"{path}: no such file" + (f" (did you mean {near}?)" if near else ""))
@@ -95,12 +151,11 @@ def _with_config(argv: list[str], known: set[str]) -> list[str]:
             raise InputError(f"{path}:{key.start_mark.line + 1}: option {key.value!r} is given twice")
         seen.add(key.value)
     for name in options.keys() - known - {"env"}:
-        if name in RETIRED and options[name] == RETIRED[name]:  # dropped by `parse`
-            continue
-        raise InputError(f"{path}: " + _unknown(f"option {name!r}", str(name), known))
+        if name not in RETIRED or options[name] != RETIRED[name]:
+            raise InputError(f"{path}: " + _unknown(f"option {name!r}", str(name), known))
     folder = options.get("output_dir", "runs")
     if not isinstance(folder, str) or not folder:
         raise InputError(f"{path}: output_dir must be the name of a folder, not {folder!r}")
-    if "output_dir" in options and not any(word.split("=")[0] == "--output_dir" for word in argv):
-        argv = [*argv, "--output_dir", folder]
-    return argv
+    if not isinstance(options.get("env", {}), dict):
+        raise InputError(f"{path}: env must be a mapping of environment variables to values")
+    return {name: value for name, value in options.items() if name in known | {"env"}}

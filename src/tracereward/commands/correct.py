@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tracereward.commands.partial_output import (
+    STDOUT,
+    Output,
+    check_output,
     complete_rows,
     is_finished,
     origin_of,
@@ -17,6 +20,7 @@ from tracereward.commands.partial_output import (
 )
 from tracereward.commands.sample_guided import load_guide
 from tracereward.console import say
+from tracereward.data.labels import judge
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
 from tracereward.files import write_jsonl
@@ -80,8 +84,7 @@ def run_correct(
     correcting: Correcting,
     sampling: SamplingParams,
     *,
-    output: str | None = None,
-    resume: bool = False,
+    output: Output = STDOUT,
 ) -> None:
     """Self-correct the traces in `data`, write one JSON row each and print a summary.
 
@@ -90,28 +93,27 @@ def run_correct(
         data: file of the rows.
         correcting: options of self-correction.
         sampling: how continuations are sampled.
-        output: JSONL file; None or ``-`` is stdout.
-        resume: resume an unfinished output.
+        output: where the rows go.
 
     Raises:
-        InputError: see `corrected_rows`; or the unfinished output is from another run.
+        InputError: see `corrected_rows` and `check_output`; or the unfinished output is from another run.
     """
+    check_output(output, model, data, correcting.reward_model, correcting.reference)
     done: list[dict[str, Any]] = []
     origin = None
-    if output is not None:
+    if not output.to_stdout:
         options: dict[str, Any] = {**asdict(correcting), **asdict(sampling)}
-        del options["batch_size"]
+        del options["batch_size"], options["settings"]
         models = {"model": model, "--reward-model": options.pop("reward_model")}
         models["--reference"] = options.pop("reference")
         origin = origin_of("correct", models, data, **options)
-    if resume:
-        if is_finished(output):
-            return
-        if part := unfinished(output, origin):
-            done = finished_corrections(part, sampling.prompts_together(correcting.k))
-            say(f"resuming after {len(done)} rows")
+    if is_finished(output):
+        return
+    if part := unfinished(output, origin):
+        done = finished_corrections(part, sampling.prompts_together(correcting.k))
+        say(f"resuming after {len(done)} rows")
     chunks = corrected_rows(model, data, correcting, sampling, done=len(done))
-    with rows_to(output, append=resume, origin=origin) as file:
+    with rows_to(output, origin) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)
@@ -196,14 +198,17 @@ def corrected_rows(
             # An unchanged trace keeps its text: decoding its tokens may differ slightly.
             text = row["completion"] if new.ids == old else str(tokenizer.decode(new.ids, skip_special_tokens=True))
             gold = gold_of(row)
+            before = judge(row, row["completion"], task, gold)
+            # A label is of the trace as it was: it holds for an unchanged one only.
+            after = before if new.ids == old else judge({}, text, task, gold)
             out.append(
                 {
                     **{name: row[name] for name in ("question", "prompt") if name in row},
                     "completion": text,
                     "answer": row.get("answer"),
-                    "extracted": task.extract(text),
-                    "correct_before": None if gold is None else task.verify(row["completion"], gold),
-                    "correct": None if gold is None else task.verify(text, gold),
+                    "extracted": after.answer,
+                    "correct_before": before.correct,
+                    "correct": after.correct,
                     "finished": new.finished,
                     "length": len(new.ids),
                     "logprob": log_prob,
@@ -225,7 +230,8 @@ def correction_summary(rows: Sequence[dict[str, Any]]) -> str:
     tokens = sum(row["sampled_tokens"] for row in rows)
     changed = sum(row["reward"] > row["reward_before"] for row in rows)
     text = f"{len(rows)} traces, {changed} changed, {tokens} tokens sampled"
-    known = [(row["correct_before"], row["correct"]) for row in rows if row["correct"] is not None]
+    pairs = [(row["correct_before"], row["correct"]) for row in rows]
+    known = [pair for pair in pairs if None not in pair]
     if known:
         before, after = (sum(pair[side] for pair in known) for side in (0, 1))
         broken, repaired = known.count((True, False)), known.count((False, True))

@@ -1,19 +1,19 @@
 """`tracereward export`: distil a reward model into a token-classification checkpoint."""
 
-import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tracereward.commands.partial_output import check_output
-from tracereward.console import say
+from tracereward.commands.partial_output import check_new, check_writable
+from tracereward.console import print_json, say
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError
 from tracereward.files import without_nan
 from tracereward.modeling.loading import best_device, local_folder
 from tracereward.rewards.distillation import Fit, check_rows, distill, examples_of
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import check_reward_model
+from tracereward.rewards.settings import SETTINGS_FILE, check_reward_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class ExportOptions:
         model: folder or Hub id of the reward model.
         data: rows to fit on.
         output: folder of the new reward model.
+        overwrite: replace a reward model in that folder.
         epochs: passes over the rows.
         learning_rate: learning rate of AdamW.
         token_budget: padded tokens per step.
@@ -37,6 +38,7 @@ class ExportOptions:
     learning_rate: float = 1e-4
     token_budget: int = 8192
     seed: int = 0
+    overwrite: bool = False
 
 
 def run_export(options: ExportOptions) -> None:
@@ -50,11 +52,7 @@ def run_export(options: ExportOptions) -> None:
         raise InputError(f"--learning-rate must be above 0 and at most 1, not {options.learning_rate}")
     settings = check_reward_model(options.model)
     output = options.output
-    if output.exists():
-        raise InputError(f"{output} exists already: choose another --output")
-    with suppress(OSError):  # check_output reports it
-        output.parent.mkdir(parents=True, exist_ok=True)
-    check_output(str(output))
+    check_folder(output, [options.model, options.data], overwrite=options.overwrite)
     rows = list(candidate_rows(options.data, template=settings.template))
     check_rows(rows)
     teacher = TokenRewardModel.from_pretrained(options.model).to(best_device())
@@ -71,7 +69,21 @@ def run_export(options: ExportOptions) -> None:
     student.save_pretrained(output, note)
     say(note.strip())
     numbers = without_nan(asdict(fit))
-    print(json.dumps({"output": str(output), **numbers}))
+    print_json({"output": str(output), **numbers})
+
+
+def check_folder(output: Path, inputs: Sequence[str], *, overwrite: bool) -> None:
+    """Check that a reward model can be written, before anything slow starts; creates the parent folder.
+
+    Raises:
+        InputError: it cannot; or the folder exists and may not be replaced, or has something else.
+    """
+    check_new(output, inputs, overwrite=overwrite)
+    if output.exists() and not (output / SETTINGS_FILE).is_file():
+        raise InputError(f"{output}: is not a reward model and is not replaced: choose another --output")
+    with suppress(OSError):  # check_writable reports it
+        output.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(output)
 
 
 def _note(head: str, fit: Fit) -> str:

@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 from tracereward.commands.score import score_rows
+from tracereward.data.labels import judge
 from tracereward.data.readers import read_rows
 from tracereward.data.trace_rows import candidate_rows, check_facts, check_scores, gold_of, traces_in
 from tracereward.errors import InputError
@@ -69,9 +70,10 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
         return scored
     for row in scored:
         for text, found in zip(row["candidates"], row["scores"]) if "candidates" in row else [(row["completion"], row)]:
-            found.setdefault("extracted", task.extract(text))
-            if (gold := gold_of(row)) is not None:
-                found.setdefault("correct", task.verify(text, gold))
+            judged = judge(found, text, task, gold_of(row))
+            found["extracted"] = judged.answer
+            if judged.correct is not None:
+                found["correct"] = judged.correct
     return scored
 
 

@@ -1,4 +1,4 @@
-"""Output files that get their name only when complete, and resuming an interrupted one.
+"""Outputs: never replaced without ``--overwrite``, named only when complete, and resumed if interrupted.
 
 Until then the rows are in ``NAME.part`` and their origin (models, data, options) in ``NAME.part.json``, so that rows of
 different runs are never mixed.
@@ -6,14 +6,14 @@ different runs are never mixed.
 
 import json
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from tracereward.console import say
-from tracereward.errors import InputError, RunFailed
+from tracereward.console import data_out, say
+from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import DISK_FULL, atomic_write_json, read_json, require_parent_folder, sha256_of, write_jsonl
 from tracereward.modeling.loading import model_fingerprint
 
@@ -52,6 +52,37 @@ def _digest(path: Path) -> str:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Where a command writes its rows, and what it may replace.
+
+    Attributes:
+        path: JSONL file; None or ``-`` is stdout.
+        resume: continue an unfinished file; None for a command that cannot.
+        overwrite: replace an existing file, or the rows of an unfinished run.
+
+    Raises:
+        InputError: an option that needs a file, without one.
+    """
+
+    path: str | None = None
+    resume: bool | None = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for option, given in (("--resume", self.resume), ("--overwrite", self.overwrite)):
+            if given and self.to_stdout:
+                raise InputError(f"{option} needs --output, a file")
+
+    @property
+    def to_stdout(self) -> bool:
+        """Whether the rows go to stdout."""
+        return self.path in (None, "-")
+
+
+STDOUT = Output()
+
+
 def part_of(output: str) -> Path:
     """Path of the rows of an unfinished output."""
     return Path(output + ".part")
@@ -61,56 +92,133 @@ def _origin_file(part: Path) -> Path:
     return part.with_name(part.name + ".json")
 
 
-def check_output(output: str | None) -> None:
-    """Check that an output can be written, before anything slow starts; None and ``-`` are stdout.
+def check_new(path: str | os.PathLike, inputs: Iterable[str | None], *, overwrite: bool) -> None:
+    """Refuse to write a file or folder that exists, without ``--overwrite``, or that is an input.
+
+    Args:
+        path: what a command writes.
+        inputs: files and folders that it reads, and Hub ids; a file in a folder that it reads is an input too.
+        overwrite: whether an existing one may be replaced.
+
+    Raises:
+        InputError: it exists, is an input, or is neither a file nor a folder.
+    """
+    path = Path(path)
+    if not os.path.lexists(path):
+        return
+    for given in inputs:
+        if given is not None and _overlap(path, Path(given).expanduser()):
+            raise InputError(f"{path}: is read by this command ({given}): choose another --output")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: is a device or a pipe; to write there, leave out --output and redirect stdout")
+    if not overwrite:
+        raise InputError(f"{path} exists already: choose another --output, or replace it with --overwrite")
+
+
+def _overlap(path: Path, given: Path) -> bool:
+    """Whether two paths are one file or folder, also by a link, or one is in the other."""
+    if not path.exists() or not given.exists():
+        return False
+    inner, outer = path.resolve(), given.resolve()
+    return inner.samefile(outer) or outer in inner.parents or inner in outer.parents
+
+
+def check_file(path: str | os.PathLike, inputs: Iterable[str | None], *, overwrite: bool) -> None:
+    """`check_new` for a file, and check that it can be written, before anything slow starts.
+
+    Raises:
+        InputError: it cannot, is a folder, or see `check_new`.
+    """
+    path = Path(path)
+    require_parent_folder(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+    check_new(path, inputs, overwrite=overwrite)
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Check that a file or folder can be created.
 
     Raises:
         InputError: it cannot.
     """
-    if output in (None, "-"):
-        return
-    path, part = Path(output), part_of(output)
-    require_parent_folder(path)
-    if path.is_dir():
-        raise InputError(f"{output}: is a folder; name a file")
-    was_there = part.exists()
+    part = part_of(str(path))
+    was_there = os.path.lexists(part)
     try:
         with open(part, "a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     if not was_there:
         part.unlink()
 
 
-@contextmanager
-def rows_to(output: str | None, append: bool = False, origin: Origin | None = None) -> Iterator[TextIO]:
-    """Open an output for rows: stdout, or a file that gets its name when complete.
+def check_output(output: Output, *inputs: str | None) -> None:
+    """`check_file` for rows: those of an unfinished run are not lost either.
 
     Args:
-        output: file; None and ``-`` are stdout.
-        append: continue the rows that `unfinished` found.
+        output: of the command.
+        inputs: as for `check_new`.
+
+    Raises:
+        InputError: it cannot be written, is an input, or may not be replaced.
+    """
+    if output.path is None or output.to_stdout:
+        return
+    part = part_of(output.path)
+    begun = part.is_file() and part.stat().st_size > 0
+    # With --resume, a file without unfinished rows is the finished one, see `is_finished`.
+    check_file(output.path, inputs, overwrite=output.overwrite or (bool(output.resume) and not begun))
+    for mine in (part, _origin_file(part)):
+        check_new(mine, inputs, overwrite=True)
+    if begun and not output.resume and not output.overwrite:
+        fix = "discard them with --overwrite"
+        fix = fix if output.resume is None else f"continue with --resume, or {fix}"
+        raise InputError(f"{part} has the rows of an unfinished run: {fix}")
+
+
+@contextmanager
+def rows_to(output: Output, origin: Origin | None = None) -> Iterator[TextIO]:
+    """Open an output for rows: stdout, or a file that gets its name when complete.
+
+    With ``resume`` the rows that `unfinished` found are continued. Call `check_output` first.
+
+    Args:
+        output: of the command.
         origin: stored with an output that can be resumed.
 
     Raises:
-        InputError: it cannot be written.
-        RunFailed: the disk is full.
+        RunFailed: the disk is full, or another process has written the file.
+        Interrupted: by Ctrl-C; says where the finished rows are.
     """
-    check_output(output)
-    if output is None or output == "-":
-        yield sys.stdout
+    if output.path is None or output.to_stdout:
+        yield data_out()
         return
-    part = part_of(output)
+    path, part = Path(output.path), part_of(output.path)
     try:
-        with open(part, "a" if append else "w", encoding="utf-8") as file:
+        with open(part, "a" if output.resume else "w", encoding="utf-8", errors="backslashreplace") as file:
             if origin is not None:  # only after the rows of an earlier run are gone
                 atomic_write_json(_origin_file(part), origin)
             yield file
+    except KeyboardInterrupt as error:
+        kept = "" if output.resume is None else f"; finished rows are in {part}: continue with --resume"
+        raise Interrupted(f"interrupted{kept}") from error
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
         raise RunFailed(f"the disk of {part.absolute().parent} is full; what was finished is in {part}") from error
-    part.replace(output)
+    finally:
+        if part.exists() and part.stat().st_size == 0:  # nothing to continue
+            _discard(part)
+    if os.path.lexists(path) and not output.overwrite:
+        raise RunFailed(f"{path} was written by another process in the meantime; the rows of this one are in {part}")
+    part.replace(path)
+    _origin_file(part).unlink(missing_ok=True)
+
+
+def _discard(part: Path) -> None:
+    part.unlink()
     _origin_file(part).unlink(missing_ok=True)
 
 
@@ -119,32 +227,28 @@ def write_row(file: TextIO, row: dict[str, Any]) -> None:
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def is_finished(output: str | None) -> bool:
-    """Whether the output of a command with ``--resume`` is already complete; if so, print that.
-
-    Raises:
-        InputError: there is no output to resume.
-    """
-    if output is None:
-        raise InputError("--resume needs --output")
-    finished = Path(output).is_file() and not part_of(output).exists()
+def is_finished(output: Output) -> bool:
+    """Whether ``--resume`` is given and the output is already complete; if so, print that."""
+    if not output.resume or output.path is None:
+        return False
+    finished = Path(output.path).is_file() and not part_of(output.path).exists()
     if finished:
-        say(f"{output} is finished")
+        say(f"{output.path} is finished")
     return finished
 
 
-def unfinished(output: str | None, origin: Origin | None) -> Path | None:
-    """Path of the rows that an interrupted run with the same `origin` wrote; None if there are none.
+def unfinished(output: Output, origin: Origin | None) -> Path | None:
+    """Path of the rows that ``--resume`` continues, written with the same `origin`; None if there are none.
 
     Raises:
         InputError: they are from another run; names the difference.
     """
-    if output is None or origin is None:
-        raise InputError("--resume needs --output")
-    part = part_of(output)
+    if not output.resume or output.path is None or origin is None:
+        return None
+    part = part_of(output.path)
     if not part.is_file() or part.stat().st_size == 0:
         return None
-    anew = f"remove {part} to start anew"
+    anew = "start anew with --overwrite instead of --resume"
     try:
         earlier = read_json(_origin_file(part))
         old = {name: (shown, value) for name, (shown, value) in earlier.items()}
@@ -220,5 +324,7 @@ def _lines(part: Path, field: str) -> Iterator[tuple[int, dict[str, Any]]]:
             except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict) or field not in row:
-                raise InputError(f"{part}:{n}: not a row that this command wrote: remove {part} to start anew")
+                raise InputError(
+                    f"{part}:{n}: not a row that this command wrote: start anew with --overwrite instead of --resume"
+                )
             yield len(line), row

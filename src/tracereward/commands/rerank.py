@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tracereward.commands.partial_output import check_output, rows_to, write_row
+from tracereward.commands.partial_output import STDOUT, Output, check_output, rows_to, write_row
 from tracereward.commands.score import score_rows
+from tracereward.console import note, print_json, say
+from tracereward.data.labels import judge, judged_by, judgement_counts
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
 from tracereward.files import without_nan
@@ -31,7 +33,7 @@ class RerankOptions:
         task: task that checks answers; the reward model's if None.
         method: one of `RERANK_METHODS`.
         aggregate: how token rewards are reduced to a trace reward; as in the reward model's settings if None.
-        output: JSONL file of the chosen rows; stdout if None.
+        output: where the chosen rows go.
         json_table: print the table as JSON on stdout.
     """
 
@@ -40,7 +42,7 @@ class RerankOptions:
     task: str | None = None
     method: str = "vote"
     aggregate: str | None = None
-    output: str | None = None
+    output: Output = STDOUT
     json_table: bool = False
 
 
@@ -54,9 +56,11 @@ def run_rerank(options: RerankOptions) -> None:
     check_choice("method", options.method, RERANK_METHODS)
     if options.aggregate is not None:
         check_choice("aggregate", options.aggregate, AGGREGATES)
+    if options.json_table and options.output.path == "-":
+        raise InputError("--json prints the table on stdout: give a file for the chosen rows, -o FILE")
     settings = check_reward_model(options.model)
     task = get_task(options.task or settings.task)
-    check_output(options.output)
+    check_output(options.output, options.model, options.data)
     rows = list(candidate_rows(options.data, template=settings.template))
     if not rows:
         raise InputError(f"{options.data}: no rows")
@@ -71,27 +75,33 @@ def run_rerank(options: RerankOptions) -> None:
         model.settings = replace(settings, aggregate=options.aggregate)
     chosen, questions = rerank_rows(score_rows(model, rows), task, options.method)
     table = summary(questions, task)
-    if options.output is not None or not options.json_table:
+    if not options.output.to_stdout or not options.json_table:
         with rows_to(options.output) as file:
             for row in chosen:
                 write_row(file, row)
     if options.json_table:
-        print(json.dumps(table))
+        print_json(table)
     elif table is not None:
         print_ranking(table)
+        say(judged_by(table["judged"]))
+    if table is None:
+        counts = judgement_counts(c for candidates in questions for c in candidates)
+        if counts["labelled"] or counts["graded"]:
+            note(f"no accuracies: {counts['unknown']} rows have neither correct nor a gold answer")
 
 
 def candidate_of(row: dict[str, Any], task: Task) -> Candidate:
-    """A scored row as a candidate; its answer is extracted, and verified if the gold answer is known."""
-    text, gold, correct = row["completion"], gold_of(row), row.get("correct")
-    correct = task.verify(text, gold) if gold is not None else None if correct is None else bool(correct)
+    """A scored row as a candidate, judged by `judge`."""
+    text = row["completion"]
+    judged = judge(row, text, task, gold_of(row))
     return Candidate(
         text=text,
-        answer=task.extract(text),
+        answer=judged.answer,
         reward=row["reward"],
         logprob=row.get("logprob"),
         length=len(text),
-        correct=correct,
+        correct=judged.correct,
+        labelled=judged.labelled,
     )
 
 
@@ -116,12 +126,14 @@ def rerank_rows(
 
 def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | None:
     """Accuracies and AUROCs if correctness is known for all candidates, else None."""
-    if any(c.correct is None for candidates in questions for c in candidates):
+    counts = judgement_counts(c for candidates in questions for c in candidates)
+    if counts["unknown"]:
         return None
     rows = ranking_table(questions, task.equal)
     return {
         "questions": len(questions),
         "no_answer": sum(c.answer is None for candidates in questions for c in candidates),
+        "judged": counts,
         "accuracy": {row.label: [row.accuracy, row.low, row.high] for row in rows},
         # JSON has no NaN: an AUROC is undefined if all candidates are correct or all are wrong.
         **without_nan(ranking_aurocs(questions)),

@@ -7,6 +7,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from tracereward.commands.partial_output import (
+    STDOUT,
+    Output,
+    check_output,
     finished_questions,
     is_finished,
     origin_of,
@@ -31,8 +34,7 @@ def run_sample(
     *,
     n: int = 8,
     guidance: Guidance | None = None,
-    output: str | None = None,
-    resume: bool = False,
+    output: Output = STDOUT,
 ) -> None:
     """Sample completions and write one JSON row each.
 
@@ -42,38 +44,40 @@ def run_sample(
         sampling: how to sample.
         n: completions of each question; unused if guided, where the method sets it.
         guidance: decode with a reward model.
-        output: JSONL file; None or ``-`` is stdout.
-        resume: resume an unfinished output.
+        output: where the rows go.
 
     Raises:
-        InputError: unreadable or inconsistent input, or the unfinished output is from another run.
+        InputError: unreadable or inconsistent input, the output may not be replaced (see `check_output`), or the
+            unfinished one is from another run.
     """
     models = {"model": model, "--reward-model": None, "--reference": None}
     options: dict[str, Any] = {**asdict(questions), **asdict(sampling)}
     data = options.pop("data")
+    if not sampling.settings:  # outputs of earlier versions have none
+        del options["settings"]
     if guidance is None:  # a batch has one random seed, so rows depend on its size
         options["n"] = n
     else:
         models |= {"--reward-model": guidance.reward_model, "--reference": guidance.reference}
         del options["batch_size"]
         options |= {"guide": guidance.method.name, **asdict(guidance.method)}
-    origin = None if output is None else origin_of("sample", models, data, **options)
+    check_output(output, data, *models.values())
+    origin = None if output.to_stdout else origin_of("sample", models, data, **options)
     done = 0
-    if resume:
-        if is_finished(output):
-            return
-        if part := unfinished(output, origin):
-            if guidance is None:
-                done = finished_questions(part, n, sampling.prompts_together(n))
-            else:
-                done = finished_guided(part, sampling.prompts_together(guidance.method.at_once))
-            say(f"resuming after {done} questions")
+    if is_finished(output):
+        return
+    if part := unfinished(output, origin):
+        if guidance is None:
+            done = finished_questions(part, n, sampling.prompts_together(n))
+        else:
+            done = finished_guided(part, sampling.prompts_together(guidance.method.at_once))
+        say(f"resuming after {done} questions")
     if guidance is None:
         chunks = sample_rows(model, questions, sampling, n=n, done=done)
     else:
         chunks = guided_rows(model, questions, sampling, guidance, done=done)
     progress = tqdm(desc="samples", initial=done * (n if guidance is None else 1), unit="")
-    with progress, rows_to(output, append=resume, origin=origin) as file:
+    with progress, rows_to(output, origin) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)

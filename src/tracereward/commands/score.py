@@ -8,6 +8,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from tracereward.commands.partial_output import (
+    STDOUT,
+    Output,
     check_output,
     finished_rows,
     is_finished,
@@ -40,25 +42,23 @@ class ScoreOptions:
     Attributes:
         model: folder or Hub id of the reward model.
         data: input of `candidate_rows`.
-        output: JSONL file, stdout if None; with engine ``ray`` a folder shared by all machines.
+        output: where the rows go; with engine ``ray`` a folder shared by all machines.
         split: split of a Hub data set.
         engine: one of `ENGINES`, or ``ray``.
         workers: processes of engine ``ray``, each with a model; if None, one per GPU of the cluster, or one.
         reference: folder or Hub id of the model whose log-prob is added.
         policy: folder or Hub id of the model whose log-prob is subtracted.
-        resume: continue an unfinished `output`.
         skip_bad: skip rows that cannot be scored, instead of stopping.
     """
 
     model: str
     data: str
-    output: str | None = None
+    output: Output = STDOUT
     split: str = "train"
     engine: str = "transformers"
     workers: int | None = None
     reference: str | None = None
     policy: str | None = None
-    resume: bool = False
     skip_bad: bool = False
 
     @property
@@ -97,29 +97,28 @@ def _score_to_file(options: ScoreOptions) -> list[str]:
     """Score in this process; return the error of each skipped row."""
     settings = check_engine(options.model, options.engine)
     check_log_prob_models(settings, options.reference, options.policy, options.engine)
-    check_output(options.output)
+    check_output(options.output, options.model, options.data, options.reference, options.policy)
     _note_no_probability(settings, options)
     skipped: list[str] | None = [] if options.skip_bad else None
     # All rows are checked before the model is loaded.
     count = sum(1 for _ in candidate_rows(options.data, options.split, skipped, settings.template))
     check_any_rows(count, options.data, skipped)
     origin, done = None, 0
-    if options.output is not None:
+    if not options.output.to_stdout:
         models = {"model": options.model, "--reference": options.reference, "--policy": options.policy}
         origin = origin_of("score", models, options.data, split=options.split, engine=options.engine)
-    if options.resume:
-        if is_finished(options.output):
-            return []
-        if part := unfinished(options.output, origin):
-            done = finished_rows(part)
-            say(f"resuming after {done} rows")
+    if is_finished(options.output):
+        return []
+    if part := unfinished(options.output, origin):
+        done = finished_rows(part)
+        say(f"resuming after {done} rows")
     model = load_scorer(options.model, options.engine)
     extra = load_log_prob_models(model, reference=options.reference, policy=options.policy)
     rows = candidate_rows(options.data, options.split, [] if options.skip_bad else None, settings.template)
     too_long: list[str] | None = [] if options.skip_bad else None
     scored = score_rows(model, rows, extra=extra, skipped=too_long, done=done)
     progress = tqdm(desc="scored", total=count, initial=done, unit="")
-    with rows_to(options.output, append=options.resume, origin=origin) as file, progress:
+    with rows_to(options.output, origin) as file, progress:
         for row in scored:
             write_row(file, row)
             progress.update()
@@ -200,13 +199,13 @@ def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
 def _scored_row(
     model: Scorer, row: dict[str, Any], traces: Sequence[Trace], *, scores: Sequence[TokenScores], calibrated: bool
 ) -> dict[str, Any]:
-    """Add scores to a row."""
+    """Add scores to a row, whose text becomes the one that was read: offsets are places in it."""
     scored = [as_row(found, model, calibrated) for found in scores]
     if "candidates" in row:
-        return {**row, "scores": scored}
+        return {**row, "candidates": [trace.completion for trace in traces], "scores": scored}
     if spans := traces[0].spans:
-        scored[0] |= {"completion": traces[0].completion, "step_rewards": scores[0].span_rewards(spans)}
-    return {**row, **scored[0]}
+        scored[0] |= {"step_rewards": scores[0].span_rewards(spans)}
+    return {**row, "completion": traces[0].completion, **scored[0]}
 
 
 def as_row(scores: TokenScores, model: Scorer, calibrated: bool = True) -> dict[str, Any]:

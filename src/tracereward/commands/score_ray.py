@@ -70,21 +70,26 @@ def score_to_folder(options: ScoreOptions) -> list[str]:
     _require_ray()
     settings = check_reward_model(options.model)
     check_log_prob_models(settings, options.reference, options.policy)
-    if options.output is None:
+    output = options.output
+    if output.path is None or output.to_stdout:
         raise InputError("--engine ray needs --output, a folder")
-    folder = Path(options.output).absolute()
+    folder = Path(output.path).absolute()
+    score_shards.check_folder(folder, output, options.model, options.data, options.reference, options.policy)
     skipped: list[str] | None = [] if options.skip_bad else None
-    with score_shards.own_folder(folder, options.resume) as todo:
+    with score_shards.own_folder(folder) as todo:
         calibrated = settings.calibration is not None and options.calibrated
         rows = candidate_rows(options.data, options.split, skipped, settings.template)
         with score_shards.room(folder):
-            count, fingerprint, schema = score_shards.cut(rows, folder, todo, score_shards.score_columns(calibrated))
+            columns = score_shards.score_columns(calibrated)
+            count, fingerprint, schema = score_shards.cut(rows, folder, todo, columns, everything=output.overwrite)
         check_any_rows(count, options.data, skipped)
+        if output.overwrite:  # all rows are checked
+            score_shards.clear(folder)
         sizes = [min(score_shards.SHARD_ROWS, count - start) for start in range(0, count, score_shards.SHARD_ROWS)]
         score_shards.check_manifest(folder, _manifest(options, count, len(sizes), fingerprint))
         missing = [n for n in range(len(sizes)) if not score_shards.part_file(folder, n).exists()]
         if not missing:
-            say(f"{options.output} is finished")
+            say(f"{output.path} is finished")
         elif len(missing) < len(sizes):
             say(f"resuming after {len(sizes) - len(missing)} of {len(sizes)} shards")
         if missing:
@@ -94,7 +99,7 @@ def score_to_folder(options: ScoreOptions) -> list[str]:
                 for shard in _run(job, missing):
                     progress.update(sizes[shard])
     footers = [parquet.read_metadata(score_shards.part_file(folder, n)) for n in range(len(sizes))]
-    say(f"{sum(footer.num_rows for footer in footers)} rows in {len(footers)} shards: {options.output}")
+    say(f"{sum(footer.num_rows for footer in footers)} rows in {len(footers)} shards: {output.path}")
     too_long = [text for footer in footers for text in json.loads(footer.metadata[score_shards.SKIPPED])]
     return [*(skipped or ()), *too_long]
 

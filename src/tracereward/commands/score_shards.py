@@ -19,6 +19,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from pyarrow import parquet
 
+from tracereward.commands.partial_output import Output, check_new
 from tracereward.data.trace_rows import holds_steps
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import (
@@ -59,22 +60,41 @@ def room(folder: Path) -> Iterator[None]:
         raise RunFailed(f"the disk of {folder} is full; free some space and resume with --resume") from error
 
 
-@contextmanager
-def own_folder(folder: Path, resume: bool) -> Iterator[Path]:
-    """Create and lock the folder of the results; yield a temporary folder inside it.
+def check_folder(folder: Path, output: Output, *inputs: str | None) -> None:
+    """Check that the folder of the results can be created, and that nothing is lost by it.
+
+    Args:
+        folder: absolute path.
+        output: as given.
+        inputs: as for `check_new`.
 
     Raises:
-        InputError: it cannot be created, has other files in it, or another process writes to it.
+        InputError: it cannot, it is an input, has other files in it, or scores that may not be replaced.
     """
     require_parent_folder(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; --engine ray writes a folder")
-    if (folder / MANIFEST).exists() and not resume:
-        raise InputError(f"{folder} already has scores: continue with --resume, or choose another --output")
+    check_new(folder, inputs, overwrite=True)
+    if (folder / MANIFEST).exists() and not output.resume and not output.overwrite:
+        raise InputError(
+            f"{folder} already has scores: continue with --resume, choose another --output, or replace them with "
+            "--overwrite"
+        )
+    if output.resume and output.overwrite:
+        raise InputError("--resume keeps the shards that are finished and --overwrite replaces them: give one of them")
     if folder.is_dir() and not (folder / MANIFEST).exists():
         others = [path.name for path in folder.iterdir() if not path.name.startswith(".")]
         if others:
             raise InputError(f"{folder} has {others[0]} but no {MANIFEST}: choose another --output")
+
+
+@contextmanager
+def own_folder(folder: Path) -> Iterator[Path]:
+    """Create and lock the folder of the results; yield a temporary folder inside it.
+
+    Raises:
+        InputError: another process writes to it.
+    """
     folder.mkdir(exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
@@ -96,10 +116,22 @@ def own_folder(folder: Path, resume: bool) -> Iterator[Path]:
                 folder.rmdir()
 
 
+def clear(folder: Path) -> None:
+    """Remove the results in `folder`, the manifest last: if killed, what is left is an unfinished run."""
+    for path in folder.glob("part-*.parquet"):
+        path.unlink()
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
 def cut(
-    rows: Iterable[tuple[str, dict[str, Any]]], folder: Path, todo: Path, score_fields: list[pa.Field]
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    folder: Path,
+    todo: Path,
+    score_fields: list[pa.Field],
+    *,
+    everything: bool = False,
 ) -> tuple[int, str, pa.Schema]:
-    """Split rows into shards and write the unfinished ones, as lines of location and row.
+    """Split rows into shards and write the unfinished ones, or all, as lines of location and row.
 
     Returns:
         Number of rows, their SHA-256, and the schema of all rows with their scores.
@@ -115,7 +147,7 @@ def cut(
             lines.append(json.dumps([where, row]) + "\n")
         shard = count // SHARD_ROWS
         schema = _widened(schema, chunk, score_fields)
-        if not part_file(folder, shard).exists():
+        if everything or not part_file(folder, shard).exists():
             todo_file(todo, shard).write_text("".join(lines), encoding="utf-8")
         count += len(chunk)
     return count, fingerprint.hexdigest(), schema

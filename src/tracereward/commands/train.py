@@ -16,8 +16,8 @@ from trl import ModelConfig, SFTTrainer, get_peft_config
 from tracereward.console import is_main_process, note
 from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
 from tracereward.errors import InputError
-from tracereward.modeling.distributed import frozen_copy, zero3_disabled
-from tracereward.modeling.loading import check_model
+from tracereward.modeling.distributed import zero3_disabled
+from tracereward.modeling.loading import check_model, frozen_copy
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.rendering import Rendering, render, render_prompt
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id, same_tokenizer
@@ -33,6 +33,7 @@ from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.config import RewardConfig, SupervisedConfig
 from tracereward.training.options import DataArguments
+from tracereward.training.quantization import check_quantization, quantization
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.trainer import AdversarialTrainer
 from tracereward.training.validation import Validation, load_validation
@@ -72,6 +73,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)
         unlabeled = [{**row, "completion": None} for row in unlabeled]
     check_model(model.model_name_or_path, model.model_revision)
+    check_quantization(model, config)
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     by_source = {row["source"]: row for row in [*rows, *unlabeled]}
     rendering = Rendering(template=data.template)
@@ -295,6 +297,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 reward_tokenizer,
                 peft_config=peft,
                 dtype=model.dtype or "float32",
+                **quantization(model),
             )
             if config.shared_base:
                 assert peft is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_choice
 from tracereward.modeling.rendering import row_location
+from tracereward.modeling.seam import without_end_marks
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.tasks.recipes import Task
 
@@ -68,12 +69,26 @@ def checked_example(task: Task, raw: dict[str, Any], location: str) -> dict[str,
         InputError: a field is missing, empty or of a wrong type; names `location` and the field.
     """
     try:
-        return task.example(raw)
+        return task.example(_without_marks(raw, task))
     except KeyError as error:
         has = ", ".join(map(repr, raw)) or "none"
         raise InputError(f"{location}: field {error} is missing for task {task.name!r}; fields: {has}") from error
     except ValueError as error:
         raise InputError(f"{location}: {error}") from error
+
+
+def _without_marks(raw: dict[str, Any], task: Task) -> dict[str, Any]:
+    """A raw row whose trace is without end marks, so that an answer extracted from it has none either."""
+    clean = dict(raw)
+    for name in (task.completion_field, "cot_content"):  # the second is `mmlu_pro`'s on the Hub
+        trace = raw.get(name)
+        if isinstance(trace, str):
+            clean[name] = without_end_marks(trace)[0]
+        elif isinstance(trace, list) and trace and isinstance(trace[-1], dict):
+            last = trace[-1]
+            if isinstance(last.get("content"), str):
+                clean[name] = [*trace[:-1], {**last, "content": without_end_marks(last["content"])[0]}]
+    return clean
 
 
 def check_lengths(

@@ -5,8 +5,9 @@ from typing import Any
 
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_number
+from tracereward.messages import check_messages
 from tracereward.modeling.alignment import join_steps
-from tracereward.tasks.recipes import check_messages
+from tracereward.modeling.seam import without_end_marks
 
 
 def candidate_rows(
@@ -20,10 +21,14 @@ def candidate_rows(
         skipped: receives a message for each invalid row, which is then skipped; None makes the first one an error.
         template: of the reward model; ``plain`` refuses lists of messages. None: not checked.
 
+    Yields:
+        Location and row, its traces without end marks (`without_marks`).
+
     Raises:
         InputError: a row lacks them or does not fit in JSON; names file and line.
     """
     for where, row in read_rows(source, split, skipped=skipped):
+        row = without_marks(row)
         wrong = not_json(row) or _wrong_prompt(row, template) or _wrong_trace(row)
         if wrong is None:
             yield where, row
@@ -31,6 +36,31 @@ def candidate_rows(
             raise InputError(f"{where}: {wrong}")
         else:
             skipped.append(f"{where}: {wrong}")
+
+
+def without_marks(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose traces are without end marks; one that had a mark is finished, whatever the row says."""
+    if holds_steps(row):
+        steps = row["steps"]
+        if not (isinstance(steps, list) and steps and isinstance(steps[-1], str)):
+            return row
+        text, ended = without_end_marks(steps[-1])
+        return {**row, "steps": [*steps[:-1], text], "finished": True} if ended else row
+    if "candidates" not in row:
+        if not isinstance(row.get("completion"), str):
+            return row
+        text, ended = without_end_marks(row["completion"])
+        return {**row, "completion": text, "finished": True} if ended else row
+    texts = row["candidates"]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return row
+    pairs = [without_end_marks(text) for text in texts]
+    if not any(ended for _, ended in pairs):
+        return row
+    given = row.get("finished")
+    flags = given if isinstance(given, list) and len(given) == len(pairs) else [given] * len(pairs)
+    finished = [True if ended else flag for (_, ended), flag in zip(pairs, flags)]
+    return {**row, "candidates": [text for text, _ in pairs], "finished": finished}
 
 
 def _wrong_prompt(row: dict[str, Any], template: str | None) -> str | None:

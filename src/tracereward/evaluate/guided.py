@@ -3,14 +3,13 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from tracereward.commands.questions import Questions, load_questions
 from tracereward.commands.sample_guided import check_template, load_guide
 from tracereward.console import note
 from tracereward.errors import InputError
-from tracereward.evaluate.suites import check_answers, output_folder, publish
+from tracereward.evaluate.suites import Results, check_answers, publish
 from tracereward.generation.decoding import beam, reject, tilt
 from tracereward.generation.guide import Guide, Guided
 from tracereward.generation.params import SamplingParams
@@ -159,9 +158,8 @@ def run_guided(
     comparison: Comparison,
     *,
     reward_model: str,
+    results: Results,
     reference: str | None = None,
-    output: Path | None = None,
-    as_json: bool = False,
 ) -> None:
     """`tracereward evaluate guided`.
 
@@ -172,8 +170,7 @@ def run_guided(
         comparison: budgets and the methods' options.
         reward_model: folder or Hub id; its tokenizer is the policy's.
         reference: folder or Hub id of the model whose log-prob is added to the rewards.
-        output: folder, see `output_folder`.
-        as_json: print JSON instead of tables.
+        results: where the results go.
 
     Raises:
         InputError: a question without a gold answer, temperature 0, or models that do not fit together.
@@ -181,7 +178,7 @@ def run_guided(
     if sampling.temperature == 0:
         raise InputError("at temperature 0 all samples of a question are the same: set --temperature above 0")
     task = get_task(questions.task)
-    folder = output_folder(policy, output)
+    folder = results.checked("guided", policy, reward_model, questions.data, reference)
     check_template(reward_model, questions.template)
     rows, prompts, tokenizer = load_questions(questions, policy)
     check_answers(rows)
@@ -205,4 +202,4 @@ def run_guided(
         "reference": reference,
         "rows": found,
     }
-    publish(folder, "guided", result, [guided_table(found, len(rows))], as_json=as_json)
+    publish(folder, "guided", result, [guided_table(found, len(rows))], as_json=results.as_json)

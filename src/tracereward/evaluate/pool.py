@@ -13,6 +13,7 @@ from scipy.stats import pearsonr
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from tracereward.data.labels import judged_by, judgement_counts
 from tracereward.errors import EmptyTrace, InputError, TooLong
 from tracereward.evaluate.pool_data import PoolRow, by_question
 from tracereward.evaluate.steps import position_limit
@@ -124,6 +125,7 @@ def _candidates(
                 length=len(row.completion),
                 correct=row.correct,
                 model=row.model,
+                labelled=row.labelled,
             )
         )
     return found
@@ -170,6 +172,7 @@ def evaluate_pool(
         "fit_questions": len(fit_questions),
         "correct": sum(correct) / len(correct),
         "no_answer": sum(c.answer is None for c in flat),
+        "judged": judgement_counts(flat),
         "vote_temperature": temperature,
         "ranking": [asdict(row) for row in table],
         "curves": _curves(questions, equal, seed, temperature),
@@ -260,7 +263,8 @@ def pool_tables(result: dict[str, Any]) -> list[Table]:
     percent = [[row["label"], *(100 * row[key] for key in ("accuracy", "low", "high"))] for row in result["ranking"]]
     note = (
         f"{result['questions']} questions, {result['candidates']} candidates, of which "
-        f"{100 * result['correct']:.1f} % are correct and {result['no_answer']} have no answer."
+        f"{100 * result['correct']:.1f} % are correct and {result['no_answer']} have no answer. "
+        f"{judged_by(result['judged'])}"
     )
     sources = [[name, *values.values()] for name, values in result["discrimination"].items()]
     names = {"none": "sigmoid of the reward", "platt": "Platt", "temperature": "temperature", "isotonic": "isotonic"}

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any
 
 from tracereward.data.demonstrations import checked_example
+from tracereward.data.labels import judge
 from tracereward.data.readers import read_rows
 from tracereward.data.trace_rows import check_labels
 from tracereward.errors import InputError
@@ -33,6 +34,7 @@ class PoolRow:
             on a line of its own: reward models are trained on traces that end with one.
         answer: the candidate's answer; None if it has none.
         correct: whether the answer is correct.
+        labelled: whether `correct` is the row's own label.
         model: name of the model that wrote it, if the row has it.
         logprob: mean log-prob under the policy that wrote it, if the row has it.
         finished: whether the trace ended by itself.
@@ -44,6 +46,7 @@ class PoolRow:
     completion: str
     answer: str | None
     correct: bool
+    labelled: bool
     model: str | None
     logprob: float | None
     finished: bool
@@ -120,28 +123,30 @@ def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict
         name = name or str(row["question"])
     else:
         raise InputError(f"{where}: no prompt or question; pass --questions if rows have only an id")
-    text, extracted = row[field], task.extract(row[field])
-    own = [row.get("extracted")] if field == "completion" else [row.get(name) for name in OWN_ANSWER_FIELDS]
-    stated = next((str(value) for value in own if value is not None and str(value).strip()), extracted)
-    if extracted is None and stated is not None:
-        text = f"{text.rstrip()}\n{task.answer_line.format(stated)}".lstrip()
     check_labels(where, row)
-    correct, finished, log_prob = row.get("correct"), row.get("finished"), row.get("logprob")
+    own = row
+    if field != "completion":  # the answer is the candidate's own, never the gold one
+        stated = next((row[name] for name in OWN_ANSWER_FIELDS if row.get(name) not in (None, "")), None)
+        own = {"extracted": stated, "correct": row.get("correct")}
+    text = row[field]
+    judged = judge(own, text, task, gold)
+    if judged.correct is None:
+        raise InputError(f"{where}: neither correct (true or false) nor a gold answer to check against")
+    if judged.answer is not None and task.extract(text) is None:
+        text = f"{text.rstrip()}\n{task.answer_line.format(judged.answer)}".lstrip()
+    finished = row.get("finished")
     if finished is not None and not isinstance(finished, bool):
         raise InputError(f"{where}: finished must be true or false, not {finished!r}")
-    if correct is None:
-        if gold is None:
-            raise InputError(f"{where}: neither correct (true or false) nor a gold answer to check against")
-        correct = stated is not None and task.equal(stated, str(gold))
     model = None if row.get("model") is None else str(row["model"])
     return PoolRow(
         where=where,
         question=str(name),
         prompt=prompt,
         completion=text,
-        answer=stated,
-        correct=bool(correct),
+        answer=judged.answer,
+        correct=judged.correct,
+        labelled=judged.labelled,
         model=model,
-        logprob=log_prob,
+        logprob=row.get("logprob"),
         finished=finished is not False,
     )

@@ -27,7 +27,7 @@ from tracereward.modeling.alignment import join_steps
 from tracereward.modeling.batching import pack, scoring_budget, token_budget_batches
 from tracereward.modeling.log_probs import log_probs_and_entropies
 from tracereward.modeling.rendering import render_prompt
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id
+from tracereward.modeling.tokenization import encode_trace, pad_id
 from tracereward.reports.tables import Table, interval, percent
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
@@ -63,7 +63,7 @@ def encode_steps(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> EncodedSte
     Raises:
         InputError: a step has no token.
     """
-    ids = encode_completion(tokenizer, trace.completion)
+    prompt, ids = encode_trace(tokenizer, trace.prompt, trace.completion)
     encoding = tokenizer(
         trace.completion, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
     )
@@ -74,7 +74,7 @@ def encode_steps(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> EncodedSte
         raise InputError(
             f"{trace.where}: step {step} (from 0) has no token in the reward model's vocabulary; edit or remove it"
         )
-    return EncodedSteps(where=trace.where, prompt=encode_prompt(tokenizer, trace.prompt), completion=ids, steps=steps)
+    return EncodedSteps(where=trace.where, prompt=prompt, completion=ids, steps=steps)
 
 
 def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:

@@ -1,18 +1,20 @@
 """The suites as commands run them: read and check everything, load models, evaluate, write JSON and a report."""
 
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
+from tracereward.commands.partial_output import check_new
 from tracereward.commands.questions import Questions, load_questions
 from tracereward.commands.sample import sample_rows
-from tracereward.console import note
+from tracereward.console import note, print_json, warn
 from tracereward.data.demonstrations import load_demonstrations
+from tracereward.data.labels import judged_by, judgement_counts
 from tracereward.errors import InputError, check_choice
 from tracereward.evaluate.figures import pool_figures
 from tracereward.evaluate.first_error import STEP_AGGREGATES
@@ -25,7 +27,7 @@ from tracereward.evaluate.step_data import read_step_traces, split_by_question
 from tracereward.evaluate.steps import evaluate_steps, step_tables
 from tracereward.files import atomic_write_json
 from tracereward.generation.params import SamplingParams
-from tracereward.metrics import auroc
+from tracereward.metrics import auroc, auroc_interval
 from tracereward.modeling.loading import best_device, check_model, local_folder
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
@@ -34,6 +36,44 @@ from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model, write_calibration
 from tracereward.tasks.recipes import Task, get_task
+
+MIN_SPREAD = 0.05
+"""Of the probabilities of a calibration, from the 5th to the 95th percentile; under it `calibrate` warns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Where a suite writes its results, and what it prints.
+
+    Attributes:
+        folder: None is ``evaluation`` in the run folder of the model, or here.
+        overwrite: replace results of the same suite in that folder.
+        as_json: print JSON instead of tables.
+    """
+
+    folder: Path | None = None
+    overwrite: bool = False
+    as_json: bool = False
+
+    def checked(self, suite: str, model: str, *inputs: str | None) -> Path:
+        """The folder, checked before anything slow starts.
+
+        Args:
+            suite: name of the suite.
+            model: folder or Hub id of the model that is evaluated.
+            inputs: what else the suite reads, see `check_new`.
+
+        Raises:
+            InputError: a file is in the way, or there are results that may not be replaced.
+        """
+        run = Path(model).parent
+        folder = self.folder or (run if (run / "config.yaml").is_file() else Path()) / "evaluation"
+        in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+        if in_the_way is not None:
+            raise InputError(f"{in_the_way}: is a file, not a folder; choose another --output")
+        for suffix in ("json", "html"):
+            check_new(folder / f"{suite}.{suffix}", [model, *inputs], overwrite=self.overwrite)
+        return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +87,7 @@ class Trial:
         policy: causal LM whose log-probs are a baseline.
         limit: use as many rows only.
         seed: of every random number.
-        output: folder, see `output_folder`.
-        as_json: print JSON instead of tables.
+        results: where the results go.
     """
 
     model: str
@@ -57,8 +96,7 @@ class Trial:
     policy: str | None = None
     limit: int | None = None
     seed: int = 0
-    output: Path | None = None
-    as_json: bool = False
+    results: Results = Results()
 
 
 def load(model: str, policy: str | None) -> tuple[TokenRewardModel, PreTrainedModel | None]:
@@ -86,20 +124,6 @@ def check_answers(rows: Sequence[dict[str, Any]]) -> None:
             raise InputError(f"{row['source']}: no gold answer: accuracy cannot be measured")
 
 
-def output_folder(model: str, output: Path | None) -> Path:
-    """Where an evaluation goes: `output`, else ``evaluation`` in the run folder of the model, or here.
-
-    Raises:
-        InputError: a file is in the way.
-    """
-    run = Path(model).parent
-    folder = output or (run if (run / "config.yaml").is_file() else Path()) / "evaluation"
-    in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
-    if in_the_way is not None:
-        raise InputError(f"{in_the_way}: is a file, not a folder; choose another --output")
-    return folder
-
-
 def publish(
     folder: Path,
     suite: str,
@@ -123,7 +147,7 @@ def publish(
         ),
     )
     if as_json:
-        print(json.dumps(result))
+        print_json(result)
     else:
         print_tables(tables)
     note(f"written: {folder / suite}.json and .html")
@@ -143,7 +167,7 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
     """
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
-    folder = output_folder(model, trial.output)
+    folder = trial.results.checked("pool", model, data, policy, questions, fit)
     rows = read_pool(data, task_spec, questions, trial.limit)
     fit_rows = read_pool(fit, task_spec, questions) if fit else []
     asked = {row.asked: row.where for row in rows}
@@ -165,7 +189,7 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
         note(f"{left_out} candidates are empty or longer than the model reads and were left out")
     if result["uncalibrated"]:
         note(f"{fit or data}: no calibrations: {result['uncalibrated']}")
-    publish(folder, "pool", result, pool_tables(result), as_json=trial.as_json, figures=pool_figures(result))
+    publish(folder, "pool", result, pool_tables(result), as_json=trial.results.as_json, figures=pool_figures(result))
 
 
 def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_split: str, aggregate: str) -> None:
@@ -182,7 +206,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = output_folder(model, trial.output)
+    folder = trial.results.checked(suite, model, data, policy, fit)
     traces = read_step_traces(data, suite, split=split, limit=trial.limit)
     if fit:
         fit_traces = read_step_traces(fit, suite, split=fit_split)
@@ -193,7 +217,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
     result |= evaluate_steps(
         reward_model, traces, fit_traces, policy=baseline, task=task_spec.name, aggregate=aggregate, seed=seed
     )
-    publish(folder, suite, result, step_tables(result), as_json=trial.as_json)
+    publish(folder, suite, result, step_tables(result), as_json=trial.results.as_json)
 
 
 def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
@@ -207,13 +231,13 @@ def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
     model, data, policy = trial.model, trial.data, trial.policy
     task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = output_folder(model, trial.output)
+    folder = trial.results.checked("perturbation", model, data, policy)
     subset = task_spec.subset if data == task_spec.dataset else None
     rows = load_demonstrations(data, task_spec, split=split, subset=subset, limit=trial.limit)
     reward_model, baseline = load(model, policy)
     result = {"model": model, "data": data, "policy": policy}
     result |= evaluate_perturbations(reward_model, rows, policy=baseline, aggregate=aggregate, seed=trial.seed)
-    publish(folder, "perturbation", result, perturbation_tables(result), as_json=trial.as_json)
+    publish(folder, "perturbation", result, perturbation_tables(result), as_json=trial.results.as_json)
 
 
 def run_policy(
@@ -222,8 +246,7 @@ def run_policy(
     sampling: SamplingParams,
     *,
     n: int,
-    output: Path | None = None,
-    as_json: bool = False,
+    results: Results,
 ) -> None:
     """`tracereward evaluate policy`.
 
@@ -232,15 +255,14 @@ def run_policy(
         questions: with gold answers.
         sampling: of the samples; greedy traces have the same length limit.
         n: samples of each question; 0 for greedy alone.
-        output: folder, see `output_folder`.
-        as_json: print JSON instead of tables.
+        results: where the results go.
 
     Raises:
         InputError: a question without a gold answer, or several samples of each at temperature 0.
     """
     if n > 1 and sampling.temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
-    folder = output_folder(policy, output)
+    folder = results.checked("policy", policy, questions.data)
     check_answers(load_questions(questions, policy)[0])
     greedy_chunks = sample_rows(policy, questions, replace(sampling, temperature=0.0), n=1)
     greedy = [row for chunk in greedy_chunks for row in chunk]
@@ -253,11 +275,29 @@ def run_policy(
         "seed": sampling.seed,
     }
     result |= evaluate_policy(greedy, sampled, sampling.seed)
-    publish(folder, "policy", result, policy_tables(result), as_json=as_json)
+    publish(folder, "policy", result, policy_tables(result), as_json=results.as_json)
+
+
+def useless_fit(
+    calibration: Calibration, rewards: Sequence[float], correct: Sequence[bool], prompts: Sequence[int]
+) -> Iterator[str]:
+    """Reasons why a calibration's probabilities do not separate right from wrong traces, on the traces of its fit."""
+    low, high = auroc_interval(rewards, correct, prompts)
+    right = sum(correct)
+    kinds = f"{right} right and {len(correct) - right} wrong traces"
+    if calibration.slope < 0 or not low > 0.5:
+        slope = "" if calibration.method == "isotonic" else f", slope {calibration.slope:.3g}"
+        yield (
+            f"the reward does not rise with correctness beyond chance (AUROC {auroc(rewards, correct):.3f} of {kinds}, "
+            f"95 % interval {low:.3f} to {high:.3f}{slope})"
+        )
+    first, last = np.percentile(calibration.probabilities(rewards), [5, 95])
+    if last - first < MIN_SPREAD:
+        yield f"nine probabilities in ten lie between {first:.3f} and {last:.3f}, whatever the reward"
 
 
 def run_calibrate(
-    model: str, data: str, *, questions: str | None, task: str | None, method: str
+    model: str, data: str, *, questions: str | None, task: str | None, method: str, overwrite: bool = False
 ) -> tuple[Calibration, int]:
     """`tracereward calibrate`: fit on labelled traces and store the fit in the model's ``tracereward.json``.
 
@@ -265,12 +305,18 @@ def run_calibrate(
         The calibration, and how many traces were left out as empty or too long.
 
     Raises:
-        InputError: anything that cannot be read, or too few traces of a kind.
+        InputError: anything that cannot be read, too few traces of a kind, or a calibration that may not be replaced.
     """
     task_spec = check(model, None, task)
     folder = Path(model)
     if not folder.is_dir():
         raise InputError(f"{model}: the calibration is written into the model: give a local folder")
+    stored = check_reward_model(model).calibration
+    if stored is not None and not overwrite:
+        raise InputError(
+            f"{model} has a calibration already ({stored.method}, fitted on {stored.traces} traces): replace it with "
+            "--overwrite"
+        )
     rows = read_pool(data, task_spec, questions)
     groups, left_out = score_pool(load(model, None)[0], rows)
     flat = [c for candidates in groups for c in candidates]
@@ -279,12 +325,9 @@ def run_calibrate(
         calibration = fit_calibration(rewards, correct, method)
     except InputError as error:
         raise InputError(f"{data}: {error}") from error
-    area = auroc(rewards, correct)
-    if area < 0.5 or calibration.slope < 0:
-        slope = "" if method == "isotonic" else f", slope {calibration.slope:.3g}"
-        note(
-            f"warning: {data}: the reward does not rise with correctness (AUROC {area:.3f} of {sum(correct)} right and "
-            f"{len(correct) - sum(correct)} wrong traces{slope}): the probabilities say little about other traces"
-        )
+    note(f"{data}: {judged_by(judgement_counts(flat))} {sum(c.answer is None for c in flat)} traces state no answer.")
+    prompts = [index for index, candidates in enumerate(groups) for _ in candidates]
+    for reason in useless_fit(calibration, rewards, correct, prompts):
+        warn(f"{data}: {reason}: the probabilities say little about other traces")
     write_calibration(local_folder(model), calibration)
     return calibration, left_out

@@ -22,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from tracereward.generation.settings import generation_config, run_generate
 from tracereward.modeling.alignment import step_ends, token_offsets
 from tracereward.modeling.batching import pack
 from tracereward.modeling.tokenization import eos_ids, pad_id
@@ -96,14 +97,13 @@ def extend(
         width, limits = batch.input_ids.size(1), [row.limit for row in part]
         stop = _Stop(tokenizer, eos_ids(model, tokenizer), width=width, limits=limits, delimiter=delimiter)
         sampler = _Sampler(stop, part, temperature=temperature, top_p=top_p, tilt=tilt)
-        options: dict[str, Any] = {"do_sample": False, "eos_token_id": stop.eos, "pad_token_id": pad_id(tokenizer)}
-        output = model.generate(  # pyright: ignore[reportCallIssue]
+        output = run_generate(
+            model,
+            generation_config(model, tokenizer, max_new_tokens=max(limits)),  # greedy: the sampler leaves one token
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
-            max_new_tokens=max(limits),
             logits_processor=LogitsProcessorList([sampler]),
             stopping_criteria=StoppingCriteriaList([stop]),
-            **options,
         )
         new = output[:, width:].tolist()
         found += [Continuation(row[: stop.kept[i]], stop.counts[i]) for i, row in enumerate(new)]

@@ -43,7 +43,7 @@ class Guide:
         reference: causal LM whose log-prob is added to the rewards, see `Scorer.score`.
 
     Raises:
-        InputError: the tokenizers differ.
+        InputError: the tokenizers differ, or `sampling` has settings of a generation config.
     """
 
     policy: PreTrainedModel
@@ -55,6 +55,10 @@ class Guide:
 
     def __post_init__(self):
         check_tokenizers(self.tokenizer, self.scorer.tokenizer)
+        if self.sampling.settings:
+            raise InputError(
+                f"guided decoding samples from the policy itself, without {', '.join(self.sampling.settings)}"
+            )
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of rendered prompts.

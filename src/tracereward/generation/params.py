@@ -1,7 +1,9 @@
 """`SamplingParams`: how completions are sampled. Imports neither torch nor transformers."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from tracereward.errors import InputError
 
@@ -16,6 +18,7 @@ class SamplingParams:
         top_p: nucleus sampling.
         seed: seed of all random numbers.
         batch_size: completions generated together.
+        settings: further settings of a generation config, see `generation.settings`.
 
     Raises:
         InputError: an invalid value; names the option.
@@ -26,6 +29,7 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int = 0
     batch_size: int = 64
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:  # excludes NaN too

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.generation.params import SamplingParams
+from tracereward.generation.settings import generation_config, run_generate
 from tracereward.modeling.batching import pack
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_prompt, eos_ids, pad_id
@@ -72,10 +72,8 @@ def sample(
             model,
             tokenizer,
             rows,
+            params,
             n=n,
-            max_new_tokens=params.max_new_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
             width=width,
         )[: len(part) * n]
         ids = [encode_prompt(tokenizer, prompt) for prompt in part for _ in range(n)]
@@ -103,14 +101,14 @@ def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    params: SamplingParams,
     *,
-    max_new_tokens: int,
     n: int = 1,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
     width: int | None = None,
 ) -> list[list[int]]:
     """`n` completions of each prompt in one call of transformers' `generate`, with torch's global RNG.
+
+    The seed and batch size of `params` are not used.
 
     With a `width`, prompts are padded to it and the cache is static, so that calls with equally many rows have equal
     shapes: transformers then compiles the decoding step once, if it can.
@@ -120,24 +118,20 @@ def generate(
     """
     model.eval()
     eos = eos_ids(model, tokenizer)
-    options: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    if width is not None:
-        options["cache_implementation"] = "static"
+    config = generation_config(
+        model,
+        tokenizer,
+        max_new_tokens=params.max_new_tokens,
+        sampling=params,
+        num_return_sequences=n,
+        cache_implementation=None if width is None else "static",
+    )
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     batch = pack(ids, [[]] * len(ids), pad_id(tokenizer)).to(model.device)
     left = 0 if width is None else width - batch.input_ids.size(1)
     inputs = F.pad(batch.input_ids, (left, 0), value=pad_id(tokenizer))
-    output = model.generate(  # pyright: ignore[reportCallIssue]
-        input_ids=inputs,
-        attention_mask=F.pad(batch.attention_mask, (left, 0)),
-        max_new_tokens=max_new_tokens,
-        num_return_sequences=n,
-        eos_token_id=eos,
-        pad_token_id=pad_id(tokenizer),
-        **options,
-    )
+    attention_mask = F.pad(batch.attention_mask, (left, 0))
+    output = run_generate(model, config, input_ids=inputs, attention_mask=attention_mask)
     return [_until_eos(row, eos) for row in output[:, inputs.size(1) :].tolist()]
 
 

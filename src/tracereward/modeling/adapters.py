@@ -5,9 +5,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
+
+from tracereward.modeling.quantized import is_quantized, without_quantization
 
 POLICY, DISCRIMINATOR = "default", "discriminator"  # "default" is the name that PEFT gives the first
 
@@ -71,6 +73,24 @@ class AdapterView(nn.Module):
             return getattr(self._whole[0], name)
 
     def merged(self) -> PreTrainedModel:
-        """A copy of the base model with this adapter merged; merging in place and undoing it would change weights."""
-        names = None if self.adapter is None else [self.adapter]
-        return copy.deepcopy(self.model).merge_and_unload(adapter_names=names)  # pyright: ignore[reportReturnType]
+        """A copy of the base model with this adapter merged."""
+        assert self.adapter is not None
+        return merged(self.model, self.adapter)
+
+
+def merged(model: PeftModel, adapter: str = POLICY) -> PreTrainedModel:
+    """A copy of a PEFT model's base model with an adapter merged.
+
+    Merging in place and undoing it would change the live weights by rounding. A quantized base model is loaded again
+    without quantization, so that the result is an ordinary model whose weights are rounded once.
+    """
+    base = model.get_base_model()
+    if is_quantized(base):
+        weights = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+        fresh = get_peft_model(without_quantization(base), copy.deepcopy(model.peft_config[adapter]))  # pyright: ignore[reportArgumentType]
+        unknown = set_peft_model_state_dict(fresh, weights).unexpected_keys
+        assert not unknown, unknown
+    else:
+        fresh = copy.deepcopy(model)
+        fresh.set_adapter(adapter)
+    return fresh.merge_and_unload()  # pyright: ignore[reportReturnType]

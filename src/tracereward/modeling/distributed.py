@@ -7,7 +7,6 @@ the same number of passes, whatever each has to compute; a process that has fini
 """
 
 import contextlib
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 from transformers.integrations import deepspeed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -162,16 +161,6 @@ def gather_head_for_gradient(policy: Any) -> None:
 
     head.register_hook(gather)
     head.register_post_accumulate_grad_hook(partition)
-
-
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A full, frozen copy of a model that was just loaded, for its log-probs."""
-    if deepspeed.is_deepspeed_zero3_enabled():
-        with zero3_disabled():
-            other = type(model).from_pretrained(model.config._name_or_path, dtype=model.dtype)
-    else:
-        other = copy.deepcopy(model)
-    return other.eval().requires_grad_(False)
 
 
 def is_sharded(trainer: Trainer) -> bool:

@@ -1,16 +1,47 @@
-"""Finding, checking and loading causal LMs, with clear errors."""
+"""Finding, checking and loading models, with clear errors: every `from_pretrained` of a model or configuration.
 
+`load_model` is strict: transformers fills weights that a checkpoint lacks with random numbers and only logs it. The
+checks load the model on the meta device, which reads names and shapes of weights, not the weights.
+"""
+
+import contextlib
+import copy
 import hashlib
+import json
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification, PreTrainedModel
+from transformers.integrations import deepspeed
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.quantizers import AutoHfQuantizer
+from transformers.utils import find_adapter_config_file
+from transformers.utils import logging as transformers_logging
 
-from tracereward.errors import InputError, first_line
-from tracereward.files import nearest_path, sha256_of
+from tracereward.console import note
+from tracereward.errors import InputError, Interrupted, first_line
+from tracereward.files import nearest_path, read_json, sha256_of
+from tracereward.modeling.distributed import zero3_disabled
+from tracereward.modeling.model_folder import (
+    POLICY,
+    SETTINGS_FILE,
+    adapter_message,
+    check_folder,
+    damaged_json,
+    dtypes,
+)
+
+BackboneClass = type[AutoModelForCausalLM] | type[AutoModelForTokenClassification]
+CAUSAL_LM = AutoModelForCausalLM
+CLASSIFIER = AutoModelForTokenClassification
+NEW_HEAD = ("score", "classifier")
+"""Names of a token classifier's head, which a causal LM's checkpoint does not have."""
 
 
 def looks_local(name: str) -> bool:
@@ -56,25 +87,80 @@ def model_fingerprint(name: str | None) -> str | None:
 
 
 def check_model(name: str, revision: str = "main") -> None:
-    """Read a causal LM's configuration, before anything slow starts.
+    """Check a causal LM's configuration and, in a local folder, its files and the names and shapes of its weights.
+
+    Loads no weights, so that nothing slow starts before it.
 
     Raises:
-        InputError: it cannot be read, or is of another class of model, which transformers would give a random LM head.
+        InputError: a file is missing or damaged, the folder is not a causal LM's, or weights do not fit the model.
     """
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
         raise InputError(
             f"{name}: no such model folder{_suggestion(path)}. Give a folder or a Hub id such as owner/name."
         )
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise InputError(f"{name}: not a model folder, config.json is missing")
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
-    except Exception as error:
-        raise InputError(f"{name}: the model's configuration cannot be read ({first_line(error)})") from error
+    if path.is_dir():
+        check_folder(path, POLICY)
+        _check_is_policy(path)
+    elif adapter := find_adapter_config_file(name, revision=revision):
+        raise InputError(adapter_message(name, adapter))
+    config = read_config(name, revision=revision)
     kinds = config.architectures or []
     if kinds and not any(map(_is_causal, kinds)):
         raise InputError(f"{name}: is a {', '.join(kinds)}, and a causal language model is needed")
+    if path.is_dir():
+        check_weights(name, CAUSAL_LM)
+
+
+def read_config(name: str | Path, **kwargs: Any) -> Any:
+    """The configuration of a model.
+
+    Args:
+        name: folder or Hub id.
+        **kwargs: for `from_pretrained`, e.g. ``revision``.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with _explained(name, "the model's configuration cannot be read"):
+        return AutoConfig.from_pretrained(_source(name), **kwargs)
+
+
+def check_weights(name: str | Path, auto: BackboneClass) -> None:
+    """Check that a local checkpoint has every weight of its model, in its shape; reads no weights.
+
+    Args:
+        name: folder.
+        auto: `CAUSAL_LM` or `CLASSIFIER`.
+
+    Raises:
+        InputError: names the weights; or the package of a quantised model is not installed.
+    """
+    quantised = read_config(name).to_dict().get("quantization_config")
+    if quantised is None:
+        with zero3_disabled():
+            load_model(auto, name, device_map="meta")
+        return
+    method = quantised.get("quant_method", "an unknown method")
+    with _explained(name, f"is quantised with {method}"):
+        AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment(device_map=None)
+    if method == "bitsandbytes" and not {"U8", "I8"} & dtypes(Path(_source(name))):
+        raise InputError(f"{name}: config.json says that it is quantised with {method}, and its weights are not")
+
+
+def _check_is_policy(folder: Path) -> None:
+    """Refuse a reward model, whose causal LM would pass for a policy."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return
+    try:
+        kind = read_json(path).get("kind")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if kind != POLICY:
+        beside = folder.parent / POLICY
+        fix = f"; give {beside}" if (beside / "config.json").is_file() else ""
+        raise InputError(f"{folder}: is a reward model, and a causal language model such as a policy is needed{fix}")
 
 
 def _is_causal(architecture: str) -> bool:
@@ -93,6 +179,50 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
+def load_model(auto: BackboneClass, name: str | Path, new: Collection[str] = (), **kwargs: Any) -> PreTrainedModel:
+    """A model in eval mode, with every weight from its checkpoint.
+
+    Args:
+        auto: `CAUSAL_LM` or `CLASSIFIER`.
+        name: folder or Hub id.
+        new: names of modules that the checkpoint need not have: they start at random on purpose.
+        **kwargs: for `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded, or weights are missing, of another shape or of layers that the model lacks.
+    """
+    with _explained(name, "the model cannot be loaded"), _quiet(name):
+        model, found = auto.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
+            _source(name), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    if missing := sorted(key for key in found["missing_keys"] if key.split(".")[0] not in new):
+        raise InputError(
+            f"{name} is not complete: its weights lack {_listed(missing)}: download it again, or save it as "
+            f"{type(model).__name__}"
+        )
+    if wrong := sorted(found["mismatched_keys"]):
+        key, stored, needed = wrong[0]
+        raise InputError(
+            f"{name}: {key} has shape {tuple(stored)} in its weights, and config.json asks for {tuple(needed)}"
+            f"{f' ({len(wrong)} weights in all)' if len(wrong) > 1 else ''}: config and weights are of two models"
+        )
+    modules = {name for name, _ in model.named_modules()}
+    unused = {key: ".".join(key.split(".")[:2]) in modules for key in sorted(found["unexpected_keys"])}
+    if inner := [key for key, inside in unused.items() if inside]:
+        raise InputError(
+            f"{name}: its weights have {_listed(inner)}, which config.json does not describe: config and weights are "
+            "of two models"
+        )
+    if unused and not new:  # modules next to the model, such as a value head or the tower of an image model
+        note(f"{name}: weights that are not used: {_listed(list(unused))}")
+    return model
+
+
+def _listed(names: list[str]) -> str:
+    """Up to three names and how many there are."""
+    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
+
+
 def load_causal_lm(
     name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | None = None, **kwargs: Any
 ) -> PreTrainedModel:
@@ -103,6 +233,87 @@ def load_causal_lm(
         dtype: of its weights; ``auto`` for that of the checkpoint.
         device: where to put it; None leaves it where transformers loads it, as a trainer needs it.
         **kwargs: for `from_pretrained`, e.g. ``revision``.
+
+    Raises:
+        InputError: see `load_model`.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
-    return model if device is None else model.to(device)  # pyright: ignore[reportArgumentType]
+    model = load_model(CAUSAL_LM, name, dtype=dtype, **kwargs)
+    if device is None:
+        return model
+    with _explained(name, "the model does not fit on the device"):
+        return model.to(device)  # pyright: ignore[reportArgumentType]
+
+
+def new_classifier(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A token classifier with one logit: the backbone of a causal LM under a new random head.
+
+    Args:
+        name: folder or Hub id of the causal LM.
+        **kwargs: for `from_pretrained`.
+
+    Raises:
+        InputError: see `load_model`; or transformers has no classifier of this architecture.
+    """
+    config = read_config(name, **{key: value for key, value in kwargs.items() if key == "revision"})
+    config.num_labels = 1
+    config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
+    config.token_classification_bias = False
+    quantization = copy.copy(kwargs.pop("quantization_config", None))
+    if quantization is not None:
+        quantization.llm_int8_skip_modules = list(NEW_HEAD)  # in 4 bits too, despite its name
+        kwargs["quantization_config"] = quantization
+    if config.model_type not in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES:
+        raise InputError(
+            f"{name}: transformers has no token-classification class for this architecture; use --head action"
+        )
+    return load_model(CLASSIFIER, name, NEW_HEAD, config=config, **kwargs)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A full, frozen copy of a model that was just loaded, for its log-probs."""
+    if deepspeed.is_deepspeed_zero3_enabled():
+        config = model.config
+        with zero3_disabled():
+            other = load_causal_lm(config._name_or_path, model.dtype, revision=config._commit_hash or "main")
+    else:
+        other = copy.deepcopy(model)
+    return other.eval().requires_grad_(False)
+
+
+def _source(name: str | Path) -> str:
+    """A model's name for transformers: an existing folder without ``~``."""
+    path = Path(name).expanduser()
+    return str(path if path.is_dir() else name)
+
+
+@contextlib.contextmanager
+def _explained(name: str | Path, what: str) -> Iterator[None]:
+    """Re-raise whatever transformers raises about a model as `InputError` with its name.
+
+    transformers, tokenizers, safetensors, torch and the packages of quantised models raise many kinds of errors; all
+    are about this model.
+    """
+    try:
+        yield
+    except (InputError, Interrupted):
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise InputError(f"{name}: too large for the memory of this machine ({first_line(error)})") from error
+    except Exception as error:
+        damaged = damaged_json(Path(_source(name))) if isinstance(error, json.JSONDecodeError) else None
+        raise InputError(damaged or f"{name}: {what} ({first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _quiet(name: str | Path) -> Iterator[None]:
+    """No load report of transformers, which `load_model` checks itself; of a folder also no progress bar."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if bars and Path(_source(name)).is_dir():  # a download's bar stays
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

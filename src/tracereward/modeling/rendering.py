@@ -1,19 +1,50 @@
-"""Rendering of prompts and completions to the exact texts that are tokenised: one place for all commands."""
+"""Rendering of prompts and completions to the exact texts that are tokenised: one place for all commands.
+
+A chat template that reads the clock (``strftime_now``, as Llama 3.1's) is given the day of `Rendering.date`, so that a
+prompt is the same text in training, in scoring and in a resumed run.
+"""
 
 from __future__ import annotations
 
+import datetime
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from tracereward.errors import InputError, check_choice
+from tracereward.messages import READ, THINK, content_text, message_text, other_fields, reasoning_of
+from tracereward.modeling.seam import continued
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = ("plain", "chat")
-REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message that hold the reasoning before its content, in the spellings of servers and data sets."""
+UNKNOWN_DATE = "2024-07-26"
+"""The day that a template writes for a model whose own day is not stored: the fallback in Llama 3's templates."""
+CLOCK = "strftime_now"
+"""The function by which a chat template reads the clock; transformers defines it."""
+RESERVED = (
+    "messages",
+    "conversation",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+    "sanitize_control_tokens",
+    CLOCK,
+)
+"""Arguments of `apply_chat_template` that are not variables of the template, or that are set here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +54,10 @@ class Rendering:
     Attributes:
         template: ``plain`` keeps texts; ``chat`` applies the tokenizer's chat template.
         chat_template_kwargs: variables for the chat template, such as ``enable_thinking``.
-        date: the day, as ``YYYY-MM-DD``, that a chat template which reads the clock writes.
+        date: the day, as ``YYYY-MM-DD``, that a chat template which reads the clock writes; "" is `UNKNOWN_DATE`.
 
     Raises:
-        InputError: the template is unknown.
+        InputError: a value is unknown, or an option would have no effect.
     """
 
     template: str = "plain"
@@ -35,10 +66,88 @@ class Rendering:
 
     def __post_init__(self) -> None:
         check_choice("template", self.template, TEMPLATES)
+        given = self.chat_template_kwargs
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise InputError(
+                f"chat_template_kwargs must map names to values, as in {{'enable_thinking': false}}: {given!r}"
+            )
+        if given and self.template == "plain":
+            raise InputError(
+                f"chat_template_kwargs ({', '.join(given)}) need --template chat: plain uses no chat template"
+            )
+        for name in given:
+            if name in RESERVED:
+                raise InputError(f"chat_template_kwargs: {name} is no variable of a chat template that can be set")
+        try:
+            json.dumps(dict(given))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"chat_template_kwargs must be values of JSON: {error}") from error
+        if self.date:
+            parse_date(self.date)
+
+
+def parse_date(text: str) -> datetime.date:
+    """The day of a text as ``YYYY-MM-DD``.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return datetime.date.fromisoformat(text)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the template's date must be a day as YYYY-MM-DD, not {text!r}") from error
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of the tokenizer's chat template.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template: use --template plain")
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:  # several templates, none of them named default
+        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'}: {error}") from error
+
+
+def check_rendering(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> None:
+    """Check that the tokenizer has what a rendering needs, and that each of its variables has an effect.
+
+    Raises:
+        InputError: no chat template, or one that does not read a variable.
+    """
+    if rendering.template == "plain":
+        return
+    text = chat_template_of(tokenizer)
+    for name in rendering.chat_template_kwargs:
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            raise InputError(
+                f"chat_template_kwargs: the chat template of {tokenizer.name_or_path or 'the tokenizer'} does not read "
+                f"{name}; remove it"
+            )
+
+
+def dated(rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> Rendering:
+    """The rendering with the day on which the chat template's clock stands still, for models to be sampled or trained.
+
+    Today, unless the rendering already has a day; "" if the template does not read the clock.
+    """
+    if rendering.template == "plain" or CLOCK not in chat_template_of(tokenizer):
+        return replace(rendering, date="")
+    return rendering if rendering.date else replace(rendering, date=today())
+
+
+def today() -> str:
+    """Today as ``YYYY-MM-DD``."""
+    return datetime.date.today().isoformat()
 
 
 def render(rows: list[dict], tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[dict]:
     """Render prompts and completions to the exact texts that are tokenised; returns new rows.
+
+    A completion continues its prompt: what the prompt already opened (``<think>``) is not opened again.
 
     Args:
         rows: demonstrations, with texts or lists of ``{"role", "content"}`` messages.
@@ -50,20 +159,24 @@ def render(rows: list[dict], tokenizer: PreTrainedTokenizerBase, rendering: Rend
         InputError: messages under ``plain``, a tokenizer without a chat template, messages that the template refuses,
             or a completion that is not one assistant message.
     """
-    return [
-        {
-            **row,
-            "prompt": render_prompt(tokenizer, row["prompt"], rendering, row_location(row)),
-            "completion": _plain_completion(row),
-        }
-        for row in rows
-    ]
+    check_rendering(tokenizer, rendering)
+    messages = any(isinstance(row["completion"], list) for row in rows)
+    think = think_marks(tokenizer, rendering) if messages else THINK
+    rendered = []
+    for row in rows:
+        where = row_location(row)
+        prompt = render_prompt(tokenizer, row["prompt"], rendering, where)
+        text = _completion_text(row["completion"], think, where)
+        rendered.append({**row, "prompt": prompt, "completion": None if text is None else continued(prompt, text)})
+    return rendered
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], rendering: Rendering, where: str
 ) -> str:
     """The exact text of a prompt that is tokenised; see `render`.
+
+    A conversation whose last message is the assistant's is continued: that message stays open.
 
     Args:
         tokenizer: of the model that reads it.
@@ -72,8 +185,8 @@ def render_prompt(
         where: location of the row in error messages.
 
     Raises:
-        InputError: messages under ``plain``, a tokenizer without a chat template, or messages that the template
-            refuses.
+        InputError: messages under ``plain``, a tokenizer without a chat template, messages that the template refuses,
+            or that have a field which it does not read.
     """
     if rendering.template == "plain":
         if not isinstance(prompt, str):
@@ -81,46 +194,108 @@ def render_prompt(
         return prompt
     from jinja2 import TemplateError
 
-    if not tokenizer.chat_template:
-        raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no chat template: use --template plain")
+    template = chat_template_of(tokenizer)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, **rendering.chat_template_kwargs
-            )
+        messages = [_as_read(message, template) for message in messages]
+        return _applied(tokenizer, messages, rendering)
+    except (TemplateError, ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        problem = "the chat template refuses the prompt: " if isinstance(error, TemplateError) else ""
+        raise InputError(f"{where}: {problem}{' '.join(str(error).split())}") from error
+
+
+def _as_read(message: Mapping[str, Any], template: str) -> dict[str, Any]:
+    """A message of a prompt as the template reads it; ValueError if the template does not read one of its fields."""
+    for name in other_fields(message):
+        if name not in template:
+            raise ValueError(f"{name} of a message is not read by the chat template; remove it")
+    reasoning = reasoning_of(message)
+    named = [name for name in READ[2:] if message.get(name)]
+    if reasoning and not any(name in template for name in READ[2:]):
+        raise ValueError(
+            f"{named[0]} of a message is not read by the chat template; put it into the content or remove it"
         )
-    except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses the prompt: {error}") from error
-    bos = str(tokenizer.bos_token or "")
-    # `encode_prompt` lets the tokenizer add its own beginning-of-sequence token: drop the template's, once.
-    adds_bos = bos and tokenizer(text="a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if adds_bos else text
+    kept = {name: value for name, value in message.items() if name not in READ and value is not None}
+    if reasoning:  # under each name, as templates differ in what they read
+        kept |= {name: reasoning for name in READ[2:]}
+    if "content" in message:
+        kept["content"] = content_text(message["content"])
+    return {"role": message["role"], **kept}
 
 
-def message_text(message: Mapping[str, Any], think: tuple[str, str] = ("<think>\n", "\n</think>\n\n")) -> str:
-    """The trace in an assistant message: its reasoning, if it has one, between the template's marks, then its content.
+def _applied(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], rendering: Rendering, answer: bool = True
+) -> str:
+    """The text of a conversation, up to the assistant's turn or within it; with `answer` false up to its end."""
+    continues = answer and messages[-1]["role"] == "assistant"
+    return str(
+        tokenizer.apply_chat_template(
+            messages,
+            chat_template=_with_date(chat_template_of(tokenizer), rendering.date or UNKNOWN_DATE),
+            add_generation_prompt=answer and not continues,
+            continue_final_message=continues,
+            tokenize=False,
+            **rendering.chat_template_kwargs,
+        )
+    )
 
-    Args:
-        message: with ``content`` and possibly one of `REASONING_FIELDS`.
-        think: the text before and after the reasoning.
 
-    Raises:
-        ValueError: the reasoning or the content is not text; names the field.
+@lru_cache
+def _with_date(template: str, date: str) -> str:
+    """A chat template whose clock stands at midnight of a day.
+
+    A macro hides the function that transformers defines. Values passed to the template cannot: since 5.2x transformers
+    lets only plain data through. The macro replaces each directive of `strftime` by its value on that day.
     """
-    reasoning = ""
-    for name in REASONING_FIELDS:
-        value = message.get(name)
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{name} is {type(value).__name__}, not text")
-        reasoning = reasoning or value or ""
-    content = message.get("content")
-    if content is not None and not isinstance(content, str):
-        raise ValueError(f"content is {type(content).__name__}, not text")
-    if not reasoning.strip():
-        return content or ""
-    before, after = think
-    return f"{before}{reasoning.strip()}{after}{(content or '').lstrip()}"
+    if CLOCK not in template:
+        return template
+    day = datetime.datetime.combine(parse_date(date), datetime.time())
+    letters = "aAwdbBmyYHIMpSfzZjUWcxXGuVDeFhklPrRTC"
+    # "%%" is hidden first, so that "%%d" is not taken for "%" and "%d".
+    values = {"%%": "\0"}
+    values |= {f"%-{letter}": str(int(day.strftime(f"%{letter}"))) for letter in "dmyHIMSj"}
+    for letter in letters:
+        value = day.strftime(f"%{letter}")
+        if value != f"%{letter}":  # a directive that this platform knows
+            values[f"%{letter}"] = value
+    values["\0"] = "%"
+    chain = "".join(f"|replace({json.dumps(old)}, {json.dumps(new)})" for old, new in values.items())
+    # The newline ends the macro's line: trim_blocks removes it, and the template starts on a line of its own.
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{chain} }}}}{{%- endmacro %}}\n{template}"
+
+
+def think_marks(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> tuple[str, str]:
+    """The texts that the chat template writes before and after the reasoning of an assistant message.
+
+    They are read off the template's own rendering of such a message; `messages.THINK` if it does not support reasoning.
+    """
+    if rendering.template == "plain":
+        return THINK
+    from jinja2 import TemplateError
+
+    asked, thought, said = "Aa0question0aA", "Aa0reasoning0aA", "Aa0content0aA"
+    user, again = {"role": "user", "content": asked}, {"role": "user", "content": "and then?"}
+    reasoned = {"role": "assistant", "content": said, **{name: thought for name in READ[2:]}}
+    found = THINK
+    try:
+        opened = _applied(tokenizer, [user], rendering).split(asked)[-1]
+        earlier = _applied(tokenizer, [user, {"role": "assistant", "content": said}, again], rendering)
+        header = _common_start(opened, earlier.split(asked)[1].split(said)[0])
+        whole = _applied(tokenizer, [user, reasoned], rendering, answer=False).split(asked)[-1]
+        if header and whole.startswith(header) and thought in whole and said in whole.split(thought)[1]:
+            before, after = whole.removeprefix(header).split(thought, 1)
+            found = before, after.split(said)[0]
+        elif tag := re.search(r"<(\w+)>\s*\Z", opened.removeprefix(header)):  # opened by the template, closed by nobody
+            found = opened.removeprefix(header), f"\n</{tag[1]}>\n\n"
+    except (TemplateError, ValueError, TypeError, IndexError):  # a template for conversations of another shape
+        pass
+    return found if all(mark.strip() for mark in found) else THINK
+
+
+def _common_start(text: str, other: str) -> str:
+    return "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(text, other)))
 
 
 def row_location(row: dict) -> str:
@@ -128,12 +303,14 @@ def row_location(row: dict) -> str:
     return row.get("source", "a row")
 
 
-def _plain_completion(row: dict) -> str | None:
-    """Completion as text: itself, or the content of its one assistant message."""
-    completion = row["completion"]
+def _completion_text(completion: str | list[dict] | None, think: tuple[str, str], where: str) -> str | None:
+    """Completion as text: itself, or the reasoning and content of its one assistant message."""
     if completion is None or isinstance(completion, str):
         return completion
     if len(completion) != 1 or completion[0]["role"] != "assistant":
         roles = ", ".join(message["role"] for message in completion)
-        raise InputError(f"{row_location(row)}: the completion must be one assistant message, not: {roles}")
-    return message_text(completion[0]).rstrip()
+        raise InputError(f"{where}: the completion must be one assistant message, not: {roles}")
+    try:
+        return message_text(completion[0], think).rstrip()
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error

@@ -10,7 +10,6 @@ starting policy and four checkpoints. All printed figures are measured in the ru
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from tracereward.commands.rerank import rerank_rows, summary
 from tracereward.commands.sample import sample_rows
 from tracereward.commands.score import score_rows
 from tracereward.commands.train import run_grpo, run_sft, run_train
-from tracereward.console import note
+from tracereward.console import note, print_json
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_folder, atomic_write_json, read_json, without_nan, write_jsonl
@@ -162,7 +161,7 @@ def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, *, fa
     results = read_json(output / "results.json")
     write_quickstart_report(output, world_name, seed, results)
     if json_table:
-        sys.stdout.write(json.dumps(results) + "\n")
+        print_json(results)
     else:
         print_policies(results["policies"], results["questions"], stdout=True)
         print_ranking(results["ranking"], stdout=True)
@@ -182,6 +181,8 @@ def _claim(output: Path, options: dict[str, Any], resume: bool) -> None:
             raise InputError(
                 f"{output} has a run with other options ({stored}); pass the same, or use another --output"
             )
+    elif output.is_dir() and any(output.iterdir()):
+        raise InputError(f"{output} has other files and no quickstart.json: choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     atomic_write_json(settings, options)
 

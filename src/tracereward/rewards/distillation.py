@@ -18,7 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import get_cosine_schedule_with_warmup
 
-from tracereward.data.trace_rows import check_facts
+from tracereward.data.labels import judge
+from tracereward.data.trace_rows import check_facts, gold_of
 from tracereward.errors import InputError, RunFailed
 from tracereward.metrics import within_prompt_auroc
 from tracereward.modeling.batching import token_budget_batches
@@ -26,6 +27,7 @@ from tracereward.modeling.rendering import render_prompt
 from tracereward.rewards.heads import reads_log_probs
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
+from tracereward.tasks.recipes import get_task
 
 HELD_OUT = 0.2  # of the prompts
 
@@ -76,7 +78,7 @@ def check_rows(rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
 
 
 def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardModel) -> list[Example]:
-    """Tokenize rows with a prompt, a completion and optionally finished and correct.
+    """Tokenize rows with a prompt, a completion and optionally finished and correct or a gold answer.
 
     Args:
         rows: rows that passed `check_rows`.
@@ -85,13 +87,13 @@ def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardMo
     Raises:
         InputError: a trace is longer than the model's context.
     """
-    found = []
+    found, task = [], get_task(model.settings.task)
     for where, row in rows:
         prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.rendering, where)
         finished = row.get("finished") is not False
         trace = model.encode(Trace(where=where, prompt=prompt, completion=row["completion"], finished=finished))
         ids = {"prompt": tuple(trace.prompt), "completion": tuple(trace.completion)}
-        found.append(Example(where=where, **ids, correct=row.get("correct")))
+        found.append(Example(where=where, **ids, correct=judge(row, row["completion"], task, gold_of(row)).correct))
     return found
 
 

@@ -9,6 +9,9 @@ pi is the policy that writes the discriminator's rollouts. If the logit is f - l
 experts is f (Fu et al. 2018), which need not change as pi changes.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -39,4 +42,29 @@ class ActionHead(nn.Module):
 
     def forward(self, log_probs: Tensor, hidden: Tensor) -> Tensor:
         """(B, T) log-probs and (B, T, H) hidden states after each token -> (B, T) values f_t."""
-        return self.a * log_probs + self.b + hidden.float() @ self.w
+        with torch.autocast(hidden.device.type, enabled=False):  # as in scoring, in float32
+            return self.a * log_probs + self.b + hidden.float() @ self.w
+
+
+@contextlib.contextmanager
+def classifier_outside_autocast(backbone: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Let a token classifier's head multiply in the `dtype` of its weights also under autocast, as scoring does.
+
+    Autocast would round the rewards of training to the 8 bits of bfloat16.
+    """
+    names = ("score", "classifier")  # the first found is the outer one: PEFT wraps the head
+    head = next(module for name, module in backbone.named_modules() if name.rpartition(".")[2] in names)
+    project, patched = head.forward, vars(head).get("forward")
+
+    def exact(states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return project(states.to(dtype))
+
+    head.forward = exact
+    try:
+        yield
+    finally:
+        if patched is None:
+            del head.forward
+        else:
+            head.forward = patched

@@ -17,37 +17,38 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward import __version__
 from tracereward.errors import InputError
 from tracereward.files import atomic_folder, atomic_write_json
-from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView
+from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
 from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
-from tracereward.modeling.loading import local_folder
+from tracereward.modeling.loading import NEW_HEAD, load_causal_lm, load_model, local_folder, new_classifier
 from tracereward.modeling.log_probs import (
     can_share_prompts,
     completion_log_probs,
     shared_classifier_logits,
     shared_log_probs,
 )
+from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import render
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
-from tracereward.rewards.heads import ActionHead, reads_log_probs
+from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.settings import HEAD_FILE, SETTINGS_FILE, RewardSettings, read_settings
+from tracereward.rewards.settings import (
+    HEAD_FILE,
+    SETTINGS_FILE,
+    RewardSettings,
+    backbone_class,
+    load_head,
+    read_settings,
+)
 from tracereward.rewards.shaping import token_rewards
 
 
@@ -83,20 +84,27 @@ class TokenRewardModel(nn.Module, Scorer):
             settings: head, granularity and shaping.
             tokenizer: the backbone's, which must also be the policy's.
             peft_config: LoRA settings; None trains all weights.
-            **kwargs: for `from_pretrained`, e.g. ``dtype``.
+            **kwargs: for `from_pretrained`, e.g. ``dtype``, or with LoRA ``quantization_config``.
+
+        Raises:
+            InputError: quantized weights without LoRA.
         """
         with zero3_disabled():  # the policy may be sharded, the discriminator is not
             if reads_log_probs(settings.head):
-                backbone = AutoModelForCausalLM.from_pretrained(model_name_or_path, **kwargs)
+                backbone = load_causal_lm(model_name_or_path, **kwargs)
             else:
-                backbone = _token_classifier(model_name_or_path, **kwargs)
+                backbone = new_classifier(model_name_or_path, **kwargs)
         backbone.config.pad_token_id = tokenizer.pad_token_id
+        if is_quantized(backbone):
+            if peft_config is None:
+                raise InputError("quantized weights cannot be trained: pass LoRA settings as peft_config")
+            prepare_for_lora(backbone)
         if peft_config is not None:
             peft_config = copy.deepcopy(peft_config)
             if not reads_log_probs(settings.head):
                 peft_config.task_type = "TOKEN_CLS"
                 # The head is trained in full; "all-linear" would wrap it too and crash.
-                peft_config.exclude_modules = ["score", "classifier"]
+                peft_config.exclude_modules = list(NEW_HEAD)
             backbone = get_peft_model(backbone, peft_config)
         return cls(backbone, tokenizer, settings)
 
@@ -120,15 +128,14 @@ class TokenRewardModel(nn.Module, Scorer):
         """Load a finished reward model from a folder or the Hub.
 
         Raises:
-            InputError: it is not a reward model; names the missing file.
+            InputError: it is not a reward model, or a file or weights of it are missing or damaged.
         """
         folder = local_folder(model_name_or_path)
         settings = read_settings(folder)
         tokenizer = load_tokenizer(str(folder))
-        auto = AutoModelForCausalLM if reads_log_probs(settings.head) else AutoModelForTokenClassification
-        model = cls(auto.from_pretrained(folder, **kwargs), tokenizer, settings)
+        model = cls(load_model(backbone_class(settings), folder, **kwargs), tokenizer, settings)
         if model.head is not None:
-            model.head.load_state_dict(load_file(folder / HEAD_FILE))
+            load_head(model.head, folder)
         return model.eval()
 
     @property
@@ -176,7 +183,8 @@ class TokenRewardModel(nn.Module, Scorer):
         if shared is None:
             return self.values_and_log_probs(batch)[0]
         if not reads_log_probs(self.settings.head):
-            return shared_classifier_logits(self.backbone, batch, shared)[..., 0].float()
+            with self._exact_classifier():
+                return shared_classifier_logits(self.backbone, batch, shared)[..., 0].float()
         log_probs, hidden = shared_log_probs(self.backbone, batch, shared)
         return log_probs if self.head is None else self.head(log_probs, hidden)
 
@@ -190,14 +198,19 @@ class TokenRewardModel(nn.Module, Scorer):
         if reads_log_probs(self.settings.head):
             log_probs, hidden = completion_log_probs(self.backbone, batch, inputs_embeds)
             return (log_probs if self.head is None else self.head(log_probs, hidden)), log_probs
-        output = self.backbone(
-            input_ids=batch.input_ids if inputs_embeds is None else None,
-            inputs_embeds=inputs_embeds,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        with self._exact_classifier():
+            output = self.backbone(
+                input_ids=batch.input_ids if inputs_embeds is None else None,
+                inputs_embeds=inputs_embeds,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
         return output.logits[:, -batch.completion_mask.size(1) :, 0].float(), None
+
+    def _exact_classifier(self) -> contextlib.AbstractContextManager[None]:
+        assert self.head_weight is not None
+        return classifier_outside_autocast(self.backbone, self.head_weight.dtype)
 
     def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
         """Pad token ids into a `Batch` on this model's device, with step ends if the granularity needs them."""
@@ -232,15 +245,12 @@ class TokenRewardModel(nn.Module, Scorer):
         return rewards
 
     def save_pretrained(self, folder: str | Path, notes: str = "") -> None:
-        """Write the artefact (see the module's docstring) atomically, with LoRA merged.
-
-        A copy is merged: merging in place and undoing it would change the live weights by rounding.
-        """
+        """Write the artefact (see the module's docstring) atomically, with LoRA merged."""
         backbone = self.backbone
         if isinstance(backbone, AdapterView):
             backbone = backbone.merged()
         elif isinstance(backbone, PeftModel):
-            backbone = copy.deepcopy(backbone).merge_and_unload()
+            backbone = merged(backbone)
         with atomic_folder(folder) as target:
             backbone.save_pretrained(target)
             self.tokenizer.save_pretrained(target)
@@ -251,23 +261,6 @@ class TokenRewardModel(nn.Module, Scorer):
 
 
 RewardModel = TokenRewardModel
-
-
-def _token_classifier(name: str, **kwargs: Any) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(name)
-    config.num_labels = 1
-    config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
-    config.token_classification_bias = False
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # silences the warning that the new head is untrained
-    try:
-        return AutoModelForTokenClassification.from_pretrained(name, config=config, **kwargs)
-    except ValueError as error:
-        raise InputError(
-            f"{name}: transformers has no token-classification class for this architecture; use --head action"
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def as_reward_func(model: TokenRewardModel) -> Callable[..., list[float]]:

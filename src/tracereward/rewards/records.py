@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from tracereward.errors import InputError
+from tracereward.modeling.seam import continued, without_end_marks
+
 TokenIds = Sequence[Sequence[int]]
 CHUNK = 256
 """Rows scored together: enough to sort by length, few enough to show progress. It determines the batches, and the last
@@ -13,7 +16,10 @@ digits of a reward depend on its batch."""
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """A trace to score, as text.
+    """A trace to score, as the text that continues its prompt.
+
+    What the prompt already opened, and end marks, are taken off the completion that is given; a completion with an end
+    mark is finished, whatever `finished` says. See `modeling.seam`.
 
     Attributes:
         where: location of the row in error messages.
@@ -28,6 +34,18 @@ class Trace:
     completion: str
     finished: bool = True
     spans: Sequence[tuple[int, int]] = ()
+
+    def __post_init__(self) -> None:
+        text, ended = without_end_marks(self.completion)
+        rest = continued(self.prompt, text)
+        cut = len(text) - len(rest)
+        spans = [(max(0, start - cut), max(0, min(end, len(text)) - cut)) for start, end in self.spans]
+        kept = zip(spans, self.spans, strict=True)
+        if any(start >= end and was[0] < was[1] for (start, end), was in kept):
+            raise InputError(f"{self.where}: a step is only what its prompt already opened, or an end mark; join steps")
+        object.__setattr__(self, "completion", rest)
+        object.__setattr__(self, "finished", self.finished or ended)
+        object.__setattr__(self, "spans", spans)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tracereward.errors import EmptyTrace, InputError, RunFailed, TooLong
 from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
 from tracereward.modeling.batching import Batch
-from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.modeling.tokenization import encode_trace
 from tracereward.rewards.first_error_rules import first_below
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
 from tracereward.rewards.settings import RewardSettings
@@ -133,8 +133,7 @@ class Scorer(ABC):
             TooLong: it is longer than the backbone's positions, or `limit`.
             InputError: the tokenizer cannot round-trip its steps.
         """
-        prompt = encode_prompt(self.tokenizer, trace.prompt)
-        completion = encode_completion(self.tokenizer, trace.completion, trace.finished)
+        prompt, completion = encode_trace(self.tokenizer, trace.prompt, trace.completion, trace.finished)
         self.check_ids(trace.where, prompt, completion, limit)
         if trace.spans:
             self._check_steps(trace, completion)
@@ -205,12 +204,13 @@ class Scorer(ABC):
             InputError: as for `score`, or the tokenizer cannot round-trip a step.
         """
         joined = [join_steps(steps, self.settings.step_delimiter) for steps in traces]
-        encoded = [
-            self.encode(Trace(where=f"trace {index}", prompt=prompt, completion=text, spans=spans))
+        found = [
+            Trace(where=f"trace {index}", prompt=prompt, completion=text, spans=spans)
             for index, (prompt, (text, spans)) in enumerate(zip(prompts, joined, strict=True))
         ]
+        encoded = [self.encode(trace) for trace in found]
         scores = self.score_ids([trace.prompt for trace in encoded], [trace.completion for trace in encoded])
-        return [trace.span_rewards(spans) for trace, (_, spans) in zip(scores, joined, strict=True)]
+        return [one.span_rewards(trace.spans) for one, trace in zip(scores, found, strict=True)]
 
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
         """Build the `TokenScores` of a completion."""

@@ -5,16 +5,19 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tracereward.errors import InputError, check_choice
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from tracereward.errors import InputError, check_choice, first_line
 from tracereward.files import atomic_write_json, read_json
-from tracereward.modeling.loading import local_folder
+from tracereward.modeling.loading import CAUSAL_LM, CLASSIFIER, BackboneClass, check_weights, local_folder, read_config
+from tracereward.modeling.model_folder import REWARD_MODEL, SETTINGS_FILE, check_folder
 from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
-from tracereward.rewards.heads import default_reward_form, subtracts_policy
+from tracereward.rewards.heads import ActionHead, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.rewards.token_scores import AGGREGATES
 
-SETTINGS_FILE = "tracereward.json"
 HEAD_FILE = "head.safetensors"
 
 
@@ -96,12 +99,36 @@ class RewardSettings:
 
 
 def check_reward_model(name: str) -> RewardSettings:
-    """Settings of a reward model, after a check that its folder is complete; loads no weights.
+    """Settings of a reward model, after a check that its folder is complete; loads no weights of the backbone.
 
     Raises:
-        InputError: it is not a reward model, or files are missing.
+        InputError: it is not a reward model, or files or weights are missing or damaged.
     """
-    return read_settings(local_folder(name))
+    folder = local_folder(name)
+    settings = read_settings(folder)
+    check_weights(folder, backbone_class(settings))
+    if settings.head == "action":
+        load_head(ActionHead(read_config(folder).get_text_config().hidden_size), folder)
+    return settings
+
+
+def backbone_class(settings: RewardSettings) -> BackboneClass:
+    """The class of transformers that loads a reward model's backbone."""
+    return CAUSAL_LM if reads_log_probs(settings.head) else CLASSIFIER
+
+
+def load_head(head: ActionHead, folder: str | Path) -> None:
+    """Load the weights of a head from a reward model's folder.
+
+    Raises:
+        InputError: the file is damaged, or belongs to another head.
+    """
+    path = Path(folder) / HEAD_FILE
+    try:
+        head.load_state_dict(load_file(path))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        why = " ".join(str(error).split()) if isinstance(error, RuntimeError) else first_line(error)
+        raise InputError(f"{path}: is damaged or belongs to another model: {why}") from error
 
 
 def check_policy(settings: RewardSettings, policy: str | None) -> None:
@@ -115,7 +142,7 @@ def check_policy(settings: RewardSettings, policy: str | None) -> None:
 
 
 def read_settings(folder: str | Path) -> RewardSettings:
-    """Read and check ``tracereward.json``, and check that the other files of the reward model are present.
+    """Read and check ``tracereward.json``, and check that the other files of the reward model are present and readable.
 
     Raises:
         InputError: names the file that is missing or damaged.
@@ -123,9 +150,11 @@ def read_settings(folder: str | Path) -> RewardSettings:
     folder = Path(folder)
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        raise InputError(f"{folder} is not a reward model: {SETTINGS_FILE} is missing. `tracereward train` writes one.")
+        raise InputError(_not_a_reward_model(folder, f"{SETTINGS_FILE} is missing"))
     try:
         stored = read_json(path)
+        if stored.get("kind", REWARD_MODEL) != REWARD_MODEL:
+            raise InputError(_not_a_reward_model(folder, f"it is a {stored['kind']}"))
         known = {one.name for one in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
@@ -134,16 +163,20 @@ def read_settings(folder: str | Path) -> RewardSettings:
         raise
     except (ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
-    weights = any(folder.glob("*.safetensors"))
-    needed = {"config.json": (folder / "config.json").is_file(), "model.safetensors": weights}
-    needed["tokenizer.json"] = (folder / "tokenizer.json").is_file()
-    if settings.head == "action":  # the only head with weights outside the backbone
-        needed[HEAD_FILE] = (folder / HEAD_FILE).is_file()
-        needed["model.safetensors"] = any(path.name != HEAD_FILE for path in folder.glob("*.safetensors"))
-    missing = [name for name, present in needed.items() if not present]
+    needed = ["config.json", "tokenizer.json", *([HEAD_FILE] if settings.head == "action" else [])]
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise InputError(f"{folder} is not a complete reward model: {', '.join(missing)} missing")
+    check_folder(folder, REWARD_MODEL)
     return settings
+
+
+def _not_a_reward_model(folder: Path, why: str) -> str:
+    """That a folder is no reward model, and where there is one."""
+    inside, beside = folder / REWARD_MODEL, folder.parent / REWARD_MODEL
+    near = next((path for path in (inside, beside) if (path / SETTINGS_FILE).is_file()), None)
+    fix = f"Give {near}." if near else "`tracereward train` writes one."
+    return f"{folder} is not a reward model: {why}. {fix}"
 
 
 def write_calibration(folder: str | Path, calibration: Calibration) -> None:

@@ -8,11 +8,10 @@ import math
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from tracereward.errors import InputError
 from tracereward.modeling.batching import pack
-from tracereward.modeling.loading import local_folder
+from tracereward.modeling.loading import local_folder, read_config
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.records import ForwardOptions, TokenIds
 from tracereward.rewards.scorer import Scorer
@@ -56,7 +55,7 @@ class VllmScorer(Scorer):
         from vllm.pooling_params import PoolingParams  # pyright: ignore[reportMissingImports]
 
         folder = local_folder(model_name_or_path)
-        config = AutoConfig.from_pretrained(folder)
+        config = read_config(folder)
         text = config.get_text_config()
         stored = getattr(config, "dtype", None) or torch.float32
         self.tokenizer = load_tokenizer(str(folder))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from tracereward.errors import Interrupted, RunFailed
 from tracereward.files import DISK_FULL, require_free_disk
 from tracereward.modeling.distributed import zero3_disabled
+from tracereward.modeling.loading import read_config
 from tracereward.runs.job import CHECKPOINTS, Job
 from tracereward.training.checkpoints import kept
 
@@ -44,7 +45,7 @@ def check_disk(job: Job, models: int) -> None:
     config, model = job.config, job.model
     with zero3_disabled(), init_empty_weights():
         shape = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
+            read_config(str(model.model_name_or_path), revision=model.model_revision)
         )
     weights = sum(p.numel() for p in shape.parameters())
     trained = weights // 10 if model.use_peft else weights  # an upper estimate for LoRA

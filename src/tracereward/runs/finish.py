@@ -1,6 +1,6 @@
 """The final policy of a training run: the last weights, or the best after a failure or with validation."""
 
-import copy
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -11,22 +11,27 @@ from trl import ModelConfig
 from tracereward.console import is_main_process, note
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_folder
+from tracereward.modeling.adapters import merged
 from tracereward.modeling.distributed import full_state_dict, gathered_parameters, is_sharded, zero3_disabled
 from tracereward.modeling.loading import load_causal_lm
+from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.runs.folder import Run
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.failures import Failure
+from tracereward.training.quantization import quantization
 from tracereward.training.validation import Validation
 
 
 def load_policy(model: ModelConfig) -> PreTrainedModel:
-    """The starting policy, in float32 unless `dtype` says otherwise."""
-    return load_causal_lm(
+    """The starting policy, in float32 unless `dtype` says otherwise; quantized if the options say so."""
+    policy = load_causal_lm(
         str(model.model_name_or_path),
         dtype=model.dtype or "float32",
         revision=model.model_revision,
         attn_implementation=model.attn_implementation,
+        **quantization(model),
     )
+    return prepare_for_lora(policy) if is_quantized(policy) else policy
 
 
 def train_and_choose(
@@ -57,7 +62,9 @@ def train_and_choose(
         text = note_choice(run, trainer, restored, len(validation))
     if restored is None:
         with zero3_disabled():
-            save_model(load_policy(model), folder, tokenizer)
+            save_model(
+                load_policy(dataclasses.replace(model, load_in_4bit=False, load_in_8bit=False)), folder, tokenizer
+            )
     else:
         save_policy(trainer, folder, tokenizer, model)
     return text
@@ -98,10 +105,7 @@ def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBa
             fresh = load_policy(model)
         policy = get_peft_model(fresh, policy.peft_config["default"]) if isinstance(policy, PeftModel) else fresh
         policy.load_state_dict(weights)
-    elif isinstance(policy, PeftModel):
-        policy = copy.deepcopy(policy)  # merging in place and unmerging would change the weights by rounding
-    whole = policy.merge_and_unload() if isinstance(policy, PeftModel) else policy
-    save_model(whole, folder, tokenizer)  # pyright: ignore[reportArgumentType]
+    save_model(merged(policy) if isinstance(policy, PeftModel) else policy, folder, tokenizer)
 
 
 def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

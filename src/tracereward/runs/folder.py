@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from trl import ModelConfig
 
 from tracereward import __version__
 from tracereward.console import is_main_process, note
 from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import (
+    DISK_FULL,
     atomic_write_text,
     read_jsonl,
     remove_unfinished,
@@ -29,11 +29,11 @@ from tracereward.modeling.distributed import broadcast_object, is_peer_failure
 from tracereward.reports.report import Report, write_report
 from tracereward.runs.disk import explain_full_disk
 from tracereward.runs.job import CHECKPOINTS, Job
-from tracereward.runs.same_run import check_same_batch, check_same_run, option_defaults, resolved
+from tracereward.runs.same_run import check_same_batch, check_same_run, defaults_of, derived, resolved
 from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.training.checkpoints import SafeTrainer, kept, last_complete_checkpoint
 from tracereward.training.config import PolicyConfig
-from tracereward.training.options import DataArguments
+from tracereward.training.option_rules import effective
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -117,7 +117,7 @@ def run_folder(job: Job) -> Iterator[Run]:
 
 def _open(job: Job, folder: Path) -> Run:
     config = job.config
-    settings = resolved(job.data, config, job.model)
+    settings = resolved(job)
     checkpoint: Path | InputError | None = None
     if is_main_process():
         try:
@@ -150,8 +150,9 @@ def _claim(job: Job, folder: Path, settings: dict[str, Any]) -> Path | None:
             "Nothing was overwritten."
         )
     if made:
-        defaults = option_defaults(DataArguments, type(job.config), ModelConfig)
-        check_same_run(yaml.safe_load(stored.read_text(encoding="utf-8")), settings, defaults, folder)
+        defaults = defaults_of(job)
+        before = effective(job.kind, yaml.safe_load(stored.read_text(encoding="utf-8")), defaults)
+        check_same_run(before, settings, defaults, folder)
     else:  # a run that ended before training, for example by an invalid option
         (checkpoints / "batch.json").unlink(missing_ok=True)
     checkpoint = last_complete_checkpoint(checkpoints) if job.resume else None
@@ -161,7 +162,8 @@ def _claim(job: Job, folder: Path, settings: dict[str, Any]) -> Path | None:
     checkpoints.mkdir(parents=True, exist_ok=True)
     check_same_batch(checkpoints / "batch.json", job.config)
     versions = f"# tracereward {__version__} {job.kind}, torch {torch.__version__}\n"
-    atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False))
+    rest = "".join(f"# derived: {line}\n" for line in yaml.safe_dump(derived(job), sort_keys=False).splitlines())
+    atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False) + rest)
     return checkpoint
 
 
@@ -177,15 +179,19 @@ def locked(folder: Path) -> Iterator[None]:
     """Lock a run folder: two runs in one would mix their checkpoints. The lock ends with the process.
 
     Raises:
-        InputError: another process holds it.
+        InputError: another process holds it, or the folder cannot be written.
     """
     if not is_main_process():
         yield
         return
-    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / CHECKPOINTS / ".lock", timeout=0).acquire()
     except Timeout as error:
         raise InputError(f"another process is running in {folder}; wait for it, or use another --output_dir") from error
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise InputError(f"--output_dir {folder} cannot be written ({error.strerror}): use another folder") from error
     with lock:
         yield

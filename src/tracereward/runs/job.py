@@ -6,6 +6,7 @@ from trl import ModelConfig
 
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig, SupervisedConfig
+from tracereward.training.option_rules import check_job
 from tracereward.training.options import DataArguments
 
 Config = SupervisedConfig | RewardConfig | AdversarialConfig
@@ -22,6 +23,9 @@ class Job:
         config: options of the training.
         model: options of the starting policy.
         resume: whether a run in the output folder is resumed.
+
+    Raises:
+        InputError: an option would be ignored.
     """
 
     kind: str
@@ -29,3 +33,6 @@ class Job:
     config: Config
     model: ModelConfig
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        check_job(self.kind, self.data, self.config, self.model)

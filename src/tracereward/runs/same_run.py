@@ -1,35 +1,58 @@
 """Whether a command resumes the run that a folder holds: same options, same batch."""
 
-import dataclasses
+import enum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl import ModelConfig
-
 from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, read_json
-from tracereward.runs.job import Config
+from tracereward.runs.job import Config, Job
 from tracereward.training.config import RETIRED
-from tracereward.training.options import DataArguments
+from tracereward.training.option_rules import effective, values_of
+from tracereward.training.options import option_defaults
+from tracereward.training.trl_options import honoured
+
+SECRETS = {"hub_token"}
 
 
-def resolved(data: DataArguments, config: Config, model: ModelConfig) -> dict[str, Any]:
-    """The options as given and the defaults of tracereward's own, in the format of ``--config``."""
-    own = {
-        name
-        for cls in type(config).__mro__
-        if cls.__module__.startswith("tracereward.")
-        for name in vars(cls).get("__annotations__", {})
+def resolved(job: Job) -> dict[str, Any]:
+    """The options in force, defaults included, in the format of ``--config``; without secrets.
+
+    Left out are options that have no effect next to others (`option_rules`) and those without a value.
+    """
+    values, defaults = values_of(job.data, job.model, job.config), defaults_of(job)
+    return {
+        name: _plain(value)
+        for name, value in effective(job.kind, values, defaults).items()
+        if name not in SECRETS and (value is not None or defaults[name])  # None instead of "": the parser, no value
     }
-    settings: dict[str, Any] = dataclasses.asdict(data)
-    for source, given in ((model, vars(model)), (config, config.given)):
-        for field in dataclasses.fields(source):
-            if field.name not in given:
-                continue
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            if field.name in own or given[field.name] != default:
-                settings[field.name] = given[field.name]
-    return {name: value for name, value in settings.items() if value is not None}
+
+
+def derived(job: Job) -> dict[str, Any]:
+    """The options that were not given and that TRL derived from others, on this machine."""
+    given, shown = job.config.given, honoured()
+    return {
+        name: _plain(value)
+        for name, value in vars(job.config).items()
+        if name in shown and given.get(name, value) is None and value not in (None, [])
+    }
+
+
+def defaults_of(job: Job) -> dict[str, Any]:
+    """The default of every option of a job."""
+    return option_defaults(type(job.data), type(job.config), type(job.model))
+
+
+def _plain(value: Any) -> Any:
+    """A value as YAML has it: names of enumerations, paths as text."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 # Options that may change when a run is resumed.
@@ -49,15 +72,6 @@ MAY_CHANGE = {
     "gradient_accumulation_steps",
     "steps_per_generation",
 }
-
-
-def option_defaults(*classes: type) -> dict[str, Any]:
-    """The default of every option of these dataclasses."""
-    return {
-        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        for cls in classes
-        for field in dataclasses.fields(cls)
-    }
 
 
 def check_same_run(stored: dict[str, Any], given: dict[str, Any], defaults: dict[str, Any], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from tracereward.errors import InputError
+from tracereward.modeling.seam import continued
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.scorer import Scorer
 
@@ -46,7 +47,7 @@ def encode_traces(
             if not known[prompt]:
                 raise InputError(f"prompt {index}: no tokens; give a non-empty prompt")
         _check_pieces(model, completion, max_tokens, field)
-        pairs.append((known[prompt], encode_completion(model.tokenizer, completion, ended)))
+        pairs.append((known[prompt], encode_completion(model.tokenizer, continued(prompt, completion), ended)))
         total += sum(map(len, pairs[-1]))
         if total > max_tokens:
             raise TooManyTokens(field, max_tokens)

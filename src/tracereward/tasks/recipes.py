@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tracereward.errors import check_choice
+from tracereward.messages import check_messages
 from tracereward.tasks import answers
 
 LETTERS = "ABCDEFGHIJ"
@@ -276,17 +277,6 @@ def generic(row: dict) -> dict:
         raise ValueError(f"field 'answer' is {type(answer).__name__}, not text or a number")
     answer = None if answer is None else str(answer).strip() or None
     return {"prompt": prompt, "completion": completion, "answer": answer}
-
-
-def check_messages(messages: object, field: str) -> None:
-    """Raise ValueError unless `messages` is a non-empty list of ``{"role": text, "content": text}``."""
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        kind = type(messages).__name__
-        raise ValueError(f"field {field!r} is {kind}, neither text nor a list of {{role, content}} messages")
-    if not any(m["content"].strip() for m in messages):
-        raise ValueError(f"field {field!r} is empty")
 
 
 def equal_any(answer: str, gold: str) -> bool:

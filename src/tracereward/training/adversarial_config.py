@@ -1,16 +1,20 @@
 """Options of `tracereward train`: TRL's GRPO, the discriminator, its reward, and monitoring."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tracereward.errors import InputError
 from tracereward.rewards.heads import default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.training.config import PolicyConfig
 from tracereward.training.options import DiscriminatorOptions, MonitorOptions, ShapingOptions, check_options
+from tracereward.training.trl_options import TRAIN
 
 
 @dataclass
 class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, MonitorOptions):
     """Options of `tracereward train`: `trl.GRPOConfig` and three groups of tracereward's own."""
+
+    command: ClassVar[str] = TRAIN
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_write_json, fsync_tree
 from tracereward.modeling.distributed import gather_head_for_gradient, local_shard
+from tracereward.modeling.quantized import is_quantized
 from tracereward.training.failures import CORRECT, PERTURBATION, Failure
 from tracereward.training.validation import Validation
 
@@ -69,6 +70,14 @@ class SafeTrainer(Trainer):
 
     validation: Validation | None = None
     start_accuracy: float = math.nan
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for parameter in self.model.parameters():  # pyright: ignore[reportOptionalMemberAccess]
+            # TRL trains the adapters of a quantized model in bfloat16, where an update smaller than 1/256 of a weight
+            # is rounded away: at the learning rates of GRPO nothing would be learned.
+            if parameter.requires_grad and is_quantized(self.model):
+                parameter.data = parameter.data.float()
 
     @property
     def failure(self) -> Failure | None:

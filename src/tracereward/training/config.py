@@ -5,14 +5,16 @@ The config of `tracereward train` is in `adversarial_config`.
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import GRPOConfig, SFTConfig
 
 from tracereward.data.perturbations import KINDS
 from tracereward.errors import InputError
-from tracereward.training.options import PolicyOptions, Range, RewardOptions, SupervisedOptions, check_options
+from tracereward.training.option_rules import check_config
+from tracereward.training.options import OneOf, PolicyOptions, Range, RewardOptions, SupervisedOptions, check_options
+from tracereward.training.trl_options import GRPO, SFT
 
 RETIRED: dict[str, Any] = {
     "discriminator_gate_low": None,
@@ -28,7 +30,7 @@ RETIRED: dict[str, Any] = {
 """Options of earlier versions, each with the value that is equivalent to its absence."""
 _COUNT = Range(min=1, whole=True)
 _FROM_ZERO = Range(min=0)
-TRL_RANGES = {
+TRL_RANGES: dict[str, Range | OneOf] = {
     "per_device_train_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
     "steps_per_generation": _COUNT,
@@ -37,6 +39,8 @@ TRL_RANGES = {
     "max_grad_norm": _FROM_ZERO,
     "num_train_epochs": _FROM_ZERO,
     "seed": _FROM_ZERO,
+    "save_strategy": OneOf(("steps", "epoch", "no")),
+    "logging_strategy": OneOf(("steps", "epoch", "no")),
     "temperature": Range(above=0, why="rollouts of a prompt must differ"),
     "top_p": Range(above=0, max=1),
     "num_generations": Range(min=2, why="the advantage compares the completions of a prompt; use 4 or more"),
@@ -44,11 +48,13 @@ TRL_RANGES = {
 """Ranges of TRL's own options; values outside fail inside another library, or nothing is learned."""
 
 
-def _prepare(config: GRPOConfig | SFTConfig) -> dict[str, Any]:
-    """Return the options as given, before others are derived from them; select float32 on a CPU.
+def _prepare(command: str, config: GRPOConfig | SFTConfig) -> dict[str, Any]:
+    """Check the options and return them as given, before others are derived from them; select float32 on a CPU.
 
     TRL's default is bf16, which does not work for training on a CPU.
     """
+    check_options(config, TRL_RANGES)
+    check_config(command, config)
     given = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         config.use_cpu = True
@@ -61,9 +67,10 @@ def _prepare(config: GRPOConfig | SFTConfig) -> dict[str, Any]:
 class SupervisedConfig(SupervisedOptions, SFTConfig):
     """`trl.SFTConfig` with the length limit of demonstrations and a validation split."""
 
+    command: ClassVar[str] = SFT
+
     def __post_init__(self) -> None:
-        self.given: dict[str, Any] = _prepare(self)
-        check_options(self, TRL_RANGES)
+        self.given: dict[str, Any] = _prepare(self.command, self)
         self.max_length = None  # lengths are checked before; TRL would truncate the answer silently
         self.completion_only_loss = True
         if self.validation_fraction:
@@ -79,9 +86,10 @@ class SupervisedConfig(SupervisedOptions, SFTConfig):
 class PolicyConfig(PolicyOptions, GRPOConfig):
     """`trl.GRPOConfig` with the defaults that `grpo` and `train` share."""
 
+    command: ClassVar[str] = GRPO
+
     def __post_init__(self) -> None:
-        self.given: dict[str, Any] = _prepare(self)
-        check_options(self, TRL_RANGES)
+        self.given: dict[str, Any] = _prepare(self.command, self)
         if self.compile_rollouts:
             if self.use_vllm or not torch.cuda.is_available():
                 raise InputError(

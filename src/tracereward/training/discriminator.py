@@ -41,8 +41,10 @@ from tracereward.training.discriminator_batch import (
     Perturber,
     ReplayBuffer,
     Rollout,
+    TracesByPrompt,
     draw,
     perturber,
+    traces_by_prompt,
 )
 from tracereward.training.first_difference import after_first_difference, labels_from
 from tracereward.training.gradient_penalties import gradient_penalties, r1_penalties
@@ -87,6 +89,7 @@ class Discriminator:
     ):
         self.model = model
         self.experts: list[Expert] = list(experts)
+        self.known: TracesByPrompt = traces_by_prompt(experts)
         self.options: DiscriminatorOptions = options
         self.seed: int = seed
         self.judged_every: int = judged_every
@@ -139,12 +142,15 @@ class Discriminator:
         # All processes must use the same number: if only some updated, their collective calls would hang.
         accuracy = broadcast_object(self.held_out_accuracy()) if judged else math.nan
         count = 0 if gate is not None and accuracy > gate else options.discriminator_updates
+        stale = not options.replay_share and all(rollout.demonstration in self.held_out for rollout in fresh)
+        if stale:
+            count = 0  # nothing fresh to learn from, and the buffer is for the warm-up only
         metrics: dict[str, float] = {}
         for _ in range(count):
             metrics = self.update(fresh)
         if judged:
             metrics["held_out_accuracy"] = accuracy
-        if count or gate is not None:
+        if count or gate is not None or stale:
             metrics["updates"] = float(count)
         return metrics
 
@@ -182,6 +188,7 @@ class Discriminator:
         if self.options.spectral_norm:
             assert self.model.head_weight is not None
             limit_spectral_norm(self.model.head_weight)
+        self._weights_changed()
         self.updates += 1
         decay = ema_decay(self.options.discriminator_ema, self.updates)
         for name, average in self.average.items():
@@ -194,7 +201,15 @@ class Discriminator:
 
     def _draw(self, fresh: Sequence[Rollout]) -> tuple[list[Labelled], dict[str, float]]:
         rollouts = [rollout for rollout in fresh if rollout.demonstration not in self.held_out]
-        return draw(self.experts, rollouts, self.replay, self.options, rng=self.random, perturbed=self.perturbed)
+        return draw(
+            self.experts,
+            rollouts,
+            self.replay,
+            self.options,
+            rng=self.random,
+            perturbed=self.perturbed,
+            known=self.known,
+        )
 
     def _accumulate(self, traces: list[Labelled]) -> Tensor:
         """Accumulate the gradients of this process's share of the loss.
@@ -300,14 +315,16 @@ class Discriminator:
     def held_out_accuracy(self) -> float:
         """Share of (held-out expert, rollout of its prompt) pairs in which the expert's mean logit is higher.
 
-        Ties count half; rollouts equal to the expert are skipped. Unlike the share of tokens on the correct side of
-        0, it is comparable across objectives. nan if there is no such pair.
+        Ties count half; rollouts equal to an expert trace of their prompt are skipped, and verified ones, which are
+        positives. Unlike the share of tokens on the correct side of 0, it is comparable across objectives. nan if there
+        is no such pair.
         """
         self.model.eval()
         groups = []
         for index, rollouts in self.held_out_rollouts.by_demonstration().items():
             expert = self.experts[index]
-            different = [rollout.ids for rollout in rollouts if rollout.ids != expert.completion]
+            own = self.known[tuple(expert.prompt)]
+            different = [rollout.ids for rollout in rollouts if not rollout.verified and rollout.ids not in own]
             if different:
                 groups.append((expert.prompt, [expert.completion, *different]))
         scores = self._sequence_scores(
@@ -348,6 +365,11 @@ class Discriminator:
     def _copy(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self.parameters[name].copy_(shard_like(value, self.parameters[name]))
+        self._weights_changed()
+
+    def _weights_changed(self) -> None:
+        """Forget autocast's casts of the old weights: it keeps them until its outermost context ends."""
+        torch.clear_autocast_cache()
 
     def _add_up(self, sums: Tensor) -> None:
         """Sum gradients and `sums` over processes, in place; FSDP2 has already summed those of sharded weights."""
@@ -407,7 +429,16 @@ class Discriminator:
         self.held_out_rollouts.load(state["held_out_rollouts"])
 
 
-def held_out_demonstrations(count: int, fraction: float, seed: int) -> list[int]:
-    """Indices of the held-out demonstrations, sampled with `seed`; at least one is left to train on."""
-    held = min(count - 1, round(fraction * count))
-    return sorted(random.Random(f"held out {seed}").sample(range(count), held))
+def held_out_demonstrations(experts: Sequence[Expert], fraction: float, seed: int) -> list[int]:
+    """Indices of the held-out demonstrations, sampled with `seed`.
+
+    All demonstrations of a prompt are on the same side: `fraction` is a share of the prompts, of which at least one is
+    left to train on.
+    """
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, expert in enumerate(experts):
+        by_prompt.setdefault(tuple(expert.prompt), []).append(index)
+    groups = list(by_prompt.values())
+    held = min(len(groups) - 1, round(fraction * len(groups)))
+    chosen = random.Random(f"held out {seed}").sample(groups, held)
+    return sorted(index for group in chosen for index in group)

@@ -6,14 +6,13 @@ the demonstration's index, so that they always answer its own prompt.
 
 import functools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tracereward.data.perturbations import KINDS, perturb
-from tracereward.modeling.alignment import token_offsets
 from tracereward.modeling.tokenization import encode_completion
-from tracereward.training.first_difference import first_changed_token, first_difference
+from tracereward.training.first_difference import first_difference
 from tracereward.training.options import ExampleOptions
 
 MONITORED = 64  # demonstrations in the perturbation AUROC
@@ -96,13 +95,27 @@ def by_demonstration(rollouts: Iterable[Rollout]) -> dict[int, list[Rollout]]:
     return found
 
 
+TracesByPrompt = Mapping[tuple[int, ...], Sequence[list[int]]]
+"""Completions of the demonstrations of each prompt."""
+
+
+def traces_by_prompt(experts: Iterable[Expert]) -> dict[tuple[int, ...], list[list[int]]]:
+    """All expert completions of each prompt: a prompt may have several demonstrations."""
+    found: dict[tuple[int, ...], list[list[int]]] = {}
+    for expert in experts:
+        found.setdefault(tuple(expert.prompt), []).append(expert.completion)
+    return found
+
+
 Perturber = Callable[[Expert, random.Random], tuple[list[int], int] | None]
 
 
 def perturber(tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS) -> Perturber:
-    """A function that perturbs an expert and returns token ids and the first token with a changed character.
+    """A function that perturbs an expert and returns token ids and the first that differs from the expert's.
 
-    It returns None if no perturbation applies or if the changed text has the same tokens; never the original.
+    The latter may be before the token that completes the first changed character: tokens may hold parts of a
+    character, or be cut in other places. The function returns None if no perturbation applies or if the changed text
+    has the same tokens; never the original.
     """
 
     def perturbed(expert: Expert, rng: random.Random) -> tuple[list[int], int] | None:
@@ -112,12 +125,7 @@ def perturber(tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS) -> P
         ids = encode_completion(tokenizer, changed.text)
         if ids == expert.completion:
             return None
-        text, offsets = token_offsets(tokenizer, ids)
-        # If the tokenizer changes the text (an unknown word), only the first differing token is known.
-        same = text == changed.text
-        return ids, first_changed_token(offsets, changed.first_change) if same else first_difference(
-            ids, expert.completion
-        )
+        return ids, first_difference(ids, expert.completion)
 
     return perturbed
 
@@ -152,11 +160,13 @@ def draw(
     *,
     rng: random.Random,
     perturbed: Perturber | None = None,
+    known: TracesByPrompt | None = None,
 ) -> tuple[list[Labelled], dict[str, float]]:
     """Sample one update's traces: for each chosen demonstration the expert, then its negatives.
 
-    Rollouts that equal the expert token for token would carry both labels and are dropped. Verified rollouts are
-    additional positives.
+    Rollouts that equal an expert trace of their prompt token for token would carry both labels and are dropped; so are
+    such perturbed copies. Tokens that a rollout shares with any expert trace of its prompt count as shared. Verified
+    rollouts are additional positives.
 
     Args:
         experts: all demonstrations.
@@ -165,11 +175,13 @@ def draw(
         options: number of demonstrations, rollouts and perturbed copies, and the rule for shared beginnings.
         rng: source of all random choices.
         perturbed: makes the perturbed copies; without it all are missing.
+        known: `traces_by_prompt` of the experts; computed here if None.
 
     Returns:
         The traces, and shares: `identical_share` (of the sampled rollouts), `verified_share` if there are verified
         rollouts, and `perturbed_missing_share` (of the requested copies) if copies were requested.
     """
+    known = traces_by_prompt(experts) if known is None else known
     old, new = replay.by_demonstration(), by_demonstration(fresh)
     size = min(options.discriminator_prompts, len(old.keys() | new.keys()))
     from_fresh = rng.sample(sorted(new), min(round(size * (1 - options.replay_share)), len(new)))
@@ -185,29 +197,31 @@ def draw(
         expert = experts[index]
         labelled = functools.partial(Labelled, prompt=expert.prompt, group=index)
         chosen = rng.sample(candidates, min(options.discriminator_rollouts, len(candidates)))
-        different = [rollout for rollout in chosen if rollout.ids != expert.completion]
+        own = known[tuple(expert.prompt)]
+        different = [rollout for rollout in chosen if rollout.ids not in own]
         seen, identical = seen + len(chosen), identical + len(chosen) - len(different)
         negatives: list[Labelled] = []
         positives: list[Labelled] = []
+        left: list[int] = []  # where each negative leaves this expert's trace
         for rollout in different:
             if rollout.verified:
                 positives.append(labelled(completion=rollout.ids, is_expert=True, starts=[0], switch=len(rollout.ids)))
                 continue
-            start = 0 if keep_shared else first_difference(rollout.ids, expert.completion)
+            start = 0 if keep_shared else max(first_difference(rollout.ids, trace) for trace in own)
+            left.append(first_difference(rollout.ids, expert.completion))
             negatives.append(labelled(completion=rollout.ids, is_expert=False, starts=[start], switch=0))
         for _ in range(options.perturbed_per_expert):
             changed = None if perturbed is None else perturbed(expert, rng)
-            if changed is None:
+            if changed is None or changed[0] in own:
                 missing += 1
                 continue
             ids, switch = changed
+            left.append(switch)
             starts = [0 if keep_shared else switch]
             negatives.append(labelled(completion=ids, is_expert=False, starts=starts, switch=switch, is_perturbed=True))
         verified += len(positives)
         # Without a negative the expert has nothing to be compared with: no start, so that its weight is 0.
-        starts = (
-            [trace.starts[0] for trace in negatives] if options.first_difference == "both" else [0][: len(negatives)]
-        )
+        starts = left if options.first_difference == "both" else [0][: len(negatives)]
         positives = positives if negatives else []
         length = len(expert.completion)
         traces.append(labelled(completion=expert.completion, is_expert=True, starts=starts, switch=length))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def first_difference(completion: Sequence[int], expert: Sequence[int]) -> int:
-    """Index of the first token in which a rollout differs from the expert trace of its prompt.
+    """Index of the first token in which a trace differs from an expert trace of its prompt.
 
     The shorter length where one is a prefix of the other; the common length where they are equal.
     """
@@ -36,20 +36,6 @@ def after_first_difference(lengths: Sequence[int], starts: Sequence[Sequence[int
         for start in row_starts:
             weights[row, start:length] += 1 / len(row_starts)
     return weights
-
-
-def first_changed_token(offsets: Sequence[tuple[int, int]], character: int) -> int:
-    """Index of the token that holds a character: the first that ends after it.
-
-    Args:
-        offsets: T >= 1 character spans (start, end) in order; special tokens have an empty span.
-        character: index into the text, e.g. the first that a perturbation changed.
-
-    Returns:
-        The last token's index if no token ends after the character: a truncated text has changed at its end, where
-        the end-of-sequence token is.
-    """
-    return next((index for index, (_, end) in enumerate(offsets) if end > character), len(offsets) - 1)
 
 
 def labels_from(first_change: Sequence[int], width: int) -> Tensor:

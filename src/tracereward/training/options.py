@@ -71,7 +71,7 @@ class Range:
         raise InputError(f"{option} must be {number}{text}, not {value}" + (f": {self.why}" if self.why else ""))
 
 
-def check_options(options: Any, ranges: Mapping[str, Range] | None = None) -> None:
+def check_options(options: Any, ranges: Mapping[str, Range | OneOf] | None = None) -> None:
     """Check all options that are set against their annotations.
 
     Args:
@@ -449,3 +449,12 @@ def own_fields(group: type) -> list[dataclasses.Field]:
     """The options that a class declares itself."""
     own = vars(group).get("__annotations__", {})
     return [option for option in dataclasses.fields(group) if option.name in own]
+
+
+def option_defaults(*classes: type) -> dict[str, Any]:
+    """The default of every option of these dataclasses."""
+    return {
+        option.name: option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+        for cls in classes
+        for option in dataclasses.fields(cls)
+    }

@@ -10,8 +10,11 @@ each batch. None of this applies to vLLM.
 Under bfloat16 autocast, rotary attention yields float32 keys and bfloat16 values, which a static cache does not
 support, and each step casts all weights again. Rollouts are then sampled by a bfloat16 copy of the policy, which is
 updated before each batch, as vLLM's is.
+
+The policy's ``generation_config.json`` has no part in it, see `generation.settings`: TRL leaves some fields to it.
 """
 
+import contextlib
 import copy
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 from tracereward.errors import InputError
+from tracereward.generation.settings import only
 from tracereward.modeling.tokenization import encode_prompt
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.micro_batches import by_length, may_change_places, may_shift, window
@@ -58,6 +62,10 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
             for module in self.half.modules():  # otherwise TRL's fused forward of the copy would call the policy's
                 module.__dict__.pop("forward", None)
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """As `encode_prompt`: TRL would keep an end-of-sequence token that a tokenizer adds behind every text."""
+        return [encode_prompt(self._tokenizer, prompt) for prompt in prompts], None, {}
+
     def _prepare_inputs(self, inputs: Any) -> Any:
         before = self._buffered_inputs
         prepared = super()._prepare_inputs(inputs)
@@ -81,8 +89,14 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         if self.half is not None:
             self._refresh(self.half)
             self.model_wrapped = self.half
+        alone = contextlib.nullcontext()
+        if (
+            not self.use_vllm
+        ):  # vLLM gets complete sampling parameters from TRL, and of the model's file only end tokens
+            alone = only(self.accelerator.unwrap_model(self.model_wrapped), self.generation_config)
         try:
-            return super()._generate_single_turn(*args, **kwargs)
+            with alone:
+                return super()._generate_single_turn(*args, **kwargs)
         finally:
             self.pad_to_multiple_of, self.model_wrapped = padded, wrapped
 

@@ -23,7 +23,8 @@ from tracereward.console import warn
 from tracereward.errors import InputError
 from tracereward.modeling.adapters import POLICY, AdapterView
 from tracereward.modeling.batching import Batch, pack
-from tracereward.modeling.distributed import frozen_copy, is_distributed, is_sharded, shard
+from tracereward.modeling.distributed import is_distributed, is_sharded, shard
+from tracereward.modeling.loading import frozen_copy
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, eos_ids, pad_id
 from tracereward.rewards.heads import subtracts_policy
@@ -139,7 +140,7 @@ class AdversarialTrainer(RolloutTrainer):
             raise InputError("shared_base needs the full base model on each process: use DDP, not FSDP or DeepSpeed")
         if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        held_out = held_out_demonstrations(len(experts), args.held_out_fraction, args.seed)
+        held_out = held_out_demonstrations(experts, args.held_out_fraction, args.seed)
         self.discriminator: Discriminator = Discriminator(
             reward_model,
             experts,

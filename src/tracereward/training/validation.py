@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import generate
 from tracereward.modeling.rendering import Rendering, render_prompt
 from tracereward.tasks.recipes import Task
@@ -41,12 +42,11 @@ class Validation:
     def accuracy(self, policy: PreTrainedModel) -> float:
         """Share of the questions that `policy` answers correctly by greedy decoding. Uses no random numbers."""
         training = policy.training
+        greedy = SamplingParams(max_new_tokens=self.max_new_tokens, temperature=0.0)
         right = []
         for start in range(0, len(self.prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
-            ids = generate(
-                policy, self.tokenizer, self.prompts[part], max_new_tokens=self.max_new_tokens, temperature=0.0
-            )
+            ids = generate(policy, self.tokenizer, self.prompts[part], greedy)
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
             right += [self.task.verify(text, gold) for text, gold in zip(texts, self.answers[part], strict=True)]
         policy.train(training)

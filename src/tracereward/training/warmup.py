@@ -21,6 +21,7 @@ from transformers import (
 from tracereward.console import warn
 from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
 from tracereward.files import read_jsonl, write_jsonl
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import generate
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.distributed import broadcast_object, zero3_disabled
@@ -202,14 +203,18 @@ class WarmUp(TrainerCallback):
         limit = config.max_completion_length
         assert limit is not None
         prompts = [row["prompt"] for row in rows]
-        completions = generate(
-            self.model,
-            trainer.tokenizer,
-            prompts,
-            max_new_tokens=limit,
-            temperature=config.temperature,
-            top_p=config.top_p,
+        # As TRL's rollouts of the policy: see `RolloutTrainer`.
+        more: Any = config.generation_kwargs
+        settings = {
+            "top_k": config.top_k or 0,
+            "min_p": config.min_p,
+            "repetition_penalty": config.repetition_penalty,
+            **({} if config.use_vllm else more or {}),
+        }
+        sampling = SamplingParams(
+            max_new_tokens=limit, temperature=config.temperature, top_p=config.top_p, settings=settings
         )
+        completions = generate(self.model, trainer.tokenizer, prompts, sampling)
         texts = trainer.tokenizer.batch_decode(completions, skip_special_tokens=True)
         correct = trainer.verify(texts, [row["answer"] for row in rows])
         return trainer.as_rollouts([row["demonstration"] for row in rows], completions, correct)

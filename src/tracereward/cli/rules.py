@@ -1,0 +1,143 @@
+"""Options that do nothing next to others are refused, for all commands but the training ones (see `option_rules`)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+import typer.core
+
+from tracereward.errors import InputError
+
+Given = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Options that have no effect next to the values of others.
+
+    Attributes:
+        commands: the commands that have them.
+        options: names of their parameters.
+        when: whether they have no effect, from all values by name of the parameter.
+        why: a sentence with the fix.
+    """
+
+    commands: tuple[str, ...]
+    options: tuple[str, ...]
+    when: Callable[[Given], bool]
+    why: str
+
+
+STEP_SUITES = ("processbench", "prmbench", "mrben")
+
+
+def _is_file(source: str | None) -> bool:
+    return source is not None and Path(source).expanduser().is_file()
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        commands=("sample", "score", *STEP_SUITES, "perturbation", "policy", "guided"),
+        options=("split",),
+        when=lambda o: _is_file(o["data"]),
+        why="the data is a file, which has no splits",
+    ),
+    Rule(
+        commands=("sample", "correct", "policy", "guided"),
+        options=("top_p",),
+        when=lambda o: o["temperature"] == 0,
+        why="--temperature 0 always takes the most likely token",
+    ),
+    Rule(
+        commands=("sample",),
+        options=("seed",),
+        when=lambda o: o["temperature"] == 0,
+        why="--temperature 0 uses no random numbers",
+    ),
+    Rule(
+        commands=("policy",),
+        options=("temperature",),
+        when=lambda o: o["n"] == 0,
+        why="-n 0 decodes greedily only",
+    ),
+    Rule(
+        commands=("rerank",),
+        options=("method",),
+        when=lambda o: o["json_table"] and o["output"] is None,
+        why="--json prints the table, which has all methods; the chosen rows need --output",
+    ),
+    Rule(
+        commands=("inspect",),
+        options=("title",),
+        when=lambda o: o["output"] is None,
+        why="it is the heading of the page: it needs --output",
+    ),
+    Rule(
+        commands=("inspect",),
+        options=("colour", "width"),
+        when=lambda o: o["output"] is not None,
+        why="it is for the terminal: remove it or --output",
+    ),
+    Rule(
+        commands=("inspect",),
+        options=("reference", "policy"),
+        when=lambda o: o["model"] is None,
+        why="rows are scored with --model only",
+    ),
+    Rule(
+        commands=("pool",),
+        options=("fit_share",),
+        when=lambda o: o["fit"] is not None,
+        why="--fit names the candidates to fit on: remove one of the two",
+    ),
+    Rule(
+        commands=STEP_SUITES,
+        options=("fit_split",),
+        when=lambda o: o["fit"] is None or _is_file(o["fit"]),
+        why="it is the split of a Hub set in --fit",
+    ),
+    Rule(
+        commands=("serve",),
+        options=("upstream_key_file", "upstream_seconds", "max_upstream", "samples"),
+        when=lambda o: o["upstream"] is None,
+        why="it needs --upstream",
+    ),
+)
+
+
+class CheckedCommand(typer.core.TyperCommand):
+    """A command that refuses options which would be ignored, before its own code runs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Check the options and run the command."""
+        spelt = {parameter.name: max(parameter.opts, key=len) for parameter in self.params}
+        defaults = {parameter.name: parameter.get_default(ctx) for parameter in self.params}
+        for rule in RULES:
+            names = [name for name in rule.options if name in ctx.params and self.name in rule.commands]
+            if names and rule.when(ctx.params):
+                for name in names:
+                    if _is_given(ctx, name) and ctx.params[name] != defaults[name]:
+                        raise InputError(f"{spelt[name]} {ctx.params[name]} has no effect: {rule.why}")
+        return super().invoke(ctx)
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+class CheckedTyper(typer.Typer):
+    """A group of `CheckedCommand`."""
+
+    def command(
+        self, name: str | None = None, *, cls: type[typer.core.TyperCommand] | None = None, **given: Any
+    ) -> Any:
+        """Register a command, as in typer."""
+        return super().command(name, cls=cls or CheckedCommand, **given)
+
+
+def with_hyphens(word: str) -> str:
+    """``max_new_tokens`` as ``max-new-tokens``: names of options and commands take both."""
+    return word if word.startswith("_") else word.replace("_", "-")
