@@ -4,16 +4,17 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tracereward.cli.reward import Engine, Model
 from tracereward.cli.rules import CheckedTyper
 from tracereward.console import say
-from tracereward.errors import InputError
+from tracereward.errors import InputError, check_number
 
 server = CheckedTyper()
 API_KEY, UPSTREAM_KEY = "TRACEREWARD_API_KEY", "TRACEREWARD_UPSTREAM_KEY"
@@ -37,11 +38,13 @@ def key_of(file: Path | None, variable: str) -> str | None:
     return key
 
 
-def check_upstream(url: str) -> None:
-    """Check that `url` is the address of a server.
+def check_upstream(url: str, key: str | None) -> None:
+    """Check that `url` is the address of a server, and say so if the server does not list its models.
+
+    It may start later, together with this one, so that an upstream that does not answer is no error.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not an address.
     """
     import httpx
 
@@ -49,8 +52,35 @@ def check_upstream(url: str) -> None:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise InputError(f"--upstream {url}: {error}; give e.g. http://127.0.0.1:8000/v1") from error
-    if parsed.scheme not in ("http", "https") or not parsed.host:
+    names_a_server = parsed.scheme in ("http", "https") and parsed.host and (parsed.port or 80) < 65536
+    if not names_a_server or parsed.query or parsed.fragment:
         raise InputError(f"--upstream {url}: give the full address, e.g. http://127.0.0.1:8000/v1")
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    try:
+        answer = httpx.get(f"{url.rstrip('/')}/models", headers=headers, timeout=2.0, trust_env=False)
+    except httpx.HTTPError as error:
+        said = type(error).__name__
+    else:
+        if answer.status_code == 200:
+            return
+        said = f"status {answer.status_code} for {answer.url}"
+    say(f"warning: --upstream {url} does not list its models ({said}): is it the address, with /v1, and does it run?")
+
+
+def check_address(host: str, port: int) -> None:
+    """Check that this process can listen at an address, before a model is loaded for minutes.
+
+    Raises:
+        InputError: the port is in use or needs privileges, or the host is not one of this machine.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, UnicodeError) as error:
+        said = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"--host {host} --port {port}: the server cannot listen there ({said})") from error
 
 
 @server.command()
@@ -70,11 +100,15 @@ def serve(
     upstream_key_file: Annotated[
         Path | None, typer.Option(help=f"File with the key for the upstream. Default: ${UPSTREAM_KEY}.")
     ] = None,
-    upstream_seconds: Annotated[float, typer.Option(min=1, help="Timeout of a request's samples in seconds.")] = 300.0,
+    upstream_seconds: Annotated[
+        float | None, typer.Option(min=1, help="Timeout of a request's samples in seconds. Default: 300.")
+    ] = None,
     max_upstream: Annotated[
-        int, typer.Option(min=1, help="Concurrent requests to the upstream; further ones get 429.")
-    ] = 64,
-    samples: Annotated[int, typer.Option(min=1, help="N of best-of-N, unless the request sets it.")] = 8,
+        int | None, typer.Option(min=1, help="Concurrent requests to the upstream; further ones get 429. Default: 64.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="N of best-of-N, unless the request sets it. Default: 8.")
+    ] = None,
     max_bytes: Annotated[int, typer.Option(min=1024, help="Maximum request body in bytes.")] = 4 * 2**20,
     max_candidates: Annotated[int, typer.Option(min=1, help="Maximum traces per request.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per request, prompts included.")] = 65_536,
@@ -96,24 +130,38 @@ def serve(
     except ImportError as error:
         raise InputError(f"serve needs more packages ({error.name}): pip install 'tracereward[serve]'") from error
     from tracereward.rewards.engines import check_engine, load_scorer
+    from tracereward.rewards.records import EncodedTrace, ForwardOptions
 
     # uvicorn re-raises SIGTERM after its shutdown. Without a handler, the first process of a container ignores it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     check_engine(model, engine)
-    if upstream is not None:
-        check_upstream(upstream)
+    given = {"--upstream-key-file": upstream_key_file, "--upstream-seconds": upstream_seconds}
+    given |= {"--max-upstream": max_upstream, "--samples": samples}
+    if upstream is None and (without := [option for option, value in given.items() if value is not None]):
+        raise InputError(f"{' and '.join(without)}: only with --upstream, which adds best-of-N")
+    check_number("--upstream-seconds", upstream_seconds or 300.0)
+    check_number("--max-wait-ms", max_wait_ms)
     if max_queue < max_tokens:
         raise InputError(f"--max-queue {max_queue} must be at least --max-tokens {max_tokens}")
+    if upstream is not None and (samples or 8) > max_candidates:
+        raise InputError(f"--samples {samples or 8} must be at most --max-candidates {max_candidates}")
+    name = os.path.basename(os.path.abspath(model)) if name is None else name  # works for "." too
+    if not name or not name.isprintable():  # half of a surrogate pair, from an argument that is not UTF-8, is not
+        raise InputError(f"--name {name!r}: give printable text")
     api_key = key_of(api_key_file, API_KEY)
+    upstream_key = None if upstream is None else key_of(upstream_key_file, UPSTREAM_KEY)
+    check_address(host, port)
+    if upstream is not None:
+        check_upstream(upstream, upstream_key)
     settings = Settings(
-        name=name or os.path.basename(os.path.abspath(model)),  # works for "." too
+        name=name,
         api_key=api_key,
         local_only=api_key is None and host in LOOPBACK,
         upstream=upstream,
-        upstream_key=key_of(upstream_key_file, UPSTREAM_KEY),
-        upstream_seconds=upstream_seconds,
-        max_upstream=max_upstream,
-        samples=samples,
+        upstream_key=upstream_key,
+        upstream_seconds=upstream_seconds or 300.0,
+        max_upstream=max_upstream or 64,
+        samples=samples or 8,
         max_bytes=max_bytes,
         max_candidates=max_candidates,
         max_tokens=max_tokens,
@@ -124,7 +172,11 @@ def serve(
     )
     if api_key is None and host not in LOOPBACK:
         say(f"warning: anyone who reaches {host} can use this server: set ${API_KEY} or --api-key-file")
-    app = create_app(load_scorer(model, engine), settings)
+    scorer = load_scorer(model, engine)
+    end: Any = [scorer.tokenizer.eos_token_id]
+    first = EncodedTrace(where=f"{model}: a first trace", prompt=end, completion=end)
+    scorer.rewards_of([first], ForwardOptions())  # damaged weights stop here, with one line
+    app = create_app(scorer, settings)
     logging.basicConfig(format="%(levelname)s:     %(message)s")
     log.setLevel(logging.INFO)
     run(app, host, port, drain_seconds)

@@ -119,7 +119,8 @@ class Service:
     async def start(self) -> None:
         """Start the engine and score one trace, so that a model that cannot score does not become ready."""
         await self.engine.start()
-        await self.engine.score(["1 + 1 = ?\n"], ["2"], [True])
+        end: Any = [self.model.tokenizer.eos_token_id]  # which every tokenizer has
+        await self.engine.score_ids([(end, end)])
         self.ready = True
 
     def render(self, prompt: str | list[Message], chat_template_kwargs: dict[str, Any] | None = None) -> str:
