@@ -6,7 +6,8 @@ from typing import Any
 
 from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
+
+from tracereward.modeling.loading import CAUSAL_LM, CLASSIFIER, NEW_HEAD, load_model
 
 
 def is_quantized(model: Any) -> bool:
@@ -40,14 +41,10 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     config = copy.deepcopy(plain)
     if stored is not None:
         config.quantization_config = stored
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # silences the warning that a classifier's head is untrained
-    try:
-        revision = vars(config).get("_commit_hash") or "main"  # a local folder has none
-        options = {"config": config, "dtype": plain.dtype, "revision": revision, "device_map": {"": "cpu"}}
-        fresh = type(model).from_pretrained(plain._name_or_path, **options)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    auto, new = (CLASSIFIER, NEW_HEAD) if model.get_output_embeddings() is None else (CAUSAL_LM, ())
+    revision = vars(config).get("_commit_hash") or "main"  # a local folder has none
+    options = {"config": config, "dtype": plain.dtype, "revision": revision, "device_map": {"": "cpu"}}
+    fresh = load_model(auto, plain._name_or_path, new, **options)
     if stored is None:
         return fresh
     whole = type(model)._from_config(plain, dtype=plain.dtype)  # a dequantized model itself cannot be saved

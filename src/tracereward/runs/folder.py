@@ -34,6 +34,7 @@ from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.training.checkpoints import SafeTrainer, kept, last_complete_checkpoint
 from tracereward.training.config import PolicyConfig
 from tracereward.training.option_rules import effective
+from tracereward.training.trackers import Trackers
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,6 +64,7 @@ class Run:
                 warmed if self.checkpoint is None else sys.maxsize,
             )
         Progress.replace_default(trainer, self.job.kind)
+        self.metrics.trackers = Trackers(trainer, self.folder, self.settings)
         with self.stop, explain_full_disk(self.folder):
             try:
                 trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -112,7 +114,12 @@ def run_folder(job: Job) -> Iterator[Run]:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file, not a folder")
     with explain_full_disk(folder), locked(folder):
-        yield _open(job, folder)
+        run = _open(job, folder)
+        try:
+            yield run
+        finally:
+            if run.metrics.trackers is not None:
+                run.metrics.trackers.end()
 
 
 def _open(job: Job, folder: Path) -> Run:

@@ -14,14 +14,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from tracereward.files import read_jsonl, without_nan, write_jsonl
 from tracereward.modeling.distributed import all_reduce_max
 from tracereward.training.failures import Failure, detect
+from tracereward.training.trackers import Trackers
 
 
 class MetricsFile(TrainerCallback):
-    """Appends each log to ``metrics.jsonl``: one object per line, starting with `phase` and `step`."""
+    """Appends each log to ``metrics.jsonl``: one object per line, starting with `phase` and `step`.
+
+    Attributes:
+        trackers: also get the rows that are appended; the trainer's own logs reach them without this class.
+    """
 
     def __init__(self, path: Path, phase: str):
         self.path = path
         self.phase = phase
+        self.trackers: Trackers | None = None
 
     def on_log(
         self,
@@ -33,10 +39,15 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Called by the trainer for each log."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            self.append({"phase": self.phase, "step": state.global_step, **logs})
+            self._write({"phase": self.phase, "step": state.global_step, **logs})
 
     def append(self, row: dict[str, Any]) -> None:
-        """Append one row; nan and infinity become null."""
+        """Append one row, and give it to the trackers; in the file nan and infinity become null."""
+        self._write(row)
+        if self.trackers is not None:
+            self.trackers.log(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(without_nan(row)) + "\n")
 

@@ -14,6 +14,7 @@ from tracereward.data.perturbations import KINDS
 from tracereward.errors import InputError
 from tracereward.training.option_rules import check_config
 from tracereward.training.options import OneOf, PolicyOptions, Range, RewardOptions, SupervisedOptions, check_options
+from tracereward.training.trackers import check_trackers
 from tracereward.training.trl_options import GRPO, SFT
 
 RETIRED: dict[str, Any] = {
@@ -55,6 +56,7 @@ def _prepare(command: str, config: GRPOConfig | SFTConfig) -> dict[str, Any]:
     """
     check_options(config, TRL_RANGES)
     check_config(command, config)
+    check_trackers(config.report_to)
     given = {name: value for name, value in vars(config).items() if not name.startswith("_")}
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         config.use_cpu = True

@@ -3,16 +3,13 @@
 import os
 from typing import Any
 
-from transformers import AutoConfig
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 
 from tracereward.errors import InputError
+from tracereward.modeling.loading import read_config
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import PolicyConfig, SupervisedConfig
-
-FOUR_BITS = {"bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False, "bnb_4bit_quant_storage": None}
-"""Options of 4-bit weights, with their defaults."""
 
 
 def check_quantization(model: ModelConfig, config: SupervisedConfig | PolicyConfig) -> None:
@@ -21,9 +18,6 @@ def check_quantization(model: ModelConfig, config: SupervisedConfig | PolicyConf
     Raises:
         InputError: names the options that do not fit, or the package that is missing.
     """
-    changed = [f"--{name}" for name, default in FOUR_BITS.items() if vars(model)[name] != default]
-    if changed and not model.load_in_4bit:
-        raise InputError(f"{', '.join(changed)} only has an effect with --load_in_4bit true")
     stored = _stored(model)
     method = stored.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
@@ -63,7 +57,7 @@ def quantization(model: ModelConfig) -> dict[str, Any]:
 
 def _stored(model: ModelConfig) -> dict[str, Any]:
     """How the checkpoint's weights are quantized; empty if they are not."""
-    config = AutoConfig.from_pretrained(str(model.model_name_or_path), revision=model.model_revision)
+    config = read_config(str(model.model_name_or_path), revision=model.model_revision)
     return config.to_dict().get("quantization_config") or {}
 
 

@@ -1,0 +1,147 @@
+"""Trackers of ``--report_to`` (TensorBoard, Weights & Biases, Trackio, ...): checked before a run, ended after it."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback, integration_utils
+
+from tracereward.errors import InputError, first_line, nearest
+
+PACKAGES: dict[str, tuple[Callable[[], bool], str]] = {
+    "azure_ml": (integration_utils.is_azureml_available, "pip install azureml-core"),
+    "clearml": (integration_utils.is_clearml_available, "pip install clearml"),
+    "codecarbon": (integration_utils.is_codecarbon_available, "pip install codecarbon"),
+    "comet_ml": (integration_utils.is_comet_available, "pip install comet-ml, and set COMET_API_KEY"),
+    "dagshub": (integration_utils.is_dagshub_available, "pip install dagshub mlflow"),
+    "dvclive": (integration_utils.is_dvclive_available, "pip install dvclive"),
+    "flyte": (integration_utils.is_flytekit_available, "pip install flytekit"),
+    "kubeflow": (integration_utils.is_kubeflow_available, "run it in a Kubeflow TrainJob"),
+    "mlflow": (integration_utils.is_mlflow_available, "pip install mlflow"),
+    "neptune": (integration_utils.is_neptune_available, "pip install neptune"),
+    "swanlab": (integration_utils.is_swanlab_available, "pip install swanlab"),
+    "tensorboard": (integration_utils.is_tensorboard_available, "pip install tensorboard"),
+    "trackio": (integration_utils.is_trackio_available, "pip install trackio"),
+    "wandb": (integration_utils.is_wandb_available, "pip install wandb"),
+}
+"""The trackers of transformers: whether each can be used, and what is needed for it."""
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Check that each tracker is known and installed.
+
+    Raises:
+        InputError: names the tracker and the command that installs it.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to or []
+    if names == ["all"] and not any(available() for available, _ in PACKAGES.values()):
+        raise InputError("--report_to all: no tracker is installed (for example: pip install tensorboard)")
+    if names in (["all"], ["none"]):
+        return
+    for name in names:
+        if name not in PACKAGES:
+            near = nearest(name, PACKAGES)
+            fix = f"did you mean {near!r}? " if near else ""
+            raise InputError(f"--report_to {name}: {fix}Known: {', '.join(PACKAGES)}, all, none")
+        available, fix = PACKAGES[name]
+        if not available():
+            raise InputError(f"--report_to {name} is not installed: {fix}")
+
+
+class Trackers(TrainerCallback):
+    """Forwards a trainer's events to its trackers, and the rows that tracereward adds to ``metrics.jsonl``.
+
+    transformers ends the trackers with the training. The choice of a checkpoint and a failure are logged later, so
+    they are ended by `end`, when the run is complete.
+
+    Args:
+        trainer: its trackers are taken over.
+        folder: the run folder; its name is the name of the run unless ``run_name`` is set.
+        settings: options of the run, for the trackers' configuration.
+    """
+
+    def __init__(self, trainer: Trainer, folder: Path, settings: dict[str, Any]):
+        kinds = tuple(integration_utils.get_reporting_integration_callbacks(trainer.args.report_to))
+        handler = trainer.callback_handler
+        self.trackers: list[TrainerCallback] = [one for one in handler.callbacks if isinstance(one, kinds)]
+        handler.callbacks = [self, *(one for one in handler.callbacks if one not in self.trackers)]
+        for tracker in self.trackers:
+            if isinstance(tracker, TensorBoardCallback):
+                tracker.logging_dir = tracker.logging_dir or str(folder / "tensorboard")
+        self.args: Any = copy.copy(trainer.args)
+        self.args.run_name = trainer.args.run_name or folder.name
+        options = trainer.args.to_dict() | settings
+        self.args.to_dict = lambda: {
+            **options,
+            "run_name": self.args.run_name,
+        }  # trackers read their configuration here
+        self.state: TrainerState = trainer.state
+        self.control: TrainerControl = trainer.control
+        self.context: dict[str, Any] = {}  # the model, the tokenizer, ...
+        self.began: bool = False
+
+    def _forward(self, event: str, state: TrainerState, **kwargs: Any) -> None:
+        self.state = state
+        for tracker in self.trackers:
+            getattr(tracker, event)(self.args, state, self.control, **kwargs)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the trackers.
+
+        Raises:
+            InputError: a tracker cannot start, for example without a login.
+        """
+        self.context, self.began = kwargs, True
+        try:
+            self._forward("on_train_begin", state, **kwargs)
+        except Exception as error:  # each tracker raises its own kinds
+            raise InputError(
+                f"--report_to {', '.join(self.args.report_to)} cannot start: {first_line(error)}"
+            ) from error
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Forward a log, without metrics that have no value."""
+        logs = {name: value for name, value in (logs or {}).items() if value is not None}
+        self._forward("on_log", state, logs=logs, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forward the end of a step."""
+        self._forward("on_step_end", state, **kwargs)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forward an evaluation."""
+        self._forward("on_evaluate", state, **kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forward a saved checkpoint."""
+        self._forward("on_save", state, **kwargs)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Log a row of tracereward: its values under the row's phase, at its step or, in the warm-up, its update."""
+        step = row.get("step", row.get("update", 0))
+        logs = {
+            f"{row['phase']}/{name}": ", ".join(map(str, value)) if isinstance(value, list) else value
+            for name, value in row.items()
+            if name not in ("phase", "step", "update") and value is not None
+        }
+        state = copy.copy(self.state)
+        state.global_step = step
+        for tracker in self.trackers:
+            tracker.on_log(self.args, state, self.control, logs=logs, **self.context)
+
+    def end(self) -> None:
+        """End the trackers, if they were started."""
+        if self.began:
+            self.began = False
+            self._forward("on_train_end", self.state, **self.context)
