@@ -29,12 +29,13 @@ SWITCH = CHATML.replace(
     "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif",
 )
 REASONS = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] "
-    "}}</think>{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
+    "{{ m['content'] }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 CHAT = Rendering(template="chat")
@@ -172,7 +173,7 @@ def test_nothing_in_a_message_is_dropped():
 
 def test_a_rendered_prompt_is_not_rendered_again():
     tokenizer = byte_tokenizer(CHATML)
-    with pytest.raises(InputError, match="f:1: the prompt is rendered already, .*: give the question alone"):
+    with pytest.raises(InputError, match=r"f:1: the prompt is rendered already, .*: give the question alone"):
         render_prompt(tokenizer, HEAD, CHAT, "f:1")
     assert render_prompt(tokenizer, HEAD, Rendering(), "f:1") == HEAD
 
@@ -196,7 +197,7 @@ def test_template_variables():
     with pytest.raises(InputError, match="need --template chat"):
         Rendering(chat_template_kwargs=off)
     rows = [{"prompt": f"{HEAD}<think>\n\n</think>\n\n", "completion": "<think>\na", "source": "f:1"}]
-    with pytest.raises(InputError, match="f:1: the completion opens the reasoning .* has closed"):
+    with pytest.raises(InputError, match=r"f:1: the completion opens the reasoning .* has closed"):
         check_reasoning(rows, tokenizer, quiet)
 
 

@@ -21,7 +21,7 @@ _TAG = re.compile(
     r"(?:_(?:start|end))?(?:\|?>|\]|▷)",
     re.IGNORECASE,
 )
-"""Tokens that structure a trace, as reasoning models spell them: ``<think>``, ``[/THINK]``, ``<|begin_of_thought|>``."""
+"""Tokens that structure a trace, as reasoning models spell them: ``<think>``, ``[/THINK]``, ``<|end_of_thought|>``."""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -58,10 +58,10 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: b
     """Token ids of a completion as a rollout has them: no special token except, if finished, one end-of-sequence token.
 
     End marks at the end of the text (see `seam.without_end_marks`) are that end, as are special tokens of the tokenizer
-    that are spelled out there: they are taken off, and the trace is finished. A completion that spells another special token out (``<|im_start|>``) is encoded as ordinary text: by
-    writing it, a policy must not be able to hide something from the reward model. Tokens that were added to the
-    vocabulary but are not special, as ``<think>`` of reasoning models (see `load_tokenizer`), are one token, as in a
-    rollout.
+    that are spelled out there: they are taken off, and the trace is finished. Elsewhere a completion that spells a
+    special token out (``<|im_start|>``) is encoded as ordinary text: by writing it, a policy must not be able to hide
+    something from the reward model. Tokens that were added to the vocabulary but are not special, as ``<think>`` of
+    reasoning models (see `load_tokenizer`), are one token, as in a rollout.
 
     Args:
         tokenizer: of the model that reads the ids.
