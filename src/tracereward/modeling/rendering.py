@@ -183,8 +183,8 @@ def check_reasoning(rows: list[dict], tokenizer: PreTrainedTokenizerBase, render
     for row in rows:
         if row["prompt"].rstrip().endswith(closing) and (row["completion"] or "").lstrip().startswith(opening):
             raise InputError(
-                f"{row_location(row)}: the completion opens the reasoning ({opening}), and the chat template has closed "
-                f"it in the prompt ({closing}): remove the reasoning, or the option in --chat_template_kwargs"
+                f"{row_location(row)}: the completion opens the reasoning ({opening}), which the chat template has "
+                f"closed in the prompt ({closing}): remove the reasoning, or the option in --chat_template_kwargs"
             )
 
 
