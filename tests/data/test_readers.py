@@ -10,6 +10,7 @@ from datasets import Dataset, DatasetDict
 from helpers.command_line import bench, command, refused  # noqa: F401
 from tracereward.data.readers import read_rows
 from tracereward.errors import InputError
+from tracereward.files import sha256_of
 
 ROWS = [{"prompt": "1 + 2 = ?\n", "completion": "#### 3"}, {"prompt": "2 + 2 = ?\n", "completion": "#### 4"}]
 
@@ -162,3 +163,17 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_line(command, bench, tmp_p
     }[name]
     field = "steps" if name == "processbench" else "completion"
     refused(command(*words), f"{path}:2: field '{field}' has half of a surrogate pair ('\\ud83d')")
+
+
+def test_the_digest_of_a_folder_changes_with_names_and_contents(tmp_path):
+    """By which an unfinished output is known to belong to the same data."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    before = sha256_of(data)
+    (data / "a.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+    assert sha256_of(data) != before
+    (data / "a.jsonl").rename(data / "b.jsonl")
+    renamed = sha256_of(data)
+    (data / "b.jsonl").rename(data / "a.jsonl")
+    assert sha256_of(data) not in (before, renamed)
