@@ -60,7 +60,7 @@ def run_rerank(options: RerankOptions) -> None:
         raise InputError("--json prints the table on stdout: give a file for the chosen rows, -o FILE")
     settings = check_reward_model(options.model)
     task = get_task(options.task or settings.task)
-    check_output(options.output, options.model, options.data)
+    check_output(options.output, [options.model, options.data])
     rows = list(candidate_rows(options.data, template=settings.template))
     if not rows:
         raise InputError(f"{options.data}: no rows")

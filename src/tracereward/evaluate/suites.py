@@ -55,7 +55,7 @@ class Results:
     overwrite: bool = False
     as_json: bool = False
 
-    def checked(self, suite: str, model: str, *inputs: str | None) -> Path:
+    def checked(self, suite: str, model: str, inputs: Sequence[str | None]) -> Path:
         """The folder, checked before anything slow starts.
 
         Args:
@@ -167,7 +167,7 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
     """
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
-    folder = trial.results.checked("pool", model, data, policy, questions, fit)
+    folder = trial.results.checked("pool", model, [data, policy, questions, fit])
     rows = read_pool(data, task_spec, questions, trial.limit)
     fit_rows = read_pool(fit, task_spec, questions) if fit else []
     asked = {row.asked: row.where for row in rows}
@@ -206,7 +206,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = trial.results.checked(suite, model, data, policy, fit)
+    folder = trial.results.checked(suite, model, [data, policy, fit])
     traces = read_step_traces(data, suite, split=split, limit=trial.limit)
     if fit:
         fit_traces = read_step_traces(fit, suite, split=fit_split)
@@ -231,7 +231,7 @@ def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
     model, data, policy = trial.model, trial.data, trial.policy
     task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = trial.results.checked("perturbation", model, data, policy)
+    folder = trial.results.checked("perturbation", model, [data, policy])
     subset = task_spec.subset if data == task_spec.dataset else None
     rows = load_demonstrations(data, task_spec, split=split, subset=subset, limit=trial.limit)
     reward_model, baseline = load(model, policy)
@@ -262,7 +262,7 @@ def run_policy(
     """
     if n > 1 and sampling.temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
-    folder = results.checked("policy", policy, questions.data)
+    folder = results.checked("policy", policy, [questions.data])
     check_answers(load_questions(questions, policy)[0])
     greedy_chunks = sample_rows(policy, questions, replace(sampling, temperature=0.0), n=1)
     greedy = [row for chunk in greedy_chunks for row in chunk]
