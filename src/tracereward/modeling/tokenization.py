@@ -79,7 +79,7 @@ def encode_trace(
     )
 
 
-def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left and has a padding and an end-of-sequence token.
 
     Raises:
@@ -87,7 +87,7 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
     """
     from tracereward.modeling.loading import read_tokenizer
 
-    tokenizer = read_tokenizer(name, revision=revision)
+    tokenizer = read_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
     if tokenizer.pad_token_id is None:
