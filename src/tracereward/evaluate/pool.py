@@ -43,6 +43,7 @@ from tracereward.selection import (
     ranking_curves,
     ranking_table,
 )
+from tracereward.verdict import verdict
 
 
 def score_pool(
@@ -166,7 +167,9 @@ def evaluate_pool(
     table = ranking_table(questions, equal, seed, temperature)
     rewards = [c.reward for c in flat]
     lengths = [c.length for c in flat]
+    found = verdict(questions, equal)
     result = {
+        "verdict": None if found is None else found.to_dict(),
         "questions": len(questions),
         "candidates": len(flat),
         "fit_questions": len(fit_questions),
@@ -261,8 +264,9 @@ def _of(values: Sequence[float], correct: Sequence[bool], wanted: bool) -> list[
 def pool_tables(result: dict[str, Any]) -> list[Table]:
     """The result as tables: selection, discrimination and calibration."""
     percent = [[row["label"], *(100 * row[key] for key in ("accuracy", "low", "high"))] for row in result["ranking"]]
+    line = f"Verdict: {result['verdict']['line']}. " if result["verdict"] else ""
     note = (
-        f"{result['questions']} questions, {result['candidates']} candidates, of which "
+        f"{line}{result['questions']} questions, {result['candidates']} candidates, of which "
         f"{100 * result['correct']:.1f} % are correct and {result['no_answer']} have no answer. "
         f"{judged_by(result['judged'])}"
     )

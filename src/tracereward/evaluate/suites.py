@@ -134,13 +134,14 @@ def publish(
     figures: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write ``SUITE.json`` and ``SUITE.html``, and print the tables, or the JSON, on stdout."""
+    line = f"Verdict: {result['verdict']['line']}." if result.get("verdict") else ""
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / f"{suite}.json", result)
     write_report(
         folder / f"{suite}.html",
         Report(
             title=f"Evaluation: {suite}",
-            summary=f"{result.get('model') or result['policy']} on {result['data']}",
+            summary=" ".join(filter(None, [f"{result.get('model') or result['policy']} on {result['data']}.", line])),
             command=" ".join(["tracereward", *sys.argv[1:]]),
             tables=tables,
             figures=figures,
@@ -168,6 +169,7 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
     folder = trial.results.checked("pool", model, data, policy, questions, fit)
+    check_new(folder / "verdict.json", [model, data, policy, questions, fit], overwrite=trial.results.overwrite)
     rows = read_pool(data, task_spec, questions, trial.limit)
     fit_rows = read_pool(fit, task_spec, questions) if fit else []
     asked = {row.asked: row.where for row in rows}
@@ -189,6 +191,9 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
         note(f"{left_out} candidates are empty or longer than the model reads and were left out")
     if result["uncalibrated"]:
         note(f"{fit or data}: no calibrations: {result['uncalibrated']}")
+    if result["verdict"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(folder / "verdict.json", result["verdict"])
     publish(folder, "pool", result, pool_tables(result), as_json=trial.results.as_json, figures=pool_figures(result))
 
 
