@@ -322,7 +322,7 @@ def test_invalid_reward_models_are_refused(command, bench, tmp_path, name):
         ({"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", " "]}, [":2: ", "steps", "not empty"]),
         ({"prompt": "1 + 2 = ?\n", "steps": "1 + 2 = 3"}, [":2: ", "steps must be a list"]),
         ({**GOOD, "prompt": 7}, [":2: ", "'prompt' is int, neither text nor a list"]),
-        ({**GOOD, "prompt": [{"role": "user"}]}, [":2: ", "'prompt' is list, neither text nor"]),
+        ({**GOOD, "prompt": [{"role": "user"}]}, [":2: ", "'prompt': a message has no content"]),
         ({**GOOD, "prompt": [{"role": "user", "content": "1 + 2 = ?"}]}, [":2: ", "trained on plain texts"]),
         ({**GOOD, "finished": "false"}, [":2: ", "finished must be true or false"]),
         ({**GOOD, "finished": [True]}, [":2: ", "finished must be true or false"]),
@@ -673,7 +673,9 @@ def test_rerank_chooses_one_candidate_per_question(bench, samples, method):
         if method in best:
             assert row["completion"] == max(group, key=best[method])["completion"]
     right = sum(get_task("arithmetic").verify(row["completion"], row["answer"]) for row in chosen)
-    table = launcher()("rerank", bench.reward_model, samples, "--method", method, "--json")
+    table = launcher()(
+        "rerank", bench.reward_model, samples, "--method", method, "--json", "-o", bench.folder / f"{method}.jsonl"
+    )
     assert table.code == 0, table.err
     (line,) = table.out.splitlines()
     accuracies = json.loads(line)["accuracy"]
@@ -1036,7 +1038,7 @@ def test_gold_answers_need_not_be_text(command, bench, tmp_path, answer, right, 
 def test_rows_of_a_question_need_not_be_adjacent(command, bench, samples, tmp_path):
     given = rows(samples)
     write_jsonl(tmp_path / "mixed.jsonl", [row for n in range(4) for row in given[n::4]])
-    words = ["--method", "shortest", "--json"]
+    words = ["--json"]
     apart = command("rerank", bench.reward_model, tmp_path / "mixed.jsonl", *words)
     together = command("rerank", bench.reward_model, samples, *words)
     assert json.loads(apart.out)["questions"] == 5

@@ -154,7 +154,7 @@ def check_writable(path: Path) -> None:
         part.unlink()
 
 
-def check_output(output: Output, *inputs: str | None) -> None:
+def check_output(output: Output, inputs: Iterable[str | None]) -> None:
     """`check_file` for rows: those of an unfinished run are not lost either.
 
     Args:
@@ -166,7 +166,7 @@ def check_output(output: Output, *inputs: str | None) -> None:
     """
     if output.path is None or output.to_stdout:
         return
-    part = part_of(output.path)
+    inputs, part = list(inputs), part_of(output.path)
     begun = part.is_file() and part.stat().st_size > 0
     # With --resume, a file without unfinished rows is the finished one, see `is_finished`.
     check_file(output.path, inputs, overwrite=output.overwrite or (bool(output.resume) and not begun))

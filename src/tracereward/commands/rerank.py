@@ -64,7 +64,7 @@ def run_rerank(options: RerankOptions) -> None:
         raise InputError("--json prints the table on stdout: give a file for the chosen rows, -o FILE")
     settings = check_reward_model(options.model)
     task = get_task(options.task or settings.task)
-    check_output(options.output, options.model, options.data)
+    check_output(options.output, [options.model, options.data])
     verdict_file = None
     if options.output.path is not None and not options.output.to_stdout:
         verdict_file = Path(options.output.path).with_suffix(".verdict.json")

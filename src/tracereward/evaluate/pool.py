@@ -264,9 +264,8 @@ def _of(values: Sequence[float], correct: Sequence[bool], wanted: bool) -> list[
 def pool_tables(result: dict[str, Any]) -> list[Table]:
     """The result as tables: selection, discrimination and calibration."""
     percent = [[row["label"], *(100 * row[key] for key in ("accuracy", "low", "high"))] for row in result["ranking"]]
-    line = f"Verdict: {result['verdict']['line']}. " if result["verdict"] else ""
     note = (
-        f"{line}{result['questions']} questions, {result['candidates']} candidates, of which "
+        f"{result['questions']} questions, {result['candidates']} candidates, of which "
         f"{100 * result['correct']:.1f} % are correct and {result['no_answer']} have no answer. "
         f"{judged_by(result['judged'])}"
     )

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -302,6 +303,15 @@ def read_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokeni
             "trained with"
         )
     return tokenizer
+
+
+def end_ids(name: str | Path, revision: str = "main") -> set[int]:
+    """The tokens that end a completion by a model's ``generation_config.json``; empty if it has none."""
+    try:
+        declared = GenerationConfig.from_pretrained(_source(name), revision=revision).eos_token_id
+    except OSError:
+        return set()
+    return {declared} if isinstance(declared, int) else {*(declared or ())}
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
