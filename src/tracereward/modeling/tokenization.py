@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracereward.console import note
@@ -193,3 +194,12 @@ def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     ids = [declared] if isinstance(declared, int) else list(declared or [])
     assert isinstance(tokenizer.eos_token_id, int)
     return sorted({*ids, tokenizer.eos_token_id})
+
+
+def with_own_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Container[int]) -> list[int]:
+    """A rollout with the tokenizer's end-of-sequence token, whichever of `ends` the policy wrote.
+
+    Texts are encoded with the tokenizer's: another one would mark a trace as the policy's.
+    """
+    assert isinstance(tokenizer.eos_token_id, int)
+    return [*ids[:-1], tokenizer.eos_token_id] if ids and ids[-1] in ends else list(ids)
