@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -59,9 +60,7 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if looks_local(name):
-        raise InputError(
-            f"{name}: no such model folder{_suggestion(path)}. Give a folder or a Hub id such as owner/name."
-        )
+        raise InputError(f"{_no_folder(name, path)} Give a folder or a Hub id such as owner/name.")
     return download(name)
 
 
@@ -82,7 +81,7 @@ def model_fingerprint(name: str | None) -> str | None:
     return total.hexdigest()
 
 
-def check_model(name: str) -> None:
+def check_model(name: str, revision: str | None = None) -> None:
     """Check a causal LM's files, its configuration and the names and shapes of its weights; loads no weights.
 
     A model on the Hub is downloaded before.
@@ -90,7 +89,7 @@ def check_model(name: str) -> None:
     Raises:
         InputError: a file is missing or damaged, the folder is not a causal LM's, or weights do not fit the model.
     """
-    folder = local_folder(name)
+    folder = local_folder(name, revision)
     with called(name, folder):
         check_folder(folder, POLICY)
         _check_is_policy(folder)
@@ -166,9 +165,11 @@ def _is_causal(architecture: str) -> bool:
     return architecture in known or architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _suggestion(path: Path) -> str:
+def _no_folder(name: str, path: Path) -> str:
+    if path.exists():
+        return f"{name}: is a file, and a model's folder is needed here (commands take the model first, then the data)."
     near = nearest_path(path)
-    return f" (did you mean {near}?)" if near else ""
+    return f"{name}: no such model folder{f' (did you mean {near}?)' if near else ''}."
 
 
 def best_device() -> torch.device:
@@ -277,13 +278,13 @@ def new_classifier(name: str | Path, *, revision: str | None = None, **kwargs: A
     return load_model(CLASSIFIER, name, NEW_HEAD, config=config, revision=revision, **kwargs)
 
 
-def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left, checked to fit the embedding of the model that it is stored with.
 
     Raises:
         InputError: it cannot be loaded, or has ids that the embedding lacks.
     """
-    folder = local_folder(name)
+    folder = local_folder(name, revision)
     with _explained(name, folder, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     files = type(tokenizer).vocab_files_names.values()
@@ -300,6 +301,15 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             "trained with"
         )
     return tokenizer
+
+
+def end_ids(name: str | Path, revision: str | None = None) -> set[int]:
+    """The tokens that end a completion by a model's ``generation_config.json``; empty if it has none."""
+    try:
+        declared = GenerationConfig.from_pretrained(local_folder(name, revision)).eos_token_id
+    except OSError:
+        return set()
+    return {declared} if isinstance(declared, int) else {*(declared or ())}
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
