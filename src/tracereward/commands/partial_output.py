@@ -27,7 +27,7 @@ def origin_of(command: str, models: dict[str, str | None], data: str | None, **o
     Args:
         command: name of the command.
         models: by argument; compared by content, since a folder may be retrained under the same name.
-        data: file, compared by content, or Hub id.
+        data: file or folder, compared by content, or Hub id.
         **options: all other options that change a row, by Python name.
 
     Raises:
@@ -43,8 +43,8 @@ def origin_of(command: str, models: dict[str, str | None], data: str | None, **o
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; for a Hub id, or a missing file (reported when read), its name."""
-    if not path.is_file():
+    """SHA-256 of a file or folder; for a Hub id, or a missing file (reported when read), its name."""
+    if not path.exists():
         return str(path)
     try:
         return sha256_of(path)
