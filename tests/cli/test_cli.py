@@ -684,6 +684,26 @@ def test_rerank_chooses_one_candidate_per_question(bench, samples, method):
     assert "oracle@4" in done.err
 
 
+def test_rerank_writes_the_verdict_of_the_chosen_rows(bench, samples, tmp_path):
+    output = tmp_path / "chosen.jsonl"
+    command = ["rerank", bench.reward_model, samples, "--method", "reward", "-o", output]
+    done = launcher()(*command)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "chosen.verdict.json").read_text())
+    right = [get_task("arithmetic").verify(row["completion"], row["answer"]) for row in rows(output)]
+    first = [get_task("arithmetic").verify(row["completion"], row["answer"]) for row in rows(samples)[::4]]
+    assert all(first), "the only right candidate of each question"
+    majority = next(one for one in found["comparisons"] if one["baseline"] == "majority")
+    other = launcher()("rerank", bench.reward_model, samples, "--method", "majority", "-o", tmp_path / "other.jsonl")
+    assert other.code == 0, other.err
+    by_majority = [
+        get_task("arithmetic").verify(row["completion"], row["answer"]) for row in rows(tmp_path / "other.jsonl")
+    ]
+    assert majority["difference"] == (sum(right) - sum(by_majority)) / 5
+    assert f"Verdict: {found['line']}" in done.err
+    assert launcher()(*command).code == 2, "neither file is replaced"
+
+
 def test_closed_pipe_is_not_an_error(bench, experts):
     many = bench.folder / "many.jsonl"
     write_jsonl(many, [{"prompt": row["prompt"], "completion": row["completion"]} for row in experts] * 40)
