@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
+from helpers.any_text import any_text  # noqa: F401
 from tracereward import as_reward_func
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings

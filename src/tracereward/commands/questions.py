@@ -9,6 +9,7 @@ from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.sampling import Sample
 from tracereward.modeling.loading import check_model
+from tracereward.modeling.lost_text import MOST_OF_A_TEXT, check_texts
 from tracereward.modeling.rendering import Rendering, render_prompt
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.tasks.recipes import Task, get_task
@@ -52,6 +53,8 @@ def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any
     prompts = [
         render_prompt(tokenizer, row["prompt"], Rendering(template=questions.template), row["source"]) for row in rows
     ]
+    asked = [(row["source"], [prompt]) for row, prompt in zip(rows, prompts, strict=True)]
+    check_texts(tokenizer, asked, source, MOST_OF_A_TEXT)
     return rows, prompts, tokenizer
 
 

@@ -55,6 +55,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         InputError: there is no such model, or it cannot be downloaded; suggests the nearest folder name.
     """
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise InputError(f"a model must be a folder or a Hub id, not {name!r:.80}")
     name = with_revision(str(name), revision)
     path = Path(name).expanduser()
     if path.is_dir():
