@@ -18,6 +18,7 @@ from tracereward.errors import InputError
 from tracereward.selection import choose
 
 Q, T = "3 + 4 = ?\n", "3 + 4 = 7\n#### 7"
+NONE = {"args": None, "task": None, "processing_class": None}
 MESSAGES = [{"role": "user", "content": Q}]
 
 
@@ -75,16 +76,17 @@ WRONG = {
     "settings: interval": (lambda _: RewardSettings(interval="3"), "interval must be at least 1, not '3'"),
     "settings: clip": (lambda _: RewardSettings(beta_clip="5"), "beta_clip must be positive, not '5'"),
     "settings: delimiter": (lambda _: RewardSettings(step_delimiter=None), "step_delimiter must be a text"),
-    "trainer: text": (lambda m: AdversarialTrainer(None, m, Q, args=None, task=None), "demonstrations must be a list"),
-    "trainer: empty": (lambda m: AdversarialTrainer(None, m, [], args=None, task=None), "demonstrations is empty"),
+    "trainer: text": (lambda m: AdversarialTrainer(None, m, Q, **NONE), "demonstrations must be a list"),
+    "trainer: empty": (lambda m: AdversarialTrainer(None, m, [], **NONE), "demonstrations is empty"),
     "trainer: rows": (
-        lambda m: AdversarialTrainer(None, m, [{"prompt": Q}], args=None, task=None),
+        lambda m: AdversarialTrainer(None, m, [{"prompt": Q}], **NONE),
         r"demonstrations\[0\] must be a row with the fields prompt and completion",
     ),
     "trainer: messages": (
-        lambda m: AdversarialTrainer(None, m, [{"prompt": MESSAGES, "completion": T}], args=None, task=None),
+        lambda m: AdversarialTrainer(None, m, [{"prompt": MESSAGES, "completion": T}], **NONE),
         r"demonstrations\[0\]: prompt must be a text.*chat template",
     ),
+    "model: settings": (lambda m: TokenRewardModel(m.backbone, m.tokenizer, {"head": "token"}), "RewardSettings"),
     "choose": (lambda _: choose([], "vote", str.__eq__), "no candidates"),
 }
 

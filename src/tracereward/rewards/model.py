@@ -70,6 +70,8 @@ class TokenRewardModel(nn.Module, Scorer):
         settings: RewardSettings,
     ):
         super().__init__()
+        if not isinstance(settings, RewardSettings):
+            raise InputError(f"settings must be RewardSettings, not {type(settings).__name__}")
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
