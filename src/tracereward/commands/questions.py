@@ -33,8 +33,8 @@ class Questions:
     template: str = "plain"
 
 
-def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
-    """The rows, their rendered prompts and the policy's tokenizer, without loading the model.
+def read_questions(questions: Questions) -> list[dict[str, Any]]:
+    """The rows.
 
     Raises:
         InputError: unreadable input.
@@ -44,9 +44,18 @@ def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any
     if source is None:
         raise InputError(f"task {task.name!r} has no default data set: give --data, a file or a Hub id")
     subset = task.subset if questions.data in (None, task.dataset) else None
-    rows = load_demonstrations(
+    return load_demonstrations(
         source, task, split=questions.split, subset=subset, limit=questions.limit, require_completion=False
     )
+
+
+def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
+    """The rows, their rendered prompts and the policy's tokenizer, without loading the model.
+
+    Raises:
+        InputError: unreadable input.
+    """
+    rows = read_questions(questions)
     check_model(model)
     tokenizer = load_tokenizer(model)
     prompts = [
