@@ -32,7 +32,7 @@ Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 def score(
     model: Model,
     data: Annotated[
-        str, typer.Argument(help="JSONL, Parquet or Hub rows: prompt, and completion, candidates or steps.")
+        str, typer.Argument(help="JSONL, CSV, Parquet or Hub rows: prompt, and completion, candidates or steps.")
     ],
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="JSONL file; a folder with --engine ray. Default: stdout.")

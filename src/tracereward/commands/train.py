@@ -26,7 +26,7 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
 from tracereward.runs.folder import run_folder
-from tracereward.runs.job import Config, Job
+from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.report import report_rewards
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -58,9 +58,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     Raises:
         InputError: the model or a file cannot be used, options conflict, or a batch needs more demonstrations.
     """
-    task = get_task(data.task)
-    if model.model_name_or_path is None:
-        raise InputError("no model: pass --model_name_or_path, a folder or a Hub id")
+    task, policy = get_task(data.task), starting_policy(model)
     source = data.dataset_name or task.dataset
     if source is None:
         raise InputError(f"task {task.name!r} has no default dataset: pass --dataset_name, a file or a Hub id")
@@ -72,9 +70,9 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     if data.unlabeled_dataset_name is not None:
         unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)
         unlabeled = [{**row, "completion": None} for row in unlabeled]
-    check_model(model.model_name_or_path, model.model_revision)
+    check_model(policy)
     check_quantization(model, config)
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    tokenizer = load_tokenizer(policy)
     by_source = {row["source"]: row for row in [*rows, *unlabeled]}
     rendering = Rendering(template=data.template)
     rows = render(rows, tokenizer, rendering)
@@ -218,7 +216,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             frozen = [(1.0, frozen_copy(policy))]
             if config.base_model is not None:
                 with zero3_disabled():
-                    base = load_policy(dataclasses.replace(model, model_name_or_path=config.base_model))
+                    base = load_policy(model, config.base_model)
                 frozen.append((-1.0, base.eval()))
 
             def log_probs(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -253,7 +251,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     job = Job(kind="train", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     task, tokenizer = prepared.task, prepared.tokenizer
-    policy = str(model.model_name_or_path)
+    policy = starting_policy(model)
     start = config.discriminator_model or policy
     reward_tokenizer = tokenizer
     if config.discriminator_model is not None:

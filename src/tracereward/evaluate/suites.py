@@ -28,6 +28,7 @@ from tracereward.evaluate.steps import evaluate_steps, step_tables
 from tracereward.files import atomic_write_json
 from tracereward.generation.params import SamplingParams
 from tracereward.metrics import auroc, auroc_interval
+from tracereward.modeling.hub import looks_local, split_name
 from tracereward.modeling.loading import best_device, check_model, local_folder
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
@@ -312,10 +313,12 @@ def run_calibrate(
     Raises:
         InputError: anything that cannot be read, too few traces of a kind, or a calibration that may not be replaced.
     """
+    if not looks_local(model):
+        raise InputError(
+            f"{model}: the calibration is written into the model's folder: download it first, for example with "
+            f"`hf download {split_name(model)[0]} --local-dir reward_model`"
+        )
     task_spec = check(model, None, task)
-    folder = Path(model)
-    if not folder.is_dir():
-        raise InputError(f"{model}: the calibration is written into the model: give a local folder")
     stored = check_reward_model(model).calibration
     if stored is not None and not overwrite:
         raise InputError(

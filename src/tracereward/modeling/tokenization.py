@@ -105,7 +105,7 @@ def encode_trace(
     )
 
 
-def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left, has a padding and an end-of-sequence token, and keeps reasoning tags.
 
     Raises:
@@ -113,7 +113,7 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
     """
     from tracereward.modeling.loading import read_tokenizer
 
-    tokenizer = read_tokenizer(name, revision=revision)
+    tokenizer = read_tokenizer(name, revision)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
     if tokenizer.pad_token_id is None:
@@ -151,7 +151,7 @@ def without_tags(text: str) -> str:
     return _TAG.sub("", text)
 
 
-def policy_tokenizer(name: str, rendering: Rendering, revision: str = "main") -> PreTrainedTokenizerBase:
+def policy_tokenizer(name: str, rendering: Rendering, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a policy that is trained on rendered prompts; its end-of-sequence token is the one it writes.
 
     Under ``chat`` that is the token with which the template ends a turn (``<end_of_turn>``), where the model's

@@ -16,18 +16,23 @@ from tracereward.modeling.distributed import full_state_dict, gathered_parameter
 from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.runs.folder import Run
+from tracereward.runs.job import starting_policy
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.failures import Failure
 from tracereward.training.quantization import quantization
 from tracereward.training.validation import Validation
 
 
-def load_policy(model: ModelConfig) -> PreTrainedModel:
-    """The starting policy, in float32 unless `dtype` says otherwise; quantized if the options say so."""
+def load_policy(model: ModelConfig, name: str | None = None) -> PreTrainedModel:
+    """The starting policy, in float32 unless `dtype` says otherwise; quantized if the options say so.
+
+    Args:
+        model: options.
+        name: another model to load with the same options.
+    """
     policy = load_causal_lm(
-        str(model.model_name_or_path),
+        name or starting_policy(model),
         dtype=model.dtype or "float32",
-        revision=model.model_revision,
         attn_implementation=model.attn_implementation,
         **quantization(model),
     )
