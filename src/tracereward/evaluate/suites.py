@@ -325,7 +325,7 @@ def run_calibrate(
             f"{model} has a calibration already ({stored.method}, fitted on {stored.traces} traces): replace it with "
             "--overwrite"
         )
-    check_folder_writable(folder)
+    check_folder_writable(local_folder(model))
     rows = read_pool(data, task_spec, questions)
     try:
         check_labels([row.correct for row in rows])
