@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_write_json, fsync_tree
 from tracereward.modeling.distributed import gather_head_for_gradient, local_shard
+from tracereward.modeling.policy_settings import PolicySettings
 from tracereward.modeling.quantized import is_quantized
 from tracereward.training.failures import CORRECT, PERTURBATION, Failure
 from tracereward.training.validation import Validation
@@ -66,9 +67,11 @@ class SafeTrainer(Trainer):
     Attributes:
         validation: questions that select the best checkpoint.
         start_accuracy: the starting policy's accuracy on them.
+        remember: what the policy remembers, written into each checkpoint too.
     """
 
     validation: Validation | None = None
+    remember: PolicySettings | None = None
     start_accuracy: float = math.nan
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -155,6 +158,8 @@ class SafeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.remember is not None:
+                self.remember.write(folder)
             fsync_tree(folder)
             atomic_write_json(folder / COMPLETE, {"step": self.state.global_step})
         self.accelerator.wait_for_everyone()  # if a process ended now, the launcher would kill the others

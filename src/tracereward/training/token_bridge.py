@@ -37,6 +37,7 @@ class TokenBridge:
         self.model = model
         self.ends: frozenset[int] = frozenset(ends)
         self.prompts: Mapping[str, str] = prompts or {}
+        self.eos: int = int(model.tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
         self.same: bool = same_tokenizer(tokenizer, model.tokenizer)
 
     def prompt(self, text: str) -> list[int]:
@@ -48,9 +49,13 @@ class TokenBridge:
         return bool(ids) and ids[-1] in self.ends
 
     def completion(self, ids: Sequence[int]) -> list[int]:
-        """Token ids of a rollout for the reward model, with its end-of-sequence token if the rollout has one."""
+        """Token ids of a rollout for the reward model, with its end-of-sequence token if the rollout has one.
+
+        A policy may have several such tokens (``<|eot_id|>``, ``<|end_of_text|>``). Experts, and texts that are scored,
+        end with the tokenizer's: so does each finished rollout, or another end would mark it as the policy's.
+        """
         if self.same:
-            return list(ids)
+            return [*ids[:-1], self.eos] if self.finished(ids) else list(ids)
         text, _ = token_offsets(self.tokenizer, ids)
         encoded = encode_completion(self.model.tokenizer, text, self.finished(ids))
         return encoded or encode_completion(self.model.tokenizer, text)  # never empty

@@ -27,6 +27,7 @@ from tracereward.modeling.batching import Batch
 from tracereward.modeling.distributed import broadcast_object, zero3_disabled
 from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.log_probs import completion_log_probs
+from tracereward.modeling.tokenization import eos_ids
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import save_state
 from tracereward.training.discriminator_batch import Rollout
@@ -215,6 +216,8 @@ class WarmUp(TrainerCallback):
             max_new_tokens=limit, temperature=config.temperature, top_p=config.top_p, settings=settings
         )
         completions = generate(self.model, trainer.tokenizer, prompts, sampling)
+        ends, eos = eos_ids(self.model, trainer.tokenizer), trainer.tokenizer.eos_token_id
+        completions = [[*ids[:-1], eos] if ids[-1] in ends else ids for ids in completions]
         texts = trainer.tokenizer.batch_decode(completions, skip_special_tokens=True)
         correct = trainer.verify(texts, [row["answer"] for row in rows])
         return trainer.as_rollouts([row["demonstration"] for row in rows], completions, correct)
