@@ -37,7 +37,7 @@ from tracereward.modeling.log_probs import (
 )
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import render
-from tracereward.modeling.tokenization import load_tokenizer, pad_id, same_vocabulary, without_tags
+from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
 from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds
@@ -63,6 +63,7 @@ class TokenRewardModel(nn.Module, Scorer):
         settings: RewardSettings,
     ):
         super().__init__()
+        keep_tags(tokenizer)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings

@@ -230,22 +230,25 @@ class WarmUp(TrainerCallback):
             return load_causal_lm(name, self.trainer.policy.dtype, self.trainer.accelerator.device)
 
     def _leaks(self, rollouts: list[Rollout]) -> dict[str, Any]:
-        """Warn if surface features alone distinguish the experts from the rollouts.
+        """Warn if surface features, or single tokens, alone distinguish the experts from the rollouts.
 
         Returns:
             `surface/auroc`, and the most predictive features.
         """
         discriminator = self.trainer.discriminator
         tokenizer = discriminator.model.tokenizer
-        used = sorted({rollout.demonstration for rollout in rollouts})
-        experts = [TraceText(str(index), discriminator.experts[index].text, True) for index in used]
         texts = tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
+        names = tokenizer.convert_ids_to_tokens
+
+        def trace(index: int, text: str, ids: list[int]) -> TraceText:
+            return TraceText(str(index), text, ids[-1:] == [tokenizer.eos_token_id], names(ids))
+
+        used = sorted({rollout.demonstration for rollout in rollouts})
+        experts = [(index, discriminator.experts[index]) for index in used]
         probe = surface_probe(
-            experts,
-            [
-                TraceText(str(rollout.demonstration), text, rollout.ids[-1:] == [tokenizer.eos_token_id])
-                for rollout, text in zip(rollouts, texts, strict=True)
-            ],
+            [trace(index, expert.text, expert.completion) for index, expert in experts],
+            [trace(rollout.demonstration, text, rollout.ids) for rollout, text in zip(rollouts, texts, strict=True)],
+            names(list(tokenizer.added_tokens_decoder)),
         )
         warning = leak_warning(probe)
         if warning is not None:
