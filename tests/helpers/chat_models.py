@@ -39,9 +39,9 @@ def byte_tokenizer(
     return fast
 
 
-def save_chat_model(folder: Path, template: str | None) -> str:
+def save_chat_model(folder: Path, template: str | None, special: tuple[str, ...] = SPECIAL) -> str:
     """Save a tiny random Llama with a `byte_tokenizer`."""
-    tokenizer = byte_tokenizer(template)
+    tokenizer = byte_tokenizer(template, special=special)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
