@@ -73,21 +73,22 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: b
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-sequence token")
-    text, ended = without_end_marks(text, str(tokenizer.eos_token), *_specials_at_end(tokenizer, text))
+    text, ended = without_ends(tokenizer, text)
     encoding: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     return encoding["input_ids"] + [tokenizer.eos_token_id] * (finished or ended)
 
 
-def _specials_at_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The special tokens that could be the end of a text: all but the beginning of a sequence, unknown and padding."""
-    if not text.rstrip().endswith((">", "]")):  # as nearly always: their list is long
-        return []
-    others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
-    return [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special and token.content not in others
-    ]
+def without_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, bool]:
+    """A completion without end marks, well-known ones and the tokenizer's own, and whether it had any.
+
+    Its own are the special tokens that could end a text: all but the beginning of a sequence, unknown and padding.
+    """
+    special: list[str] = []
+    if text.rstrip().endswith((">", "]")):  # hardly ever: the list is long
+        others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
+        added = tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special and token.content not in others]
+    return without_end_marks(text, str(tokenizer.eos_token), *special)
 
 
 def encode_trace(
