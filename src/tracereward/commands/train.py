@@ -43,7 +43,7 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
 from tracereward.runs.folder import run_folder
-from tracereward.runs.job import Config, Job
+from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.report import report_rewards
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -82,23 +82,22 @@ class Prepared:
 
 def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
     """Set the template and its variables where they are not given: as the model was trained, else plain; says so."""
-    stored = None
-    if model.model_name_or_path is not None:
-        stored = remembered(model.model_name_or_path, model.model_revision)
+    name = starting_policy(model)
+    stored = remembered(name)
     if data.template is None:
         data.template = "plain" if stored is None else stored.template
         if stored is not None and stored.template != "plain":
-            note(f"{model.model_name_or_path} was trained with --template {stored.template}: it is used here too")
+            note(f"{name} was trained with --template {stored.template}: it is used here too")
     elif stored is not None and stored.template != data.template:
-        note(f"--template {data.template}, and {model.model_name_or_path} was trained with {stored.template}")
+        note(f"--template {data.template}, and {name} was trained with {stored.template}")
     if stored is None or stored.template != data.template:
         return
     own = dict(stored.chat_template_kwargs)
     if config.chat_template_kwargs is None and own:
         config.chat_template_kwargs = config.given["chat_template_kwargs"] = own
-        note(f"{model.model_name_or_path} was trained with --chat_template_kwargs '{json.dumps(own)}': used here too")
+        note(f"{name} was trained with --chat_template_kwargs '{json.dumps(own)}': used here too")
     elif config.chat_template_kwargs not in (None, own):
-        note(f"--chat_template_kwargs, and {model.model_name_or_path} was trained with '{json.dumps(own)}'")
+        note(f"--chat_template_kwargs, and {name} was trained with '{json.dumps(own)}'")
 
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
@@ -107,9 +106,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     Raises:
         InputError: the model or a file cannot be used, options conflict, or a batch needs more demonstrations.
     """
-    task = get_task(data.task)
-    if model.model_name_or_path is None:
-        raise InputError("no model: pass --model_name_or_path, a folder or a Hub id")
+    task, policy = get_task(data.task), starting_policy(model)
     source = data.dataset_name or task.dataset
     if source is None:
         raise InputError(f"task {task.name!r} has no default dataset: pass --dataset_name, a file or a Hub id")
@@ -121,11 +118,11 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     if data.unlabeled_dataset_name is not None:
         unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)
         unlabeled = [{**row, "completion": None} for row in unlabeled]
-    check_model(model.model_name_or_path, model.model_revision)
+    check_model(policy)
     check_quantization(model, config)
     by_source = {row["source"]: row for row in [*rows, *unlabeled]}
     rendering = Rendering(template=str(data.template), chat_template_kwargs=config.chat_template_kwargs or {})
-    tokenizer = policy_tokenizer(model.model_name_or_path, rendering, model.model_revision)
+    tokenizer = policy_tokenizer(policy, rendering)
     rendering = dated(rendering, tokenizer)
     rows = render(rows, tokenizer, rendering)
     check_reasoning(rows, tokenizer, rendering)
@@ -272,7 +269,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             frozen = [(1.0, frozen_copy(policy))]
             if config.base_model is not None:
                 with zero3_disabled():
-                    base = load_policy(dataclasses.replace(model, model_name_or_path=config.base_model))
+                    base = load_policy(model, config.base_model)
                 frozen.append((-1.0, base.eval()))
 
             def log_probs(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -308,7 +305,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     job = Job(kind="train", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     task, tokenizer = prepared.task, prepared.tokenizer
-    policy = str(model.model_name_or_path)
+    policy = starting_policy(model)
     start = config.discriminator_model or policy
     reward_tokenizer = tokenizer
     if config.discriminator_model is not None:

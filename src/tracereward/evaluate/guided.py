@@ -181,7 +181,7 @@ def run_guided(
     settings = check_reward_model(reward_model)
     questions = replace(in_force(questions, policy, settings), date=settings.date)
     task = get_task(str(questions.task))
-    folder = results.checked("guided", policy, reward_model, questions.data, reference)
+    folder = results.checked("guided", policy, [reward_model, questions.data, reference])
     check_template(reward_model, questions)
     rows, prompts, tokenizer = load_questions(questions, policy)
     check_answers(rows)

@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from tracereward import __version__
 from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, read_json
-from tracereward.modeling.loading import looks_local
+from tracereward.modeling.loading import local_folder
 from tracereward.modeling.model_folder import POLICY, SETTINGS_FILE
 from tracereward.modeling.rendering import Rendering
 
@@ -45,20 +42,15 @@ class PolicySettings:
         atomic_write_json(Path(folder) / SETTINGS_FILE, stored)
 
 
-def remembered(name: str, revision: str = "main") -> PolicySettings | None:
+def remembered(name: str, revision: str | None = None) -> PolicySettings | None:
     """The settings that a policy's folder or Hub repository has; None without any.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: there is no such model, or the file is damaged.
     """
-    path = Path(name).expanduser() / SETTINGS_FILE
-    if not path.is_file():
-        if looks_local(name):
-            return None
-        try:
-            path = Path(hf_hub_download(name, SETTINGS_FILE, revision=revision))
-        except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError):
-            return None  # models of others have none; a name that does not exist is reported by `check_model`
+    path = local_folder(name, revision) / SETTINGS_FILE
+    if not path.is_file():  # as in models of others
+        return None
     try:
         stored = read_json(path)
         if stored.get("kind") != POLICY:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracereward.console import note
@@ -105,7 +106,7 @@ def encode_trace(
     )
 
 
-def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left, has a padding and an end-of-sequence token, and keeps reasoning tags.
 
     Raises:
@@ -113,7 +114,7 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
     """
     from tracereward.modeling.loading import read_tokenizer
 
-    tokenizer = read_tokenizer(name, revision=revision)
+    tokenizer = read_tokenizer(name, revision)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
     if tokenizer.pad_token_id is None:
@@ -167,7 +168,7 @@ def without_tags(text: str) -> str:
     return _TAG.sub("", text)
 
 
-def policy_tokenizer(name: str, rendering: Rendering, revision: str = "main") -> PreTrainedTokenizerBase:
+def policy_tokenizer(name: str, rendering: Rendering, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a policy that is trained on rendered prompts; its end-of-sequence token is the one it writes.
 
     Under ``chat`` that is the token with which the template ends a turn (``<end_of_turn>``), where the model's
@@ -211,3 +212,12 @@ def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     ids = [declared] if isinstance(declared, int) else list(declared or [])
     assert isinstance(tokenizer.eos_token_id, int)
     return sorted({*ids, tokenizer.eos_token_id})
+
+
+def with_own_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Container[int]) -> list[int]:
+    """A rollout with the tokenizer's end-of-sequence token, whichever of `ends` the policy wrote.
+
+    Texts are encoded with the tokenizer's: another one would mark a trace as the policy's.
+    """
+    assert isinstance(tokenizer.eos_token_id, int)
+    return [*ids[:-1], tokenizer.eos_token_id] if ids and ids[-1] in ends else list(ids)

@@ -28,7 +28,14 @@ from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
 from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
-from tracereward.modeling.loading import NEW_HEAD, load_causal_lm, load_model, local_folder, new_classifier
+from tracereward.modeling.loading import (
+    NEW_HEAD,
+    called,
+    load_causal_lm,
+    load_model,
+    local_folder,
+    new_classifier,
+)
 from tracereward.modeling.log_probs import (
     can_share_prompts,
     completion_log_probs,
@@ -126,18 +133,27 @@ class TokenRewardModel(nn.Module, Scorer):
         return cls(AdapterView(policy, DISCRIMINATOR), tokenizer, settings)
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> "TokenRewardModel":
+    def from_pretrained(
+        cls, model_name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any
+    ) -> "TokenRewardModel":
         """Load a finished reward model from a folder or the Hub.
 
+        Args:
+            model_name_or_path: folder, or ``owner/name`` or ``owner/name@revision`` on the Hub; a folder comes first.
+            revision: branch, tag or commit of a Hub model.
+            **kwargs: for `from_pretrained` of transformers, e.g. ``dtype``.
+
         Raises:
-            InputError: it is not a reward model, or a file or weights of it are missing or damaged.
+            InputError: it is not a reward model, a file or weights of it are missing or damaged, or it cannot be
+                downloaded.
         """
-        folder = local_folder(model_name_or_path)
-        settings = read_settings(folder)
-        tokenizer = load_tokenizer(str(folder))
-        model = cls(load_model(backbone_class(settings), folder, **kwargs), tokenizer, settings)
-        if model.head is not None:
-            load_head(model.head, folder)
+        folder = local_folder(model_name_or_path, revision)
+        with called(model_name_or_path, folder):
+            settings = read_settings(folder)
+            tokenizer = load_tokenizer(str(folder))
+            model = cls(load_model(backbone_class(settings), folder, **kwargs), tokenizer, settings)
+            if model.head is not None:
+                load_head(model.head, folder)
         return model.eval()
 
     @property

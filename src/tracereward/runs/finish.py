@@ -17,18 +17,23 @@ from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.policy_settings import PolicySettings
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.runs.folder import Run
+from tracereward.runs.job import starting_policy
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.failures import Failure
 from tracereward.training.quantization import quantization
 from tracereward.training.validation import Validation
 
 
-def load_policy(model: ModelConfig) -> PreTrainedModel:
-    """The starting policy, in float32 unless `dtype` says otherwise; quantized if the options say so."""
+def load_policy(model: ModelConfig, name: str | None = None) -> PreTrainedModel:
+    """The starting policy, in float32 unless `dtype` says otherwise; quantized if the options say so.
+
+    Args:
+        model: options.
+        name: another model to load with the same options.
+    """
     policy = load_causal_lm(
-        str(model.model_name_or_path),
+        name or starting_policy(model),
         dtype=model.dtype or "float32",
-        revision=model.model_revision,
         attn_implementation=model.attn_implementation,
         **quantization(model),
     )
@@ -99,7 +104,7 @@ def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions:
 
 def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
     """Report the failure that ended a run, its reason and what was restored, on the screen and in ``metrics.jsonl``."""
-    what = restored or "the starting policy and the discriminator of the warm-up"
+    what = restored or "the starting policy, and the discriminator as it was before the policy's first step"
     note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason}. Restored: {what}.")
     if is_main_process():
         row = {"phase": "failure", "step": failure.step, "failure": failure.name}

@@ -35,7 +35,7 @@ def report_rewards(
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
     answers = {row["prompt"]: row["answer"] for row in rows}
     gold = {prompt: answers[prompt] for prompt in prompts}
-    policy = dataclasses.replace(run.job.model, model_name_or_path=str(run.folder / "policy"))
+    policy = dataclasses.replace(run.job.model, model_name_or_path=str(run.folder / "policy"), model_revision="main")
     shown = f"Rewards and heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts."
     try:
         with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes
@@ -64,7 +64,7 @@ def report_rewards(
 def fresh_traces(
     trainer: AdversarialTrainer, model: ModelConfig, reward_model: TokenRewardModel, gold: dict[str, str | None]
 ) -> list[ScoredTrace]:
-    """Four scored rollouts per prompt by the final policy.
+    """Four rollouts per prompt by the final policy, with the rewards of training: also the log-probs that it adds.
 
     Args:
         trainer: of the finished run.
@@ -82,7 +82,16 @@ def fresh_traces(
     bridge = trainer.bridge
     ids = [bridge.completion(s.ids) for s in samples]
     prompt_ids = [bridge.prompt(prompts[s.prompt]) for s in samples]
-    scored = reward_model.score_ids(prompt_ids, ids, token_budget=config.discriminator_token_budget)
+    form, start = trainer.form, None
+    if form.adds_reference:
+        start = load_policy(dataclasses.replace(model, model_name_or_path=form.reference_model)).to(device).eval()  # pyright: ignore[reportArgumentType]
+    scored = reward_model.score_ids(
+        prompt_ids,
+        ids,
+        token_budget=config.discriminator_token_budget,
+        reference=start,
+        policy=policy if form.subtracts_policy else None,
+    )
     traces = []
     for s, scores in zip(samples, scored, strict=True):
         answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]

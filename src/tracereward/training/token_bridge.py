@@ -1,7 +1,7 @@
 """Conversion between the tokens of the policy and of the reward model, whose tokenizers may differ.
 
-With a shared tokenizer ids pass through unchanged. Otherwise rollouts are re-tokenised from their text, and rewards are
-projected back by character offsets.
+With a shared tokenizer ids pass through, except that a policy with several end-of-sequence tokens has one here.
+Otherwise rollouts are re-tokenised from their text, and rewards are projected back by character offsets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tracereward.modeling.alignment import project, token_offsets
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, same_tokenizer
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, same_tokenizer, with_own_end
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.shaping import backfill
 
@@ -37,7 +37,6 @@ class TokenBridge:
         self.model = model
         self.ends: frozenset[int] = frozenset(ends)
         self.prompts: Mapping[str, str] = prompts or {}
-        self.eos: int = int(model.tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]
         self.same: bool = same_tokenizer(tokenizer, model.tokenizer)
 
     def prompt(self, text: str) -> list[int]:
@@ -49,13 +48,9 @@ class TokenBridge:
         return bool(ids) and ids[-1] in self.ends
 
     def completion(self, ids: Sequence[int]) -> list[int]:
-        """Token ids of a rollout for the reward model, with its end-of-sequence token if the rollout has one.
-
-        A policy may have several such tokens (``<|eot_id|>``, ``<|end_of_text|>``). Experts, and texts that are scored,
-        end with the tokenizer's: so does each finished rollout, or another end would mark it as the policy's.
-        """
+        """Token ids of a rollout for the reward model, with its end-of-sequence token if the rollout has any."""
         if self.same:
-            return [*ids[:-1], self.eos] if self.finished(ids) else list(ids)
+            return with_own_end(self.tokenizer, ids, self.ends)
         text, _ = token_offsets(self.tokenizer, ids)
         encoded = encode_completion(self.model.tokenizer, text, self.finished(ids))
         return encoded or encode_completion(self.model.tokenizer, text)  # never empty

@@ -27,7 +27,7 @@ from tracereward.modeling.batching import Batch
 from tracereward.modeling.distributed import broadcast_object, zero3_disabled
 from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.log_probs import completion_log_probs
-from tracereward.modeling.tokenization import eos_ids
+from tracereward.modeling.tokenization import eos_ids, with_own_end
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import save_state
 from tracereward.training.discriminator_batch import Rollout
@@ -116,6 +116,8 @@ class WarmUp(TrainerCallback):
             if last or done % SAVED_UPDATES == 0:
                 self.save()
         progress.close()
+        if not total:
+            self.save()  # what a run without a good checkpoint restores
         self.model = None
         trainer.state.num_input_tokens_seen = tokens_seen
         trainer._metrics["train"].clear()  # metrics of the warm-up's rollouts do not belong to a training step
@@ -216,8 +218,8 @@ class WarmUp(TrainerCallback):
             max_new_tokens=limit, temperature=config.temperature, top_p=config.top_p, settings=settings
         )
         completions = generate(self.model, trainer.tokenizer, prompts, sampling)
-        ends, eos = eos_ids(self.model, trainer.tokenizer), trainer.tokenizer.eos_token_id
-        completions = [[*ids[:-1], eos] if ids[-1] in ends else ids for ids in completions]
+        ends = eos_ids(self.model, trainer.tokenizer)
+        completions = [with_own_end(trainer.tokenizer, ids, ends) for ids in completions]
         texts = trainer.tokenizer.batch_decode(completions, skip_special_tokens=True)
         correct = trainer.verify(texts, [row["answer"] for row in rows])
         return trainer.as_rollouts([row["demonstration"] for row in rows], completions, correct)
