@@ -29,7 +29,7 @@ from tracereward.generation.self_correction import lowest_steps, self_correct, t
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import remembered
-from tracereward.modeling.rendering import render_prompt
+from tracereward.modeling.rendering import completion_text, render_prompt
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.records import Trace
@@ -164,6 +164,8 @@ def corrected_rows(
         note(f"prompts as {correcting.reward_model} was trained ({settings.template}); {model} was trained on others")
     tokenizer = load_tokenizer(model)
     prompts = [render_prompt(tokenizer, row["prompt"], settings.rendering, where) for where, row in rows]
+    texts = [completion_text(tokenizer, row["completion"], settings.rendering, where) for where, row in rows]
+    rows = [(where, {**row, "completion": text}) for (where, row), text in zip(rows, texts)]
     guide = load_guide(
         model,
         tokenizer,

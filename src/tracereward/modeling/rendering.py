@@ -327,6 +327,19 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str | 
     return next((content for content in special if behind.startswith(content)), None)
 
 
+def completion_text(
+    tokenizer: PreTrainedTokenizerBase, completion: str | list[dict], rendering: Rendering, where: str
+) -> str:
+    """A completion as text: itself, or the reasoning and content of its one assistant message.
+
+    Raises:
+        InputError: it is not one assistant message; names `where`.
+    """
+    if isinstance(completion, str):
+        return completion
+    return _completion_text(completion, think_marks(tokenizer, rendering), where) or ""
+
+
 def _common_start(text: str, other: str) -> str:
     return "".join(a for a, b in takewhile(lambda pair: pair[0] == pair[1], zip(text, other)))
 

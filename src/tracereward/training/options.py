@@ -104,7 +104,8 @@ class DataArguments:
         },
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "JSONL or Parquet file, or Hub id. Default: the task's dataset on the Hub."}
+        default=None,
+        metadata={"help": "JSONL, CSV or Parquet file, a folder, or Hub id. Default: the task's dataset on the Hub."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
