@@ -127,9 +127,12 @@ class DataArguments:
     max_demonstrations: Annotated[int | None, Range(min=1, whole=True)] = field(
         default=None, metadata={"help": "Use the first N demonstrations only."}
     )
-    template: Annotated[str, OneOf(("plain", "chat"))] = field(
-        default="plain",
-        metadata={"help": "plain: prompts as the task formats them; chat: the tokenizer's chat template."},
+    template: Annotated[str | None, OneOf(("plain", "chat"))] = field(
+        default=None,
+        metadata={
+            "help": "plain: prompts as the task formats them; chat: the tokenizer's chat template. Default: as the "
+            "model was trained by tracereward, else plain."
+        },
     )
     on_long: Annotated[str, OneOf(("refuse", "drop"))] = field(
         default="refuse",
@@ -160,6 +163,13 @@ class SupervisedOptions(SavingOptions):
 
     max_completion_length: int = field(
         default=1024, metadata={"help": "Longest completion in tokens, with the end-of-sequence token."}
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": 'Variables of the chat template as JSON, such as {"enable_thinking": false}. Default: as the model '
+            "was trained."
+        },
     )
     validation_fraction: Annotated[float, Range(min=0, below=1)] = field(
         default=0.0,
