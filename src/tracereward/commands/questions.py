@@ -112,12 +112,10 @@ def read_questions(questions: Questions) -> list[dict[str, Any]]:
 
     Args:
         questions: with every option set, see `in_force`.
-        model: folder or Hub id of the policy.
 
     Raises:
         InputError: unreadable input.
     """
-    rendering = questions.rendering
     task = get_task(str(questions.task))
     source = questions.data or task.dataset
     if source is None:
@@ -131,9 +129,14 @@ def read_questions(questions: Questions) -> list[dict[str, Any]]:
 def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
     """The rows, their rendered prompts and the policy's tokenizer, without loading the model.
 
+    Args:
+        questions: with every option set, see `in_force`.
+        model: folder or Hub id of the policy.
+
     Raises:
         InputError: unreadable input.
     """
+    rendering = questions.rendering
     rows = read_questions(questions)
     check_model(model)
     tokenizer = load_tokenizer(model)
