@@ -130,7 +130,12 @@ def write_jsonl(path: str | os.PathLike, rows: list[dict]) -> None:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """Hex digest of a file's content."""
+    """Hex digest of a file's content, or of the names and contents of a folder's files."""
+    path = Path(path)
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        listed = "".join(f"{file.relative_to(path)} {sha256_of(file)}\n" for file in files)
+        return hashlib.sha256(listed.encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -322,12 +322,12 @@ def test_invalid_reward_models_are_refused(command, bench, tmp_path, name):
         ({"prompt": "1 + 2 = ?\n", "steps": ["1 + 2 = 3", " "]}, [":2: ", "steps", "not empty"]),
         ({"prompt": "1 + 2 = ?\n", "steps": "1 + 2 = 3"}, [":2: ", "steps must be a list"]),
         ({**GOOD, "prompt": 7}, [":2: ", "'prompt' is int, neither text nor a list"]),
-        ({**GOOD, "prompt": [{"role": "user"}]}, [":2: ", "'prompt' is list, neither text nor"]),
+        ({**GOOD, "prompt": [{"role": "user"}]}, [":2: ", "'prompt': a message has no content"]),
         ({**GOOD, "prompt": [{"role": "user", "content": "1 + 2 = ?"}]}, [":2: ", "trained on plain texts"]),
         ({**GOOD, "finished": "false"}, [":2: ", "finished must be true or false"]),
         ({**GOOD, "finished": [True]}, [":2: ", "finished must be true or false"]),
         ({"prompt": "1", "candidates": ["2", "3"], "finished": [True]}, [":2: ", "for each of the 2 candidates"]),
-        ({**GOOD, "note": "\ud800"}, [":2: ", "field 'note' does not fit in JSON", "surrogates not allowed"]),
+        ({**GOOD, "note": "\ud800"}, [":2: ", "field 'note' has half of a surrogate pair"]),
         ({**GOOD, "a": {"b": [float("nan")]}}, [":2: ", "field 'a' does not fit in JSON", "Out of range"]),
     ],
     ids=["prompt", "completion", "empty", "no candidates", "empty candidate", "text", "list", "empty step", "no steps",
@@ -349,9 +349,7 @@ def test_values_that_json_cannot_represent(command, bench, tmp_path):
     refused(command("score", bench.bare_reward, lines), f"{lines}:2: not valid JSON: nested too deep")
     half = tmp_path / "half.jsonl"
     half.write_text(json.dumps({**GOOD, "prompt": "\ud800"}) + "\n")
-    refused(
-        command("sample", bench.bare, "--data", half), f"{half}:1: field 'prompt' does not fit in JSON", "surrogates"
-    )
+    refused(command("sample", bench.bare, "--data", half), f"{half}:1: field 'prompt' has half of a surrogate pair")
     nested = tmp_path / "rows.json"
     nested.write_text("[" * 200_000)
     refused(command("score", bench.bare_reward, nested), f"{nested}: not valid JSON")
@@ -673,7 +671,9 @@ def test_rerank_chooses_one_candidate_per_question(bench, samples, method):
         if method in best:
             assert row["completion"] == max(group, key=best[method])["completion"]
     right = sum(get_task("arithmetic").verify(row["completion"], row["answer"]) for row in chosen)
-    table = launcher()("rerank", bench.reward_model, samples, "--method", method, "--json")
+    table = launcher()(
+        "rerank", bench.reward_model, samples, "--method", method, "--json", "-o", bench.folder / f"{method}.jsonl"
+    )
     assert table.code == 0, table.err
     (line,) = table.out.splitlines()
     accuracies = json.loads(line)["accuracy"]
@@ -682,6 +682,26 @@ def test_rerank_chooses_one_candidate_per_question(bench, samples, method):
     assert accuracies[label][0] == right / 5
     assert accuracies["oracle@4"][0] == 1.0
     assert "oracle@4" in done.err
+
+
+def test_rerank_writes_the_verdict_of_the_chosen_rows(bench, samples, tmp_path):
+    output = tmp_path / "chosen.jsonl"
+    command = ["rerank", bench.reward_model, samples, "--method", "reward", "-o", output]
+    done = launcher()(*command)
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "chosen.verdict.json").read_text())
+    right = [get_task("arithmetic").verify(row["completion"], row["answer"]) for row in rows(output)]
+    first = [get_task("arithmetic").verify(row["completion"], row["answer"]) for row in rows(samples)[::4]]
+    assert all(first), "the only right candidate of each question"
+    majority = next(one for one in found["comparisons"] if one["baseline"] == "majority")
+    other = launcher()("rerank", bench.reward_model, samples, "--method", "majority", "-o", tmp_path / "other.jsonl")
+    assert other.code == 0, other.err
+    by_majority = [
+        get_task("arithmetic").verify(row["completion"], row["answer"]) for row in rows(tmp_path / "other.jsonl")
+    ]
+    assert majority["difference"] == (sum(right) - sum(by_majority)) / 5
+    assert f"Verdict: {found['line']}" in done.err
+    assert launcher()(*command).code == 2, "neither file is replaced"
 
 
 def test_closed_pipe_is_not_an_error(bench, experts):
@@ -1016,7 +1036,7 @@ def test_gold_answers_need_not_be_text(command, bench, tmp_path, answer, right, 
 def test_rows_of_a_question_need_not_be_adjacent(command, bench, samples, tmp_path):
     given = rows(samples)
     write_jsonl(tmp_path / "mixed.jsonl", [row for n in range(4) for row in given[n::4]])
-    words = ["--method", "shortest", "--json"]
+    words = ["--json"]
     apart = command("rerank", bench.reward_model, tmp_path / "mixed.jsonl", *words)
     together = command("rerank", bench.reward_model, samples, *words)
     assert json.loads(apart.out)["questions"] == 5

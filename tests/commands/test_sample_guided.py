@@ -114,7 +114,7 @@ def test_correct_reads_the_output_of_sample(bench, tokenizer, tmp_path):
     done = launcher()("sample", bench.model, *data, *common, "-n", 2, "-o", tmp_path / "samples.jsonl")
     assert done.code == 0, done.err
     given = rows(tmp_path / "samples.jsonl")
-    given[1] |= {"completion": f"#### {given[1]['answer']}", "finished": True}  # one correct trace
+    given[1] |= {"completion": f"#### {given[1]['answer']}", "finished": True, "correct": True}
     write_jsonl(tmp_path / "samples.jsonl", given)
     words = ["correct", bench.model, tmp_path / "samples.jsonl", "--reward-model", bench.reward_model]
     words += [*common, "--rounds", 2, "-k", 3, "--threshold", 0.2]
@@ -390,7 +390,7 @@ def test_interrupted_guided_samples_are_resumed(bench, ran, tmp_path, words):
     assert json.loads(made_of).keys() == ORIGIN | {"--guide", "--split", "--limit", "--template"} | (
         {"--beam", "--expansions", "--lookahead"} if "beam" in words else {"-n", "--alpha", "--top-k"}
     )
-    ran(*words, tmp_path / "full.jsonl")
+    ran(*words, tmp_path / "full.jsonl", "--overwrite")
     full = (tmp_path / "full.jsonl").read_bytes()
     lines = full.splitlines(keepends=True)
     assert len(lines) == 6
@@ -412,7 +412,7 @@ def test_interrupted_correct_is_resumed(bench, ran, tmp_path):
     words += ["--max-new-tokens", 12, "--share", 0.5, "--batch-size", 4, "-k", 2, "--rounds", 1, "-o"]
     made_of = killed(words, tmp_path / "full.jsonl")
     assert json.loads(made_of).keys() == ORIGIN | {"--rounds", "-k", "--suspect", "--threshold", "--share"}
-    summary = ran(*words, tmp_path / "full.jsonl").splitlines()[-1]
+    summary = ran(*words, tmp_path / "full.jsonl", "--overwrite").splitlines()[-1]
     assert "6 traces, " in summary
     full = (tmp_path / "full.jsonl").read_bytes()
     lines = full.splitlines(keepends=True)

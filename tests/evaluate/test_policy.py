@@ -99,8 +99,10 @@ def data(tmp_path_factory, experts):
 
 def test_evaluate_policy_matches_the_traces_of_sample(tiny_model_folder, data, tmp_path):
     """The same seed gives the samples of `tracereward sample`; accuracies by hand."""
-    common = ["--task", "arithmetic", "--data", data, "--limit", 5, "--max-new-tokens", 8, "--seed", 3]
-    done = launcher()("evaluate", "policy", tiny_model_folder, *common, "-n", 3, "-o", tmp_path / "out", "--json")
+    common = ["--task", "arithmetic", "--data", data, "--limit", 5, "--max-new-tokens", 8]
+    done = launcher()(
+        "evaluate", "policy", tiny_model_folder, *common, "-n", 3, "--seed", 3, "-o", tmp_path / "out", "--json"
+    )
     assert done.code == 0, done.err
     result = json.loads(done.out)
     assert json.loads((tmp_path / "out" / "policy.json").read_text()) == result
@@ -110,7 +112,8 @@ def test_evaluate_policy_matches_the_traces_of_sample(tiny_model_folder, data, t
 
     verify, extract = get_task("arithmetic").verify, get_task("arithmetic").extract
     for name, options in (("greedy", ["-n", 1, "--temperature", 0]), ("sampled", ["-n", 3])):
-        done = launcher()("sample", tiny_model_folder, *common, *options)
+        seed = [] if name == "greedy" else ["--seed", 3]
+        done = launcher()("sample", tiny_model_folder, *common, *options, *seed)
         rows = [json.loads(line) for line in done.out.splitlines()]
         right = [verify(r["completion"], r["answer"]) for r in rows]
         assert result[name]["traces"] == len(rows)

@@ -543,7 +543,9 @@ def test_calibrate_warns_if_wrong_traces_have_higher_rewards(folder, tmp_path, r
     assert (f"slope {fitted['slope']:.3g}" in done.err) == (method != "isotonic")
     for row in rows:
         row["correct"] = not row["correct"]
-    done = launcher()("calibrate", tmp_path / "rm", written(tmp_path / "other.jsonl", rows), "--method", method)
+    done = launcher()(
+        "calibrate", tmp_path / "rm", written(tmp_path / "other.jsonl", rows), "--method", method, "--overwrite"
+    )
     assert done.code == 0, done.err
     assert "warning" not in done.err
 

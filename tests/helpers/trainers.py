@@ -21,7 +21,10 @@ def build_trainer(
     output: Path,
     **options: Any,
 ) -> AdversarialTrainer:
-    """A trainer of two steps whose policy and discriminator both start from the model in `folder`."""
+    """A trainer of two steps whose policy and discriminator both start from the model in `folder`.
+
+    Options that are None here have their default.
+    """
     options = {
         "per_device_train_batch_size": 8,
         "num_generations": 4,
@@ -41,6 +44,7 @@ def build_trainer(
         "seed": 3,
         **options,
     }
+    options = {name: value for name, value in options.items() if value is not None}
     config = AdversarialConfig(output_dir=str(output), **options)
     settings = RewardSettings(
         head=config.head, granularity=config.granularity, beta_clip=config.beta_clip, reward_form=config.reward_form

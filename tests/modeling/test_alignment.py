@@ -181,6 +181,13 @@ def test_blank_lines_are_not_steps():
     assert ends_of(BYTES, "a\n\n\nb\n \n c") == ["a\n\n\n", "b\n \n", " c"]
 
 
+def test_end_of_sequence_after_a_newline_is_no_step():
+    assert step_ends("a\nb\n", [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4)]) == [False, True, False, False, True]
+    assert step_ends("A. B. ", [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 6)], ". ") == [0, 1, 0, 0, 0, 1]
+    assert step_ends("\n\na\n", [(0, 2), (2, 3), (3, 4), (4, 4)]) == [False, False, False, True]
+    assert step_ends("\n", [(0, 1), (1, 1)]) == [False, True]
+
+
 def test_last_token_always_ends_a_step():
     offsets = [(0, 1), (1, 2), (2, 3), (3, 3)]
     assert step_ends("a\nb", offsets) == [False, True, False, True]
@@ -212,13 +219,14 @@ def test_decimal_point_does_not_end_a_sentence():
 
 @given(text=st.text(st.sampled_from("ab \n"), min_size=1, max_size=24))
 def test_one_character_tokens_follow_the_definition(text):
-    """A newline ends a step unless only white space separates it from a later newline."""
+    """A newline ends a step if text is on both sides of it, and no later newline before the text behind it."""
     offsets = [(i, i + 1) for i in range(len(text))]
     expected = []
     for i, character in enumerate(text):
         rest = text[i + 1 :]
         gap = rest[: len(rest) - len(rest.lstrip())]
-        expected.append((character == "\n" and "\n" not in gap) or i == len(text) - 1)
+        inside = bool(text[:i].strip() and rest.strip())
+        expected.append((character == "\n" and "\n" not in gap and inside) or i == len(text) - 1)
     assert step_ends(text, offsets) == expected
 
 

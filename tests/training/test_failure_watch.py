@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from trl import ModelConfig
 
+from helpers.trainers import build_trainer
 from tracereward.commands.train import run_train
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.runs import report
 from tracereward.synthetic.arithmetic import generate
 from tracereward.training import callbacks
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.checkpoints import better_than_start, score_of
+from tracereward.training.checkpoints import COMPLETE, better_than_start, score_of, score_of_checkpoint
 from tracereward.training.failures import Failure
 from tracereward.training.options import DataArguments
 
@@ -30,6 +31,19 @@ def test_checkpoint_score_is_correctness_or_perturbation_auroc():
     assert score_of([{CORRECT: None, PERTURBATION: math.nan}, {PERTURBATION: 0.5}]) == 0.5
     assert math.isnan(score_of([]))
     assert math.isnan(score_of([{"reward": 1.0}]))
+
+
+def test_checkpoint_is_scored_by_the_rollouts_of_its_own_policies():
+    """The rollouts of row t + 1 are the first of the policy of step t; the discriminator of row t is that of step t."""
+    rows = [{"step": step, CORRECT: step / 10, PERTURBATION: step / 100} for step in range(1, 7)]
+    assert score_of_checkpoint(rows, 2, 4) == pytest.approx((0.4 + 0.5) / 2)
+    assert score_of_checkpoint(rows, 0, 2) == pytest.approx((0.2 + 0.3) / 2)
+    assert score_of_checkpoint(rows, 5, 6) == pytest.approx(0.06)  # no rollouts of its policy: the discriminator's
+    unknown = [{**row, CORRECT: None} for row in rows]
+    assert score_of_checkpoint(unknown, 2, 4) == pytest.approx((0.03 + 0.04) / 2)
+    averaged = [{"step": 10, CORRECT: 0.1}, {"step": 20, CORRECT: 0.2}, {"step": 30, CORRECT: 0.3}]
+    assert score_of_checkpoint(averaged, 0, 15) == pytest.approx(0.2)
+    assert math.isnan(score_of_checkpoint(rows, 0, 0))
 
 
 def test_checkpoint_clearly_worse_than_the_start_is_not_restored():
@@ -107,8 +121,8 @@ def test_report_is_written_last_and_without_heatmaps_if_out_of_memory(run, capsy
 
 
 def test_best_checkpoint_is_restored(run, capsys):
-    """Step 2 of 4 is the best, and is kept although two newer checkpoints reach `save_total_limit`."""
-    folder = run(4, [0.3, 0.9, 0.4, 0.2])
+    """Step 2 of 4 is the best: its policy's rollouts are those of step 3. It is kept at `save_total_limit` 2."""
+    folder = run(4, [0.3, 0.4, 0.9, 0.2], save_total_limit=2)
     stderr = capsys.readouterr().err
     assert "decoupling at step 4: as scripted" in stderr
     assert "Restored: checkpoint-2." in stderr
@@ -133,12 +147,42 @@ def test_best_checkpoint_is_restored(run, capsys):
 
 def test_run_that_fails_immediately_restores_the_starting_policy(run, tiny_model_folder, capsys):
     folder = run(2, [0.9, 0.1], save_steps=6)
-    assert "Restored: the starting policy and the discriminator of the warm-up." in capsys.readouterr().err
+    assert "Restored: the starting policy, and the discriminator as it was" in capsys.readouterr().err
     start, final = weights(tiny_model_folder), weights(folder / "policy")
     assert all(torch.equal(final[name], start[name]) for name in start)
     state = torch.load(folder / "checkpoints" / "warmup" / "discriminator.pt", weights_only=True)["parameters"]
     restored = dict(TokenRewardModel.from_pretrained(str(folder / "reward_model")).named_parameters())
     assert all(torch.equal(restored[name], value) for name, value in state.items())
+
+
+def test_without_a_warm_up_the_starting_discriminator_is_restored(tiny_model_folder, tokenizer, experts, tmp_path):
+    options = {
+        "discriminator_warmup_updates": 0,
+        "discriminator_learning_rate": None,
+        "warmup_rollouts": None,
+        "warmup_prompts": None,
+        "discriminator_online_learning_rate": 1e-2,
+    }
+    trainer = build_trainer(tiny_model_folder, tokenizer, experts, tmp_path, **options)
+    parameters = trainer.discriminator.parameters
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    trainer.train()
+    assert any(not torch.equal(parameters[name], value) for name, value in start.items())
+    assert trainer.restore_best() is None
+    assert all(torch.equal(parameters[name], value) for name, value in start.items())
+    assert trainer.discriminator.updates == 0
+
+
+def test_steps_of_the_last_two_checkpoints_survive_a_resume(tiny_model_folder, tokenizer, experts, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    first = build_trainer(tiny_model_folder, tokenizer, experts, tmp_path, **options)
+    first.train()
+    assert first.saved == (1, 2)
+    second = build_trainer(tiny_model_folder, tokenizer, experts, tmp_path, **options, max_steps=3)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert second.saved == (2, 3)
+    markers = [json.loads((tmp_path / f"checkpoint-{step}" / COMPLETE).read_text()) for step in (2, 3)]
+    assert [marker["since"] for marker in markers] == [1, 2]
 
 
 def test_warning_does_not_stop_the_run(run, capsys):

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
 import typer.core
 
+from tracereward.data.readers import has_splits
 from tracereward.errors import InputError
 
 Given = Mapping[str, Any]
@@ -33,16 +33,12 @@ class Rule:
 STEP_SUITES = ("processbench", "prmbench", "mrben")
 
 
-def _is_file(source: str | None) -> bool:
-    return source is not None and Path(source).expanduser().is_file()
-
-
 RULES: tuple[Rule, ...] = (
     Rule(
         commands=("sample", "score", *STEP_SUITES, "perturbation", "policy", "guided"),
         options=("split",),
-        when=lambda o: _is_file(o["data"]),
-        why="the data is a file, which has no splits",
+        when=lambda o: not has_splits(o["data"]),
+        why="the data has no splits",
     ),
     Rule(
         commands=("sample", "correct", "policy", "guided"),
@@ -95,7 +91,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         commands=STEP_SUITES,
         options=("fit_split",),
-        when=lambda o: o["fit"] is None or _is_file(o["fit"]),
+        when=lambda o: o["fit"] is None or not has_splits(o["fit"]),
         why="it is the split of a Hub set in --fit",
     ),
     Rule(

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from trl import ModelConfig, TrlParser
 
-from tracereward.data.readers import SUFFIXES
+from tracereward.data.readers import FORMATS
 from tracereward.errors import InputError, nearest
 from tracereward.files import nearest_path
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -140,7 +140,7 @@ def _stray(word: str) -> str:
     """The message about a word that belongs to no option."""
     if word.startswith("-"):
         return f"unknown option {word}: the names of options start with two hyphens"
-    if word.endswith(SUFFIXES) or Path(word).exists() or "/" in word:
+    if word.removesuffix(".gz").endswith(FORMATS) or Path(word).exists() or "/" in word:
         return f"{word}: no option before it; pass demonstrations as --dataset_name {word}"
     return f"{word!r}: no option before it; give every value behind its option, as --name {word}"
 

@@ -98,7 +98,7 @@ def run_correct(
     Raises:
         InputError: see `corrected_rows` and `check_output`; or the unfinished output is from another run.
     """
-    check_output(output, model, data, correcting.reward_model, correcting.reference)
+    check_output(output, [model, data, correcting.reward_model, correcting.reference])
     done: list[dict[str, Any]] = []
     origin = None
     if not output.to_stdout:

@@ -27,7 +27,7 @@ def origin_of(command: str, models: dict[str, str | None], data: str | None, **o
     Args:
         command: name of the command.
         models: by argument; compared by content, since a folder may be retrained under the same name.
-        data: file, compared by content, or Hub id.
+        data: file or folder, compared by content, or Hub id.
         **options: all other options that change a row, by Python name.
 
     Raises:
@@ -43,8 +43,8 @@ def origin_of(command: str, models: dict[str, str | None], data: str | None, **o
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file; for a Hub id, or a missing file (reported when read), its name."""
-    if not path.is_file():
+    """SHA-256 of a file or folder; for a Hub id, or a missing file (reported when read), its name."""
+    if not path.exists():
         return str(path)
     try:
         return sha256_of(path)
@@ -154,7 +154,7 @@ def check_writable(path: Path) -> None:
         part.unlink()
 
 
-def check_output(output: Output, *inputs: str | None) -> None:
+def check_output(output: Output, inputs: Iterable[str | None]) -> None:
     """`check_file` for rows: those of an unfinished run are not lost either.
 
     Args:
@@ -166,7 +166,7 @@ def check_output(output: Output, *inputs: str | None) -> None:
     """
     if output.path is None or output.to_stdout:
         return
-    part = part_of(output.path)
+    inputs, part = list(inputs), part_of(output.path)
     begun = part.is_file() and part.stat().st_size > 0
     # With --resume, a file without unfinished rows is the finished one, see `is_finished`.
     check_file(output.path, inputs, overwrite=output.overwrite or (bool(output.resume) and not begun))

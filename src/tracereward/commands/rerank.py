@@ -3,21 +3,23 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from tracereward.commands.partial_output import STDOUT, Output, check_output, rows_to, write_row
+from tracereward.commands.partial_output import STDOUT, Output, check_new, check_output, rows_to, write_row
 from tracereward.commands.score import score_rows
 from tracereward.console import note, print_json, say
 from tracereward.data.labels import judge, judged_by, judgement_counts
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
-from tracereward.files import without_nan
+from tracereward.files import atomic_write_json, without_nan
 from tracereward.reports.tables import print_ranking
 from tracereward.rewards.engines import load_scorer
 from tracereward.rewards.settings import check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES
 from tracereward.selection import METHODS, Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.tasks.recipes import Task, get_task
+from tracereward.verdict import BASELINES, verdict
 
 RERANK_METHODS = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
 """Methods that need no correctness labels, model names or fitted temperature."""
@@ -47,7 +49,9 @@ class RerankOptions:
 
 
 def run_rerank(options: RerankOptions) -> None:
-    """`tracereward rerank`: write the chosen rows, and print a table if answers are known.
+    """`tracereward rerank`: write the chosen rows; if answers are known, print a table and the verdict.
+
+    With an output file ``NAME.jsonl`` the verdict is also in ``NAME.verdict.json``.
 
     Raises:
         InputError: an input cannot be read, or a row lacks a field that the method needs.
@@ -60,7 +64,11 @@ def run_rerank(options: RerankOptions) -> None:
         raise InputError("--json prints the table on stdout: give a file for the chosen rows, -o FILE")
     settings = check_reward_model(options.model)
     task = get_task(options.task or settings.task)
-    check_output(options.output, options.model, options.data)
+    check_output(options.output, [options.model, options.data])
+    verdict_file = None
+    if options.output.path is not None and not options.output.to_stdout:
+        verdict_file = Path(options.output.path).with_suffix(".verdict.json")
+        check_new(verdict_file, [options.model, options.data], overwrite=options.output.overwrite)
     rows = list(candidate_rows(options.data, template=settings.template))
     if not rows:
         raise InputError(f"{options.data}: no rows")
@@ -74,11 +82,15 @@ def run_rerank(options: RerankOptions) -> None:
     if options.aggregate is not None:
         model.settings = replace(settings, aggregate=options.aggregate)
     chosen, questions = rerank_rows(score_rows(model, rows), task, options.method)
-    table = summary(questions, task)
+    table = summary(questions, task, options.method)
     if not options.output.to_stdout or not options.json_table:
         with rows_to(options.output) as file:
             for row in chosen:
                 write_row(file, row)
+    if verdict_file is not None:
+        verdict_file.unlink(missing_ok=True)  # of rows that --overwrite has replaced
+        if table is not None and table["verdict"] is not None:
+            atomic_write_json(verdict_file, table["verdict"])
     if options.json_table:
         print_json(table)
     elif table is not None:
@@ -124,12 +136,16 @@ def rerank_rows(
     return chosen, questions
 
 
-def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | None:
-    """Accuracies and AUROCs if correctness is known for all candidates, else None."""
+def summary(questions: list[list[Candidate]], task: Task, method: str = "vote") -> dict[str, Any] | None:
+    """Accuracies, AUROCs and the verdict on the method, or on ``vote`` if the method does not use the reward.
+
+    None if the correctness of a candidate is unknown.
+    """
     counts = judgement_counts(c for candidates in questions for c in candidates)
     if counts["unknown"]:
         return None
     rows = ranking_table(questions, task.equal)
+    found = verdict(questions, task.equal, "vote" if method in (*BASELINES, "random") else method)
     return {
         "questions": len(questions),
         "no_answer": sum(c.answer is None for candidates in questions for c in candidates),
@@ -137,4 +153,5 @@ def summary(questions: list[list[Candidate]], task: Task) -> dict[str, Any] | No
         "accuracy": {row.label: [row.accuracy, row.low, row.high] for row in rows},
         # JSON has no NaN: an AUROC is undefined if all candidates are correct or all are wrong.
         **without_nan(ranking_aurocs(questions)),
+        "verdict": None if found is None else without_nan(found.to_dict()),
     }

@@ -61,7 +61,7 @@ def run_sample(
         models |= {"--reward-model": guidance.reward_model, "--reference": guidance.reference}
         del options["batch_size"]
         options |= {"guide": guidance.method.name, **asdict(guidance.method)}
-    check_output(output, data, *models.values())
+    check_output(output, [data, *models.values()])
     origin = None if output.to_stdout else origin_of("sample", models, data, **options)
     done = 0
     if is_finished(output):

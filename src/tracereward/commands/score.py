@@ -97,7 +97,7 @@ def _score_to_file(options: ScoreOptions) -> list[str]:
     """Score in this process; return the error of each skipped row."""
     settings = check_engine(options.model, options.engine)
     check_log_prob_models(settings, options.reference, options.policy, options.engine)
-    check_output(options.output, options.model, options.data, options.reference, options.policy)
+    check_output(options.output, [options.model, options.data, options.reference, options.policy])
     _note_no_probability(settings, options)
     skipped: list[str] | None = [] if options.skip_bad else None
     # All rows are checked before the model is loaded.

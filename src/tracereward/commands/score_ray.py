@@ -74,7 +74,7 @@ def score_to_folder(options: ScoreOptions) -> list[str]:
     if output.path is None or output.to_stdout:
         raise InputError("--engine ray needs --output, a folder")
     folder = Path(output.path).absolute()
-    score_shards.check_folder(folder, output, options.model, options.data, options.reference, options.policy)
+    score_shards.check_folder(folder, output, [options.model, options.data, options.reference, options.policy])
     skipped: list[str] | None = [] if options.skip_bad else None
     with score_shards.own_folder(folder) as todo:
         calibrated = settings.calibration is not None and options.calibrated

@@ -60,7 +60,7 @@ def room(folder: Path) -> Iterator[None]:
         raise RunFailed(f"the disk of {folder} is full; free some space and resume with --resume") from error
 
 
-def check_folder(folder: Path, output: Output, *inputs: str | None) -> None:
+def check_folder(folder: Path, output: Output, inputs: Iterable[str | None]) -> None:
     """Check that the folder of the results can be created, and that nothing is lost by it.
 
     Args:

@@ -48,7 +48,7 @@ def load_demonstrations(
     rows: list[dict[str, Any]] = []
     for location, raw in read_rows(source, split, subset):
         row = checked_example(task, raw, location)
-        if wrong := not_json(row):  # a tokenizer cannot encode half of a surrogate pair
+        if wrong := not_json(row):  # such as a date in a message
             raise InputError(f"{location}: {wrong}")
         if require_completion and row["completion"] is None:
             raise InputError(

@@ -1,63 +1,68 @@
-"""Readers of JSONL, JSON and Parquet files and Hub data sets; each row comes with its location for error messages."""
+"""Readers of data: files, folders, what `datasets` saved, and sets on the Hub. Each row comes with its location."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
-from tracereward.errors import InputError
+from tracereward.errors import InputError, first_line
 from tracereward.files import nearest_path
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
+"""Endings of files that are read. All but Parquet may be compressed: ``.jsonl.gz``."""
+_NUMBERS, _FLAGS = ("logprob", "reward"), ("correct", "finished")
+"""Columns of a CSV file, where everything is text, that are read as numbers and as true or false."""
 
 
 def read_rows(
     source: str, split: str = "train", subset: str | None = None, skipped: list[str] | None = None
 ) -> Iterator[tuple[str, dict]]:
-    """Yield ``(location, row)`` of a local file or a Hub data set.
+    """Yield ``(location, row)`` of a local file or folder, or of a Hub data set.
 
     Args:
-        source: path that ends in one of `SUFFIXES`, or a Hub id such as ``openai/gsm8k``.
-        split: split of a Hub set; a local file has none.
-        subset: configuration of a Hub set.
-        skipped: receives a message for each invalid line of a JSON Lines file, which is then skipped; None makes the
-            first one an error.
+        source: file with one of the endings `FORMATS`, a folder of such files or one that ``save_to_disk`` of
+            `datasets` wrote, or a Hub id such as ``openai/gsm8k``.
+        split: split of a Hub set or of a folder; a file has none.
+        subset: configuration of a Hub set or of a folder.
+        skipped: receives a message for each invalid row of a JSON file, which is then skipped; None makes the first
+            one an error.
 
     Yields:
         The location is ``path:12``, where 12 is the line of a JSON Lines file (blank ones count) or the row of any
-        other file, from 1; for the Hub ``openai/gsm8k:train:12``.
+        other file, from 1; for the Hub and ``save_to_disk`` folders ``openai/gsm8k:train:12``.
 
     Raises:
-        InputError: missing, unreadable or corrupt file, a line that is no JSON object, an unknown suffix, or a Hub set
-            that cannot be loaded.
+        InputError: missing, unreadable or corrupt file, a row that is no JSON object or has half of a surrogate pair
+            (no tokenizer can encode it), an unknown ending, a split that is not there, or a Hub set that cannot be
+            loaded.
     """
     path = Path(source).expanduser()
     if not _is_local(source, path):
         yield from _hub_rows(source, split, subset)
-        return
-    if not path.name.endswith(SUFFIXES):
-        raise InputError(f"{source}: cannot tell the format from the name; use one of {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        raise InputError(f"{source}: {_missing(path)}")
-    if path.suffix == ".parquet":
-        numbered = _parquet_rows(path)
-    elif path.suffix == ".json":
-        numbered = _json_rows(path)
+    elif _is_saved(path):
+        yield from _saved_rows(source, path, split)
+    elif path.is_dir():
+        for file in _files_of(path, split, subset):
+            yield from _file_rows(str(file), file, skipped)
     else:
-        numbered = _json_lines(path, skipped)
-    for n, row in numbered:
-        if isinstance(row, dict):
-            yield f"{source}:{n}", row
-            continue
-        wrong = f"{source}:{n}: a JSON {_json_type(row)}, not an object with fields"
-        if skipped is None:
-            raise InputError(wrong)
-        skipped.append(wrong)
+        yield from _file_rows(source, path, skipped)
+
+
+def has_splits(source: str | None) -> bool:
+    """Whether a split of a source can be chosen: not of a file, nor of a folder whose files name no split."""
+    path = Path(source or "").expanduser()
+    if source is None or not path.exists():
+        return True
+    if _is_saved(path):
+        return (path / "dataset_dict.json").is_file()
+    return path.is_dir() and len(_splits(path, None)) > 0
 
 
 def not_json(row: dict) -> str | None:
-    """Why a row cannot be written as JSON, such as a Parquet date, half of a surrogate pair or nan; None if it can."""
+    """Why a row cannot be written as JSON, such as a Parquet date or nan; None if it can."""
     for name, value in row.items():
         try:
             json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
@@ -67,20 +72,144 @@ def not_json(row: dict) -> str | None:
 
 
 def _is_local(source: str, path: Path) -> bool:
-    """Whether `source` is a file: it exists, or looks like a path. Hub ids are ``name`` or ``owner/name``."""
+    """Whether `source` is a path: it exists, or looks like one. Hub ids are ``name`` or ``owner/name``."""
     looks_like_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
-    known_ending = path.name.endswith((*SUFFIXES, ".csv", ".tsv", ".txt", ".arrow", ".gz", ".zip", ".yaml"))
+    known_ending = path.name.endswith((*FORMATS, ".txt", ".arrow", ".gz", ".zip", ".yaml"))
     return path.exists() or looks_like_path or known_ending
 
 
 def _missing(path: Path) -> str:
     """Why there is no file at `path`, and the most similar file name in its folder."""
-    if path.is_dir():
-        return "is a folder; name a file in it"
     if not path.parent.is_dir():
         return f"no such file; the folder {path.parent} does not exist either"
     near = nearest_path(path)
     return f"no such file; did you mean {near}?" if near else f"no such file in {path.parent}"
+
+
+# Folders
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether ``save_to_disk`` of `datasets` wrote a folder."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _saved_rows(source: str, path: Path, split: str) -> Iterator[tuple[str, dict]]:
+    """Location and row of a `Dataset` or `DatasetDict` on disk."""
+    import datasets
+    import pyarrow
+
+    n = 0
+    try:
+        saved = datasets.load_from_disk(str(path))
+        if isinstance(saved, datasets.DatasetDict):
+            if split not in saved:
+                raise InputError(_no_split(source, split, list(saved)))
+            source, saved = f"{source}:{split}", saved[split]
+        for n, row in enumerate(saved, start=1):
+            yield f"{source}:{n}", dict(row)
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source}: not a readable data set after row {n}: {first_line(error)}") from error
+
+
+def _no_split(source: object, split: str, splits: list[str]) -> str:
+    return f"{source}: no split {split!r}; it has {', '.join(splits)} (--split, in training --dataset_train_split)"
+
+
+def _files_of(path: Path, split: str, subset: str | None) -> list[Path]:
+    """The files of one split in a folder; all files if their names tell no splits apart.
+
+    Raises:
+        InputError: it has no data, files of several formats, or not this split.
+    """
+    if (path / "config.json").is_file() or (path / "config.yaml").is_file():
+        raise InputError(
+            f"{path}: is the folder of a {'model' if (path / 'config.json').is_file() else 'run'}, not data"
+        )
+    splits = _splits(path, subset)
+    if splits and split not in splits:
+        raise InputError(_no_split(path, split, list(splits)))
+    return splits[split] if splits else _data_files(path)
+
+
+def _splits(path: Path, subset: str | None) -> dict[str, list[Path]]:
+    """The files of each split in a folder, by the conventions of the Hub; empty if their names tell no splits apart."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        builder = datasets.load_dataset_builder(str(path), subset)
+    except (DatasetsError, OSError, ValueError) as error:
+        if not _data_files(path):
+            raise InputError(f"{path}: is a folder without files of the formats {', '.join(FORMATS)}") from error
+        raise InputError(f"{path}: cannot be read as a data set: {first_line(error)}") from error
+    found = {str(split): [Path(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+    known = _data_files(path)
+    if builder.config.name == "default" and len({_format_of(file) for file in known}) > 1:
+        raise InputError(f"{path}: files of several formats ({', '.join(f.name for f in known[:3])}, ...): name one")
+    if list(found) == ["train"] and not any("train" in str(file.relative_to(path)) for file in found["train"]):
+        return {}
+    return found
+
+
+def _data_files(path: Path) -> list[Path]:
+    about = ("dataset_infos.json", "dataset_info.json")
+    inside = (
+        file for file in sorted(path.rglob("*")) if not any(p.startswith(".") for p in file.parts[len(path.parts) :])
+    )
+    return [file for file in inside if file.is_file() and _format_of(file) and file.name not in about]
+
+
+def _format_of(path: Path) -> str | None:
+    """The ending that tells a file's format, without ``.gz``; None if it is not one of `FORMATS`."""
+    name = path.name.removesuffix(".gz")
+    found = next((ending for ending in FORMATS if name.endswith(ending)), None)
+    return None if found == ".parquet" and path.suffix == ".gz" else found
+
+
+# Files
+
+
+def _file_rows(source: str, path: Path, skipped: list[str] | None) -> Iterator[tuple[str, dict]]:
+    """Location and row of a file; what is no row is an error or skipped."""
+    kind = _format_of(path)
+    if kind is None:
+        known = ", ".join((*FORMATS, ".jsonl.gz"))
+        fix = "give the folder that it is in" if path.suffix == ".arrow" else f"use one of {known}, or a folder"
+        raise InputError(f"{source}: cannot tell the format from the name; {fix}")
+    if not path.is_file():
+        raise InputError(f"{source}: {_missing(path)}")
+    if kind == ".parquet":
+        numbered = _parquet_rows(path)
+    elif kind in (".csv", ".tsv"):
+        numbered = _table_rows(path, "," if kind == ".csv" else "\t")
+    else:
+        numbered = _json_rows(path) if kind == ".json" else _json_lines(path, skipped)
+    for n, row in numbered:
+        if not isinstance(row, dict):
+            wrong = f"a JSON {_json_type(row)}, not an object with fields"
+            wrong += ": an array of rows is a .json file" if isinstance(row, list) and kind == ".jsonl" else ""
+        elif kind == ".parquet" or (wrong := _half_pair(row)) is None:
+            yield f"{source}:{n}", row
+            continue
+        if skipped is None:
+            raise InputError(f"{source}:{n}: {wrong}")
+        skipped.append(f"{source}:{n}: {wrong}")
+
+
+def _half_pair(row: dict) -> str | None:
+    """The field with half of a surrogate pair, which only JSON files can have; None if there is none."""
+    for name, value in row.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            half = ascii(error.object[error.start])
+            return f"field {name!a} has half of a surrogate pair ({half}), which is no character: remove it"
+        except (ValueError, RecursionError):  # not of a surrogate; see `not_json`
+            continue
+    return None
 
 
 def _json_type(value: object) -> str:
@@ -90,55 +219,118 @@ def _json_type(value: object) -> str:
     return {list: "array", str: "string", bool: "boolean"}.get(type(value), "number")
 
 
+def _opened(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
 def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, object]]:
     """Line number and value of every line that is not blank; invalid lines are added to `skipped` if given."""
     n = 0
     try:
-        open_text = gzip.open if path.suffix == ".gz" else open
-        with open_text(path, "rt", encoding="utf-8-sig") as lines:
+        with _opened(path) as lines:
             for n, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
                 try:
-                    value = json.loads(line)
-                except (json.JSONDecodeError, RecursionError) as error:
-                    what = "nested too deep"
-                    if isinstance(error, json.JSONDecodeError):
-                        what = f"{error.msg} at character {error.pos + 1}"
+                    text = line.decode("utf-8-sig" if n == 1 else "utf-8")
+                    if text.strip():
+                        yield n, json.loads(text)
+                except UnicodeDecodeError as error:
+                    wrong = f"{path}:{n}: {_not_utf8(path, line, error)}"
+                except json.JSONDecodeError as error:
+                    wrong = f"{path}:{n}: not valid JSON: {error.msg} at character {error.pos + 1}"
+                    if n == 1 and text.lstrip().startswith("["):
+                        wrong += " (an array of rows? then name it .json)"
+                except (RecursionError, ValueError) as error:
+                    what = "nested too deep" if isinstance(error, RecursionError) else str(error)
                     wrong = f"{path}:{n}: not valid JSON: {what}"
-                    if skipped is None:
-                        raise InputError(wrong) from error
-                    skipped.append(wrong)
+                else:
                     continue
-                yield n, value
-    except UnicodeDecodeError as error:  # text is read in blocks, so the line is approximate
-        raise InputError(f"{path}: not UTF-8 text after line {n}: {error.reason}") from error
-    except InputError:
-        raise
-    except ValueError as error:  # a number of thousands of digits
-        raise InputError(f"{path}:{n}: not valid JSON: {error}") from error
+                if skipped is None:
+                    raise InputError(wrong)
+                skipped.append(wrong)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: corrupt gzip file after line {n}: {error}; copy or download it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
+def _not_utf8(path: Path, line: bytes, error: UnicodeDecodeError) -> str:
+    """What is wrong with the text of a line, and the command that converts the file."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        name = "UTF-16"
+    else:  # cp1252 is Latin-1 with letters and quotes in place of control characters
+        name = "CP1252" if any(0x80 <= byte < 0xA0 for byte in line) else "LATIN1"
+    read = f"gzip -dc {path} | iconv -f {name}" if path.suffix == ".gz" else f"iconv -f {name} {path}"
+    ending = "".join(path.suffixes).removesuffix(".gz")
+    new = f"{path.name.split('.')[0]}.utf8{ending}"
+    return f"not UTF-8 text (byte 0x{line[error.start]:02x}): convert it, {read} -t UTF-8 > {new}"
+
+
+def _text_of(path: Path) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        InputError: it cannot be read or is not UTF-8; names the line.
+    """
+    try:
+        with _opened(path) as file:
+            data = file.read()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path}: corrupt gzip file: {error}; copy or download it again") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: {_not_utf8(path, data, error)}") from error
+
+
 def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
     """Number and value of every element of a JSON array."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(_text_of(path))
     except json.JSONDecodeError as error:
         fix = " (one object a line? then name it .jsonl)" if error.msg == "Extra data" else ""
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{fix}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error.reason}") from error
     except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path}: not valid JSON: {error}") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
     if not isinstance(values, list):
         raise InputError(f"{path}: must hold an array of objects; one object a line is .jsonl")
     return iter(enumerate(values, start=1))
+
+
+def _table_rows(path: Path, separator: str) -> Iterator[tuple[int, object]]:
+    """Number and value of every row of a table with a line of column names; an empty cell is None."""
+    import pandas
+
+    try:
+        table = pandas.read_csv(io.StringIO(_text_of(path)), sep=separator, dtype=str, keep_default_na=False)
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+        raise InputError(f"{path}: not a readable table: {first_line(error)}") from error
+    if not isinstance(table.index, pandas.RangeIndex):  # pandas takes columns without a name for row names
+        raise InputError(
+            f"{path}: its rows have more cells than its first line has column names: quote cells with a "
+            f"{'comma' if separator == ',' else 'tab'}"
+        )
+    for n, values in enumerate(table.itertuples(index=False, name=None), start=1):
+        row = {name: None if value == "" else value for name, value in zip(map(str, table.columns), values)}
+        yield n, {name: _cell(path, n, name, value) for name, value in row.items()}
+
+
+def _cell(path: Path, n: int, name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return None
+    if name in _FLAGS:
+        known = {"true": True, "1": True, "false": False, "0": False}
+        return known.get(value.strip().lower(), value)
+    if name in _NUMBERS:
+        try:
+            return float(value)
+        except ValueError as error:
+            raise InputError(f"{path}:{n}: {name} must be a number, not {value!r}") from error
+    return value
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
@@ -167,8 +359,8 @@ def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[str
         rows = datasets.load_dataset(source, subset, split=split)
     except ConnectionError as error:
         raise InputError(
-            f"cannot load {named}: the Hugging Face Hub cannot be reached ({error}). "
-            f"Give a local {' or '.join(SUFFIXES)} file, or load it once where there is a network and keep the cache."
+            f"cannot load {named}: the Hugging Face Hub cannot be reached ({error}). Give a local file "
+            f"({', '.join(FORMATS)}) or folder, or load it once where there is a network and keep the cache."
         ) from error
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load {named} from the Hugging Face Hub: {error}") from error

@@ -222,12 +222,18 @@ def _is_span(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == 2 and all(type(place) is int for place in value)
 
 
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and _is_text(value.get("role")) and _is_text(value.get("content"))
+def _is_prompt(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    try:
+        check_messages(value, "prompt")
+    except ValueError:
+        return False
+    return True
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "prompt": ("a text or a list of messages", lambda value: _is_text(value) or _all(_is_message)(value)),
+    "prompt": ("a text or a list of messages", _is_prompt),
     "completion": ("a text", _is_text),
     "tokens": ("a list of texts", _all(_is_text)),
     "offsets": ("a list of pairs of whole numbers", _all(_is_span)),

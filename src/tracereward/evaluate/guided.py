@@ -178,7 +178,7 @@ def run_guided(
     if sampling.temperature == 0:
         raise InputError("at temperature 0 all samples of a question are the same: set --temperature above 0")
     task = get_task(questions.task)
-    folder = results.checked("guided", policy, reward_model, questions.data, reference)
+    folder = results.checked("guided", policy, [reward_model, questions.data, reference])
     check_template(reward_model, questions.template)
     rows, prompts, tokenizer = load_questions(questions, policy)
     check_answers(rows)

@@ -43,6 +43,7 @@ from tracereward.selection import (
     ranking_curves,
     ranking_table,
 )
+from tracereward.verdict import verdict
 
 
 def score_pool(
@@ -166,7 +167,9 @@ def evaluate_pool(
     table = ranking_table(questions, equal, seed, temperature)
     rewards = [c.reward for c in flat]
     lengths = [c.length for c in flat]
+    found = verdict(questions, equal)
     result = {
+        "verdict": None if found is None else found.to_dict(),
         "questions": len(questions),
         "candidates": len(flat),
         "fit_questions": len(fit_questions),

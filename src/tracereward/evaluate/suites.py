@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tracereward.commands.partial_output import check_new
 from tracereward.commands.questions import Questions, load_questions
 from tracereward.commands.sample import sample_rows
-from tracereward.console import note, print_json, warn
+from tracereward.console import note, print_json, say, warn
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.data.labels import judged_by, judgement_counts
 from tracereward.errors import InputError, check_choice
@@ -55,7 +55,7 @@ class Results:
     overwrite: bool = False
     as_json: bool = False
 
-    def checked(self, suite: str, model: str, *inputs: str | None) -> Path:
+    def checked(self, suite: str, model: str, inputs: Sequence[str | None]) -> Path:
         """The folder, checked before anything slow starts.
 
         Args:
@@ -134,13 +134,14 @@ def publish(
     figures: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write ``SUITE.json`` and ``SUITE.html``, and print the tables, or the JSON, on stdout."""
+    line = f"Verdict: {result['verdict']['line']}." if result.get("verdict") else ""
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_json(folder / f"{suite}.json", result)
     write_report(
         folder / f"{suite}.html",
         Report(
             title=f"Evaluation: {suite}",
-            summary=f"{result.get('model') or result['policy']} on {result['data']}",
+            summary=" ".join(filter(None, [f"{result.get('model') or result['policy']} on {result['data']}.", line])),
             command=" ".join(["tracereward", *sys.argv[1:]]),
             tables=tables,
             figures=figures,
@@ -150,6 +151,8 @@ def publish(
         print_json(result)
     else:
         print_tables(tables)
+    if line:
+        say(line)
     note(f"written: {folder / suite}.json and .html")
 
 
@@ -167,7 +170,8 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
     """
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
-    folder = trial.results.checked("pool", model, data, policy, questions, fit)
+    folder = trial.results.checked("pool", model, [data, policy, questions, fit])
+    check_new(folder / "verdict.json", [model, data, policy, questions, fit], overwrite=trial.results.overwrite)
     rows = read_pool(data, task_spec, questions, trial.limit)
     fit_rows = read_pool(fit, task_spec, questions) if fit else []
     asked = {row.asked: row.where for row in rows}
@@ -189,6 +193,9 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
         note(f"{left_out} candidates are empty or longer than the model reads and were left out")
     if result["uncalibrated"]:
         note(f"{fit or data}: no calibrations: {result['uncalibrated']}")
+    if result["verdict"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(folder / "verdict.json", result["verdict"])
     publish(folder, "pool", result, pool_tables(result), as_json=trial.results.as_json, figures=pool_figures(result))
 
 
@@ -206,7 +213,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = trial.results.checked(suite, model, data, policy, fit)
+    folder = trial.results.checked(suite, model, [data, policy, fit])
     traces = read_step_traces(data, suite, split=split, limit=trial.limit)
     if fit:
         fit_traces = read_step_traces(fit, suite, split=fit_split)
@@ -231,7 +238,7 @@ def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
     model, data, policy = trial.model, trial.data, trial.policy
     task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = trial.results.checked("perturbation", model, data, policy)
+    folder = trial.results.checked("perturbation", model, [data, policy])
     subset = task_spec.subset if data == task_spec.dataset else None
     rows = load_demonstrations(data, task_spec, split=split, subset=subset, limit=trial.limit)
     reward_model, baseline = load(model, policy)
@@ -262,7 +269,7 @@ def run_policy(
     """
     if n > 1 and sampling.temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
-    folder = results.checked("policy", policy, questions.data)
+    folder = results.checked("policy", policy, [questions.data])
     check_answers(load_questions(questions, policy)[0])
     greedy_chunks = sample_rows(policy, questions, replace(sampling, temperature=0.0), n=1)
     greedy = [row for chunk in greedy_chunks for row in chunk]

@@ -138,7 +138,7 @@ def first_step(tokenizer: PreTrainedTokenizerBase, ids: list[int], delimiter: st
     if delimiter not in text[blank:]:
         return None
     text, offsets = token_offsets(tokenizer, ids)
-    ends = step_ends(text, offsets, delimiter)
+    ends = step_ends(text + "a", offsets, delimiter)  # more may follow
     return next(i for i, (end, (_, last)) in enumerate(zip(ends, offsets, strict=True)) if end and last > blank) + 1
 
 

@@ -171,7 +171,7 @@ def tilted(guide: Guide, contexts: Sequence[Sequence[int]], logits: Tensor, *, w
         # A trace's last token is always supervised, so its reward does not depend on where the completion begins. With
         # one-token completions, all candidates share the forward pass over their context.
         rows = [(context, [token]) for context, row in zip(contexts, tokens.tolist(), strict=True) for token in row]
-        prompts, completions = [context for context, _ in rows], [token for _, token in rows]
+        prompts, completions = [context for context, _ in rows], [guide.for_scorer(token) for _, token in rows]
         rewards = guide.scorer.token_rewards(prompts, completions, reference=guide.reference)
         values = values + weight * torch.cat(rewards).view(values.shape).to(values)
     return torch.full_like(logits, -torch.inf).scatter(1, tokens, values)

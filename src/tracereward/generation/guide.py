@@ -11,7 +11,7 @@ from tracereward.generation.continuation import OpenTrace, Tilt, extend
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import Sample
 from tracereward.modeling.log_probs import mean_log_probs
-from tracereward.modeling.tokenization import encode_prompt, eos_ids, pad_id, same_tokenizer
+from tracereward.modeling.tokenization import encode_prompt, eos_ids, pad_id, same_tokenizer, with_own_end
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 
@@ -128,7 +128,11 @@ class Guide:
 
     def score(self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]]) -> list[TokenScores]:
         """Token rewards of each trace, which may be partial."""
-        return self.scorer.score_ids(prompts, traces, reference=self.reference)
+        return self.scorer.score_ids(prompts, [self.for_scorer(trace) for trace in traces], reference=self.reference)
+
+    def for_scorer(self, trace: Sequence[int]) -> list[int]:
+        """A trace with the end-of-sequence token that the reward model knows."""
+        return with_own_end(self.tokenizer, trace, eos_ids(self.policy, self.tokenizer))
 
     def rewards(self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]]) -> list[float]:
         """The aggregated reward of each trace."""

@@ -68,9 +68,10 @@ def _ends_by_prefixes(backend: Tokenizer, ids: list[int], text: str) -> list[int
 def step_ends(text: str, offsets: Sequence[tuple[int, int]], delimiter: str = "\n") -> list[bool]:
     """Whether each token is the last of a step.
 
-    A step ends with the last character of a run of delimiters (with white space between them): blank lines do not make
-    empty steps. White space at the end of a delimiter such as ". " does not count, because most tokenizers put it into
-    the next word's token. The token that holds the character is the step's last. The trace's last token always is one.
+    A step ends with the last character of a run of delimiters (with white space between them) that has text on both
+    sides: neither blank lines nor an end of sequence after the last newline make a step. White space at the end of a
+    delimiter such as ". " does not count, because most tokenizers put it into the next word's token. The token that
+    holds the character is the step's last. The trace's last token always is one.
 
     Args:
         text: the completion.
@@ -79,7 +80,12 @@ def step_ends(text: str, offsets: Sequence[tuple[int, int]], delimiter: str = "\
     """
     ends = [False] * len(offsets)
     runs = re.finditer(rf"(?:{re.escape(delimiter)}\s*?)*{re.escape(delimiter)}", text)
-    boundaries = [(match.start() + len(match[0].rstrip()) if delimiter.strip() else match.end()) - 1 for match in runs]
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+    boundaries = [
+        (match.start() + len(match[0].rstrip()) if delimiter.strip() else match.end()) - 1
+        for match in runs
+        if match.start() > first and match.end() < last
+    ]
     token = 0
     for character in boundaries:
         while token < len(offsets) and offsets[token][1] <= character:

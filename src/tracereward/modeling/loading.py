@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -67,7 +68,7 @@ def local_folder(name: str) -> Path:
     if path.is_dir():
         return path
     if looks_local(name):
-        raise InputError(f"{name}: no such model folder{_suggestion(path)}.")
+        raise InputError(_no_folder(name, path))
     try:
         return Path(snapshot_download(name))
     except Exception as error:  # the Hub client raises many kinds; each means the same to the user
@@ -104,9 +105,7 @@ def check_model(name: str, revision: str = "main") -> None:
     """
     path = Path(name).expanduser()
     if looks_local(name) and not path.is_dir():
-        raise InputError(
-            f"{name}: no such model folder{_suggestion(path)}. Give a folder or a Hub id such as owner/name."
-        )
+        raise InputError(f"{_no_folder(name, path)} Give a folder or a Hub id such as owner/name.")
     if path.is_dir():
         check_folder(path, POLICY)
         _check_is_policy(path)
@@ -176,9 +175,11 @@ def _is_causal(architecture: str) -> bool:
     return architecture in known or architecture.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _suggestion(path: Path) -> str:
+def _no_folder(name: str, path: Path) -> str:
+    if path.exists():
+        return f"{name}: is a file, and a model's folder is needed here (commands take the model first, then the data)."
     near = nearest_path(path)
-    return f" (did you mean {near}?)" if near else ""
+    return f"{name}: no such model folder{f' (did you mean {near}?)' if near else ''}."
 
 
 def best_device() -> torch.device:
@@ -302,6 +303,15 @@ def read_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokeni
             "trained with"
         )
     return tokenizer
+
+
+def end_ids(name: str | Path, revision: str = "main") -> set[int]:
+    """The tokens that end a completion by a model's ``generation_config.json``; empty if it has none."""
+    try:
+        declared = GenerationConfig.from_pretrained(_source(name), revision=revision).eos_token_id
+    except OSError:
+        return set()
+    return {declared} if isinstance(declared, int) else {*(declared or ())}
 
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:

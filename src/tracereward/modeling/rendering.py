@@ -171,6 +171,23 @@ def render(rows: list[dict], tokenizer: PreTrainedTokenizerBase, rendering: Rend
     return rendered
 
 
+def check_reasoning(rows: list[dict], tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> None:
+    """Refuse rendered demonstrations that reason where their prompt has closed the reasoning already.
+
+    Raises:
+        InputError: names the row and the fix.
+    """
+    if rendering.template == "plain":
+        return
+    opening, closing = (mark.strip() for mark in think_marks(tokenizer, rendering))
+    for row in rows:
+        if row["prompt"].rstrip().endswith(closing) and (row["completion"] or "").lstrip().startswith(opening):
+            raise InputError(
+                f"{row_location(row)}: the completion opens the reasoning ({opening}), which the chat template has "
+                f"closed in the prompt ({closing}): remove the reasoning, or the option in --chat_template_kwargs"
+            )
+
+
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], rendering: Rendering, where: str
 ) -> str:
@@ -198,12 +215,20 @@ def render_prompt(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
         messages = [_as_read(message, template) for message in messages]
-        return _applied(tokenizer, messages, rendering)
+        text = _applied(tokenizer, messages, rendering)
     except (TemplateError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         problem = "the chat template refuses the prompt: " if isinstance(error, TemplateError) else ""
         raise InputError(f"{where}: {problem}{' '.join(str(error).split())}") from error
+    if isinstance(prompt, str) and (asked := prompt.strip()):
+        header = text.rpartition(asked)[2].strip()
+        if asked in text and header and asked.endswith(header):
+            raise InputError(
+                f"{where}: the prompt is rendered already, it ends with {header!r}: give the question alone, or use "
+                "--template plain"
+            )
+    return text
 
 
 def _as_read(message: Mapping[str, Any], template: str) -> dict[str, Any]:
@@ -292,6 +317,22 @@ def think_marks(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> tup
     except (TemplateError, ValueError, TypeError, IndexError):  # a template for conversations of another shape
         pass
     return found if all(mark.strip() for mark in found) else THINK
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> str | None:
+    """The special token with which the chat template ends the assistant's turn; None if there is none."""
+    if rendering.template == "plain":
+        return None
+    from jinja2 import TemplateError
+
+    said = "Aa0content0aA"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": said}]
+    try:
+        behind = _applied(tokenizer, turns, rendering, answer=False).split(said)[-1].lstrip()
+    except (TemplateError, ValueError, TypeError):  # a template for conversations of another shape
+        return None
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return next((content for content in special if behind.startswith(content)), None)
 
 
 def _common_start(text: str, other: str) -> str:

@@ -31,14 +31,16 @@ END_MARKS = (
     "[EOS]",
 )
 """Texts of the tokens by which well-known models end a turn or a text."""
+PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>")
+"""Texts of padding tokens, which other tools leave behind an end mark."""
 _TAG = r"(?:<[^<>\s]{1,40}>|\[/?[A-Z][A-Z_]{1,20}\]|◁/?[a-z]{1,20}▷)"
 
 
 def without_end_marks(text: str, *marks: str) -> tuple[str, bool]:
     """A completion without the end marks at its end, and whether it had any.
 
-    All that stand together at the end are taken off, with the white space behind them. A mark elsewhere is ordinary
-    text, as is a ``</s>`` that closes a ``<s>`` of the text.
+    All that stand together at the end are taken off, with the white space and the padding behind them. A mark elsewhere
+    is ordinary text, as is a ``</s>`` that closes a ``<s>`` of the text.
 
     Args:
         text: the completion.
@@ -47,6 +49,8 @@ def without_end_marks(text: str, *marks: str) -> tuple[str, bool]:
     had = False
     while True:
         bare = text.rstrip()
+        while pad := next((pad for pad in PADS if bare.endswith(pad)), None):
+            bare = bare.removesuffix(pad).rstrip()
         mark = next((mark for mark in (*END_MARKS, *marks) if mark and bare.endswith(mark)), None)
         closes = mark == "</s>" and bare.find("<s>") > 0 and bare.count("<s>") == bare.count("</s>")
         if mark is None or closes:

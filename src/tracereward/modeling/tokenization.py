@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tracereward.console import note
 from tracereward.errors import InputError
+from tracereward.modeling.rendering import Rendering, check_rendering, think_marks, turn_end
 from tracereward.modeling.seam import continued, without_end_marks
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_TAG = re.compile(
+    r"(?:<\|?|\[|◁)/?(?:\w+:)?(?:(?:begin|start|end)_of_)?"
+    r"(?:think|thinking|thoughts?|reason|reasoning|reflection|scratchpad|solution|answer)"
+    r"(?:_(?:start|end))?(?:\|?>|\]|▷)",
+    re.IGNORECASE,
+)
+"""Tokens that structure a trace, as reasoning models spell them: ``<think>``, ``[/THINK]``, ``<|end_of_thought|>``."""
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -45,10 +58,11 @@ def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: bool = True) -> list[int]:
     """Token ids of a completion as a rollout has them: no special token except, if finished, one end-of-sequence token.
 
-    End marks at the end of the text (see `seam.without_end_marks`) are that end: they are taken off, and the trace is
-    finished. A completion that spells another special token out (``<|im_start|>``) is encoded as ordinary text: by
-    writing it, a policy must not be able to hide something from the reward model. Tokens that were added to the
-    vocabulary but are not special, as reasoning models have for ``<think>``, are one token, as in a rollout.
+    End marks at the end of the text (see `seam.without_end_marks`) are that end, as are special tokens of the tokenizer
+    that are spelled out there: they are taken off, and the trace is finished. Elsewhere a completion that spells a
+    special token out (``<|im_start|>``) is encoded as ordinary text: by writing it, a policy must not be able to hide
+    something from the reward model. Tokens that were added to the vocabulary but are not special, as ``<think>`` of
+    reasoning models (see `load_tokenizer`), are one token, as in a rollout.
 
     Args:
         tokenizer: of the model that reads the ids.
@@ -60,9 +74,21 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: b
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-sequence token")
-    text, ended = without_end_marks(text, str(tokenizer.eos_token))
+    text, ended = without_end_marks(text, str(tokenizer.eos_token), *_specials_at_end(tokenizer, text))
     encoding: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     return encoding["input_ids"] + [tokenizer.eos_token_id] * (finished or ended)
+
+
+def _specials_at_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The special tokens that could be the end of a text: all but the beginning of a sequence, unknown and padding."""
+    if not text.rstrip().endswith((">", "]")):  # as nearly always: their list is long
+        return []
+    others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
+    return [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special and token.content not in others
+    ]
 
 
 def encode_trace(
@@ -80,7 +106,7 @@ def encode_trace(
 
 
 def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase:
-    """A tokenizer that pads at the left and has a padding and an end-of-sequence token.
+    """A tokenizer that pads at the left, has a padding and an end-of-sequence token, and keeps reasoning tags.
 
     Raises:
         InputError: it cannot be loaded, has tokens that the model's embedding lacks, or no end-of-sequence token.
@@ -92,6 +118,58 @@ def load_tokenizer(name: str, revision: str = "main") -> PreTrainedTokenizerBase
         raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    keep_tags(tokenizer)
+    return tokenizer
+
+
+def keep_tags(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make special tokens that structure a trace ordinary ones of the vocabulary.
+
+    Some tokenizers declare ``<think>`` special. Decoding would then drop it from the text of a rollout, and encoding a
+    trace would spell it out in letters: experts and rollouts would differ in their first token. Affected are reasoning
+    tags and what the chat template writes around the reasoning, but never the tokens that end or pad a text.
+    """
+    kept = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - kept
+    tags = {content for content in special if _TAG.fullmatch(content)}
+    if tokenizer.chat_template and special:
+        around = "".join(think_marks(tokenizer, Rendering(template="chat")))
+        tags |= {content for content in special if content in around}
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not tags or backend is None:
+        return
+    spec = json.loads(backend.to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in tags
+    tokenizer._tokenizer = type(backend).from_str(json.dumps(spec))
+    extra = [token for token in tokenizer._extra_special_tokens if str(token) not in tags]
+    tokenizer._extra_special_tokens = extra
+
+
+def without_tags(text: str) -> str:
+    """A text without reasoning tags, which decoding drops where they are special tokens."""
+    return _TAG.sub("", text)
+
+
+def policy_tokenizer(name: str, rendering: Rendering, revision: str = "main") -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy that is trained on rendered prompts; its end-of-sequence token is the one it writes.
+
+    Under ``chat`` that is the token with which the template ends a turn (``<end_of_turn>``), where the model's
+    generation config lists it as an end: its tokenizer may name another (``<eos>``), which only experts would have.
+
+    Raises:
+        InputError: see `load_tokenizer` and `check_rendering`.
+    """
+    from tracereward.modeling.loading import end_ids
+
+    tokenizer = load_tokenizer(name, revision)
+    check_rendering(tokenizer, rendering)
+    mark = turn_end(tokenizer, rendering)
+    if mark is None or mark == tokenizer.eos_token:
+        return tokenizer
+    if tokenizer.convert_tokens_to_ids(mark) in end_ids(name, revision):
+        note(f"{name}: traces end with {mark}, as its chat template ends a turn, not with {tokenizer.eos_token}")
+        tokenizer.eos_token = mark
     return tokenizer
 
 
@@ -116,3 +194,12 @@ def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBa
     ids = [declared] if isinstance(declared, int) else list(declared or [])
     assert isinstance(tokenizer.eos_token_id, int)
     return sorted({*ids, tokenizer.eos_token_id})
+
+
+def with_own_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ends: Container[int]) -> list[int]:
+    """A rollout with the tokenizer's end-of-sequence token, whichever of `ends` the policy wrote.
+
+    Texts are encoded with the tokenizer's: another one would mark a trace as the policy's.
+    """
+    assert isinstance(tokenizer.eos_token_id, int)
+    return [*ids[:-1], tokenizer.eos_token_id] if ids and ids[-1] in ends else list(ids)

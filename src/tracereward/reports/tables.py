@@ -105,6 +105,8 @@ def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
             pooled, within = summary[f"{name}_auroc"], summary[f"{name}_auroc_within_prompt"]
             text = f"AUROC of {label}: {_auroc(pooled)} pooled, {_auroc(within)} within the prompt"
             console.print(text, highlight=False)
+    if summary["verdict"] is not None:
+        console.print(f"Verdict: {summary['verdict']['line']}", highlight=False, soft_wrap=True)
     if summary["no_answer"]:
         console.print(f"{summary['no_answer']} candidates have no answer in the task's format", highlight=False)
 

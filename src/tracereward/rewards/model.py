@@ -37,7 +37,7 @@ from tracereward.modeling.log_probs import (
 )
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import render
-from tracereward.modeling.tokenization import load_tokenizer, pad_id
+from tracereward.modeling.tokenization import load_tokenizer, pad_id, without_tags
 from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds
@@ -294,8 +294,10 @@ def as_reward_func(
         texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
         finished = None
         tokenizer = policy_tokenizer or model.tokenizer
+        if tokenizer.get_vocab() == model.tokenizer.get_vocab():
+            tokenizer = model.tokenizer  # which keeps the reasoning tags that another may drop as special
         decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids or ()]
-        if any(text.strip() not in of_ids for text, of_ids in zip(texts[1], decoded)):
+        if any(without_tags(text).strip() not in without_tags(of_ids) for text, of_ids in zip(texts[1], decoded)):
             warn_once(
                 "completion_ids are not the reward model's tokens, so every trace counts as ended: pass the policy's "
                 "tokenizer, as_reward_func(model, policy_tokenizer)"
@@ -303,6 +305,7 @@ def as_reward_func(
         elif completion_ids is not None:  # a trace without text has only its end-of-sequence token to score
             ends = special_ids(tokenizer)
             finished = [not text or ids[-1] in ends for ids, text in zip(completion_ids, texts[1], strict=True)]
+            texts = texts[0], decoded
         return [trace.aggregate(model.settings.aggregate) for trace in model.score(*texts, finished=finished)]
 
     return tracereward

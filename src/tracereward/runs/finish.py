@@ -87,7 +87,7 @@ def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions:
 
 def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
     """Report the failure that ended a run, its reason and what was restored, on the screen and in ``metrics.jsonl``."""
-    what = restored or "the starting policy and the discriminator of the warm-up"
+    what = restored or "the starting policy, and the discriminator as it was before the policy's first step"
     note(f"stopped at step {failure.step}: {failure.name.replace('_', ' ')}. {failure.reason}. Restored: {what}.")
     if is_main_process():
         row = {"phase": "failure", "step": failure.step, "failure": failure.name}

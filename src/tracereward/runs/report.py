@@ -64,7 +64,7 @@ def report_rewards(
 def fresh_traces(
     trainer: AdversarialTrainer, model: ModelConfig, reward_model: TokenRewardModel, gold: dict[str, str | None]
 ) -> list[ScoredTrace]:
-    """Four scored rollouts per prompt by the final policy.
+    """Four rollouts per prompt by the final policy, with the rewards of training: also the log-probs that it adds.
 
     Args:
         trainer: of the finished run.
@@ -82,7 +82,16 @@ def fresh_traces(
     bridge = trainer.bridge
     ids = [bridge.completion(s.ids) for s in samples]
     prompt_ids = [bridge.prompt(prompts[s.prompt]) for s in samples]
-    scored = reward_model.score_ids(prompt_ids, ids, token_budget=config.discriminator_token_budget)
+    form, start = trainer.form, None
+    if form.adds_reference:
+        start = load_policy(dataclasses.replace(model, model_name_or_path=form.reference_model)).to(device).eval()  # pyright: ignore[reportArgumentType]
+    scored = reward_model.score_ids(
+        prompt_ids,
+        ids,
+        token_budget=config.discriminator_token_budget,
+        reference=start,
+        policy=policy if form.subtracts_policy else None,
+    )
     traces = []
     for s, scores in zip(samples, scored, strict=True):
         answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]

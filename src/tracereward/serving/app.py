@@ -4,7 +4,7 @@ import base64
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -18,7 +18,7 @@ from scipy.special import expit
 from tracereward import __version__
 from tracereward.errors import InputError
 from tracereward.modeling.alignment import join_steps
-from tracereward.modeling.rendering import message_text
+from tracereward.rewards.records import Trace
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import AGGREGATES, TokenScores
 from tracereward.serving.errors import add_errors
@@ -91,16 +91,19 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
     @app.post("/v1/score", responses=ERRORS, response_model_exclude_none=True)
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
         """Token, step and trace rewards for traces of one prompt."""
-        spans: list[tuple[int, int]] = []
+        spans: Sequence[tuple[int, int]] = []
+        prompt = service.render(body.prompt)
         if body.steps is not None:
             text, spans = join_steps(body.steps, service.model.settings.step_delimiter)
-            field, texts = "steps", [text]
+            trace = Trace(where="steps", prompt=prompt, completion=text, finished=body.finished, spans=spans)
+            field, texts, spans = "steps", [trace.completion], trace.spans
+            body.finished = trace.finished
         elif body.candidates is not None:
             field, texts = "candidates", body.candidates
         else:
             field, texts = "completion", [body.completion or ""]
         service.check(body.model, len(texts), field)
-        work = service.score(service.render(body.prompt), texts, field, body.finished)
+        work = service.score(prompt, texts, field, body.finished)
         scores, usage = await unless_gone(request, work)
         results = []
         for index, one in enumerate(scores):
@@ -147,7 +150,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             service.check(body.model, 1)
             prompt = service.render(body.messages[:-1])
-            work = service.score(prompt, [message_text(body.messages[-1].fields())], "messages")
+            work = service.score(prompt, [service.trace(body.messages[-1].fields())], "messages")
             return *await unless_gone(request, work), 0
         service.check(body.model, len(body.inputs), "input")
         return *await unless_gone(request, service.score_inputs(body.inputs)), 1

@@ -12,7 +12,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from tracereward.modeling.rendering import Rendering, message_text, render_prompt
+from tracereward.messages import content_text, message_text
+from tracereward.modeling.rendering import Rendering, render_prompt
 from tracereward.selection import Candidate, choose
 from tracereward.serving.middleware import error
 from tracereward.serving.schemas import (
@@ -135,7 +136,7 @@ class Proxy:
         if selection.temperature is not None:
             request["temperature"] = selection.temperature
         answer, choices = await self.upstream.sample(path, request, samples)
-        kept = [(choice, sample) for choice in choices if (sample := _sample(choice)).trace.strip()]
+        kept = [(choice, sample) for choice in choices if (sample := _sample(choice, self.service.think)).trace.strip()]
         if not kept:
             raise bad_upstream("all samples of the upstream are empty: none has text or reasoning")
         samples_kept = [sample for _, sample in kept]
@@ -224,8 +225,12 @@ class Proxy:
         return self.task.extract(sample.trace) if stated is None else stated
 
 
-def _sample(choice: JsonObject) -> _Sample:
+def _sample(choice: JsonObject, think: tuple[str, str]) -> _Sample:
     """Read a choice of either endpoint.
+
+    Args:
+        choice: as the upstream returns it.
+        think: the text before and after the reasoning.
 
     Raises:
         UpstreamFailed: it has tool calls, or something else than text.
@@ -239,12 +244,8 @@ def _sample(choice: JsonObject) -> _Sample:
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             raise bad_upstream(f"a sample of the upstream has {name}, which cannot be judged")
-    content = message.get("content") or ""
     try:
-        if finished or content:
-            trace = message_text(message)
-        else:  # cut off while it reasoned
-            trace = message_text(message, think=("<think>\n", ""))
+        trace, content = message_text(message, think), content_text(message.get("content"))
     except ValueError as e:
         raise bad_upstream(f"a sample of the upstream cannot be judged: {e}") from e
     return _Sample(trace, content, finished)

@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from scipy.special import expit
 
 from tracereward.errors import InputError
-from tracereward.modeling.rendering import render_prompt
+from tracereward.messages import message_text
+from tracereward.modeling.rendering import render_prompt, think_marks
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.engine import Engine
@@ -93,6 +94,7 @@ class Service:
     def __init__(self, model: Scorer, settings: Settings):
         self.model = model
         self.settings = settings
+        self.think: tuple[str, str] = think_marks(model.tokenizer, model.settings.rendering)
         self.ready = False
         self.registry = CollectorRegistry()
         named = {"namespace": "tracereward", "registry": self.registry}
@@ -131,16 +133,19 @@ class Service:
             chat_template_kwargs: variables of the chat template, over those that the reward model stores.
         """
         rendering = self.model.settings.rendering
-        given: Any = prompt
-        if not isinstance(prompt, str):
-            given = [message.fields() for message in prompt]
-            if rendering.template == "plain":
-                if [message.role for message in prompt] != ["user"]:
-                    raise InputError("the reward model was trained on plain prompts: send a text or one user message")
-                given = prompt[0].content
-        kwargs = {**rendering.chat_template_kwargs, **(chat_template_kwargs or {})}
-        rendering = replace(rendering, chat_template_kwargs=kwargs)
+        given: Any = prompt if isinstance(prompt, str) else [message.fields() for message in prompt]
+        if rendering.template == "chat":
+            kwargs = {**rendering.chat_template_kwargs, **(chat_template_kwargs or {})}
+            rendering = replace(rendering, chat_template_kwargs=kwargs)
+        elif not isinstance(prompt, str):
+            if [message.role for message in prompt] != ["user"]:
+                raise InputError("the reward model was trained on plain prompts: send a text or one user message")
+            given = prompt[0].content
         return render_prompt(self.model.tokenizer, given, rendering, "prompt")
+
+    def trace(self, message: dict[str, Any]) -> str:
+        """The trace in an assistant message, its reasoning between the marks of the reward model's chat template."""
+        return message_text(message, self.think)
 
     def check(self, model: str | None, candidates: int, field: str | None = None) -> None:
         """Reject an unknown model name, and more candidates (in `field`) than the limit."""

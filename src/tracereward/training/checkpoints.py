@@ -1,6 +1,7 @@
 """Checkpoints that are complete or ignored, and runs that stop at the first non-finite number."""
 
 import io
+import json
 import math
 import os
 import shutil
@@ -66,10 +67,12 @@ class SafeTrainer(Trainer):
     Attributes:
         validation: questions that select the best checkpoint.
         start_accuracy: the starting policy's accuracy on them.
+        saved: steps of the last two checkpoints; 0 where there is none.
     """
 
     validation: Validation | None = None
     start_accuracy: float = math.nan
+    saved: tuple[int, int] = (0, 0)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -88,13 +91,18 @@ class SafeTrainer(Trainer):
         """Load progress made before the first checkpoint; returns the number of updates."""
         return 0
 
-    def checkpoint_score(self) -> float:
-        """The current policy's accuracy on the validation questions; nan without them."""
+    def rate_checkpoint(self) -> None:
+        """Before a checkpoint is written: compare the policy with the best one on the validation questions, if any."""
         if self.validation is None:
-            return math.nan
+            return
         accuracy = self.validation.accuracy(self.accelerator.unwrap_model(self.model))
         self.log({"validation/accuracy": accuracy})
-        return accuracy
+        self.keep_if_best(self.state.global_step, accuracy)
+
+    def keep_if_best(self, step: int, score: float) -> None:
+        """Make a checkpoint the best one unless its score is lower than the best, or nan."""
+        if not math.isnan(score) and (self.state.best_metric is None or score >= self.state.best_metric):
+            self.state.best_metric, self.state.best_global_step = score, step
 
     def beats_start(self) -> bool:
         """Whether the best checkpoint is at least as good as the starting policy."""
@@ -148,16 +156,22 @@ class SafeTrainer(Trainer):
         for name, parameter in self.model.named_parameters():  # pyright: ignore[reportOptionalMemberAccess]
             if parameter.requires_grad and not bool(torch.isfinite(local_shard(parameter)).all()):
                 raise RunFailed(f"the policy's weights {name} are not finite after step {self.state.global_step}")
-        score = self.checkpoint_score()
-        if not math.isnan(score) and (self.state.best_metric is None or score >= self.state.best_metric):
-            self.state.best_metric, self.state.best_global_step = score, self.state.global_step
+        self.rate_checkpoint()
+        if self.saved[1] != self.state.global_step:
+            self.saved = (self.saved[1], self.state.global_step)
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             fsync_tree(folder)
-            atomic_write_json(folder / COMPLETE, {"step": self.state.global_step})
+            atomic_write_json(folder / COMPLETE, {"step": self.state.global_step, "since": self.saved[0]})
         self.accelerator.wait_for_everyone()  # if a process ended now, the launcher would kill the others
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            marker = json.loads((Path(checkpoint) / COMPLETE).read_text(encoding="utf-8"))
+            self.saved = (marker.get("since", 0), checkpoint_step(Path(checkpoint)))
 
 
 FIRST_ROWS = 3  # first logged rows of a run, when the policy has hardly changed
@@ -174,6 +188,23 @@ def score_of(rows: Sequence[Mapping[str, Any]]) -> float:
         if values:
             return float(np.mean(values))
     return math.nan
+
+
+def score_of_checkpoint(rows: Sequence[Mapping[str, Any]], since: int, step: int) -> float:
+    """`score_of` a checkpoint: of the policies after the checkpoint before it, up to its own.
+
+    The rollouts of a row were sampled before its step, by the policy of the step before: a policy's own are in the
+    first row after it, and correctness counts from the second row after `since` up to the first after `step`. The
+    discriminator, which the perturbation AUROC measures, has learned from them already.
+
+    Args:
+        rows: all logged rows.
+        since: step of the checkpoint before; 0 if there is none.
+        step: the checkpoint's.
+    """
+    first, last = (sum(row["step"] <= place for row in rows) for place in (since, step))
+    correct = [{CORRECT: row.get(CORRECT)} for row in rows[first + 1 : last + 1]]
+    return score_of([*correct, *({PERTURBATION: row.get(PERTURBATION)} for row in rows[first:last])])
 
 
 def better_than_start(score: float | None, history: Sequence[Mapping[str, Any]]) -> bool:

@@ -140,14 +140,14 @@ def perturbed_pairs(
 
     Held-out demonstrations if there are any, otherwise training demonstrations.
     """
-    rng = random.Random(f"perturbed pairs {seed}")
+    rng, known = random.Random(f"perturbed pairs {seed}"), traces_by_prompt(experts)
     pool = list(held_out) or list(range(len(experts)))
     pairs = []
     for index in rng.sample(pool, min(MONITORED, len(pool))):
         # Several perturbations per trace, so that few demonstrations give enough pairs.
         for _ in range(max(1, min(8, MONITORED // len(pool)))):
             changed = perturbed(experts[index], rng)
-            if changed is not None:
+            if changed is not None and changed[0] not in known[tuple(experts[index].prompt)]:
                 pairs.append((experts[index].prompt, experts[index].completion, changed[0]))
     return pairs
 
@@ -215,8 +215,9 @@ def draw(
             if changed is None or changed[0] in own:
                 missing += 1
                 continue
-            ids, switch = changed
-            left.append(switch)
+            ids = changed[0]
+            left.append(changed[1])
+            switch = max(first_difference(ids, trace) for trace in own)
             starts = [0 if keep_shared else switch]
             negatives.append(labelled(completion=ids, is_expert=False, starts=starts, switch=switch, is_perturbed=True))
         verified += len(positives)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tracereward.data.readers import has_splits
 from tracereward.errors import InputError
 from tracereward.training.options import NOT_OF, option_defaults
 from tracereward.training.trl_options import COMMANDS, ROLLOUTS, SFT, TRAIN, refusal
@@ -53,10 +54,6 @@ def _tracked(o: Values, tracker: str | None = None) -> bool:
     given = [o.report_to] if isinstance(o.report_to, str) else list(o.report_to or ())
     trackers = [name for name in given if name != "none"]
     return bool(trackers) if tracker is None else "all" in trackers or tracker in trackers
-
-
-def _is_file(source: str | None) -> bool:
-    return source is not None and Path(source).expanduser().is_file()
 
 
 def _untrained(o: Values) -> bool:
@@ -407,12 +404,12 @@ JOB_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         options=("dataset_train_split", "dataset_config"),
-        when=lambda o: _is_file(o.dataset_name),
-        why="--dataset_name is a file, which has no splits and configurations",
+        when=lambda o: not has_splits(o.dataset_name),
+        why="--dataset_name has no splits and configurations: it is a file, or a folder of files without them",
     ),
     Rule(
         options=("validation_dataset_split",),
-        when=lambda o: o.validation_dataset_name is None or _is_file(o.validation_dataset_name),
+        when=lambda o: o.validation_dataset_name is None or not has_splits(o.validation_dataset_name),
         why="it is the split of a Hub dataset in --validation_dataset_name",
     ),
     Rule(

@@ -1,7 +1,7 @@
 """Conversion between the tokens of the policy and of the reward model, whose tokenizers may differ.
 
-With a shared tokenizer ids pass through unchanged. Otherwise rollouts are re-tokenised from their text, and rewards are
-projected back by character offsets.
+With a shared tokenizer ids pass through, except that a policy with several end-of-sequence tokens has one here.
+Otherwise rollouts are re-tokenised from their text, and rewards are projected back by character offsets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tracereward.modeling.alignment import project, token_offsets
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, same_tokenizer
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, same_tokenizer, with_own_end
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.shaping import backfill
 
@@ -48,9 +48,9 @@ class TokenBridge:
         return bool(ids) and ids[-1] in self.ends
 
     def completion(self, ids: Sequence[int]) -> list[int]:
-        """Token ids of a rollout for the reward model, with its end-of-sequence token if the rollout has one."""
+        """Token ids of a rollout for the reward model, with its end-of-sequence token if the rollout has any."""
         if self.same:
-            return list(ids)
+            return with_own_end(self.tokenizer, ids, self.ends)
         text, _ = token_offsets(self.tokenizer, ids)
         encoded = encode_completion(self.model.tokenizer, text, self.finished(ids))
         return encoded or encode_completion(self.model.tokenizer, text)  # never empty

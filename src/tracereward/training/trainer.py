@@ -42,7 +42,7 @@ from tracereward.training.advantages import (
 )
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import FailureWatch, MetricsFile, StopSignal
-from tracereward.training.checkpoints import better_than_start, save_state, score_of
+from tracereward.training.checkpoints import better_than_start, save_state, score_of_checkpoint
 from tracereward.training.discriminator import Discriminator, held_out_demonstrations
 from tracereward.training.discriminator_batch import Expert, Rollout, perturbed_pairs
 from tracereward.training.failures import Failure
@@ -323,8 +323,9 @@ class AdversarialTrainer(RolloutTrainer):
             of_start, _ = completion_log_probs(reference, batch)
         with self._evaluated() as policy, self.accelerator.autocast():
             gap = of_start - completion_log_probs(policy, batch)[0]
-        mask = batch.completion_mask
-        return {"kl": float(((gap.exp() - gap - 1) * mask).sum() / mask.sum())}
+        # Padding can hold any gap, and 0 * exp of a large one is nan.
+        gap = gap[batch.completion_mask.bool()]
+        return {"kl": float((gap.exp() - gap - 1).mean())}
 
     @contextlib.contextmanager
     def _reference(self) -> Iterator[nn.Module | None]:
@@ -388,12 +389,11 @@ class AdversarialTrainer(RolloutTrainer):
 
     # Checkpoints contain the discriminator's state; the best one is kept for `restore_best`.
 
-    def checkpoint_score(self) -> float:
-        """Accuracy on the validation questions; without them, the `score_of` the rows since the last checkpoint."""
-        if self.validation is not None:
-            return super().checkpoint_score()
-        since = self.state.global_step - max(1, int(self.state.save_steps or 1))
-        return score_of([row for row in self.watch.history if row["step"] > since])
+    def rate_checkpoint(self) -> None:
+        """Rate by validation questions; without them the checkpoint before, whose own rollouts are known only now."""
+        if self.validation is None:
+            self.keep_if_best(self.saved[1], score_of_checkpoint(self.watch.history, *self.saved))
+        super().rate_checkpoint()
 
     def beats_start(self) -> bool:
         """Whether the best checkpoint is worth restoring."""
@@ -412,6 +412,8 @@ class AdversarialTrainer(RolloutTrainer):
 
     def restore_best(self) -> str | None:
         """Restore the discriminator with the policy, or its state after the warm-up if no checkpoint is good enough."""
+        if self.validation is None:
+            self.rate_checkpoint()
         restored = super().restore_best()
         if restored is None:
             self.warm_up.load()

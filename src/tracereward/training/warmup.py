@@ -115,6 +115,8 @@ class WarmUp(TrainerCallback):
             if last or done % SAVED_UPDATES == 0:
                 self.save()
         progress.close()
+        if not total:
+            self.save()  # what a run without a good checkpoint restores
         self.model = None
         trainer.state.num_input_tokens_seen = tokens_seen
         trainer._metrics["train"].clear()  # metrics of the warm-up's rollouts do not belong to a training step

@@ -1,0 +1,158 @@
+"""The verdict: whether a reward chooses better than the baselines that cost nothing, in one line."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tracereward.metrics import auroc, length_matched_auroc, within_prompt_auroc
+from tracereward.selection import METHODS, Candidate, methods_for, outcomes
+
+BASELINES = ("majority", "logprob", "logprob_vote", "shortest", "model")
+"""Methods of `selection.METHODS` that need no reward model."""
+RELEVANT = 0.03
+"""Difference of accuracies. A reward is no better if a gain of this size is excluded; an interval that neither
+excludes it nor 0 does not decide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A method's accuracy minus a baseline's on the same questions, with its 95 % interval."""
+
+    baseline: str
+    difference: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A method against all baselines.
+
+    Attributes:
+        method: name in `selection.METHODS`.
+        questions: number of questions.
+        outcome: ``better`` than every baseline, ``worse`` than one, ``no better`` than one (a gain of `RELEVANT` over
+            it is excluded), or ``unclear``.
+        comparisons: one for each baseline whose inputs are present.
+        aurocs: of the reward, and of the log-prob if it is known: within the prompt, within prompt and model, and among
+            traces of similar length; nan if undefined.
+    """
+
+    method: str
+    questions: int
+    outcome: str
+    comparisons: tuple[Comparison, ...]
+    aurocs: dict[str, dict[str, float]]
+
+    @property
+    def decisive(self) -> Comparison:
+        """The comparison that the outcome rests on: the one with the lowest lower bound."""
+        return min(self.comparisons, key=lambda one: one.low)
+
+    @property
+    def line(self) -> str:
+        """The verdict in one line."""
+        one = self.decisive
+        name = METHODS[one.baseline].removesuffix("@{n}").removesuffix(" best-of-{n}")
+        points = f"{_points(one.difference)} points, {_points(one.low)} to {_points(one.high)}"
+        if self.outcome == "better":
+            return f"worth using for reranking: better than {name} ({points}; {self.questions} questions)"
+        if self.outcome == "unclear":
+            needed = questions_needed(one, self.questions)
+            return f"cannot say: {self.questions} questions; about {needed} would do ({points} against {name})"
+        return f"{self.outcome} than {name} ({points}; {self.questions} questions)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; numbers may be nan."""
+        return {"line": self.line, **asdict(self), "needed": questions_needed(self.decisive, self.questions)}
+
+
+def verdict(
+    questions: Sequence[Sequence[Candidate]], equal: Callable[[str, str], bool], method: str = "vote"
+) -> Verdict | None:
+    """Compare a method that uses the reward with the baselines, question by question.
+
+    Args:
+        questions: the candidates of held-out questions; their correctness is known.
+        equal: whether two answers are the same.
+        method: name in `selection.METHODS`.
+
+    Returns:
+        None if no question has two candidates: then there is nothing to choose.
+    """
+    if all(len(candidates) < 2 for candidates in questions):
+        return None
+    mine = outcomes(questions, method, equal)
+    present = methods_for(questions)
+    comparisons = tuple(compared(name, mine, outcomes(questions, name, equal)) for name in BASELINES if name in present)
+    lowest = min(comparisons, key=lambda one: one.low)
+    if lowest.low > 0:
+        outcome = "better"
+    elif any(one.high < 0 for one in comparisons):
+        outcome = "worse"
+    else:
+        outcome = "no better" if lowest.high < RELEVANT else "unclear"
+    return Verdict(
+        method=method,
+        questions=len(questions),
+        outcome=outcome,
+        comparisons=comparisons,
+        aurocs=_aurocs(questions),
+    )
+
+
+def compared(baseline: str, mine: Sequence[float], other: Sequence[float]) -> Comparison:
+    """The difference of two accuracies on the same n questions, with Agresti and Min's (2005) Wald+2 interval.
+
+    With b questions that only the first gets right and c that only the second gets right, the interval is
+    (b - c) / (n + 2) +- z sqrt(b + c + 1 - (b - c)^2 / (n + 2)) / (n + 2). Unlike a bootstrap it is not empty where
+    the two agree on every one of a few questions.
+
+    Args:
+        baseline: name of the second.
+        mine: 1 or 0 for each question.
+        other: likewise.
+    """
+    gaps = np.asarray(mine) - np.asarray(other)
+    n = len(gaps)
+    gain, changed = float(gaps.sum()), float(np.abs(gaps).sum())
+    half = float(stats.norm.ppf(0.975)) * math.sqrt(changed + 1 - gain**2 / (n + 2)) / (n + 2)
+    centre = gain / (n + 2)
+    return Comparison(baseline=baseline, difference=gain / n, low=centre - half, high=centre + half)
+
+
+def questions_needed(one: Comparison, questions: int) -> int:
+    """About how many questions decide: those at which the interval is as narrow as the difference, or `RELEVANT`.
+
+    Its half-width shrinks with the square root of their number.
+    """
+    half = (one.high - one.low) / 2
+    wanted = questions * (half / max(one.difference, RELEVANT)) ** 2
+    digits = 10 ** max(0, math.floor(math.log10(wanted)) - 1) if wanted >= 1 else 1  # two digits: it is an estimate
+    return max(questions, math.ceil(wanted / digits) * digits)
+
+
+def _aurocs(questions: Sequence[Sequence[Candidate]]) -> dict[str, dict[str, float]]:
+    flat = [(index, c) for index, candidates in enumerate(questions) for c in candidates]
+    correct = [bool(c.correct) for _, c in flat]
+    scores = {"reward": [c.reward for _, c in flat]}
+    log_probs = [c.logprob for _, c in flat if c.logprob is not None]
+    if len(log_probs) == len(flat):
+        scores["logprob"] = log_probs
+    return {
+        name: {
+            "pooled": auroc(values, correct),
+            "within_prompt": within_prompt_auroc(values, correct, [index for index, _ in flat]),
+            "within_prompt_and_model": within_prompt_auroc(values, correct, [(index, c.model) for index, c in flat]),
+            "length_matched": length_matched_auroc(values, correct, [c.length for _, c in flat]),
+        }
+        for name, values in scores.items()
+    }
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}"
