@@ -136,7 +136,7 @@ def last_bold(text: str) -> Iterator[str]:
         yield found[1] or found[2] or found[3]
 
 
-def _first(read: Reader, *forms: Iterable[str | None]) -> str | None:
+def _first(read: Reader, forms: Iterable[Iterable[str | None]]) -> str | None:
     """The first answer that `read` finds: in the first form that has one, its last occurrence."""
     for form in forms:
         for raw in form:
@@ -148,12 +148,14 @@ def _first(read: Reader, *forms: Iterable[str | None]) -> str | None:
 
 def extract_number(text: str) -> str | None:
     r"""Answer of word problems: ``#### n``, then ``\boxed{n}``, "the answer is n", then a last line in bold."""
-    return _first(_mathematics, hashes(text)) or _boxed(text) or _first(_mathematics, phrases(text), last_bold(text))
+    return (
+        _first(_mathematics, [hashes(text)]) or _boxed(text) or _first(_mathematics, [phrases(text), last_bold(text)])
+    )
 
 
 def extract_math(text: str) -> str | None:
     r"""Answer of mathematics: ``\boxed{...}``, then ``#### ...``, "the answer is ...", then a last line in bold."""
-    return _boxed(text) or _first(_mathematics, hashes(text), phrases(text), last_bold(text))
+    return _boxed(text) or _first(_mathematics, [hashes(text), phrases(text), last_bold(text)])
 
 
 def extract_letter(text: str) -> str | None:
@@ -163,7 +165,7 @@ def extract_letter(text: str) -> str | None:
     has "(A) and (C)".
     """
     boxed = (f"\\boxed{{{content}}}" for content in boxes(text) if content)  # only a box may hold a small letter
-    return _first(_letter, phrases(text), boxed, _letter_hashes(text), last_bold(text))
+    return _first(_letter, [phrases(text), boxed, _letter_hashes(text), last_bold(text)])
 
 
 def _letter_hashes(text: str) -> Iterator[str]:
@@ -174,13 +176,13 @@ def _letter_hashes(text: str) -> Iterator[str]:
 
 def extract_yes_no(text: str) -> str | None:
     r"""``yes`` or ``no``: "the answer is yes." (or no, true, false), then ``\boxed{yes}``, then ``#### yes``."""
-    return _first(_yes_or_no, phrases(text), boxes(text), hashes(text), last_bold(text))
+    return _first(_yes_or_no, [phrases(text), boxes(text), hashes(text), last_bold(text)])
 
 
 def extract_any(text: str) -> str | None:
     r"""Answer in any form: ``\boxed{...}``, ``#### ...``, then "the answer is (C)" or "the answer is <a clause>."."""
-    answer = _boxed(text) or _first(_mathematics, hashes(text)) or _first(_any, _closing_hashes(text))
-    return answer or _first(_any, phrases(text)) or _first(_mathematics, last_bold(text))
+    answer = _boxed(text) or _first(_mathematics, [hashes(text)]) or _first(_any, [_closing_hashes(text)])
+    return answer or _first(_any, [phrases(text)]) or _first(_mathematics, [last_bold(text)])
 
 
 def extract_span(text: str) -> str | None:
@@ -189,7 +191,7 @@ def extract_span(text: str) -> str | None:
     The rest of the line, not of the clause as in `extract_any`: names and dates contain full stops and commas.
     """
     lines = (text[found.end() : found.end() + 4 * MAX_LENGTH].split("\n")[0] for found in _last(_LEAD, text))
-    return _first(_span, lines, boxes(text), hashes(text))
+    return _first(_span, [lines, boxes(text), hashes(text)])
 
 
 def _boxed(text: str) -> str | None:
