@@ -16,6 +16,7 @@ from tracereward.errors import InputError
 from tracereward.runs import finish
 from tracereward.training import option_rules
 from tracereward.training.options import DataArguments, option_defaults
+from tracereward.training.trackers import PACKAGES
 from tracereward.training.trl_options import (
     COMMANDS,
     HONOURED,
@@ -224,8 +225,9 @@ def test_commands_of_options_are_those_of_trl():
 
 
 @pytest.mark.parametrize(("command", "name"), TESTED, ids=lambda value: value)
-def test_honoured_options_reach_the_trainer(command, name):
+def test_honoured_options_reach_the_trainer(command, name, monkeypatch):
     """The value on the command line is in the config that the trainer gets, after TRL has derived others from it."""
+    monkeypatch.setitem(PACKAGES, "trackio", (lambda: True, ""))
     value, defaults = value_of(command, name), option_defaults(CONFIGS[command], DataArguments, ModelConfig)
     needed = {other: given for other, given in WITH.get(name, {}).items() if other in defaults}
     _, config, model, _ = parse(command, as_words({**needed, name: value}))
@@ -321,7 +323,7 @@ def test_lora_options_reach_peft():
 def test_model_options_reach_the_policy(monkeypatch):
     words = [
         "--model_name_or_path",
-        "m",
+        "owner/m",
         "--model_revision",
         "next",
         "--dtype",
@@ -333,7 +335,7 @@ def test_model_options_reach_the_policy(monkeypatch):
     seen: dict[str, Any] = {}
     monkeypatch.setattr(finish, "load_causal_lm", lambda name, **given: seen.update(given, name=name))
     finish.load_policy(model)
-    wanted = {"name": "m", "revision": "next", "dtype": "bfloat16", "attn_implementation": "eager"}
+    wanted = {"name": "owner/m@next", "dtype": "bfloat16", "attn_implementation": "eager"}
     assert {name: seen[name] for name in wanted} == wanted
 
 

@@ -27,7 +27,8 @@ from tracereward.commands.score import ScoreOptions, check_any_rows, score_rows
 from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, RunFailed
-from tracereward.modeling.loading import looks_local, model_fingerprint
+from tracereward.modeling.hub import looks_local, split_name
+from tracereward.modeling.loading import model_fingerprint
 from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
 from tracereward.rewards.records import LogProbModels
 from tracereward.rewards.scorer import Scorer
@@ -123,7 +124,7 @@ def _manifest(options: ScoreOptions, rows: int, shards: int, fingerprint: str) -
 
 
 def _for_workers(options: ScoreOptions) -> ScoreOptions:
-    """The options with absolute paths of models, since workers run in another folder."""
+    """The options with absolute paths and commits of models: workers run in another folder, and may start later."""
     names = {name: getattr(options, name) for name in ("model", "reference", "policy")}
     return replace(options, **{name: value and _absolute(value) for name, value in names.items()})
 
@@ -182,8 +183,10 @@ class ShardScorer:
 
 
 def _absolute(model: str) -> str:
-    """The absolute path of a local model; a Hub id does not change."""
-    return str(Path(model).expanduser().absolute()) if looks_local(model) else model
+    """The absolute path of a local model; of a Hub model, its commit."""
+    if looks_local(model):
+        return str(Path(model).expanduser().absolute())
+    return f"{split_name(model)[0]}@{model_fingerprint(model)}"
 
 
 def _require_ray() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from tracereward.commands.partial_output import check_new
-from tracereward.commands.questions import Questions, load_questions
+from tracereward.commands.questions import Questions, in_force, load_questions
 from tracereward.commands.sample import sample_rows
 from tracereward.console import note, print_json, say, warn
 from tracereward.data.demonstrations import load_demonstrations
@@ -28,6 +28,7 @@ from tracereward.evaluate.steps import evaluate_steps, step_tables
 from tracereward.files import atomic_write_json
 from tracereward.generation.params import SamplingParams
 from tracereward.metrics import auroc, auroc_interval
+from tracereward.modeling.hub import looks_local, split_name
 from tracereward.modeling.loading import best_device, check_model, local_folder
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
@@ -270,6 +271,7 @@ def run_policy(
     if n > 1 and sampling.temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
     folder = results.checked("policy", policy, [questions.data])
+    questions = in_force(questions, policy)
     check_answers(load_questions(questions, policy)[0])
     greedy_chunks = sample_rows(policy, questions, replace(sampling, temperature=0.0), n=1)
     greedy = [row for chunk in greedy_chunks for row in chunk]
@@ -277,7 +279,7 @@ def run_policy(
     sampled = [row for chunk in chunks for row in chunk]
     result = {
         "policy": policy,
-        "data": questions.data or get_task(questions.task).dataset,
+        "data": questions.data or get_task(str(questions.task)).dataset,
         "temperature": sampling.temperature,
         "seed": sampling.seed,
     }
@@ -314,10 +316,12 @@ def run_calibrate(
     Raises:
         InputError: anything that cannot be read, too few traces of a kind, or a calibration that may not be replaced.
     """
+    if not looks_local(model):
+        raise InputError(
+            f"{model}: the calibration is written into the model's folder: download it first, for example with "
+            f"`hf download {split_name(model)[0]} --local-dir reward_model`"
+        )
     task_spec = check(model, None, task)
-    folder = Path(model)
-    if not folder.is_dir():
-        raise InputError(f"{model}: the calibration is written into the model: give a local folder")
     stored = check_reward_model(model).calibration
     if stored is not None and not overwrite:
         raise InputError(

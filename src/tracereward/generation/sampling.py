@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.settings import generation_config, run_generate
 from tracereward.modeling.batching import pack
@@ -115,6 +116,9 @@ def generate(
 
     Returns:
         len(prompts) * n lists of token ids, up to and including the end-of-sequence token.
+
+    Raises:
+        InputError: a prompt has no tokens.
     """
     model.eval()
     eos = eos_ids(model, tokenizer)
@@ -127,6 +131,8 @@ def generate(
         cache_implementation=None if width is None else "static",
     )
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    if not all(ids):
+        raise InputError(f"prompt {prompts[ids.index([])]!r}: no tokens; give a non-empty prompt")
     batch = pack(ids, [[]] * len(ids), pad_id(tokenizer)).to(model.device)
     left = 0 if width is None else width - batch.input_ids.size(1)
     inputs = F.pad(batch.input_ids, (left, 0), value=pad_id(tokenizer))

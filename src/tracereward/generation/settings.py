@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from tracereward.console import note
 from tracereward.errors import InputError, first_line
 from tracereward.generation.params import SamplingParams
+from tracereward.modeling.loading import local_folder
 from tracereward.modeling.tokenization import eos_ids, pad_id
 
 NEUTRAL: dict[str, Any] = {
@@ -123,7 +124,7 @@ def recommended_options(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
         InputError: the model has no such file, or it asks for beam search.
     """
     try:
-        settings = recommended(GenerationConfig.from_pretrained(model))
+        settings = recommended(GenerationConfig.from_pretrained(local_folder(model)))
     except OSError as error:
         raise InputError(f"{model}: no generation_config.json to use ({first_line(error)})") from error
     if "num_beams" in settings:

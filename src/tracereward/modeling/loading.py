@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,21 +29,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 from transformers.quantizers import AutoHfQuantizer
-from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as transformers_logging
 
 from tracereward.console import note
 from tracereward.errors import InputError, Interrupted, first_line
 from tracereward.files import nearest_path, read_json, sha256_of
 from tracereward.modeling.distributed import zero3_disabled
-from tracereward.modeling.model_folder import (
-    POLICY,
-    SETTINGS_FILE,
-    adapter_message,
-    check_folder,
-    damaged_json,
-    dtypes,
-)
+from tracereward.modeling.hub import download, looks_local, with_revision
+from tracereward.modeling.model_folder import POLICY, SETTINGS_FILE, check_folder, damaged_json, dtypes
 
 BackboneClass = type[AutoModelForCausalLM] | type[AutoModelForTokenClassification]
 CAUSAL_LM = AutoModelForCausalLM
@@ -53,26 +45,23 @@ NEW_HEAD = ("score", "classifier")
 """Names of a token classifier's head, which a causal LM's checkpoint does not have."""
 
 
-def looks_local(name: str) -> bool:
-    """Whether a model name is meant as a path: it exists, or is not `owner/name`."""
-    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") != 1
+def local_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a local model, or of a Hub model after downloading it; an existing folder comes before the Hub.
 
-
-def local_folder(name: str) -> Path:
-    """The folder of a local model, or of a Hub model after downloading it.
+    Args:
+        name: folder, or ``owner/name`` or ``owner/name@revision`` on the Hub.
+        revision: branch, tag or commit of a Hub model.
 
     Raises:
-        InputError: neither exists; suggests the nearest folder name.
+        InputError: there is no such model, or it cannot be downloaded; suggests the nearest folder name.
     """
+    name = with_revision(str(name), revision)
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if looks_local(name):
-        raise InputError(_no_folder(name, path))
-    try:
-        return Path(snapshot_download(name))
-    except Exception as error:  # the Hub client raises many kinds; each means the same to the user
-        raise InputError(f"{name}: neither a local folder nor reachable on the Hub ({first_line(error)})") from error
+        raise InputError(f"{_no_folder(name, path)} Give a folder or a Hub id such as owner/name.")
+    return download(name)
 
 
 def model_fingerprint(name: str | None) -> str | None:
@@ -84,10 +73,7 @@ def model_fingerprint(name: str | None) -> str | None:
     if name is None:
         return None
     if not looks_local(name):
-        try:
-            return Path(hf_hub_download(name, "config.json")).parent.name
-        except Exception as error:
-            raise InputError(f"{name}: not reachable on the Hub ({first_line(error)})") from error
+        return local_folder(name).name
     total = hashlib.sha256()
     for path in sorted(local_folder(name).iterdir()):
         if path.suffix in (".json", ".safetensors", ".bin"):
@@ -95,64 +81,68 @@ def model_fingerprint(name: str | None) -> str | None:
     return total.hexdigest()
 
 
-def check_model(name: str, revision: str = "main") -> None:
-    """Check a causal LM's configuration and, in a local folder, its files and the names and shapes of its weights.
+def check_model(name: str, revision: str | None = None) -> None:
+    """Check a causal LM's files, its configuration and the names and shapes of its weights; loads no weights.
 
-    Loads no weights, so that nothing slow starts before it.
+    A model on the Hub is downloaded before.
 
     Raises:
         InputError: a file is missing or damaged, the folder is not a causal LM's, or weights do not fit the model.
     """
-    path = Path(name).expanduser()
-    if looks_local(name) and not path.is_dir():
-        raise InputError(f"{_no_folder(name, path)} Give a folder or a Hub id such as owner/name.")
-    if path.is_dir():
-        check_folder(path, POLICY)
-        _check_is_policy(path)
-    elif adapter := find_adapter_config_file(name, revision=revision):
-        raise InputError(adapter_message(name, adapter))
-    config = read_config(name, revision=revision)
-    kinds = config.architectures or []
-    if kinds and not any(map(_is_causal, kinds)):
-        raise InputError(f"{name}: is a {', '.join(kinds)}, and a causal language model is needed")
-    if path.is_dir():
-        check_weights(name, CAUSAL_LM)
+    folder = local_folder(name, revision)
+    with called(name, folder):
+        check_folder(folder, POLICY)
+        _check_is_policy(folder)
+        kinds = read_config(folder).architectures or []
+        if kinds and not any(map(_is_causal, kinds)):
+            raise InputError(f"{folder}: is a {', '.join(kinds)}, and a causal language model is needed")
+        check_weights(folder, CAUSAL_LM)
 
 
-def read_config(name: str | Path, **kwargs: Any) -> Any:
+@contextlib.contextmanager
+def called(name: str | Path, folder: Path) -> Iterator[None]:
+    """Errors about the folder of a model call it by its name, not by its place in the cache."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).replace(str(folder), str(name))) from error
+
+
+def read_config(name: str | Path, revision: str | None = None) -> Any:
     """The configuration of a model.
 
     Args:
         name: folder or Hub id.
-        **kwargs: for `from_pretrained`, e.g. ``revision``.
+        revision: branch, tag or commit of a Hub model.
 
     Raises:
         InputError: it cannot be read.
     """
-    with _explained(name, "the model's configuration cannot be read"):
-        return AutoConfig.from_pretrained(_source(name), **kwargs)
+    folder = local_folder(name, revision)
+    with _explained(name, folder, "the model's configuration cannot be read"):
+        return AutoConfig.from_pretrained(folder)
 
 
-def check_weights(name: str | Path, auto: BackboneClass) -> None:
+def check_weights(folder: Path, auto: BackboneClass) -> None:
     """Check that a local checkpoint has every weight of its model, in its shape; reads no weights.
 
     Args:
-        name: folder.
+        folder: the checkpoint.
         auto: `CAUSAL_LM` or `CLASSIFIER`.
 
     Raises:
         InputError: names the weights; or the package of a quantised model is not installed.
     """
-    quantised = read_config(name).to_dict().get("quantization_config")
+    quantised = read_config(folder).to_dict().get("quantization_config")
     if quantised is None:
         with zero3_disabled():
-            load_model(auto, name, device_map="meta")
+            load_model(auto, folder, device_map="meta")
         return
     method = quantised.get("quant_method", "an unknown method")
-    with _explained(name, f"is quantised with {method}"):
+    with _explained(folder, folder, f"is quantised with {method}"):
         AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment(device_map=None)
-    if method == "bitsandbytes" and not {"U8", "I8"} & dtypes(Path(_source(name))):
-        raise InputError(f"{name}: config.json says that it is quantised with {method}, and its weights are not")
+    if method == "bitsandbytes" and not {"U8", "I8"} & dtypes(folder):
+        raise InputError(f"{folder}: config.json says that it is quantised with {method}, and its weights are not")
 
 
 def _check_is_policy(folder: Path) -> None:
@@ -188,21 +178,30 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def load_model(auto: BackboneClass, name: str | Path, new: Collection[str] = (), **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    auto: BackboneClass,
+    name: str | Path,
+    new: Collection[str] = (),
+    *,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     """A model in eval mode, with every weight from its checkpoint.
 
     Args:
         auto: `CAUSAL_LM` or `CLASSIFIER`.
         name: folder or Hub id.
         new: names of modules that the checkpoint need not have: they start at random on purpose.
+        revision: branch, tag or commit of a Hub model.
         **kwargs: for `from_pretrained`.
 
     Raises:
         InputError: it cannot be loaded, or weights are missing, of another shape or of layers that the model lacks.
     """
-    with _explained(name, "the model cannot be loaded"), _quiet(name):
+    folder = local_folder(name, revision)
+    with _explained(name, folder, "the model cannot be loaded"), _quiet():
         model, found = auto.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
-            _source(name), output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     if missing := sorted(key for key in found["missing_keys"] if key.split(".")[0] not in new):
         raise InputError(
@@ -249,21 +248,22 @@ def load_causal_lm(
     model = load_model(CAUSAL_LM, name, dtype=dtype, **kwargs)
     if device is None:
         return model
-    with _explained(name, "the model does not fit on the device"):
+    with _explained(name, None, "the model does not fit on the device"):
         return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
-def new_classifier(name: str | Path, **kwargs: Any) -> PreTrainedModel:
+def new_classifier(name: str | Path, *, revision: str | None = None, **kwargs: Any) -> PreTrainedModel:
     """A token classifier with one logit: the backbone of a causal LM under a new random head.
 
     Args:
         name: folder or Hub id of the causal LM.
+        revision: branch, tag or commit of a Hub model.
         **kwargs: for `from_pretrained`.
 
     Raises:
         InputError: see `load_model`; or transformers has no classifier of this architecture.
     """
-    config = read_config(name, **{key: value for key, value in kwargs.items() if key == "revision"})
+    config = read_config(name, revision)
     config.num_labels = 1
     config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
     config.token_classification_bias = False
@@ -275,26 +275,24 @@ def new_classifier(name: str | Path, **kwargs: Any) -> PreTrainedModel:
         raise InputError(
             f"{name}: transformers has no token-classification class for this architecture; use --head action"
         )
-    return load_model(CLASSIFIER, name, NEW_HEAD, config=config, **kwargs)
+    return load_model(CLASSIFIER, name, NEW_HEAD, config=config, revision=revision, **kwargs)
 
 
-def read_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left, checked to fit the embedding of the model that it is stored with.
 
     Raises:
         InputError: it cannot be loaded, or has ids that the embedding lacks.
     """
-    source = _source(name)
-    with _explained(name, "the tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, padding_side="left")
-    folder = Path(source)
-    if folder.is_dir():
-        files = type(tokenizer).vocab_files_names.values()
-        if not any((folder / file).is_file() for file in (*files, "tokenizer.json")):
-            raise InputError(f"{name}: no tokenizer: tokenizer.json is missing")
-        if not (folder / "config.json").is_file():
-            return tokenizer
-    rows = read_config(name, revision=revision).get_text_config().vocab_size
+    folder = local_folder(name, revision)
+    with _explained(name, folder, "the tokenizer cannot be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    files = type(tokenizer).vocab_files_names.values()
+    if not any((folder / file).is_file() for file in (*files, "tokenizer.json")):
+        raise InputError(f"{name}: no tokenizer: tokenizer.json is missing")
+    if not (folder / "config.json").is_file():
+        return tokenizer
+    rows = read_config(folder).get_text_config().vocab_size
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= rows:
         raise InputError(
@@ -305,10 +303,10 @@ def read_tokenizer(name: str | Path, revision: str = "main") -> PreTrainedTokeni
     return tokenizer
 
 
-def end_ids(name: str | Path, revision: str = "main") -> set[int]:
+def end_ids(name: str | Path, revision: str | None = None) -> set[int]:
     """The tokens that end a completion by a model's ``generation_config.json``; empty if it has none."""
     try:
-        declared = GenerationConfig.from_pretrained(_source(name), revision=revision).eos_token_id
+        declared = GenerationConfig.from_pretrained(local_folder(name, revision)).eos_token_id
     except OSError:
         return set()
     return {declared} if isinstance(declared, int) else {*(declared or ())}
@@ -317,22 +315,23 @@ def end_ids(name: str | Path, revision: str = "main") -> set[int]:
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A full, frozen copy of a model that was just loaded, for its log-probs."""
     if deepspeed.is_deepspeed_zero3_enabled():
-        config = model.config
+        name, revision = origin(model)
         with zero3_disabled():
-            other = load_causal_lm(config._name_or_path, model.dtype, revision=config._commit_hash or "main")
+            other = load_causal_lm(name, model.dtype, revision=revision)
     else:
         other = copy.deepcopy(model)
     return other.eval().requires_grad_(False)
 
 
-def _source(name: str | Path) -> str:
-    """A model's name for transformers: an existing folder without ``~``."""
-    path = Path(name).expanduser()
-    return str(path if path.is_dir() else name)
+def origin(model: PreTrainedModel) -> tuple[str, str | None]:
+    """Where a model was loaded from: a folder and None, or a Hub id and a commit."""
+    config: Any = model.config
+    name = config._name_or_path
+    return name, None if Path(name).is_dir() else vars(config).get("_commit_hash")
 
 
 @contextlib.contextmanager
-def _explained(name: str | Path, what: str) -> Iterator[None]:
+def _explained(name: str | Path, folder: Path | None, what: str) -> Iterator[None]:
     """Re-raise whatever transformers raises about a model as `InputError` with its name.
 
     transformers, tokenizers, safetensors, torch and the packages of quantised models raise many kinds of errors; all
@@ -345,17 +344,16 @@ def _explained(name: str | Path, what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(f"{name}: too large for the memory of this machine ({first_line(error)})") from error
     except Exception as error:
-        damaged = damaged_json(Path(_source(name))) if isinstance(error, json.JSONDecodeError) else None
+        damaged = damaged_json(folder) if folder and isinstance(error, json.JSONDecodeError) else None
         raise InputError(damaged or f"{name}: {what} ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
-def _quiet(name: str | Path) -> Iterator[None]:
-    """No load report of transformers, which `load_model` checks itself; of a folder also no progress bar."""
+def _quiet() -> Iterator[None]:
+    """No load report and progress bar of transformers: `load_model` checks the report, downloads have their own bar."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if bars and Path(_source(name)).is_dir():  # a download's bar stays
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel, prepare_model_for_kbit_training
 from transformers import PreTrainedModel
 
-from tracereward.modeling.loading import CAUSAL_LM, CLASSIFIER, NEW_HEAD, load_model
+from tracereward.modeling.loading import CAUSAL_LM, CLASSIFIER, NEW_HEAD, load_model, origin
 
 
 def is_quantized(model: Any) -> bool:
@@ -42,9 +42,9 @@ def without_quantization(model: PreTrainedModel) -> PreTrainedModel:
     if stored is not None:
         config.quantization_config = stored
     auto, new = (CLASSIFIER, NEW_HEAD) if model.get_output_embeddings() is None else (CAUSAL_LM, ())
-    revision = vars(config).get("_commit_hash") or "main"  # a local folder has none
-    options = {"config": config, "dtype": plain.dtype, "revision": revision, "device_map": {"": "cpu"}}
-    fresh = load_model(auto, plain._name_or_path, new, **options)
+    name, revision = origin(model)
+    options = {"config": config, "dtype": plain.dtype, "device_map": {"": "cpu"}}
+    fresh = load_model(auto, name, new, revision=revision, **options)
     if stored is None:
         return fresh
     whole = type(model)._from_config(plain, dtype=plain.dtype)  # a dequantized model itself cannot be saved

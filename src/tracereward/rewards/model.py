@@ -28,7 +28,14 @@ from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
 from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
-from tracereward.modeling.loading import NEW_HEAD, load_causal_lm, load_model, local_folder, new_classifier
+from tracereward.modeling.loading import (
+    NEW_HEAD,
+    called,
+    load_causal_lm,
+    load_model,
+    local_folder,
+    new_classifier,
+)
 from tracereward.modeling.log_probs import (
     can_share_prompts,
     completion_log_probs,
@@ -37,7 +44,7 @@ from tracereward.modeling.log_probs import (
 )
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import render
-from tracereward.modeling.tokenization import load_tokenizer, pad_id, without_tags
+from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
 from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds
@@ -63,6 +70,7 @@ class TokenRewardModel(nn.Module, Scorer):
         settings: RewardSettings,
     ):
         super().__init__()
+        keep_tags(tokenizer)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
@@ -125,18 +133,27 @@ class TokenRewardModel(nn.Module, Scorer):
         return cls(AdapterView(policy, DISCRIMINATOR), tokenizer, settings)
 
     @classmethod
-    def from_pretrained(cls, model_name_or_path: str, **kwargs: Any) -> "TokenRewardModel":
+    def from_pretrained(
+        cls, model_name_or_path: str | Path, *, revision: str | None = None, **kwargs: Any
+    ) -> "TokenRewardModel":
         """Load a finished reward model from a folder or the Hub.
 
+        Args:
+            model_name_or_path: folder, or ``owner/name`` or ``owner/name@revision`` on the Hub; a folder comes first.
+            revision: branch, tag or commit of a Hub model.
+            **kwargs: for `from_pretrained` of transformers, e.g. ``dtype``.
+
         Raises:
-            InputError: it is not a reward model, or a file or weights of it are missing or damaged.
+            InputError: it is not a reward model, a file or weights of it are missing or damaged, or it cannot be
+                downloaded.
         """
-        folder = local_folder(model_name_or_path)
-        settings = read_settings(folder)
-        tokenizer = load_tokenizer(str(folder))
-        model = cls(load_model(backbone_class(settings), folder, **kwargs), tokenizer, settings)
-        if model.head is not None:
-            load_head(model.head, folder)
+        folder = local_folder(model_name_or_path, revision)
+        with called(model_name_or_path, folder):
+            settings = read_settings(folder)
+            tokenizer = load_tokenizer(str(folder))
+            model = cls(load_model(backbone_class(settings), folder, **kwargs), tokenizer, settings)
+            if model.head is not None:
+                load_head(model.head, folder)
         return model.eval()
 
     @property
@@ -294,7 +311,7 @@ def as_reward_func(
         texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
         finished = None
         tokenizer = policy_tokenizer or model.tokenizer
-        if tokenizer.get_vocab() == model.tokenizer.get_vocab():
+        if same_vocabulary(tokenizer, model.tokenizer):
             tokenizer = model.tokenizer  # which keeps the reasoning tags that another may drop as special
         decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids or ()]
         if any(without_tags(text).strip() not in without_tags(of_ids) for text, of_ids in zip(texts[1], decoded)):

@@ -10,7 +10,15 @@ from safetensors.torch import load_file
 
 from tracereward.errors import InputError, check_choice, first_line
 from tracereward.files import atomic_write_json, read_json
-from tracereward.modeling.loading import CAUSAL_LM, CLASSIFIER, BackboneClass, check_weights, local_folder, read_config
+from tracereward.modeling.loading import (
+    CAUSAL_LM,
+    CLASSIFIER,
+    BackboneClass,
+    called,
+    check_weights,
+    local_folder,
+    read_config,
+)
 from tracereward.modeling.model_folder import REWARD_MODEL, SETTINGS_FILE, check_folder
 from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.rewards.calibration import Calibration
@@ -105,10 +113,11 @@ def check_reward_model(name: str) -> RewardSettings:
         InputError: it is not a reward model, or files or weights are missing or damaged.
     """
     folder = local_folder(name)
-    settings = read_settings(folder)
-    check_weights(folder, backbone_class(settings))
-    if settings.head == "action":
-        load_head(ActionHead(read_config(folder).get_text_config().hidden_size), folder)
+    with called(name, folder):
+        settings = read_settings(folder)
+        check_weights(folder, backbone_class(settings))
+        if settings.head == "action":
+            load_head(ActionHead(read_config(folder).get_text_config().hidden_size), folder)
     return settings
 
 

@@ -13,7 +13,7 @@ from tracereward.errors import Interrupted, RunFailed
 from tracereward.files import DISK_FULL, require_free_disk
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import read_config
-from tracereward.runs.job import CHECKPOINTS, Job
+from tracereward.runs.job import CHECKPOINTS, Job, starting_policy
 from tracereward.training.checkpoints import kept
 
 
@@ -44,9 +44,7 @@ def check_disk(job: Job, models: int) -> None:
     """
     config, model = job.config, job.model
     with zero3_disabled(), init_empty_weights():
-        shape = AutoModelForCausalLM.from_config(
-            read_config(str(model.model_name_or_path), revision=model.model_revision)
-        )
+        shape = AutoModelForCausalLM.from_config(read_config(starting_policy(model)))
     weights = sum(p.numel() for p in shape.parameters())
     trained = weights // 10 if model.use_peft else weights  # an upper estimate for LoRA
     checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1

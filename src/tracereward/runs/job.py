@@ -4,6 +4,8 @@ import dataclasses
 
 from trl import ModelConfig
 
+from tracereward.errors import InputError
+from tracereward.modeling.hub import with_revision
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig, SupervisedConfig
 from tracereward.training.option_rules import check_job
@@ -36,3 +38,14 @@ class Job:
 
     def __post_init__(self) -> None:
         check_job(self.kind, self.data, self.config, self.model)
+
+
+def starting_policy(model: ModelConfig) -> str:
+    """The name of the starting policy: a folder, or a Hub id with its revision.
+
+    Raises:
+        InputError: there is none, or it is a folder and has a revision.
+    """
+    if model.model_name_or_path is None:
+        raise InputError("no model: pass --model_name_or_path, a folder or a Hub id")
+    return with_revision(model.model_name_or_path, model.model_revision)

@@ -35,7 +35,7 @@ def report_rewards(
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
     answers = {row["prompt"]: row["answer"] for row in rows}
     gold = {prompt: answers[prompt] for prompt in prompts}
-    policy = dataclasses.replace(run.job.model, model_name_or_path=str(run.folder / "policy"))
+    policy = dataclasses.replace(run.job.model, model_name_or_path=str(run.folder / "policy"), model_revision="main")
     shown = f"Rewards and heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts."
     try:
         with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes

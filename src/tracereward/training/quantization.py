@@ -57,7 +57,7 @@ def quantization(model: ModelConfig) -> dict[str, Any]:
 
 def _stored(model: ModelConfig) -> dict[str, Any]:
     """How the checkpoint's weights are quantized; empty if they are not."""
-    config = read_config(str(model.model_name_or_path), revision=model.model_revision)
+    config = read_config(str(model.model_name_or_path), model.model_revision)
     return config.to_dict().get("quantization_config") or {}
 
 
