@@ -21,7 +21,9 @@ from tracereward.generation.continuation import OpenTrace, choose_token, extend,
 from tracereward.generation.decoding import beam, reject, tilt, tilted
 from tracereward.generation.guide import Guide, digest
 from tracereward.generation.params import SamplingParams
+from tracereward.generation.sampling import generate
 from tracereward.generation.self_correction import self_correct
+from tracereward.modeling.log_probs import log_probs
 from tracereward.rewards.first_error_rules import first_token_below
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
@@ -506,3 +508,27 @@ def test_self_correction_never_lowers_the_reward(policy, words, traces, seed, th
         assert (result.ids == trace) == (result.reward == result.reward_before)
         assert result.ids[: min(result.cuts, default=0)] == trace[: min(result.cuts, default=0)]
         assert self_correct(guide, [prompt], [trace], rounds=2, k=2, threshold=threshold) == [result]
+
+
+def test_reward_model_reads_every_end_as_its_own(policy, words, monkeypatch):
+    """A policy with two ends: traces keep the one they have, their rewards and tilts are those of the tokenizer's."""
+    guide = Guide(policy, words, Scripted(words, table), SamplingParams(max_new_tokens=4))
+    monkeypatch.setattr(policy.generation_config, "eos_token_id", [EOS, C])
+    assert guide.finished([A, C])
+    expected = (table([A, B]) + table([A, B, EOS])) / 2
+    assert guide.rewards([[A]], [[B, C]]) == [pytest.approx(expected)]
+    assert guide.results([[A]], [[[B, C]]], [2])[0][0].ids == [B, C]
+    logits = torch.zeros(1, len(WORDS))
+    changed = tilted(guide, [[A, B]], logits, weight=2.0, top_k=len(WORDS))[0]
+    assert changed[C] == pytest.approx(2 * table([A, B, EOS]))
+    assert changed[EOS] == changed[C]
+
+
+def test_prompt_without_tokens_is_refused(policy, words):
+    guide = Guide(policy, words, Scripted(words, table), SamplingParams(max_new_tokens=4))
+    with pytest.raises(InputError, match="prompt 1: no tokens"):
+        beam(guide, ["a", ""])
+    with pytest.raises(InputError, match="no tokens"):
+        generate(policy, words, ["a", ""], SamplingParams(max_new_tokens=2))
+    with pytest.raises(InputError, match="row 1: the prompt has no tokens"):
+        log_probs(policy, [[A], []], [[B], [B]], PAD)

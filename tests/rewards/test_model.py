@@ -319,6 +319,22 @@ def test_empty_truncated_trace_raises(tiny_model_folder, tokenizer):
 # ---------- steps and candidates ----------
 
 
+@pytest.mark.parametrize("head", ["action", "token"])
+@pytest.mark.parametrize("others", [[], ["1 + 1 = "], ["", "1 + 1 = 2 3 4 5 6 7"]])
+def test_empty_prompt_raises(tiny_model_folder, tokenizer, head, others):
+    """Nothing predicts the first token: alone it was a shape error, next to others padding predicted it."""
+    model = build(tiny_model_folder, tokenizer, head)
+    completions = ["48 / 2 = 24"] * (len(others) + 1)
+    with pytest.raises(InputError, match="row 0: the prompt has no tokens"):
+        model.score(["", *others], completions)
+    with pytest.raises(InputError, match="row 0: the prompt has no tokens"):
+        model.score_ids([[], *([5] for _ in others)], [[6, 7]] * len(completions))
+    with pytest.raises(InputError, match="the prompt has no tokens"):
+        model.rerank("", completions)
+    with pytest.raises(InputError, match="trace 0: the prompt has no tokens"):
+        model.first_error("", ["1", "2"]) or model.score_steps([""], [["1", "2"]])
+
+
 def test_span_reward_is_the_mean_over_overlapping_tokens():
     """A token that overlaps two spans counts in both; one without characters (end of sequence) in none."""
     offsets = [(0, 3), (3, 5), (5, 9), (9, 9)]

@@ -64,10 +64,13 @@ class Guide:
         """Token ids of rendered prompts.
 
         Raises:
-            InputError: a prompt with `sampling.max_new_tokens` more tokens is longer than the reward model reads.
+            InputError: a prompt has no tokens, or is with `sampling.max_new_tokens` more longer than the reward model
+                reads.
         """
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
         for index, ids in enumerate(encoded):
+            if not ids:
+                raise InputError(f"prompt {index}: no tokens; give a non-empty prompt")
             if len(ids) + self.sampling.max_new_tokens > self.scorer.max_positions:
                 raise InputError(
                     f"prompt {index}: {len(ids)} prompt tokens and {self.sampling.max_new_tokens} new ones; the reward "

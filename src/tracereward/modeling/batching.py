@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from tracereward.errors import InputError
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -143,7 +145,12 @@ def grouped_batches(
     """Batches of at most `budget` padded tokens, longest first: row indices, and the sizes of runs that share a prompt.
 
     Without `share` each run has one row.
+
+    Raises:
+        InputError: a prompt has no tokens: padding would predict its first completion token.
     """
+    if (empty := next((row for row, prompt in enumerate(prompts) if not prompt), None)) is not None:
+        raise InputError(f"row {empty}: the prompt has no tokens; give a non-empty prompt")
     groups = prompt_groups(prompts, completions, budget, share)
     lengths = [len(prompts[group[0]]) + max(len(completions[i]) for i in group) for group in groups]
     for chosen in token_budget_batches(lengths, budget, list(map(len, groups))):

@@ -106,7 +106,7 @@ class Scorer(ABC):
             policy: the policy, for the logit of the heads ``airl`` and ``implicit``; without it rewards are f.
 
         Raises:
-            InputError: a trace is empty, or longer than the backbone's positions; nothing is ever truncated.
+            InputError: a prompt or trace is empty, or longer than the backbone's positions; nothing is ever truncated.
             RunFailed: a reward is not finite.
         """
         finished = [True] * len(completions) if finished is None else finished
@@ -137,6 +137,7 @@ class Scorer(ABC):
 
         Raises:
             EmptyTrace: the trace has no token.
+            InputError: the prompt has none, so that nothing predicts the first token.
             TooLong: it is longer than the backbone's positions, or `limit`.
             InputError: the tokenizer cannot round-trip its steps.
         """
@@ -257,6 +258,8 @@ class Scorer(ABC):
         limit = min(limit, self.max_positions)
         if not completion:
             raise EmptyTrace(f"{where}: the completion is empty")
+        if not prompt:
+            raise InputError(f"{where}: the prompt has no tokens; give a non-empty prompt")
         if len(prompt) + len(completion) > limit:
             raise TooLong(
                 f"{where}: {len(prompt)} prompt and {len(completion)} completion tokens, the reward model reads "
