@@ -14,7 +14,7 @@ import typer
 import typer.core
 
 from tracereward import __version__
-from tracereward.cli.evaluate import suites
+from tracereward.cli.evaluate import ChatTemplateKwargs, QuestionTask, Template, json_object, suites
 from tracereward.cli.reward import Overwrite, Resume, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
@@ -98,7 +98,7 @@ def grpo(ctx: typer.Context) -> None:
 def sample(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
-    task: Annotated[str, typer.Option(help="Task that reads the rows and checks answers.")] = "generic",
+    task: QuestionTask = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="Completions per prompt. Default: 8.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy decoding. Default: 1.")] = None,
@@ -109,7 +109,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
-    template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
+    template: Template = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     resume: Resume = False,
@@ -159,7 +160,14 @@ def sample(
         raise InputError("--reward-model, --reference and the options of beam, reject and tilt need --guide")
     run_sample(
         model,
-        Questions(data=data, task=task, split=split, limit=limit, template=template),
+        Questions(
+            data=data,
+            task=task,
+            split=split,
+            limit=limit,
+            template=template,
+            chat_template_kwargs=json_object("--chat-template-kwargs", chat_template_kwargs),
+        ),
         sampling,
         n=n or 8,
         guidance=guidance,

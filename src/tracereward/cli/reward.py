@@ -31,7 +31,7 @@ Seed = Annotated[int, typer.Option(help="Random seed.")]
 def score(
     model: Model,
     data: Annotated[
-        str, typer.Argument(help="JSONL, Parquet or Hub rows: prompt, and completion, candidates or steps.")
+        str, typer.Argument(help="JSONL, CSV, Parquet or Hub rows: prompt, and completion, candidates or steps.")
     ],
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="JSONL file; a folder with --engine ray. Default: stdout.")

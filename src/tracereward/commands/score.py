@@ -21,7 +21,8 @@ from tracereward.commands.partial_output import (
 from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows, traces_of
 from tracereward.errors import InputError, check_choice
-from tracereward.modeling.rendering import render_prompt
+from tracereward.modeling.rendering import completion_text, render_prompt
+from tracereward.modeling.tokenization import without_ends
 from tracereward.rewards.engines import (
     ENGINES,
     check_engine,
@@ -189,11 +190,22 @@ def score_rows(
 def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
     """The traces of a row from `candidate_rows`, with the prompt rendered."""
     prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.rendering, where)
+    if "candidates" not in row and isinstance(row.get("completion"), list):
+        text = completion_text(model.tokenizer, row["completion"], model.settings.rendering, where)
+        row = {**row, "completion": text}
     texts, finished, spans = traces_of(row, model.settings.step_delimiter)
-    return [
-        Trace(where=where, prompt=prompt, completion=text, finished=ended, spans=spans)
-        for text, ended in zip(texts, finished, strict=True)
-    ]
+    traces = []
+    for given, ended in zip(texts, finished, strict=True):
+        text, had_end = without_ends(model.tokenizer, given)
+        traces.append(
+            Trace(where=where, prompt=prompt, completion=text, finished=ended or had_end, spans=_within(spans, text))
+        )
+    return traces
+
+
+def _within(spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """Spans of steps that end with the text, without the end marks that were taken off it."""
+    return [(start, min(end, len(text))) for start, end in spans]
 
 
 def _scored_row(

@@ -178,7 +178,7 @@ def _widened(schema: pa.Schema, chunk: list[tuple[str, dict[str, Any]]], score_f
     name = ""
     for _, row in chunk:
         added = {field.name: field for field in (of_many if "candidates" in row else of_one)}
-        if holds_steps(row):
+        if holds_steps(row) or isinstance(row.get("completion"), list):
             added["completion"] = pa.field("completion", pa.string())
         fields |= added
         for name, value in row.items():

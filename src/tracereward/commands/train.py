@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,24 @@ from tracereward.errors import InputError
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import check_model, frozen_copy
 from tracereward.modeling.log_probs import mean_log_probs
-from tracereward.modeling.rendering import Rendering, render, render_prompt
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id, same_tokenizer
+from tracereward.modeling.policy_settings import PolicySettings, remembered
+from tracereward.modeling.rendering import (
+    Rendering,
+    check_reasoning,
+    check_rendering,
+    dated,
+    render,
+    render_prompt,
+)
+from tracereward.modeling.tokenization import (
+    encode_completion,
+    encode_prompt,
+    load_tokenizer,
+    pad_id,
+    policy_tokenizer,
+    same_tokenizer,
+    same_vocabulary,
+)
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.disk import check_disk
@@ -51,6 +68,37 @@ class Prepared:
     validation: Validation | None
     rendering: Rendering
 
+    @property
+    def remember(self) -> PolicySettings:
+        """What is stored with the policy."""
+        rendering = self.rendering
+        return PolicySettings(
+            task=self.task.name,
+            template=rendering.template,
+            chat_template_kwargs=rendering.chat_template_kwargs,
+            date=rendering.date,
+        )
+
+
+def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
+    """Set the template and its variables where they are not given: as the model was trained, else plain; says so."""
+    name = starting_policy(model)
+    stored = remembered(name)
+    if data.template is None:
+        data.template = "plain" if stored is None else stored.template
+        if stored is not None and stored.template != "plain":
+            note(f"{name} was trained with --template {stored.template}: it is used here too")
+    elif stored is not None and stored.template != data.template:
+        note(f"--template {data.template}, and {name} was trained with {stored.template}")
+    if stored is None or stored.template != data.template:
+        return
+    own = dict(stored.chat_template_kwargs)
+    if config.chat_template_kwargs is None and own:
+        config.chat_template_kwargs = config.given["chat_template_kwargs"] = own
+        note(f"{name} was trained with --chat_template_kwargs '{json.dumps(own)}': used here too")
+    elif config.chat_template_kwargs not in (None, own):
+        note(f"--chat_template_kwargs, and {name} was trained with '{json.dumps(own)}'")
+
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
     """Load the tokenizer and the demonstrations and check them against the options.
@@ -72,10 +120,12 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         unlabeled = [{**row, "completion": None} for row in unlabeled]
     check_model(policy)
     check_quantization(model, config)
-    tokenizer = load_tokenizer(policy)
     by_source = {row["source"]: row for row in [*rows, *unlabeled]}
-    rendering = Rendering(template=data.template)
+    rendering = Rendering(template=str(data.template), chat_template_kwargs=config.chat_template_kwargs or {})
+    tokenizer = policy_tokenizer(policy, rendering)
+    rendering = dated(rendering, tokenizer)
     rows = render(rows, tokenizer, rendering)
+    check_reasoning(rows, tokenizer, rendering)
     unlabeled = render(unlabeled, tokenizer, rendering)
     limit = config.max_completion_length
     assert limit is not None
@@ -103,6 +153,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         task,
         tokenizer,
         [*rows, *unlabeled],
+        rendering=rendering,
         max_new_tokens=limit,
         batch_size=config.per_device_train_batch_size,
     )
@@ -147,6 +198,7 @@ def lora(model: ModelConfig) -> LoraConfig | None:
 
 def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Supervised fine-tuning on the demonstrations; returns the run folder, which holds ``policy/``."""
+    inherit(data, config, model)
     job = Job(kind="sft", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     train, validation = prepared.rows, []
@@ -165,7 +217,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
     return run.folder
 
@@ -191,11 +243,12 @@ def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
 
 def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resume: bool = False) -> Path:
     """GRPO with a fixed reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
+    inherit(data, config, model)
     job = Job(kind="grpo", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     if config.base_model is not None:
         check_model(config.base_model)
-        if not same_tokenizer(prepared.tokenizer, load_tokenizer(config.base_model)):
+        if not same_vocabulary(prepared.tokenizer, load_tokenizer(config.base_model)):
             raise InputError(
                 f"--base_model {config.base_model} and the policy have different tokenizers; use the model before SFT"
             )
@@ -249,13 +302,14 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
     return run.folder
 
 
 def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Warm-up and adversarial training; the run folder holds ``policy/``, ``reward_model/`` and ``report.html``."""
+    inherit(data, config, model)
     job = Job(kind="train", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     task, tokenizer = prepared.task, prepared.tokenizer
@@ -265,6 +319,9 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     if config.discriminator_model is not None:
         check_model(start)
         reward_tokenizer = load_tokenizer(start)
+        check_rendering(reward_tokenizer, prepared.rendering)
+        if same_vocabulary(tokenizer, reward_tokenizer):  # with the policy's end of sequence and chat template
+            reward_tokenizer = tokenizer
     demonstrations, rollouts = with_reward_prompts(reward_tokenizer, prepared), config.max_completion_length or 0
     if config.discriminator_model is not None:
         read = [{**row, "prompt": row.get("reward_prompt", row["prompt"])} for row in demonstrations]
@@ -272,7 +329,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         check_positions(read, reward_tokenizer, start, rollouts=rollouts if same else 0)
     if config.warmup_model is not None:
         check_model(config.warmup_model)
-        if not same_tokenizer(tokenizer, load_tokenizer(config.warmup_model)):
+        if not same_vocabulary(tokenizer, load_tokenizer(config.warmup_model)):
             raise InputError(
                 f"the policy {policy} and --warmup_model {config.warmup_model} have different tokenizers; "
                 "use a model with the policy's tokenizer"
@@ -291,7 +348,9 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         uses_gold_answers=config.positives == "mixed",
         aggregate=config.reward_aggregate,
         task=task.name,
-        template=data.template,
+        template=prepared.rendering.template,
+        chat_template_kwargs=prepared.rendering.chat_template_kwargs,
+        date=prepared.rendering.date,
         base_model=start,
     )
     if config.shared_base and not model.use_peft:
@@ -327,7 +386,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 peft_config=policy_peft,
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
         with trainer.discriminator.averaged():
             weights = trainer.discriminator.weights() if trainer.discriminator.sharded else None
             if is_main_process():

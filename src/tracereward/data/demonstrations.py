@@ -7,6 +7,7 @@ import json
 import random
 from typing import TYPE_CHECKING, Any
 
+from tracereward.data.columns import fix, own_columns, reads_columns
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_choice
 from tracereward.modeling.rendering import row_location
@@ -47,12 +48,15 @@ def load_demonstrations(
         raise InputError(f"limit is {limit}: it must be at least 1")
     rows: list[dict[str, Any]] = []
     for location, raw in read_rows(source, split, subset):
-        row = checked_example(task, raw, location)
+        if reads_columns(task):
+            raw = own_columns(raw, location, source, question=not require_completion)
+        row = checked_example(task, raw, location, source)
         if wrong := not_json(row):  # such as a date in a message
             raise InputError(f"{location}: {wrong}")
         if require_completion and row["completion"] is None:
             raise InputError(
                 f"{location}: no completion: field {task.completion_field!r} is missing or empty for task {task.name!r}"
+                f"{fix(raw, source)}"
             )
         rows.append({**row, "source": location})
         if len(rows) == limit:
@@ -62,8 +66,14 @@ def load_demonstrations(
     return rows
 
 
-def checked_example(task: Task, raw: dict[str, Any], location: str) -> dict[str, Any]:
+def checked_example(task: Task, raw: dict[str, Any], location: str, source: str = "") -> dict[str, Any]:
     """The prompt, completion and answer that a task reads in a raw row.
+
+    Args:
+        task: reads it.
+        raw: the row.
+        location: of the row.
+        source: its file or data set, to show the command that fits its columns; "" for none.
 
     Raises:
         InputError: a field is missing, empty or of a wrong type; names `location` and the field.
@@ -72,7 +82,8 @@ def checked_example(task: Task, raw: dict[str, Any], location: str) -> dict[str,
         return task.example(_without_marks(raw, task))
     except KeyError as error:
         has = ", ".join(map(repr, raw)) or "none"
-        raise InputError(f"{location}: field {error} is missing for task {task.name!r}; fields: {has}") from error
+        text = f"{location}: field {error} is missing for task {task.name!r}; fields: {has}"
+        raise InputError(text + (fix(raw, source) if source else "")) from error
     except ValueError as error:
         raise InputError(f"{location}: {error}") from error
 

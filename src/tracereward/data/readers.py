@@ -147,7 +147,7 @@ def _splits(path: Path, subset: str | None) -> dict[str, list[Path]]:
         raise InputError(f"{path}: cannot be read as a data set: {first_line(error)}") from error
     found = {str(split): [Path(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
     known = _data_files(path)
-    if builder.config.name == "default" and len({_format_of(file) for file in known}) > 1:
+    if builder.config.name == "default" and len({format_of(file) for file in known}) > 1:
         raise InputError(f"{path}: files of several formats ({', '.join(f.name for f in known[:3])}, ...): name one")
     if list(found) == ["train"] and not any("train" in str(file.relative_to(path)) for file in found["train"]):
         return {}
@@ -159,14 +159,14 @@ def _data_files(path: Path) -> list[Path]:
     inside = (
         file for file in sorted(path.rglob("*")) if not any(p.startswith(".") for p in file.parts[len(path.parts) :])
     )
-    return [file for file in inside if file.is_file() and _format_of(file) and file.name not in about]
+    return [file for file in inside if file.is_file() and format_of(file) and file.name not in about]
 
 
-def _format_of(path: Path) -> str | None:
+def format_of(path: str | Path) -> str | None:
     """The ending that tells a file's format, without ``.gz``; None if it is not one of `FORMATS`."""
-    name = path.name.removesuffix(".gz")
+    name = str(path).removesuffix(".gz")
     found = next((ending for ending in FORMATS if name.endswith(ending)), None)
-    return None if found == ".parquet" and path.suffix == ".gz" else found
+    return None if found == ".parquet" and str(path).endswith(".gz") else found
 
 
 # Files
@@ -174,7 +174,7 @@ def _format_of(path: Path) -> str | None:
 
 def _file_rows(source: str, path: Path, skipped: list[str] | None) -> Iterator[tuple[str, dict]]:
     """Location and row of a file; what is no row is an error or skipped."""
-    kind = _format_of(path)
+    kind = format_of(path)
     if kind is None:
         known = ", ".join((*FORMATS, ".jsonl.gz"))
         fix = "give the folder that it is in" if path.suffix == ".arrow" else f"use one of {known}, or a folder"

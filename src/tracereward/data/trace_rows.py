@@ -3,11 +3,15 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from tracereward.data.columns import fix, own_columns
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_number
 from tracereward.messages import check_messages
 from tracereward.modeling.alignment import join_steps
 from tracereward.modeling.seam import without_end_marks
+
+NO_PROMPT = "no prompt"
+NO_TRACE = "needs a completion, or candidates or steps, a list of texts that are not empty"
 
 
 def candidate_rows(
@@ -28,8 +32,16 @@ def candidate_rows(
         InputError: a row lacks them or does not fit in JSON; names file and line.
     """
     for where, row in read_rows(source, split, skipped=skipped):
-        row = without_marks(row)
+        try:
+            row = without_marks(own_columns(row, where, source))
+        except InputError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
         wrong = not_json(row) or _wrong_prompt(row, template) or _wrong_trace(row)
+        if wrong in (NO_PROMPT, NO_TRACE):
+            wrong += fix(row, source)
         if wrong is None:
             yield where, row
         elif skipped is None:
@@ -66,7 +78,7 @@ def without_marks(row: dict[str, Any]) -> dict[str, Any]:
 def _wrong_prompt(row: dict[str, Any], template: str | None) -> str | None:
     prompt = row.get("prompt")
     if prompt is None or prompt == "" or prompt == []:
-        return "no prompt"
+        return NO_PROMPT
     if isinstance(prompt, str):
         return None
     try:
@@ -83,6 +95,12 @@ def _wrong_trace(row: dict[str, Any]) -> str | None:
         steps = row["steps"]
         valid = isinstance(steps, list) and steps and all(isinstance(step, str) and step.strip() for step in steps)
         return _wrong_finished(row, 1) if valid else "steps must be a list of texts that are not empty"
+    if "candidates" not in row and isinstance(row.get("completion"), list):
+        try:
+            check_messages(row["completion"], "completion")
+        except ValueError as error:
+            return NO_TRACE if all(isinstance(part, str) for part in row["completion"]) else str(error)
+        return _wrong_finished(row, 1)
     traces = row["candidates"] if "candidates" in row else [row.get("completion")]
     if isinstance(traces, list) and traces and all(isinstance(trace, str) for trace in traces):
         # An empty trace is only an end-of-sequence token; its row must say that it is finished.
@@ -90,7 +108,7 @@ def _wrong_trace(row: dict[str, Any]) -> str | None:
         wrong = _wrong_finished(row, len(traces))
         if wrong is not None or all(trace or end is True for trace, end in zip(traces, ended, strict=True)):
             return wrong
-    return "needs a completion, or candidates or steps, a list of texts that are not empty"
+    return NO_TRACE
 
 
 def _wrong_finished(row: dict[str, Any], count: int) -> str | None:

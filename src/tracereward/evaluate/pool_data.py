@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from tracereward.data.columns import PROMPTS, own_columns, reads_columns
 from tracereward.data.demonstrations import checked_example
 from tracereward.data.labels import judge
 from tracereward.data.readers import read_rows
 from tracereward.data.trace_rows import check_labels
 from tracereward.errors import InputError
+from tracereward.messages import message_text
 from tracereward.tasks.recipes import Task, get_task
 
 TRACE_FIELDS = ("completion", "candidate", "reasoning", "solution")
@@ -69,7 +71,9 @@ def read_questions(source: str, task: Task) -> dict[str, dict[str, Any]]:
     subset = task.subset if source == task.dataset else None
     for index, (where, row) in enumerate(read_rows(source, "test", subset)):
         name = next((str(row[field]) for field in ID_FIELDS if row.get(field) is not None), str(index))
-        questions[name] = checked_example(task, row, where)
+        if reads_columns(task):
+            row = own_columns(row, where, source, question=True)
+        questions[name] = checked_example(task, row, where, source)
     return questions
 
 
@@ -87,7 +91,8 @@ def read_pool(source: str, task: Task, questions: str | None = None, limit: int 
         InputError: names the file, line and field of an incomplete row; or the file is empty.
     """
     known = read_questions(questions, task) if questions else None
-    rows = [_pool_row(where, row, task, known) for where, row in islice(read_rows(source), limit)]
+    read = islice(read_rows(source), limit)
+    rows = [_pool_row(where, _own_columns(row, where, source, task), task, known) for where, row in read]
     if not rows:
         raise InputError(f"{source}: no rows")
     return rows
@@ -99,6 +104,23 @@ def by_question(rows: list[PoolRow]) -> Iterator[list[PoolRow]]:
     for row in rows:
         groups.setdefault((row.question, row.asked), []).append(row)
     yield from groups.values()
+
+
+def _own_columns(row: dict[str, Any], where: str, source: str, task: Task) -> dict[str, Any]:
+    """A row of other tools with our columns; `TRACE_FIELDS` keep their meaning, and the task reads a question."""
+    if any(isinstance(row.get(name), str) for name in TRACE_FIELDS):
+        question = next((name for name in PROMPTS if isinstance(row.get(name), str)), None)
+        return row if question is None or not reads_columns(task) else {**row, "prompt": row[question]}
+    if not reads_columns(task) and row.get("question") is not None:
+        trace = next((name for name in ("response", "output") if isinstance(row.get(name), str)), None)
+        return row if trace is None else {**row, "completion": row[trace]}
+    found = own_columns(row, where, source)
+    if isinstance(found.get("completion"), list):
+        try:
+            return {**found, "completion": message_text(found["completion"][-1])}
+        except ValueError as error:
+            raise InputError(f"{where}: {error}") from error
+    return found
 
 
 def _pool_row(where: str, row: dict[str, Any], task: Task, known: dict[str, dict[str, Any]] | None) -> PoolRow:

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from tracereward.commands.partial_output import check_new
-from tracereward.commands.questions import Questions, load_questions
+from tracereward.commands.questions import Questions, in_force, load_questions
 from tracereward.commands.sample import sample_rows
 from tracereward.console import note, print_json, say, warn
 from tracereward.data.demonstrations import load_demonstrations
@@ -271,6 +271,7 @@ def run_policy(
     if n > 1 and sampling.temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
     folder = results.checked("policy", policy, [questions.data])
+    questions = in_force(questions, policy)
     check_answers(load_questions(questions, policy)[0])
     greedy_chunks = sample_rows(policy, questions, replace(sampling, temperature=0.0), n=1)
     greedy = [row for chunk in greedy_chunks for row in chunk]
@@ -278,7 +279,7 @@ def run_policy(
     sampled = [row for chunk in chunks for row in chunk]
     result = {
         "policy": policy,
-        "data": questions.data or get_task(questions.task).dataset,
+        "data": questions.data or get_task(str(questions.task)).dataset,
         "temperature": sampling.temperature,
         "seed": sampling.seed,
     }

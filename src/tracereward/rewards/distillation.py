@@ -23,7 +23,7 @@ from tracereward.data.trace_rows import check_facts, gold_of
 from tracereward.errors import InputError, RunFailed
 from tracereward.metrics import within_prompt_auroc
 from tracereward.modeling.batching import token_budget_batches
-from tracereward.modeling.rendering import render_prompt
+from tracereward.modeling.rendering import completion_text, render_prompt
 from tracereward.rewards.heads import reads_log_probs
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
@@ -91,9 +91,10 @@ def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardMo
     for where, row in rows:
         prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.rendering, where)
         finished = row.get("finished") is not False
-        trace = model.encode(Trace(where=where, prompt=prompt, completion=row["completion"], finished=finished))
+        text = completion_text(model.tokenizer, row["completion"], model.settings.rendering, where)
+        trace = model.encode(Trace(where=where, prompt=prompt, completion=text, finished=finished))
         ids = {"prompt": tuple(trace.prompt), "completion": tuple(trace.completion)}
-        found.append(Example(where=where, **ids, correct=judge(row, row["completion"], task, gold_of(row)).correct))
+        found.append(Example(where=where, **ids, correct=judge(row, text, task, gold_of(row)).correct))
     return found
 
 

@@ -44,7 +44,7 @@ from tracereward.modeling.log_probs import (
 )
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import render
-from tracereward.modeling.tokenization import load_tokenizer, pad_id, without_tags
+from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
 from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds
@@ -70,6 +70,7 @@ class TokenRewardModel(nn.Module, Scorer):
         settings: RewardSettings,
     ):
         super().__init__()
+        keep_tags(tokenizer)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
@@ -310,7 +311,7 @@ def as_reward_func(
         texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
         finished = None
         tokenizer = policy_tokenizer or model.tokenizer
-        if tokenizer.get_vocab() == model.tokenizer.get_vocab():
+        if same_vocabulary(tokenizer, model.tokenizer):
             tokenizer = model.tokenizer  # which keeps the reasoning tags that another may drop as special
         decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids or ()]
         if any(without_tags(text).strip() not in without_tags(of_ids) for text, of_ids in zip(texts[1], decoded)):

@@ -414,7 +414,7 @@ JOB_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         options=("chat_template_kwargs",),
-        when=lambda o: o.template != "chat",
+        when=lambda o: o.template == "plain",
         why="it needs --template chat",
     ),
 )

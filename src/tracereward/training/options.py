@@ -104,7 +104,8 @@ class DataArguments:
         },
     )
     dataset_name: str | None = field(
-        default=None, metadata={"help": "JSONL or Parquet file, or Hub id. Default: the task's dataset on the Hub."}
+        default=None,
+        metadata={"help": "JSONL, CSV or Parquet file, a folder, or Hub id. Default: the task's dataset on the Hub."},
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration name of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split of a Hub dataset to train on."})
@@ -123,9 +124,12 @@ class DataArguments:
         default="validation", metadata={"help": "Split of a Hub dataset in --validation_dataset_name."}
     )
     max_demonstrations: int | None = field(default=None, metadata={"help": "Use the first N demonstrations only."})
-    template: Annotated[str, OneOf(("plain", "chat"))] = field(
-        default="plain",
-        metadata={"help": "plain: prompts as the task formats them; chat: the tokenizer's chat template."},
+    template: Annotated[str | None, OneOf(("plain", "chat"))] = field(
+        default=None,
+        metadata={
+            "help": "plain: prompts as the task formats them; chat: the tokenizer's chat template. Default: as the "
+            "model was trained by tracereward, else plain."
+        },
     )
     on_long: Annotated[str, OneOf(("refuse", "drop"))] = field(
         default="refuse",
@@ -156,6 +160,13 @@ class SupervisedOptions(SavingOptions):
 
     max_completion_length: int = field(
         default=1024, metadata={"help": "Longest completion in tokens, with the end-of-sequence token."}
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": 'Variables of the chat template as JSON, such as {"enable_thinking": false}. Default: as the model '
+            "was trained."
+        },
     )
     validation_fraction: Annotated[float, Range(min=0, below=1)] = field(
         default=0.0,

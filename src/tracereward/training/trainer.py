@@ -27,7 +27,7 @@ from tracereward.modeling.distributed import all_reduce_max, is_distributed, is_
 from tracereward.modeling.loading import frozen_copy
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.rendering import row_location
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, eos_ids, pad_id
+from tracereward.modeling.tokenization import encode_completion, encode_prompt, eos_ids, keep_tags, pad_id
 from tracereward.rewards.heads import subtracts_policy
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
@@ -91,6 +91,7 @@ class AdversarialTrainer(RolloutTrainer):
         reward_prompts = {row["prompt"]: row["reward_prompt"] for row in demonstrations if "reward_prompt" in row}
         unlabeled = [row for row in demonstrations if row["completion"] is None]
         demonstrations = [row for row in demonstrations if row["completion"] is not None]
+        keep_tags(processing_class)  # TRL decodes with it
         self.task = task
         self.tokenizer = processing_class
         self.config = args

@@ -127,7 +127,7 @@ HONOURED: dict[str, dict[str, str]] = {
         "repetition_penalty": "penalty of repeated tokens",
         "generation_kwargs": "further arguments of the sampler",
         "cache_implementation": "cache of transformers' sampler",
-        "chat_template_kwargs": "arguments of the chat template",
+        "chat_template_kwargs": "variables of the chat template as JSON; default: as the model was trained",
         "use_transformers_continuous_batching": "sample with continuous batching",
         "transformers_continuous_batching_config": "its settings",
         "ds3_gather_for_generation": "gather ZeRO-3 weights for sampling",
