@@ -8,6 +8,7 @@ import typer
 
 from tracereward.cli.rules import CheckedTyper
 from tracereward.console import print_json, say
+from tracereward.generation.params import MAX_SEED
 
 commands = CheckedTyper()
 
@@ -24,7 +25,7 @@ AnswerTask = Annotated[
 ]
 Resume = Annotated[bool, typer.Option(help="Resume an unfinished --output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 
 
 @commands.command()
