@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from tracereward.console import is_main_process, note
-from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
+from tracereward.data.demonstrations import check_lengths, check_positions, load_demonstrations, split_rows
 from tracereward.errors import InputError
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import check_model, frozen_copy
@@ -134,6 +134,8 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
     if dropped:
         note(f"{dropped} demonstrations dropped: longer than {limit} tokens (--max_completion_length)")
+    rollouts = 0 if isinstance(config, SupervisedConfig) else limit
+    check_positions([*rows, *unlabeled], tokenizer, policy, rollouts=rollouts)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     prompts = len(rows) + len(unlabeled)
     if isinstance(config, SupervisedConfig):
@@ -255,6 +257,12 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             raise InputError(
                 f"--base_model {config.base_model} and the policy have different tokenizers; use the model before SFT"
             )
+        check_positions(
+            [*prepared.rows, *prepared.unlabeled],
+            prepared.tokenizer,
+            config.base_model,
+            rollouts=config.max_completion_length or 0,
+        )
     task, tokenizer = prepared.task, prepared.tokenizer
     rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in [*prepared.rows, *prepared.unlabeled]]
     missing = next((row for row in [*prepared.rows, *prepared.unlabeled] if row["answer"] is None), None)
@@ -322,6 +330,11 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         check_rendering(reward_tokenizer, prepared.rendering)
         if same_vocabulary(tokenizer, reward_tokenizer):  # with the policy's end of sequence and chat template
             reward_tokenizer = tokenizer
+    demonstrations, rollouts = with_reward_prompts(reward_tokenizer, prepared), config.max_completion_length or 0
+    if config.discriminator_model is not None:
+        read = [{**row, "prompt": row.get("reward_prompt", row["prompt"])} for row in demonstrations]
+        same = same_tokenizer(tokenizer, reward_tokenizer)  # otherwise rollouts have another number of tokens there
+        check_positions(read, reward_tokenizer, start, rollouts=rollouts if same else 0)
     if config.warmup_model is not None:
         check_model(config.warmup_model)
         if not same_vocabulary(tokenizer, load_tokenizer(config.warmup_model)):
@@ -329,6 +342,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 f"the policy {policy} and --warmup_model {config.warmup_model} have different tokenizers; "
                 "use a model with the policy's tokenizer"
             )
+        check_positions([*prepared.rows, *prepared.unlabeled], tokenizer, config.warmup_model, rollouts=rollouts)
     if config.positives == "mixed":
         note("USES GOLD ANSWERS: rollouts with a correct answer are additional positives (--positives mixed)")
     settings = RewardSettings(
@@ -374,7 +388,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             trainer = AdversarialTrainer(
                 model=starting,
                 reward_model=reward_model,
-                demonstrations=with_reward_prompts(reward_tokenizer, prepared),
+                demonstrations=demonstrations,
                 args=config,
                 task=task,
                 processing_class=tokenizer,
