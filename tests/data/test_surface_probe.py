@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tracereward.data.surface_probe import (
     prompt_folds,
     surface_features,
     surface_probe,
+    token_features,
 )
 from tracereward.data.surface_probe import _model as surface_model
 
@@ -227,3 +229,59 @@ def test_coefficients_are_those_of_a_balanced_ridge_regression_on_standardised_f
     np.testing.assert_allclose([feature.coefficient for feature in features], b[largest], rtol=0.01)
     wins = [np.sign(raw[:30, index, None] - raw[None, 30:, index]).mean() / 2 + 0.5 for index in largest]
     np.testing.assert_allclose([feature.auroc for feature in features], wins)
+
+
+def as_tokens(trace: TraceText, start=(), end=("<eos>",), spell=None) -> TraceText:
+    """A trace with tokens: characters, or `spell` of its text, between tokens at the start and the end."""
+    body = list(trace.text) if spell is None else spell(trace.text)
+    return TraceText(trace.prompt, trace.text, trace.finished, (*start, *body, *end))
+
+
+@pytest.mark.parametrize(
+    ("of_experts", "of_rollouts", "named"),
+    [
+        ({"start": ["<think>"]}, {"start": [*"<think>"]}, "share (that starts )?with the token '<think>'"),
+        ({"end": ["<eos>"]}, {"end": ["<|eot|>"]}, "share whose end of sequence is the token '(<eos>|<|eot|>)'"),
+        ({"spell": lambda text: [*text, "<|im_end|>"]}, {}, "token '<|im_end|>'"),
+        ({"start": ["▁"]}, {}, "share that starts with the token ' '"),
+    ],
+)
+def test_equal_texts_of_other_tokens_are_a_leak(of_experts, of_rollouts, named):
+    """The texts are from one distribution, so that text alone is under the bound."""
+    experts, rollouts = worlds(40)
+    assert surface_probe(experts, rollouts).auroc < LEAK_BOUND
+    special = ["<think>", "<eos>", "<|im_end|>"]
+    same = surface_probe([*map(as_tokens, experts)], [*map(as_tokens, rollouts)], special)
+    assert leak_warning(same) is None
+    probe = surface_probe(
+        [as_tokens(trace, **of_experts) for trace in experts],
+        [as_tokens(trace, **of_rollouts) for trace in rollouts],
+        special,
+    )
+    assert probe.auroc > 0.95
+    assert re.search(named.replace("|", r"\|") if "(" not in named else named, leak_warning(probe))
+
+
+def test_token_features_by_hand():
+    """Rare tokens, and those that every trace has, are none; the end of a sequence is not the end of the text."""
+    traces = [
+        TraceText("p", "", True, ("a", "<t>", "b", "</s>")),
+        TraceText("p", "", True, ("a", "c", "</s>")),
+        TraceText("p", "", False, ("Ġd", "c")),
+    ]
+    found = token_features(traces, [True, False, False], {"<t>", "</s>"})
+    assert found == {
+        "share that starts with the token 'a'": [1, 1, 0],
+        "share that starts with the token ' d'": [0, 0, 1],
+        "share whose text ends with the token 'b'": [1, 0, 0],
+        "share whose text ends with the token 'c'": [0, 1, 1],
+        "share whose end of sequence is the token '</s>'": [1, 1, 0],
+        "share with the token '<t>'": [1, 0, 0],
+    }
+    assert token_features([*traces, *traces[1:] * 9], [True] + [False] * 20, set())[
+        "share that starts with the token 'a'"
+    ]
+    rare = [traces[0]] + [traces[1]] * 19
+    assert "share that starts with the token ' d'" not in token_features(
+        [*rare, traces[2]], [True] + [False] * 20, set()
+    )

@@ -1,9 +1,9 @@
 """The seam of prompt and completion: texts and token ids derived by hand, with byte-level tokenizers."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig
 
+from helpers.chat_models import CHATML, SPECIAL, SWITCH, byte_tokenizer
 from tracereward.errors import InputError
 from tracereward.messages import message_text
 from tracereward.modeling.rendering import (
@@ -19,15 +19,7 @@ from tracereward.modeling.seam import continued, without_end_marks
 from tracereward.modeling.tokenization import encode_trace, keep_tags, load_tokenizer, policy_tokenizer
 from tracereward.rewards.records import Trace
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 THINKS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
-SWITCH = CHATML.replace(
-    "assistant\n{% endif",
-    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif",
-)
 REASONS = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['reasoning_content'] %}<think>{{ m['reasoning_content'] }}</think>{% endif %}"
@@ -41,26 +33,6 @@ GEMMA = (
 CHAT = Rendering(template="chat")
 ASK = [{"role": "user", "content": "Why?"}]
 HEAD = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<stop>")
-
-
-def byte_tokenizer(template=None, adds=(), special=SPECIAL, **names) -> PreTrainedTokenizerFast:
-    """One token a byte; `adds` are the tokens added before and behind every text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
-    if adds:
-        before, after = adds
-        tokenizer.post_processor = processors.TemplateProcessing(
-            f"{before} $A {after}".strip(),
-            special_tokens=[(name, tokenizer.token_to_id(name)) for name in adds if name],
-        )
-    names = {"pad_token": "<pad>", "eos_token": "<|im_end|>", **names}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    fast.chat_template = template
-    return fast
 
 
 def tokens(tokenizer, prompt, completion, **options):

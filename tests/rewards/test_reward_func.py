@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from helpers.any_text import any_text  # noqa: F401
+from helpers.chat_models import SPECIAL, byte_tokenizer, save_chat_model
 from tracereward import as_reward_func
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
@@ -154,3 +155,19 @@ def test_policys_end_tokens_end_a_trace(tiny_model_folder, tokenizer, capsys):
     model.tokenizer = more
     found = as_reward_func(model)([prompt] * 2, [trace] * 2, [[*own, len(more) - 1], own])
     assert found == pytest.approx([ended, cut])
+
+
+def test_reasoning_tags_that_trl_drops_are_scored(tmp_path):
+    """Where ``<think>`` is special, TRL's text of a rollout lacks it, and its ids have it."""
+    special = (*SPECIAL, "<think>")
+    policy_tokenizer = byte_tokenizer(special=special)
+    folder = save_chat_model(tmp_path, None, special)
+    model = build(folder, byte_tokenizer(special=special), "implicit", beta_clip=100.0)
+    ids = policy_tokenizer.convert_tokens_to_ids(["<think>", "a", "b", "<|im_end|>"])
+    text = policy_tokenizer.decode(ids, skip_special_tokens=True)
+    assert text == "ab"
+    expected = [score.aggregate() for score in model.score(["p", "p"], ["<think>ab", "ab"])]
+    for given in (policy_tokenizer, None):
+        found = as_reward_func(model, given)(["p", "p"], [text, text], [ids, ids[1:]])
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert abs(expected[0] - expected[1]) > 1e-4

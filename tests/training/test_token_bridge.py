@@ -108,6 +108,15 @@ def test_equal_tokenizers_pass_ids_and_rewards_through(tokenizer, tiny_model_fol
     assert bridge.rewards(ids, ids, rewards) is rewards
 
 
+def test_every_end_of_a_rollout_is_the_experts(tokenizer, tiny_model_folder):
+    """A policy with several end tokens would otherwise be known by the other ones."""
+    eos = tokenizer.eos_token_id
+    bridge = TokenBridge(tokenizer, reward_model(tiny_model_folder, tokenizer), [eos, 7])
+    assert [bridge.completion(ids) for ids in ([5, 2, 7], [5, 2, eos], [7, 2], [7])] == [
+        *[[5, 2, eos], [5, 2, eos], [7, 2], [eos]]
+    ]
+
+
 def test_prompts_are_rendered_for_the_reward_model(characters, character_model, tokenizer):
     bridge = TokenBridge(
         tokenizer, reward_model(character_model, characters), [tokenizer.eos_token_id], {"1 + 1 = ?\n": "# 1 + 1\n"}

@@ -10,6 +10,7 @@ from trl import ModelConfig
 
 from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.errors import InputError
+from tracereward.modeling.rendering import Rendering
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.synthetic.arithmetic import generate
 from tracereward.tasks.recipes import get_task
@@ -73,7 +74,10 @@ def test_accuracy_is_the_share_of_correct_greedy_traces(tiny_model_folder, token
 
 
 def test_no_validation_without_a_dataset(tokenizer):
-    assert load_validation(DataArguments(), TASK, tokenizer, [], max_new_tokens=8, batch_size=8) is None
+    assert (
+        load_validation(DataArguments(), TASK, tokenizer, [], rendering=Rendering(), max_new_tokens=8, batch_size=8)
+        is None
+    )
 
 
 def test_invalid_validation_questions_are_refused(tmp_path, tokenizer):
@@ -81,11 +85,11 @@ def test_invalid_validation_questions_are_refused(tmp_path, tokenizer):
     data = DataArguments(task="arithmetic", validation_dataset_name=write(tmp_path / "v.jsonl", rows))
     trained_on = [{"prompt": rows[2]["prompt"], "source": "experts.jsonl, line 7"}]
     with pytest.raises(InputError, match=r"v\.jsonl.*3.*also trains on this question \(experts\.jsonl, line 7\)"):
-        load_validation(data, TASK, tokenizer, trained_on, max_new_tokens=8, batch_size=8)
+        load_validation(data, TASK, tokenizer, trained_on, rendering=Rendering(), max_new_tokens=8, batch_size=8)
     del rows[1]["answer"]
     write(tmp_path / "v.jsonl", [{"prompt": row["prompt"], "answer": row.get("answer")} for row in rows])
     with pytest.raises(InputError, match=r"v\.jsonl.*2.*no answer"):
-        load_validation(data, TASK, tokenizer, [], max_new_tokens=8, batch_size=8)
+        load_validation(data, TASK, tokenizer, [], rendering=Rendering(), max_new_tokens=8, batch_size=8)
 
 
 def test_conflicting_ways_of_validation_are_refused(tmp_path, tiny_model_folder):

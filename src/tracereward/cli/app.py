@@ -14,8 +14,8 @@ import typer
 import typer.core
 
 from tracereward import __version__
-from tracereward.cli.evaluate import suites
-from tracereward.cli.reward import Overwrite, Resume, commands
+from tracereward.cli.evaluate import ChatTemplateKwargs, QuestionTask, Template, json_object, suites
+from tracereward.cli.reward import Overwrite, Resume, Seed, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
 from tracereward.console import open_streams, say
@@ -98,7 +98,7 @@ def grpo(ctx: typer.Context) -> None:
 def sample(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
-    task: Annotated[str, typer.Option(help="Task that reads the rows and checks answers.")] = "generic",
+    task: QuestionTask = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="Completions per prompt. Default: 8.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy decoding. Default: 1.")] = None,
@@ -106,10 +106,11 @@ def sample(
     use_generation_config: Annotated[
         bool, typer.Option(help="Sample as the policy's generation_config.json recommends. Default: ignore it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Seed = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
-    template: Annotated[str, typer.Option(help="plain or chat.")] = "plain",
+    template: Template = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     resume: Resume = False,
@@ -159,7 +160,14 @@ def sample(
         raise InputError("--reward-model, --reference and the options of beam, reject and tilt need --guide")
     run_sample(
         model,
-        Questions(data=data, task=task, split=split, limit=limit, template=template),
+        Questions(
+            data=data,
+            task=task,
+            split=split,
+            limit=limit,
+            template=template,
+            chat_template_kwargs=json_object("--chat-template-kwargs", chat_template_kwargs),
+        ),
         sampling,
         n=n or 8,
         guidance=guidance,
@@ -173,7 +181,7 @@ def quickstart(
     world: Annotated[
         str, typer.Option(help="exposure, checked, hops, misconception, style or multi-skill.")
     ] = "exposure",
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Seed = 0,
     resume: Annotated[bool, typer.Option(help="Resume an unfinished run.")] = False,
     fast: Annotated[
         bool, typer.Option(help="One minute instead of several: fewer steps, less reliable figures.")
@@ -211,6 +219,14 @@ def main(application: typer.Typer = app) -> NoReturn:
     except Interrupted as error:
         say(f"\ntracereward: {error}")
         code = 130
+    except KeyboardInterrupt:
+        say("\ntracereward: interrupted")
+        code = 130
+    except Exception as error:
+        from tracereward.cli.unforeseen import explained
+
+        say(f"\ntracereward: {explained(error)}")
+        code = 1
     leave(code)
 
 

@@ -3,13 +3,16 @@
 typer reads options from signatures, so the suites repeat their options on purpose; the option types are shared.
 """
 
+import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from tracereward.cli.rules import CheckedTyper
+from tracereward.errors import InputError
+from tracereward.generation.params import MAX_SEED
 
 suites = CheckedTyper(no_args_is_help=True, help="Evaluate a reward model or a policy: one command per suite.")
 
@@ -21,11 +24,28 @@ def _finite(value: float) -> float:
     return value
 
 
+def json_object(option: str, text: str | None) -> dict[str, Any] | None:
+    """A JSON object on the command line; None if it is not given.
+
+    Raises:
+        InputError: it is none; names the option.
+    """
+    if text is None:
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{option} {text}: not valid JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{option} {text}: must be a JSON object, as in '{{\"enable_thinking\": false}}'")
+    return found
+
+
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model.")]
 TaskName = Annotated[str | None, typer.Option("--task", help="Task. Default: the reward model's.")]
 Policy = Annotated[str | None, typer.Option(help="Causal LM whose log-probs are a baseline for the reward.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use N rows.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 Temperature = Annotated[float, typer.Option(min=0, callback=_finite, help="Sampling temperature.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub set.")]
 Aggregate = Annotated[str, typer.Option(help="Step reward: mean or min of its tokens.")]
@@ -33,8 +53,17 @@ Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="Folder. Default: evaluation/ in the model's run folder, or here.")
 ]
 QuestionData = Annotated[str | None, typer.Option(help="Questions with gold answers. Default: the task's own set.")]
-QuestionTask = Annotated[str, typer.Option(help="Task that reads the rows and checks answers.")]
-Template = Annotated[str, typer.Option(help="plain or chat.")]
+QuestionTask = Annotated[
+    str | None,
+    typer.Option("--task", help="Task that reads the rows and checks answers. Default: the policy's, else generic."),
+]
+Template = Annotated[
+    str | None, typer.Option(help="plain or chat. Default: as the policy was trained by tracereward, else plain.")
+]
+ChatTemplateKwargs = Annotated[
+    str | None,
+    typer.Option(help="Variables of the chat template as JSON. Default: as the policy was trained, else none."),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of a trace.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Traces generated together.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results of the same suite in --output.")]
@@ -126,12 +155,13 @@ def perturbation(
 def policy_suite(
     policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: QuestionData = None,
-    task: QuestionTask = "generic",
+    task: QuestionTask = None,
     n: Annotated[int, typer.Option("-n", "--n", min=0, help="Samples per question; 0 for greedy only.")] = 8,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 1.0,
     split: Split = "test",
-    template: Template = "plain",
+    template: Template = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     limit: Limit = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
@@ -144,7 +174,10 @@ def policy_suite(
     from tracereward.evaluate.suites import Results, run_policy
     from tracereward.generation.params import SamplingParams
 
-    questions = Questions(data=data, task=task, split=split, limit=limit, template=template)
+    kwargs = json_object("--chat-template-kwargs", chat_template_kwargs)
+    questions = Questions(
+        data=data, task=task, split=split, limit=limit, template=template, chat_template_kwargs=kwargs
+    )
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size)
     run_policy(
         policy, questions, sampling, n=n, results=Results(folder=output, overwrite=overwrite, as_json=json_table)
@@ -156,7 +189,7 @@ def guided_suite(
     policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     reward_model: Annotated[str, typer.Option(help="Folder or Hub id of the reward model; same tokenizer.")],
     data: QuestionData = None,
-    task: QuestionTask = "generic",
+    task: QuestionTask = None,
     budget: Annotated[
         list[int] | None, typer.Option(min=1, help="Samples per question; repeatable. Default: 4 and 16.")
     ] = None,
@@ -168,7 +201,8 @@ def guided_suite(
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 1.0,
     split: Split = "test",
-    template: Template = "plain",
+    template: Template = None,
+    chat_template_kwargs: ChatTemplateKwargs = None,
     limit: Limit = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
@@ -185,7 +219,10 @@ def guided_suite(
     from tracereward.evaluate.suites import Results
     from tracereward.generation.params import SamplingParams
 
-    questions = Questions(data=data, task=task, split=split, limit=limit, template=template)
+    kwargs = json_object("--chat-template-kwargs", chat_template_kwargs)
+    questions = Questions(
+        data=data, task=task, split=split, limit=limit, template=template, chat_template_kwargs=kwargs
+    )
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size)
     comparison = Comparison(budgets=tuple(budget or (4, 16)), alpha=alpha, top_k=top_k, threshold=threshold)
     run_guided(

@@ -19,7 +19,7 @@ from tracereward.commands.partial_output import (
     write_row,
 )
 from tracereward.commands.sample_guided import load_guide
-from tracereward.console import say
+from tracereward.console import note, say
 from tracereward.data.labels import judge
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
@@ -28,6 +28,7 @@ from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import lowest_steps, self_correct, threshold_of
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.policy_settings import remembered
 from tracereward.modeling.rendering import completion_text, render_prompt
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.log_prob_scorer import LogProbs
@@ -158,6 +159,9 @@ def corrected_rows(
         if "completion" not in row:
             raise InputError(f"{where}: correct needs a completion in each row; `tracereward sample` writes it")
     check_model(model)
+    stored = remembered(model)
+    if stored is not None and replace(stored.rendering, date="") != replace(settings.rendering, date=""):
+        note(f"prompts as {correcting.reward_model} was trained ({settings.template}); {model} was trained on others")
     tokenizer = load_tokenizer(model)
     prompts = [render_prompt(tokenizer, row["prompt"], settings.rendering, where) for where, row in rows]
     texts = [completion_text(tokenizer, row["completion"], settings.rendering, where) for where, row in rows]

@@ -1,17 +1,22 @@
 """`Questions`: a set of questions to sample completions for; its rows and prompts."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tracereward.console import note
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.sampling import Sample
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.lost_text import MOST_OF_A_TEXT, check_texts
-from tracereward.modeling.rendering import Rendering, render_prompt
+from tracereward.modeling.policy_settings import PolicySettings, remembered
+from tracereward.modeling.rendering import Rendering, check_rendering, render_prompt
 from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.rewards.settings import RewardSettings
 from tracereward.tasks.recipes import Task, get_task
 
 
@@ -25,36 +30,121 @@ class Questions:
         split: of a Hub set.
         limit: use the first rows only.
         template: plain or chat.
+        chat_template_kwargs: variables of the chat template, see `Rendering`.
+        date: the day that a chat template which reads the clock writes, see `Rendering`.
+
+    Task, template, its variables and the date may be None: see `in_force`.
     """
 
     data: str | None = None
-    task: str = "generic"
+    task: str | None = None
     split: str = "test"
     limit: int | None = None
-    template: str = "plain"
+    template: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    date: str | None = None
+
+    @property
+    def rendering(self) -> Rendering:
+        """How prompts become text, once all is set."""
+        kwargs = self.chat_template_kwargs or {}
+        return Rendering(template=str(self.template), chat_template_kwargs=kwargs, date=self.date or "")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that determine the rows, apart from the data; those of this version only where they are set."""
+        found = {"task": self.task, "split": self.split, "limit": self.limit, "template": self.template}
+        if self.chat_template_kwargs:
+            found["chat_template_kwargs"] = dict(self.chat_template_kwargs)
+        return found | ({"template_date": self.date} if self.date else {})
+
+
+def in_force(questions: Questions, model: str, judge: RewardSettings | None = None) -> Questions:
+    """The questions with every option set: as given, else as the model remembers, else generic and plain.
+
+    Says what the model remembers, and where a given option differs from it.
+
+    Args:
+        questions: as given.
+        model: folder or Hub id of the policy.
+        judge: settings of the reward model that guides it, whose rendering counts if the policy remembers none.
+
+    Raises:
+        InputError: the model's ``tracereward.json`` is damaged.
+    """
+    if questions.date is not None:  # done already
+        return questions
+    names: tuple[str, ...] = ("task", "template", "chat_template_kwargs")
+    stored, who = remembered(model), model
+    if stored is None and judge is not None:
+        kwargs = judge.chat_template_kwargs
+        stored = PolicySettings(template=judge.template, chat_template_kwargs=kwargs, date=judge.date)
+        who, names = "the reward model", names[1:]
+    default = stored or PolicySettings()
+    given = {name: getattr(questions, name) for name in names if getattr(questions, name) is not None}
+    own: dict[str, Any] = {name: getattr(default, name) for name in names}
+    if given.get("template", own["template"]) != own["template"]:  # the variables belong to the other template
+        own["chat_template_kwargs"] = {}
+    if stored is not None:
+        _say(who, own, given)
+    found = replace(questions, **{**own, **given}, date=default.date)
+    return replace(found, task=found.task or default.task)
+
+
+def _say(model: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """One line: the options that a model remembers, and the given ones that differ."""
+
+    def words(options: Mapping[str, Any]) -> str:
+        texts = {name: value if isinstance(value, str) else f"'{json.dumps(value)}'" for name, value in options.items()}
+        return " ".join(f"--{name} {text}" for name, text in texts.items())
+
+    followed = {name: value for name, value in own.items() if name not in given and value != {}}
+    text = f"as {model} was trained: {words(followed)}" if followed else ""
+    if other := {name: value for name, value in given.items() if value != own[name]}:
+        trained = words({name: own[name] for name in other})
+        text = f"{text}; " if text else ""
+        text += f"{words(other)} as given, and {model} was trained with {trained}"
+    if text:
+        note(text)
+
+
+def read_questions(questions: Questions) -> list[dict[str, Any]]:
+    """The rows.
+
+    Args:
+        questions: with every option set, see `in_force`.
+
+    Raises:
+        InputError: unreadable input.
+    """
+    task = get_task(str(questions.task))
+    source = questions.data or task.dataset
+    if source is None:
+        raise InputError(f"task {task.name!r} has no default data set: give --data, a file or a Hub id")
+    subset = task.subset if questions.data in (None, task.dataset) else None
+    return load_demonstrations(
+        source, task, split=questions.split, subset=subset, limit=questions.limit, require_completion=False
+    )
 
 
 def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
     """The rows, their rendered prompts and the policy's tokenizer, without loading the model.
 
+    Args:
+        questions: with every option set, see `in_force`.
+        model: folder or Hub id of the policy.
+
     Raises:
         InputError: unreadable input.
     """
-    task = get_task(questions.task)
-    source = questions.data or task.dataset
-    if source is None:
-        raise InputError(f"task {task.name!r} has no default data set: give --data, a file or a Hub id")
-    subset = task.subset if questions.data in (None, task.dataset) else None
-    rows = load_demonstrations(
-        source, task, split=questions.split, subset=subset, limit=questions.limit, require_completion=False
-    )
+    rendering = questions.rendering
+    rows = read_questions(questions)
     check_model(model)
     tokenizer = load_tokenizer(model)
-    prompts = [
-        render_prompt(tokenizer, row["prompt"], Rendering(template=questions.template), row["source"]) for row in rows
-    ]
+    check_rendering(tokenizer, rendering)
+    prompts = [render_prompt(tokenizer, row["prompt"], rendering, row["source"]) for row in rows]
     asked = [(row["source"], [prompt]) for row, prompt in zip(rows, prompts, strict=True)]
-    check_texts(tokenizer, asked, source, MOST_OF_A_TEXT)
+    check_texts(tokenizer, asked, questions.data or str(get_task(questions.task).dataset), MOST_OF_A_TEXT)
     return rows, prompts, tokenizer
 
 

@@ -17,13 +17,14 @@ from tracereward.commands.partial_output import (
     unfinished,
     write_row,
 )
-from tracereward.commands.questions import Questions, load_questions, sample_row
+from tracereward.commands.questions import Questions, in_force, load_questions, read_questions, sample_row
 from tracereward.commands.sample_guided import Guidance, finished_guided, guided_rows
 from tracereward.console import say
 from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.loading import best_device, load_causal_lm
+from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import get_task
 
 
@@ -51,8 +52,8 @@ def run_sample(
             unfinished one is from another run.
     """
     models = {"model": model, "--reward-model": None, "--reference": None}
-    options: dict[str, Any] = {**asdict(questions), **asdict(sampling)}
-    data = options.pop("data")
+    questions = in_force(questions, model, None if guidance is None else check_reward_model(guidance.reward_model))
+    data, options = questions.data, {**questions.options, **asdict(sampling)}
     if not sampling.settings:  # outputs of earlier versions have none
         del options["settings"]
     if guidance is None:  # a batch has one random seed, so rows depend on its size
@@ -76,13 +77,20 @@ def run_sample(
         chunks = sample_rows(model, questions, sampling, n=n, done=done)
     else:
         chunks = guided_rows(model, questions, sampling, guidance, done=done)
-    progress = tqdm(desc="samples", initial=done * (n if guidance is None else 1), unit="")
+    right = wrong = 0
+    # With a delay the bar appears after the first chunk, not above a message about the input.
+    progress = tqdm(desc="questions", total=len(read_questions(questions)), initial=done, unit="", delay=0.1)
     with progress, rows_to(output, origin) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)
+                right += row["correct"] is True
+                wrong += row["correct"] is False
             file.flush()
-            progress.update(len(rows))
+            progress.update(len({row["question"] for row in rows}))
+    if right + wrong:
+        earlier = f" sampled now, without the {done} questions of before" if done else ""
+        say(f"{right} of {right + wrong} samples{earlier} have the right answer ({right / (right + wrong):.1%})")
 
 
 def sample_rows(
@@ -101,8 +109,10 @@ def sample_rows(
     """
     if sampling.temperature == 0 and n > 1:
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
+    questions = in_force(questions, model)
+    task = get_task(str(questions.task))
     rows, prompts, tokenizer = load_questions(questions, model)
     policy = load_causal_lm(model, device=best_device())
     first_chunk = done // sampling.prompts_together(n)
     for chunk in sample(policy, tokenizer, prompts, sampling, n=n, first_chunk=first_chunk):
-        yield [sample_row(s, rows[s.prompt], get_task(questions.task)) for s in chunk]
+        yield [sample_row(s, rows[s.prompt], task) for s in chunk]

@@ -1,21 +1,22 @@
 """`tracereward sample --guide`: completions from decoding guided by a reward model, as rows."""
 
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from tracereward.commands.partial_output import complete_rows
-from tracereward.commands.questions import Questions, load_questions, sample_row
+from tracereward.commands.questions import Questions, in_force, load_questions, sample_row
 from tracereward.errors import InputError, check_choice, check_number
 from tracereward.files import write_jsonl
 from tracereward.generation import decoding
 from tracereward.generation.guide import Guide, Guided, check_tokenizers
 from tracereward.generation.params import SamplingParams
 from tracereward.modeling.loading import best_device, check_model, load_causal_lm, local_folder
-from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.modeling.tokenization import end_as, load_tokenizer
 from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model
@@ -136,15 +137,20 @@ def finished_guided(part: Path, size: int) -> int:
     return done
 
 
-def check_template(reward_model: str, template: str) -> None:
-    """Check that `template` is the one that the reward model was trained with.
+def check_template(reward_model: str, questions: Questions) -> None:
+    """Check that the prompts are rendered as those that the reward model was trained with.
 
     Raises:
-        InputError: it is not, or there is no such reward model.
+        InputError: they are not, or there is no such reward model.
     """
-    settings = check_reward_model(reward_model)
+    settings, template = check_reward_model(reward_model), questions.template
     if template != settings.template:
         raise InputError(f"{reward_model} was trained on prompts by --template {settings.template}, not {template}")
+    own, given = dict(settings.chat_template_kwargs), dict(questions.chat_template_kwargs or {})
+    if own != given:
+        raise InputError(
+            f"{reward_model} was trained with --chat_template_kwargs '{json.dumps(own)}', not '{json.dumps(given)}'"
+        )
 
 
 def load_guide(
@@ -169,7 +175,9 @@ def load_guide(
     Raises:
         InputError: the tokenizers differ (checked before a model is loaded), or a prompt leaves too few positions.
     """
-    check_tokenizers(tokenizer, load_tokenizer(str(local_folder(reward_model))))
+    reward_tokenizer = load_tokenizer(str(local_folder(reward_model)))
+    end_as(tokenizer, reward_tokenizer, model)
+    check_tokenizers(tokenizer, reward_tokenizer)
     if reference is not None:
         check_model(reference)
     scorer = TokenRewardModel.from_pretrained(reward_model).to(best_device())
@@ -199,7 +207,10 @@ def guided_rows(
         raise InputError(
             f"at temperature 0 all samples are the same: --guide {method.name} would sample {method.at_once}"
         )
-    check_template(guidance.reward_model, questions.template)
+    settings = check_reward_model(guidance.reward_model)
+    questions = replace(in_force(questions, model, settings), date=settings.date)
+    task = get_task(str(questions.task))
+    check_template(guidance.reward_model, questions)
     rows, prompts, tokenizer = load_questions(questions, model)
     guide = load_guide(
         model,
@@ -213,7 +224,7 @@ def guided_rows(
     for start in range(done, len(prompts), size):
         yield [
             {
-                **sample_row(trace, rows[start + trace.prompt], get_task(questions.task)),
+                **sample_row(trace, rows[start + trace.prompt], task),
                 "question": start + trace.prompt,
                 "reward": trace.reward,
                 "sampled_tokens": trace.sampled_tokens,

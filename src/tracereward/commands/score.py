@@ -22,7 +22,7 @@ from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows, traces_of
 from tracereward.errors import InputError, check_choice
 from tracereward.modeling.rendering import completion_text, render_prompt
-from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.modeling.tokenization import load_tokenizer, without_ends
 from tracereward.rewards.engines import (
     ENGINES,
     check_engine,
@@ -196,10 +196,18 @@ def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
         text = completion_text(model.tokenizer, row["completion"], model.settings.rendering, where)
         row = {**row, "completion": text}
     texts, finished, spans = traces_of(row, model.settings.step_delimiter)
-    return [
-        Trace(where=where, prompt=prompt, completion=text, finished=ended, spans=spans)
-        for text, ended in zip(texts, finished, strict=True)
-    ]
+    traces = []
+    for given, ended in zip(texts, finished, strict=True):
+        text, had_end = without_ends(model.tokenizer, given)
+        traces.append(
+            Trace(where=where, prompt=prompt, completion=text, finished=ended or had_end, spans=_within(spans, text))
+        )
+    return traces
+
+
+def _within(spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
+    """Spans of steps that end with the text, without the end marks that were taken off it."""
+    return [(start, min(end, len(text))) for start, end in spans]
 
 
 def _scored_row(

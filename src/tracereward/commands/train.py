@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,39 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from tracereward.console import is_main_process, note
-from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
+from tracereward.data.demonstrations import check_lengths, check_positions, load_demonstrations, split_rows
 from tracereward.errors import InputError
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import check_model, frozen_copy
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.lost_text import check_texts
-from tracereward.modeling.rendering import Rendering, render, render_prompt
-from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer, pad_id, same_tokenizer
+from tracereward.modeling.policy_settings import PolicySettings, remembered
+from tracereward.modeling.rendering import (
+    Rendering,
+    check_reasoning,
+    check_rendering,
+    dated,
+    render,
+    render_prompt,
+)
+from tracereward.modeling.tokenization import (
+    encode_completion,
+    encode_prompt,
+    load_tokenizer,
+    pad_id,
+    policy_tokenizer,
+    same_tokenizer,
+    same_vocabulary,
+)
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
+from tracereward.runs.cards import about_run, write_policy_card
 from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
 from tracereward.runs.folder import run_folder
 from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.report import report_rewards
+from tracereward.runs.upload import repositories_of, upload_all
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import SafeTrainer
@@ -52,6 +71,37 @@ class Prepared:
     validation: Validation | None
     rendering: Rendering
 
+    @property
+    def remember(self) -> PolicySettings:
+        """What is stored with the policy."""
+        rendering = self.rendering
+        return PolicySettings(
+            task=self.task.name,
+            template=rendering.template,
+            chat_template_kwargs=rendering.chat_template_kwargs,
+            date=rendering.date,
+        )
+
+
+def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
+    """Set the template and its variables where they are not given: as the model was trained, else plain; says so."""
+    name = starting_policy(model)
+    stored = remembered(name)
+    if data.template is None:
+        data.template = "plain" if stored is None else stored.template
+        if stored is not None and stored.template != "plain":
+            note(f"{name} was trained with --template {stored.template}: it is used here too")
+    elif stored is not None and stored.template != data.template:
+        note(f"--template {data.template}, and {name} was trained with {stored.template}")
+    if stored is None or stored.template != data.template:
+        return
+    own = dict(stored.chat_template_kwargs)
+    if config.chat_template_kwargs is None and own:
+        config.chat_template_kwargs = config.given["chat_template_kwargs"] = own
+        note(f"{name} was trained with --chat_template_kwargs '{json.dumps(own)}': used here too")
+    elif config.chat_template_kwargs not in (None, own):
+        note(f"--chat_template_kwargs, and {name} was trained with '{json.dumps(own)}'")
+
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
     """Load the tokenizer and the demonstrations and check them against the options.
@@ -73,10 +123,12 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         unlabeled = [{**row, "completion": None} for row in unlabeled]
     check_model(policy)
     check_quantization(model, config)
-    tokenizer = load_tokenizer(policy)
     by_source = {row["source"]: row for row in [*rows, *unlabeled]}
-    rendering = Rendering(template=data.template)
+    rendering = Rendering(template=str(data.template), chat_template_kwargs=config.chat_template_kwargs or {})
+    tokenizer = policy_tokenizer(policy, rendering)
+    rendering = dated(rendering, tokenizer)
     rows = render(rows, tokenizer, rendering)
+    check_reasoning(rows, tokenizer, rendering)
     unlabeled = render(unlabeled, tokenizer, rendering)
     limit = config.max_completion_length
     assert limit is not None
@@ -84,6 +136,8 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
     if dropped:
         note(f"{dropped} demonstrations dropped: longer than {limit} tokens (--max_completion_length)")
+    rollouts = 0 if isinstance(config, SupervisedConfig) else limit
+    check_positions([*rows, *unlabeled], tokenizer, policy, rollouts=rollouts)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     prompts = len(rows) + len(unlabeled)
     if isinstance(config, SupervisedConfig):
@@ -103,6 +157,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         task,
         tokenizer,
         [*rows, *unlabeled],
+        rendering=rendering,
         max_new_tokens=limit,
         batch_size=config.per_device_train_batch_size,
     )
@@ -152,6 +207,7 @@ def lora(model: ModelConfig) -> LoraConfig | None:
 
 def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Supervised fine-tuning on the demonstrations; returns the run folder, which holds ``policy/``."""
+    inherit(data, config, model)
     job = Job(kind="sft", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     train, validation = prepared.rows, []
@@ -159,6 +215,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
         train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)
     check_disk(job, models=1)
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy"])
         tokenizer = prepared.tokenizer
         with explained():
             trainer = SupervisedTrainer(
@@ -170,8 +227,10 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
+        write_policy_card(run, about_run(run, len(train), chosen))
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
+        upload_all(run, repositories)
     return run.folder
 
 
@@ -196,14 +255,21 @@ def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) ->
 
 def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resume: bool = False) -> Path:
     """GRPO with a fixed reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
+    inherit(data, config, model)
     job = Job(kind="grpo", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     if config.base_model is not None:
         check_model(config.base_model)
-        if not same_tokenizer(prepared.tokenizer, load_tokenizer(config.base_model)):
+        if not same_vocabulary(prepared.tokenizer, load_tokenizer(config.base_model)):
             raise InputError(
                 f"--base_model {config.base_model} and the policy have different tokenizers; use the model before SFT"
             )
+        check_positions(
+            [*prepared.rows, *prepared.unlabeled],
+            prepared.tokenizer,
+            config.base_model,
+            rollouts=config.max_completion_length or 0,
+        )
     task, tokenizer = prepared.task, prepared.tokenizer
     rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in [*prepared.rows, *prepared.unlabeled]]
     missing = next((row for row in [*prepared.rows, *prepared.unlabeled] if row["answer"] is None), None)
@@ -216,6 +282,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
         return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
 
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy"])
         with explained():
             policy = load_policy(model)
         functions = [correct]
@@ -248,13 +315,16 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
                 peft_config=lora(model),
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
+        write_policy_card(run, about_run(run, len(prepared.rows), chosen))
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
+        upload_all(run, repositories)
     return run.folder
 
 
 def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Warm-up and adversarial training; the run folder holds ``policy/``, ``reward_model/`` and ``report.html``."""
+    inherit(data, config, model)
     job = Job(kind="train", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
     task, tokenizer = prepared.task, prepared.tokenizer
@@ -265,13 +335,22 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         check_model(start)
         reward_tokenizer = load_tokenizer(start)
         check_texts(reward_tokenizer, texts_of(prepared.rows), "--discriminator_model")
+        check_rendering(reward_tokenizer, prepared.rendering)
+        if same_vocabulary(tokenizer, reward_tokenizer):  # with the policy's end of sequence and chat template
+            reward_tokenizer = tokenizer
+    demonstrations, rollouts = with_reward_prompts(reward_tokenizer, prepared), config.max_completion_length or 0
+    if config.discriminator_model is not None:
+        read = [{**row, "prompt": row.get("reward_prompt", row["prompt"])} for row in demonstrations]
+        same = same_tokenizer(tokenizer, reward_tokenizer)  # otherwise rollouts have another number of tokens there
+        check_positions(read, reward_tokenizer, start, rollouts=rollouts if same else 0)
     if config.warmup_model is not None:
         check_model(config.warmup_model)
-        if not same_tokenizer(tokenizer, load_tokenizer(config.warmup_model)):
+        if not same_vocabulary(tokenizer, load_tokenizer(config.warmup_model)):
             raise InputError(
                 f"the policy {policy} and --warmup_model {config.warmup_model} have different tokenizers; "
                 "use a model with the policy's tokenizer"
             )
+        check_positions([*prepared.rows, *prepared.unlabeled], tokenizer, config.warmup_model, rollouts=rollouts)
     if config.positives == "mixed":
         note("USES GOLD ANSWERS: rollouts with a correct answer are additional positives (--positives mixed)")
     settings = RewardSettings(
@@ -285,7 +364,9 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         uses_gold_answers=config.positives == "mixed",
         aggregate=config.reward_aggregate,
         task=task.name,
-        template=data.template,
+        template=prepared.rendering.template,
+        chat_template_kwargs=prepared.rendering.chat_template_kwargs,
+        date=prepared.rendering.date,
         base_model=start,
     )
     if config.shared_base and not model.use_peft:
@@ -293,6 +374,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     check_disk(job, models=2)
     peft = lora(model)
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy", "reward_model"])
         with explained():
             torch.manual_seed(config.seed)  # random initialisation of the head and LoRA
             starting, policy_peft = load_policy(model), lora(model)
@@ -314,22 +396,25 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             trainer = AdversarialTrainer(
                 model=starting,
                 reward_model=reward_model,
-                demonstrations=with_reward_prompts(reward_tokenizer, prepared),
+                demonstrations=demonstrations,
                 args=config,
                 task=task,
                 processing_class=tokenizer,
                 peft_config=policy_peft,
                 callbacks=[run.metrics, run.stop],
             )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer)
+        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
         with trainer.discriminator.averaged():
             weights = trainer.discriminator.weights() if trainer.discriminator.sharded else None
             if is_main_process():
                 if weights is not None:
                     reward_model = make()
                     reward_model.load_state_dict(weights, strict=False)
-                reward_model.save_pretrained(run.folder / "reward_model")
+                about = about_run(run, len(prepared.rows), chosen)
+                write_policy_card(run, about)
+                reward_model.save_pretrained(run.folder / "reward_model", about)
                 report_rewards(run, trainer, reward_model, prepared.rows, chosen=chosen)
+        upload_all(run, repositories)
     return run.folder
 
 

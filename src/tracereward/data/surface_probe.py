@@ -1,13 +1,14 @@
 """A probe for leaks: do surface features alone distinguish experts from rollouts, without the reasoning?
 
 A discriminator finds what the probe finds, and earlier than it finds errors: the policy is then rewarded for, say, a
-line ending that only experts have.
+line ending that only experts have. Equal texts may still differ as tokens: a ``<think>`` that is one token in rollouts
+and five letters in experts, or another end of sequence. The probe therefore reads both.
 """
 
 import math
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,9 @@ MIN_TRACES = 10
 # Features are named if their standardised coefficient is above this share of the largest.
 NAMED_SHARE = 0.25
 MAX_NAMED = 3  # so that the warning stays one sentence
+# A token is a feature if this share of the traces has it at its place, the classes weighted equally: few are, and a
+# token that all experts have and no rollout has a share of 0.5.
+COMMON_SHARE = 0.05
 SEED = 0  # of the folds: the same traces give the same figure
 
 LABELS = {
@@ -49,11 +53,19 @@ LABELS = {
 
 @dataclass(frozen=True)
 class TraceText:
-    """Input of the probe: prompt (any identifier), text, and whether the trace has an end-of-sequence token."""
+    """Input of the probe.
+
+    Attributes:
+        prompt: any identifier.
+        text: the completion.
+        finished: whether it has an end-of-sequence token.
+        tokens: its tokens as the vocabulary names them, the end of sequence included; empty if they are not compared.
+    """
 
     prompt: str
     text: str
     finished: bool
+    tokens: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,40 @@ def surface_features(text: str, finished: bool) -> dict[str, float]:
     }
 
 
+def token_features(traces: Sequence[TraceText], is_expert: Sequence[bool], special: set[str]) -> dict[str, list[float]]:
+    """Whether each trace has a token at a place, for the tokens that are common there; by a label that names both.
+
+    Places are the first token, the last one of the text, the end of sequence, and, for special tokens, anywhere before.
+
+    Args:
+        traces: with tokens.
+        is_expert: the class of each.
+        special: tokens that are no text, or that were added to the vocabulary, such as ``<think>``.
+    """
+    places: dict[str, list[set[str]]] = {"starts": [], "ends": [], "end": [], "has": []}
+    for trace in traces:
+        body = list(trace.tokens)
+        end = body[-1:] if trace.finished else []
+        body = body[: len(body) - len(end)]
+        for place, found in zip(places, (body[:1], body[-1:], end, special & set(body))):
+            places[place].append(set(found))
+    weight = np.where(is_expert, 0.5 / max(1, sum(is_expert)), 0.5 / max(1, len(is_expert) - sum(is_expert)))
+    words = {
+        "starts": "share that starts with the token",
+        "ends": "share whose text ends with the token",
+        "end": "share whose end of sequence is the token",
+        "has": "share with the token",
+    }
+    features: dict[str, list[float]] = {}
+    for place, sets in places.items():
+        for token in sorted(set().union(*sets)):
+            has = [float(token in one) for one in sets]
+            if COMMON_SHARE <= float(weight @ has) < 1:
+                shown = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n")
+                features[f"{words[place]} {shown!r}"] = has
+    return features
+
+
 def prompt_folds(is_expert: Sequence[bool], prompts: Sequence[str], folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """(training rows, held-out rows) of each fold; all traces of a prompt are in one fold, and classes are balanced.
 
@@ -115,8 +161,8 @@ def prompt_folds(is_expert: Sequence[bool], prompts: Sequence[str], folds: int) 
     return list(splitter.split(np.zeros(len(prompts)), np.asarray(is_expert, dtype=int), np.asarray(prompts)))
 
 
-def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText]) -> Probe:
-    """Logistic regression on `surface_features`, scored by the AUROC of its held-out scores.
+def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText], special: Collection[str] = ()) -> Probe:
+    """Logistic regression on `surface_features` and `token_features`, scored by the AUROC of its held-out scores.
 
     Features are standardised, the classes weighted equally, and the folds are those of `prompt_folds`. The features
     that are named, and their coefficients, come from a fit on all traces.
@@ -124,6 +170,7 @@ def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText]) -
     Args:
         experts: expert traces, usually one a prompt.
         rollouts: the policy's, usually several a prompt, of the same prompts.
+        special: see `token_features`.
 
     Returns:
         `Probe(nan, (), n)` with fewer than `MIN_TRACES` of either, or if either has a single prompt.
@@ -134,7 +181,9 @@ def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText]) -
     folds = min(FOLDS, len({trace.prompt for trace in experts}), len({trace.prompt for trace in rollouts}))
     if min(len(experts), len(rollouts)) < MIN_TRACES or folds < 2:
         return Probe(math.nan, (), len(traces))
-    x = np.array([list(surface_features(trace.text, trace.finished).values()) for trace in traces], dtype=float)
+    by_token = token_features(traces, is_expert, set(special))
+    of_text = [list(surface_features(trace.text, trace.finished).values()) for trace in traces]
+    x = np.array([[*row, *tokens] for row, *tokens in zip(of_text, *by_token.values(), strict=True)], dtype=float)
     y = np.array(is_expert)
     scores = np.zeros(len(traces))
     for train, held_out in prompt_folds(is_expert, prompts, folds):
@@ -142,7 +191,8 @@ def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText]) -
             return Probe(math.nan, (), len(traces))
         scores[held_out] = _model().fit(x[train], y[train]).decision_function(x[held_out])
     coefficients = _model().fit(x, y).named_steps["logisticregression"].coef_[0]
-    return Probe(auroc(scores.tolist(), is_expert), _responsible(x, is_expert, coefficients), len(traces))
+    responsible = _responsible([*LABELS, *by_token], x, is_expert, coefficients)
+    return Probe(auroc(scores.tolist(), is_expert), responsible, len(traces))
 
 
 def leak_warning(probe: Probe) -> str | None:
@@ -150,7 +200,8 @@ def leak_warning(probe: Probe) -> str | None:
     if not probe.auroc > LEAK_BOUND:  # nan is not
         return None
     named = "; ".join(
-        f"{LABELS[feature.name]} {'higher' if feature.coefficient > 0 else 'lower'}, AUROC {feature.auroc:.2f} alone"
+        f"{LABELS.get(feature.name, feature.name)} {'higher' if feature.coefficient > 0 else 'lower'}, "
+        f"AUROC {feature.auroc:.2f} alone"
         for feature in probe.features
     )
     return (
@@ -162,10 +213,11 @@ def _model():
     return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
 
 
-def _responsible(x: np.ndarray, is_expert: Sequence[bool], coefficients: np.ndarray) -> tuple[Feature, ...]:
+def _responsible(
+    names: Sequence[str], x: np.ndarray, is_expert: Sequence[bool], coefficients: np.ndarray
+) -> tuple[Feature, ...]:
     size = np.abs(coefficients)
     order = [index for index in np.argsort(-size, kind="stable") if size[index] > NAMED_SHARE * size.max()]
-    names = list(LABELS)
     return tuple(
         Feature(names[index], float(coefficients[index]), auroc(x[:, index].tolist(), is_expert))
         for index in order[:MAX_NAMED]

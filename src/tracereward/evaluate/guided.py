@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tracereward.commands.questions import Questions, load_questions
+from tracereward.commands.questions import Questions, in_force, load_questions
 from tracereward.commands.sample_guided import check_template, load_guide
 from tracereward.console import note
 from tracereward.errors import InputError
@@ -17,6 +17,7 @@ from tracereward.generation.self_correction import self_correct
 from tracereward.metrics import bootstrap_interval
 from tracereward.reports.tables import Table
 from tracereward.rewards.scorer import check_finite
+from tracereward.rewards.settings import check_reward_model
 from tracereward.selection import Candidate, outcomes
 from tracereward.tasks.recipes import Task, get_task
 
@@ -177,9 +178,11 @@ def run_guided(
     """
     if sampling.temperature == 0:
         raise InputError("at temperature 0 all samples of a question are the same: set --temperature above 0")
-    task = get_task(questions.task)
-    folder = results.checked("guided", policy, [reward_model, questions.data, reference])
-    check_template(reward_model, questions.template)
+    settings = check_reward_model(reward_model)
+    questions = replace(in_force(questions, policy, settings), date=settings.date)
+    task = get_task(str(questions.task))
+    base = results.checked("guided", policy, [reward_model, questions.data or task.dataset, reference])
+    check_template(reward_model, questions)
     rows, prompts, tokenizer = load_questions(questions, policy)
     check_answers(rows)
     guide = load_guide(policy, tokenizer, prompts, reward_model=reward_model, sampling=sampling, reference=reference)
@@ -202,4 +205,4 @@ def run_guided(
         "reference": reference,
         "rows": found,
     }
-    publish(folder, "guided", result, [guided_table(found, len(rows))], as_json=results.as_json)
+    publish(base, result, [guided_table(found, len(rows))], as_json=results.as_json)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.console import note
-from tracereward.errors import InputError, first_line
+from tracereward.errors import InputError, RunFailed
 from tracereward.generation.params import SamplingParams
-from tracereward.modeling.loading import local_folder
+from tracereward.modeling.loading import read_generation_config
 from tracereward.modeling.tokenization import eos_ids, pad_id
 
 NEUTRAL: dict[str, Any] = {
@@ -49,6 +49,8 @@ NEUTRAL: dict[str, Any] = {
 
 OF_SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Those that greedy decoding does not have."""
+
+NOT_FINITE = "the policy's token probabilities are not finite: its weights are damaged, or too large for its dtype"
 
 
 def generation_config(
@@ -83,9 +85,18 @@ def generation_config(
 
 
 def run_generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
-    """`model.generate` with the options of `config` alone."""
-    with only(model, config):
-        return model.generate(generation_config=config, **inputs)  # pyright: ignore[reportCallIssue, reportReturnType]
+    """`model.generate` with the options of `config` alone.
+
+    Raises:
+        RunFailed: the token probabilities are not finite.
+    """
+    try:
+        with only(model, config):
+            return model.generate(generation_config=config, **inputs)  # pyright: ignore[reportCallIssue, reportReturnType]
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):  # torch.multinomial
+            raise
+        raise RunFailed(NOT_FINITE) from error
 
 
 @contextlib.contextmanager
@@ -123,10 +134,10 @@ def recommended_options(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the model has no such file, or it asks for beam search.
     """
-    try:
-        settings = recommended(GenerationConfig.from_pretrained(local_folder(model)))
-    except OSError as error:
-        raise InputError(f"{model}: no generation_config.json to use ({first_line(error)})") from error
+    config = read_generation_config(model)
+    if config is None:
+        raise InputError(f"{model}: no generation_config.json to use")
+    settings = recommended(config)
     if "num_beams" in settings:
         raise InputError(f"{model}: its generation_config.json asks for beam search (num_beams), which does not sample")
     settings = {name: value for name, value in settings.items() if name not in given}

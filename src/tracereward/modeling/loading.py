@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,11 @@ def called(name: str | Path, folder: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(str(error).replace(str(folder), str(name))) from error
+
+
+def context_length(config: Any) -> float:
+    """Longest text that a model reads, in tokens; infinity if its configuration has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def read_config(name: str | Path, revision: str | None = None) -> Any:
@@ -305,12 +311,23 @@ def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     return tokenizer
 
 
+def read_generation_config(name: str | Path, revision: str | None = None) -> GenerationConfig | None:
+    """The generation config of a model; None if it has none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    folder = local_folder(name, revision)
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with _explained(name, folder, "generation_config.json cannot be read"):
+        return GenerationConfig.from_pretrained(folder)
+
+
 def end_ids(name: str | Path, revision: str | None = None) -> set[int]:
     """The tokens that end a completion by a model's ``generation_config.json``; empty if it has none."""
-    try:
-        declared = GenerationConfig.from_pretrained(local_folder(name, revision)).eos_token_id
-    except OSError:
-        return set()
+    config = read_generation_config(name, revision)
+    declared = None if config is None else config.eos_token_id
     return {declared} if isinstance(declared, int) else {*(declared or ())}
 
 

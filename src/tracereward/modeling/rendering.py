@@ -1,7 +1,7 @@
 """Rendering of prompts and completions to the exact texts that are tokenised: one place for all commands.
 
 A chat template that reads the clock (``strftime_now``, as Llama 3.1's) is given the day of `Rendering.date`, so that a
-prompt is the same text in training, in scoring and in a resumed run.
+prompt is the same text in training, in scoring, in a resumed run and on any other day.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATES = ("plain", "chat")
-UNKNOWN_DATE = "2024-07-26"
-"""The day that a template writes for a model whose own day is not stored: the fallback in Llama 3's templates."""
+FIXED_DATE = "2024-07-26"
+"""The day that a template writes unless a model stores another: the fallback in Llama 3's templates."""
 CLOCK = "strftime_now"
 """The function by which a chat template reads the clock; transformers defines it."""
 RESERVED = (
@@ -54,7 +54,7 @@ class Rendering:
     Attributes:
         template: ``plain`` keeps texts; ``chat`` applies the tokenizer's chat template.
         chat_template_kwargs: variables for the chat template, such as ``enable_thinking``.
-        date: the day, as ``YYYY-MM-DD``, that a chat template which reads the clock writes; "" is `UNKNOWN_DATE`.
+        date: the day, as ``YYYY-MM-DD``, that a chat template which reads the clock writes; "" is `FIXED_DATE`.
 
     Raises:
         InputError: a value is unknown, or an option would have no effect.
@@ -130,18 +130,10 @@ def check_rendering(tokenizer: PreTrainedTokenizerBase, rendering: Rendering) ->
 
 
 def dated(rendering: Rendering, tokenizer: PreTrainedTokenizerBase) -> Rendering:
-    """The rendering with the day on which the chat template's clock stands still, for models to be sampled or trained.
-
-    Today, unless the rendering already has a day; "" if the template does not read the clock.
-    """
+    """The rendering with the day that the chat template writes, to be stored with a model; "" if it reads no clock."""
     if rendering.template == "plain" or CLOCK not in chat_template_of(tokenizer):
         return replace(rendering, date="")
-    return rendering if rendering.date else replace(rendering, date=today())
-
-
-def today() -> str:
-    """Today as ``YYYY-MM-DD``."""
-    return datetime.date.today().isoformat()
+    return replace(rendering, date=rendering.date or FIXED_DATE)
 
 
 def render(rows: list[dict], tokenizer: PreTrainedTokenizerBase, rendering: Rendering) -> list[dict]:
@@ -258,7 +250,7 @@ def _applied(
     return str(
         tokenizer.apply_chat_template(
             messages,
-            chat_template=_with_date(chat_template_of(tokenizer), rendering.date or UNKNOWN_DATE),
+            chat_template=_with_date(chat_template_of(tokenizer), rendering.date or FIXED_DATE),
             add_generation_prompt=answer and not continues,
             continue_final_message=continues,
             tokenize=False,

@@ -74,21 +74,22 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str, finished: b
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"{tokenizer.name_or_path or 'the tokenizer'} has no end-of-sequence token")
-    text, ended = without_end_marks(text, str(tokenizer.eos_token), *_specials_at_end(tokenizer, text))
+    text, ended = without_ends(tokenizer, text)
     encoding: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     return encoding["input_ids"] + [tokenizer.eos_token_id] * (finished or ended)
 
 
-def _specials_at_end(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The special tokens that could be the end of a text: all but the beginning of a sequence, unknown and padding."""
-    if not text.rstrip().endswith((">", "]")):  # as nearly always: their list is long
-        return []
-    others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
-    return [
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if token.special and token.content not in others
-    ]
+def without_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, bool]:
+    """A completion without end marks, well-known ones and the tokenizer's own, and whether it had any.
+
+    Its own are the special tokens that could end a text: all but the beginning of a sequence, unknown and padding.
+    """
+    special: list[str] = []
+    if text.rstrip().endswith((">", "]")):  # hardly ever: the list is long
+        others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
+        added = tokenizer.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special and token.content not in others]
+    return without_end_marks(text, str(tokenizer.eos_token), *special)
 
 
 def encode_trace(
@@ -146,6 +147,22 @@ def keep_tags(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer._extra_special_tokens = extra
 
 
+def end_as(policy: PreTrainedTokenizerBase, reward_model: PreTrainedTokenizerBase, name: str) -> None:
+    """Let a policy's tokenizer name the end-of-sequence token that the reward model knows, if the policy has it too.
+
+    Args:
+        policy: the policy's tokenizer, which is changed.
+        reward_model: the reward model's.
+        name: folder or Hub id of the policy, whose generation config lists its end tokens.
+    """
+    from tracereward.modeling.loading import end_ids
+
+    if policy.eos_token_id == reward_model.eos_token_id or not same_vocabulary(policy, reward_model):
+        return
+    if reward_model.eos_token_id in end_ids(name):
+        policy.eos_token = reward_model.eos_token
+
+
 def without_tags(text: str) -> str:
     """A text without reasoning tags, which decoding drops where they are special tokens."""
     return _TAG.sub("", text)
@@ -178,14 +195,15 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
 
 
-def same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether two tokenizers agree on vocabulary, end-of-sequence token and the encoding of a probe text."""
+def same_vocabulary(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers agree on vocabulary and the encoding of a probe text: ids of one mean the same to both."""
     probe = "Step 1: 12,345 + 6.5 = 12,351.5\n\nSo the answer is (C). \\boxed{x^2}"
-    return (
-        policy.get_vocab() == other.get_vocab()
-        and policy.eos_token_id == other.eos_token_id
-        and policy(probe)["input_ids"] == other(probe)["input_ids"]
-    )
+    return policy.get_vocab() == other.get_vocab() and policy(probe)["input_ids"] == other(probe)["input_ids"]
+
+
+def same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """As `same_vocabulary`, and with the same end-of-sequence token."""
+    return policy.eos_token_id == other.eos_token_id and same_vocabulary(policy, other)
 
 
 def eos_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -4,7 +4,7 @@ from transformers import PreTrainedModel
 
 from tracereward.errors import InputError, check_choice
 from tracereward.modeling.loading import best_device, check_model, load_causal_lm
-from tracereward.modeling.tokenization import load_tokenizer, same_tokenizer
+from tracereward.modeling.tokenization import load_tokenizer, same_vocabulary
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import LogProbModels
 from tracereward.rewards.scorer import Scorer
@@ -69,6 +69,6 @@ def load_log_prob_model(model: Scorer, name: str | None) -> PreTrainedModel | No
     """
     if name is None:
         return None
-    if not same_tokenizer(model.tokenizer, load_tokenizer(name)):
+    if not same_vocabulary(model.tokenizer, load_tokenizer(name)):
         raise InputError(f"{name}: its tokenizer differs from the reward model's; use a model with the same tokenizer")
     return load_causal_lm(name, device=best_device())

@@ -8,7 +8,6 @@ settings that training, scoring and serving must share.
 
 import contextlib
 import copy
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
 from tracereward.modeling.loading import (
     NEW_HEAD,
     called,
+    context_length,
     load_causal_lm,
     load_model,
     local_folder,
@@ -44,7 +44,7 @@ from tracereward.modeling.log_probs import (
 )
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import render
-from tracereward.modeling.tokenization import load_tokenizer, pad_id, without_tags
+from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
 from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds, Trace
@@ -72,6 +72,7 @@ class TokenRewardModel(nn.Module, Scorer):
         super().__init__()
         if not isinstance(settings, RewardSettings):
             raise InputError(f"settings must be RewardSettings, not {type(settings).__name__}")
+        keep_tags(tokenizer)
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
@@ -174,7 +175,7 @@ class TokenRewardModel(nn.Module, Scorer):
     @property
     def max_positions(self) -> float:
         """Longest prompt plus completion that the backbone accepts, in tokens."""
-        return getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        return context_length(self.backbone.config)
 
     @property
     def token_budget(self) -> int:
@@ -315,7 +316,7 @@ def as_reward_func(
         texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
         finished = None
         tokenizer = policy_tokenizer or model.tokenizer
-        if tokenizer.get_vocab() == model.tokenizer.get_vocab():
+        if same_vocabulary(tokenizer, model.tokenizer):
             tokenizer = model.tokenizer  # which keeps the reasoning tags that another may drop as special
         decoded = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids or ()]
         if any(without_tags(text).strip() not in without_tags(of_ids) for text, of_ids in zip(texts[1], decoded)):

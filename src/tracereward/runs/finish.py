@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from tracereward.console import is_main_process, note
@@ -14,6 +14,7 @@ from tracereward.files import atomic_folder
 from tracereward.modeling.adapters import merged
 from tracereward.modeling.distributed import full_state_dict, gathered_parameters, is_sharded, zero3_disabled
 from tracereward.modeling.loading import load_causal_lm
+from tracereward.modeling.policy_settings import PolicySettings
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.runs.folder import Run
 from tracereward.runs.job import starting_policy
@@ -40,15 +41,27 @@ def load_policy(model: ModelConfig, name: str | None = None) -> PreTrainedModel:
 
 
 def train_and_choose(
-    run: Run, trainer: SafeTrainer, validation: Validation | None, tokenizer: PreTrainedTokenizerBase
+    run: Run,
+    trainer: SafeTrainer,
+    validation: Validation | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    remember: PolicySettings,
 ) -> str:
     """Train and write ``policy/``: the last weights, or, after a failure or with validation questions, the best.
+
+    Args:
+        run: the open run folder.
+        trainer: not yet trained.
+        validation: questions that select the best checkpoint.
+        tokenizer: the policy's.
+        remember: what is stored with the policy.
 
     Returns:
         A sentence for the report on how the policy was selected, with a leading space; empty for the last weights.
     """
     model = run.job.model
-    trainer.validation = validation
+    trainer.validation, trainer.remember = validation, remember
     if validation is not None:
         start = trainer.accelerator.unwrap_model(trainer.model)
         with gathered_parameters(start):
@@ -67,9 +80,8 @@ def train_and_choose(
         text = note_choice(run, trainer, restored, len(validation))
     if restored is None:
         with zero3_disabled():
-            save_model(
-                load_policy(dataclasses.replace(model, load_in_4bit=False, load_in_8bit=False)), folder, tokenizer
-            )
+            start = load_policy(dataclasses.replace(model, load_in_4bit=False, load_in_8bit=False))
+            save_model(start, folder, tokenizer, remember)
     else:
         save_policy(trainer, folder, tokenizer, model)
     return text
@@ -79,10 +91,11 @@ def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions:
     """Report the checkpoint that validation selected: on the screen, in ``metrics.jsonl``, and as the returned text."""
     best, start = trainer.state.best_metric, trainer.start_accuracy
     accuracy = start if restored is None or best is None else best
-    text = (
-        f"Chosen by greedy accuracy on {questions} validation questions: {restored or 'the start'} with "
-        f"{100 * accuracy:.1f} %; the start has {100 * start:.1f} %."
-    )
+    if restored is None:
+        found = f"the start with {100 * start:.1f} %, which no checkpoint reaches"
+    else:
+        found = f"{restored} with {100 * accuracy:.1f} %; the start has {100 * start:.1f} %"
+    text = f"Chosen by greedy accuracy on {questions} validation questions: {found}."
     note(text)
     if is_main_process():
         row = {"phase": "choice", "step": trainer.state.global_step, "chosen": restored or "start"}
@@ -99,7 +112,7 @@ def note_failure(run: Run, failure: Failure, restored: str | None) -> None:
         run.metrics.append({**row, "reason": failure.reason, "restored": what})
 
 
-def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
+def save_policy(trainer: SafeTrainer, folder: Path, tokenizer: PreTrainedTokenizerBase, model: ModelConfig) -> None:
     """Write the policy as a plain checkpoint with LoRA merged, atomically. A collective call."""
     weights = full_state_dict(trainer) if is_sharded(trainer) else None
     if not trainer.is_world_process_zero():
@@ -110,11 +123,14 @@ def save_policy(trainer: Trainer, folder: Path, tokenizer: PreTrainedTokenizerBa
             fresh = load_policy(model)
         policy = get_peft_model(fresh, policy.peft_config["default"]) if isinstance(policy, PeftModel) else fresh
         policy.load_state_dict(weights)
-    save_model(merged(policy) if isinstance(policy, PeftModel) else policy, folder, tokenizer)
+    policy = merged(policy) if isinstance(policy, PeftModel) else policy
+    save_model(policy, folder, tokenizer, trainer.remember)
 
 
-def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a plain checkpoint with its tokenizer, atomically.
+def save_model(
+    policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase, remember: PolicySettings | None
+) -> None:
+    """Write a plain checkpoint with its tokenizer and its settings, atomically.
 
     Raises:
         RunFailed: a weight is not finite.
@@ -127,3 +143,5 @@ def save_model(policy: PreTrainedModel, folder: Path, tokenizer: PreTrainedToken
     with atomic_folder(folder) as target:
         policy.save_pretrained(target)
         tokenizer.save_pretrained(target)
+        if remember is not None:
+            remember.write(target)

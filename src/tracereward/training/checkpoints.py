@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from tracereward.errors import RunFailed
 from tracereward.files import atomic_write_json, fsync_tree
 from tracereward.modeling.distributed import gather_head_for_gradient, local_shard
+from tracereward.modeling.policy_settings import PolicySettings
 from tracereward.modeling.quantized import is_quantized
 from tracereward.training.failures import CORRECT, PERTURBATION, Failure
 from tracereward.training.validation import Validation
@@ -67,10 +68,12 @@ class SafeTrainer(Trainer):
     Attributes:
         validation: questions that select the best checkpoint.
         start_accuracy: the starting policy's accuracy on them.
+        remember: what the policy remembers, written into each checkpoint too.
         saved: steps of the last two checkpoints; 0 where there is none.
     """
 
     validation: Validation | None = None
+    remember: PolicySettings | None = None
     start_accuracy: float = math.nan
     saved: tuple[int, int] = (0, 0)
 
@@ -163,6 +166,8 @@ class SafeTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if self.remember is not None:
+                self.remember.write(folder)
             fsync_tree(folder)
             atomic_write_json(folder / COMPLETE, {"step": self.state.global_step, "since": self.saved[0]})
         self.accelerator.wait_for_everyone()  # if a process ended now, the launcher would kill the others

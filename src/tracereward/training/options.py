@@ -64,10 +64,11 @@ class Range:
         ):
             return
         limits = (("at least", self.min), ("more than", self.above), ("at most", self.max), ("less than", self.below))
-        text = " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
-        if self.min is not None and self.max is not None:
-            text = f"between {self.min:g} and {self.max:g}"
+        text = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
         number = "a whole number of " if self.whole else ""
+        if self.min is not None and self.max is not None:
+            text = f"between {self.min} and {self.max}"
+            number = number.removesuffix("of ")
         raise InputError(f"{option} must be {number}{text}, not {value}" + (f": {self.why}" if self.why else ""))
 
 
@@ -123,10 +124,15 @@ class DataArguments:
     validation_dataset_split: str = field(
         default="validation", metadata={"help": "Split of a Hub dataset in --validation_dataset_name."}
     )
-    max_demonstrations: int | None = field(default=None, metadata={"help": "Use the first N demonstrations only."})
-    template: Annotated[str, OneOf(("plain", "chat"))] = field(
-        default="plain",
-        metadata={"help": "plain: prompts as the task formats them; chat: the tokenizer's chat template."},
+    max_demonstrations: Annotated[int | None, Range(min=1, whole=True)] = field(
+        default=None, metadata={"help": "Use the first N demonstrations only."}
+    )
+    template: Annotated[str | None, OneOf(("plain", "chat"))] = field(
+        default=None,
+        metadata={
+            "help": "plain: prompts as the task formats them; chat: the tokenizer's chat template. Default: as the "
+            "model was trained by tracereward, else plain."
+        },
     )
     on_long: Annotated[str, OneOf(("refuse", "drop"))] = field(
         default="refuse",
@@ -157,6 +163,13 @@ class SupervisedOptions(SavingOptions):
 
     max_completion_length: int = field(
         default=1024, metadata={"help": "Longest completion in tokens, with the end-of-sequence token."}
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": 'Variables of the chat template as JSON, such as {"enable_thinking": false}. Default: as the model '
+            "was trained."
+        },
     )
     validation_fraction: Annotated[float, Range(min=0, below=1)] = field(
         default=0.0,

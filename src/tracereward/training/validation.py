@@ -59,6 +59,7 @@ def load_validation(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[dict[str, Any]],
     *,
+    rendering: Rendering,
     max_new_tokens: int,
     batch_size: int,
 ) -> Validation | None:
@@ -69,6 +70,7 @@ def load_validation(
         task: the run's task.
         tokenizer: the policy's.
         rows: rendered training rows.
+        rendering: how their prompts were rendered.
         max_new_tokens: see `Validation`.
         batch_size: see `Validation`.
 
@@ -79,9 +81,7 @@ def load_validation(
         return None
     split = data.validation_dataset_split
     questions = load_demonstrations(data.validation_dataset_name, task, split=split, require_completion=False)
-    rendered = [
-        render_prompt(tokenizer, row["prompt"], Rendering(template=data.template), row["source"]) for row in questions
-    ]
+    rendered = [render_prompt(tokenizer, row["prompt"], rendering, row["source"]) for row in questions]
     trained_on = {row["prompt"]: row["source"] for row in rows}
     for row, prompt in zip(questions, rendered, strict=True):
         if row["answer"] is None:

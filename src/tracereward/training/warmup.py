@@ -27,6 +27,7 @@ from tracereward.modeling.batching import Batch
 from tracereward.modeling.distributed import broadcast_object, zero3_disabled
 from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.log_probs import completion_log_probs
+from tracereward.modeling.tokenization import eos_ids, with_own_end
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import save_state
 from tracereward.training.discriminator_batch import Rollout
@@ -94,6 +95,8 @@ class WarmUp(TrainerCallback):
         leaks: dict[str, Any] = {}
         if total and discriminator.updates == 0:
             rollouts = self._draw(self._rows())
+            prompts = [discriminator.experts[rollout.demonstration].prompt for rollout in rollouts]
+            trainer.check_positions(prompts, [rollout.ids for rollout in rollouts])
             discriminator.remember(rollouts)
             leaks = {} if trainer.stop.received() else self._leaks(rollouts)
         progress = tqdm(total=total, initial=discriminator.updates, desc="warm-up", disable=trainer.quiet, leave=False)
@@ -217,6 +220,8 @@ class WarmUp(TrainerCallback):
             max_new_tokens=limit, temperature=config.temperature, top_p=config.top_p, settings=settings
         )
         completions = generate(self.model, trainer.tokenizer, prompts, sampling)
+        ends = eos_ids(self.model, trainer.tokenizer)
+        completions = [with_own_end(trainer.tokenizer, ids, ends) for ids in completions]
         texts = trainer.tokenizer.batch_decode(completions, skip_special_tokens=True)
         correct = trainer.verify(texts, [row["answer"] for row in rows])
         return trainer.as_rollouts([row["demonstration"] for row in rows], completions, correct)
@@ -229,22 +234,25 @@ class WarmUp(TrainerCallback):
             return load_causal_lm(name, self.trainer.policy.dtype, self.trainer.accelerator.device)
 
     def _leaks(self, rollouts: list[Rollout]) -> dict[str, Any]:
-        """Warn if surface features alone distinguish the experts from the rollouts.
+        """Warn if surface features, or single tokens, alone distinguish the experts from the rollouts.
 
         Returns:
             `surface/auroc`, and the most predictive features.
         """
         discriminator = self.trainer.discriminator
         tokenizer = discriminator.model.tokenizer
-        used = sorted({rollout.demonstration for rollout in rollouts})
-        experts = [TraceText(str(index), discriminator.experts[index].text, True) for index in used]
         texts = tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
+        names = tokenizer.convert_ids_to_tokens
+
+        def trace(index: int, text: str, ids: list[int]) -> TraceText:
+            return TraceText(str(index), text, ids[-1:] == [tokenizer.eos_token_id], names(ids))
+
+        used = sorted({rollout.demonstration for rollout in rollouts})
+        experts = [(index, discriminator.experts[index]) for index in used]
         probe = surface_probe(
-            experts,
-            [
-                TraceText(str(rollout.demonstration), text, rollout.ids[-1:] == [tokenizer.eos_token_id])
-                for rollout, text in zip(rollouts, texts, strict=True)
-            ],
+            [trace(index, expert.text, expert.completion) for index, expert in experts],
+            [trace(rollout.demonstration, text, rollout.ids) for rollout, text in zip(rollouts, texts, strict=True)],
+            names(list(tokenizer.added_tokens_decoder)),
         )
         warning = leak_warning(probe)
         if warning is not None:

@@ -1,0 +1,63 @@
+"""What a policy remembers of its training: ``tracereward.json`` next to its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from tracereward import __version__
+from tracereward.errors import InputError
+from tracereward.files import atomic_write_json, read_json
+from tracereward.modeling.loading import local_folder
+from tracereward.modeling.model_folder import POLICY, SETTINGS_FILE
+from tracereward.modeling.rendering import Rendering
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicySettings:
+    """How the prompts of a policy's training were made, which sampling and evaluation follow.
+
+    Attributes:
+        task: name of the task.
+        template: ``plain`` or ``chat``.
+        chat_template_kwargs: variables of the chat template, see `Rendering`.
+        date: the day that a chat template which reads the clock wrote, see `Rendering`.
+    """
+
+    task: str = "generic"
+    template: str = "plain"
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    date: str = ""
+
+    @property
+    def rendering(self) -> Rendering:
+        """How prompts become text."""
+        return Rendering(template=self.template, chat_template_kwargs=self.chat_template_kwargs, date=self.date)
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``tracereward.json`` into the policy's folder."""
+        stored = {"kind": POLICY, "tracereward_version": __version__, **asdict(self)}
+        atomic_write_json(Path(folder) / SETTINGS_FILE, stored)
+
+
+def remembered(name: str, revision: str | None = None) -> PolicySettings | None:
+    """The settings that a policy's folder or Hub repository has; None without any.
+
+    Raises:
+        InputError: there is no such model, or the file is damaged.
+    """
+    path = local_folder(name, revision) / SETTINGS_FILE
+    if not path.is_file():  # as in models of others
+        return None
+    try:
+        stored = read_json(path)
+        if stored.get("kind") != POLICY:
+            return None
+        known = {one.name for one in fields(PolicySettings)}
+        settings = PolicySettings(**{key: value for key, value in stored.items() if key in known})
+        settings.rendering  # noqa: B018 (checks the values)
+    except (ValueError, AttributeError, TypeError, InputError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    return settings
