@@ -363,7 +363,7 @@ def _explained(name: str | Path, folder: Path | None, what: str) -> Iterator[Non
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(f"{name}: too large for the memory of this machine ({first_line(error)})") from error
     except Exception as error:
-        damaged = damaged_json(folder) if folder and isinstance(error, json.JSONDecodeError) else None
+        damaged = damaged_json(folder) if folder and isinstance(error, (json.JSONDecodeError, OSError)) else None
         raise InputError(damaged or f"{name}: {what} ({first_line(error)})") from error
 
 
