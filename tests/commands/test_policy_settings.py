@@ -111,6 +111,7 @@ def test_rewards_are_of_the_same_prompts(made):
     assert next(iter(score_rows(model, [("f:1", row)])))["reward"] == pytest.approx(by_hand, abs=1e-6)
     asked = [{"role": "user", "content": row["prompt"]}]
     assert as_reward_func(model)([asked], ["#### 1"]) == pytest.approx([by_hand], abs=1e-6)
+    assert as_reward_func(model)([f"26 Jul 2024{QUIET}"], ["#### 1"]) == pytest.approx([by_hand], abs=1e-6)
     # An end mark that only this tokenizer has: it is in no text from which an answer is read.
     [scored] = score_rows(model, [("f:1", {**row, "completion": "#### 1<stop>", "finished": False})])
     assert (scored["completion"], scored["reward"]) == ("#### 1", pytest.approx(by_hand, abs=1e-6))

@@ -87,6 +87,14 @@ def test_other_marks_are_text():
         ("?<think>\n\n</think>\n\n", "<think>a", "<think>a"),
         ("?", "<think>a", "<think>a"),
         ("<b>?", "<b>?", "<b>?"),
+        (HEAD, "<|im_start|>assistant\n42", "42"),
+        (f"{HEAD}<think>\n", "<|im_start|>assistant\n<think>\n42", "42"),
+        (
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|start_header_id|>assistant<|end_header_id|>\n\n4",
+            "4",
+        ),
+        ("<start_of_turn>model\n", "42<start_of_turn>model\n", "42<start_of_turn>model\n"),
     ],
 )
 def test_what_the_prompt_opened_is_not_opened_again(prompt, completion, rest):
