@@ -1,6 +1,7 @@
 """The seam of prompt and completion: texts and token ids derived by hand, with byte-level tokenizers."""
 
 import pytest
+from tokenizers import processors
 from transformers import GenerationConfig
 
 from helpers.chat_models import CHATML, SPECIAL, SWITCH, byte_tokenizer
@@ -54,6 +55,16 @@ def test_bos_once_and_no_end_behind_a_prompt(adds, text):
     begins = "<s>" in adds or text.startswith("<s>")
     assert tokens(tokenizer, text, "c") == (["<s>"] * begins + ["a", "b"], ["c", "</s>"])
     assert tokens(tokenizer, text, "c", finished=False)[1] == ["c"]
+
+
+def test_other_tokens_before_every_text_stand_once_too():
+    """Some tokenizers add two, none of them called the beginning of a sequence, and their templates write them."""
+    tokenizer = byte_tokenizer(special=(*SPECIAL, "[gMASK]", "<sop>"))
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[gMASK]", "<sop>")]
+    added = processors.TemplateProcessing("[gMASK] <sop> $A", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = added
+    for text in ("ab", "[gMASK]<sop>ab"):
+        assert tokens(tokenizer, text, "c")[0] == ["[gMASK]", "<sop>", "a", "b"]
 
 
 @pytest.mark.parametrize(
