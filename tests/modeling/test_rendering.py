@@ -157,6 +157,11 @@ def test_nothing_in_a_message_is_dropped():
     with pytest.raises(InputError, match="f:1: reasoning of a message is not read by the chat template"):
         rendered("42", tokenizer, [*ASK, said, *ASK])
     assert "<think>a</think>4" in render_prompt(byte_tokenizer(REASONS), [*ASK, said, *ASK], CHAT, "f:1")
+    of_parts = byte_tokenizer(
+        "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="f:1: the chat template leaves out the user's message"):
+        render_prompt(of_parts, ASK, CHAT, "f:1")
     parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
     assert rendered([{"role": "assistant", "content": parts}], tokenizer) == "42"
     assert message_text({"content": None, "reasoning": "cut off"}) == "<think>\ncut off"

@@ -208,6 +208,7 @@ def render_prompt(
     try:
         messages = [_as_read(message, template) for message in messages]
         text = _applied(tokenizer, messages, rendering)
+        _check_written(messages, text)
     except (TemplateError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
@@ -219,6 +220,17 @@ def render_prompt(
             "--template plain"
         )
     return text
+
+
+def _check_written(messages: list[dict], text: str) -> None:
+    """ValueError if the template has left out a question: some for images read lists of parts only.
+
+    Templates may take commands such as ``/no_think`` off a message, so that its start or its end suffices.
+    """
+    for message in messages:
+        content = str(message.get("content") or "").strip()
+        if message["role"] == "user" and content and content[:20] not in text and content[-20:] not in text:
+            raise ValueError(f"the chat template leaves out the user's message {content[:40]!r}: use --template plain")
 
 
 def _header_at_end(prompt: str | list[dict], rendered: str) -> str:
