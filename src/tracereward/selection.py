@@ -2,8 +2,9 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 from scipy.special import expit
@@ -58,21 +59,54 @@ def weighted_vote(
 ) -> int:
     """Index of the candidate that represents the answer with the largest summed weight.
 
-    Answers that `equal` accepts as the same are merged, e.g. 0.5 and 1/2; candidates without an answer do not vote.
-    The candidate with the largest weight represents its answer; if no candidate has an answer, the largest weight wins.
+    Answers are merged as in `vote_groups`; candidates without an answer do not vote. The candidate with the largest
+    weight represents its answer; if no candidate has an answer, the largest weight wins.
     """
-    groups: list[list[int]] = []
+    places: dict[str, list[int]] = {}
     for index, candidate in enumerate(candidates):
-        if candidate.answer is None:
-            continue
-        for group in groups:
-            if equal(candidate.answer, candidates[group[0]].answer or ""):
-                group.append(index)
-                break
-        else:
-            groups.append([index])
-    best = max(groups, key=lambda group: sum(weights[i] for i in group), default=list(range(len(candidates))))
+        if candidate.answer is not None:
+            places.setdefault(candidate.answer, []).append(index)
+    by_text = {text: sum(weights[i] for i in found) for text, found in places.items()}
+    groups = [sorted(i for text in group for i in places[text]) for group in vote_groups(by_text, equal)]
+    # A tie goes to the answer that was given first.
+    best = max(sorted(groups), key=lambda group: sum(weights[i] for i in group), default=list(range(len(candidates))))
     return max(best, key=lambda i: weights[i])
+
+
+def vote_groups(weights: Mapping[str, float], equal: Callable[[str, str], bool]) -> list[list[str]]:
+    """Partition of the distinct answers of a vote, whatever their order.
+
+    Equality need not be transitive: "5" equals "5 km" and "5 m", which differ. An answer that equals two answers which
+    differ joins the heavier of their groups, so that different answers never share one.
+
+    Args:
+        weights: answer -> its weight.
+        equal: symmetric.
+    """
+    texts = sorted(weights)
+    same = {text: {text} for text in texts}
+    for left, right in combinations(texts, 2):
+        if equal(left, right):
+            same[left].add(right)
+            same[right].add(left)
+    clear: dict[frozenset[str], list[str]] = {}  # members of a group equal the same answers
+    ambiguous = []
+    for text in texts:
+        if all(same[text] <= same[other] for other in same[text]):
+            clear.setdefault(frozenset(same[text]), []).append(text)
+        else:
+            ambiguous.append(text)
+    groups = sorted(clear.values(), key=lambda group: -sum(weights[text] for text in group))
+    joined = [[*group] for group in groups]
+    for text in ambiguous:
+        # Those that equal no clear answer have groups of their own, of members that all equal one another.
+        fits = [i for i, group in enumerate(joined) if same[text].issuperset(group)]
+        fits = [i for i in fits if i < len(groups)] or fits
+        if fits:
+            joined[fits[0]].append(text)
+        else:
+            joined.append([text])
+    return joined
 
 
 def choose(

@@ -22,7 +22,7 @@ from tracereward.serving import upstream as upstreams
 from tracereward.serving.app import create_app
 from tracereward.serving.service import Settings
 from tracereward.synthetic.arithmetic import build_model
-from tracereward.tasks import answers
+from tracereward.tasks import answers, symbolic
 
 PROMPT = "1 + 2 = ?\n"
 RIGHT, WRONG, SHORT, OTHER = "1 + 2 = 3\n#### 3", "1 + 2 = 4\n#### 4", "#### 4", traces(1)[0][1]
@@ -675,10 +675,10 @@ def test_slow_voting_does_not_block_server(tmp_path, tokenizer, monkeypatch, cap
     """Comparisons that never finish in math-verify: /health answers meanwhile, the vote ends at its time limit, and no
     sample text is logged."""
     folder = save_reward_model(tmp_path / "rm", tokenizer, task="math")
-    monkeypatch.setattr(answers, "TIME_LIMIT", 2.0)
+    monkeypatch.setattr(symbolic, "TIME_LIMIT", 2.0)
     monkeypatch.setattr(proxy, "VOTE_SECONDS", 1.0)
     assert answers.equal_math("y+1", "1+y")  # the worker process is running
-    towers = ["5^{9^{9^" + digit + "}}" for digit in "897765"]
+    towers = [rf"\Gamma({digit}0^8)" for digit in "897765"]
     texts = ["\\boxed{" + tower + "}" for tower in towers]
     slowest = 0.0
     with behind(TokenRewardModel.from_pretrained(str(folder)), sampler(texts)) as (client, _):
@@ -694,7 +694,7 @@ def test_slow_voting_does_not_block_server(tmp_path, tokenizer, monkeypatch, cap
     assert slowest < 1.5
     assert took < 8  # ten pairs of 2 s would be 20 s
     assert "math-verify stopped after 2 s" in caplog.text
-    assert "9^" not in caplog.text
+    assert "Gamma" not in caplog.text
 
 
 def test_upstream_models_are_listed(model, monkeypatch):

@@ -1,142 +1,49 @@
-"""Extraction and comparison of final answers.
+"""Comparison of final answers: as text, as yes or no, as a span, as mathematics.
 
-Extraction never guesses. An answer counts only in an explicit form: ``\\boxed{...}``, a ``#### ...`` line, or a phrase
-such as "the answer is (C)"; the last occurrence of a form counts. Without such a form the result is None, "no answer".
-Each function documents the order in which it tries the forms: the task's own form first.
+Every comparison is symmetric. Plain numbers with their units are compared exactly, lists, tuples, intervals and
+matrices element by element; only expressions go to math-verify (`symbolic`).
 """
 
-import contextlib
-import json
-import logging
-import os
 import re
 import string
-import subprocess
-import sys
-import threading
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 
-MAX_LENGTH = 300
-"""Characters; longer answers are compared as text only."""
-TIME_LIMIT = 5.0
-"""Timeout of math-verify for one pair in seconds; a pair that times out counts as not equal."""
+from tracereward.tasks import symbolic
+from tracereward.tasks.quantities import MAX_LENGTH, Quantity, read_quantity, same_quantity
+from tracereward.tasks.spelling import plain_latex, unwrapped, without_text_commands
+from tracereward.tasks.units import NO_UNIT, Unit, ratio, read_unit
 
-_LEAD = r"\b(?i:answer)\s*(?i:is|:)[\s:*_]*"
-_STOP = r"(?=[*_\s]*(?:[.,;:!]|\n|$))"
-_LETTER_PHRASE = re.compile(_LEAD + rf"(?:\(([A-Ja-j])\)|([A-J]){_STOP})")
-_YES_NO_PHRASE = re.compile(_LEAD + rf"((?i:yes|no|true|false)){_STOP}")
-_ANY_PHRASE = re.compile(r"\b(?i:the\s+(?:final\s+|correct\s+)?answer\s+is)[\s:]*(\S.*?)(?=\.(?:\s|$)|\n|$)")
-_PHRASE_LEAD = re.compile(r"\b(?i:the\s+(?:final\s+|correct\s+)?answer\s+is)\b[ \t:*_]*")
-_YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_FRACTION = re.compile(
-    r"([+-]?)(?:(\d+)\s*)?\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))", flags=re.ASCII
+YES_NO = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+_WORDS = re.compile(r"[^\W\d_][\w\s.,'\N{RIGHT SINGLE QUOTATION MARK}/()&-]*")
+_FUNCTION_NAMES = """
+    sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log exp sqrt lim max min gcd lcm deg det mod
+"""
+_FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt|in)(?![A-Za-z])|!=")
+_EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
+_ABOUT = re.compile(r"\A([A-Za-z]) ?\\approx(?![A-Za-z])")
+_NAME = re.compile(
+    r"(?:[A-Za-z]|\\[a-z]+)(?:_(?:\w|\{[^{}]*\}))?'?(?:\([A-Za-z](?:, ?[A-Za-z])*\))?|\([a-z](?:, ?[a-z])+\)"
 )
-_MIXED = re.compile(r"([+-]?)(\d+)\s+(\d+/\d+)", flags=re.ASCII)
-_SIMPLE = re.compile(r"[+-]?(?:\d+/\d+|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)", flags=re.ASCII)
-_WORDS = re.compile(r"[A-Za-z\s.,'-]*[A-Za-z]{3}[A-Za-z\s.,'-]*")
+_VARIABLE = re.compile(
+    r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|\\(?:alpha|beta|gamma|theta|phi|lambda|mu|omega|delta)(?![a-z])"
+)
+_MATRIX = re.compile(r"\A\\begin\{([bpvBV]?matrix|array)\}(?:\{[lcr|]*\})?(.*)\\end\{\1\}\Z")
+_DETACHED = re.compile(
+    r"(?P<head>.*[\d)}\]]|.*\\[a-z]+)(?P<tail> ?\N{DEGREE SIGN}[CFK]?| [A-Za-z/][A-Za-z/ ^{}\d.-]{0,40})\Z"
+)
+_TRIGONOMETRY = re.compile(r"\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
+_ANGLE = re.compile(r"(\d+(?:\.\d+)?) ?\N{DEGREE SIGN}")
+_LIST_WORDS = re.compile(r"\s*(?:,\s*)?(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])\s*|\s*;\s*")
 
 
-def extract_boxed(text: str) -> str | None:
-    r"""Content of the last ``\boxed{...}``, braces balanced; None if there is none, or it is empty or unclosed."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth, i = 1, start
-    while i < len(text):
-        if text[i] == "\\":  # an escaped brace is a character of the answer, not a group
-            i += 2
-            continue
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[start:i].strip() or None
-        i += 1
-    return None
-
-
-def extract_hashes(text: str) -> str | None:
-    """Text after the last ``####`` on its line, without ``$``, thousands separators and a final full stop.
-
-    The result need not be a number ("18 apples"); the comparison decides.
-    """
-    start = text.rfind("####")
-    if start < 0:
-        return None
-    lines = text[start + 4 :].splitlines()
-    answer = lines[0].replace("\\$", "").replace("$", "") if lines else ""
-    return _THOUSANDS.sub("", answer).strip().removesuffix(".").strip() or None
-
-
-def extract_number(text: str) -> str | None:
-    r"""Answer of word problems: ``#### n``, then ``\boxed{n}``."""
-    return extract_hashes(text) or extract_boxed(text)
-
-
-def extract_math(text: str) -> str | None:
-    r"""Answer of mathematics: ``\boxed{...}``, then ``#### ...``."""
-    return extract_boxed(text) or extract_hashes(text)
-
-
-def extract_letter(text: str) -> str | None:
-    r"""Choice A to J: "the answer is (C)" or "the answer is C.", then ``\boxed{C}``, then ``#### C``; upper case.
-
-    A bare letter must be a capital and end its clause: "the answer is a matter of taste" has no answer.
-    """
-    found = _LETTER_PHRASE.findall(text)
-    if found:
-        return (found[-1][0] or found[-1][1]).upper()
-    for stated in (extract_boxed(text), extract_hashes(text)):
-        letter = re.fullmatch(r"\(?([A-Ja-j])\)?", plain_text(stated)) if stated else None
-        if letter:
-            return letter[1].upper()
-    return None
-
-
-def extract_yes_no(text: str) -> str | None:
-    r"""``yes`` or ``no``: "the answer is yes." (or no, true, false), then ``\boxed{yes}``, then ``#### yes``."""
-    found = _YES_NO_PHRASE.findall(text)
-    if found:
-        return _YES_NO[found[-1].lower()]
-    for stated in (extract_boxed(text), extract_hashes(text)):
-        if stated and plain_text(stated) in _YES_NO:
-            return _YES_NO[plain_text(stated)]
-    return None
-
-
-def extract_any(text: str) -> str | None:
-    r"""Answer in any form: ``\boxed{...}``, ``#### ...``, "the answer is (C)", then "the answer is <a clause>."."""
-    stated = extract_boxed(text) or extract_hashes(text)
-    if stated:
-        return stated
-    letters = _LETTER_PHRASE.findall(text)
-    if letters:
-        return (letters[-1][0] or letters[-1][1]).upper()
-    phrases = _ANY_PHRASE.findall(text)
-    if not phrases:
-        return None
-    return phrases[-1].strip().strip("*_$ ").removesuffix(".") or None
-
-
-def extract_span(text: str) -> str | None:
-    r"""Free text: the rest of the line after the last "the answer is", then ``\boxed{...}``, then ``#### ...``.
-
-    The rest of the line, not of the clause as in `extract_any`: names and dates contain full stops and commas.
-    """
-    leads = list(_PHRASE_LEAD.finditer(text))
-    if leads:
-        lines = text[leads[-1].end() :].splitlines()
-        return lines[0].strip("*_ \t").removesuffix(".").strip("*_ \t") or None if lines else None
-    return extract_boxed(text) or extract_hashes(text)
-
-
+@lru_cache(maxsize=100_000)
 def plain_text(answer: str) -> str:
-    r"""Case-folded answer without ``$``, ``\text{}`` wrappers, repeated spaces and a final full stop."""
-    answer = _TEXT_COMMAND.sub(r"\1", answer).replace("\\$", "").replace("$", "")
-    return " ".join(answer.split()).removesuffix(".").strip().casefold()
+    r"""Case-folded answer without ``$``, emphasis, ``\text{}`` wrappers, repeated spaces and a final full stop."""
+    bare = unwrapped(without_text_commands(answer)).replace("\\$", "").replace("$", "")
+    return " ".join(bare.split()).removesuffix(".").strip().casefold()
 
 
 def equal_text(answer: str, gold: str) -> bool:
@@ -147,7 +54,7 @@ def equal_text(answer: str, gold: str) -> bool:
 def equal_yes_no(answer: str, gold: str) -> bool:
     """Whether two answers are equal as yes or no; "true" is "yes" and "false" is "no"."""
     answer, gold = plain_text(answer), plain_text(gold)
-    return _YES_NO.get(answer, answer) == _YES_NO.get(gold, gold)
+    return YES_NO.get(answer, answer) == YES_NO.get(gold, gold)
 
 
 def normalised(answer: str) -> str:
@@ -162,32 +69,45 @@ def equal_span(answer: str, gold: str) -> bool:
     return left == right if left or right else equal_text(answer, gold)
 
 
-def number(answer: str) -> tuple[Fraction, bool] | None:
-    r"""Exact value of a plain number, and whether it has a percent sign (the value is *not* divided by 100).
+@dataclass(frozen=True)
+class Words:
+    """An answer in words, compared as text only: math-verify would read them as products of letters."""
 
-    Parses integers, decimals, ``1,234``, ``1.5e3`` (exponents of at most three digits), ``3/4``, ``1 1/2`` and
-    ``\frac{3}{4}``, optionally with a leading ``$`` or trailing ``%``; None for anything else or a zero denominator.
+    text: str
+
+
+@dataclass(frozen=True)
+class Expression:
+    """Anything else: an expression or relation for math-verify, without the unit behind it."""
+
+    text: str
+    unit: Unit = NO_UNIT
+
+
+@dataclass(frozen=True)
+class Collection:
+    r"""Elements between brackets: a tuple, interval, set, ratio or matrix, or a list without brackets.
+
+    Attributes:
+        brackets: the opening and the closing one; ``{}`` of a set, ``:`` of a ratio, "" of a list, "union", and the
+            number of columns of a matrix.
+        items: the elements; the order counts except in sets, lists and unions.
     """
-    text = answer.replace("\u2212", "-").replace("\\!", "").replace("{,}", ",").replace("\\$", "").replace("$", "")
-    text = text.strip().removesuffix(".")
-    percent = text.endswith("%")
-    text = _THOUSANDS.sub("", text.removesuffix("%").removesuffix("\\")).strip()
-    if len(text) > MAX_LENGTH:
-        return None
-    fraction = _FRACTION.fullmatch(text)
-    if fraction:  # as a/b, or n a/b
-        sign, whole, a, b, a_digit, b_digit = fraction.groups()
-        text = f"{sign}{whole + ' ' if whole else ''}{a or a_digit}/{b or b_digit}"
-    mixed = _MIXED.fullmatch(text)
-    try:
-        if mixed:
-            value = Fraction(mixed[2]) + Fraction(mixed[3])
-            return (-value if mixed[1] == "-" else value), percent
-        if _SIMPLE.fullmatch(text):
-            return Fraction(text), percent
-    except ZeroDivisionError:
-        return None
-    return None
+
+    brackets: str
+    items: tuple["Form", ...]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """``x = 5``: a name and its value."""
+
+    name: str
+    value: "Form"
+    text: str
+
+
+Form = Quantity | Words | Expression | Collection | Solved
 
 
 @lru_cache(maxsize=100_000)
@@ -195,109 +115,277 @@ def equal_math(answer: str, gold: str) -> bool:
     r"""Whether two mathematical answers are equal; tried in this order:
 
     1. the same text (`equal_text`);
-    2. both plain numbers: exactly equal ("0.5" = "1/2" = "50%" = ``\frac{1}{2}``, but "0.333" is not "1/3"). If only
-       one has a percent sign, both readings are tried, "50%" = "0.5" and "50%" = "50", because datasets use both;
-    3. words ("Monday"), different number bases, and answers over `MAX_LENGTH` characters: equal only by 1.
-       (math-verify parses words as products of letters, so that anagrams would be equal, and ignores the base);
-    4. math-verify, in a separate process and for at most `TIME_LIMIT` seconds.
+    2. answers over `MAX_LENGTH` characters: equal only by 1;
+    3. plain numbers: exactly equal ("0.5" = "1/2" = "50%" = ``\frac{1}{2}``, but "0.333" is not "1/3"), see
+       `quantities.same_quantity` for percent signs and units;
+    4. lists and sets, tuples, intervals, ratios and matrices: their elements are equal;
+    5. ``x = 5`` equals ``5``, but not ``y = 5``; the last side of a calculation, ``9 + 9 = 18``, is its answer;
+    6. words ("Monday") equal only by 1;
+    7. expressions and relations: by math-verify, in a separate process with a time limit.
 
     Raises:
         RuntimeError: math-verify cannot be started.
     """
     if equal_text(answer, gold):
         return True
-    left, right = number(answer), number(gold)
-    if left and right:
-        (a, a_percent), (b, b_percent) = left, right
-        if a_percent == b_percent:
-            return a == b
-        return a == b or (a / 100 == b if a_percent else a == b / 100)
     if max(len(answer), len(gold)) > MAX_LENGTH:
         return False
-    if any(_WORDS.fullmatch(plain_text(text)) for text in (answer, gold)):
+    return same_form(read_form(answer), read_form(gold))
+
+
+def same_form(left: Form, right: Form) -> bool:
+    """Whether two answers are equal, see `equal_math`. Symmetric."""
+    if left == right:
+        return True
+    if isinstance(left, Solved) and isinstance(right, Solved):
+        if left.name == right.name or isinstance(left.value, Quantity) or isinstance(right.value, Quantity):
+            return left.name == right.name and same_form(left.value, right.value)
+        return symbolic.same_expression(left.text, right.text)  # y = 2x, x = y/2
+    if isinstance(left, Solved) or isinstance(right, Solved):
+        solved, other = (left, right) if isinstance(left, Solved) else (right, left)
+        assert isinstance(solved, Solved)
+        if isinstance(other, Expression) and _EQUALS.search(other.text):  # 2x = 10
+            return symbolic.same_expression(solved.text, other.text)
+        return same_form(solved.value, other)
+    if isinstance(left, Quantity) and isinstance(right, Quantity):
+        return same_quantity(left, right)
+    if isinstance(left, Words) or isinstance(right, Words):
         return False
-    bases = [set(re.findall(r"_\{?(\d+)", text)) for text in (answer, gold)]
-    if all(bases) and bases[0] != bases[1]:
+    if isinstance(left, Collection) and isinstance(right, Collection):
+        return _same_collection(left, right)
+    if isinstance(left, Collection) or isinstance(right, Collection):
+        collection, other = (left, right) if isinstance(left, Collection) else (right, left)
+        if isinstance(other, Expression) and _RELATION.search(other.text):  # x > 3 is (3, \infty)
+            return symbolic.same_expression(_written(collection), other.text)
         return False
-    return math_verify_equal(answer.strip().removesuffix("."), gold.strip().removesuffix("."))
+    return _same_value(left, right)
 
 
-_log = logging.getLogger(__name__)
-_lock = threading.Lock()
-_worker: subprocess.Popen[str] | None = None
-_worker_owner = 0
+def _same_value(left: Quantity | Expression, right: Quantity | Expression) -> bool:
+    """Equality of expressions with units; a percent sign of a quantity is read both ways."""
+    factor = ratio(left.unit, right.unit)
+    if factor is None:
+        return False
+    texts = [_value_text(left, factor), _value_text(right, Fraction(1))]
+    if isinstance(left, Quantity) and left.per != 1:
+        texts_per = [_value_text(replace(left, value=left.value * left.per), factor), texts[1]]
+        return symbolic.same_expression(*texts) or symbolic.same_expression(*texts_per)
+    if isinstance(right, Quantity) and right.per != 1:
+        return _same_value(right, left)
+    return symbolic.same_expression(*texts)
 
 
-def math_verify_equal(answer: str, gold: str) -> bool:
-    """Compare one pair with math-verify; False if it does not return within `TIME_LIMIT` seconds.
+def _value_text(form: Quantity | Expression, factor: Fraction) -> str:
+    if isinstance(form, Quantity):
+        value = form.value * factor
+        sign = "-" if value < 0 else ""
+        over = abs(value)
+        return (
+            f"{sign}{over.numerator}"
+            if over.denominator == 1
+            else rf"{sign}\frac{{{over.numerator}}}{{{over.denominator}}}"
+        )
+    if factor == 1:
+        return form.text
+    return rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({form.text})"
 
-    Thread-safe; compares one pair at a time. The process is started on first use and restarted after a timeout.
 
-    Raises:
-        RuntimeError: the process exited by itself, for instance because math-verify is not installed.
+def _same_collection(left: Collection, right: Collection) -> bool:
+    """Elements in order, or in any order for sets, lists and unions. A list without brackets may be tuple or set."""
+    if len(left.items) != len(right.items):
+        return False
+    kinds = {left.brackets, right.brackets}
+    if kinds == {"", "()"}:
+        return all(map(same_form, left.items, right.items))
+    if kinds <= {"", "{}"} or kinds == {"union"}:
+        return _same_in_any_order(left.items, right.items)
+    return len(kinds) == 1 and all(map(same_form, left.items, right.items))
+
+
+def _same_in_any_order(left: tuple[Form, ...], right: tuple[Form, ...]) -> bool:
+    """Whether the elements can be paired; greedy, because equality is almost always transitive."""
+    rest = list(right)
+    for item in left:
+        found = next((i for i, other in enumerate(rest) if same_form(item, other)), None)
+        if found is None:
+            return False
+        del rest[found]
+    return True
+
+
+def _written(form: Form) -> str:
+    """An answer as LaTeX again, for math-verify."""
+    if isinstance(form, Collection):
+        inner = [_written(item) for item in form.items]
+        if form.brackets == "union":
+            return r" \cup ".join(inner)
+        left, right = (
+            (rf"\{form.brackets[0]}", rf"\{form.brackets[1]}")
+            if form.brackets == "{}"
+            else (form.brackets[:1], form.brackets[1:])
+        )
+        return f"{left}{', '.join(inner)}{right}"
+    return _value_text(form, Fraction(1)) if isinstance(form, Quantity | Expression) else form.text
+
+
+@lru_cache(maxsize=100_000)
+def read_form(answer: str) -> Form:
+    """What an answer of at most `MAX_LENGTH` characters is."""
+    result = None if read_quantity(answer) else calculation_result(answer)
+    return read_quantity(result) or Words(plain_text(answer)) if result else _read(plain_latex(answer))
+
+
+def calculation_result(text: str) -> str | None:
+    """The quantity behind the last ``=`` of a calculation, also of one with words: "9 pens + 9 pens = 18 pens in all".
+
+    None without a calculation before it, and for equations with unknowns.
     """
-    global _worker, _worker_owner
-    with _lock:
-        # After a fork the pipe belongs to the parent: with two writers the replies would get mixed up.
-        worker = _worker if _worker_owner == os.getpid() else None
-        if worker is None:
-            worker = _worker = _start_worker()
-            _worker_owner = os.getpid()
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        expired = threading.Event()
-        timer = threading.Timer(TIME_LIMIT, lambda: (expired.set(), worker.kill()))
-        timer.daemon = True
-        timer.start()
-        try:
-            worker.stdin.write(json.dumps([answer, gold]) + "\n")
-            worker.stdin.flush()
-            reply = worker.stdout.readline()
-        except BrokenPipeError:
-            reply = ""
-        except BaseException:  # Ctrl-C between request and reply: the next caller must not read this reply
-            worker.kill()
-            _end(worker)
-            _worker = None
-            raise
-        finally:
-            timer.cancel()
-            timer.join()  # it may be about to kill the process
-        if not reply or expired.is_set():
-            _worker = None
-            code = _end(worker)
-            if not reply and not expired.is_set():
-                raise RuntimeError(f"math-verify exited with code {code}; see its message above")
-        if reply:
-            return json.loads(reply)
-        # Do not log the answers: a server's log must not contain user input.
-        size = len(answer), len(gold)
-        _log.warning("math-verify stopped after %g s on answers of %d and %d characters", TIME_LIMIT, *size)
+    before, equals, after = text.rpartition("=")
+    if not equals or before[-1:] in tuple("<>!:\\"):
+        return None
+    calculation = re.split(r"=|[.;]\s|\n|\\n", before)[-1]
+    prose = re.search(r"(?<![A-Za-z\\])[A-Za-z]{4}", before)
+    unknown = r"(?<![A-Za-z\\])[a-zA-Z]\s*\Z" if prose else _VARIABLE
+    if not re.search(r"\d", calculation) or re.search(unknown, re.sub(r"\s[xX]\s", " ", calculation)):
+        return None
+    if prose is None and re.search(r"[,;]|\b(?:and|or)\b", before):
+        return None
+    after = re.split(r"[.;](?=\s|\Z)|\n|\\n|,\s", after, maxsplit=1)[0].strip()
+    return after if read_quantity(after) is not None else None
+
+
+def _read(text: str, depth: int = 0) -> Form:
+    quantity = read_quantity(text)
+    if quantity is not None:
+        return quantity
+    if not text or depth > 8 or is_words(text):
+        return Words(text.casefold())
+    text = re.sub(r"\\([{}])", lambda found: _SET_MARKS[found[1]], text)
+    matrix = _MATRIX.match(text)
+    if matrix:
+        rows = [_split(row, "&") for row in re.split(r"\\\\", matrix[2]) if row.strip()]
+        return Collection(
+            str(len(rows[0]) if rows else 0), tuple(_read(cell, depth + 1) for row in rows for cell in row)
+        )
+    membership = re.match(r"[a-z] ?\\in(?![A-Za-z]) ?(?=[(\[\\])", text)
+    if membership:
+        return _read(text[membership.end() :], depth + 1)
+    alternatives = _alternatives(text)
+    if len(alternatives) > 1:
+        return _list(alternatives, depth)
+    solved = _solved(text, depth)
+    if solved:
+        return solved
+    if not _RELATION.search(text):
+        parts = _split(text, "\\cup")
+        if len(parts) > 1:
+            return Collection("union", tuple(_read(part, depth + 1) for part in parts))
+        enclosed = _enclosed(text)
+        if enclosed:
+            brackets, inner = enclosed
+            items = _split(inner, ",")
+            if len(items) > 1:
+                return Collection(brackets, tuple(_read(item, depth + 1) for item in items))
+            if brackets in ("{}", "()") and inner.strip():
+                return _read(inner.strip(), depth + 1)
+        parts = _split(text, ":")
+        if len(parts) > 1 and all(parts):
+            return Collection(":", tuple(_read(part, depth + 1) for part in parts))
+    if _TRIGONOMETRY.search(text):
+        text = _ANGLE.sub(r"{\\frac{\1 \\pi}{180}}", text)
+    detached = _DETACHED.match(text)
+    if detached:
+        unit = read_unit(detached["tail"], known_only=True)
+        if unit:
+            return Expression(_without_marks(detached["head"].strip()), unit)
+    return Expression(_without_marks(text))
+
+
+# While a text is split, the braces of sets are distinguished from those of LaTeX's groups.
+_SET_MARKS = {"{": "\ue000", "}": "\ue001"}
+
+
+def _without_marks(text: str) -> str:
+    return text.replace("\ue000", r"\{").replace("\ue001", r"\}")
+
+
+def is_words(text: str) -> bool:
+    """Whether an answer in `plain_latex` is words, not mathematics: it has a word, and nothing but words."""
+    if not _WORDS.fullmatch(text) or any(char.isdigit() for char in text):
         return False
+    words = re.findall(r"[^\W\d_]+", text)
+    return any(len(word) > 2 and word.casefold() not in _FUNCTIONS for word in words)
 
 
-def _end(worker: subprocess.Popen[str]) -> int:
-    """Close the pipes of an ending process and return its exit status."""
-    for pipe in (worker.stdin, worker.stdout):
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):  # unread input
-            pipe.close()
-    return worker.wait()
+def _alternatives(text: str) -> list[str]:
+    r"""The parts of ``1, 2 and 3``, ``x = 1 or x = 2``, ``\pm 5``; a single part if the text is no list."""
+    parts = [part for piece in _LIST_WORDS.split(text) for part in _split(piece, ",") if part]
+    found = []
+    for part in parts:
+        halves = _split(part, "\\pm")
+        if len(halves) == 2 and halves[1] and not _enclosed(part):
+            found += [
+                f"{halves[0]} + {halves[1]}".removeprefix(" + ").replace("= +", "="),
+                f"{halves[0]} - {halves[1]}".strip(),
+            ]
+        else:
+            found.append(part)
+    return found
 
 
-def _start_worker() -> subprocess.Popen[str]:
-    """Start the process and wait for the import of math-verify, which must not count as comparison time."""
-    script = Path(__file__).with_name("math_worker.py")
-    # -P keeps this folder out of sys.path.
-    command = [sys.executable, "-P", str(script)]
-    worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    try:
-        worker.stdin.write('["1", "1"]\n')
-        worker.stdin.flush()
-    except BrokenPipeError:
-        pass  # it has exited; the empty line below is detected
-    if not worker.stdout.readline():
-        raise RuntimeError(f"math-verify exited with code {worker.wait()} at startup; see its message above")
-    return worker
+def _list(parts: list[str], depth: int) -> Form:
+    items = [_read(part, depth + 1) for part in parts]
+    names = {item.name for item in items if isinstance(item, Solved)}
+    if len(names) == 1:  # x = 1 or x = 2, x = 1, 2
+        items = [item.value if isinstance(item, Solved) else item for item in items]
+    return Collection("", tuple(items))
+
+
+def _solved(text: str, depth: int) -> Form | None:
+    """The value of ``x = 5``, ``5 = x`` or ``9 + 9 = 18``; None for other equations and for relations."""
+    sides = [side.strip() for side in _EQUALS.split(_ABOUT.sub(r"\1 = ", text))]
+    if len(sides) < 2 or not all(sides) or _RELATION.search(text):
+        return None
+    named = [bool(_NAME.fullmatch(side)) for side in sides]
+    if named[0] or named[-1]:
+        name, value = (sides[0], sides[-1]) if named[0] else (sides[-1], sides[0])
+        return Solved(name, _read(value, depth + 1), _without_marks(f"{name} = {value}"))
+    value = _read(sides[-1], depth + 1)
+    unknown = any(_VARIABLE.search(re.sub(r"\s[xX]\s", " ", side)) for side in sides[:-1])
+    return value if not isinstance(value, Words) and (is_words(sides[0]) or not unknown) else None
+
+
+def _enclosed(text: str) -> tuple[str, str] | None:
+    """The outer brackets and what is between them, if they belong together."""
+    opening, closing = text[:1], text[-1:]
+    pairs = {"(": "(", "[": "[", "\ue000": "{", "{": "{"}
+    ends = {")": ")", "]": "]", "\ue001": "}", "}": "}"}
+    if len(text) < 2 or opening not in pairs or closing not in ends:
+        return None
+    depth = 0
+    for index, char in enumerate(text):
+        depth += (char in pairs) - (char in ends)
+        if depth == 0 and index < len(text) - 1:
+            return None
+    brackets = pairs[opening] + ends[closing]
+    if (pairs[opening] == "{") != (ends[closing] == "}"):
+        return None
+    return brackets, text[1:-1]
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Parts of a text between separators that are outside all brackets."""
+    parts, depth, start, at = [], 0, 0, 0
+    while at < len(text):
+        char = text[at]
+        depth += (char in "([{\ue000") - (char in ")]}\ue001")
+        if (
+            depth <= 0
+            and text.startswith(separator, at)
+            and not (separator[-1].isalpha() and text[at + len(separator) : at + len(separator) + 1].isalpha())
+        ):
+            parts.append(text[start:at].strip())
+            start = at = at + len(separator)
+            continue
+        at += 1
+    return [*parts, text[start:].strip()]

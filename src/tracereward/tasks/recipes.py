@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from tracereward.errors import check_choice
 from tracereward.messages import check_messages
-from tracereward.tasks import answers
+from tracereward.tasks import answers, extraction
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -83,7 +83,7 @@ def gsm8k(row: dict) -> dict:
         return {"prompt": prompt, "completion": None, "answer": None}
     trace = re.sub(r"<<[^<>]*>>", "", trace)
     completion = "\n".join(line.rstrip() for line in trace.splitlines())
-    return {"prompt": prompt, "completion": completion, "answer": answers.extract_hashes(completion)}
+    return {"prompt": prompt, "completion": completion, "answer": extraction.extract_hashes(completion)}
 
 
 def math(row: dict) -> dict:
@@ -92,7 +92,7 @@ def math(row: dict) -> dict:
     completion = _optional_text(row, "solution")
     answer = _optional_text(row, "answer")
     if answer is None and completion is not None:
-        answer = answers.extract_boxed(completion)
+        answer = extraction.extract_boxed(completion)
     return {"prompt": prompt, "completion": completion, "answer": answer}
 
 
@@ -109,7 +109,7 @@ def mmlu_pro(row: dict) -> dict:
     trace = _optional_text(row, "trace") or _optional_text(row, "cot_content")
     if trace is not None:
         trace = re.sub(r"\AA:\s*(?=\S)", "", trace)
-        if answer is not None and answers.extract_letter(trace) is None:
+        if answer is not None and extraction.extract_letter(trace) is None:
             trace = f"{trace}\nThe answer is ({answer})."
     return {"prompt": _choice_prompt(row, options), "completion": trace, "answer": answer}
 
@@ -286,13 +286,13 @@ def equal_any(answer: str, gold: str) -> bool:
 
 # A table: its entries look alike on purpose.
 _ALL = (
-    Task(name="arithmetic", example=generic, extract=answers.extract_number, equal=answers.equal_math),
+    Task(name="arithmetic", example=generic, extract=extraction.extract_number, equal=answers.equal_math),
     Task(
         name="gsm8k",
         dataset="openai/gsm8k",
         subset="main",
         example=gsm8k,
-        extract=answers.extract_number,
+        extract=extraction.extract_number,
         equal=answers.equal_math,
         completion_field="answer",
     ),
@@ -301,7 +301,7 @@ _ALL = (
         name="medreason",
         dataset="UCSC-VLAA/MedReason",
         example=medreason,
-        extract=answers.extract_letter,
+        extract=extraction.extract_letter,
         equal=answers.equal_text,
         completion_field="reasoning",
         answer_line="The answer is ({}).",
@@ -311,7 +311,7 @@ _ALL = (
         name="mmlu_pro",
         dataset="TIGER-Lab/MMLU-Pro",
         example=mmlu_pro,
-        extract=answers.extract_letter,
+        extract=extraction.extract_letter,
         equal=answers.equal_text,
         completion_field="trace",
         step_delimiter=". ",
@@ -321,7 +321,7 @@ _ALL = (
         name="strategyqa",
         dataset="ChilleD/StrategyQA",
         example=strategyqa,
-        extract=answers.extract_yes_no,
+        extract=extraction.extract_yes_no,
         equal=answers.equal_yes_no,
         completion_field="facts",
         answer_line="The answer is {}.",
@@ -331,7 +331,7 @@ _ALL = (
         dataset="hotpotqa/hotpot_qa",
         subset="distractor",
         example=hotpotqa,
-        extract=answers.extract_span,
+        extract=extraction.extract_span,
         equal=answers.equal_span,
         completion_field="supporting_facts",
         answer_line="The answer is {}.",
@@ -340,7 +340,7 @@ _ALL = (
     Task(
         name="prontoqa",
         example=prontoqa,
-        extract=answers.extract_yes_no,
+        extract=extraction.extract_yes_no,
         equal=answers.equal_yes_no,
         completion_field="explanation",
         answer_line="The answer is {}.",
@@ -349,11 +349,11 @@ _ALL = (
         name="math",
         dataset="DigitalLearningGmbH/MATH-lighteval",
         example=math,
-        extract=answers.extract_math,
+        extract=extraction.extract_math,
         equal=answers.equal_math,
         completion_field="solution",
         answer_line="\\boxed{{{}}}",
     ),
-    Task(name="generic", example=generic, extract=answers.extract_any, equal=equal_any),
+    Task(name="generic", example=generic, extract=extraction.extract_any, equal=equal_any),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
