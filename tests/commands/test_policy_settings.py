@@ -85,7 +85,8 @@ def test_questions_are_asked_as_in_training(made, capsys):
     # A model that remembers nothing: as in earlier versions.
     old = in_force(Questions(data=made.data), made.model)
     assert (old.task, old.template, dict(old.chat_template_kwargs)) == ("generic", "plain", {})
-    assert "date" not in old.options
+    assert "template_date" not in old.options
+    assert capsys.readouterr().err.count(made.model) == 0
 
 
 def test_guided_prompts_are_the_reward_models(made, capsys):
