@@ -13,7 +13,7 @@ from typing import Any
 
 from tracereward.errors import InputError, nearest
 
-DISK_FULL = (errno.EFBIG, errno.ENOSPC)
+DISK_FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync_tree(folder: Path) -> None:

@@ -68,7 +68,7 @@ def words(bench, output: Path, **changed: object) -> list[str]:
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number"),
         ({"num_train_epochs": "nan"}, "num_train_epochs must be at least 0"),
-        ({"seed": -1}, "seed must be at least 0"),
+        ({"seed": -1}, "seed must be a whole number between 0 and"),
         ({"temperature": 0}, "temperature must be more than 0"),
         ({"top_p": 1.5}, "top_p must be more than 0 and at most 1"),
         ({"discriminator_learning_rate": -1}, "discriminator_learning_rate must be at least 0"),

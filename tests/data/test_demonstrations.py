@@ -1,5 +1,6 @@
 """Reading, checking, rendering and splitting demonstrations; every message is checked by its text."""
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
@@ -13,7 +14,7 @@ from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 
 from helpers.paths import SHARED
-from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
+from tracereward.data.demonstrations import check_lengths, check_positions, load_demonstrations, split_rows
 from tracereward.data.readers import read_rows
 from tracereward.errors import InputError
 from tracereward.modeling.rendering import Rendering, render
@@ -378,3 +379,29 @@ def test_split_with_an_empty_part_is_refused(validation):
 def test_split_of_one_prompt():
     with pytest.raises(InputError, match=r"validation is 0\.5, but 3 rows have only 1 different prompts"):
         split_rows([ROWS[0]] * 3, 0.5, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("positions", "rollouts", "message"),
+    [
+        (20, 10, None),
+        (
+            19,
+            10,
+            "t.jsonl:2: 10 prompt tokens and up to 10 of a completion, but .* reads 19. Use --max_completion_length 9",
+        ),
+        (10, 0, None),
+        (9, 0, "t.jsonl:1: 4 prompt tokens and up to 6 of .* reads 9. Remove the row"),
+    ],
+)
+def test_traces_longer_than_a_model_reads_are_refused(tmp_path, tokenizer, positions, rollouts, message):
+    """Training would read, and reward, what scoring refuses. Lengths include the end of sequence."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": positions}))
+    rows = [
+        {"prompt": "1 + 2\n", "completion": "3 = 4\n5", "source": "t.jsonl:1"},
+        {"prompt": "1 + 2 + 3 + 4 + 5\n", "completion": None, "source": "t.jsonl:2"},
+    ]
+    assert len(tokenizer(rows[0]["completion"])["input_ids"]) == 5
+    refused = contextlib.nullcontext() if message is None else pytest.raises(InputError, match=message)
+    with refused:
+        check_positions(rows if rollouts else rows[:1], tokenizer, str(tmp_path), rollouts=rollouts)

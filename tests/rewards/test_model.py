@@ -174,7 +174,7 @@ def test_batch_by_hand(tiny_model_folder, tokenizer):
     assert batch.input_ids.tolist() == [[5, 6, 7, 9, 0], [0, 0, 8, 3, 11]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
     assert batch.completion_mask.tolist() == [[1, 0], [1, 1]]
-    assert batch.step_ends.tolist() == [[True, False], [True, True]]  # 3 is the newline
+    assert batch.step_ends.tolist() == [[True, False], [False, True]]  # 3 is a newline, with no text before it
     assert batch.position_ids[0, :4].tolist() == [0, 1, 2, 3]
     assert batch.position_ids[1, 2:].tolist() == [0, 1, 2]
 

@@ -1,6 +1,7 @@
 """Single parts of `AdversarialTrainer`: the KL monitor, what the warm-up leaves, ends of traces, the report."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ from accelerate.utils import set_seed
 from trl import ModelConfig
 
 from helpers.trainers import build_trainer
+from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.log_probs import completion_log_probs, log_probs
 from tracereward.runs import report
 from tracereward.synthetic.arithmetic import build_model
@@ -116,3 +118,23 @@ def test_ends_of_a_policy_that_has_several_are_one_to_the_discriminator(
     assert rollout.ids == expert.completion
     assert trainer.bridge.finished(written)
     assert trainer.bridge.completion([other, 7]) == [other, 7]
+
+
+def test_traces_longer_than_the_reward_model_reads(tiny_model_folder, tokenizer, experts, tmp_path):
+    """A demonstration is refused at once; a rollout, whose length is not known before, stops the run."""
+    trainer = build_trainer(tiny_model_folder, tokenizer, experts, tmp_path / "a", max_steps=1)
+    text = trainer.discriminator.model.backbone.config
+    longest = max(len(expert.prompt) for expert in trainer.discriminator.experts)
+    text.max_position_embeddings = longest
+    with pytest.raises(RunFailed, match=f"reads {longest}: lower --max_completion_length"):
+        trainer.train()
+    assert trainer.discriminator.updates == 0
+    trainer.warm_up.run = lambda: None
+    with pytest.raises(RunFailed, match="at step 1 have"):
+        trainer.train()
+    short = tmp_path / "short"
+    build_model(tokenizer, seed=0).save_pretrained(short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 12}))
+    with pytest.raises(InputError, match="the reward model reads 12"):
+        build_trainer(short, tokenizer, experts, tmp_path / "b")

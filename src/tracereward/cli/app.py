@@ -15,7 +15,7 @@ import typer.core
 
 from tracereward import __version__
 from tracereward.cli.evaluate import ChatTemplateKwargs, QuestionTask, Template, json_object, suites
-from tracereward.cli.reward import Overwrite, Resume, commands
+from tracereward.cli.reward import Overwrite, Resume, Seed, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
 from tracereward.console import open_streams, say
@@ -106,7 +106,7 @@ def sample(
     use_generation_config: Annotated[
         bool, typer.Option(help="Sample as the policy's generation_config.json recommends. Default: ignore it.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Seed = 0,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N rows.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub set.")] = "test",
     template: Template = None,
@@ -181,7 +181,7 @@ def quickstart(
     world: Annotated[
         str, typer.Option(help="exposure, checked, hops, misconception, style or multi-skill.")
     ] = "exposure",
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    seed: Seed = 0,
     resume: Annotated[bool, typer.Option(help="Resume an unfinished run.")] = False,
     fast: Annotated[
         bool, typer.Option(help="One minute instead of several: fewer steps, less reliable figures.")
@@ -219,6 +219,14 @@ def main(application: typer.Typer = app) -> NoReturn:
     except Interrupted as error:
         say(f"\ntracereward: {error}")
         code = 130
+    except KeyboardInterrupt:
+        say("\ntracereward: interrupted")
+        code = 130
+    except Exception as error:
+        from tracereward.cli.unforeseen import explained
+
+        say(f"\ntracereward: {explained(error)}")
+        code = 1
     leave(code)
 
 

@@ -12,6 +12,7 @@ import typer
 
 from tracereward.cli.rules import CheckedTyper
 from tracereward.errors import InputError
+from tracereward.generation.params import MAX_SEED
 
 suites = CheckedTyper(no_args_is_help=True, help="Evaluate a reward model or a policy: one command per suite.")
 
@@ -44,7 +45,7 @@ Model = Annotated[str, typer.Argument(help="Folder or Hub id of the reward model
 TaskName = Annotated[str | None, typer.Option("--task", help="Task. Default: the reward model's.")]
 Policy = Annotated[str | None, typer.Option(help="Causal LM whose log-probs are a baseline for the reward.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use N rows.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Random seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 Temperature = Annotated[float, typer.Option(min=0, callback=_finite, help="Sampling temperature.")]
 Split = Annotated[str, typer.Option(help="Split of a Hub set.")]
 Aggregate = Annotated[str, typer.Option(help="Step reward: mean or min of its tokens.")]

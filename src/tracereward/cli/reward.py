@@ -8,6 +8,7 @@ import typer
 
 from tracereward.cli.rules import CheckedTyper
 from tracereward.console import print_json, say
+from tracereward.generation.params import MAX_SEED
 
 commands = CheckedTyper()
 
@@ -24,7 +25,7 @@ AnswerTask = Annotated[
 ]
 Resume = Annotated[bool, typer.Option(help="Resume an unfinished --output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 
 
 @commands.command()
@@ -224,6 +225,23 @@ def calibrate(
         say(f"{left_out} traces were skipped: empty, or longer than the reward model reads")
     say(f"fitted on {calibration.traces} traces and written to {model}/tracereward.json")
     print_json(dataclasses.asdict(calibration))
+
+
+@commands.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A run folder, a policy or a reward model.")],
+    name: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name, or a name of your own account.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created if it does not exist. Default: main.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+) -> None:
+    """Upload a finished policy, reward model, or both to the Hugging Face Hub, with their model cards."""
+    from tracereward.commands.push import run_push
+    from tracereward.runs.upload import Repository
+
+    to = Repository(name=name, private=private or None, revision=revision)
+    for kind, address in run_push(folder, to, commit_message).items():
+        print(f"{kind} {address}")
 
 
 @commands.command()

@@ -1,5 +1,7 @@
 """`tracereward inspect`: load or compute the scores of the rows to show."""
 
+import json
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -42,9 +44,13 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
         InputError: rows have no scores and there is no model, or an input cannot be read.
     """
     data, model = options.data, options.model
-    rows = list(islice(read_rows(data), options.limit))
+    read = read_rows(data)
+    rows = list(islice(read, options.limit))
     if not rows:
         raise InputError(f"{data}: no rows")
+    not_shown: Counter[str] = Counter()
+    for _, row in read:
+        not_shown[_asked(row)] += len(row["candidates"]) if isinstance(row.get("candidates"), list) else 1
     bare = [where for where, row in rows if ("scores" if "candidates" in row else "token_rewards") not in row]
     task = get_task(options.task) if options.task else None
     scored = [row for _, row in rows]
@@ -66,15 +72,21 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
                 raise InputError(f"{where}: scores must be a list with one record for each candidate")
             for trace in traces_in(row):
                 check_scores(where, trace)
-    if task is None:
-        return scored
     for row in scored:
+        if others := not_shown[_asked(row)]:
+            row["not_shown"] = others
+    for row in scored if task is not None else ():
         for text, found in zip(row["candidates"], row["scores"]) if "candidates" in row else [(row["completion"], row)]:
             judged = judge(found, text, task, gold_of(row))
             found["extracted"] = judged.answer
             if judged.correct is not None:
                 found["correct"] = judged.correct
     return scored
+
+
+def _asked(row: dict[str, Any]) -> str:
+    """The question of a row, to count its traces."""
+    return json.dumps(row.get("prompt"))
 
 
 def _fit(candidates: Any, scores: Any) -> bool:

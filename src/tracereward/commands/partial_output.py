@@ -6,6 +6,7 @@ different runs are never mixed.
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -154,6 +155,22 @@ def check_writable(path: Path) -> None:
         part.unlink()
 
 
+def check_folder_writable(folder: Path) -> None:
+    """Check that files can be created in a folder, which need not exist yet.
+
+    Raises:
+        InputError: they cannot, or a file is in the way.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise InputError(f"{there}: is a file, not a folder; choose another --output")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
+
+
 def check_output(output: Output, inputs: Iterable[str | None]) -> None:
     """`check_file` for rows: those of an unfinished run are not lost either.
 
@@ -207,7 +224,12 @@ def rows_to(output: Output, origin: Origin | None = None) -> Iterator[TextIO]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise RunFailed(f"the disk of {part.absolute().parent} is full; what was finished is in {part}") from error
+        fix = "" if output.resume is None else "; free some space, then continue with --resume"
+        raise RunFailed(f"the disk of {part.absolute().parent} is full; finished rows are in {part}{fix}") from error
+    except Exception:
+        if output.resume is not None and part.stat().st_size > 0:
+            say(f"\nfinished rows are in {part}: continue with --resume")
+        raise
     finally:
         if part.exists() and part.stat().st_size == 0:  # nothing to continue
             _discard(part)

@@ -109,6 +109,25 @@ def _say(model: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         note(text)
 
 
+def read_questions(questions: Questions) -> list[dict[str, Any]]:
+    """The rows.
+
+    Args:
+        questions: with every option set, see `in_force`.
+
+    Raises:
+        InputError: unreadable input.
+    """
+    task = get_task(str(questions.task))
+    source = questions.data or task.dataset
+    if source is None:
+        raise InputError(f"task {task.name!r} has no default data set: give --data, a file or a Hub id")
+    subset = task.subset if questions.data in (None, task.dataset) else None
+    return load_demonstrations(
+        source, task, split=questions.split, subset=subset, limit=questions.limit, require_completion=False
+    )
+
+
 def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
     """The rows, their rendered prompts and the policy's tokenizer, without loading the model.
 
@@ -120,14 +139,7 @@ def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any
         InputError: unreadable input.
     """
     rendering = questions.rendering
-    task = get_task(str(questions.task))
-    source = questions.data or task.dataset
-    if source is None:
-        raise InputError(f"task {task.name!r} has no default data set: give --data, a file or a Hub id")
-    subset = task.subset if questions.data in (None, task.dataset) else None
-    rows = load_demonstrations(
-        source, task, split=questions.split, subset=subset, limit=questions.limit, require_completion=False
-    )
+    rows = read_questions(questions)
     check_model(model)
     tokenizer = load_tokenizer(model)
     check_rendering(tokenizer, rendering)

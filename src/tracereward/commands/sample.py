@@ -17,7 +17,7 @@ from tracereward.commands.partial_output import (
     unfinished,
     write_row,
 )
-from tracereward.commands.questions import Questions, in_force, load_questions, sample_row
+from tracereward.commands.questions import Questions, in_force, load_questions, read_questions, sample_row
 from tracereward.commands.sample_guided import Guidance, finished_guided, guided_rows
 from tracereward.console import say
 from tracereward.errors import InputError
@@ -77,13 +77,20 @@ def run_sample(
         chunks = sample_rows(model, questions, sampling, n=n, done=done)
     else:
         chunks = guided_rows(model, questions, sampling, guidance, done=done)
-    progress = tqdm(desc="samples", initial=done * (n if guidance is None else 1), unit="")
+    right = wrong = 0
+    # With a delay the bar appears after the first chunk, not above a message about the input.
+    progress = tqdm(desc="questions", total=len(read_questions(questions)), initial=done, unit="", delay=0.1)
     with progress, rows_to(output, origin) as file:
         for rows in chunks:
             for row in rows:
                 write_row(file, row)
+                right += row["correct"] is True
+                wrong += row["correct"] is False
             file.flush()
-            progress.update(len(rows))
+            progress.update(len({row["question"] for row in rows}))
+    if right + wrong:
+        earlier = f" sampled now, without the {done} questions of before" if done else ""
+        say(f"{right} of {right + wrong} samples{earlier} have the right answer ({right / (right + wrong):.1%})")
 
 
 def sample_rows(

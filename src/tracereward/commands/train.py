@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTTrainer, get_peft_config
 
 from tracereward.console import is_main_process, note
-from tracereward.data.demonstrations import check_lengths, load_demonstrations, split_rows
+from tracereward.data.demonstrations import check_lengths, check_positions, load_demonstrations, split_rows
 from tracereward.errors import InputError
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import check_model, frozen_copy
@@ -40,11 +40,13 @@ from tracereward.modeling.tokenization import (
 )
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
+from tracereward.runs.cards import about_run, write_policy_card
 from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
 from tracereward.runs.folder import run_folder
 from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.report import report_rewards
+from tracereward.runs.upload import repositories_of, upload_all
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import SafeTrainer
@@ -132,6 +134,8 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
     if dropped:
         note(f"{dropped} demonstrations dropped: longer than {limit} tokens (--max_completion_length)")
+    rollouts = 0 if isinstance(config, SupervisedConfig) else limit
+    check_positions([*rows, *unlabeled], tokenizer, policy, rollouts=rollouts)
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
     prompts = len(rows) + len(unlabeled)
     if isinstance(config, SupervisedConfig):
@@ -204,6 +208,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
         train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)
     check_disk(job, models=1)
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy"])
         tokenizer = prepared.tokenizer
         with explained():
             trainer = SupervisedTrainer(
@@ -216,7 +221,9 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
                 callbacks=[run.metrics, run.stop],
             )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
+        write_policy_card(run, about_run(run, len(train), chosen))
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
+        upload_all(run, repositories)
     return run.folder
 
 
@@ -250,6 +257,12 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             raise InputError(
                 f"--base_model {config.base_model} and the policy have different tokenizers; use the model before SFT"
             )
+        check_positions(
+            [*prepared.rows, *prepared.unlabeled],
+            prepared.tokenizer,
+            config.base_model,
+            rollouts=config.max_completion_length or 0,
+        )
     task, tokenizer = prepared.task, prepared.tokenizer
     rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in [*prepared.rows, *prepared.unlabeled]]
     missing = next((row for row in [*prepared.rows, *prepared.unlabeled] if row["answer"] is None), None)
@@ -262,6 +275,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
         return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
 
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy"])
         with explained():
             policy = load_policy(model)
         functions = [correct]
@@ -295,7 +309,9 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
                 callbacks=[run.metrics, run.stop],
             )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
+        write_policy_card(run, about_run(run, len(prepared.rows), chosen))
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
+        upload_all(run, repositories)
     return run.folder
 
 
@@ -314,6 +330,11 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         check_rendering(reward_tokenizer, prepared.rendering)
         if same_vocabulary(tokenizer, reward_tokenizer):  # with the policy's end of sequence and chat template
             reward_tokenizer = tokenizer
+    demonstrations, rollouts = with_reward_prompts(reward_tokenizer, prepared), config.max_completion_length or 0
+    if config.discriminator_model is not None:
+        read = [{**row, "prompt": row.get("reward_prompt", row["prompt"])} for row in demonstrations]
+        same = same_tokenizer(tokenizer, reward_tokenizer)  # otherwise rollouts have another number of tokens there
+        check_positions(read, reward_tokenizer, start, rollouts=rollouts if same else 0)
     if config.warmup_model is not None:
         check_model(config.warmup_model)
         if not same_vocabulary(tokenizer, load_tokenizer(config.warmup_model)):
@@ -321,6 +342,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 f"the policy {policy} and --warmup_model {config.warmup_model} have different tokenizers; "
                 "use a model with the policy's tokenizer"
             )
+        check_positions([*prepared.rows, *prepared.unlabeled], tokenizer, config.warmup_model, rollouts=rollouts)
     if config.positives == "mixed":
         note("USES GOLD ANSWERS: rollouts with a correct answer are additional positives (--positives mixed)")
     settings = RewardSettings(
@@ -344,6 +366,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     check_disk(job, models=2)
     peft = lora(model)
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy", "reward_model"])
         with explained():
             torch.manual_seed(config.seed)  # random initialisation of the head and LoRA
             starting, policy_peft = load_policy(model), lora(model)
@@ -365,7 +388,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
             trainer = AdversarialTrainer(
                 model=starting,
                 reward_model=reward_model,
-                demonstrations=with_reward_prompts(reward_tokenizer, prepared),
+                demonstrations=demonstrations,
                 args=config,
                 task=task,
                 processing_class=tokenizer,
@@ -379,8 +402,11 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 if weights is not None:
                     reward_model = make()
                     reward_model.load_state_dict(weights, strict=False)
-                reward_model.save_pretrained(run.folder / "reward_model")
+                about = about_run(run, len(prepared.rows), chosen)
+                write_policy_card(run, about)
+                reward_model.save_pretrained(run.folder / "reward_model", about)
                 report_rewards(run, trainer, reward_model, prepared.rows, chosen=chosen)
+        upload_all(run, repositories)
     return run.folder
 
 

@@ -146,6 +146,42 @@ def check_lengths(
     return kept, dropped
 
 
+def check_positions(
+    rows: list[dict[str, Any]],
+    tokenizer: "PreTrainedTokenizerBase",
+    model: str,
+    *,
+    rollouts: int = 0,
+) -> None:
+    """Refuse prompts whose traces would be longer than a model reads, as scoring does.
+
+    Args:
+        rows: rendered rows.
+        tokenizer: the model's.
+        model: its folder or Hub id.
+        rollouts: length limit of the rollouts of these prompts; 0 if there are none in this model's tokens.
+
+    Raises:
+        InputError: names the longest such row and the fix.
+    """
+    from tracereward.modeling.loading import context_length, read_config
+
+    positions = context_length(read_config(model))
+    found = []
+    for row in rows:
+        prompt = len(encode_prompt(tokenizer, row["prompt"]))
+        completion = 0 if row["completion"] is None else len(encode_completion(tokenizer, row["completion"]))
+        found.append((prompt + max(rollouts, completion), prompt, completion, row_location(row)))
+    total, prompt, completion, where = max(found)
+    if total > positions:
+        left = int(positions) - prompt
+        raise InputError(
+            f"{where}: {prompt} prompt tokens and up to {total - prompt} of a completion, but {model} reads "
+            f"{positions}. {f'Use --max_completion_length {left}' if left >= completion else 'Remove the row'}, or use "
+            "a model with a longer context."
+        )
+
+
 def _too_long(found: dict[str, list[tuple[int, str]]], max_prompt: int | None, max_completion: int) -> str:
     """What is too long, the first location, the longest length, and the fix."""
     parts, fixes = [], []

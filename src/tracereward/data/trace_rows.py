@@ -186,7 +186,7 @@ def traces_in(row: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per trace: a row of `candidates` has a list of `scores`."""
     if "candidates" not in row:
         return [row]
-    shared = {name: row[name] for name in ("prompt", "answer", "model") if name in row}
+    shared = {name: row[name] for name in ("prompt", "answer", "model", "not_shown") if name in row}
     scores = row.get("scores") or [{}] * len(row["candidates"])
     return [{**shared, "completion": text, **found} for text, found in zip(row["candidates"], scores)]
 

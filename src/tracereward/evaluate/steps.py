@@ -25,6 +25,7 @@ from tracereward.evaluate.step_data import StepTrace, prompt_of
 from tracereward.files import without_nan
 from tracereward.modeling.alignment import join_steps
 from tracereward.modeling.batching import pack, scoring_budget, token_budget_batches
+from tracereward.modeling.loading import context_length
 from tracereward.modeling.log_probs import log_probs_and_entropies
 from tracereward.modeling.rendering import render_prompt
 from tracereward.modeling.tokenization import encode_trace, pad_id, without_ends
@@ -78,9 +79,7 @@ def encode_steps(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> EncodedSte
 
 def position_limit(*models: PreTrainedModel | torch.nn.Module | None) -> float:
     """Smallest context length of the models in tokens; infinity if no config has one."""
-    configs: list[Any] = [model.config for model in models if model is not None]
-    limits = [getattr(config.get_text_config(), "max_position_embeddings", None) for config in configs]
-    return min((limit for limit in limits if limit), default=math.inf)
+    return min((context_length(model.config) for model in models if model is not None), default=math.inf)
 
 
 # ---------- scores ----------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from tracereward.commands.partial_output import check_new
+from tracereward.commands.partial_output import check_folder_writable, check_new
 from tracereward.commands.questions import Questions, in_force, load_questions
 from tracereward.commands.sample import sample_rows
 from tracereward.console import note, print_json, say, warn
@@ -32,7 +32,7 @@ from tracereward.modeling.hub import looks_local, split_name
 from tracereward.modeling.loading import best_device, check_model, local_folder
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
-from tracereward.rewards.calibration import Calibration, fit_calibration
+from tracereward.rewards.calibration import Calibration, check_labels, fit_calibration
 from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model, write_calibration
@@ -65,13 +65,11 @@ class Results:
             inputs: what else the suite reads, see `check_new`.
 
         Raises:
-            InputError: a file is in the way, or there are results that may not be replaced.
+            InputError: it cannot be written, or has results that may not be replaced.
         """
         run = Path(model).parent
         folder = self.folder or (run if (run / "config.yaml").is_file() else Path()) / "evaluation"
-        in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
-        if in_the_way is not None:
-            raise InputError(f"{in_the_way}: is a file, not a folder; choose another --output")
+        check_folder_writable(folder)
         for suffix in ("json", "html"):
             check_new(folder / f"{suite}.{suffix}", [model, *inputs], overwrite=self.overwrite)
         return folder
@@ -328,7 +326,12 @@ def run_calibrate(
             f"{model} has a calibration already ({stored.method}, fitted on {stored.traces} traces): replace it with "
             "--overwrite"
         )
+    check_folder_writable(local_folder(model))
     rows = read_pool(data, task_spec, questions)
+    try:
+        check_labels([row.correct for row in rows])
+    except InputError as error:
+        raise InputError(f"{data}: {error}") from error
     groups, left_out = score_pool(load(model, None)[0], rows)
     flat = [c for candidates in groups for c in candidates]
     rewards, correct = [c.reward for c in flat], [bool(c.correct) for c in flat]

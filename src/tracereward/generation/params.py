@@ -7,6 +7,9 @@ from typing import Any
 
 from tracereward.errors import InputError
 
+MAX_SEED = 2**32 - 1
+"""NumPy's limit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -36,6 +39,8 @@ class SamplingParams:
             raise InputError(f"--temperature must be a number from 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p must be over 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InputError(f"--seed must be from 0 to {MAX_SEED}, not {self.seed}")
 
     def prompts_together(self, n: int) -> int:
         """Number of prompts, with `n` completions each, per batch; at least one."""

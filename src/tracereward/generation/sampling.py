@@ -1,5 +1,6 @@
 """Sampling completions from a policy with transformers' `generate`, reproducibly and in chunks."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -7,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tracereward.errors import InputError
+from tracereward.errors import InputError, RunFailed
 from tracereward.generation.params import SamplingParams
-from tracereward.generation.settings import generation_config, run_generate
+from tracereward.generation.settings import NOT_FINITE, generation_config, run_generate
 from tracereward.modeling.batching import pack
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.tokenization import encode_prompt, eos_ids, pad_id
@@ -79,6 +80,8 @@ def sample(
         )[: len(part) * n]
         ids = [encode_prompt(tokenizer, prompt) for prompt in part for _ in range(n)]
         log_probs = mean_log_probs(model, ids, completions, pad_id(tokenizer))
+        if not all(map(math.isfinite, log_probs)):  # greedy decoding hides it
+            raise RunFailed(NOT_FINITE)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         yield [
             Sample(

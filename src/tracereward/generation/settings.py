@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.console import note
-from tracereward.errors import InputError, first_line
+from tracereward.errors import InputError, RunFailed, first_line
 from tracereward.generation.params import SamplingParams
 from tracereward.modeling.loading import local_folder
 from tracereward.modeling.tokenization import eos_ids, pad_id
@@ -50,6 +50,8 @@ NEUTRAL: dict[str, Any] = {
 OF_SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Those that greedy decoding does not have."""
 
+NOT_FINITE = "the policy's token probabilities are not finite: its weights are damaged, or too large for its dtype"
+
 
 def generation_config(
     model: PreTrainedModel,
@@ -83,9 +85,18 @@ def generation_config(
 
 
 def run_generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
-    """`model.generate` with the options of `config` alone."""
-    with only(model, config):
-        return model.generate(generation_config=config, **inputs)  # pyright: ignore[reportCallIssue, reportReturnType]
+    """`model.generate` with the options of `config` alone.
+
+    Raises:
+        RunFailed: the token probabilities are not finite.
+    """
+    try:
+        with only(model, config):
+            return model.generate(generation_config=config, **inputs)  # pyright: ignore[reportCallIssue, reportReturnType]
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):  # torch.multinomial
+            raise
+        raise RunFailed(NOT_FINITE) from error
 
 
 @contextlib.contextmanager

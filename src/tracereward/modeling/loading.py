@@ -9,6 +9,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,11 @@ def called(name: str | Path, folder: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(str(error).replace(str(folder), str(name))) from error
+
+
+def context_length(config: Any) -> float:
+    """Longest text that a model reads, in tokens; infinity if its configuration has no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def read_config(name: str | Path, revision: str | None = None) -> Any:

@@ -21,6 +21,7 @@ from datasets import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 
+from tracereward.commands.partial_output import check_folder_writable
 from tracereward.commands.questions import Questions
 from tracereward.commands.rerank import rerank_rows, summary
 from tracereward.commands.sample import sample_rows
@@ -183,6 +184,7 @@ def _claim(output: Path, options: dict[str, Any], resume: bool) -> None:
             )
     elif output.is_dir() and any(output.iterdir()):
         raise InputError(f"{output} has other files and no quickstart.json: choose another --output")
+    check_folder_writable(output)
     output.mkdir(parents=True, exist_ok=True)
     atomic_write_json(settings, options)
 

@@ -85,7 +85,7 @@ function heatmap(trace, name) {
 }
 
 function candidate(trace, question) {
-  const name = `candidate ${trace.number} of ${question.traces.length}`;
+  const name = `candidate ${trace.number} of ${question.traces.length + question.not_shown}`;
   const facts = make("div", "facts");
   facts.append(make("h3", "", question.traces.length > 1 ? `#${trace.number}` : "Trace"));
   if (trace.correct !== null) facts.append(make("span", "verdict", trace.correct ? "✓ right" : "✗ wrong"));

@@ -98,8 +98,9 @@ def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[
     """Group traces by question, in order of first occurrence: the content of the page and the terminal output.
 
     Returns:
-        Questions with `prompt`, `answer` and `traces`. Each trace has its row's fields, `error` (`first_below_others`),
-        `drop` (`largest_drop`) and `steps`. JSON values only, numbers with 4 decimals, text escaped by `visible`.
+        Questions with `prompt`, `answer`, `traces`, and `not_shown`, the number of further traces. Each trace has its
+        row's fields, `error` (`first_below_others`), `drop` (`largest_drop`) and `steps`. JSON values only, numbers
+        with 4 decimals, text escaped by `visible`.
 
     Raises:
         InputError: as for `write_inspection`.
@@ -109,7 +110,8 @@ def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[
         where = f"row {number}"
         check_scores(where, row)
         prompt = _prompt_text(row["prompt"])
-        question = questions.setdefault(prompt, {"prompt": prompt, "answer": _text(row.get("answer")), "traces": []})
+        new = {"prompt": prompt, "answer": _text(row.get("answer")), "not_shown": row.get("not_shown", 0), "traces": []}
+        question = questions.setdefault(prompt, new)
         question["traces"].append({"number": len(question["traces"]) + 1, **_trace(row, threshold)})
     return list(questions.values())
 

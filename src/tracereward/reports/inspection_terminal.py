@@ -80,7 +80,7 @@ def _style(reward: float | None, limit: float) -> str:
 
 
 def _facts(trace: dict[str, Any], question: dict[str, Any]) -> str:
-    facts = [f"#{trace['number']} of {len(question['traces'])}"]
+    facts = [f"#{trace['number']} of {len(question['traces']) + question['not_shown']}"]
     if trace["correct"] is not None:
         facts.append("✓ right" if trace["correct"] else "✗ wrong")
     facts += [f"{name} {trace[name]}" for name in ("answer", "model") if trace[name] is not None]

@@ -57,6 +57,20 @@ class Calibration:
         return expit(self.slope * values + self.intercept)
 
 
+def check_labels(correct: Sequence[bool]) -> None:
+    """Refuse labels that no calibration can be fitted on.
+
+    Raises:
+        InputError: fewer than `MIN_TRACES` traces, or all of them correct or all wrong.
+    """
+    right = sum(map(bool, correct))
+    wrong = len(correct) - right
+    if right + wrong < MIN_TRACES or not right or not wrong:
+        raise InputError(
+            f"cannot calibrate on {right} right and {wrong} wrong traces: it needs {MIN_TRACES} or more, of both kinds"
+        )
+
+
 def fit_calibration(rewards: Sequence[float], correct: Sequence[bool], method: str = "platt") -> Calibration:
     """Fit on a small labelled set: a few dozen traces for ``platt``, hundreds for ``isotonic``.
 
@@ -64,16 +78,13 @@ def fit_calibration(rewards: Sequence[float], correct: Sequence[bool], method: s
     and 1 / (m + 2), so that the slope is finite for separable traces.
 
     Raises:
-        InputError: fewer than `MIN_TRACES` traces, or all of them correct or all wrong.
+        InputError: see `check_labels`.
     """
     check_choice("calibration method", method, METHODS)
     values, labels = np.asarray(rewards, dtype=float), np.asarray(correct, dtype=bool)
+    check_labels(labels.tolist())
     right = int(labels.sum())
     wrong = len(labels) - right
-    if len(labels) < MIN_TRACES or not right or not wrong:
-        raise InputError(
-            f"cannot calibrate on {right} right and {wrong} wrong traces: it needs {MIN_TRACES} or more, of both kinds"
-        )
     if method == "isotonic":
         fit = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(values, labels)
         knots = zip(fit.X_thresholds_.tolist(), fit.y_thresholds_.tolist(), strict=True)

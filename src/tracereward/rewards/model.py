@@ -8,7 +8,6 @@ settings that training, scoring and serving must share.
 
 import contextlib
 import copy
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,6 +30,7 @@ from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
 from tracereward.modeling.loading import (
     NEW_HEAD,
     called,
+    context_length,
     load_causal_lm,
     load_model,
     local_folder,
@@ -173,7 +173,7 @@ class TokenRewardModel(nn.Module, Scorer):
     @property
     def max_positions(self) -> float:
         """Longest prompt plus completion that the backbone accepts, in tokens."""
-        return getattr(self.backbone.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        return context_length(self.backbone.config)
 
     @property
     def token_budget(self) -> int:

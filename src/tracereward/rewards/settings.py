@@ -162,15 +162,19 @@ def read_settings(folder: str | Path) -> RewardSettings:
         raise InputError(_not_a_reward_model(folder, f"{SETTINGS_FILE} is missing"))
     try:
         stored = read_json(path)
-        if stored.get("kind", REWARD_MODEL) != REWARD_MODEL:
-            raise InputError(_not_a_reward_model(folder, f"it is a {stored['kind']}"))
+        kind = stored.get("kind", REWARD_MODEL)
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if kind != REWARD_MODEL:
+        raise InputError(_not_a_reward_model(folder, f"it is a {kind}"))
+    try:
         known = {one.name for one in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
         settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})
-    except InputError:
-        raise
-    except (ValueError, AttributeError, TypeError) as error:
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except (ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     needed = ["config.json", "tokenizer.json", *([HEAD_FILE] if settings.head == "action" else [])]
     missing = [name for name in needed if not (folder / name).is_file()]

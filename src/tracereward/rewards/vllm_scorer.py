@@ -4,14 +4,13 @@ vLLM runs token classifiers only; `tracereward export` distils a reward model wi
 """
 
 import importlib.util
-import math
 
 import torch
 from torch import Tensor
 
 from tracereward.errors import InputError
 from tracereward.modeling.batching import pack
-from tracereward.modeling.loading import local_folder, read_config
+from tracereward.modeling.loading import context_length, local_folder, read_config
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.records import ForwardOptions, TokenIds
 from tracereward.rewards.scorer import Scorer
@@ -56,10 +55,9 @@ class VllmScorer(Scorer):
 
         folder = local_folder(model_name_or_path)
         config = read_config(folder)
-        text = config.get_text_config()
         stored = getattr(config, "dtype", None) or torch.float32
         self.tokenizer = load_tokenizer(str(folder))
-        self._positions = getattr(text, "max_position_embeddings", None)
+        self._positions = context_length(config)
         self._params = PoolingParams(use_activation=False)  # the default is a sigmoid
         self._llm = LLM(
             str(folder),
@@ -72,7 +70,7 @@ class VllmScorer(Scorer):
     @property
     def max_positions(self) -> float:
         """See `Scorer`."""
-        return self._positions or math.inf
+        return self._positions
 
     @property
     def token_budget(self) -> int:

@@ -91,10 +91,11 @@ def note_choice(run: Run, trainer: SafeTrainer, restored: str | None, questions:
     """Report the checkpoint that validation selected: on the screen, in ``metrics.jsonl``, and as the returned text."""
     best, start = trainer.state.best_metric, trainer.start_accuracy
     accuracy = start if restored is None or best is None else best
-    text = (
-        f"Chosen by greedy accuracy on {questions} validation questions: {restored or 'the start'} with "
-        f"{100 * accuracy:.1f} %; the start has {100 * start:.1f} %."
-    )
+    if restored is None:
+        found = f"the start with {100 * start:.1f} %, which no checkpoint reaches"
+    else:
+        found = f"{restored} with {100 * accuracy:.1f} %; the start has {100 * start:.1f} %"
+    text = f"Chosen by greedy accuracy on {questions} validation questions: {found}."
     note(text)
     if is_main_process():
         row = {"phase": "choice", "step": trainer.state.global_step, "chosen": restored or "start"}

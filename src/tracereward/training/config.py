@@ -12,6 +12,7 @@ from trl import GRPOConfig, SFTConfig
 
 from tracereward.data.perturbations import KINDS
 from tracereward.errors import InputError
+from tracereward.generation.params import MAX_SEED
 from tracereward.training.option_rules import check_config
 from tracereward.training.options import OneOf, PolicyOptions, Range, RewardOptions, SupervisedOptions, check_options
 from tracereward.training.trackers import check_trackers
@@ -31,6 +32,7 @@ RETIRED: dict[str, Any] = {
 """Options of earlier versions, each with the value that is equivalent to its absence."""
 _COUNT = Range(min=1, whole=True)
 _FROM_ZERO = Range(min=0)
+_SHARE = Range(min=0, below=1)
 TRL_RANGES: dict[str, Range | OneOf] = {
     "per_device_train_batch_size": _COUNT,
     "gradient_accumulation_steps": _COUNT,
@@ -39,7 +41,22 @@ TRL_RANGES: dict[str, Range | OneOf] = {
     "weight_decay": _FROM_ZERO,
     "max_grad_norm": _FROM_ZERO,
     "num_train_epochs": _FROM_ZERO,
-    "seed": _FROM_ZERO,
+    "seed": Range(min=0, max=MAX_SEED, whole=True),
+    "data_seed": Range(min=0, max=MAX_SEED, whole=True),
+    "max_steps": Range(min=-1, whole=True, why="-1 trains --num_train_epochs"),
+    "dataloader_num_workers": Range(min=0, whole=True),
+    "neftune_noise_alpha": _FROM_ZERO,
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": _FROM_ZERO,
+    "save_steps": Range(above=0),
+    "logging_steps": Range(above=0),
+    "beta": _FROM_ZERO,
+    "epsilon": _FROM_ZERO,
+    "epsilon_high": _FROM_ZERO,
+    "delta": _FROM_ZERO,
+    "num_iterations": _COUNT,
+    "max_completion_length": _COUNT,
     "save_strategy": OneOf(("steps", "epoch", "no")),
     "logging_strategy": OneOf(("steps", "epoch", "no")),
     "temperature": Range(above=0, why="rollouts of a prompt must differ"),
@@ -58,8 +75,11 @@ def _prepare(command: str, config: GRPOConfig | SFTConfig) -> dict[str, Any]:
     check_config(command, config)
     check_trackers(config.report_to)
     given = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    config.push_to_hub = False  # TRL would push each checkpoint, and the policy only: see `runs.upload`
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         config.use_cpu = True
+        if config.fp16:
+            raise InputError("--fp16 needs a GPU, and there is none: remove it, or use --bf16 true")
         if config.bf16 is None:
             config.bf16 = False
     return given

@@ -6,6 +6,8 @@ it has no effect. The options of TRL that a command does not have at all are in 
 
 import dataclasses
 import importlib.util
+import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 from tracereward.data.readers import has_splits
 from tracereward.errors import InputError
+from tracereward.files import read_json
 from tracereward.training.options import NOT_OF, option_defaults
 from tracereward.training.trl_options import COMMANDS, ROLLOUTS, SFT, TRAIN, refusal
 
@@ -107,7 +110,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         options=("hub_private_repo",),
-        when=lambda o: not o.push_to_hub and not o.log_completions_hub_repo,
+        when=lambda o: not o.push_to_hub and not o.log_completions_hub_repo and not _tracked(o, "trackio"),
         why="it needs --push_to_hub true",
     ),
     # Optimiser
@@ -495,13 +498,26 @@ def check_job(command: str, data: Any, config: Any, model: Any) -> None:
     check_effects(command, values_of(data, model, config), defaults, JOB_RULES)
 
 
+def _check_json(option: str, value: Any, *, file: bool) -> None:
+    """Refuse a text that is not the JSON object, or the file of one, that it has to be."""
+    if not isinstance(value, str) or not (file or value.startswith("{")):
+        return
+    path = Path(value).expanduser()
+    if not value.startswith("{") and not path.is_file():
+        raise InputError(f"{option} {value}: no such file")
+    try:
+        json.loads(value) if value.startswith("{") else read_json(path)
+    except (ValueError, OSError) as error:
+        raise InputError(f"{option} {value}: not valid JSON: {error}") from error
+
+
 def _check_installed(config: Any) -> None:
-    """Refuse options whose package or file is missing, before anything is loaded."""
+    """Refuse options whose package or file is missing or not JSON, before anything is loaded."""
     o = values_of(config)
-    for name in ("deepspeed", "fsdp_config", "accelerator_config"):
-        value = o.get(name)
-        if isinstance(value, str) and not value.startswith("{") and not Path(value).expanduser().is_file():
-            raise InputError(f"--{name} {value}: no such file")
+    for name, value in vars(config).items():
+        _check_json(f"--{name}", value, file=name in ("deepspeed", "fsdp_config", "accelerator_config"))
+    if o.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise InputError("--fsdp shards over several processes: start them with `accelerate launch`, or remove it")
     optimiser = str(getattr(o.optim, "value", o.optim))
     needed = {
         "--use_liger_kernel": (o.use_liger_kernel, "liger_kernel", "liger-kernel"),

@@ -64,10 +64,11 @@ class Range:
         ):
             return
         limits = (("at least", self.min), ("more than", self.above), ("at most", self.max), ("less than", self.below))
-        text = " and ".join(f"{words} {limit:g}" for words, limit in limits if limit is not None)
-        if self.min is not None and self.max is not None:
-            text = f"between {self.min:g} and {self.max:g}"
+        text = " and ".join(f"{words} {limit}" for words, limit in limits if limit is not None)
         number = "a whole number of " if self.whole else ""
+        if self.min is not None and self.max is not None:
+            text = f"between {self.min} and {self.max}"
+            number = number.removesuffix("of ")
         raise InputError(f"{option} must be {number}{text}, not {value}" + (f": {self.why}" if self.why else ""))
 
 
@@ -123,7 +124,9 @@ class DataArguments:
     validation_dataset_split: str = field(
         default="validation", metadata={"help": "Split of a Hub dataset in --validation_dataset_name."}
     )
-    max_demonstrations: int | None = field(default=None, metadata={"help": "Use the first N demonstrations only."})
+    max_demonstrations: Annotated[int | None, Range(min=1, whole=True)] = field(
+        default=None, metadata={"help": "Use the first N demonstrations only."}
+    )
     template: Annotated[str | None, OneOf(("plain", "chat"))] = field(
         default=None,
         metadata={

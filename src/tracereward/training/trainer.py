@@ -20,12 +20,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from tracereward import metrics
 from tracereward.console import warn
-from tracereward.errors import InputError
+from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.adapters import POLICY, AdapterView
 from tracereward.modeling.batching import Batch, pack
-from tracereward.modeling.distributed import is_distributed, is_sharded, shard
+from tracereward.modeling.distributed import all_reduce_max, is_distributed, is_sharded, shard
 from tracereward.modeling.loading import frozen_copy
 from tracereward.modeling.log_probs import completion_log_probs
+from tracereward.modeling.rendering import row_location
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, eos_ids, keep_tags, pad_id
 from tracereward.rewards.heads import subtracts_policy
 from tracereward.rewards.model import TokenRewardModel
@@ -134,6 +135,8 @@ class AdversarialTrainer(RolloutTrainer):
             )
             for row in demonstrations
         ]
+        for row, expert in zip(demonstrations, experts, strict=True):
+            reward_model.check_ids(row_location(row), expert.prompt, expert.completion)
         self.demonstration_rows: list[dict[str, Any]] = rows[: len(demonstrations)]
         if not (args.shard_discriminator and is_distributed()):  # a sharded one never fits on one device in full
             reward_model.to(self.accelerator.device)
@@ -190,6 +193,9 @@ class AdversarialTrainer(RolloutTrainer):
         """Reward function: train the discriminator on the rollouts, then aggregate each rollout's token rewards."""
         self._correct = self.verify(completions, answer)
         rollouts = self.as_rollouts(demonstration, completion_ids, self._correct)
+        prompt_ids = [self.bridge.prompt(prompt) for prompt in prompts]
+        reward_ids = [self.bridge.completion(ids) for ids in completion_ids]
+        self.check_positions(prompt_ids, reward_ids)
         if self.policy.training:
             fresh = gather_object(rollouts)
             with self.accelerator.autocast():  # not prepared by accelerate, the discriminator would train in float32
@@ -198,8 +204,7 @@ class AdversarialTrainer(RolloutTrainer):
             self.discriminator.optimizer.zero_grad()
             for name, value in metrics.items():
                 log_metric(f"discriminator/{name}", value)
-        reward_ids = [self.bridge.completion(ids) for ids in completion_ids]
-        rewards = self.token_rewards([self.bridge.prompt(prompt) for prompt in prompts], reward_ids)
+        rewards = self.token_rewards(prompt_ids, reward_ids)
         self.check_rewards(prompts, completions, completion_ids, [values.tolist() for values in rewards])
         if self.config.whiten_rewards:
             mean, std = self._statistics(rewards)
@@ -209,6 +214,20 @@ class AdversarialTrainer(RolloutTrainer):
         self._rewards = [self.bridge.rewards(ids, translated, values) for ids, translated, values in triples]
         self._monitor(prompts, completion_ids, log_metric)
         return self._trace_rewards
+
+    def check_positions(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> None:
+        """Stop the run at a rollout that is longer than the reward model reads. A collective call.
+
+        Raises:
+            RunFailed: on every process.
+        """
+        lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompts, completions, strict=True)]
+        longest, limit = all_reduce_max(max(lengths, default=0)), self.discriminator.model.max_positions
+        if longest > limit:
+            raise RunFailed(
+                f"a prompt and its rollout at step {self.state.global_step + 1} have {longest} tokens, but the reward "
+                f"model reads {limit:.0f}: lower --max_completion_length, or use one with a longer context"
+            )
 
     def correct(self, prompts: list[str], **_: Any) -> list[float]:
         """Reward function with weight 0: whether each rollout's answer is correct."""

@@ -95,6 +95,8 @@ class WarmUp(TrainerCallback):
         leaks: dict[str, Any] = {}
         if total and discriminator.updates == 0:
             rollouts = self._draw(self._rows())
+            prompts = [discriminator.experts[rollout.demonstration].prompt for rollout in rollouts]
+            trainer.check_positions(prompts, [rollout.ids for rollout in rollouts])
             discriminator.remember(rollouts)
             leaks = {} if trainer.stop.received() else self._leaks(rollouts)
         progress = tqdm(total=total, initial=discriminator.updates, desc="warm-up", disable=trainer.quiet, leave=False)
