@@ -57,8 +57,9 @@ class Repository:
 class Refused(Exception):
     """An answer that is an error."""
 
-    def __init__(self, status: int, code: str = "", message: str = ""):
+    def __init__(self, status: int, code: str = "", message: str = "", url: str = ""):
         super().__init__(message or code)
+        self.url = url
         self.status, self.code, self.message = status, code, message or code
 
 
@@ -121,7 +122,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             content, headers = self.answer(path, parse_qs(parts.query), body)
             status = 200
         except Refused as error:
-            status, content = error.status, json.dumps({"error": error.message, "url": self.hub.url}).encode()
+            status, content = error.status, json.dumps({"error": error.message, "url": error.url}).encode()
             headers = {"X-Error-Code": error.code, "X-Error-Message": error.message}
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
@@ -199,7 +200,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if self.user is None:
                 raise Refused(401, message="no token")
             if name in hub.repositories:
-                raise Refused(409, message="You already created this model repo")
+                raise Refused(409, message="You already created this model repo", url=f"{hub.url}/{name}")
             if not self.may_write(name):
                 raise Refused(403, message=f"You don't have the rights to create a model under {name.split('/')[0]}")
             hub.create(name, private=given.get("visibility") == "private" or given.get("private") is True)

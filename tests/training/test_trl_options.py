@@ -233,7 +233,9 @@ def test_honoured_options_reach_the_trainer(command, name, monkeypatch):
     _, config, model, _ = parse(command, as_words({**needed, name: value}))
     owner = model if name in option_defaults(ModelConfig) else config
     found = plain(getattr(owner, name))
-    if name in ("report_to", "debug"):  # lists, the trackers resolved
+    if name == "push_to_hub":  # see `runs.upload`: TRL would push each checkpoint
+        assert (found, config.given[name]) == (False, True)
+    elif name in ("report_to", "debug"):  # lists, the trackers resolved
         assert isinstance(found, list)
         assert found or name == "report_to"
     elif name == "accelerator_config":

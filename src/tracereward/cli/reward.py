@@ -228,6 +228,23 @@ def calibrate(
 
 
 @commands.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A run folder, a policy or a reward model.")],
+    name: Annotated[str, typer.Argument(help="Repository on the Hub: owner/name, or a name of your own account.")],
+    private: Annotated[bool, typer.Option("--private", help="Create a private repository.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, created if it does not exist. Default: main.")] = None,
+    commit_message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+) -> None:
+    """Upload a finished policy, reward model, or both to the Hugging Face Hub, with their model cards."""
+    from tracereward.commands.push import run_push
+    from tracereward.runs.upload import Repository
+
+    to = Repository(name=name, private=private or None, revision=revision)
+    for kind, address in run_push(folder, to, commit_message).items():
+        print(f"{kind} {address}")
+
+
+@commands.command()
 def export(
     model: Model,
     data: Annotated[str, typer.Option(help="JSONL or Parquet rows to fit on, as `tracereward sample` writes them.")],

@@ -40,11 +40,13 @@ from tracereward.modeling.tokenization import (
 )
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
+from tracereward.runs.cards import about_run, write_policy_card
 from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
 from tracereward.runs.folder import run_folder
 from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.report import report_rewards
+from tracereward.runs.upload import repositories_of, upload_all
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import SafeTrainer
@@ -206,6 +208,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
         train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)
     check_disk(job, models=1)
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy"])
         tokenizer = prepared.tokenizer
         with explained():
             trainer = SupervisedTrainer(
@@ -218,7 +221,9 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
                 callbacks=[run.metrics, run.stop],
             )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
+        write_policy_card(run, about_run(run, len(train), chosen))
         run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
+        upload_all(run, repositories)
     return run.folder
 
 
@@ -270,6 +275,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
         return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
 
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy"])
         with explained():
             policy = load_policy(model)
         functions = [correct]
@@ -303,7 +309,9 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
                 callbacks=[run.metrics, run.stop],
             )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
+        write_policy_card(run, about_run(run, len(prepared.rows), chosen))
         run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
+        upload_all(run, repositories)
     return run.folder
 
 
@@ -358,6 +366,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     check_disk(job, models=2)
     peft = lora(model)
     with run_folder(job) as run:
+        repositories = repositories_of(run, ["policy", "reward_model"])
         with explained():
             torch.manual_seed(config.seed)  # random initialisation of the head and LoRA
             starting, policy_peft = load_policy(model), lora(model)
@@ -393,8 +402,11 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 if weights is not None:
                     reward_model = make()
                     reward_model.load_state_dict(weights, strict=False)
-                reward_model.save_pretrained(run.folder / "reward_model")
+                about = about_run(run, len(prepared.rows), chosen)
+                write_policy_card(run, about)
+                reward_model.save_pretrained(run.folder / "reward_model", about)
                 report_rewards(run, trainer, reward_model, prepared.rows, chosen=chosen)
+        upload_all(run, repositories)
     return run.folder
 
 

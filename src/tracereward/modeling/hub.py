@@ -4,7 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -71,6 +78,8 @@ def check_repository_name(name: str) -> None:
     Raises:
         InputError: with the rule that it breaks.
     """
+    if "@" in name:
+        raise InputError(f"{name}: not a name of a repository on the Hub: give the branch with --revision, without @")
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -127,6 +136,31 @@ def hub_problem(error: Exception, repository: str, revision: str | None = None) 
         why = first_line(causes[-1])
         return f"not in the local cache, and the Hub cannot be reached at {constants.ENDPOINT} ({why})"
     return f"cannot be downloaded ({first_line(error)})"
+
+
+def card_metadata(base: str, **fields: Any) -> str:
+    """The metadata of a model card, as YAML.
+
+    A model that was trained from a folder has the base model and the license that the card of the folder names; the
+    Hub takes no paths as base models.
+
+    Args:
+        base: folder or Hub id that the model was trained from; empty if unknown.
+        **fields: of `huggingface_hub.ModelCardData`.
+    """
+    known: dict[str, Any] = {}
+    card = Path(base).expanduser() / "README.md"
+    if base and not looks_local(base):
+        repository, revision = split_name(base)
+        known["base_model"] = repository
+        card = try_to_load_from_cache(repository, "README.md", revision=revision)
+    if isinstance(card, str | Path) and base and Path(card).is_file():
+        try:
+            stated = ModelCard.load(card).data
+        except Exception:  # another tool's file; only a courtesy
+            stated = ModelCardData()
+        known = {"license": stated.license, "base_model": stated.base_model} | known
+    return ModelCardData(**{**known, **fields}).to_yaml().strip()
 
 
 def _is_http_error(error: Exception) -> bool:

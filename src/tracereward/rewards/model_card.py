@@ -1,5 +1,6 @@
 """The model card of a reward model."""
 
+from tracereward.modeling.hub import card_metadata
 from tracereward.rewards.heads import reads_log_probs, subtracts_policy
 from tracereward.rewards.settings import RewardSettings
 
@@ -20,10 +21,11 @@ def model_card(settings: RewardSettings, notes: str) -> str:
     }[settings.form]
     gold = "\n- **uses gold answers**: training used rollouts with a verified answer as expert traces"
     gold = gold if settings.uses_gold_answers else ""
+    metadata = card_metadata(
+        settings.base_model, library_name="tracereward", tags=["reward-model", "tracereward", f"{settings.head}-head"]
+    )
     return f"""---
-library_name: tracereward
-tags: [reward-model, tracereward, {settings.head}-head]
-base_model: {settings.base_model}
+{metadata}
 ---
 
 # Token-level reward model

@@ -65,6 +65,10 @@ MAY_CHANGE = {
     "output_dir",
     "report_to",
     "disable_tqdm",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
     "per_device_eval_batch_size",
     "shard_discriminator",
     # Their product with the number of processes must not change, see `check_same_batch`.

@@ -75,6 +75,7 @@ def _prepare(command: str, config: GRPOConfig | SFTConfig) -> dict[str, Any]:
     check_config(command, config)
     check_trackers(config.report_to)
     given = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    config.push_to_hub = False  # TRL would push each checkpoint, and the policy only: see `runs.upload`
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         config.use_cpu = True
         if config.fp16:

@@ -110,7 +110,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         options=("hub_private_repo",),
-        when=lambda o: not o.push_to_hub and not o.log_completions_hub_repo,
+        when=lambda o: not o.push_to_hub and not o.log_completions_hub_repo and not _tracked(o, "trackio"),
         why="it needs --push_to_hub true",
     ),
     # Optimiser

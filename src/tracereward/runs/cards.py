@@ -1,0 +1,95 @@
+"""The model card of a trained policy, and what a run says about itself on the cards of its models."""
+
+from pathlib import Path
+
+from tracereward import __version__
+from tracereward.console import is_main_process
+from tracereward.files import atomic_write_text, read_jsonl
+from tracereward.modeling.hub import card_metadata, looks_local
+from tracereward.runs.folder import Run
+from tracereward.runs.job import starting_policy
+
+SHOWN = {
+    "loss": "loss",
+    "eval_loss": "validation loss",
+    "reward": "reward of the rollouts",
+    "rewards/correct/mean": "share of correct rollouts",
+    "monitor/within_prompt_auroc": "AUROC of the reward within a prompt",
+    "discriminator/loss": "loss of the discriminator",
+}
+"""Metrics of the last logged step that a card shows."""
+
+
+def about_run(run: Run, demonstrations: int, chosen: str) -> str:
+    """The section of a card on the training: data with their number, options and the last metrics.
+
+    Args:
+        run: the finished run.
+        demonstrations: how many it trained on.
+        chosen: how the policy was selected; empty for the last weights.
+    """
+    job, rows = run.job, read_jsonl(run.metrics.path)
+    source = job.data.dataset_name
+    name = "the task's own set" if source is None else source if _is_hub_id(source) else Path(source).name
+    logged = [row for row in rows if row["phase"] == job.kind]
+    last = {key: value for row in logged for key, value in row.items() if key in SHOWN and value is not None}
+    steps = max((row["step"] for row in logged), default=0)
+    lines = [
+        "",
+        "## Training",
+        "",
+        f"- `tracereward {job.kind}` (tracereward {__version__}), {steps} optimiser steps",
+        f"- {demonstrations} demonstrations of the task `{job.data.task}` ({name})",
+    ]
+    lines += [f"- {chosen.strip()}"] if chosen.strip() else []
+    lines += [
+        f"- stopped at step {row['step']}: {row['failure'].replace('_', ' ')}; restored: {row['restored']}"
+        for row in rows
+        if row["phase"] == "failure"
+    ]
+    if last:
+        lines += ["", "| metric, last logged | value |", "|---|---|"]
+        lines += [f"| {SHOWN[key]} | {last[key]:.4g} |" for key in SHOWN if key in last]
+    return "\n".join(lines) + "\n"
+
+
+def write_policy_card(run: Run, about: str) -> None:
+    """Write the card of ``policy/``; in the main process only.
+
+    Args:
+        run: the finished run.
+        about: see `about_run`.
+    """
+    if not is_main_process():
+        return
+    kind = {"sft": "fine-tuned on expert traces", "grpo": "trained by GRPO"}.get(
+        run.job.kind, "trained on a reward model that was learned from expert traces"
+    )
+    source = run.job.data.dataset_name
+    metadata = card_metadata(
+        starting_policy(run.job.model),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["tracereward", run.job.kind],
+        datasets=[source] if source is not None and _is_hub_id(source) else None,
+    )
+    text = f"""---
+{metadata}
+---
+
+# Reasoning policy
+
+A causal language model, {kind} with tracereward.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("policy")
+tokenizer = AutoTokenizer.from_pretrained("policy")
+```
+{about}"""
+    atomic_write_text(run.folder / "policy" / "README.md", text)
+
+
+def _is_hub_id(source: str) -> bool:
+    return not looks_local(source) and not Path(source).suffix
