@@ -42,13 +42,13 @@ class PolicySettings:
         atomic_write_json(Path(folder) / SETTINGS_FILE, stored)
 
 
-def remembered(name: str, revision: str | None = None) -> PolicySettings | None:
+def remembered(name: str) -> PolicySettings | None:
     """The settings that a policy's folder or Hub repository has; None without any.
 
     Raises:
         InputError: there is no such model, or the file is damaged.
     """
-    path = local_folder(name, revision) / SETTINGS_FILE
+    path = local_folder(name) / SETTINGS_FILE
     if not path.is_file():  # as in models of others
         return None
     try:
