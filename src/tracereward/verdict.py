@@ -59,12 +59,13 @@ class Verdict:
         one = self.decisive
         name = METHODS[one.baseline].removesuffix("@{n}").removesuffix(" best-of-{n}")
         points = f"{_points(one.difference)} points, {_points(one.low)} to {_points(one.high)}"
+        asked = f"{self.questions} question{'s' * (self.questions != 1)}"
         if self.outcome == "better":
-            return f"worth using for reranking: better than {name} ({points}; {self.questions} questions)"
+            return f"worth using for reranking: better than {name} ({points}; {asked})"
         if self.outcome == "unclear":
             needed = questions_needed(one, self.questions)
-            return f"cannot say: {self.questions} questions; about {needed} would do ({points} against {name})"
-        return f"{self.outcome} than {name} ({points}; {self.questions} questions)"
+            return f"cannot say: {asked}; about {needed} would do ({points} against {name})"
+        return f"{self.outcome} than {name} ({points}; {asked})"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers may be nan."""

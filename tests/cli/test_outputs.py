@@ -13,6 +13,8 @@ from helpers.command_line import bench, command, refused  # noqa: F401
 from helpers.tiny import launcher, rows, trap
 from tracereward.cli import app
 from tracereward.commands import score
+from tracereward.errors import InputError
+from tracereward.evaluate.suites import Results
 from tracereward.files import write_jsonl
 
 ROW = {"prompt": "1 + 2 = ?\n", "completion": "1 + 2 = 3\n#### 3", "answer": "3", "logprob": -1.0}
@@ -170,6 +172,24 @@ def test_folders_are_not_replaced(command, bench, data, tmp_path):
             given = ["evaluate", suite, *words, "-o", folder]
             refused(command(*given), folder / f"{suite}.{suffix}", "--overwrite")
             assert (folder / f"{suite}.{suffix}").read_text() == KEPT
+
+
+def test_results_of_other_inputs_are_kept_in_the_same_folder(tmp_path):
+    def stored(name: str, **result: object) -> None:
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+
+    stored("policy", policy="first", data="questions")
+    assert Results(folder=tmp_path).checked("policy", "second", ["questions"]) == tmp_path / "policy-2"
+    assert Results(folder=tmp_path).checked("policy", "first", ["other questions"]) == tmp_path / "policy-2"
+    stored("policy-2", policy="second", data="questions")
+    for model in ("first", "second"):
+        with pytest.raises(InputError, match="exists already"):
+            Results(folder=tmp_path).checked("policy", model, ["questions"])
+    again = Results(folder=tmp_path, overwrite=True)
+    assert again.checked("policy", "second", ["questions"]) == tmp_path / "policy-2"
+    assert again.checked("policy", "third", ["questions"]) == tmp_path / "policy"
+    stored("pool", model="rm", policy="baseline", data="rows")
+    assert Results(folder=tmp_path).checked("pool", "rm", ["rows", None]) == tmp_path / "pool-2"
 
 
 def test_calibration_is_not_replaced(command, bench, tmp_path, experts):

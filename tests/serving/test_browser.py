@@ -66,6 +66,19 @@ def fill(page, **fields):
     page.one("button").click()
 
 
+def test_question_is_scored_as_entered(page, model):
+    """With one line break at its end, typed or not; without one if the box is cleared."""
+    for prompt, ends, scored in (("1 + 1 = ?", True, "1 + 1 = ?\n"), ("1 + 1 = ?\n", True, "1 + 1 = ?\n"),
+                                 ("1 + 1 = ?", False, "1 + 1 = ?")):  # fmt: skip
+        if page.one("#newline").is_selected() != ends:
+            page.one("#newline").click()
+        page.driver.execute_script("document.getElementById('ranking').replaceChildren()")
+        fill(page, prompt=prompt, candidates=RIGHT, key="sesame")
+        page.wait(lambda: len(page.all("#ranking li")) == 1)
+        [scores] = model.score([scored], [RIGHT])
+        assert f"{abs(scores.aggregate()):.3f}" in page.one("#ranking li").text
+
+
 def test_candidates_are_ranked_with_coloured_tokens(page, model):
     prompt = PROMPT.removesuffix("\n")
     candidates = ["2 + 2 = 9", RIGHT]

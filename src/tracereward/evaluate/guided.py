@@ -181,7 +181,7 @@ def run_guided(
     settings = check_reward_model(reward_model)
     questions = replace(in_force(questions, policy, settings), date=settings.date)
     task = get_task(str(questions.task))
-    folder = results.checked("guided", policy, [reward_model, questions.data, reference])
+    base = results.checked("guided", policy, [reward_model, questions.data or task.dataset, reference])
     check_template(reward_model, questions)
     rows, prompts, tokenizer = load_questions(questions, policy)
     check_answers(rows)
@@ -205,4 +205,4 @@ def run_guided(
         "reference": reference,
         "rows": found,
     }
-    publish(folder, "guided", result, [guided_table(found, len(rows))], as_json=results.as_json)
+    publish(base, result, [guided_table(found, len(rows))], as_json=results.as_json)

@@ -1,7 +1,8 @@
 """The suites as commands run them: read and check everything, load models, evaluate, write JSON and a report."""
 
+import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from tracereward.evaluate.pool import evaluate_pool, pool_tables, score_pool, sp
 from tracereward.evaluate.pool_data import read_pool
 from tracereward.evaluate.step_data import read_step_traces, split_by_question
 from tracereward.evaluate.steps import evaluate_steps, step_tables
-from tracereward.files import atomic_write_json
+from tracereward.files import atomic_write_json, read_json
 from tracereward.generation.params import SamplingParams
 from tracereward.metrics import auroc, auroc_interval
 from tracereward.modeling.hub import looks_local, split_name
@@ -57,7 +58,9 @@ class Results:
     as_json: bool = False
 
     def checked(self, suite: str, model: str, inputs: Sequence[str | None]) -> Path:
-        """The folder, checked before anything slow starts.
+        """Path of the results without its ending, checked before anything slow starts: the suite's name in the folder.
+
+        Where that has results of another model or other data, it gets a number: ``pool-2``.
 
         Args:
             suite: name of the suite.
@@ -70,9 +73,25 @@ class Results:
         run = Path(model).parent
         folder = self.folder or (run if (run / "config.yaml").is_file() else Path()) / "evaluation"
         check_folder_writable(folder)
+        names = itertools.chain([suite], (f"{suite}-{number}" for number in itertools.count(2)))
+        name = next(name for name in names if not _of_others(folder / f"{name}.json", {model, *inputs}))
+        if self.overwrite and not (folder / f"{name}.json").exists():
+            name = suite
+        if name != suite:
+            note(f"{folder / suite}.json has results of other inputs and is kept: these go to {name}.json")
         for suffix in ("json", "html"):
-            check_new(folder / f"{suite}.{suffix}", [model, *inputs], overwrite=self.overwrite)
-        return folder
+            check_new(folder / f"{name}.{suffix}", [model, *inputs], overwrite=self.overwrite)
+        return folder / name
+
+
+def _of_others(path: Path, inputs: Collection[str | None]) -> bool:
+    """Whether a file has results of a model or of data that are not among `inputs`."""
+    try:
+        stored = read_json(path)
+        named = {stored.get(name) for name in ("model", "policy", "reward_model", "data")} - {None}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return False
+    return not named <= set(inputs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,22 +143,21 @@ def check_answers(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def publish(
-    folder: Path,
-    suite: str,
+    base: Path,
     result: dict[str, Any],
     tables: list[Table],
     *,
     as_json: bool,
     figures: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Write ``SUITE.json`` and ``SUITE.html``, and print the tables, or the JSON, on stdout."""
+    """Write ``BASE.json`` and ``BASE.html``, and print the tables, or the JSON, on stdout."""
     line = f"Verdict: {result['verdict']['line']}." if result.get("verdict") else ""
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(folder / f"{suite}.json", result)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(base.with_name(f"{base.name}.json"), result)
     write_report(
-        folder / f"{suite}.html",
+        base.with_name(f"{base.name}.html"),
         Report(
-            title=f"Evaluation: {suite}",
+            title=f"Evaluation: {base.name}",
             summary=" ".join(filter(None, [f"{result.get('model') or result['policy']} on {result['data']}.", line])),
             command=" ".join(["tracereward", *sys.argv[1:]]),
             tables=tables,
@@ -152,7 +170,7 @@ def publish(
         print_tables(tables)
     if line:
         say(line)
-    note(f"written: {folder / suite}.json and .html")
+    note(f"written: {base}.json and .html")
 
 
 def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share: float) -> None:
@@ -169,8 +187,9 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
     """
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
-    folder = trial.results.checked("pool", model, [data, policy, questions, fit])
-    check_new(folder / "verdict.json", [model, data, policy, questions, fit], overwrite=trial.results.overwrite)
+    base = trial.results.checked("pool", model, [data, policy, questions, fit])
+    verdict = base.with_name(f"verdict{base.name.removeprefix('pool')}.json")
+    check_new(verdict, [model, data, policy, questions, fit], overwrite=trial.results.overwrite)
     rows = read_pool(data, task_spec, questions, trial.limit)
     fit_rows = read_pool(fit, task_spec, questions) if fit else []
     asked = {row.asked: row.where for row in rows}
@@ -193,9 +212,9 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
     if result["uncalibrated"]:
         note(f"{fit or data}: no calibrations: {result['uncalibrated']}")
     if result["verdict"]:
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(folder / "verdict.json", result["verdict"])
-    publish(folder, "pool", result, pool_tables(result), as_json=trial.results.as_json, figures=pool_figures(result))
+        base.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(verdict, result["verdict"])
+    publish(base, result, pool_tables(result), as_json=trial.results.as_json, figures=pool_figures(result))
 
 
 def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_split: str, aggregate: str) -> None:
@@ -212,7 +231,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
     model, data, policy, seed = trial.model, trial.data, trial.policy, trial.seed
     task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = trial.results.checked(suite, model, [data, policy, fit])
+    base = trial.results.checked(suite, model, [data, policy, fit])
     traces = read_step_traces(data, suite, split=split, limit=trial.limit)
     if fit:
         fit_traces = read_step_traces(fit, suite, split=fit_split)
@@ -223,7 +242,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
     result |= evaluate_steps(
         reward_model, traces, fit_traces, policy=baseline, task=task_spec.name, aggregate=aggregate, seed=seed
     )
-    publish(folder, suite, result, step_tables(result), as_json=trial.results.as_json)
+    publish(base, result, step_tables(result), as_json=trial.results.as_json)
 
 
 def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
@@ -237,13 +256,13 @@ def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
     model, data, policy = trial.model, trial.data, trial.policy
     task_spec = check(model, policy, trial.task)
     check_choice("aggregate", aggregate, STEP_AGGREGATES)
-    folder = trial.results.checked("perturbation", model, [data, policy])
+    base = trial.results.checked("perturbation", model, [data, policy])
     subset = task_spec.subset if data == task_spec.dataset else None
     rows = load_demonstrations(data, task_spec, split=split, subset=subset, limit=trial.limit)
     reward_model, baseline = load(model, policy)
     result = {"model": model, "data": data, "policy": policy}
     result |= evaluate_perturbations(reward_model, rows, policy=baseline, aggregate=aggregate, seed=trial.seed)
-    publish(folder, "perturbation", result, perturbation_tables(result), as_json=trial.results.as_json)
+    publish(base, result, perturbation_tables(result), as_json=trial.results.as_json)
 
 
 def run_policy(
@@ -268,7 +287,7 @@ def run_policy(
     """
     if n > 1 and sampling.temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
-    folder = results.checked("policy", policy, [questions.data])
+    base = results.checked("policy", policy, [questions.data or get_task(str(questions.task)).dataset])
     questions = in_force(questions, policy)
     check_answers(load_questions(questions, policy)[0])
     greedy_chunks = sample_rows(policy, questions, replace(sampling, temperature=0.0), n=1)
@@ -282,7 +301,7 @@ def run_policy(
         "seed": sampling.seed,
     }
     result |= evaluate_policy(greedy, sampled, sampling.seed)
-    publish(folder, "policy", result, policy_tables(result), as_json=results.as_json)
+    publish(base, result, policy_tables(result), as_json=results.as_json)
 
 
 def useless_fit(

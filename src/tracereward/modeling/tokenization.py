@@ -29,9 +29,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a rendered prompt: one beginning-of-sequence token if the tokenizer or the text has one, no end.
 
     The token stands once, whether the tokenizer adds it, or the text has it because a chat template or the user wrote
-    it. Tokens that a tokenizer adds behind every text (``add_eos_token``) are left out: a completion follows.
+    it; so do other tokens that a tokenizer adds before every text. Tokens that it adds behind every text
+    (``add_eos_token``) are left out: a completion follows.
     """
     before, after = added_ids(tokenizer)
+    added = "".join(tokenizer.convert_ids_to_tokens(before))
+    while added and text.startswith(added):
+        text = text.removeprefix(added)
     bos = tokenizer.bos_token
     if isinstance(bos, str) and bos and text.startswith(bos):
         bare = text

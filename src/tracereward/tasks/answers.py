@@ -22,6 +22,15 @@ _FUNCTION_NAMES = """
 """
 _FUNCTIONS = frozenset(_FUNCTION_NAMES.split())
 _RELATION = re.compile(r"[<>]|\\(?:le|ge|ne|lt|gt|in)(?![A-Za-z])|!=")
+_INTERVALS = frozenset(["()", "(]", "[)", "[]", "union"])
+_COMPARED = re.compile(r"(<=|>=|!=|<|>|\\(?:le|ge|lt|gt|ne)(?![A-Za-z]))")
+_SIGNS = {"<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!"} | {
+    r"\lt": "<",
+    r"\gt": ">",
+    r"\le": "<=",
+    r"\ge": ">=",
+    r"\ne": "!",
+}
 _EQUALS = re.compile(r"(?<![<>!:=\\])=(?!=)")
 _ABOUT = re.compile(r"\A([A-Za-z]) ?\\approx(?![A-Za-z])")
 _NAME = re.compile(
@@ -89,8 +98,8 @@ class Collection:
     r"""Elements between brackets: a tuple, interval, set, ratio or matrix, or a list without brackets.
 
     Attributes:
-        brackets: the opening and the closing one; ``{}`` of a set, ``:`` of a ratio, "" of a list, "union", and the
-            number of columns of a matrix.
+        brackets: the opening and the closing one; ``{}`` of a set, ``:`` of a ratio, "" of a list, "union", and
+            "matrix 2" with the number of columns.
         items: the elements; the order counts except in sets, lists and unions.
     """
 
@@ -100,7 +109,7 @@ class Collection:
 
 @dataclass(frozen=True)
 class Solved:
-    """``x = 5``: a name and its value."""
+    """``x = 5`` or ``x > 5``: a name and its value or interval."""
 
     name: str
     value: "Form"
@@ -144,7 +153,9 @@ def same_form(left: Form, right: Form) -> bool:
     if isinstance(left, Solved) or isinstance(right, Solved):
         solved, other = (left, right) if isinstance(left, Solved) else (right, left)
         assert isinstance(solved, Solved)
-        if isinstance(other, Expression) and _EQUALS.search(other.text):  # 2x = 10
+        if isinstance(other, Expression) and (_EQUALS.search(other.text) or _RELATION.search(other.text)):  # 2x = 10
+            if isinstance(solved.value, Collection):  # 2x > 6 is x > 3
+                return same_form(solved.value, other)
             return symbolic.same_expression(solved.text, other.text)
         return same_form(solved.value, other)
     if isinstance(left, Quantity) and isinstance(right, Quantity):
@@ -155,7 +166,8 @@ def same_form(left: Form, right: Form) -> bool:
         return _same_collection(left, right)
     if isinstance(left, Collection) or isinstance(right, Collection):
         collection, other = (left, right) if isinstance(left, Collection) else (right, left)
-        if isinstance(other, Expression) and _RELATION.search(other.text):  # x > 3 is (3, \infty)
+        if isinstance(other, Expression) and _RELATION.search(other.text) and collection.brackets in _INTERVALS:
+            # 2x > 6 is (3, \infty)
             return symbolic.same_expression(_written(collection), other.text)
         return False
     return _same_value(left, right)
@@ -178,13 +190,8 @@ def _same_value(left: Quantity | Expression, right: Quantity | Expression) -> bo
 def _value_text(form: Quantity | Expression, factor: Fraction) -> str:
     if isinstance(form, Quantity):
         value = form.value * factor
-        sign = "-" if value < 0 else ""
-        over = abs(value)
-        return (
-            f"{sign}{over.numerator}"
-            if over.denominator == 1
-            else rf"{sign}\frac{{{over.numerator}}}{{{over.denominator}}}"
-        )
+        sign, over, under = "-" if value < 0 else "", abs(value.numerator), value.denominator
+        return f"{sign}{over}" if under == 1 else rf"{sign}\frac{{{over}}}{{{under}}}"
     if factor == 1:
         return form.text
     return rf"\frac{{{factor.numerator}}}{{{factor.denominator}}} \cdot ({form.text})"
@@ -197,7 +204,7 @@ def _same_collection(left: Collection, right: Collection) -> bool:
     kinds = {left.brackets, right.brackets}
     if kinds == {"", "()"}:
         return all(map(same_form, left.items, right.items))
-    if kinds <= {"", "{}"} or kinds == {"union"}:
+    if kinds <= {"", "{}"} or kinds <= {"", "union"}:  # x < 1 or x > 3
         return _same_in_any_order(left.items, right.items)
     return len(kinds) == 1 and all(map(same_form, left.items, right.items))
 
@@ -265,7 +272,7 @@ def _read(text: str, depth: int = 0) -> Form:
     if matrix:
         rows = [_split(row, "&") for row in re.split(r"\\\\", matrix[2]) if row.strip()]
         return Collection(
-            str(len(rows[0]) if rows else 0), tuple(_read(cell, depth + 1) for row in rows for cell in row)
+            f"matrix {len(rows[0]) if rows else 0}", tuple(_read(cell, depth + 1) for row in rows for cell in row)
         )
     membership = re.match(r"[a-z] ?\\in(?![A-Za-z]) ?(?=[(\[\\])", text)
     if membership:
@@ -273,7 +280,7 @@ def _read(text: str, depth: int = 0) -> Form:
     alternatives = _alternatives(text)
     if len(alternatives) > 1:
         return _list(alternatives, depth)
-    solved = _solved(text, depth)
+    solved = _solved(text, depth) or _bounded(text, depth)
     if solved:
         return solved
     if not _RELATION.search(text):
@@ -353,6 +360,34 @@ def _solved(text: str, depth: int) -> Form | None:
     value = _read(sides[-1], depth + 1)
     unknown = any(_VARIABLE.search(re.sub(r"\s[xX]\s", " ", side)) for side in sides[:-1])
     return value if not isinstance(value, Words) and (is_words(sides[0]) or not unknown) else None
+
+
+def _bounded(text: str, depth: int) -> Solved | None:
+    r"""The interval of ``x > 3``, ``3 < x``, ``1 < x \le 2`` or ``x \ne 3``; None for other relations."""
+    parts = [part.strip() for part in _COMPARED.split(text)]
+    if len(parts) not in (3, 5) or not all(parts) or "=" in parts[0] + parts[-1]:
+        return None
+    sides, signs = parts[::2], [_SIGNS[sign] for sign in parts[1::2]]
+    if ">" in signs[0]:  # from left to right: the smaller one first
+        sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
+    if any(">" in sign for sign in signs) or (len(signs) == 2 and "!" in signs):
+        return None
+    names = [index for index, side in enumerate(sides) if _NAME.fullmatch(side)]
+    if names != [1] and (len(sides) == 3 or len(names) != 1):
+        return None
+    at = names[0]
+    name, others = sides[at], [_read(side, depth + 1) for side in sides[:at] + sides[at + 1 :]]
+    low = others[0] if at == 1 else Expression(r"-\infty")
+    high = others[-1] if at == 0 or len(sides) == 3 else Expression(r"\infty")
+    value = Collection(
+        ("[" if at == 1 and signs[0] == "<=" else "(")
+        + ("]" if (at == 0 or len(sides) == 3) and signs[-1] == "<=" else ")"),
+        (low, high),
+    )
+    if "!" in signs:
+        below = Collection("()", (Expression(r"-\infty"), others[0]))
+        value = Collection("union", (below, Collection("()", (others[0], Expression(r"\infty")))))
+    return Solved(name, value, _without_marks(text))
 
 
 def _enclosed(text: str) -> tuple[str, str] | None:

@@ -33,7 +33,8 @@ byId("form").addEventListener("submit", async (event) => {
   status.textContent = "Scoring …";
   const headers = { "content-type": "application/json" };
   if (byId("key").value) headers.authorization = `Bearer ${byId("key").value}`;
-  const prompt = byId("prompt").value + "\n";
+  const asked = byId("prompt").value;
+  const prompt = byId("newline").checked && !asked.endsWith("\n") ? asked + "\n" : asked;
   try {
     const response = await fetch("/v1/score", { method: "POST", headers, body: JSON.stringify({ prompt, candidates }) });
     const body = await response.json();
