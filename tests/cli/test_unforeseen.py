@@ -113,7 +113,7 @@ TRIES = {
     "sft RUN --fsdp full_shard": "accelerate launch",
     "sft RUN --torch_dtype bfloat16": "did you mean 'dtype'",
     "sft ROWS": "--dataset_name ROWS",
-    "train RUN --output_dir FILE/run": "cannot be written",
+    "train RUN --output_dir FILE/run --max_completion_length 24": "cannot be written",
 }
 
 
