@@ -85,7 +85,8 @@ def test_questions_are_asked_as_in_training(made, capsys):
     # A model that remembers nothing: as in earlier versions.
     old = in_force(Questions(data=made.data), made.model)
     assert (old.task, old.template, dict(old.chat_template_kwargs)) == ("generic", "plain", {})
-    assert "date" not in old.options
+    assert "template_date" not in old.options
+    assert capsys.readouterr().err.count(made.model) == 0
 
 
 def test_guided_prompts_are_the_reward_models(made, capsys):
@@ -111,6 +112,7 @@ def test_rewards_are_of_the_same_prompts(made):
     assert next(iter(score_rows(model, [("f:1", row)])))["reward"] == pytest.approx(by_hand, abs=1e-6)
     asked = [{"role": "user", "content": row["prompt"]}]
     assert as_reward_func(model)([asked], ["#### 1"]) == pytest.approx([by_hand], abs=1e-6)
+    assert as_reward_func(model)([f"26 Jul 2024{QUIET}"], ["#### 1"]) == pytest.approx([by_hand], abs=1e-6)
     # An end mark that only this tokenizer has: it is in no text from which an answer is read.
     [scored] = score_rows(model, [("f:1", {**row, "completion": "#### 1<stop>", "finished": False})])
     assert (scored["completion"], scored["reward"]) == ("#### 1", pytest.approx(by_hand, abs=1e-6))
