@@ -82,7 +82,7 @@ def model_fingerprint(name: str | None) -> str | None:
     return total.hexdigest()
 
 
-def check_model(name: str, revision: str | None = None) -> None:
+def check_model(name: str) -> None:
     """Check a causal LM's files, its configuration and the names and shapes of its weights; loads no weights.
 
     A model on the Hub is downloaded before.
@@ -90,7 +90,7 @@ def check_model(name: str, revision: str | None = None) -> None:
     Raises:
         InputError: a file is missing or damaged, the folder is not a causal LM's, or weights do not fit the model.
     """
-    folder = local_folder(name, revision)
+    folder = local_folder(name)
     with called(name, folder):
         check_folder(folder, POLICY)
         _check_is_policy(folder)
@@ -284,13 +284,13 @@ def new_classifier(name: str | Path, *, revision: str | None = None, **kwargs: A
     return load_model(CLASSIFIER, name, NEW_HEAD, config=config, revision=revision, **kwargs)
 
 
-def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left, checked to fit the embedding of the model that it is stored with.
 
     Raises:
         InputError: it cannot be loaded, or has ids that the embedding lacks.
     """
-    folder = local_folder(name, revision)
+    folder = local_folder(name)
     with _explained(name, folder, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     files = type(tokenizer).vocab_files_names.values()
@@ -309,10 +309,10 @@ def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     return tokenizer
 
 
-def end_ids(name: str | Path, revision: str | None = None) -> set[int]:
+def end_ids(name: str | Path) -> set[int]:
     """The tokens that end a completion by a model's ``generation_config.json``; empty if it has none."""
     try:
-        declared = GenerationConfig.from_pretrained(local_folder(name, revision)).eos_token_id
+        declared = GenerationConfig.from_pretrained(local_folder(name)).eos_token_id
     except OSError:
         return set()
     return {declared} if isinstance(declared, int) else {*(declared or ())}

@@ -12,7 +12,7 @@ from huggingface_hub import hf_hub_download
 from tracereward import __version__
 from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, read_json
-from tracereward.modeling.hub import looks_local, split_name, with_revision
+from tracereward.modeling.hub import looks_local, split_name
 from tracereward.modeling.model_folder import POLICY, SETTINGS_FILE
 from tracereward.modeling.rendering import Rendering
 
@@ -44,7 +44,7 @@ class PolicySettings:
         atomic_write_json(Path(folder) / SETTINGS_FILE, stored)
 
 
-def remembered(name: str, revision: str | None = None) -> PolicySettings | None:
+def remembered(name: str) -> PolicySettings | None:
     """The settings that a policy's folder or Hub repository has; None without any.
 
     A model that cannot be had is none of its business: `loading.check_model` names it.
@@ -52,7 +52,7 @@ def remembered(name: str, revision: str | None = None) -> PolicySettings | None:
     Raises:
         InputError: the file is damaged.
     """
-    path = _settings_path(with_revision(name, revision))
+    path = _settings_path(name)
     if path is None:
         return None
     try:

@@ -110,7 +110,7 @@ def encode_trace(
     )
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left, has a padding and an end-of-sequence token, and keeps reasoning tags.
 
     Raises:
@@ -118,7 +118,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     from tracereward.modeling.loading import read_tokenizer
 
-    tokenizer = read_tokenizer(name, revision)
+    tokenizer = read_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
     if tokenizer.pad_token_id is None:
@@ -173,7 +173,7 @@ def without_tags(text: str) -> str:
     return _TAG.sub("", text)
 
 
-def policy_tokenizer(name: str, rendering: Rendering, revision: str | None = None) -> PreTrainedTokenizerBase:
+def policy_tokenizer(name: str, rendering: Rendering) -> PreTrainedTokenizerBase:
     """The tokenizer of a policy that is trained on rendered prompts; its end-of-sequence token is the one it writes.
 
     Under ``chat`` that is the token with which the template ends a turn (``<end_of_turn>``), where the model's
@@ -184,12 +184,12 @@ def policy_tokenizer(name: str, rendering: Rendering, revision: str | None = Non
     """
     from tracereward.modeling.loading import end_ids
 
-    tokenizer = load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(name)
     check_rendering(tokenizer, rendering)
     mark = turn_end(tokenizer, rendering)
     if mark is None or mark == tokenizer.eos_token:
         return tokenizer
-    if tokenizer.convert_tokens_to_ids(mark) in end_ids(name, revision):
+    if tokenizer.convert_tokens_to_ids(mark) in end_ids(name):
         note(f"{name}: traces end with {mark}, as its chat template ends a turn, not with {tokenizer.eos_token}")
         tokenizer.eos_token = mark
     return tokenizer
