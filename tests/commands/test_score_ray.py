@@ -206,7 +206,7 @@ def test_parquet_input(command, bench, here, tmp_path):
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "n": "three"}, ":49 and the 2 rows after it: column 'n'"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": {}}, ":49 and the 2 rows after it: column 'm'"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": 2**70}, ":49 and the 2 rows after it: column 'm'"),
-        ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": "\ud800"}, ":51: field 'm' does not fit in JSON"),
+        ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "m": "\ud800"}, ":51: field 'm' has half of a surrogate"),
         ({"prompt": "1 + 2 = ?\n", "completion": "#### 3", "meta": 3}, ":49 and the 2 rows after it: column 'meta'"),
     ],
     ids=["no completion", "two types", "empty struct", "integer overflow", "invalid unicode", "number for object"],

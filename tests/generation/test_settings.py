@@ -32,6 +32,10 @@ RECOMMENDED = {
     "top_k": 1,
     "top_p": 0.3,
     "min_new_tokens": 8,
+    "bad_words_ids": [[8], [9]],
+    "forced_eos_token_id": 10,
+    "stop_strings": ["1", "2", "3", "="],
+    "max_time": 1e-9,
 }
 
 
@@ -147,9 +151,10 @@ def test_recommendations_are_used_when_asked_for(load, tokenizer, prompts, tmp_p
         ids = torch.tensor([encode_prompt(tokenizer, prompt)])
         expected = load().generate(ids, generation_config=config)[0, ids.size(1) :].tolist()
         assert found == expected[: len(found)]
-    load(num_beams=4)
-    with pytest.raises(InputError, match="beam search"):
-        recommended_options(str(tmp_path / "policy"), {})
+    for name, value in {"num_beams": 4, "stop_strings": ["#"], "max_time": 2.0}.items():
+        load(**{name: value})
+        with pytest.raises(InputError, match=f"asks for {name}"):
+            recommended_options(str(tmp_path / "policy"), {})
     (tmp_path / "policy" / "generation_config.json").unlink()
     with pytest.raises(InputError, match="no generation_config"):
         recommended_options(str(tmp_path / "policy"), {})
@@ -162,6 +167,36 @@ def test_neutral_settings_recommend_nothing():
 def test_guided_decoding_refuses_settings_that_it_does_not_apply(load, tokenizer):
     with pytest.raises(InputError, match="top_k"):
         Guide(load(), tokenizer, Scripted(tokenizer, lambda _: 0.0), SamplingParams(settings={"top_k": 5}))
+
+
+def test_every_setting_of_generate_is_sorted():
+    """A setting of a newer transformers must be put into a table, or what it changes would not be said."""
+    ours = {"eos_token_id", "pad_token_id", "do_sample", "max_new_tokens", "max_length", "num_return_sequences"}
+    only_with_beams = {"num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping", "low_memory"}
+    same_tokens = {
+        name
+        for name in GenerationConfig().to_dict()
+        if name.startswith(
+            ("assistant_", "num_assistant", "output_", "cache_", "max_cache", "_", "return_", "prompt_l")
+        )
+    } | {
+        "bos_token_id",
+        "compile_config",
+        "continuous_batching_config",
+        "decoder_start_token_id",
+        "disable_compile",
+        "is_assistant",
+        "max_matching_ngram_size",
+        "prefill_chunk_size",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "speculation_type",
+        "target_lookbehind",
+        "transformers_version",
+        "use_cache",
+        "use_mtp",
+    }
+    assert GenerationConfig().to_dict().keys() <= {*NEUTRAL, *ours, *only_with_beams, *same_tokens}
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -8,6 +8,9 @@ from trl import ModelConfig
 
 from helpers.hub import contents, hub  # noqa: F401
 from helpers.served import save_reward_model, traces
+from tracereward.commands import score_ray
+from tracereward.commands.partial_output import Output
+from tracereward.commands.score import ScoreOptions
 from tracereward.errors import InputError
 from tracereward.evaluate.suites import run_calibrate
 from tracereward.generation.settings import recommended_options
@@ -84,6 +87,14 @@ def test_reward_model_by_name_and_revision(hub, reward_model):
         RewardModel.from_pretrained(reward_model, revision="v1")
     with pytest.raises(InputError, match="hf download alice/rm"):
         run_calibrate("alice/rm@v1", "rows.jsonl", questions=None, task=None, method="platt")
+
+
+def test_workers_get_the_commit(hub, reward_model):
+    """They may start after the branch has moved."""
+    commit = hub.create_from("alice/rm", reward_model).branches["main"]
+    options = ScoreOptions(model="alice/rm", policy="alice/rm@main", data="", output=Output(path=None))
+    found = score_ray._for_workers(options)
+    assert found.model == found.policy == f"alice/rm@{commit}"
 
 
 def test_only_what_is_needed_is_downloaded(hub, tiny_model_folder):

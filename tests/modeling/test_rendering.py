@@ -1,6 +1,7 @@
 """The seam of prompt and completion: texts and token ids derived by hand, with byte-level tokenizers."""
 
 import pytest
+from tokenizers import processors
 from transformers import GenerationConfig
 
 from helpers.chat_models import CHATML, SPECIAL, SWITCH, byte_tokenizer
@@ -56,6 +57,16 @@ def test_bos_once_and_no_end_behind_a_prompt(adds, text):
     assert tokens(tokenizer, text, "c", finished=False)[1] == ["c"]
 
 
+def test_other_tokens_before_every_text_stand_once_too():
+    """Some tokenizers add two, none of them called the beginning of a sequence, and their templates write them."""
+    tokenizer = byte_tokenizer(special=(*SPECIAL, "[gMASK]", "<sop>"))
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in ("[gMASK]", "<sop>")]
+    added = processors.TemplateProcessing("[gMASK] <sop> $A", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = added
+    for text in ("ab", "[gMASK]<sop>ab"):
+        assert tokens(tokenizer, text, "c")[0] == ["[gMASK]", "<sop>", "a", "b"]
+
+
 @pytest.mark.parametrize(
     "mark",
     ["<|im_end|>", "</s>", "<|eot_id|>", "<|endoftext|>", "<end_of_turn>", "<stop>", "</s><pad><pad>", "<|im_end|>\n"],
@@ -87,6 +98,14 @@ def test_other_marks_are_text():
         ("?<think>\n\n</think>\n\n", "<think>a", "<think>a"),
         ("?", "<think>a", "<think>a"),
         ("<b>?", "<b>?", "<b>?"),
+        (HEAD, "<|im_start|>assistant\n42", "42"),
+        (f"{HEAD}<think>\n", "<|im_start|>assistant\n<think>\n42", "42"),
+        (
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "<|start_header_id|>assistant<|end_header_id|>\n\n4",
+            "4",
+        ),
+        ("<start_of_turn>model\n", "42<start_of_turn>model\n", "42<start_of_turn>model\n"),
     ],
 )
 def test_what_the_prompt_opened_is_not_opened_again(prompt, completion, rest):
@@ -105,7 +124,9 @@ def test_an_assistant_message_at_the_end_is_continued():
     tokenizer, begun = byte_tokenizer(CHATML), {"role": "assistant", "content": "6 * 7 ="}
     assert render_prompt(tokenizer, ASK, CHAT, "f:1") == HEAD
     assert render_prompt(tokenizer, [*ASK, begun], CHAT, "f:1") == f"{HEAD}6 * 7 ="
+    ended = {**begun, "content": "6 * 7 =<|im_end|>\n"}
     closed = f"{HEAD}6 * 7 =<|im_end|>\n"
+    assert render_prompt(tokenizer, [*ASK, ended, *ASK], CHAT, "f:1") == closed + HEAD
     assert render_prompt(tokenizer, [*ASK, begun, *ASK], CHAT, "f:1") == closed + HEAD
 
 
@@ -138,6 +159,11 @@ def test_nothing_in_a_message_is_dropped():
     with pytest.raises(InputError, match="f:1: reasoning of a message is not read by the chat template"):
         rendered("42", tokenizer, [*ASK, said, *ASK])
     assert "<think>a</think>4" in render_prompt(byte_tokenizer(REASONS), [*ASK, said, *ASK], CHAT, "f:1")
+    of_parts = byte_tokenizer(
+        "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{% endfor %}"
+    )
+    with pytest.raises(InputError, match="f:1: the chat template leaves out the user's message"):
+        render_prompt(of_parts, ASK, CHAT, "f:1")
     parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
     assert rendered([{"role": "assistant", "content": parts}], tokenizer) == "42"
     assert message_text({"content": None, "reasoning": "cut off"}) == "<think>\ncut off"

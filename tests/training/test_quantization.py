@@ -14,7 +14,7 @@ from helpers.unloadable import unloadable
 from tracereward.commands import train
 from tracereward.errors import InputError
 from tracereward.files import write_jsonl
-from tracereward.modeling.adapters import merged
+from tracereward.modeling.adapters import AdapterView, merged
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
@@ -157,7 +157,7 @@ def adversarial(folder, **options):
         "num_generations": 4,
         "on_failure": "ignore",
     }
-    return AdversarialConfig(output_dir=str(folder), **SHORT, **given | options)
+    return AdversarialConfig(output_dir=str(folder), **SHORT | given | options)
 
 
 def changes(folder, base):
@@ -200,6 +200,23 @@ def test_sft_resumes_to_the_same_weights(base, tmp_path, bits):
     assert all(0 < loss < 20 for loss in losses if loss is not None)
 
 
+@pytest.mark.long
+def test_train_resumes_to_the_same_weights(base, tmp_path):
+    data, model = data_options(tmp_path), model_options(base, load_in_4bit=True)
+    runs = {}
+    for name, steps in (("whole", [3]), ("resumed", [2, 3])):
+        for step in steps:
+            for made in ("policy", "reward_model"):
+                shutil.rmtree(tmp_path / name / made, ignore_errors=True)
+            (tmp_path / name / "report.html").unlink(missing_ok=True)
+            config = adversarial(tmp_path / name, max_steps=step)
+            runs[name] = train.run_train(data, config, model, resume=step != steps[0])
+    for part in ("policy", "reward_model"):
+        check_trained(runs["whole"] / part, base)
+        one, other = (load_file(folder / part / "model.safetensors") for folder in runs.values())
+        assert all(torch.equal(one[name], other[name]) for name in one), part
+
+
 @pytest.mark.parametrize(
     ("head", "bits", "options"),
     [
@@ -210,13 +227,24 @@ def test_sft_resumes_to_the_same_weights(base, tmp_path, bits):
         ("action", "load_in_8bit", {"shared_base": True}),
     ],
 )
-def test_policy_and_reward_model_are_trained(base, tmp_path, head, bits, options):
+def test_policy_and_reward_model_are_trained(base, tmp_path, monkeypatch, head, bits, options):
+    quantized = []
+
+    def seen(run, trainer, *rest, **more):
+        backbone = trainer.discriminator.model.backbone
+        quantized.append(is_quantized(backbone.model if isinstance(backbone, AdapterView) else backbone))
+        quantized.append(is_quantized(trainer.accelerator.unwrap_model(trainer.model)))
+        report(run, trainer, *rest, **more)
+
+    report = train.report_rewards
+    monkeypatch.setattr(train, "report_rewards", seen)
     config = adversarial(tmp_path / "run", head=head, **options)
     folder = train.run_train(data_options(tmp_path), config, model_options(base, **{bits: True}))
     check_trained(folder / "policy", base)
     check_trained(folder / "reward_model", base)
     scores = TokenRewardModel.from_pretrained(str(folder / "reward_model")).score(["1 + 1 = "], ["2"])
     assert abs(scores[0].aggregate("mean")) < 5.01
+    assert quantized == [True, True]
     assert (folder / "report.html").is_file()
 
 

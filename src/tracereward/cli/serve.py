@@ -57,13 +57,14 @@ def check_upstream(url: str, key: str | None) -> None:
         raise InputError(f"--upstream {url}: give the full address, e.g. http://127.0.0.1:8000/v1")
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     try:
-        answer = httpx.get(f"{url.rstrip('/')}/models", headers=headers, timeout=2.0, trust_env=False)
+        models = f"{url.rstrip('/')}/models"
+        # The status alone is read: a body may have no end.
+        with httpx.stream("GET", models, headers=headers, timeout=2.0, trust_env=False) as answer:
+            if answer.status_code == 200:
+                return
+            said = f"status {answer.status_code} for {answer.url}"
     except httpx.HTTPError as error:
         said = type(error).__name__
-    else:
-        if answer.status_code == 200:
-            return
-        said = f"status {answer.status_code} for {answer.url}"
     say(f"warning: --upstream {url} does not list its models ({said}): is it the address, with /v1, and does it run?")
 
 

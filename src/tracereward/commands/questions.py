@@ -99,6 +99,8 @@ def _say(model: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         return " ".join(f"--{name} {text}" for name, text in texts.items())
 
     followed = {name: value for name, value in own.items() if name not in given and value != {}}
+    if all(value == getattr(PolicySettings(), name) for name, value in followed.items()):
+        followed = {}  # as of any other model
     text = f"as {model} was trained: {words(followed)}" if followed else ""
     if other := {name: value for name, value in given.items() if value != own[name]}:
         trained = words({name: own[name] for name in other})

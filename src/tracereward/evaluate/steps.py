@@ -28,7 +28,7 @@ from tracereward.modeling.batching import pack, scoring_budget, token_budget_bat
 from tracereward.modeling.loading import context_length
 from tracereward.modeling.log_probs import log_probs_and_entropies
 from tracereward.modeling.rendering import render_prompt
-from tracereward.modeling.tokenization import encode_trace, pad_id
+from tracereward.modeling.tokenization import encode_trace, pad_id, without_ends
 from tracereward.reports.tables import Table, interval, percent
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
@@ -65,9 +65,8 @@ def encode_steps(tokenizer: PreTrainedTokenizerBase, trace: Trace) -> EncodedSte
         InputError: a step has no token.
     """
     prompt, ids = encode_trace(tokenizer, trace.prompt, trace.completion)
-    encoding = tokenizer(
-        trace.completion, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-    )
+    text, _ = without_ends(tokenizer, trace.completion)
+    encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
     offsets: Any = encoding["offset_mapping"]
     steps = [[t for t, (a, b) in enumerate(offsets) if a < end and b > start] for start, end in trace.spans]
     if [] in steps:

@@ -44,8 +44,19 @@ NEUTRAL: dict[str, Any] = {
     "min_new_tokens": None,
     "guidance_scale": None,
     "num_beams": 1,
+    "constraints": None,
+    "force_words_ids": None,
+    "penalty_alpha": None,
+    "dola_layers": None,
+    "token_healing": False,
+    "watermarking_config": None,
+    "stop_strings": None,
+    "max_time": None,
 }
 """Settings of a generation config that change which tokens are chosen, each with the value that changes nothing."""
+
+NOT_SAMPLING = tuple(NEUTRAL)[tuple(NEUTRAL).index("num_beams") :]
+"""Those that are never used: they search, look back, or end a trace without an end token."""
 
 OF_SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Those that greedy decoding does not have."""
@@ -132,14 +143,14 @@ def recommended_options(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
         given: temperature and top_p where the user gave them, which then win.
 
     Raises:
-        InputError: the model has no such file, or it asks for beam search.
+        InputError: the model has no such file, or it asks for `NOT_SAMPLING`.
     """
     config = read_generation_config(model)
     if config is None:
         raise InputError(f"{model}: no generation_config.json to use")
     settings = recommended(config)
-    if "num_beams" in settings:
-        raise InputError(f"{model}: its generation_config.json asks for beam search (num_beams), which does not sample")
+    if other := {name: value for name, value in settings.items() if name in NOT_SAMPLING}:
+        raise InputError(f"{model}: its generation_config.json asks for {_listed(other)}, which sampling does not do")
     settings = {name: value for name, value in settings.items() if name not in given}
     if given.get("temperature") == 0:
         settings = {name: value for name, value in settings.items() if name not in OF_SAMPLING}

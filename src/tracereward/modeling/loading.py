@@ -84,7 +84,7 @@ def model_fingerprint(name: str | None) -> str | None:
     return total.hexdigest()
 
 
-def check_model(name: str, revision: str | None = None) -> None:
+def check_model(name: str) -> None:
     """Check a causal LM's files, its configuration and the names and shapes of its weights; loads no weights.
 
     A model on the Hub is downloaded before.
@@ -92,7 +92,7 @@ def check_model(name: str, revision: str | None = None) -> None:
     Raises:
         InputError: a file is missing or damaged, the folder is not a causal LM's, or weights do not fit the model.
     """
-    folder = local_folder(name, revision)
+    folder = local_folder(name)
     with called(name, folder):
         check_folder(folder, POLICY)
         _check_is_policy(folder)
@@ -286,13 +286,13 @@ def new_classifier(name: str | Path, *, revision: str | None = None, **kwargs: A
     return load_model(CLASSIFIER, name, NEW_HEAD, config=config, revision=revision, **kwargs)
 
 
-def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left, checked to fit the embedding of the model that it is stored with.
 
     Raises:
         InputError: it cannot be loaded, or has ids that the embedding lacks.
     """
-    folder = local_folder(name, revision)
+    folder = local_folder(name)
     with _explained(name, folder, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     files = type(tokenizer).vocab_files_names.values()
@@ -311,22 +311,22 @@ def read_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
     return tokenizer
 
 
-def read_generation_config(name: str | Path, revision: str | None = None) -> GenerationConfig | None:
+def read_generation_config(name: str | Path) -> GenerationConfig | None:
     """The generation config of a model; None if it has none.
 
     Raises:
         InputError: the file is damaged.
     """
-    folder = local_folder(name, revision)
+    folder = local_folder(name)
     if not (folder / "generation_config.json").is_file():
         return None
     with _explained(name, folder, "generation_config.json cannot be read"):
         return GenerationConfig.from_pretrained(folder)
 
 
-def end_ids(name: str | Path, revision: str | None = None) -> set[int]:
+def end_ids(name: str | Path) -> set[int]:
     """The tokens that end a completion by a model's ``generation_config.json``; empty if it has none."""
-    config = read_generation_config(name, revision)
+    config = read_generation_config(name)
     declared = None if config is None else config.eos_token_id
     return {declared} if isinstance(declared, int) else {*(declared or ())}
 

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+
 from tracereward import __version__
 from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, read_json
-from tracereward.modeling.loading import local_folder
+from tracereward.modeling.hub import looks_local, split_name
 from tracereward.modeling.model_folder import POLICY, SETTINGS_FILE
 from tracereward.modeling.rendering import Rendering
 
@@ -42,14 +44,16 @@ class PolicySettings:
         atomic_write_json(Path(folder) / SETTINGS_FILE, stored)
 
 
-def remembered(name: str, revision: str | None = None) -> PolicySettings | None:
+def remembered(name: str) -> PolicySettings | None:
     """The settings that a policy's folder or Hub repository has; None without any.
 
+    A model that cannot be had is none of its business: `loading.check_model` names it.
+
     Raises:
-        InputError: there is no such model, or the file is damaged.
+        InputError: the file is damaged.
     """
-    path = local_folder(name, revision) / SETTINGS_FILE
-    if not path.is_file():  # as in models of others
+    path = _settings_path(name)
+    if path is None:
         return None
     try:
         stored = read_json(path)
@@ -61,3 +65,15 @@ def remembered(name: str, revision: str | None = None) -> PolicySettings | None:
     except (ValueError, AttributeError, TypeError, InputError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     return settings
+
+
+def _settings_path(name: str) -> Path | None:
+    """The file of a model's settings; of a Hub model this file alone is downloaded."""
+    if looks_local(name):
+        path = Path(name).expanduser() / SETTINGS_FILE
+        return path if path.is_file() else None
+    repository, revision = split_name(name)
+    try:
+        return Path(hf_hub_download(repository, SETTINGS_FILE, revision=revision))
+    except Exception:  # huggingface_hub and its HTTP client raise many kinds; models of others have no such file
+        return None

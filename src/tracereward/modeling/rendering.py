@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracereward.errors import InputError, check_choice
 from tracereward.messages import READ, THINK, content_text, message_text, other_fields, reasoning_of
-from tracereward.modeling.seam import continued
+from tracereward.modeling.seam import continued, without_end_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -208,19 +208,43 @@ def render_prompt(
     try:
         messages = [_as_read(message, template) for message in messages]
         text = _applied(tokenizer, messages, rendering)
+        _check_written(messages, text)
     except (TemplateError, ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         problem = "the chat template refuses the prompt: " if isinstance(error, TemplateError) else ""
         raise InputError(f"{where}: {problem}{' '.join(str(error).split())}") from error
-    if isinstance(prompt, str) and (asked := prompt.strip()):
-        header = text.rpartition(asked)[2].strip()
-        if asked in text and header and asked.endswith(header):
-            raise InputError(
-                f"{where}: the prompt is rendered already, it ends with {header!r}: give the question alone, or use "
-                "--template plain"
-            )
+    if header := _header_at_end(prompt, text):
+        raise InputError(
+            f"{where}: the prompt is rendered already, it ends with {header!r}: give the question alone, or use "
+            "--template plain"
+        )
     return text
+
+
+def _check_written(messages: list[dict], text: str) -> None:
+    """ValueError if the template has left out a question: some for images read lists of parts only.
+
+    Templates may take commands such as ``/no_think`` off a message, so that its start or its end suffices.
+    """
+    for message in messages:
+        content = str(message.get("content") or "").strip()
+        if message["role"] == "user" and content and content[:20] not in text and content[-20:] not in text:
+            raise ValueError(f"the chat template leaves out the user's message {content[:40]!r}: use --template plain")
+
+
+def _header_at_end(prompt: str | list[dict], rendered: str) -> str:
+    """What a chat template wrote behind a prompt, if the prompt itself ends with it: it was rendered already."""
+    asked = prompt.strip() if isinstance(prompt, str) else ""
+    header = rendered.rpartition(asked)[2].strip() if asked else ""
+    return header if header and asked.endswith(header) else ""
+
+
+def is_rendered(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], rendering: Rendering) -> bool:
+    """Whether a prompt is a text that the chat template has been applied to already."""
+    if rendering.template == "plain" or not isinstance(prompt, str):
+        return False
+    return bool(_header_at_end(prompt, _applied(tokenizer, [{"role": "user", "content": prompt}], rendering)))
 
 
 def _as_read(message: Mapping[str, Any], template: str) -> dict[str, Any]:
@@ -239,6 +263,8 @@ def _as_read(message: Mapping[str, Any], template: str) -> dict[str, Any]:
         kept |= {name: reasoning for name in READ[2:]}
     if "content" in message:
         kept["content"] = content_text(message["content"])
+        if message["role"] == "assistant":  # the template writes the end of a turn itself
+            kept["content"] = without_end_marks(kept["content"])[0]
     return {"role": message["role"], **kept}
 
 

@@ -33,6 +33,8 @@ END_MARKS = (
 """Texts of the tokens by which well-known models end a turn or a text."""
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<｜▁pad▁｜>")
 """Texts of padding tokens, which other tools leave behind an end mark."""
+_TURN = r"(?:<\|[^<>|\s]{1,40}\|>|<start_of_turn>)\w+(?:<\|[^<>|\s]{1,40}\|>)?"
+"""The header of a turn, as chat templates write it: ``<|im_start|>assistant``."""
 _TAG = r"(?:<[^<>\s]{1,40}>|\[/?[A-Z][A-Z_]{1,20}\]|◁/?[a-z]{1,20}▷)"
 
 
@@ -61,6 +63,8 @@ def without_end_marks(text: str, *marks: str) -> tuple[str, bool]:
 def continued(prompt: str, completion: str) -> str:
     """A completion as the text that follows its prompt: tags that the prompt ends with are not written again.
 
+    The header of the assistant's turn (``<|im_start|>assistant``) is left out if the prompt ends with it.
+
     If the prompt ends with a tag, such as the ``<think>`` of a chat template that opens the reasoning, and the
     completion starts with the same, it goes on behind it. White space after the tag that the prompt has too is also
     left out. Several tags (``<think>\\n\\n</think>``, closed at once) are compared as a sequence.
@@ -69,6 +73,9 @@ def continued(prompt: str, completion: str) -> str:
         prompt: rendered.
         completion: the text.
     """
+    turn = re.search(rf"({_TURN})\s*(?:{_TAG}\s*)*\Z", prompt)
+    if turn is not None and completion.lstrip().startswith(turn[1]):
+        completion = completion.lstrip().removeprefix(turn[1]).lstrip()
     run = re.search(rf"(?:{_TAG}\s*)+\Z", prompt)
     if run is None:
         return completion

@@ -29,9 +29,13 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a rendered prompt: one beginning-of-sequence token if the tokenizer or the text has one, no end.
 
     The token stands once, whether the tokenizer adds it, or the text has it because a chat template or the user wrote
-    it. Tokens that a tokenizer adds behind every text (``add_eos_token``) are left out: a completion follows.
+    it; so do other tokens that a tokenizer adds before every text. Tokens that it adds behind every text
+    (``add_eos_token``) are left out: a completion follows.
     """
     before, after = added_ids(tokenizer)
+    added = "".join(tokenizer.convert_ids_to_tokens(before))
+    while added and text.startswith(added):
+        text = text.removeprefix(added)
     bos = tokenizer.bos_token
     if isinstance(bos, str) and bos and text.startswith(bos):
         bare = text
@@ -86,7 +90,7 @@ def without_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, bo
     """
     special: list[str] = []
     if text.rstrip().endswith((">", "]")):  # hardly ever: the list is long
-        others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
+        others = (tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token)
         added = tokenizer.added_tokens_decoder.values()
         special = [token.content for token in added if token.special and token.content not in others]
     return without_end_marks(text, str(tokenizer.eos_token), *special)
@@ -106,7 +110,7 @@ def encode_trace(
     )
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer that pads at the left, has a padding and an end-of-sequence token, and keeps reasoning tags.
 
     Raises:
@@ -114,7 +118,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     from tracereward.modeling.loading import read_tokenizer
 
-    tokenizer = read_tokenizer(name, revision)
+    tokenizer = read_tokenizer(name)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{name}: the tokenizer has no end-of-sequence token, so traces could not end")
     if tokenizer.pad_token_id is None:
@@ -130,8 +134,9 @@ def keep_tags(tokenizer: PreTrainedTokenizerBase) -> None:
     trace would spell it out in letters: experts and rollouts would differ in their first token. Affected are reasoning
     tags and what the chat template writes around the reasoning, but never the tokens that end or pad a text.
     """
-    kept = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - kept
+    kept = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special and token.content not in kept}
     tags = {content for content in special if _TAG.fullmatch(content)}
     if tokenizer.chat_template and special:
         around = "".join(think_marks(tokenizer, Rendering(template="chat")))
@@ -168,7 +173,7 @@ def without_tags(text: str) -> str:
     return _TAG.sub("", text)
 
 
-def policy_tokenizer(name: str, rendering: Rendering, revision: str | None = None) -> PreTrainedTokenizerBase:
+def policy_tokenizer(name: str, rendering: Rendering) -> PreTrainedTokenizerBase:
     """The tokenizer of a policy that is trained on rendered prompts; its end-of-sequence token is the one it writes.
 
     Under ``chat`` that is the token with which the template ends a turn (``<end_of_turn>``), where the model's
@@ -179,12 +184,12 @@ def policy_tokenizer(name: str, rendering: Rendering, revision: str | None = Non
     """
     from tracereward.modeling.loading import end_ids
 
-    tokenizer = load_tokenizer(name, revision)
+    tokenizer = load_tokenizer(name)
     check_rendering(tokenizer, rendering)
     mark = turn_end(tokenizer, rendering)
     if mark is None or mark == tokenizer.eos_token:
         return tokenizer
-    if tokenizer.convert_tokens_to_ids(mark) in end_ids(name, revision):
+    if tokenizer.convert_tokens_to_ids(mark) in end_ids(name):
         note(f"{name}: traces end with {mark}, as its chat template ends a turn, not with {tokenizer.eos_token}")
         tokenizer.eos_token = mark
     return tokenizer

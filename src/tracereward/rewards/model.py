@@ -43,7 +43,7 @@ from tracereward.modeling.log_probs import (
     shared_log_probs,
 )
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
-from tracereward.modeling.rendering import render
+from tracereward.modeling.rendering import Rendering, is_rendered, render
 from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
 from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
@@ -298,7 +298,8 @@ def as_reward_func(
     token's logit, without clip, temperature and aggregate. This function returns the rewards of `score`, for any head.
 
     Args:
-        model: scores on its own device; renders prompts (text or messages) with ``settings.rendering``.
+        model: scores on its own device; renders prompts (messages, or texts that are not yet) with
+            ``settings.rendering``.
         policy_tokenizer: tells which traces ended by themselves: with a special token, of which a policy may have
             several. Needed if the policy's tokenizer is not the reward model's; without it all its traces count as
             ended, with a warning.
@@ -312,7 +313,10 @@ def as_reward_func(
     ) -> list[float]:
         pairs = zip(prompts, completions, strict=True)
         rows = [{"prompt": p, "completion": c, "answer": None, "source": "a rollout"} for p, c in pairs]
-        rendered = render(rows, model.tokenizer, model.settings.rendering)
+        how = model.settings.rendering
+        if all(is_rendered(model.tokenizer, prompt, how) for prompt in prompts):
+            how = Rendering()  # as TRL passes on a data set of texts
+        rendered = render(rows, model.tokenizer, how)
         texts = [row["prompt"] for row in rendered], [row["completion"] for row in rendered]
         finished = None
         tokenizer = policy_tokenizer or model.tokenizer

@@ -18,12 +18,14 @@ MAX_OCCURRENCES = 100
 """Occurrences of a form that are read, from the end of a text."""
 
 _LEAD = re.compile(
-    r"<answer>\s{0,4}|\b(?:answer|(?:correct|best|right)\s(?:answer|option|choice))"
+    r"<answer>\s{0,4}|(?:\A|\n)#{1,6}[ \t]{1,4}(?:the\s)?(?:final\s)?answer[ \t*:]{0,4}(?=\n)"
+    r"|\*\*(?:final\s)?answer:?\*\*[ \t:]{0,4}|\b(?:answer|(?:correct|best|right)\s(?:answer|option|choice))"
     r"(?:\s(?:to|for)\s[^.\n:]{1,80}?)?[ \t*_]{0,4}"
     r"(?:\b(?:is|was|would\sbe|should\sbe|must\sbe|will\sbe|becomes)\b(?!n't|\snot\b)|[:=])[ \t:*_]{0,6}"
     r"(?:(?:therefore|thus|then|simply|just|indeed|clearly|now|equal\sto|given\sby)\s)?",
     flags=re.I,
 )
+_MONEY_SCALE = re.compile(r"\$\s?[\d.,]+\s?(?:[kKMB]|bn|mn)\b")
 _INNER_LEAD = re.compile(
     r"\A(?:\W{0,4}(?:(?:so|thus|hence|therefore|and)\W{1,2})?(?:the\s)?(?:final\s|correct\s)?"
     r"(?:answer|solution|result|total|sum|conclusion)\s{0,2}(?:is\b|:|=)[\s:*_]{0,6}){1,2}",
@@ -37,7 +39,8 @@ _REASONS = (
     r"|but|if|i\.e|e\.g|due|assuming"
 )
 _CLAUSE_END = re.compile(
-    rf"[.!?]\s*\Z|[.!?;](?=\s)|,?\s(?={_REASONS})(?:{_REASONS})\b|,\s(?:the|an?|and)\s|,\s(?=(?-i:[a-z]{{2,}})\b(?!\s*[=<>]))|\s[-\u2013\u2014]{{1,2}}\s(?=[A-Za-z]{{2}})",
+    rf"[.!?]\s*\Z|[.!?;](?=\s)|,?\s(?:{_REASONS})\b|,\s(?:the|an?|and)\s|,\s(?=(?-i:[a-z]{{2,}})\b(?!\s*[=<>]))"
+    r"|\s[-\u2013\u2014]{1,2}\s(?=[A-Za-z]{2})",
     flags=re.I,
 )
 _NUMBER_END = re.compile(r"(?:,\s+|\s+\(|:\s+)(?=[A-Za-z]{2})")
@@ -56,7 +59,7 @@ _SEVERAL = (
     r"(?:\([A-J]\)|[A-J](?=\s*(?:[.,;:)]|\Z|\n|and\b|or\b)))"
 )
 _LETTER = re.compile(
-    r"\s*(?:(?:option|choice|letter|answer)s?\s+)?(?:both\s+|either\s+)?(?:[\[(]\s*([A-Ja-j])\s*[\])]|"
+    r"\s*(?:(?i:option|choice|letter|answer)s?\s+)?(?:both\s+|either\s+)?(?:[\[(]\s*([A-Ja-j])\s*[\])]|"
     rf"([A-J])(?=\s*\Z|\s*[.,;:!?)\]}}/&\n]|\s+(?:{_REASONS}|and|or)\b|\s+[-\u2013\u2014(]))",
 )
 _MORE_LETTERS = re.compile(rf"[).\]]*{_SEVERAL}")
@@ -125,7 +128,7 @@ def phrases(text: str) -> Iterator[str]:
         line, _, after = rest.split("</answer>")[0].partition("\n")
         if line.strip(" \t*_$"):
             yield line
-        elif ":" in found[0] or "$$" in line or after.lstrip().startswith((r"\[", "$")):
+        elif re.search(r"[:#]|\*\*", found[0]) or "$$" in line or after.lstrip().startswith((r"\[", "$")):
             yield next((one for one in after.split("\n")[:4] if one.strip(" \t*_$") and one.strip() != r"\["), "")
 
 
@@ -148,9 +151,7 @@ def _first(read: Reader, forms: Iterable[Iterable[str | None]]) -> str | None:
 
 def extract_number(text: str) -> str | None:
     r"""Answer of word problems: ``#### n``, then ``\boxed{n}``, "the answer is n", then a last line in bold."""
-    return (
-        _first(_mathematics, [hashes(text)]) or _boxed(text) or _first(_mathematics, [phrases(text), last_bold(text)])
-    )
+    return _first(_number, [hashes(text)]) or _boxed(text) or _first(_number, [phrases(text), last_bold(text)])
 
 
 def extract_math(text: str) -> str | None:
@@ -209,7 +210,10 @@ def _closing_hashes(text: str) -> Iterator[str]:
 def _tidy(raw: str) -> str:
     """An answer without emphasis, delimiters, "Answer:", currency and thousands separators, and a final full stop."""
     bare = _INNER_LEAD.sub("", unwrapped(extract_boxed(raw) or raw)).strip().removesuffix(".")
-    bare = unwrapped(bare).replace("\\$", "").replace("$", "").strip().removesuffix(".").strip()
+    bare = unwrapped(bare)
+    if not _MONEY_SCALE.search(bare):  # the k of $2.5k is no unknown
+        bare = bare.replace("\\$", "").replace("$", "")
+    bare = bare.strip().removeprefix("=").strip().removesuffix(".").strip()
     return without_thousands(bare)
 
 
@@ -234,6 +238,12 @@ def _mathematics(raw: str) -> str | None:
     return None
 
 
+def _number(raw: str) -> str | None:
+    """As `_mathematics`, but an answer without digits or number words is none."""
+    found = _mathematics(raw)
+    return found if found and (re.search(r"\d", found) or read_quantity(found)) else None
+
+
 def is_mathematics(answer: str) -> bool:
     """Whether an answer is a quantity, or mathematics without prose."""
     if len(answer) > MAX_LENGTH:
@@ -254,7 +264,7 @@ def is_mathematics(answer: str) -> bool:
 def _letter(raw: str) -> str | None:
     r"""The choice that a statement starts with; `_SEVERAL_LETTERS` for several."""
     inner = extract_boxed(raw)
-    text = unwrapped(without_text_commands(inner or raw))
+    text = unwrapped(without_text_commands(inner or raw).strip().removesuffix("."))
     text = _INNER_LEAD.sub("", text).replace("$", "").replace("\\", " ").lstrip("\"'`{* ")
     lower = re.fullmatch(r"\(?([a-j])\)?", text.strip(" .}"))
     if lower and inner:

@@ -48,7 +48,8 @@ _PERCENT = re.compile(r"\s*(?:%|per ?cent\b|percentage points?\b|pct\b)", flags=
 _RATE = re.compile(r"\s*(?:/|(?:per|an?|each|every)\b)", flags=re.I)
 _DOZEN = re.compile(r"\s*dozens?\b", flags=re.I)
 _ORDINAL = re.compile(r"\A ?(?:st|nd|rd|th)\b")
-_ASIDE = re.compile(r"(?<=[\w%\N{DEGREE SIGN}])\s+\([^()]*[A-Za-z]{2}[^()]*\)")
+_IN_DIGITS = re.compile(r"\A([^\d()]+?)\s+\(\d[\d,.]*\)\Z")
+_ASIDE = re.compile(r"(?<=[\w%\N{DEGREE SIGN}])\s+[(\[][^()\[\]]*[A-Za-z]{2}[^()\[\]]*[)\]]")
 _NEXT_PART = re.compile(r"(?<=[A-Za-z.])(?:\s*,)?\s+(?:and\s+)?(?=\d)")
 _ONES_NAMES = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
@@ -62,6 +63,22 @@ _WORD_VALUES = {word: value for value, word in enumerate(_ONES)} | {
 _NUMBER_WORDS = re.compile(
     rf"({'|'.join(_TENS)})[- ]({'|'.join(_ONES[1:10])})\b|({'|'.join(sorted(_WORD_VALUES, reverse=True))})\b"
 )
+
+_PARTS = {
+    "half": 2,
+    "halve": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
+_PART_WORDS = re.compile(
+    rf"(?:(?:an?|({'|'.join(_ONES[1:10])}))[- ]({'|'.join(_PARTS)})s?|(half|quarter))\b(?:\s+(?:of\s+)?(?:an?|the)\b)?"
+)
+_AND_PART = re.compile(rf"\s+and\s+(?:an?|one)[- ]({'|'.join(_PARTS)})\b")
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ def read_quantity(text: str) -> Quantity | None:
     bare = re.fullmatch(r"\(([^()]*)\)|\{([^{}]*)\}", text)
     if bare:
         text = (bare[1] or bare[2] or "").strip()
-    text = _APPROXIMATE.sub("", _ASIDE.sub("", text)).strip()
+    text = _APPROXIMATE.sub("", _IN_DIGITS.sub(r"\1", _ASIDE.sub("", text))).strip()
     if "(" in text:
         return None
     whole = _read(text)
@@ -136,10 +153,9 @@ def _read(text: str) -> Quantity | None:
         sign = -1 if currency["minus"] == "-" else 1
         unit = read_unit(currency["sign"] or currency["code"]) or Unit()
         text = text[currency.end() :].lstrip()
-    words = None if currency else _NUMBER_WORDS.match(text.casefold())
+    words = None if currency else _in_words(text.casefold())
     if words:
-        value = Fraction(_WORD_VALUES[words[3]] if words[3] else _WORD_VALUES[words[1]] + _WORD_VALUES[words[2]])
-        rest = text[words.end() :]
+        value, rest = words[0], text[words[1] :]
     else:
         number = _NUMBER.match(text)
         if not number:
@@ -151,6 +167,9 @@ def _read(text: str) -> Quantity | None:
         rest = _ORDINAL.sub("", rest) if number["decimal"] else rest
         if number["radix"]:
             unit = Unit(((f"base {number['radix']}", 1),))
+    part = _AND_PART.match(rest)  # 5 and a half
+    if part:
+        value, rest = value + Fraction(1, _PARTS[part[1]]), rest[part.end() :]
     scale = _SCALE.match(rest) or (currency and _MONEY_SCALE.match(rest))
     if scale:
         value *= _SCALES.get(scale[1].casefold()) or _MONEY_SCALES[scale[1]]
@@ -168,6 +187,18 @@ def _read(text: str) -> Quantity | None:
     if behind is None or (unit and behind):
         return None
     return Quantity(value, per, unit or behind)
+
+
+def _in_words(text: str) -> tuple[Fraction, int] | None:
+    """Value and length of the number words at the start of a text: "twenty-one", "two thirds", "half"."""
+    part = _PART_WORDS.match(text)
+    if part:
+        return Fraction(_WORD_VALUES.get(part[1], 1), _PARTS[part[2] or part[3]]), part.end()
+    words = _NUMBER_WORDS.match(text)
+    if not words:
+        return None
+    value = _WORD_VALUES[words[3]] if words[3] else _WORD_VALUES[words[1]] + _WORD_VALUES[words[2]]
+    return Fraction(value), words.end()
 
 
 def _priced(currency: Unit, rest: str) -> Unit | None:

@@ -138,7 +138,7 @@ def plain_latex(text: str) -> str:
     text = re.sub(r"(?<=\d) ?[xX*] ?(?=\d)", r" \\times ", text)
     if not re.search(r"[(\[{][^)\]}]*,", text):  # commas within brackets separate elements
         text = without_thousands(text)
-    return " ".join(text.split()).strip(" .,;:").strip()
+    return re.sub(r"\A(?:=|#(?=\d))\s*", "", " ".join(text.split()).strip(" .,;:"))
 
 
 def _scripts(text: str) -> str:

@@ -73,6 +73,8 @@ _OTHER = [
     ("kph kmph kmh", {"length": 1, "time": -1}, Fraction(1000, 3600)),
     ("degree deg \N{DEGREE SIGN}", {"degree": 1}, 1),
     ("radian rad", {"radian": 1}, 1),
+    ("am a.m AM A.M", {"before noon": 1}, 1),
+    ("pm p.m PM P.M", {"after noon": 1}, 1),
     ("celsius \N{DEGREE SIGN}C", {"celsius": 1}, 1),
     ("fahrenheit \N{DEGREE SIGN}F", {"fahrenheit": 1}, 1),
     ("kelvin", {"kelvin": 1}, 1),
@@ -163,6 +165,8 @@ def ratio(left: Unit, right: Unit) -> Fraction | None:
     names = [tuple(name for name, _ in unit.dimensions) for unit in (left, right)]
     if ("degree",) in names and set(names) <= degrees:
         return Fraction(1)
+    if {*names} == {("sterling",), ("mass",)} and _POUND in (left.factor, right.factor):
+        return Fraction(1)  # "5 pounds" may be money
     return left.factor / right.factor if left.dimensions == right.dimensions else None
 
 

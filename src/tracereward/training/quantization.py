@@ -7,6 +7,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 
 from tracereward.errors import InputError
+from tracereward.modeling.hub import with_revision
 from tracereward.modeling.loading import read_config
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import PolicyConfig, SupervisedConfig
@@ -57,7 +58,7 @@ def quantization(model: ModelConfig) -> dict[str, Any]:
 
 def _stored(model: ModelConfig) -> dict[str, Any]:
     """How the checkpoint's weights are quantized; empty if they are not."""
-    config = read_config(str(model.model_name_or_path), model.model_revision)
+    config = read_config(with_revision(str(model.model_name_or_path), model.model_revision))
     return config.to_dict().get("quantization_config") or {}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, integration_utils
 
+from tracereward.console import warn_once
 from tracereward.errors import InputError, first_line, nearest
 
 PACKAGES: dict[str, tuple[Callable[[], bool], str]] = {
@@ -72,20 +73,20 @@ class Trackers(TrainerCallback):
                 tracker.logging_dir = tracker.logging_dir or str(folder / "tensorboard")
         self.args: Any = copy.copy(trainer.args)
         self.args.run_name = trainer.args.run_name or folder.name
-        options = trainer.args.to_dict() | settings
-        self.args.to_dict = lambda: {
-            **options,
-            "run_name": self.args.run_name,
-        }  # trackers read their configuration here
+        options = {**trainer.args.to_dict(), **settings, "run_name": self.args.run_name}
+        self.args.to_dict = lambda: options  # trackers read their configuration here
         self.state: TrainerState = trainer.state
         self.control: TrainerControl = trainer.control
         self.context: dict[str, Any] = {}  # the model, the tokenizer, ...
         self.began: bool = False
 
     def _forward(self, event: str, state: TrainerState, **kwargs: Any) -> None:
-        self.state = state
+        """Forward an event. A tracker that fails, for example without a connection, does not end the run."""
         for tracker in self.trackers:
-            getattr(tracker, event)(self.args, state, self.control, **kwargs)
+            try:
+                getattr(tracker, event)(self.args, state, self.control, **kwargs)
+            except Exception as error:  # each tracker raises its own kinds
+                warn_once(f"{type(tracker).__name__}: the tracker failed ({first_line(error)}); the run goes on")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,9 +96,10 @@ class Trackers(TrainerCallback):
         Raises:
             InputError: a tracker cannot start, for example without a login.
         """
-        self.context, self.began = kwargs, True
+        self.state, self.context, self.began = state, kwargs, True
         try:
-            self._forward("on_train_begin", state, **kwargs)
+            for tracker in self.trackers:
+                tracker.on_train_begin(self.args, state, self.control, **kwargs)
         except Exception as error:  # each tracker raises its own kinds
             raise InputError(
                 f"--report_to {', '.join(self.args.report_to)} cannot start: {first_line(error)}"
@@ -137,8 +139,7 @@ class Trackers(TrainerCallback):
         }
         state = copy.copy(self.state)
         state.global_step = step
-        for tracker in self.trackers:
-            tracker.on_log(self.args, state, self.control, logs=logs, **self.context)
+        self._forward("on_log", state, logs=logs, **self.context)
 
     def end(self) -> None:
         """End the trackers, if they were started."""
