@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import sys
@@ -205,6 +206,8 @@ def main(application: typer.Typer = app) -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Deprecated transformers names that TRL still uses: users cannot fix these.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # It would say in every command on a CPU that a faster kernel is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code: str | int | None = 0
     try:
         application()
