@@ -111,9 +111,15 @@ TRIES = {
     "sft RUN --lr_scheduler_kwargs {bad": "--lr_scheduler_kwargs {bad: not valid JSON",
     "sft RUN --deepspeed FILE": "--deepspeed FILE: not valid JSON",
     "sft RUN --fsdp full_shard": "accelerate launch",
+    "train RUN --loss_type gpro": "did you mean 'grpo'",
+    "grpo RUN --scale_rewards groups": "did you mean 'group'",
+    "train RUN --step_delimiter=": "step_delimiter is empty",
+    "sft RUN --use_peft true --lora_r 0": "lora_r must be a whole number of at least 1",
+    "sft --config FILE": "FILE: not a YAML file",
+    "sft --config EMPTY": "is a folder",
     "sft RUN --torch_dtype bfloat16": "did you mean 'dtype'",
     "sft ROWS": "--dataset_name ROWS",
-    "train RUN --output_dir FILE/run": "cannot be written",
+    "train RUN --output_dir FILE/run --max_completion_length 24": "cannot be written",
 }
 
 

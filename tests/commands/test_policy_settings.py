@@ -12,12 +12,14 @@ from tracereward.cli.training_options import parse
 from tracereward.commands.questions import Questions, in_force, load_questions
 from tracereward.commands.sample_guided import check_template
 from tracereward.commands.score import score_rows
-from tracereward.commands.train import run_grpo, run_sft, run_train
+from tracereward.commands.train import inherit, run_grpo, run_sft, run_train
 from tracereward.errors import InputError
 from tracereward.files import read_json, write_jsonl
 from tracereward.modeling.policy_settings import PolicySettings, remembered
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import read_settings
+from tracereward.runs.job import Job
+from tracereward.runs.same_run import resolved
 
 OFF = {"enable_thinking": False}
 ROWS = [{"prompt": f"{n} + 1?", "completion": f"#### {n + 1}", "answer": str(n + 1)} for n in range(8)]
@@ -147,6 +149,16 @@ def test_variables_of_training_without_effect_are_refused(made, tmp_path):
     ):
         with pytest.raises(InputError, match="does not read enable_thinking"):
             command(*parse(command.__name__.removeprefix("run_"), [*argv, *more]))
+
+
+@pytest.mark.parametrize("command", ["sft", "grpo", "train"])
+def test_variables_are_stored_as_a_mapping(made, command):
+    """TRL's option is a text on the command line: resumed from a file, it is the same."""
+    argv = ["--model_name_or_path", made.model, "--template", "chat", "--num_generations", "2", *made.given]
+    argv = [word for word in argv if command != "sft" or word not in ("--num_generations", "2")]
+    data, config, model, _ = parse(command, [*argv, "--chat_template_kwargs", json.dumps(OFF)])
+    inherit(data, config, model)
+    assert resolved(Job(kind=command, data=data, config=config, model=model))["chat_template_kwargs"] == OFF
 
 
 def test_damaged_settings_are_named(tmp_path):

@@ -182,6 +182,10 @@ NO_COMPLETION = "no completion: field 'completion' is missing or empty for task 
         ({"prompt": "p"}, NO_COMPLETION),
         ({"prompt": "p", "completion": None}, NO_COMPLETION),
         ({"prompt": "p", "completion": " \n"}, NO_COMPLETION),
+        (
+            {"prompt": "p</s>\n", "completion": "a"},
+            "the prompt ends with an end mark ('p</s>'), and",
+        ),
         ({"prompt": "p", "completion": 7}, f"field 'completion' is int, {NEITHER}"),
         ({"prompt": "p", "completion": "c", "answer": [1]}, "field 'answer' is list, not text or a number"),
     ],

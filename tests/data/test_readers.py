@@ -117,6 +117,16 @@ def test_folders_of_files(tmp_path):
     assert "files of several formats" in message(plain)
 
 
+def test_relative_and_linked_folders_of_one_split(tmp_path, monkeypatch):
+    (tmp_path / "shards").mkdir()
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "shards" / "train-00000-of-00001.parquet")
+    (tmp_path / "train-link").symlink_to("shards")
+    monkeypatch.chdir(tmp_path)
+    for name in ("shards", "./shards", "train-link"):
+        assert values(name) == ROWS
+        assert "no split 'test'; it has train" in message(name, split="test")
+
+
 def test_folders_that_hold_no_data(tmp_path):
     assert "is a folder without files of the formats .jsonl" in message(tmp_path)
     (tmp_path / "config.json").write_text("{}")

@@ -124,7 +124,9 @@ def test_an_assistant_message_at_the_end_is_continued():
     tokenizer, begun = byte_tokenizer(CHATML), {"role": "assistant", "content": "6 * 7 ="}
     assert render_prompt(tokenizer, ASK, CHAT, "f:1") == HEAD
     assert render_prompt(tokenizer, [*ASK, begun], CHAT, "f:1") == f"{HEAD}6 * 7 ="
+    ended = {**begun, "content": "6 * 7 =<|im_end|>\n"}
     closed = f"{HEAD}6 * 7 =<|im_end|>\n"
+    assert render_prompt(tokenizer, [*ASK, ended, *ASK], CHAT, "f:1") == closed + HEAD
     assert render_prompt(tokenizer, [*ASK, begun, *ASK], CHAT, "f:1") == closed + HEAD
 
 

@@ -229,6 +229,8 @@ def test_read_quantity(text, value):
         ("$5", "5 dollars", True),
         ("$0.18", "18 cents", True),
         ("$5", "€5", False),
+        ("£5", "5 pounds", True),
+        ("£5", "5 ounces", False),
         ("$52,500/year", "52500", True),
         ("5 km", "$5", False),
         ("90°", r"90^{\circ}", True),

@@ -88,6 +88,13 @@ def test_trainer_learns_and_rewards_under_autocast(tiny_model_folder, tokenizer,
         return forward(self, *args)
 
     monkeypatch.setattr(TokenRewardModel, "values_and_log_probs", recorded)
+    rewarded, compute = [], TokenRewardModel.compute_rewards
+
+    def recorded_rewards(self, *args):
+        rewarded.append(torch.is_autocast_enabled("cpu"))
+        return compute(self, *args)
+
+    monkeypatch.setattr(TokenRewardModel, "compute_rewards", recorded_rewards)
 
     def run(folder, **options):
         trainer = build_trainer(
@@ -105,6 +112,8 @@ def test_trainer_learns_and_rewards_under_autocast(tiny_model_folder, tokenizer,
     assert len(losses) == 2
     assert seen
     assert all(seen)
+    assert len(rewarded) == 2
+    assert all(rewarded)
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     _, uncached, expected = run("uncached", cache_enabled=False)

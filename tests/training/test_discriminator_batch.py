@@ -296,6 +296,24 @@ def test_tokens_shared_with_any_expert_of_the_prompt_are_shared(where):
     assert traces[0].starts == [1 if where == "both" else 0]
 
 
+def test_perturbed_copy_has_the_experts_label_as_long_as_it_follows_any_expert():
+    """It leaves the first expert at token 1 and the other at token 3."""
+    experts, copy_ = [Expert(PROMPT, ONE), Expert(PROMPT, OTHER)], [10, 13, 14, 15, 9]
+    options = examples(1, 1, 0.0, 1, "both")
+    traces, _ = draw(
+        experts, [Rollout(0, [8])], filled([]), options, rng=random.Random(0), perturbed=lambda expert, rng: (copy_, 1)
+    )
+    (found,) = [trace for trace in traces if trace.is_perturbed]
+    assert (found.switch, found.starts) == (3, [3])
+    assert traces[0].starts == [0, 1]
+
+
+def test_pairs_of_the_monitor_hold_no_other_expert():
+    experts = [Expert(PROMPT, ONE), Expert(PROMPT, OTHER)]
+    assert perturbed_pairs(experts, [0], lambda expert, rng: (OTHER, 1), seed=0) == []
+    assert perturbed_pairs(experts, [0], lambda expert, rng: ([8], 0), seed=0)[0] == (PROMPT, ONE, [8])
+
+
 def test_perturbed_copy_that_equals_another_expert_is_no_negative():
     experts = [Expert(PROMPT, ONE), Expert(PROMPT, OTHER)]
     options = examples(1, 1, 0.0, 2, "rollouts")

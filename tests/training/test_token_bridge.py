@@ -97,6 +97,15 @@ def test_rewards_go_to_the_token_that_contains_the_character(
         assert moved.tolist() == pytest.approx(expected, abs=1e-5)
 
 
+def test_sums_are_clipped(tokenizer, characters, character_model):
+    """ "33" has the sum of two digits, which each is within the clip."""
+    bridge = TokenBridge(tokenizer, reward_model(character_model, characters), [tokenizer.eos_token_id])
+    ids, reward_ids = encode_completion(tokenizer, "33\n4"), encode_completion(characters, "33\n4")
+    for sign in (1, -1):
+        rewards = sign * torch.tensor([1.5, 1.25, 0.5, 1.75, 1.0])
+        assert bridge.rewards(ids, reward_ids, rewards).tolist() == [sign * BETA, sign * 0.5, sign * 1.75, sign * 1.0]
+
+
 def test_equal_tokenizers_pass_ids_and_rewards_through(tokenizer, tiny_model_folder):
     """Without decoding: ids that re-encoding would change are unchanged."""
     model = reward_model(tiny_model_folder, tokenizer)

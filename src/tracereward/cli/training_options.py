@@ -14,9 +14,9 @@ from tracereward.data.readers import FORMATS
 from tracereward.errors import InputError, nearest
 from tracereward.files import nearest_path
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.config import RETIRED, RewardConfig, SupervisedConfig
+from tracereward.training.config import MODEL_RANGES, RETIRED, RewardConfig, SupervisedConfig
 from tracereward.training.option_rules import check_job, effective
-from tracereward.training.options import DataArguments, option_defaults
+from tracereward.training.options import DataArguments, check_options, option_defaults
 from tracereward.training.trl_options import OTHER_NAMES, commands_with, honoured
 
 CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}
@@ -75,6 +75,7 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     data, config, model = _parsed(_Parser(classes), argv, {**options, "output_dir": folder})
     if resume and path is None and model.model_name_or_path is None:
         raise InputError(f"{folder}: no run to resume, config.yaml is missing: check --output_dir, or start a run")
+    check_options(model, MODEL_RANGES)
     check_job(kind, data, config, model)
     return data, config, model, resume
 
@@ -154,6 +155,8 @@ def _check_kind(path: Path, kind: str) -> None:
 
 def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
     """The options in a YAML file, without the retired ones."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, and --config needs a file")
     if not path.is_file():
         near = nearest_path(path)
         raise InputError(f"{path}: no such file" + (f" (did you mean {near}?)" if near else ""))
@@ -161,7 +164,7 @@ def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         options, tree = yaml.safe_load(text) or {}, yaml.compose(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a YAML file: {error}") from error
+        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(options, dict):
         raise InputError(f"{path}: must be a mapping of option names to values")
     seen: set[str] = set()

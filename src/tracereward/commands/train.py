@@ -86,6 +86,7 @@ def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
     """Set the template and its variables where they are not given: as the model was trained, else plain; says so."""
     name = starting_policy(model)
     stored = remembered(name)
+    config.given["chat_template_kwargs"] = config.chat_template_kwargs  # TRL reads JSON in a text
     if data.template is None:
         data.template = "plain" if stored is None else stored.template
         if stored is not None and stored.template != "plain":
@@ -123,7 +124,8 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     check_model(policy)
     check_quantization(model, config)
     by_source = {row["source"]: row for row in [*rows, *unlabeled]}
-    rendering = Rendering(template=str(data.template), chat_template_kwargs=config.chat_template_kwargs or {})
+    kwargs: Any = config.chat_template_kwargs or {}
+    rendering = Rendering(template=str(data.template), chat_template_kwargs=kwargs)
     tokenizer = policy_tokenizer(policy, rendering)
     rendering = dated(rendering, tokenizer)
     rows = render(rows, tokenizer, rendering)

@@ -53,6 +53,11 @@ def load_demonstrations(
         row = checked_example(task, raw, location, source)
         if wrong := not_json(row):  # such as a date in a message
             raise InputError(f"{location}: {wrong}")
+        if isinstance(row["prompt"], str) and without_end_marks(row["prompt"])[1]:
+            raise InputError(
+                f"{location}: the prompt ends with an end mark ({row['prompt'].rstrip()[-20:]!r}), and a completion "
+                "follows it: remove the mark"
+            )
         if require_completion and row["completion"] is None:
             raise InputError(
                 f"{location}: no completion: field {task.completion_field!r} is missing or empty for task {task.name!r}"

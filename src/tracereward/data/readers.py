@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,9 +150,14 @@ def _splits(path: Path, subset: str | None) -> dict[str, list[Path]]:
     known = _data_files(path)
     if builder.config.name == "default" and len({format_of(file) for file in known}) > 1:
         raise InputError(f"{path}: files of several formats ({', '.join(f.name for f in known[:3])}, ...): name one")
-    if list(found) == ["train"] and not any("train" in str(file.relative_to(path)) for file in found["train"]):
+    if list(found) == ["train"] and not any(_names_train(file, path) for file in found["train"]):
         return {}
     return found
+
+
+def _names_train(file: Path, folder: Path) -> bool:
+    """Whether the path of a file inside a folder, which may be relative or a link, names the split."""
+    return "train" in os.path.relpath(file.resolve(), folder.resolve())
 
 
 def _data_files(path: Path) -> list[Path]:

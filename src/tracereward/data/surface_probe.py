@@ -214,7 +214,7 @@ def _model():
 
 
 def _responsible(
-    names: Sequence[str], x: np.ndarray, is_expert: Sequence[bool], coefficients: np.ndarray
+    names: list[str], x: np.ndarray, is_expert: Sequence[bool], coefficients: np.ndarray
 ) -> tuple[Feature, ...]:
     size = np.abs(coefficients)
     order = [index for index in np.argsort(-size, kind="stable") if size[index] > NAMED_SHARE * size.max()]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracereward.errors import InputError, check_choice
 from tracereward.messages import READ, THINK, content_text, message_text, other_fields, reasoning_of
-from tracereward.modeling.seam import continued
+from tracereward.modeling.seam import continued, without_end_marks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -263,6 +263,8 @@ def _as_read(message: Mapping[str, Any], template: str) -> dict[str, Any]:
         kept |= {name: reasoning for name in READ[2:]}
     if "content" in message:
         kept["content"] = content_text(message["content"])
+        if message["role"] == "assistant":  # the template writes the end of a turn itself
+            kept["content"] = without_end_marks(kept["content"])[0]
     return {"role": message["role"], **kept}
 
 

@@ -90,7 +90,7 @@ def without_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[str, bo
     """
     special: list[str] = []
     if text.rstrip().endswith((">", "]")):  # hardly ever: the list is long
-        others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token}
+        others = (tokenizer.bos_token, tokenizer.unk_token, tokenizer.pad_token)
         added = tokenizer.added_tokens_decoder.values()
         special = [token.content for token in added if token.special and token.content not in others]
     return without_end_marks(text, str(tokenizer.eos_token), *special)
@@ -134,8 +134,9 @@ def keep_tags(tokenizer: PreTrainedTokenizerBase) -> None:
     trace would spell it out in letters: experts and rollouts would differ in their first token. Affected are reasoning
     tags and what the chat template writes around the reasoning, but never the tokens that end or pad a text.
     """
-    kept = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - kept
+    kept = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special and token.content not in kept}
     tags = {content for content in special if _TAG.fullmatch(content)}
     if tokenizer.chat_template and special:
         around = "".join(think_marks(tokenizer, Rendering(template="chat")))

@@ -39,7 +39,8 @@ _REASONS = (
     r"|but|if|i\.e|e\.g|due|assuming"
 )
 _CLAUSE_END = re.compile(
-    rf"[.!?]\s*\Z|[.!?;](?=\s)|,?\s(?={_REASONS})(?:{_REASONS})\b|,\s(?:the|an?|and)\s|,\s(?=(?-i:[a-z]{{2,}})\b(?!\s*[=<>]))|\s[-\u2013\u2014]{{1,2}}\s(?=[A-Za-z]{{2}})",
+    rf"[.!?]\s*\Z|[.!?;](?=\s)|,?\s(?:{_REASONS})\b|,\s(?:the|an?|and)\s|,\s(?=(?-i:[a-z]{{2,}})\b(?!\s*[=<>]))"
+    r"|\s[-\u2013\u2014]{1,2}\s(?=[A-Za-z]{2})",
     flags=re.I,
 )
 _NUMBER_END = re.compile(r"(?:,\s+|\s+\(|:\s+)(?=[A-Za-z]{2})")

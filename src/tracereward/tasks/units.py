@@ -165,6 +165,8 @@ def ratio(left: Unit, right: Unit) -> Fraction | None:
     names = [tuple(name for name, _ in unit.dimensions) for unit in (left, right)]
     if ("degree",) in names and set(names) <= degrees:
         return Fraction(1)
+    if {*names} == {("sterling",), ("mass",)} and _POUND in (left.factor, right.factor):
+        return Fraction(1)  # "5 pounds" may be money
     return left.factor / right.factor if left.dimensions == right.dimensions else None
 
 

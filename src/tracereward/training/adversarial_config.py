@@ -18,6 +18,8 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.step_delimiter == "":
+            raise InputError("step_delimiter is empty: give the text that ends a step, or leave it out for the task's")
         if self.reward_form is None:
             # The action head's logit estimates a ratio to the policy, whose maximum is not the expert.
             self.reward_form: str | None = (

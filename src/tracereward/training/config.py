@@ -11,7 +11,7 @@ import torch
 from trl import GRPOConfig, SFTConfig
 
 from tracereward.data.perturbations import KINDS
-from tracereward.errors import InputError
+from tracereward.errors import InputError, check_choice
 from tracereward.generation.params import MAX_SEED
 from tracereward.training.option_rules import check_config
 from tracereward.training.options import OneOf, PolicyOptions, Range, RewardOptions, SupervisedOptions, check_options
@@ -65,6 +65,14 @@ TRL_RANGES: dict[str, Range | OneOf] = {
 }
 """Ranges of TRL's own options; values outside fail inside another library, or nothing is learned."""
 
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+"""Losses of TRL's GRPO trainer."""
+MODEL_RANGES: dict[str, Range | OneOf] = {
+    "lora_r": _COUNT,
+    "lora_alpha": Range(above=0),
+    "lora_dropout": _SHARE,
+}
+
 
 def _prepare(command: str, config: GRPOConfig | SFTConfig) -> dict[str, Any]:
     """Check the options and return them as given, before others are derived from them; select float32 on a CPU.
@@ -112,6 +120,9 @@ class PolicyConfig(PolicyOptions, GRPOConfig):
 
     def __post_init__(self) -> None:
         self.given: dict[str, Any] = _prepare(self.command, self)
+        check_choice("loss_type", self.loss_type, LOSS_TYPES)  # TRL checks these two after the warm-up
+        if isinstance(self.scale_rewards, str):
+            check_choice("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if self.compile_rollouts:
             if self.use_vllm or not torch.cuda.is_available():
                 raise InputError(
