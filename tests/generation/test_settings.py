@@ -151,6 +151,10 @@ def test_recommendations_are_used_when_asked_for(load, tokenizer, prompts, tmp_p
         ids = torch.tensor([encode_prompt(tokenizer, prompt)])
         expected = load().generate(ids, generation_config=config)[0, ids.size(1) :].tolist()
         assert found == expected[: len(found)]
+    load(temperature=0.3, top_p=0.5, repetition_penalty=1.5)
+    given = {"temperature": 0.7}  # which wins
+    expected = {"top_p": 0.5, "settings": {"repetition_penalty": 1.5}}
+    assert recommended_options(str(tmp_path / "policy"), given) == expected
     for name, value in {"num_beams": 4, "stop_strings": ["#"], "max_time": 2.0}.items():
         load(**{name: value})
         with pytest.raises(InputError, match=f"asks for {name}"):
