@@ -208,6 +208,8 @@ def main(application: typer.Typer = app) -> NoReturn:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Deprecated transformers names that TRL still uses: users cannot fix these.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    # It would say in every command on a CPU that a faster kernel is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code: str | int | None = 0
     try:
         application()

@@ -1,5 +1,6 @@
 """Models on the Hugging Face Hub: their names, downloads, and what is wrong when one cannot be had."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,9 @@ def card_metadata(base: str, **fields: Any) -> str:
         known["base_model"] = repository
         card = try_to_load_from_cache(repository, "README.md", revision=revision)
     if isinstance(card, str | Path) and base and Path(card).is_file():
-        try:
-            stated = ModelCard.load(card).data
-        except Exception:  # another tool's file; only a courtesy
-            stated = ModelCardData()
-        known = {"license": stated.license, "base_model": stated.base_model} | known
+        with contextlib.suppress(Exception):  # another tool's file; only a courtesy
+            stated = ModelCard.load(card).data.to_dict()
+            known = {name: stated.get(name) for name in ("license", "base_model")} | known
     return ModelCardData(**{**known, **fields}).to_yaml().strip()
 
 

@@ -19,6 +19,15 @@ SHOWN = {
 }
 """Metrics of the last logged step that a card shows."""
 
+PLAIN_CARD = """---
+library_name: transformers
+tags: [tracereward]
+---
+
+Trained with tracereward.
+"""
+"""The card of a model whose folder has none, as those of earlier versions."""
+
 
 def about_run(run: Run, demonstrations: int, chosen: str) -> str:
     """The section of a card on the training: data with their number, options and the last metrics.
@@ -28,7 +37,7 @@ def about_run(run: Run, demonstrations: int, chosen: str) -> str:
         demonstrations: how many it trained on.
         chosen: how the policy was selected; empty for the last weights.
     """
-    job, rows = run.job, read_jsonl(run.metrics.path)
+    job, rows = run.job, read_jsonl(run.metrics.path) if is_main_process() else []
     source = job.data.dataset_name
     name = "the task's own set" if source is None else source if _is_hub_id(source) else Path(source).name
     logged = [row for row in rows if row["phase"] == job.kind]

@@ -20,6 +20,7 @@ from tracereward.modeling.loading import check_model
 from tracereward.modeling.model_folder import POLICY, REWARD_MODEL, SETTINGS_FILE, check_folder, weight_files
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.settings import HEAD_FILE, check_reward_model
+from tracereward.runs.cards import PLAIN_CARD
 from tracereward.runs.folder import Run
 from tracereward.training.option_rules import values_of
 
@@ -195,6 +196,7 @@ def upload(folder: Path, repository: Repository, message: str | None = None) -> 
             [
                 *(CommitOperationDelete(name) for name in stale),
                 *(CommitOperationAdd(name, _content(path, repository)) for name, path in files.items()),
+                *([] if CARD in {*files, *present} else [CommitOperationAdd(CARD, PLAIN_CARD.encode())]),
             ],
             commit_message=message or f"Upload a {folder.name.replace('_', ' ')} of tracereward {__version__}",
             revision=repository.revision,
