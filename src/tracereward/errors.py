@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class InputError(ValueError):
@@ -38,6 +38,8 @@ def check_choice(what: str, value: str, choices: Iterable[str]) -> str:
         InputError: with the nearest choice, e.g. ``unknown granularity 'stpe': did you mean 'step'?``
     """
     names = list(choices)
+    if not isinstance(value, str):
+        raise InputError(f"{what} must be a name, not {value!r:.80}. Known: {', '.join(names)}.")
     if value in names:
         return value
     near = nearest(value, names)
@@ -53,6 +55,50 @@ def check_number(what: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise InputError(f"{what} must be a finite number, not {value!r}")
+
+
+def check_text(what: str, value: object) -> str:
+    """Return a value if it is text that can be encoded.
+
+    Raises:
+        InputError: it is of another type, or has half of a surrogate pair; says what to give instead.
+    """
+    if not isinstance(value, str):
+        messages = isinstance(value, (list, tuple)) and len(value) > 0 and isinstance(value[0], dict)
+        fix = ": render the messages with the tokenizer's chat template" if messages else ""
+        raise InputError(f"{what} must be a text, not {_kind(value)}{fix}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        raise InputError(f"{what} has half of a surrogate pair ({half}), which is no character: remove it") from error
+    return value
+
+
+def check_list(what: str, values: object, length: int | None = None) -> list:
+    """Return values as a list.
+
+    Raises:
+        InputError: not a sequence, a single text, empty, or not of this length.
+    """
+    if isinstance(values, (str, bytes, Mapping)) or not (hasattr(values, "__len__") and hasattr(values, "__iter__")):
+        fix = f": put it into a list, [{values!r:.40}]" if isinstance(values, str) else ""
+        raise InputError(f"{what} must be a list, not {_kind(values)}{fix}")
+    found = list(values)  # pyright: ignore[reportArgumentType]
+    if not found:
+        raise InputError(f"{what} is empty: give at least one")
+    if length is not None and len(found) != length:
+        raise InputError(f"{what} has {len(found)} entries and needs {length}, one each")
+    return found
+
+
+def check_text_list(what: str, values: object, length: int | None = None) -> list[str]:
+    """Return values as a list of texts; see `check_list` and `check_text`."""
+    return [check_text(f"{what}[{n}]", value) for n, value in enumerate(check_list(what, values, length))]
+
+
+def _kind(value: object) -> str:
+    return "a text" if isinstance(value, str) else "None" if value is None else f"{type(value).__name__}"
 
 
 class Interrupted(RuntimeError):

@@ -9,6 +9,7 @@ from itertools import combinations
 import numpy as np
 from scipy.special import expit
 
+from tracereward.errors import InputError
 from tracereward.metrics import auroc, bootstrap_interval, within_prompt_auroc
 
 
@@ -129,6 +130,8 @@ def choose(
     Raises:
         ValueError: the method is unknown, needs a log-prob that a candidate lacks, or needs a temperature.
     """
+    if not candidates:
+        raise InputError("no candidates to choose from")
     rewards = [c.reward for c in candidates]
     if method == "majority":
         return weighted_vote(candidates, [1.0] * len(candidates), equal)
@@ -177,6 +180,10 @@ METHODS = {
     "reward_logprob_vote": "vote@{n} weighted by reward + log-prob",
     "oracle": "oracle@{n}",
 }
+
+
+RERANK_METHODS = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
+"""Methods that need no correctness labels, model names or fitted temperature."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from helpers.paths import ROOT
 from helpers.unloadable import unloadable
 from tracereward.errors import InputError
-from tracereward.modeling.loading import CLASSIFIER, check_model, load_causal_lm, load_model, new_classifier
+from tracereward.modeling.loading import (
+    CLASSIFIER,
+    check_model,
+    load_causal_lm,
+    load_model,
+    new_classifier,
+    read_generation_config,
+)
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings, check_reward_model
@@ -248,6 +256,39 @@ def test_merge_command_of_an_adapter(tiny_model_folder, tmp_path, tokenizer):
     check_model(str(merged))
     torch.testing.assert_close(load_causal_lm(merged).state_dict(), expected)
     assert load_tokenizer(str(merged)).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [("/nowhere/base", "of /nowhere/base, which is not on this machine"), (None, "does not say of which model")],
+)
+def test_adapters_without_their_base(tmp_path, base, message):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    with pytest.raises(InputError, match=f"{message}.*base_model_name_or_path, then merge it"):
+        check_model(str(tmp_path))
+
+
+def test_a_file_in_place_of_a_model(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("{}")
+    for check in (check_model, check_reward_model):
+        with pytest.raises(InputError, match=r"rows.jsonl: is a file, .*the model first"):
+            check(str(tmp_path / "rows.jsonl"))
+
+
+def test_damaged_generation_config(tiny_model_folder, tmp_path):
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text('{"eos_token_id": ')
+    with pytest.raises(InputError, match=r"generation_config.json is damaged"):
+        read_generation_config(folder)
+    (folder / "generation_config.json").unlink()
+    assert read_generation_config(folder) is None
+
+
+def test_nothing_is_loaded_around_the_loader():
+    """Every `from_pretrained` of transformers and PEFT in the package is in the module that explains their errors."""
+    call = re.compile(r"\b(Auto\w+|GenerationConfig|PeftModel\w*|PreTrained\w+)\.from_pretrained\(")
+    found = {path.name for path in (ROOT / "src").rglob("*.py") if call.search(path.read_text(encoding="utf-8"))}
+    assert found == {"loading.py", "model_folder.py", "cards.py"}  # the others print commands
 
 
 def test_folders_of_runs(reward_models, tmp_path):

@@ -388,7 +388,7 @@ def test_rerank_sorts_candidates_from_best_to_worst(tiny_model_folder, tokenizer
     log_probs = [-3.0, -2.0, -1.0, -0.5, -4.0, -5.0]
     assert model.rerank(prompt, texts, "logprob", log_probs)[0][0] == 3
     assert model.rerank(prompt, texts, "shortest")[0][0] == 1
-    with pytest.raises(ValueError, match="no policy log-prob"):
+    with pytest.raises(ValueError, match="needs log_probs"):
         model.rerank(prompt, texts, "logprob")
     with pytest.raises(ValueError, match="unknown method 'oracle'"):
         model.rerank(prompt, texts, "oracle")

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
+from helpers.any_text import any_text  # noqa: F401
 from helpers.chat_models import SPECIAL, byte_tokenizer, save_chat_model
 from tracereward import as_reward_func
 from tracereward.rewards.model import TokenRewardModel

@@ -88,10 +88,16 @@ def test_scores_of_steps(served, model):
     assert answer["results"][0]["step_rewards"] == close(expected)
 
 
-def test_step_without_a_token_is_400(served):
-    """The tokenizer turns the long word into one short token, so the second step has no token."""
-    response = served.post("/v1/score", json={"prompt": PROMPT, "steps": ["x" * 90, "y"]})
-    assert_error(response, 400, "steps: no token between characters 91 and 92", "invalid_input")
+def test_text_outside_the_vocabulary_is_400(served):
+    """The arithmetic vocabulary has no letters; nothing is scored as ``<unk>``."""
+    for field, given in (("completion", "seven"), ("candidates", [CANDIDATES[0], "seven"]), ("steps", ["x" * 90, "y"])):
+        response = served.post("/v1/score", json={"prompt": PROMPT, field: given})
+        assert_error(
+            response, 400, rf"{field} [01]: all of the characters .* are not in the vocabulary", "invalid_input"
+        )
+    response = served.post("/v1/score", json={"prompt": "How many?", "completion": CANDIDATES[0]})
+    assert_error(response, 400, "prompt: 88 % of the characters", "invalid_input")  # all but the question mark
+    assert_error(served.post("/classify", json={"input": "seven"}), 400, "input 0: all of", "invalid_input")
 
 
 def test_tokens_are_omitted_on_request(served):

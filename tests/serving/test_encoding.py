@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from helpers.any_text import any_text  # noqa: F401
 from helpers.engine import TRACES, assert_same, offline, running, score, until
 from helpers.served import save_reward_model
 from tracereward.errors import InputError, TooLong

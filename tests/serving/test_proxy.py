@@ -15,6 +15,7 @@ pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve
 import httpx
 from fastapi.testclient import TestClient
 
+from helpers.any_text import any_text  # noqa: F401
 from helpers.served import SECONDS, Process, Upstream, sampler, save_reward_model, serving, traces, wait_for
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.serving import proxy

@@ -151,7 +151,7 @@ def corrected_rows(
         raise InputError(f"-k is {k}: at temperature 0 all continuations are the same; use -k 1")
     settings = check_reward_model(correcting.reward_model)
     task = get_task(correcting.task or settings.task)
-    rows = list(candidate_rows(data, template=settings.template))
+    rows = list(candidate_rows(data, template=settings.template, tokenizer=load_tokenizer(correcting.reward_model)))
     if not rows:
         raise InputError(f"{data}: no rows")
     for where, row in rows:

@@ -11,6 +11,7 @@ from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError
 from tracereward.files import without_nan
 from tracereward.modeling.loading import best_device, local_folder
+from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.distillation import Fit, check_rows, distill, examples_of
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import SETTINGS_FILE, check_reward_model
@@ -53,7 +54,7 @@ def run_export(options: ExportOptions) -> None:
     settings = check_reward_model(options.model)
     output = options.output
     check_folder(output, [options.model, options.data], overwrite=options.overwrite)
-    rows = list(candidate_rows(options.data, template=settings.template))
+    rows = list(candidate_rows(options.data, template=settings.template, tokenizer=load_tokenizer(options.model)))
     check_rows(rows)
     teacher = TokenRewardModel.from_pretrained(options.model).to(best_device())
     student, fit = distill(

@@ -11,6 +11,7 @@ from tracereward.data.labels import judge
 from tracereward.data.readers import read_rows
 from tracereward.data.trace_rows import candidate_rows, check_facts, check_scores, gold_of, traces_in
 from tracereward.errors import InputError
+from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import get_task
@@ -60,7 +61,9 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
         settings = check_reward_model(model)
         check_log_prob_models(settings, options.reference, options.policy)
         task = task or get_task(settings.task)
-        checked = list(islice(candidate_rows(data, template=settings.template), options.limit))
+        checked = list(
+            islice(candidate_rows(data, template=settings.template, tokenizer=load_tokenizer(model)), options.limit)
+        )
         for where, row in checked:
             check_facts(where, row)
         reward_model = load_scorer(model, "transformers")

@@ -12,6 +12,7 @@ from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.sampling import Sample
 from tracereward.modeling.loading import check_model
+from tracereward.modeling.lost_text import MOST_OF_A_TEXT, check_texts
 from tracereward.modeling.policy_settings import PolicySettings, remembered
 from tracereward.modeling.rendering import Rendering, check_rendering, render_prompt
 from tracereward.modeling.tokenization import load_tokenizer
@@ -144,6 +145,8 @@ def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any
     tokenizer = load_tokenizer(model)
     check_rendering(tokenizer, rendering)
     prompts = [render_prompt(tokenizer, row["prompt"], rendering, row["source"]) for row in rows]
+    asked = [(row["source"], [prompt]) for row, prompt in zip(rows, prompts, strict=True)]
+    check_texts(tokenizer, asked, questions.data or str(get_task(questions.task).dataset), MOST_OF_A_TEXT)
     return rows, prompts, tokenizer
 
 

@@ -13,16 +13,14 @@ from tracereward.data.labels import judge, judged_by, judgement_counts
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_write_json, without_nan
+from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.reports.tables import print_ranking
 from tracereward.rewards.engines import load_scorer
 from tracereward.rewards.settings import check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES
-from tracereward.selection import METHODS, Candidate, choose, ranking_aurocs, ranking_table
+from tracereward.selection import RERANK_METHODS, Candidate, choose, ranking_aurocs, ranking_table
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.verdict import BASELINES, verdict
-
-RERANK_METHODS = [name for name in METHODS if name not in ("mean", "oracle", "model", "softmax_vote")]
-"""Methods that need no correctness labels, model names or fitted temperature."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ def run_rerank(options: RerankOptions) -> None:
     if options.output.path is not None and not options.output.to_stdout:
         verdict_file = Path(options.output.path).with_suffix(".verdict.json")
         check_new(verdict_file, [options.model, options.data], overwrite=options.output.overwrite)
-    rows = list(candidate_rows(options.data, template=settings.template))
+    rows = list(candidate_rows(options.data, template=settings.template, tokenizer=load_tokenizer(options.model)))
     if not rows:
         raise InputError(f"{options.data}: no rows")
     for where, row in rows:

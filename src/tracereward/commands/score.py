@@ -22,7 +22,7 @@ from tracereward.console import say
 from tracereward.data.trace_rows import candidate_rows, traces_of
 from tracereward.errors import InputError, check_choice
 from tracereward.modeling.rendering import completion_text, render_prompt
-from tracereward.modeling.tokenization import without_ends
+from tracereward.modeling.tokenization import load_tokenizer, without_ends
 from tracereward.rewards.engines import (
     ENGINES,
     check_engine,
@@ -102,7 +102,9 @@ def _score_to_file(options: ScoreOptions) -> list[str]:
     _note_no_probability(settings, options)
     skipped: list[str] | None = [] if options.skip_bad else None
     # All rows are checked before the model is loaded.
-    count = sum(1 for _ in candidate_rows(options.data, options.split, skipped, settings.template))
+    tokenizer = load_tokenizer(options.model)
+    checked = candidate_rows(options.data, options.split, skipped, settings.template, tokenizer=tokenizer)
+    count = sum(1 for _ in checked)
     check_any_rows(count, options.data, skipped)
     origin, done = None, 0
     if not options.output.to_stdout:

@@ -29,6 +29,7 @@ from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.hub import looks_local, split_name
 from tracereward.modeling.loading import model_fingerprint
+from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
 from tracereward.rewards.records import LogProbModels
 from tracereward.rewards.scorer import Scorer
@@ -79,7 +80,8 @@ def score_to_folder(options: ScoreOptions) -> list[str]:
     skipped: list[str] | None = [] if options.skip_bad else None
     with score_shards.own_folder(folder) as todo:
         calibrated = settings.calibration is not None and options.calibrated
-        rows = candidate_rows(options.data, options.split, skipped, settings.template)
+        tokenizer = load_tokenizer(options.model)
+        rows = candidate_rows(options.data, options.split, skipped, settings.template, tokenizer=tokenizer)
         with score_shards.room(folder):
             columns = score_shards.score_columns(calibrated)
             count, fingerprint, schema = score_shards.cut(rows, folder, todo, columns, everything=output.overwrite)

@@ -20,6 +20,7 @@ from tracereward.errors import InputError
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import check_model, frozen_copy
 from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.lost_text import check_texts
 from tracereward.modeling.policy_settings import PolicySettings, remembered
 from tracereward.modeling.rendering import (
     Rendering,
@@ -133,6 +134,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     unlabeled = render(unlabeled, tokenizer, rendering)
     limit = config.max_completion_length
     assert limit is not None
+    check_texts(tokenizer, texts_of([*rows, *unlabeled]), source)
     rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
     if dropped:
         note(f"{dropped} demonstrations dropped: longer than {limit} tokens (--max_completion_length)")
@@ -178,6 +180,11 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
         validation=validation,
         rendering=rendering,
     )
+
+
+def texts_of(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Location, prompt and completion of rendered rows, for `check_texts`."""
+    return [(row["source"], [text for text in (row["prompt"], row["completion"]) if text]) for row in rows]
 
 
 @contextlib.contextmanager
@@ -329,6 +336,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     if config.discriminator_model is not None:
         check_model(start)
         reward_tokenizer = load_tokenizer(start)
+        check_texts(reward_tokenizer, texts_of(prepared.rows), "--discriminator_model")
         check_rendering(reward_tokenizer, prepared.rendering)
         if same_vocabulary(tokenizer, reward_tokenizer):  # with the policy's end of sequence and chat template
             reward_tokenizer = tokenizer

@@ -4,12 +4,14 @@ Nothing is skipped or truncated silently: a row is kept, dropped with a count, o
 """
 
 import json
+import os
 import random
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tracereward.data.columns import fix, own_columns, reads_columns
 from tracereward.data.readers import not_json, read_rows
-from tracereward.errors import InputError, check_choice
+from tracereward.errors import InputError, check_choice, check_list, check_text
 from tracereward.modeling.rendering import row_location
 from tracereward.modeling.seam import without_end_marks
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def load_demonstrations(
-    source: str,
+    source: str | os.PathLike[str],
     task: Task,
     split: str = "train",
     subset: str | None = None,
@@ -44,8 +46,14 @@ def load_demonstrations(
     Raises:
         InputError: no rows, or a row whose fields are missing, empty or of a wrong type; names file, line and field.
     """
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}: it must be at least 1")
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"source must be a file, a folder or a Hub id, not {source!r:.80}")
+    if not isinstance(task, Task):
+        raise InputError(f"task must be a Task, not {task!r:.80}: get_task('generic') gives one")
+    check_text("split", split)
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise InputError(f"limit is {limit!r}: it must be at least 1")
+    source = os.fspath(source)
     rows: list[dict[str, Any]] = []
     for location, raw in read_rows(source, split, subset):
         if reads_columns(task):
@@ -69,6 +77,21 @@ def load_demonstrations(
     if not rows:
         raise InputError(f"{source}: no rows")
     return rows
+
+
+def check_demonstrations(rows: object) -> None:
+    """Check demonstrations that Python code made, rendered as in training.
+
+    Raises:
+        InputError: not a list of rows with ``prompt``, a text, and ``completion``, a text or None; names the row.
+    """
+    for index, row in enumerate(check_list("demonstrations", rows)):
+        where = f"demonstrations[{index}]"
+        if not isinstance(row, Mapping) or not {"prompt", "completion"} <= row.keys():
+            raise InputError(f"{where} must be a row with the fields prompt and completion, not {row!r:.80}")
+        check_text(f"{where}: prompt", row["prompt"])
+        if row["completion"] is not None:
+            check_text(f"{where}: completion", row["completion"])
 
 
 def checked_example(task: Task, raw: dict[str, Any], location: str, source: str = "") -> dict[str, Any]:

@@ -1,21 +1,30 @@
 """Reading rows of traces and checking the fields that commands use; errors name the row's location."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracereward.data.columns import fix, own_columns
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_number
-from tracereward.messages import check_messages
+from tracereward.messages import check_messages, content_text, reasoning_of
 from tracereward.modeling.alignment import join_steps
+from tracereward.modeling.lost_text import MOST_OF_A_TEXT, Tally, too_much
 from tracereward.modeling.seam import without_end_marks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_PROMPT = "no prompt"
 NO_TRACE = "needs a completion, or candidates or steps, a list of texts that are not empty"
 
 
 def candidate_rows(
-    source: str, split: str = "train", skipped: list[str] | None = None, template: str | None = None
+    source: str,
+    split: str = "train",
+    skipped: list[str] | None = None,
+    template: str | None = None,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows with a prompt and a completion, candidates (a list of texts) or steps (a list of texts, joined later).
 
@@ -24,6 +33,8 @@ def candidate_rows(
         split: of a Hub set.
         skipped: receives a message for each invalid row, which is then skipped; None makes the first one an error.
         template: of the reward model; ``plain`` refuses lists of messages. None: not checked.
+        tokenizer: of the reward model; rows that are largely outside its vocabulary are invalid, and the share of the
+            rest is said at the end. None: not checked.
 
     Yields:
         Location and row, its traces without end marks (`without_marks`).
@@ -31,6 +42,7 @@ def candidate_rows(
     Raises:
         InputError: a row lacks them or does not fit in JSON; names file and line.
     """
+    tally = None if tokenizer is None else Tally(tokenizer)
     for where, row in read_rows(source, split, skipped=skipped):
         try:
             row = without_marks(own_columns(row, where, source))
@@ -42,12 +54,29 @@ def candidate_rows(
         wrong = not_json(row) or _wrong_prompt(row, template) or _wrong_trace(row)
         if wrong in (NO_PROMPT, NO_TRACE):
             wrong += fix(row, source)
+        if wrong is None and tally is not None:
+            wrong = too_much(tally.tokenizer, tally.add(where, texts_in(row), MOST_OF_A_TEXT))
         if wrong is None:
             yield where, row
         elif skipped is None:
             raise InputError(f"{where}: {wrong}")
         else:
             skipped.append(f"{where}: {wrong}")
+    if tally is not None:
+        tally.report(source, most=1.0)
+
+
+def texts_in(row: dict[str, Any]) -> list[str]:
+    """The texts of a row's prompt and traces, messages included."""
+    found: list[str] = []
+    for name in ("prompt", "completion", "candidates", "steps"):
+        values = row.get(name)
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, dict):
+                found += [text for text in (content_text(value.get("content")), reasoning_of(value)) if text]
+            elif isinstance(value, str):
+                found.append(value)
+    return found
 
 
 def without_marks(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward.console import note
-from tracereward.errors import InputError, RunFailed, first_line
+from tracereward.errors import InputError, RunFailed
 from tracereward.generation.params import SamplingParams
-from tracereward.modeling.loading import local_folder
+from tracereward.modeling.loading import read_generation_config
 from tracereward.modeling.tokenization import eos_ids, pad_id
 
 NEUTRAL: dict[str, Any] = {
@@ -145,10 +145,10 @@ def recommended_options(model: str, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: the model has no such file, or it asks for `NOT_SAMPLING`.
     """
-    try:
-        settings = recommended(GenerationConfig.from_pretrained(local_folder(model)))
-    except OSError as error:
-        raise InputError(f"{model}: no generation_config.json to use ({first_line(error)})") from error
+    config = read_generation_config(model)
+    if config is None:
+        raise InputError(f"{model}: no generation_config.json to use")
+    settings = recommended(config)
     if other := {name: value for name, value in settings.items() if name in NOT_SAMPLING}:
         raise InputError(f"{model}: its generation_config.json asks for {_listed(other)}, which sampling does not do")
     settings = {name: value for name, value in settings.items() if name not in given}

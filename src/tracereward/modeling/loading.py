@@ -56,6 +56,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         InputError: there is no such model, or it cannot be downloaded; suggests the nearest folder name.
     """
+    if not isinstance(name, (str, Path)) or not str(name):
+        raise InputError(f"a model must be a folder or a Hub id, not {name!r:.80}")
     name = with_revision(str(name), revision)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -309,12 +311,23 @@ def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def read_generation_config(name: str | Path) -> GenerationConfig | None:
+    """The generation config of a model; None if it has none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    folder = local_folder(name)
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with _explained(name, folder, "generation_config.json cannot be read"):
+        return GenerationConfig.from_pretrained(folder)
+
+
 def end_ids(name: str | Path) -> set[int]:
     """The tokens that end a completion by a model's ``generation_config.json``; empty if it has none."""
-    try:
-        declared = GenerationConfig.from_pretrained(local_folder(name)).eos_token_id
-    except OSError:
-        return set()
+    config = read_generation_config(name)
+    declared = None if config is None else config.eos_token_id
     return {declared} if isinstance(declared, int) else {*(declared or ())}
 
 
@@ -350,7 +363,7 @@ def _explained(name: str | Path, folder: Path | None, what: str) -> Iterator[Non
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise InputError(f"{name}: too large for the memory of this machine ({first_line(error)})") from error
     except Exception as error:
-        damaged = damaged_json(folder) if folder and isinstance(error, json.JSONDecodeError) else None
+        damaged = damaged_json(folder) if folder and isinstance(error, (json.JSONDecodeError, OSError)) else None
         raise InputError(damaged or f"{name}: {what} ({first_line(error)})") from error
 
 

@@ -113,9 +113,15 @@ def adapter_message(name: str, adapter_config: str | Path) -> str:
         adapter_config: path of its ``adapter_config.json``.
     """
     try:
-        base = str(read_json(adapter_config)["base_model_name_or_path"])
+        base = read_json(adapter_config)["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
-        base = "an unknown model"
+        base = None
+    if not isinstance(base, str) or not base:
+        fix = "name its base model there as base_model_name_or_path, then merge it"
+        return f"{name}: is a LoRA adapter, not a model, and {adapter_config} does not say of which model: {fix}"
+    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+        fix = "name its base model there as base_model_name_or_path, then merge it"
+        return f"{name}: is a LoRA adapter of {base}, which is not on this machine ({adapter_config}): {fix}"
     tokenizer = name if any(Path(name).glob("tokenizer*")) else base
     return f"{name}: is a LoRA adapter of {base}, not a model: merge it first: {_MERGE.format(name, tokenizer)}"
 

@@ -47,7 +47,7 @@ from tracereward.modeling.rendering import Rendering, is_rendered, render
 from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
 from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
-from tracereward.rewards.records import ForwardOptions, TokenIds
+from tracereward.rewards.records import ForwardOptions, TokenIds, Trace
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import (
     HEAD_FILE,
@@ -70,6 +70,8 @@ class TokenRewardModel(nn.Module, Scorer):
         settings: RewardSettings,
     ):
         super().__init__()
+        if not isinstance(settings, RewardSettings):
+            raise InputError(f"settings must be RewardSettings, not {type(settings).__name__}")
         keep_tags(tokenizer)
         self.backbone = backbone
         self.tokenizer = tokenizer
@@ -303,6 +305,9 @@ def as_reward_func(
             ended, with a warning.
     """
 
+    if not isinstance(model, TokenRewardModel):
+        raise InputError("model must be a TokenRewardModel: load it with TokenRewardModel.from_pretrained(folder)")
+
     def tracereward(
         prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **_: Any
     ) -> list[float]:
@@ -327,6 +332,11 @@ def as_reward_func(
             ends = special_ids(tokenizer)
             finished = [not text or ids[-1] in ends for ids, text in zip(completion_ids, texts[1], strict=True)]
             texts = texts[0], decoded
-        return [trace.aggregate(model.settings.aggregate) for trace in model.score(*texts, finished=finished)]
+        ended = [True] * len(prompts) if finished is None else finished
+        traces = [
+            model.encode(Trace(where="a rollout", prompt=prompt, completion=text, finished=end), known=False)
+            for prompt, text, end in zip(*texts, ended, strict=True)
+        ]
+        return [scores.aggregate(model.settings.aggregate) for scores in model.score_encoded(traces)]
 
     return tracereward

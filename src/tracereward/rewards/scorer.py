@@ -2,23 +2,35 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from tracereward.errors import EmptyTrace, InputError, RunFailed, TooLong
+from tracereward.errors import (
+    EmptyTrace,
+    InputError,
+    RunFailed,
+    TooLong,
+    check_choice,
+    check_list,
+    check_number,
+    check_text_list,
+)
+from tracereward.errors import check_text as check_argument
 from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
 from tracereward.modeling.batching import Batch
+from tracereward.modeling.lost_text import check_text
 from tracereward.modeling.tokenization import encode_trace
 from tracereward.rewards.first_error_rules import first_below
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
 from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.supervision import supervision_mask
 from tracereward.rewards.token_scores import TokenScores
-from tracereward.selection import Candidate, choose
+from tracereward.selection import RERANK_METHODS, Candidate, choose
 from tracereward.tasks.recipes import get_task
 
 
@@ -106,13 +118,18 @@ class Scorer(ABC):
             policy: the policy, for the logit of the heads ``airl`` and ``implicit``; without it rewards are f.
 
         Raises:
-            InputError: a prompt or trace is empty, or longer than the backbone's positions; nothing is ever truncated.
+            InputError: an argument is no list of texts or they differ in length; a prompt or trace is empty, longer
+                than the backbone's positions (nothing is ever truncated), or much of it is not in the vocabulary.
             RunFailed: a reward is not finite.
         """
-        finished = [True] * len(completions) if finished is None else finished
+        prompts = check_text_list("prompts", prompts)
+        completions = check_text_list("completions", completions, len(prompts))
+        ended = [True] * len(prompts) if finished is None else check_list("finished", finished, len(prompts))
+        if not all(isinstance(one, (bool, np.bool_)) for one in ended):
+            raise InputError("finished must hold true or false for each completion")
         encoded = [
-            self.encode(Trace(where=f"row {index}", prompt=prompt, completion=completion, finished=ended))
-            for index, (prompt, completion, ended) in enumerate(zip(prompts, completions, finished, strict=True))
+            self.encode(Trace(where=f"row {index}", prompt=prompt, completion=completion, finished=bool(end)))
+            for index, (prompt, completion, end) in enumerate(zip(prompts, completions, ended, strict=True))
         ]
         ids = [trace.prompt for trace in encoded], [trace.completion for trace in encoded]
         return self.score_ids(*ids, token_budget=token_budget, reference=reference, policy=policy)
@@ -121,28 +138,48 @@ class Scorer(ABC):
         """Score token ids; for the options see `token_rewards`.
 
         Raises:
+            InputError: an argument is no list of lists of token ids, they differ in length, or a trace cannot be
+                scored.
             RunFailed: a reward is not finite.
         """
+        prompts = self._id_lists("prompts", prompts)
+        completions = self._id_lists("completions", completions, len(prompts))
+        for index, pair in enumerate(zip(prompts, completions, strict=True)):
+            self.check_ids(f"row {index}", *pair)
         rewards = self.token_rewards(prompts, completions, **options)
         for index, values in enumerate(rewards):
             check_finite(f"row {index}", "reward", values.tolist())
         return [self.to_scores(ids, values) for ids, values in zip(completions, rewards, strict=True)]
 
-    def encode(self, trace: Trace, limit: float = math.inf) -> EncodedTrace:
+    def _id_lists(self, what: str, values: object, length: int | None = None) -> list[Sequence[int]]:
+        """Check lists of token ids."""
+        rows: list[Sequence[int]] = check_list(what, values, length)
+        size = len(self.tokenizer)
+        for index, ids in enumerate(rows):
+            fits = not isinstance(ids, (str, Mapping)) and hasattr(ids, "__len__")
+            if not fits or not all(isinstance(one, (int, np.integer)) and 0 <= one < size for one in ids):
+                raise InputError(f"{what}[{index}] must be a list of token ids from 0 to {size - 1}")
+        return rows
+
+    def encode(self, trace: Trace, limit: float = math.inf, *, known: bool = True) -> EncodedTrace:
         """Tokenize a trace and check that this model can score it.
 
         Args:
             trace: as text.
             limit: longest prompt plus completion in tokens, if lower than this model's.
+            known: refuse a text that is not in the vocabulary.
 
         Raises:
             EmptyTrace: the trace has no token.
             InputError: the prompt has none, so that nothing predicts the first token.
             TooLong: it is longer than the backbone's positions, or `limit`.
-            InputError: the tokenizer cannot round-trip its steps.
+            InputError: much of its text is not in the vocabulary, or the tokenizer cannot round-trip its steps.
         """
         prompt, completion = encode_trace(self.tokenizer, trace.prompt, trace.completion, trace.finished)
         self.check_ids(trace.where, prompt, completion, limit)
+        if known:
+            check_text(self.tokenizer, trace.prompt, prompt, trace.where)
+            check_text(self.tokenizer, trace.completion, completion, trace.where)
         if trace.spans:
             self._check_steps(trace, completion)
         return EncodedTrace(where=trace.where, prompt=prompt, completion=completion)
@@ -176,10 +213,22 @@ class Scorer(ABC):
         Args:
             prompt: rendered as in training.
             candidates: traces.
-            method: one of `selection.METHODS`; its choice comes first, the others follow by reward. Votes compare the
-                answers that the task ``settings.task`` extracts.
+            method: one of `selection.RERANK_METHODS`; its choice comes first, the others follow by reward. Votes
+                compare the answers that the task ``settings.task`` extracts.
             log_probs: mean policy log-probs, for the methods that use them.
+
+        Raises:
+            InputError: as for `score`; or the method is unknown, or needs log-probs that are not given.
         """
+        candidates = check_text_list("candidates", candidates)
+        prompt = check_argument("prompt", prompt)
+        check_choice("method", method, RERANK_METHODS)
+        if log_probs is not None:
+            log_probs = check_list("log_probs", log_probs, len(candidates))
+            for index, value in enumerate(log_probs):
+                check_number(f"log_probs[{index}]", value)
+        elif "logprob" in method:
+            raise InputError(f"method {method!r} needs log_probs, the mean policy log-prob of each candidate")
         task, how = get_task(self.settings.task), self.settings.aggregate
         rewards = [scores.aggregate(how) for scores in self.score([prompt] * len(candidates), candidates)]
         known = [None] * len(candidates) if log_probs is None else log_probs
@@ -199,7 +248,8 @@ class Scorer(ABC):
             steps: steps of one trace, without delimiters.
             threshold: in log-odds; `tracereward evaluate processbench` fits one on labelled traces.
         """
-        rewards = self.score_steps([prompt], [steps])[0]
+        check_number("threshold", threshold)
+        rewards = self.score_steps([check_argument("prompt", prompt)], [check_text_list("steps", steps)])[0]
         return first_below(rewards, threshold)
 
     def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -211,7 +261,14 @@ class Scorer(ABC):
         Raises:
             InputError: as for `score`, or the tokenizer cannot round-trip a step.
         """
-        joined = [join_steps(steps, self.settings.step_delimiter) for steps in traces]
+        prompts = check_text_list("prompts", prompts)
+        listed = [
+            check_text_list(f"traces[{n}]", steps) for n, steps in enumerate(check_list("traces", traces, len(prompts)))
+        ]
+        for n, steps in enumerate(listed):
+            if not all(step.strip() for step in steps):
+                raise InputError(f"traces[{n}] has an empty step")
+        joined = [join_steps(steps, self.settings.step_delimiter) for steps in listed]
         found = [
             Trace(where=f"trace {index}", prompt=prompt, completion=text, spans=spans)
             for index, (prompt, (text, spans)) in enumerate(zip(prompts, joined, strict=True))

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tracereward.errors import InputError, check_choice, first_line
+from tracereward.errors import InputError, check_choice, check_text, first_line
 from tracereward.files import atomic_write_json, read_json
 from tracereward.modeling.loading import (
     CAUSAL_LM,
@@ -75,12 +75,13 @@ class RewardSettings:
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("aggregate", self.aggregate, AGGREGATES)
         check_choice("template", self.template, TEMPLATES)
-        if self.interval < 1:
-            raise InputError(f"interval must be at least 1, not {self.interval}")
-        if not self.beta_clip > 0:  # also rejects NaN
-            raise InputError(f"beta_clip must be positive, not {self.beta_clip}")
-        if not self.temperature > 0:
-            raise InputError(f"temperature must be positive, not {self.temperature}")
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise InputError(f"interval must be at least 1, not {self.interval!r}")
+        check_text("step_delimiter", self.step_delimiter)
+        for name in ("beta_clip", "temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0:  # also rejects NaN
+                raise InputError(f"{name} must be positive, not {value!r}")
         check_choice("reward_form", self.form, REWARD_FORMS)
         if self.form == "f" and not subtracts_policy(self.head):
             raise InputError(f"reward_form f is for the heads airl and implicit; with head {self.head} use logit")

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tracereward.errors import InputError, check_choice
+
 AGGREGATES = ("mean", "min", "last", "discounted")
 DISCOUNT = 0.99
 """gamma of the aggregate ``discounted``."""
@@ -47,13 +49,13 @@ class TokenScores:
         """The mean reward of the tokens that overlap each span (start, end) of the text.
 
         Raises:
-            ValueError: no token overlaps a span.
+            InputError: no token overlaps a span.
         """
         means = []
         for start, end in spans:
             inside = [r for r, (a, b) in zip(self.rewards, self.offsets, strict=True) if a < end and b > start]
             if not inside:
-                raise ValueError(f"no token between characters {start} and {end}")
+                raise InputError(f"no token between characters {start} and {end}")
             means.append(sum(inside) / len(inside))
         return means
 
@@ -69,15 +71,16 @@ def aggregate_rewards(rewards: Sequence[float], how: str = "mean") -> float:
     `DISCOUNT` ** t of token t = 0, 1, ...: the weights of a return from the first token.
 
     Raises:
-        ValueError: `how` is not one of `AGGREGATES`.
+        InputError: `how` is not one of `AGGREGATES`, or there are no rewards.
     """
+    check_choice("aggregate", how, AGGREGATES)
+    if not rewards:
+        raise InputError("a trace without tokens has no reward")
     if how == "mean":
         return sum(rewards) / len(rewards)
     if how == "min":
         return min(rewards)
     if how == "last":
         return rewards[-1]
-    if how == "discounted":
-        weights = [DISCOUNT**t for t in range(len(rewards))]
-        return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)
-    raise ValueError(f"unknown aggregate {how!r}; known: {', '.join(AGGREGATES)}")
+    weights = [DISCOUNT**t for t in range(len(rewards))]
+    return sum(w * r for w, r in zip(weights, rewards, strict=True)) / sum(weights)

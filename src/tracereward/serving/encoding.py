@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+from tracereward.console import warn_once
 from tracereward.errors import InputError
+from tracereward.modeling.lost_text import check_text
 from tracereward.modeling.seam import continued
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.scorer import Scorer
@@ -46,12 +48,14 @@ def encode_traces(
             known[prompt] = encode_prompt(model.tokenizer, prompt)
             if not known[prompt]:
                 raise InputError(f"prompt {index}: no tokens; give a non-empty prompt")
+            _check_text(model, prompt, known[prompt], "prompt", strict=field not in PROXIED)
         _check_pieces(model, completion, max_tokens, field)
         pairs.append((known[prompt], encode_completion(model.tokenizer, continued(prompt, completion), ended)))
         total += sum(map(len, pairs[-1]))
         if total > max_tokens:
             raise TooManyTokens(field, max_tokens)
         model.check_ids(f"{field} {index}", *pairs[-1])
+        _check_text(model, completion, pairs[-1][1], f"{field} {index}", strict=field not in PROXIED)
     return pairs
 
 
@@ -63,6 +67,7 @@ def encode_inputs(model: Scorer, inputs: Sequence[str | list[int]], max_tokens: 
         if isinstance(given, str):
             _check_pieces(model, given, max_tokens, "input")
             ids = encode_completion(model.tokenizer, given, finished=False)
+            _check_text(model, given, ids, f"input {index}")
         else:
             ids = given
         total += len(ids)
@@ -75,6 +80,20 @@ def encode_inputs(model: Scorer, inputs: Sequence[str | list[int]], max_tokens: 
         pairs.append((ids[:1], ids[1:]))
         model.check_ids(f"input {index}", *pairs[-1])
     return pairs
+
+
+PROXIED = ("sample", "prompt")
+"""Fields of requests that the upstream answers: the client did not send these texts to be judged."""
+
+
+def _check_text(model: Scorer, text: str, ids: Sequence[int], where: str, *, strict: bool = True) -> None:
+    """Refuse a text that the vocabulary does not hold; if not strict, warn once."""
+    try:
+        check_text(model.tokenizer, text, ids, where)
+    except InputError as error:
+        if strict:
+            raise
+        warn_once(str(error))
 
 
 def _check_pieces(model: Scorer, text: str, max_tokens: float, field: str) -> None:

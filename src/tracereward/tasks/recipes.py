@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tracereward.errors import check_choice
+from tracereward.errors import check_choice, check_text
 from tracereward.messages import check_messages
 from tracereward.tasks import answers, extraction
 
@@ -44,8 +44,8 @@ class Task:
 
     def verify(self, completion: str, answer: str) -> bool:
         """Whether the answer extracted from `completion` equals the gold `answer`; False if there is none."""
-        stated = self.extract(completion)
-        return stated is not None and self.equal(stated, answer)
+        stated = self.extract(check_text("completion", completion))
+        return stated is not None and self.equal(stated, check_text("answer", answer))
 
 
 def get_task(name: str) -> Task:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from tracereward import metrics
 from tracereward.console import warn
+from tracereward.data.demonstrations import check_demonstrations
 from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.adapters import POLICY, AdapterView
 from tracereward.modeling.batching import Batch, pack
@@ -88,6 +89,7 @@ class AdversarialTrainer(RolloutTrainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        check_demonstrations(demonstrations)
         reward_prompts = {row["prompt"]: row["reward_prompt"] for row in demonstrations if "reward_prompt" in row}
         unlabeled = [row for row in demonstrations if row["completion"] is None]
         demonstrations = [row for row in demonstrations if row["completion"] is not None]
