@@ -14,6 +14,13 @@ from typing import Any
 from tracereward.errors import InputError, nearest
 
 DISK_FULL = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
+_FULL = ("No space left", "File too large", "Disk quota exceeded", "file write failed")
+"""Parts of the messages of torch and safetensors, whose exceptions have no errno."""
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception of the system, torch or safetensors says that a disk is full."""
+    return getattr(error, "errno", None) in DISK_FULL or any(part in str(error) for part in _FULL)
 
 
 def fsync_tree(folder: Path) -> None:
@@ -41,6 +48,9 @@ def atomic_write_text(path: str | os.PathLike, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a failed write has no name, and that of the temporary file helps nobody
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -8,6 +8,7 @@ import httpx
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 from transformers import AutoConfig
 
 from helpers.command_line import bench, command, refused  # noqa: F401
@@ -32,6 +33,7 @@ def log_of(text: str) -> str:
     ("error", "parts"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "out"), ["out: ", "disk is full"]),
+        (SafetensorError("I/O error: File too large (os error 27)"), ["disk is full", "os error 27"]),
         (PermissionError(errno.EACCES, "Permission denied", "rows"), ["rows: Permission denied", "may read"]),
         (OSError(errno.EMFILE, "Too many open files"), ["ulimit"]),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), ["2 GiB", "smaller batches"]),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tracereward import __version__
 from tracereward.errors import first_line
-from tracereward.files import DISK_FULL
+from tracereward.files import is_disk_full
 
 LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "unable to allocate")
@@ -33,6 +33,9 @@ def explained(error: BaseException) -> str:
     text = first_line(error)
     if isinstance(error, MemoryError) or any(part in str(error).lower() for part in MEMORY):
         return f"out of memory ({text}): {SMALLER}"
+    if is_disk_full(error):
+        named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+        return f"{named}the disk is full ({text}): free some space, then run the command again"
     origin = type(error).__module__.partition(".")[0]
     if origin in HUB or isinstance(error, ConnectionError | TimeoutError):
         return f"the network failed ({text}): try again, or set HF_HUB_OFFLINE=1 if all models and data are local"
@@ -51,8 +54,6 @@ def explained(error: BaseException) -> str:
 
 def _of_the_system(error: OSError) -> str:
     what = f"{error.filename}: " if error.filename else ""
-    if error.errno in DISK_FULL:
-        return f"{what}the disk is full: free some space, then run the command again"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{what}too many open files: raise the limit, as with `ulimit -n 4096`"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

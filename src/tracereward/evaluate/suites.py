@@ -152,22 +152,26 @@ def publish(
 ) -> None:
     """Write ``BASE.json`` and ``BASE.html``, and print the tables, or the JSON, on stdout."""
     line = f"Verdict: {result['verdict']['line']}." if result.get("verdict") else ""
-    base.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(base.with_name(f"{base.name}.json"), result)
-    write_report(
-        base.with_name(f"{base.name}.html"),
-        Report(
-            title=f"Evaluation: {base.name}",
-            summary=" ".join(filter(None, [f"{result.get('model') or result['policy']} on {result['data']}.", line])),
-            command=" ".join(["tracereward", *sys.argv[1:]]),
-            tables=tables,
-            figures=figures,
-        ),
-    )
-    if as_json:
-        print_json(result)
-    else:
-        print_tables(tables)
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(base.with_name(f"{base.name}.json"), result)
+        write_report(
+            base.with_name(f"{base.name}.html"),
+            Report(
+                title=f"Evaluation: {base.name}",
+                summary=" ".join(
+                    filter(None, [f"{result.get('model') or result['policy']} on {result['data']}.", line])
+                ),
+                command=" ".join(["tracereward", *sys.argv[1:]]),
+                tables=tables,
+                figures=figures,
+            ),
+        )
+    finally:  # on a full disk too
+        if as_json:
+            print_json(result)
+        else:
+            print_tables(tables)
     if line:
         say(line)
     note(f"written: {base}.json and .html")

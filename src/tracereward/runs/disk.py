@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from tracereward.errors import Interrupted, RunFailed
-from tracereward.files import DISK_FULL, require_free_disk
+from tracereward.files import is_disk_full, require_free_disk
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import read_config
 from tracereward.runs.job import CHECKPOINTS, Job, starting_policy
@@ -24,12 +24,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free if folder.exists() else None
-        written_short = (
-            "No space left" in str(error)
-            or "file write failed" in str(error)
-            or (getattr(error, "errno", None) in DISK_FULL)
-        )
-        if not written_short or isinstance(error, RunFailed | Interrupted):
+        if not is_disk_full(error) or isinstance(error, RunFailed | Interrupted):
             raise
         raise RunFailed(
             f"the disk of {folder} is full ({free} bytes free). {kept(folder / CHECKPOINTS)}: "
