@@ -21,7 +21,7 @@ class RunFailed(RuntimeError):
     """A run failed after it started: says at which step, and what was saved. The commands exit with 1."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of an error's message, or the name of its class; at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 

@@ -78,7 +78,9 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
     for row in scored:
         if others := not_shown[_asked(row)]:
             row["not_shown"] = others
-    for row in scored if task is not None else ():
+    if task is None:
+        return scored
+    for row in scored:
         for text, found in zip(row["candidates"], row["scores"]) if "candidates" in row else [(row["completion"], row)]:
             judged = judge(found, text, task, gold_of(row))
             found["extracted"] = judged.answer

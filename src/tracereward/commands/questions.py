@@ -146,7 +146,7 @@ def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any
     check_rendering(tokenizer, rendering)
     prompts = [render_prompt(tokenizer, row["prompt"], rendering, row["source"]) for row in rows]
     asked = [(row["source"], [prompt]) for row, prompt in zip(rows, prompts, strict=True)]
-    check_texts(tokenizer, asked, questions.data or str(get_task(questions.task).dataset), MOST_OF_A_TEXT)
+    check_texts(tokenizer, asked, questions.data or str(get_task(str(questions.task)).dataset), MOST_OF_A_TEXT)
     return rows, prompts, tokenizer
 
 

@@ -105,7 +105,7 @@ def _saved_rows(source: str, path: Path, split: str) -> Iterator[tuple[str, dict
         saved = datasets.load_from_disk(str(path))
         if isinstance(saved, datasets.DatasetDict):
             if split not in saved:
-                raise InputError(_no_split(source, split, list(saved)))
+                raise InputError(_no_split(source, split, [str(name) for name in saved]))
             source, saved = f"{source}:{split}", saved[split]
         for n, row in enumerate(saved, start=1):
             yield f"{source}:{n}", dict(row)
@@ -235,6 +235,7 @@ def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, ob
     try:
         with _opened(path) as lines:
             for n, line in enumerate(lines, start=1):
+                text = ""
                 try:
                     text = line.decode("utf-8-sig" if n == 1 else "utf-8")
                     if text.strip():

@@ -64,7 +64,11 @@ def _unknown(tokenizer: "PreTrainedTokenizerBase") -> tuple[str | None, int | No
     """The token that stands for text outside the vocabulary, and its id."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     token = tokenizer.unk_token or getattr(getattr(backend, "model", None), "unk_token", None)
-    return (token, tokenizer.convert_tokens_to_ids(token)) if isinstance(token, str) else (None, None)
+    if not isinstance(token, str):
+        return None, None
+    index = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(index, int)  # of one token
+    return token, index
 
 
 @lru_cache(maxsize=4096)

@@ -286,7 +286,7 @@ RewardModel = TokenRewardModel
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Tokens that are no text: one of them last in a sampled trace means that the trace ended by itself."""
     added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {*added, *tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}  # pyright: ignore[reportUnhashable]
 
 
 def as_reward_func(

@@ -166,6 +166,7 @@ def same_form(left: Form, right: Form) -> bool:
         return _same_collection(left, right)
     if isinstance(left, Collection) or isinstance(right, Collection):
         collection, other = (left, right) if isinstance(left, Collection) else (right, left)
+        assert isinstance(collection, Collection)
         if isinstance(other, Expression) and _RELATION.search(other.text) and collection.brackets in _INTERVALS:
             # 2x > 6 is (3, \infty)
             return symbolic.same_expression(_written(collection), other.text)

@@ -12,6 +12,7 @@ import signal
 import sys
 import zlib
 from functools import lru_cache
+from typing import Any
 
 import sympy
 from latex2sympy2_extended.math_normalization import NormalizationConfig
@@ -50,7 +51,7 @@ def fingerprint(text: str) -> list | None:
     the two points, which no factor changes); ``letters`` (a product of symbols, without values); ``other`` (nothing is
     known).
     """
-    found = next((one for one in parsed(text) if not isinstance(one, str)), None)
+    found: Any = next((one for one in parsed(text) if not isinstance(one, str)), None)
     if found is None:
         return None
     if isinstance(found, sympy.Symbol):
@@ -64,13 +65,12 @@ def fingerprint(text: str) -> list | None:
         if values and any(abs(value) > HUGE for value in values):
             return ["huge", [[float(sympy.log(abs(value))), float(sympy.arg(value))] for value in values]]
         return ["scalar", as_pairs(values)] if values else ["other", []]
-    links = found.args if isinstance(found, sympy.And) else (found,)
+    links: Any = found.args if isinstance(found, sympy.And) else (found,)
     if all(isinstance(link, sympy.core.relational.Relational) for link in links):
         differences = [values_of(link.lhs - link.rhs) for link in links]
-        if all(values and values[1] for values in differences):
-            quotients = sorted(
-                (complex(values[0] / values[1]) for values in differences), key=lambda z: (z.real, z.imag)
-            )
+        known = [values for values in differences if values and values[1]]
+        if len(known) == len(differences):
+            quotients = sorted((complex(first / second) for first, second in known), key=lambda z: (z.real, z.imag))
             return [f"relation {len(links)}", as_pairs(quotients)]
     return ["other", []]
 
@@ -80,23 +80,22 @@ def as_pairs(values: list) -> list[list[float]]:
     return [[complex(value).real, complex(value).imag] for value in values]
 
 
-def values_of(expression: sympy.Expr) -> list[sympy.Expr] | None:
+def values_of(expression: Any) -> list[Any] | None:
     """Values at two points; None if the expression has other parts than elementary functions, or no finite values."""
     values = [value_at(expression, start) for start in (1, 2)] if simple(expression) else [None]
     return None if None in values else values
 
 
-def simple(expression: sympy.Basic) -> bool:
+def simple(expression: Any) -> bool:
     """Whether it has elementary functions of numbers and symbols only; sums and integrals need not end."""
-    elementary = sympy.functions.elementary
     return all(
-        isinstance(part, PLAIN) or type(part).__module__.startswith(elementary.__name__)
+        isinstance(part, PLAIN) or type(part).__module__.startswith("sympy.functions.elementary")
         for part in sympy.preorder_traversal(expression)
     )
 
 
-def value_at(expression: sympy.Expr, start: int) -> sympy.Expr | None:
-    """Value where each symbol has a value that depends on its name and `start` only."""
+def value_at(expression: Any, start: int) -> Any:
+    """Value where each symbol has a value that depends on its name and `start` only; None if there is none."""
     point = {
         symbol: sympy.Rational(zlib.crc32(f"{symbol.name}{start}".encode()) % 10_007 + 5_003, 10_007)
         for symbol in expression.free_symbols

@@ -145,7 +145,9 @@ def _scripts(text: str) -> str:
     """Runs of superscript and subscript characters as ``^{...}`` and ``_{...}``."""
     for table, mark in ((_SUPERSCRIPTS, "^"), (_SUBSCRIPTS, "_")):
         run = re.compile(f"[{''.join(table)}]+")
-        text = run.sub(lambda found, table=table, mark=mark: f"{mark}{{{''.join(map(table.get, found[0]))}}}", text)
+        text = run.sub(
+            lambda found, table=table, mark=mark: f"{mark}{{{''.join(table[one] for one in found[0])}}}", text
+        )
     return text
 
 

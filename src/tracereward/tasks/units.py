@@ -106,12 +106,15 @@ def _table() -> dict[str, tuple[dict[str, int], Fraction]]:
 
 _UNITS = _table()
 CURRENCY_SIGNS = "$\N{EURO SIGN}\N{POUND SIGN}\N{INDIAN RUPEE SIGN}\N{YEN SIGN}\N{WON SIGN}\N{CENT SIGN}"
-_ATTACHED = set(["m", "g", "s", "h", "L", "l"])  # one letter right behind the number: a unit, not a variable
-_SPACED = _ATTACHED | set(["J", "N", "W", "V", "A", "C", "B", "K"])
+_ATTACHED = {"m", "g", "s", "h", "L", "l"}  # one letter right behind the number: a unit, not a variable
+_SPACED = _ATTACHED | {"J", "N", "W", "V", "A", "C", "B", "K"}
 _LETTERS = r"A-Za-z\N{GREEK SMALL LETTER MU}"
 _TOKEN = re.compile(
-    rf"\N{{DEGREE SIGN}}[CFK](?![A-Za-z])|[{_LETTERS}][\w{_LETTERS}'.]*"
-    rf"|[/\N{{DEGREE SIGN}}{re.escape(CURRENCY_SIGNS)}-]|\^ ?\{{? ?-?[1-9] ?\}}?|\\cdot"
+    "\N{DEGREE SIGN}[CFK](?![A-Za-z])"
+    + rf"|[{_LETTERS}][\w{_LETTERS}'.]*"
+    + "|[/\N{DEGREE SIGN}"
+    + re.escape(CURRENCY_SIGNS)
+    + r"-]|\^ ?\{? ?-?[1-9] ?\}?|\\cdot"
 )
 _DEGREES = re.compile(
     "\\b(?:degrees?|deg)\\b\\.? ?(celsius|fahrenheit|[CF]\\b)|\N{DEGREE SIGN} ?(?=[CFK]\\b)", flags=re.I
