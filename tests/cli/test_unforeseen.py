@@ -66,7 +66,7 @@ def test_own_faults_are_written_to_a_file(command, bench, tmp_path, monkeypatch)
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [ROW])
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("a fault")
 
     monkeypatch.setattr(score, "candidate_rows", broken)
