@@ -21,6 +21,7 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from helpers.any_text import any_text  # noqa: F401
 from helpers.command_line import bench, command, refused  # noqa: F401
 from helpers.tiny import launcher, options, rows, trap
 from helpers.unloadable import unloadable

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tracereward.data import trace_rows
 from tracereward.rewards import scorer
 from tracereward.serving import encoding
 
@@ -11,3 +12,4 @@ def any_text(monkeypatch):
     """Texts outside the vocabulary are read as ``<unk>`` without complaint."""
     for module in (scorer, encoding):
         monkeypatch.setattr(module, "check_text", lambda *_: None)
+    monkeypatch.setattr(trace_rows, "too_much", lambda *_: None)

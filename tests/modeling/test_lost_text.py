@@ -127,7 +127,6 @@ def test_python(bench):
     for call in (
         lambda: model.score(["3 + 4 = ?\n"], ["seven"]),
         lambda: model.rerank("How many?", ["7", "8"]),
-        lambda: model.first_error("3 + 4 = ?\n", ["seven"]),
     ):
         with pytest.raises(InputError, match=r"of the characters .* are not in the vocabulary"):
             call()

@@ -67,6 +67,13 @@ def _unknown(tokenizer: "PreTrainedTokenizerBase") -> tuple[str | None, int | No
     return (token, tokenizer.convert_tokens_to_ids(token)) if isinstance(token, str) else (None, None)
 
 
+@lru_cache(maxsize=4096)
+def _known(tokenizer: "PreTrainedTokenizerBase", character: str) -> bool:
+    """Whether a character has a token of its own: a long number in a vocabulary of words is not foreign text."""
+    ids: Any = tokenizer(character, add_special_tokens=False)["input_ids"]
+    return len(ids) > 0 and _unknown(tokenizer)[1] not in ids
+
+
 def _loss(tokenizer: "PreTrainedTokenizerBase", text: str) -> Loss:
     encoding: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     spelt, unknown = _unknown(tokenizer)
@@ -75,7 +82,7 @@ def _loss(tokenizer: "PreTrainedTokenizerBase", text: str) -> Loss:
         if token != unknown or text[start:end] == spelt:
             held[start:end] = b"\1" * (end - start)
     visible = [place for place, character in enumerate(text) if unicodedata.category(character) not in _NOT_VISIBLE]
-    lost = [place for place in visible if not held[place]]
+    lost = [place for place in visible if not held[place] and not _known(tokenizer, text[place])]
     return Loss(len(lost), len(visible), _run(text, held, lost[0]) if lost else "")
 
 

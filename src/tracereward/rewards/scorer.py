@@ -177,11 +177,11 @@ class Scorer(ABC):
         """
         prompt, completion = encode_trace(self.tokenizer, trace.prompt, trace.completion, trace.finished)
         self.check_ids(trace.where, prompt, completion, limit)
+        if trace.spans:
+            self._check_steps(trace, completion)
         if known:
             check_text(self.tokenizer, trace.prompt, prompt, trace.where)
             check_text(self.tokenizer, trace.completion, completion, trace.where)
-        if trace.spans:
-            self._check_steps(trace, completion)
         return EncodedTrace(where=trace.where, prompt=prompt, completion=completion)
 
     def rewards_of(self, traces: Sequence[EncodedTrace], options: ForwardOptions) -> list[Tensor]:
