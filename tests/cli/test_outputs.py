@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.any_text import any_text  # noqa: F401
 from helpers.command_line import bench, command, refused  # noqa: F401
 from helpers.tiny import launcher, rows, trap
 from tracereward.cli import app
