@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.any_text import any_text  # noqa: F401
 from helpers.command_line import bench, command, refused  # noqa: F401
 from helpers.tiny import launcher, rows, trap
 from tracereward.cli import app
@@ -189,7 +190,9 @@ def test_results_of_other_inputs_are_kept_in_the_same_folder(tmp_path):
     assert again.checked("policy", "second", ["questions"]) == tmp_path / "policy-2"
     assert again.checked("policy", "third", ["questions"]) == tmp_path / "policy"
     stored("pool", model="rm", policy="baseline", data="rows")
-    assert Results(folder=tmp_path).checked("pool", "rm", ["rows", None]) == tmp_path / "pool-2"
+    assert Results(folder=tmp_path).checked("pool", "other", ["rows"]) == tmp_path / "pool-2"
+    with pytest.raises(InputError, match="exists already"):  # without its baseline it is the same evaluation
+        Results(folder=tmp_path).checked("pool", "rm", ["rows"])
 
 
 def test_calibration_is_not_replaced(command, bench, tmp_path, experts):

@@ -2,6 +2,7 @@
 
 import errno
 import re
+import shutil
 from pathlib import Path
 
 import httpx
@@ -9,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from helpers.command_line import bench, command, refused  # noqa: F401
@@ -64,7 +66,7 @@ def test_own_faults_are_written_to_a_file(command, bench, tmp_path, monkeypatch)
     data = tmp_path / "rows.jsonl"
     write_jsonl(data, [ROW])
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyError("a fault")
 
     monkeypatch.setattr(score, "candidate_rows", broken)
@@ -86,6 +88,21 @@ def test_interrupts_before_a_command_starts(monkeypatch, capsys):
         app.main(pressed)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "\ntracereward: interrupted\n"
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_weights_that_are_not_finite_stop_sampling(command, bench, tmp_path, temperature):
+    """Greedy decoding alone would go on and write NaN, which is not JSON."""
+    write_jsonl(tmp_path / "rows.jsonl", [ROW])
+    broken = tmp_path / "broken"
+    shutil.copytree(bench.model, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights = {name: weight * float("nan") for name, weight in weights.items()}
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    words = ["--data", tmp_path / "rows.jsonl", "-n", 1, "--max-new-tokens", 4, "--temperature", temperature]
+    done = command("sample", broken, *words)
+    assert (done.code, done.out) == (1, "")
+    assert "not finite" in done.err.splitlines()[-1]
 
 
 TRIES = {

@@ -88,7 +88,9 @@ def _of_others(path: Path, inputs: Collection[str | None]) -> bool:
     """Whether a file has results of a model or of data that are not among `inputs`."""
     try:
         stored = read_json(path)
-        named = {stored.get(name) for name in ("model", "policy", "reward_model", "data")} - {None}
+        # Next to a reward model the policy is a baseline only.
+        judged = ("model",) if "model" in stored else ("policy", "reward_model")
+        named = {stored.get(name) for name in (*judged, "data")} - {None}
     except (OSError, ValueError, AttributeError, TypeError):
         return False
     return not named <= set(inputs)
