@@ -390,3 +390,21 @@ def test_fingerprints_decide_pairs_without_math_verify(monkeypatch):
     assert len(vote_groups(dict.fromkeys(texts, 1.0), answers.equal_math)) == 48
     assert asked.count(1) <= 48
     assert asked.count(2) == 0
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "equal"),
+    [
+        (".5", "5", False),
+        (".75", "75", False),
+        (".5", "1/2", True),
+        ("(.5, 1)", "(0.5, 1)", True),
+        ("18\u3002", "18", True),
+        ("2pi", r"2\pi", True),
+        ("infinity", "\u221e", True),
+        ("pie", r"\pi e", False),
+    ],
+)
+def test_points_and_names(a, b, equal):
+    """A point in front of a digit is a part of the number, never punctuation."""
+    assert answers.equal_math(a, b) == answers.equal_math(b, a) == equal

@@ -290,3 +290,23 @@ def test_extraction_never_raises_and_gives_text(text):
     for extract in EXTRACTORS:
         found = extract(text)
         assert found is None or found.strip()
+
+
+@pytest.mark.parametrize(
+    ("extract", "text", "answer"),
+    [
+        (extraction.extract_letter, "Answer - B", "B"),
+        (extraction.extract_letter, "Answer: \u201cB\u201d", "B"),
+        (extraction.extract_letter, "Answer: \uff08\uff22\uff09", "B"),
+        (extraction.extract_letter, "\u7b54\u6848\uff1aB", "B"),
+        (extraction.extract_letter, "The answer is B<|im_end|>", "B"),
+        (extraction.extract_letter, "The answer is (B)(C)", None),
+        (extraction.extract_letter, "The answer - as I said - is long", None),
+        (extraction.extract_number, "\u7b54\u6848\u662f 18", "18"),
+        (extraction.extract_number, "#### 18<|eot_id|>", "18"),
+        (extraction.extract_number, "#### 18 ####", "18"),
+        (extraction.extract_number, "<think>The answer is 18</think>", "18"),
+    ],
+)
+def test_other_spellings_of_a_statement(extract, text, answer):
+    assert extract(text) == answer

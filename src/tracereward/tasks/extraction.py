@@ -7,6 +7,7 @@ documents the order; of one form the last occurrence that *is* an answer counts,
 """
 
 import re
+import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
@@ -18,7 +19,9 @@ MAX_OCCURRENCES = 100
 """Occurrences of a form that are read, from the end of a text."""
 
 _LEAD = re.compile(
-    r"<answer>\s{0,4}|(?:\A|\n)#{1,6}[ \t]{1,4}(?:the\s)?(?:final\s)?answer[ \t*:]{0,4}(?=\n)"
+    r"<answer>\s{0,4}|(?:\u7b54\u6848|\u7b54)\s?(?:\u662f|\u4e3a|[:\uff1a]){1,2}\s?"
+    r"|(?:\A|\n)[ \t*]{0,4}(?:final\s)?answer[ \t*]{0,4}\s[-\u2013\u2014]\s"
+    r"|(?:\A|\n)#{1,6}[ \t]{1,4}(?:the\s)?(?:final\s)?answer[ \t*:]{0,4}(?=\n)"
     r"|\*\*(?:final\s)?answer:?\*\*[ \t:]{0,4}|\b(?:answer|(?:correct|best|right)\s(?:answer|option|choice))"
     r"(?:\s(?:to|for)\s[^.\n:]{1,80}?)?[ \t*_]{0,4}"
     r"(?:\b(?:is|was|would\sbe|should\sbe|must\sbe|will\sbe|becomes)\b(?!n't|\snot\b)|[:=])[ \t:*_]{0,6}"
@@ -55,12 +58,12 @@ _NO_WORDS = re.compile(
     r"(?:not|correct|incorrect|right|wrong|as\sfollows|clear|obvious|below|above|shown|given|found)\b", flags=re.I
 )
 _SEVERAL = (
-    r"(?:\s*(?:,|/|&|;|\band\b|\bor\b|\bbut also\b)\s*)+(?:both\s+)?"
+    r"(?:(?:\s*(?:,|/|&|;|\band\b|\bor\b|\bbut also\b)\s*)+(?:both\s+)?|(?<=[)\]])\s?(?=\([A-J]\)))"
     r"(?:\([A-J]\)|[A-J](?=\s*(?:[.,;:)]|\Z|\n|and\b|or\b)))"
 )
 _LETTER = re.compile(
     r"\s*(?:(?i:option|choice|letter|answer)s?\s+)?(?:both\s+|either\s+)?(?:[\[(]\s*([A-Ja-j])\s*[\])]|"
-    rf"([A-J])(?=\s*\Z|\s*[.,;:!?)\]}}/&\n]|\s+(?:{_REASONS}|and|or)\b|\s+[-\u2013\u2014(]))",
+    rf"([A-J])(?=\s*\Z|\s*[.,;:!?)\]}}/&\n\"']|\s+(?:{_REASONS}|and|or)\b|\s+[-\u2013\u2014(]))",
 )
 _MORE_LETTERS = re.compile(rf"[).\]]*{_SEVERAL}")
 _YES_NO = re.compile(
@@ -68,6 +71,10 @@ _YES_NO = re.compile(
 )
 _SEVERAL_LETTERS = ""
 """What `_letter` returns for "(A) and (C)": a statement, but no answer."""
+
+_QUOTES = re.compile("[\u201c\u201d\u2018\u2019\u300c\u300d]")
+_END = re.compile(r"</(?:answer|s|think)>|<(?:eos|end_of_turn|pad)>|<\|[A-Za-z_]{2,20}\|>|####")
+"""What ends an answer on its line: a closing tag or a model's end mark."""
 
 Reader = Callable[[str], str | None]
 
@@ -108,7 +115,7 @@ def extract_boxed(text: str) -> str | None:
 def hashes(text: str) -> Iterator[str]:
     """What follows ``####`` on its line, from the last line to the first; not the headings."""
     for found in _last(_HASHES, text):
-        line = found[1].strip()
+        line = _END.split(found[1])[0].strip()
         if line and not _HEADING.match(unwrapped(line)) and not line.endswith(":"):
             yield line[: 10 * MAX_LENGTH]
 
@@ -125,7 +132,7 @@ def phrases(text: str) -> Iterator[str]:
     """What follows "the answer is" or "Answer:" on its line (if empty, the next one), from the last to the first."""
     for found in _last(_LEAD, text):
         rest = text[found.end() : found.end() + 4 * MAX_LENGTH]
-        line, _, after = rest.split("</answer>")[0].partition("\n")
+        line, _, after = _END.split(rest)[0].partition("\n")
         if line.strip(" \t*_$"):
             yield line
         elif re.search(r"[:#]|\*\*", found[0]) or "$$" in line or after.lstrip().startswith((r"\[", "$")):
@@ -265,7 +272,8 @@ def _letter(raw: str) -> str | None:
     r"""The choice that a statement starts with; `_SEVERAL_LETTERS` for several."""
     inner = extract_boxed(raw)
     text = unwrapped(without_text_commands(inner or raw).strip().removesuffix("."))
-    text = _INNER_LEAD.sub("", text).replace("$", "").replace("\\", " ").lstrip("\"'`{* ")
+    text = unicodedata.normalize("NFKC", _INNER_LEAD.sub("", text).replace("$", "").replace("\\", " "))
+    text = _QUOTES.sub('"', text).lstrip("\"'`{* ")
     lower = re.fullmatch(r"\(?([a-j])\)?", text.strip(" .}"))
     if lower and inner:
         return lower[1].upper()

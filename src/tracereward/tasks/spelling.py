@@ -14,6 +14,7 @@ _SYMBOLS = {
     **dict.fromkeys("\u00b0\u00ba\u02da", "\N{DEGREE SIGN}"),
     **dict.fromkeys("\u201c\u201d\u2018", '"'),
     "\u2019": "'",
+    "\u3002": ".",
     "\u00d7": r"\times ",
     "\u00f7": r"\div ",
     "\u2248": r"\approx ",
@@ -81,6 +82,8 @@ _SYNONYM = re.compile(rf"\\({'|'.join(_SYNONYMS)})(?![A-Za-z])")
 _FUNCTION = re.compile(
     r"(?<![\\A-Za-z])(sin|cos|tan|cot|sec|csc|log|ln|exp)(?=[({_^\\\d]| [({\\\d]| ?[a-z](?![A-Za-z]))"
 )
+_NAMES = {"pi": "pi", "infinity": "infty"}
+_NAMED = re.compile(rf"(?<![A-Za-z\\])(?:{'|'.join(_NAMES)})(?![A-Za-z])", flags=re.I)
 _POWER = re.compile(r"(?<=[\w)\]}])\*\*(?=[\w({-])")
 _QUOTED = re.compile(r"\A([\"'`]+)(.+?)\1\Z")
 
@@ -138,7 +141,10 @@ def plain_latex(text: str) -> str:
     text = re.sub(r"(?<=\d) ?[xX*] ?(?=\d)", r" \\times ", text)
     if not re.search(r"[(\[{][^)\]}]*,", text):  # commas within brackets separate elements
         text = without_thousands(text)
-    return re.sub(r"\A(?:=|#(?=\d))\s*", "", " ".join(text.split()).strip(" .,;:"))
+    text = _NAMED.sub(lambda found: rf"\{_NAMES[found[0].casefold()]} ", text)
+    text = " ".join(text.split()).rstrip(" .,;:")
+    # The point of ".5" is part of the number.
+    return re.sub(r"\A(?:[ ,;:]|\.(?!\d)|=|#(?=\d))+", "", text)
 
 
 def _scripts(text: str) -> str:
