@@ -29,7 +29,7 @@ from tracereward import __version__
 from tracereward.commands import score
 from tracereward.errors import InputError
 from tracereward.files import write_jsonl
-from tracereward.modeling.loading import check_model
+from tracereward.modeling.loading import check_model, context_length, read_config
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings, write_calibration
@@ -1220,3 +1220,10 @@ leave(3)
 def test_distributed_process_skips_interpreter_shutdown(kind, printed):
     done = subprocess.run([sys.executable, "-c", DISTRIBUTED, kind], stdout=subprocess.PIPE, text=True, timeout=300)
     assert (done.returncode, done.stdout.splitlines()) == (3, printed)
+
+
+def test_completions_that_a_policy_cannot_read(command, bench):
+    """Positions are checked before the model loads: the longest prompt and the limit together."""
+    positions = context_length(read_config(bench.bare))
+    words = ["sample", bench.bare, "--task", "arithmetic", "--data", bench.experts, "--limit", 1]
+    refused(command(*words, "--max-new-tokens", positions), f"but {bench.bare} reads {positions}", "--max-new-tokens")

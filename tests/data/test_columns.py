@@ -100,6 +100,18 @@ def test_questions(tmp_path, row, prompt, completion, answer):
     assert (known["prompt"], known["answer"]) == (prompt, answer)
 
 
+@pytest.mark.parametrize("name", ["completions", "responses", "outputs", "samples", "generations"])
+def test_lists_of_traces_are_candidates(tmp_path, name):
+    """The gold answer next to them is never taken for the trace."""
+    row = {"prompt": Q, name: [T, "no"], "answer": "3"}
+    assert own_columns(row, "here", "x") == {**row, "candidates": [T, "no"]}
+    for wrong in ([], [{"text": T}], [None]):
+        with pytest.raises(InputError, match=f"here: field '{name}' must be a list of texts"):
+            own_columns({"prompt": Q, name: wrong, "answer": "3"}, "here", "x")
+    with pytest.raises(InputError, match="no completion"):
+        load_demonstrations(write(tmp_path / "rows.jsonl", row), TASKS["generic"])
+
+
 def test_rows_of_ours_stay_as_they_are():
     """Rows that `sample` wrote have an index as question; other columns of a row of ours mean nothing."""
     for row in (

@@ -174,6 +174,10 @@ def test_a_rendered_prompt_is_not_rendered_again():
     with pytest.raises(InputError, match=r"f:1: the prompt is rendered already, .*: give the question alone"):
         render_prompt(tokenizer, HEAD, CHAT, "f:1")
     assert render_prompt(tokenizer, HEAD, Rendering(), "f:1") == HEAD
+    for header in ("<|start_header_id|>assistant<|end_header_id|>", "<start_of_turn>model", "[/INST]", "<|assistant|>"):
+        with pytest.raises(InputError, match=r"f:1: the prompt is rendered already, it ends with"):
+            render_prompt(tokenizer, f"<s>2 + 2{header}\n", CHAT, "f:1")
+    assert "What does [/INST] mean?" in render_prompt(tokenizer, "What does [/INST] mean?", CHAT, "f:1")
 
 
 def test_template_variables():

@@ -11,11 +11,11 @@ from tracereward.console import note
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.sampling import Sample
-from tracereward.modeling.loading import check_model
+from tracereward.modeling.loading import check_model, context_length, read_config
 from tracereward.modeling.lost_text import MOST_OF_A_TEXT, check_texts
 from tracereward.modeling.policy_settings import PolicySettings, remembered
 from tracereward.modeling.rendering import Rendering, check_rendering, render_prompt
-from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.modeling.tokenization import encode_prompt, load_tokenizer
 from tracereward.rewards.settings import RewardSettings
 from tracereward.tasks.recipes import Task, get_task
 
@@ -129,15 +129,18 @@ def read_questions(questions: Questions) -> list[dict[str, Any]]:
     )
 
 
-def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
+def load_questions(
+    questions: Questions, model: str, max_new_tokens: int = 0
+) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
     """The rows, their rendered prompts and the policy's tokenizer, without loading the model.
 
     Args:
         questions: with every option set, see `in_force`.
         model: folder or Hub id of the policy.
+        max_new_tokens: length limit of the completions.
 
     Raises:
-        InputError: unreadable input.
+        InputError: unreadable input, or a prompt that leaves less than `max_new_tokens` of what the policy reads.
     """
     rendering = questions.rendering
     rows = read_questions(questions)
@@ -147,6 +150,13 @@ def load_questions(questions: Questions, model: str) -> tuple[list[dict[str, Any
     prompts = [render_prompt(tokenizer, row["prompt"], rendering, row["source"]) for row in rows]
     asked = [(row["source"], [prompt]) for row, prompt in zip(rows, prompts, strict=True)]
     check_texts(tokenizer, asked, questions.data or str(get_task(str(questions.task)).dataset), MOST_OF_A_TEXT)
+    positions = context_length(read_config(model))
+    longest, where = max((len(encode_prompt(tokenizer, prompt)), row["source"]) for row, prompt in zip(rows, prompts))
+    if longest + max_new_tokens > positions:
+        raise InputError(
+            f"{where}: {longest} prompt tokens and up to {max_new_tokens} new ones, but {model} reads {positions}: set "
+            "a lower length limit (--max-new-tokens), or use a model with a longer context"
+        )
     return rows, prompts, tokenizer
 
 

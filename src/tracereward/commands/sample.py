@@ -111,7 +111,7 @@ def sample_rows(
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
     questions = in_force(questions, model)
     task = get_task(str(questions.task))
-    rows, prompts, tokenizer = load_questions(questions, model)
+    rows, prompts, tokenizer = load_questions(questions, model, sampling.max_new_tokens)
     policy = load_causal_lm(model, device=best_device())
     first_chunk = done // sampling.prompts_together(n)
     for chunk in sample(policy, tokenizer, prompts, sampling, n=n, first_chunk=first_chunk):

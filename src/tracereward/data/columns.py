@@ -20,6 +20,8 @@ PROMPTS = ("prompt", "question", "problem", "query", "instruction", "input")
 TRACES = ("completion", "candidates", "steps", "response", "solution", "output")
 """Columns with a trace; without one, ``answer`` is it, or for questions the gold answer if it is one line."""
 OWN_TRACES = TRACES[:3]
+SEVERAL = ("completions", "responses", "outputs", "solutions", "samples", "generations")
+"""Columns with a list of traces, read as candidates."""
 CHOICES = ("options", "choices", "chosen", "rejected", "rationale", "explanation", "cot", "thought")
 """Columns that matter, and that no text of a row says how to read."""
 SHAREGPT = {
@@ -183,6 +185,8 @@ def _of_texts(row: dict[str, Any], question: bool) -> Found | None:
     extra = [name for name in ("input", "context") if "instruction" in prompts and name in row]
     prompts = [name for name in prompts if name not in extra]
     traces = [name for name in TRACES if name in row]
+    several = [name for name in SEVERAL if isinstance(row.get(name), (list, tuple))]
+    traces += several
     answer = row.get("answer")
     alone = not traces and isinstance(answer, str)
     short = isinstance(answer, str) and "\n" not in answer.strip() and "####" not in answer
@@ -203,6 +207,8 @@ def _of_texts(row: dict[str, Any], question: bool) -> Found | None:
     for name in used:
         if not isinstance(row[name], str) and not (name == prompts[0] and isinstance(row[name], list)):
             raise ValueError(f"field {name!r} is {type(row[name]).__name__}, not text")
+    if several and not (row[several[0]] and all(isinstance(text, str) for text in row[several[0]])):
+        raise ValueError(f"field {several[0]!r} must be a list of texts that is not empty")
     prompt = row[prompts[0]] if len(used) == 1 else "\n\n".join(row[name] for name in used)
     earlier = [name for name in ("system", "history") if _has(row, name)]
     if earlier:
@@ -211,7 +217,8 @@ def _of_texts(row: dict[str, Any], question: bool) -> Found | None:
     told = {"prompt": [*earlier, *used]}
     if traces:
         name = "completion" if traces[0] not in OWN_TRACES else traces[0]
-        read[name] = row[traces[0]]
+        name = "candidates" if several else name
+        read[name] = list(row[traces[0]]) if several else row[traces[0]]
         told[name] = traces
     if reasoning and traces and isinstance(row[traces[0]], str):
         thought = {"role": "assistant", "content": row[traces[0]], "reasoning_content": row[reasoning[0]]}

@@ -233,9 +233,18 @@ def _check_written(messages: list[dict], text: str) -> None:
             raise ValueError(f"the chat template leaves out the user's message {content[:40]!r}: use --template plain")
 
 
+_ASSISTANT = re.compile(
+    r"(?:<\|(?:im_start|start)\|>assistant|<\|start_header_id\|>assistant<\|end_header_id\|>|<start_of_turn>model"
+    r"|<\|turn>model|\[/INST\]|<[|\uff5c][Aa]ssistant[|\uff5c]>|<\|CHATBOT_TOKEN\|>)\s*(?:<think>\s*)?\Z"
+)
+"""How the chat templates of well-known models open the assistant's turn."""
+
+
 def _header_at_end(prompt: str | list[dict], rendered: str) -> str:
-    """What a chat template wrote behind a prompt, if the prompt itself ends with it: it was rendered already."""
+    """What a chat template, this one or a well-known one, has written at the end of a prompt; "" if nothing."""
     asked = prompt.strip() if isinstance(prompt, str) else ""
+    if foreign := _ASSISTANT.search(asked[-200:]):
+        return foreign[0].strip()
     header = rendered.rpartition(asked)[2].strip() if asked else ""
     return header if header and asked.endswith(header) else ""
 
