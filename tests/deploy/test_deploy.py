@@ -165,7 +165,8 @@ def test_training_pods_rendezvous():
     assert ports == {arguments.main_process_port}
     assert arguments.training_script == "tracereward"
     kind, *options = arguments.training_script_args
-    assert parse(kind, [word for word in options if not word.startswith("--config")])[3], "it must resume"
+    options = [word for word in options if not word.startswith("--config")]
+    assert parse(kind, [*options, "--model_name_or_path", "policy"])[3], "it must resume"
 
 
 def test_training_volumes():

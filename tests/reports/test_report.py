@@ -1,3 +1,4 @@
+import errno
 import math
 import os
 import re
@@ -294,7 +295,7 @@ def test_old_report_is_kept_if_rendering_fails(path, monkeypatch):
         with pytest.raises(RuntimeError, match="cut short"):
             render(path, title="New")
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", lambda _: fail(OSError("disk full")))
+        patch.setattr(os, "fsync", lambda _: fail(OSError(errno.ENOSPC, "disk full")))
         with pytest.raises(OSError, match="disk full"):
             render(path, title="New")
     assert path.read_text(encoding="utf-8") == old

@@ -140,12 +140,12 @@ def test_requests_cut_off_by_shutdown_get_503(folder, tmp_path):
 )
 def test_invalid_upstream_url_is_rejected_at_startup(url):
     with pytest.raises(InputError, match=r"--upstream .*http://127\.0\.0\.1:8000/v1"):
-        check_upstream(url)
+        check_upstream(url, None)
 
 
 def test_valid_upstream_urls():
     for url in ("http://127.0.0.1:8000/v1", "https://host", "http://[::1]:8000/v1/"):
-        check_upstream(url)
+        check_upstream(url, None)
 
 
 @pytest.mark.parametrize("key", ["schlüssel", "a b", "a\nb", "\x00"], ids=ascii)

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
+from helpers.any_text import any_text  # noqa: F401
 from helpers.served import assert_error, client_of, save_reward_model, traces
 from tracereward.rewards.model import TokenRewardModel
 

@@ -130,7 +130,9 @@ class Guide:
         return grown, counts
 
     def score(self, prompts: Sequence[Sequence[int]], traces: Sequence[Sequence[int]]) -> list[TokenScores]:
-        """Token rewards of each trace, which may be partial."""
+        """Token rewards of each trace, which may be partial; none for no traces."""
+        if not traces:
+            return []
         return self.scorer.score_ids(prompts, [self.for_scorer(trace) for trace in traces], reference=self.reference)
 
     def for_scorer(self, trace: Sequence[int]) -> list[int]:
