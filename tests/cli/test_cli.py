@@ -68,7 +68,9 @@ def words(bench, output: Path, **changed: object) -> list[str]:
         ({"learning_rate": "nan"}, "learning_rate must be at least 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number"),
-        ({"num_train_epochs": "nan"}, "num_train_epochs must be at least 0"),
+        ({"num_train_epochs": "nan"}, "num_train_epochs must be more than 0"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be more than 0"),
+        ({"generation_kwargs": '{"tempreature": 1}'}, "'tempreature' is no option of transformers' generation"),
         ({"seed": -1}, "seed must be a whole number between 0 and"),
         ({"temperature": 0}, "temperature must be more than 0"),
         ({"top_p": 1.5}, "top_p must be more than 0 and at most 1"),
@@ -101,6 +103,15 @@ def test_output_dir_accepts_hyphens_and_underscores(command, bench, tmp_path, mo
         refused(command("train", "--config", tmp_path / "recipe.yaml", *given[:at]), "output_dir must be the name")
     (tmp_path / "recipe.yaml").write_text("seed: 1\nlearning_rate: 0.1\nseed: 2\n")
     refused(command("train", "--config", tmp_path / "recipe.yaml"), "recipe.yaml:3: option 'seed' is given twice")
+    for line, kind in (
+        ("learning_rate: null", "a number, not null"),
+        ("seed: true", "a whole number, not true"),
+        ("seed: 1.5", "a whole number, not 1.5"),
+        ("max_completion_length: [1]", "a whole number, not [1]"),
+        ("gradient_checkpointing: 3", "true or false, not 3"),
+    ):
+        (tmp_path / "recipe.yaml").write_text(f"{line}\n")
+        refused(command("train", "--config", tmp_path / "recipe.yaml"), "recipe.yaml: option ", kind)
     (tmp_path / "recipe.yaml").write_text("1: 2\n")
     refused(command("train", "--config", tmp_path / "recipe.yaml"), "unknown option 1")
     assert not (tmp_path / "runs").exists()

@@ -64,6 +64,7 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     options: dict[str, Any] = {}
     if path is not None:
         options = _read_config(Path(path), known)
+        _check_kinds(path, options, classes)
         folder = folder or options.get("output_dir")
     folder = folder or f"runs/{kind}"
     stored = Path(folder) / "config.yaml"
@@ -112,6 +113,24 @@ def _with_underscores(word: str) -> str:
 
 def _given_names(argv: list[str]) -> list[str]:
     return [word[2:].split("=")[0] for word in argv if word.startswith("--") and len(word) > 2]
+
+
+def _check_kinds(path: str, options: dict[str, Any], classes: Any) -> None:
+    """Refuse values of a file that argparse would not look at: null, true or a list where a number belongs."""
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    for name, value in options.items():
+        kinds = get_args(hints.get(name)) or (hints.get(name),)
+        plain = {kind for kind in kinds if kind in (int, float, bool, str, type(None))}
+        if len(plain) != len(kinds) or isinstance(value, str):
+            continue
+        number = {int, float} & plain
+        fits = type(value) in plain or (isinstance(value, int) and not isinstance(value, bool) and float in plain)
+        if not fits and (number or plain == {bool}) and not (type(value) is float and value.is_integer()):
+            wanted = "a whole number" if number == {int} else "a number" if number else "true or false"
+            raise InputError(
+                f"{path}: option {name!r} must be {wanted}, not {json.dumps(value, default=str)}: change it, or remove "
+                "the line"
+            )
 
 
 def _taken(name: str, argv: list[str]) -> tuple[str | None, list[str]]:

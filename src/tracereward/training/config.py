@@ -40,7 +40,7 @@ TRL_RANGES: dict[str, Range | OneOf] = {
     "learning_rate": _FROM_ZERO,
     "weight_decay": _FROM_ZERO,
     "max_grad_norm": _FROM_ZERO,
-    "num_train_epochs": _FROM_ZERO,
+    "num_train_epochs": Range(above=0),
     "seed": Range(min=0, max=MAX_SEED, whole=True),
     "data_seed": Range(min=0, max=MAX_SEED, whole=True),
     "max_steps": Range(min=-1, whole=True, why="-1 trains --num_train_epochs"),

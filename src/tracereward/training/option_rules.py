@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from tracereward.data.readers import has_splits
 from tracereward.errors import InputError
 from tracereward.files import read_json
@@ -516,6 +518,15 @@ def _check_installed(config: Any) -> None:
     o = values_of(config)
     for name, value in vars(config).items():
         _check_json(f"--{name}", value, file=name in ("deepspeed", "fsdp_config", "accelerator_config"))
+    more = getattr(o, "generation_kwargs", None) or {}
+    if isinstance(more, str) and more.startswith("{"):
+        more = json.loads(more)
+    if not isinstance(more, dict):
+        raise InputError(f"--generation_kwargs {more}: must be a JSON object")
+    if not o.use_vllm and (unknown := [name for name in more if not hasattr(GenerationConfig(), name)]):
+        raise InputError(
+            f"--generation_kwargs: {', '.join(map(repr, unknown))} is no option of transformers' generation: remove it"
+        )
     if o.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
         raise InputError("--fsdp shards over several processes: start them with `accelerate launch`, or remove it")
     optimiser = str(getattr(o.optim, "value", o.optim))
