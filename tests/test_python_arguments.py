@@ -39,6 +39,15 @@ WRONG = {
     "score: one flag": (lambda m: m.score([Q], [T], finished=True), "finished must be a list, not bool"),
     "score: flags": (lambda m: m.score([Q], [T], finished=["no"]), "finished must hold true or false"),
     "score: more flags": (lambda m: m.score([Q], [T], finished=[True] * 2), "finished has 2 entries and needs 1"),
+    "score: set": (lambda m: m.score({Q}, [T]), "prompts must be a list, not set"),
+    "reward function: null": (
+        lambda m: as_reward_func(m)(prompts=[Q], completions=[None]),
+        r"completions\[0\] must be",
+    ),
+    "reward function: lengths": (
+        lambda m: as_reward_func(m)(prompts=[Q, Q], completions=[T]),
+        "completions has 1 entries and needs 2",
+    ),
     "score: dict": (lambda m: m.score({Q: T}, [T]), "prompts must be a list, not dict"),
     "score: surrogate": (lambda m: m.score([Q], ["7 \ud83d"]), r"completions\[0\] has half of a surrogate pair"),
     "score: no tokens": (lambda m: m.score([""], [T]), "row 0"),

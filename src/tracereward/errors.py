@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 
 
 class InputError(ValueError):
@@ -79,9 +79,10 @@ def check_list(what: str, values: object, length: int | None = None) -> list:
     """Return values as a list.
 
     Raises:
-        InputError: not a sequence, a single text, empty, or not of this length.
+        InputError: not a sequence (a set has no order), a single text, empty, or not of this length.
     """
-    if isinstance(values, (str, bytes, Mapping)) or not (hasattr(values, "__len__") and hasattr(values, "__iter__")):
+    single = isinstance(values, (str, bytes, Mapping, Set))
+    if single or not (hasattr(values, "__len__") and hasattr(values, "__iter__")):
         fix = f": put it into a list, [{values!r:.40}]" if isinstance(values, str) else ""
         raise InputError(f"{what} must be a list, not {_kind(values)}{fix}")
     found = list(values)  # pyright: ignore[reportArgumentType]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tracereward import __version__
 from tracereward.console import warn_once
-from tracereward.errors import InputError
+from tracereward.errors import InputError, check_list
 from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
@@ -311,7 +311,15 @@ def as_reward_func(
     def tracereward(
         prompts: list[Any], completions: list[Any], completion_ids: list[list[int]] | None = None, **_: Any
     ) -> list[float]:
-        pairs = zip(prompts, completions, strict=True)
+        prompts = check_list("prompts", prompts)
+        completions = check_list("completions", completions, len(prompts))
+        if completion_ids is not None:
+            completion_ids = check_list("completion_ids", completion_ids, len(prompts))
+        for name, values in (("prompts", prompts), ("completions", completions)):
+            for index, value in enumerate(values):
+                if not isinstance(value, (str, list)):
+                    raise InputError(f"{name}[{index}] must be a text or a list of messages, not {value!r:.40}")
+        pairs = zip(prompts, completions)
         rows = [{"prompt": p, "completion": c, "answer": None, "source": "a rollout"} for p, c in pairs]
         how = model.settings.rendering
         if all(is_rendered(model.tokenizer, prompt, how) for prompt in prompts):
