@@ -187,3 +187,23 @@ def test_the_digest_of_a_folder_changes_with_names_and_contents(tmp_path):
     renamed = sha256_of(data)
     (data / "b.jsonl").rename(data / "a.jsonl")
     assert sha256_of(data) not in (before, renamed)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}\n', "a.jsonl:1: .*field 'prompt' is given twice"),
+        ("a.json", '[{"x": {"y": 1, "y": 2}}]', "field 'y' is given twice"),
+        ("a.csv", "prompt;completion\na;b\n", "a.csv:1: one column, .* separated by a comma, not by ';'"),
+        ("a.tsv", "prompt,completion\na,b\n", "a.tsv:1: one column, .* separated by a tab, not by ','"),
+    ],
+)
+def test_what_a_parser_would_take_silently(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=message):
+        list(read_rows(str(tmp_path / name)))
+
+
+def test_an_empty_name_is_not_the_working_folder():
+    with pytest.raises(InputError, match="not an empty text"):
+        list(read_rows(""))

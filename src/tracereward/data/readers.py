@@ -40,6 +40,8 @@ def read_rows(
             (no tokenizer can encode it), an unknown ending, a split that is not there, or a Hub set that cannot be
             loaded.
     """
+    if not source.strip():
+        raise InputError("the data must be a file, a folder or a Hub id, not an empty text")
     path = Path(source).expanduser()
     if not _is_local(source, path):
         yield from _hub_rows(source, split, subset)
@@ -229,6 +231,15 @@ def _opened(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")  # type: ignore[return-value]
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose fields are given once: JSON's parser takes the last one silently."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
 def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, object]]:
     """Line number and value of every line that is not blank; invalid lines are added to `skipped` if given."""
     n = 0
@@ -239,7 +250,7 @@ def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, ob
                 try:
                     text = line.decode("utf-8-sig" if n == 1 else "utf-8")
                     if text.strip():
-                        yield n, json.loads(text)
+                        yield n, json.loads(text, object_pairs_hook=_once)
                 except UnicodeDecodeError as error:
                     wrong = f"{path}:{n}: {_not_utf8(path, line, error)}"
                 except json.JSONDecodeError as error:
@@ -295,7 +306,7 @@ def _text_of(path: Path) -> str:
 def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
     """Number and value of every element of a JSON array."""
     try:
-        values = json.loads(_text_of(path))
+        values = json.loads(_text_of(path), object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         fix = " (one object a line? then name it .jsonl)" if error.msg == "Extra data" else ""
         raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}{fix}") from error
@@ -320,6 +331,11 @@ def _table_rows(path: Path, separator: str) -> Iterator[tuple[int, object]]:
         raise InputError(
             f"{path}: its rows have more cells than its first line has column names: quote cells with a "
             f"{'comma' if separator == ',' else 'tab'}"
+        )
+    if len(table.columns) == 1 and (other := next((mark for mark in ";\t|," if mark in str(table.columns[0])), None)):
+        raise InputError(
+            f"{path}:1: one column, {table.columns[0]!r}: cells must be separated by "
+            f"{'a comma' if separator == ',' else 'a tab'}, not by {other!r}"
         )
     for n, values in enumerate(table.itertuples(index=False, name=None), start=1):
         row = {name: None if value == "" else value for name, value in zip(map(str, table.columns), values)}

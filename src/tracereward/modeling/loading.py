@@ -63,6 +63,9 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if looks_local(name):
+        folder, _, inside = name.rpartition("@")
+        if folder and Path(folder).expanduser().is_dir():
+            raise InputError(f"{name}: {folder} is a folder, which has no revision: leave out @{inside}")
         raise InputError(f"{_no_folder(name, path)} Give a folder or a Hub id such as owner/name.")
     return download(name)
 
