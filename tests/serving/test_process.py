@@ -209,7 +209,8 @@ def fuzz(server, cases, paths=".*"):
 @pytest.mark.long
 def test_fuzzed_requests_get_documented_responses(server):
     counts = fuzz(server, 50)
-    assert counts[200] > 25
+    assert counts[200] > 0
+    assert counts[400] > 0, "most texts are not in the vocabulary"
     assert counts[422] > 25
     assert is_well(server)
 
