@@ -267,6 +267,8 @@ def test_bad_models(command, bench, tmp_path, tokenizer):
     taken = tmp_path / "taken"
     taken.write_text("a file")
     refused(command("train", *words(bench, taken)), taken, "not a folder")
+    refused(command("train", *words(bench, foreign)), foreign, "is the folder of a model")
+    assert not (foreign / "checkpoints").exists()
 
 
 @pytest.mark.parametrize(
@@ -292,6 +294,12 @@ def test_bad_configuration_files(command, bench, tmp_path, content, parts):
     named = [config] if parts[0] in ("no such file", "must be a mapping") or "unknown option" in parts[0] else []
     refused(command("train", "--config", config, *given), *named, *parts)
     refused(command("train", *given, f"--config={config}"), *named, *parts)
+
+
+def test_two_configuration_files_are_refused(command, bench, tmp_path):
+    (tmp_path / "options.yaml").write_text("head: token\n")
+    files = ["--config", tmp_path / "options.yaml", f"--config={tmp_path / 'options.yaml'}"]
+    refused(command("train", *files, *words(bench, tmp_path / "run")), "--config is given more than once")
 
 
 def test_command_line_overrides_the_file(command, bench, tmp_path):
@@ -1121,6 +1129,10 @@ def test_inspect_scores_rows_without_scores(bench, samples, tmp_path):
     bare = launcher()("inspect", samples)
     assert bare.code == 2
     assert f"{samples}:1: no scores; pass --model" in bare.err
+    idle = launcher()("inspect", scored, "--model", bench.reward_model)
+    assert idle.code == 2
+    assert "--model" in idle.err
+    assert "no effect" in idle.err
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     for name in _given_names(argv):
         if name not in known | {"config"}:
             raise InputError(_unknown(f"option --{name}", name, known))
+    if sum(word == "--config" or word.startswith("--config=") for word in argv) > 1:
+        raise InputError("--config is given more than once: only one file is read, put all options into it")
     path, argv = _taken("config", argv)
     folder, _ = _taken("output_dir", argv)
     options: dict[str, Any] = {}

@@ -42,7 +42,8 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
     """Rows with scores, as read or computed by the model, with extracted and checked answers.
 
     Raises:
-        InputError: rows have no scores and there is no model, or an input cannot be read.
+        InputError: rows have no scores and there is no model, all have scores and there is one, or an input cannot be
+            read.
     """
     data, model = options.data, options.model
     read = read_rows(data)
@@ -70,6 +71,9 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
         extra = load_log_prob_models(reward_model, reference=options.reference, policy=options.policy)
         scored = list(score_rows(reward_model, checked, extra=extra))
     else:
+        for option, value in (("model", model), ("reference", options.reference), ("policy", options.policy)):
+            if value is not None:
+                raise InputError(f"--{option} {value} has no effect: the rows of {data} have their scores")
         for where, row in rows:
             if "candidates" in row and not _fit(row["candidates"], row["scores"]):
                 raise InputError(f"{where}: scores must be a list with one record for each candidate")

@@ -113,6 +113,8 @@ def run_folder(job: Job) -> Iterator[Run]:
     folder = Path(str(job.config.output_dir))
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file, not a folder")
+    if (folder / "config.json").is_file():
+        raise InputError(f"--output_dir {folder} is the folder of a model: use another one")
     with explain_full_disk(folder), locked(folder):
         run = _open(job, folder)
         try:
