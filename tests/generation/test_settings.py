@@ -209,6 +209,7 @@ def test_command_says_what_it_ignores_or_uses(load, experts, tmp_path, capsys, a
     data = tmp_path / "questions.jsonl"
     data.write_text(json.dumps({"prompt": experts[0]["prompt"]}) + "\n")
     words = ["sample", str(tmp_path / "policy"), "--data", str(data), "-o", str(tmp_path / "out.jsonl")]
+    words += ["--max-new-tokens", "64"]
     app([*words, *["--use-generation-config"] * asked], standalone_mode=False)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "top_k 1" in line]
     assert "repetition_penalty 1.01" in line

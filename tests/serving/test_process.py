@@ -57,6 +57,7 @@ def number(server, name):
     return next((float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name)), 0.0)
 
 
+@pytest.mark.long
 def test_64_concurrent_clients_get_offline_scores(server, model):
     """Each client has its own connection and trace; the engine takes fewer turns than there are traces."""
     expected = model.score(*zip(*TRACES))
@@ -145,6 +146,7 @@ def test_100_megabyte_body_is_rejected_unread(server, chunked):
     assert is_well(server)
 
 
+@pytest.mark.long
 def test_sigterm_completes_requests_in_flight(folder, model, tmp_path):
     """All requests read before the signal are answered, and the server exits with 0."""
     with serving(tmp_path / "log", folder, "--max-wait-ms", "2000", "--log-prompts") as server:
