@@ -700,6 +700,9 @@ def test_rerank_chooses_one_candidate_per_question(bench, samples, method):
     assert json.loads(line)["questions"] == len({row["question"] for row in given})
     label = METHODS[method].format(n=4)
     assert accuracies[label][0] == right / 5
+    assert json.loads(line)["chosen"] == label
+    alone = launcher()("rerank", bench.reward_model, samples, "--method", method, "--json")
+    assert alone.out == table.out
     assert accuracies["oracle@4"][0] == 1.0
     assert "oracle@4" in done.err
 

@@ -59,12 +59,6 @@ RULES: tuple[Rule, ...] = (
         why="-n 0 decodes greedily only",
     ),
     Rule(
-        commands=("rerank",),
-        options=("method",),
-        when=lambda o: o["json_table"] and o["output"] is None,
-        why="--json prints the table, which has all methods; the chosen rows need --output",
-    ),
-    Rule(
         commands=("inspect",),
         options=("title",),
         when=lambda o: o["output"] is None,

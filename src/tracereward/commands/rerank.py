@@ -135,7 +135,9 @@ def rerank_rows(
 
 
 def summary(questions: list[list[Candidate]], task: Task, method: str = "vote") -> dict[str, Any] | None:
-    """Accuracies, AUROCs and the verdict on the method, or on ``vote`` if the method does not use the reward.
+    """Accuracies by label, the label of the ``chosen`` method, AUROCs, and the verdict.
+
+    The verdict is on the method, or on ``vote`` if the method does not use the reward.
 
     None if the correctness of a candidate is unknown.
     """
@@ -148,6 +150,7 @@ def summary(questions: list[list[Candidate]], task: Task, method: str = "vote") 
         "questions": len(questions),
         "no_answer": sum(c.answer is None for candidates in questions for c in candidates),
         "judged": counts,
+        "chosen": next(row.label for row in rows if row.method == method),
         "accuracy": {row.label: [row.accuracy, row.low, row.high] for row in rows},
         # JSON has no NaN: an AUROC is undefined if all candidates are correct or all are wrong.
         **without_nan(ranking_aurocs(questions)),
