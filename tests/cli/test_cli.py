@@ -195,6 +195,7 @@ def test_unreadable_files(command, bench, tmp_path, content, message):
     refused(command("train", *words(bench, tmp_path / "run", dataset_name=data)), data, message)
 
 
+@pytest.mark.long
 def test_completions_over_the_length_limit(command, bench, tmp_path, experts, tokenizer):
     lengths = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in experts]
     limit = sorted(lengths)[len(lengths) // 2]

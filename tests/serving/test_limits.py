@@ -108,6 +108,7 @@ def test_local_server_without_key_rejects_other_hosts(server):
     assert (answer.status_code, answer.json()["error"]["code"]) == (421, "wrong_host")
 
 
+@pytest.mark.long
 def test_requests_cut_off_by_shutdown_get_503(folder, tmp_path):
     """A request waiting for the upstream and one with an incomplete body both get 503; the server exits with 0."""
     upstream = socket.create_server(("127.0.0.1", 0))
