@@ -1,6 +1,7 @@
 """Candidates: logged or sampled traces, in our format or others', and the demonstrations of the same questions."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -230,7 +231,7 @@ def read_candidates(
     Raises:
         InputError: names the file, line and field of an incomplete row; or there are no rows.
     """
-    name = source if isinstance(source, str) else "candidates"
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "candidates"
     known = read_questions(questions, task) if questions else None
     read = islice(rows_of(source, "candidates"), limit)
     rows = [_candidate(where, _own_columns(row, where, name, task), task, known) for where, row in read]
