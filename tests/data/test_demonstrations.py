@@ -415,5 +415,6 @@ def test_traces_longer_than_a_model_reads_are_refused(tmp_path, tokenizer, posit
 def test_rows_in_memory_read_as_those_of_a_file(tmp_path):
     path = write_lines(tmp_path / "rows.jsonl", ROWS)
     expected = [{**row, "source": f"demonstrations[{n}]"} for n, row in enumerate(load_demonstrations(path, GENERIC))]
-    for source in (ROWS, pd.DataFrame(ROWS), datasets.Dataset.from_list(ROWS)):
+    table = pd.DataFrame(ROWS)
+    for source in (ROWS, table, datasets.Dataset.from_pandas(table)):
         assert load_demonstrations(source, GENERIC) == expected
