@@ -243,11 +243,35 @@ def test_fewer_demonstrations_than_a_batch(command, bench, tmp_path):
         ({"granulrity": "step"}, ["unknown option --granulrity", "did you mean 'granularity'?"]),
         ({"max_steps": "many"}, ["max_steps", "many"]),
         ({"label_smoothing": 0.7}, ["label_smoothing", "0.7"]),
+        ({"positives": "agree"}, ["positives 'agree'", "did you mean 'agreeing'?"]),
+        ({"warmup_candidates": "no.jsonl"}, ["no.jsonl", "no such file"]),
+        (
+            {"warmup_candidates": "c.jsonl", "warmup_model": "other"},
+            ["--warmup_model other has no effect", "--warmup_candidates"],
+        ),
+        (
+            {"warmup_candidates": "c.jsonl", "discriminator_warmup_updates": 0},
+            ["--warmup_candidates c.jsonl has no effect", "leaves the warm-up out"],
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_options(command, bench, tmp_path, changed, parts):
     refused(command("train", *words(bench, tmp_path / "run", **changed)), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_candidates_of_the_warm_up(command, bench, tmp_path, experts):
+    """The policy cannot be loaded: all of this is found before."""
+    file = tmp_path / "c.jsonl"
+    given = words(bench, tmp_path / "run", warmup_candidates=file)
+    rows = [{"prompt": experts[0]["prompt"], "completion": f"1 + 1\n#### {n}"} for n in (37, 38, 39)]
+    write_jsonl(file, [{**row, "prompt": f"{row['prompt']} "} for row in rows])
+    refused(command("train", *given), "no candidate has the prompt of a demonstration", bench.experts, file)
+    write_jsonl(file, [{**row, "completion": "1 + " * 500} for row in rows])
+    refused(command("train", *given), "3 of 3 rows are too long", f"{file}:1")
+    write_jsonl(file, rows)
+    refused(command("train", *given, "--replay_size", 2), "3 rollouts", "use --replay_size 3")
     assert not (tmp_path / "run").exists()
 
 
