@@ -7,13 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from tracereward.training.loss_weights import class_weights, pair_weights
 from tracereward.training.losses import (
     bce,
     centre,
-    class_weights,
     input_gradient_norms,
     limit_spectral_norm,
-    pair_weights,
     pairwise,
     sequence_scores,
     wasserstein,

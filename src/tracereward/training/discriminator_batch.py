@@ -47,6 +47,7 @@ class Labelled:
         switch: first token labelled as the policy's: 0 for a rollout, the length for an expert, in between for a
             perturbed expert.
         is_perturbed: whether it is a perturbed expert.
+        weight: non-negative; what it weighs among the traces of its class.
     """
 
     prompt: list[int]
@@ -56,11 +57,12 @@ class Labelled:
     starts: list[int]
     switch: int
     is_perturbed: bool = False
+    weight: float = 1.0
 
     @property
     def counts(self) -> bool:
         """Whether any token has a non-zero weight."""
-        return any(start < len(self.completion) for start in self.starts)
+        return self.weight > 0 and any(start < len(self.completion) for start in self.starts)
 
 
 class ReplayBuffer:
