@@ -141,7 +141,7 @@ class Discriminator:
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:
         """Add rollouts to the replay buffer; rollouts of held-out demonstrations go to a buffer of their own."""
-        self.replay.add(rollout for rollout in rollouts if rollout.demonstration not in self.held_out)
+        self.replay.add(r for r in rollouts if r.weight and r.demonstration not in self.held_out)
         self.held_out_rollouts.add(rollout for rollout in rollouts if rollout.demonstration in self.held_out)
 
     def learn(self, fresh: Sequence[Rollout]) -> dict[str, float]:
