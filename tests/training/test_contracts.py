@@ -391,7 +391,7 @@ def test_replay_stores_rollouts_under_their_demonstration(token_run):
             for index, ids in zip(kwargs["demonstration"], kwargs["completion_ids"], strict=True):
                 sampled.setdefault(index, []).append(list(ids))
     recent = token_run.discriminator.replay.rollouts[-2 * BATCH :]
-    assert all(ids in sampled[index] for index, ids, _ in recent)
+    assert all(ids in sampled[index] for index, ids, *_ in recent)
 
 
 def test_prompts_without_demonstration_train_only_the_policy(make):
@@ -401,7 +401,7 @@ def test_prompts_without_demonstration_train_only_the_policy(make):
     seen = [i for name, kwargs in trainer.calls if name == "learned" for i in kwargs["demonstration"]]
     assert -1 in seen
     assert max(seen) >= 0
-    assert all(0 <= index < 12 for index, _, _ in trainer.discriminator.replay.rollouts)
+    assert all(0 <= index < 12 for index, *_ in trainer.discriminator.replay.rollouts)
     assert len(trainer.discriminator.replay.rollouts) == 12 * 4 + sum(index >= 0 for index in seen)
 
 

@@ -95,7 +95,7 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
     assert (experts, fresh, replay.rollouts) == before  # inputs are not modified
     assert draw(experts, fresh, replay, options, rng=random.Random(seed), perturbed=marked_copy) == (traces, shares)
 
-    # One block for each demonstration: expert, verified rollouts, other rollouts, perturbed copies.
+    # One block for each demonstration: expert, positive rollouts, other rollouts, perturbed copies.
     blocks: list[list[Labelled]] = []
     for trace in traces:
         if blocks and blocks[-1][0].group == trace.group:
@@ -133,7 +133,7 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
                 assert trace.starts == [leaves_at(trace.completion, expert.completion) if late else 0]
         negatives = [t for t in others if not t.is_expert]
         if not negatives:
-            assert others == []  # a verified rollout has no negative either
+            assert others == []  # a positive rollout has no negative either
             assert expert_trace.starts == []
             assert not expert_trace.counts
         elif options.first_difference == "both":
@@ -166,7 +166,7 @@ def test_shares_count_the_chosen_rollouts(world):
 
 
 def test_batch_by_hand():
-    """Two of six are identical; the verified one is a positive; labels, starts and order."""
+    """Two of six are identical; the labelled one is a positive; labels, starts and order."""
     expert = Expert([9], [1, 2, 3, 4])
     rollouts = [[1, 2, 3, 4], [1, 2, 0], [1, 2, 3, 4], [5], [1, 2, 3], [1, 7, 7]]
     fresh = [Rollout(0, ids, ids[-1] == 7) for ids in rollouts]
@@ -256,8 +256,10 @@ def test_replay_buffer_keeps_the_newest_and_restores_its_state():
     assert replay.rollouts == [Rollout(1, [2], True), Rollout(1, [3]), Rollout(2, [4])]
     assert replay.by_demonstration() == {1: [Rollout(1, [2], True), Rollout(1, [3])], 2: [Rollout(2, [4])]}
     state = replay.state()
-    assert state == [(1, [2], True), (1, [3], False), (2, [4], False)]
+    assert state == [(1, [2], True, 1.0), (1, [3], False, 1.0), (2, [4], False, 1.0)]
     other = ReplayBuffer(3)
+    other.load([(1, [2], True), (1, [3], False), (2, [4], False)])  # as runs before weights saved it
+    assert other.rollouts == replay.rollouts
     other.load(state)
     assert other.rollouts == replay.rollouts
     other.rollouts[0].ids.append(5)  # a copy
