@@ -32,7 +32,7 @@ from tracereward.errors import RunFailed
 from tracereward.files import write_jsonl
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import RewardSettings, write_calibration
+from tracereward.rewards.settings import RewardSettings, write_fitted
 
 ROWS = 4
 TOO_LONG = {"prompt": "1 + 1 = ?\n", "completion": "\n" * 200}  # the tiny model has 128 positions
@@ -161,7 +161,7 @@ def test_shards_equal_output_of_default_engine(command, bench, here, tmp_path, m
     model = tmp_path / "model"
     shutil.copytree(bench.model, model)
     if calibrated:
-        write_calibration(model, Calibration("platt", 1.0, 0.5))
+        write_fitted(model, calibration=Calibration("platt", 1.0, 0.5))
     reference = [*reference, bench.policy] if reference else []  # a calibration applies to the reward without it
     monkeypatch.setattr(score, "CHUNK", ROWS)
     assert command("score", model, bench.data, *reference, "-o", tmp_path / "scored.jsonl").code == 0

@@ -339,10 +339,10 @@ def test_span_reward_is_the_mean_over_overlapping_tokens():
     """A token that overlaps two spans counts in both; one without characters (end of sequence) in none."""
     offsets = [(0, 3), (3, 5), (5, 9), (9, 9)]
     scores = TokenScores(["abc", "de", "fghi", "<eos>"], offsets, [1.0, 2.0, 4.0, 100.0], [True] * 4, [False] * 4)
-    assert scores.span_rewards([(0, 3), (3, 9), (2, 4), (6, 7)]) == [1.0, 3.0, 1.5, 4.0]
+    assert scores.step_rewards([(0, 3), (3, 9), (2, 4), (6, 7)]) == [1.0, 3.0, 1.5, 4.0]
     for span in ((9, 12), (3, 3)):
         with pytest.raises(ValueError, match=f"no token between characters {span[0]} and {span[1]}"):
-            scores.span_rewards([span])
+            scores.step_rewards([span])
 
 
 @pytest.mark.parametrize("head", ["token", "action"])

@@ -36,7 +36,7 @@ from tracereward.reports.tables import Table, print_tables
 from tracereward.rewards.calibration import Calibration, check_labels, fit_calibration
 from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import check_reward_model, write_calibration
+from tracereward.rewards.settings import check_reward_model, write_fitted
 from tracereward.tasks.recipes import Task, get_task
 
 MIN_SPREAD = 0.05
@@ -368,5 +368,5 @@ def run_calibrate(
     prompts = [index for index, candidates in enumerate(groups) for _ in candidates]
     for reason in useless_fit(calibration, rewards, correct, prompts):
         warn(f"{data}: {reason}: the probabilities say little about other traces")
-    write_calibration(local_folder(model), calibration)
+    write_fitted(local_folder(model), calibration=calibration)
     return calibration, left_out
