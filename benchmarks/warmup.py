@@ -52,7 +52,8 @@ def fresh(trainer: AdversarialTrainer, updates: int, rng: random.Random) -> list
         sampling = common.now() - start
         discriminator.remember(rollouts)
         discriminator.update(rollouts)
-        trainer.warm_up._accuracy()
+        if discriminator.updates % config.monitor_every == 0:
+            discriminator.held_out_accuracy()
         times.append((common.now() - start, sampling))
     return times
 

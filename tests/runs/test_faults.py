@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from helpers.faults import COMMON, GRPO, TRAIN, sentence, whole_checkpoints
 from helpers.tiny import assert_same, launcher, options, result, rows, trap, weights
 from tracereward.files import write_jsonl
-from tracereward.training.warmup import SAVED_UPDATES
+from tracereward.training.update_loop import SAVED_UPDATES
 
 LORA = {
     **TRAIN,

@@ -18,7 +18,6 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from tracereward import metrics
 from tracereward.console import warn
 from tracereward.data.demonstrations import check_demonstrations
 from tracereward.errors import InputError, RunFailed
@@ -50,7 +49,8 @@ from tracereward.training.discriminator_batch import Expert, Rollout, perturbed_
 from tracereward.training.failures import Failure
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.token_bridge import TokenBridge
-from tracereward.training.warmup import DISCRIMINATOR_FILE, RolloutCollector, WarmUp
+from tracereward.training.update_loop import DISCRIMINATOR_FILE, pair_auroc, pair_traces
+from tracereward.training.warmup import RolloutCollector, WarmUp
 
 NO_DEMONSTRATION = -1
 KL_ROWS = 32  # rollouts per process in the KL estimate
@@ -320,19 +320,11 @@ class AdversarialTrainer(RolloutTrainer):
         """AUROC of experts against their perturbed copies; needs no answers."""
         if not self.perturbed_pairs:
             return {}
-        pairs = [((*prompt,), (*expert,), (*changed,)) for prompt, expert, changed in self.perturbed_pairs]
-        # With few demonstrations an expert is in several pairs.
-        traces = list(dict.fromkeys((prompt, ids) for prompt, *both in pairs for ids in both))
-        rewards = self.token_rewards([list(prompt) for prompt, _ in traces], [list(ids) for _, ids in traces])
-        ids = [list(ids) for _, ids in traces]
+        prompts, ids = pair_traces(self.perturbed_pairs)
+        rewards = self.token_rewards(prompts, ids)
         decode = self.discriminator.model.tokenizer.batch_decode
-        self.check_rewards(
-            decode([list(prompt) for prompt, _ in traces]), decode(ids), ids, [values.tolist() for values in rewards]
-        )
-        scores = dict(zip(traces, map(self._aggregate, rewards), strict=True))
-        experts = [scores[prompt, expert] for prompt, expert, _ in pairs]
-        altered = [scores[prompt, changed] for prompt, _, changed in pairs]
-        return {"perturbation_auroc": metrics.perturbation_auroc(experts, altered)}
+        self.check_rewards(decode(prompts), decode(ids), ids, [values.tolist() for values in rewards])
+        return {"perturbation_auroc": pair_auroc(self.perturbed_pairs, list(map(self._aggregate, rewards)))}
 
     @torch.no_grad()
     def _kl(self, prompts: list[str], completion_ids: list[list[int]]) -> dict[str, float]:

@@ -18,22 +18,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from tracereward.console import warn
-from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import generate
 from tracereward.modeling.batching import Batch
-from tracereward.modeling.distributed import broadcast_object, zero3_disabled
+from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import eos_ids, with_own_end
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import save_state
 from tracereward.training.discriminator_batch import Rollout
-
-DISCRIMINATOR_FILE = "discriminator.pt"  # not in a subfolder with an adapter's name: Trainer would load it as one
-SAVED_UPDATES = 20  # updates between two saves
+from tracereward.training.update_loop import DISCRIMINATOR_FILE, UpdateLoop, surface_leaks
 
 
 class RolloutCollector:
@@ -98,26 +94,17 @@ class WarmUp(TrainerCallback):
             prompts = [discriminator.experts[rollout.demonstration].prompt for rollout in rollouts]
             trainer.check_positions(prompts, [rollout.ids for rollout in rollouts])
             discriminator.remember(rollouts)
-            leaks = {} if trainer.stop.received() else self._leaks(rollouts)
-        progress = tqdm(total=total, initial=discriminator.updates, desc="warm-up", disable=trainer.quiet, leave=False)
-        while discriminator.updates < total and not trainer.stop.received():
-            # Dropout uses the global generator: each update has its own seed, as a resumed run may start with any.
-            set_seed(config.seed + 500_000 + discriminator.updates, device_specific=True)
-            with trainer.accelerator.autocast():
-                row = discriminator.update([])
-            done = discriminator.updates
-            accuracy = self._accuracy()
-            if accuracy is not None:
-                row["held_out_accuracy"] = accuracy
-            progress.update()
-            if trainer.metrics_file is not None and trainer.is_world_process_zero():
-                named = {f"discriminator/{name}": value for name, value in row.items()}
-                trainer.metrics_file.append({"phase": "warmup", "update": done, **named, **leaks})
-                leaks = {}
-            last = done == total or trainer.stop.received()
-            if last or done % SAVED_UPDATES == 0:
-                self.save()
-        progress.close()
+            leaks = {} if trainer.stop.received() else surface_leaks(discriminator, rollouts)
+        loop = UpdateLoop(
+            discriminator=discriminator,
+            seed=config.seed,
+            judged_every=config.monitor_every,
+            stopped=trainer.stop.received,
+            log=lambda update, row: self._log(update, row, leaks),
+            save=self.save,
+            autocast=trainer.accelerator.autocast,
+        )
+        loop.run(total, "warm-up", trainer.quiet)
         if not total:
             self.save()  # what a run without a good checkpoint restores
         self.model = None
@@ -125,14 +112,13 @@ class WarmUp(TrainerCallback):
         trainer._metrics["train"].clear()  # metrics of the warm-up's rollouts do not belong to a training step
         set_seed(config.seed + 1, device_specific=True)
 
-    def _accuracy(self) -> float | None:
-        """The held-out accuracy, after every `monitor_every`-th update."""
-        discriminator = self.trainer.discriminator
-        if not discriminator.held_out or discriminator.updates == 0:
-            return None
-        if discriminator.updates % self.config.monitor_every:
-            return None
-        return broadcast_object(discriminator.held_out_accuracy())  # all processes must use the same number
+    def _log(self, update: int, row: dict[str, float], leaks: dict[str, Any]) -> None:
+        """Write the metrics of an update; the first row has the surface probe's figures too."""
+        if self.trainer.metrics_file is None or not self.trainer.is_world_process_zero():
+            return
+        named = {f"discriminator/{name}": value for name, value in row.items()}
+        self.trainer.metrics_file.append({"phase": "warmup", "update": update, **named, **leaks})
+        leaks.clear()
 
     def log_probs(self, batch: Batch) -> torch.Tensor | None:
         """log pi of `warmup_model`; None if the policy sampled the rollouts or the warm-up is over."""
@@ -232,32 +218,6 @@ class WarmUp(TrainerCallback):
             return None
         with zero3_disabled():
             return load_causal_lm(name, self.trainer.policy.dtype, self.trainer.accelerator.device)
-
-    def _leaks(self, rollouts: list[Rollout]) -> dict[str, Any]:
-        """Warn if surface features, or single tokens, alone distinguish the experts from the rollouts.
-
-        Returns:
-            `surface/auroc`, and the most predictive features.
-        """
-        discriminator = self.trainer.discriminator
-        tokenizer = discriminator.model.tokenizer
-        texts = tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
-        names = tokenizer.convert_ids_to_tokens
-
-        def trace(index: int, text: str, ids: list[int]) -> TraceText:
-            return TraceText(str(index), text, ids[-1:] == [tokenizer.eos_token_id], names(ids))
-
-        used = sorted({rollout.demonstration for rollout in rollouts})
-        experts = [(index, discriminator.experts[index]) for index in used]
-        probe = surface_probe(
-            [trace(index, expert.text, expert.completion) for index, expert in experts],
-            [trace(rollout.demonstration, text, rollout.ids) for rollout, text in zip(rollouts, texts, strict=True)],
-            names(list(tokenizer.added_tokens_decoder)),
-        )
-        warning = leak_warning(probe)
-        if warning is not None:
-            warn(warning)
-        return {"surface/auroc": probe.auroc, "surface/features": [feature.name for feature in probe.features]}
 
 
 def filled(rows: list[Any], size: int) -> list[Any]:
