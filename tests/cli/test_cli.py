@@ -1003,7 +1003,7 @@ def test_calibrated_probability_needs_the_plain_reward(command, bench, tmp_path)
     with_reference = command("score", model, data, "--reference", bench.model)
     (row,) = [json.loads(line) for line in with_reference.out.splitlines()]
     assert "probability" not in row
-    assert with_reference.err.count("no probability: the calibration applies to rewards without --reference") == 1
+    assert with_reference.err.count("no probability: it was fitted for rewards without --reference") == 1
 
 
 def test_steps_that_the_tokenizer_cannot_round_trip(command, bench, tmp_path):

@@ -162,9 +162,8 @@ def test_hostile_text_is_shown_as_text(page):
 
 
 def test_each_step_uses_its_own_text_direction(page, tmp_path):
-    write_inspection(
-        path := tmp_path / "directions.html", [row_of(["שלום", "\n", "answer"], [-1.0, -1.0, 1.0], suspected_error=0)], "Directions"
-    )
+    row = row_of(["שלום", "\n", "answer"], [-1.0, -1.0, 1.0], suspected_error=0)
+    write_inspection(path := tmp_path / "directions.html", [row], "Directions")
     page.open(path)
     cells = page.all(".heat tbody td:nth-child(2)")
     assert [cell.value_of_css_property("direction") for cell in cells] == ["rtl", "ltr"]

@@ -114,8 +114,8 @@ def questions_of(rows: Iterable[dict[str, Any]], threshold: float | None) -> lis
 
     Returns:
         Questions with `prompt`, `answer`, `traces`, and `not_shown`, the number of further traces. Each trace has its
-        row's fields, `error` (index of the marked step, or None), `drop` (`largest_drop`) and `steps`. JSON values only, numbers
-        with 4 decimals, text escaped by `visible`.
+        row's fields, `error` (index of the marked step, or None), `drop` (`largest_drop`) and `steps`. JSON values
+        only, numbers with 4 decimals, text escaped by `visible`.
 
     Raises:
         InputError: as for `write_inspection`.

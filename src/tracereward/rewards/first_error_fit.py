@@ -49,7 +49,9 @@ def fit_first_error(model: Scorer, traces: Sequence[RightTrace], seed: int = 0) 
     encoded: list[EncodedTrace] = []
     for number, trace in enumerate(dict.fromkeys(traces)):
         original = _read(trace, trace.completion)
-        changed = perturb(original.completion, random.Random(f"{seed} {number}"), delimiter=model.settings.step_delimiter)
+        changed = perturb(
+            original.completion, random.Random(f"{seed} {number}"), delimiter=model.settings.step_delimiter
+        )
         copies = [original] if changed is None else [original, _read(trace, changed.text)]
         try:
             ids = [model.encode(copy, known=False) for copy in copies]

@@ -8,7 +8,6 @@ beside thresholds fitted on labels.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +48,13 @@ SIGNALS: dict[str, Callable[[Steps], list[float]]] = {
     "fall": lambda steps: differences(_levels(steps)),
     "minimum_fall": lambda steps: differences(_minima(steps)),
 }
-"""Step values by name: the mean or the lowest of a step's token rewards, and their change from the step before."""
+"""Step values by name, low where an error is suspected."""
+SIGNALS_IN_WORDS = {
+    "level": "mean reward",
+    "minimum": "lowest token reward",
+    "fall": "change of the mean reward from the step before",
+    "minimum_fall": "change of the lowest token reward from the step before",
+}
 
 
 def first_below(scores: Sequence[float], threshold: float) -> int | None:
@@ -82,6 +87,16 @@ class FirstErrorRule:
 
     def __post_init__(self) -> None:
         check_choice("signal of first errors", self.signal, SIGNALS)
+
+    @property
+    def line(self) -> str:
+        """The rule in a sentence, with what it finds."""
+        text = (
+            f"Suspected first error: the first step whose {SIGNALS_IN_WORDS[self.signal]} is below {self.threshold:.3g}"
+        )
+        if self.hit_rate is None:
+            return f"{text}."
+        return f"{text}; it finds {100 * self.hit_rate:.0f} % of inserted errors."
 
     def mark(self, steps: Steps) -> int | None:
         """Index of the suspected first wrong step; None if no step is suspected."""
@@ -145,6 +160,8 @@ def fit_rule(traces: Sequence[RatedTrace]) -> FirstErrorRule:
             the first wrong step of no more erroneous traces than it may mark right ones (by the lower end of the 95 %
             interval), or most of its marks on erroneous traces are on another step.
     """
+    if sum(trace.first_error is None for trace in traces) < RIGHT_TRACES:
+        raise InputError(f"{sum(t.first_error is None for t in traces)} right traces, and {RIGHT_TRACES} are needed")
     questions = {question: place for place, question in enumerate(dict.fromkeys(t.question for t in traces))}
     right, wrong = ([t for t in traces if (t.first_error is None) == is_right] for is_right in (True, False))
     if not wrong:
@@ -162,8 +179,8 @@ def fit_rule(traces: Sequence[RatedTrace]) -> FirstErrorRule:
     best = max(SIGNALS, key=lambda signal: hits[signal])
     if wilson_interval(hits[best], len(wrong))[0] <= RATE or 2 * hits[best] < marks[best]:
         raise InputError(
-            f"the best signal, {best}, marks {marks[best]} of {len(wrong)} erroneous traces, {hits[best]} of them at the "
-            "first wrong step"
+            f"the best signal, {SIGNALS_IN_WORDS[best]}, marks {marks[best]} of {len(wrong)} erroneous traces, "
+            f"{hits[best]} of them at the first wrong step"
         )
     threshold = _threshold(right, best)
     assert threshold is not None

@@ -253,8 +253,9 @@ class Scorer(ABC):
         """
         if threshold is not None:
             check_number("threshold", threshold)
+        asked, trace = check_argument("prompt", prompt), check_text_list("steps", steps)
         rule = self.settings.first_error_rule(threshold, "threshold")
-        return rule.mark(self._steps([check_argument("prompt", prompt)], [check_text_list("steps", steps)])[0])
+        return rule.mark(self._steps([asked], [trace])[0])
 
     def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
         """Mean token reward of each step.
