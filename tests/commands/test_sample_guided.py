@@ -463,7 +463,7 @@ def test_incompatible_models_are_refused(bench, refused, monkeypatch):
     bare = ["--reward-model", bench.folder / "bare_reward_model"]
     assert "another tokenizer than the reward model" in refused("sample", bench.folder / "other", *data, *bare)
     assert "no such model folder" in refused("sample", bench.folder / "absent", *data, *bare)
-    correct = ["correct", bench.folder / "other", bench.experts]
+    correct = ["correct", bench.folder / "other", bench.experts, "--threshold", 0]
     assert "another tokenizer than the reward model" in refused(*correct, *bare)
 
 
