@@ -78,11 +78,11 @@ def trained(folder, tokenizer, output_dir, train, *, updates: int, **options) ->
 
 
 def test_training_ranks_correct_working_above_fluent_mistakes(tiny_model_folder, tokenizer, tmp_path):
-    """100 held-out problems: an untrained backbone ranks about half correctly, 30 updates nearly all."""
+    """100 held-out problems: an untrained backbone ranks about half correctly, 40 updates nearly all."""
     held_out = mistaken_pairs(100, seed=1)
     train = mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out})
     untrained, _ = trained(tiny_model_folder, tokenizer, tmp_path, train[:1], updates=1, discriminator_prompts=1)
-    discriminator, row = trained(tiny_model_folder, tokenizer, tmp_path, train, updates=30, discriminator_prompts=32)
+    discriminator, row = trained(tiny_model_folder, tokenizer, tmp_path, train, updates=40, discriminator_prompts=32)
     assert 0.3 < within(untrained.model, tokenizer, held_out) < 0.7
     assert within(discriminator.model, tokenizer, held_out) > 0.9
     assert row["accuracy_expert"] > 0.7
