@@ -32,7 +32,7 @@ from tracereward.files import write_jsonl
 from tracereward.modeling.loading import check_model, context_length, read_config
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import RewardSettings, write_calibration
+from tracereward.rewards.settings import RewardSettings, write_fitted
 from tracereward.selection import METHODS
 from tracereward.tasks.recipes import get_task
 
@@ -1018,7 +1018,7 @@ def test_calibrated_probability_needs_the_plain_reward(command, bench, tmp_path)
     """The calibration was fitted without the log-probs of --reference and --policy."""
     model, data = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(bench.reward_model, model)
-    write_calibration(model, Calibration("platt", slope=2.0, intercept=0.5, traces=12))
+    write_fitted(model, calibration=Calibration("platt", slope=2.0, intercept=0.5, traces=12))
     write_jsonl(data, [GOOD])
     alone = command("score", model, data)
     (row,) = [json.loads(line) for line in alone.out.splitlines()]
@@ -1027,7 +1027,7 @@ def test_calibrated_probability_needs_the_plain_reward(command, bench, tmp_path)
     with_reference = command("score", model, data, "--reference", bench.model)
     (row,) = [json.loads(line) for line in with_reference.out.splitlines()]
     assert "probability" not in row
-    assert with_reference.err.count("no probability: the calibration applies to rewards without --reference") == 1
+    assert with_reference.err.count("no probability: it was fitted for rewards without --reference") == 1
 
 
 def test_steps_that_the_tokenizer_cannot_round_trip(command, bench, tmp_path):

@@ -45,6 +45,7 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_run, write_policy_card
 from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
+from tracereward.runs.first_error import fit_marks, held_out_questions
 from tracereward.runs.folder import run_folder
 from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.report import report_rewards
@@ -431,7 +432,9 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 about = about_run(run, len(prepared.rows), chosen)
                 write_policy_card(run, about)
                 reward_model.save_pretrained(run.folder / "reward_model", about)
-                report_rewards(run, trainer, reward_model, prepared.rows, chosen=chosen)
+                questions = held_out_questions(trainer, prepared.rows, prepared.validation)
+                marks = fit_marks(run, trainer, reward_model, questions)
+                report_rewards(run, trainer, reward_model, prepared.rows, chosen=chosen + marks)
         upload_all(run, repositories)
     return run.folder
 

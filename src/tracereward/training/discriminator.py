@@ -510,7 +510,8 @@ class Discriminator:
         self.random.setstate((version, tuple(internal), gauss))
         self.updates = state["updates"]
         self.batches = state["batches"]
-        self.prior = state.get("prior", self.options.positive_prior)
+        if self.options.positive_prior is None:  # an earlier version's state has none
+            self.prior = state.get("prior")
         self.replay.load(state["replay"])
         self.held_out_rollouts.load(state["held_out_rollouts"])
 
