@@ -43,6 +43,7 @@ class RewardSettings:
         reward_form: reward used in training, one of `choices.REWARD_FORMS`; "" is the head's default. `score` computes
             it if given the models whose log-probs it needs, otherwise f.
         reference_model: the model whose log-prob ``logit_plus_logprob`` adds.
+        label_rule: which candidates `tracereward fit` took as positives and which as negatives; "" for other training.
         uses_gold_answers: whether training used rollouts with a verified answer as expert traces.
         aggregate: how token rewards are reduced to a trace reward.
         task: name of the task whose prompts and answers it was trained on.
@@ -61,6 +62,7 @@ class RewardSettings:
     temperature: float = 1.0
     reward_form: str = ""
     reference_model: str = ""
+    label_rule: str = ""
     uses_gold_answers: bool = False
     aggregate: str = "mean"
     task: str = "generic"

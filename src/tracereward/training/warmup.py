@@ -27,9 +27,9 @@ from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import eos_ids, with_own_end
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.checkpoints import save_state
+from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_state
 from tracereward.training.discriminator_batch import Rollout
-from tracereward.training.update_loop import DISCRIMINATOR_FILE, UpdateLoop, surface_leaks
+from tracereward.training.update_loop import UpdateLoop, surface_leaks
 
 
 class RolloutCollector:
@@ -94,7 +94,11 @@ class WarmUp(TrainerCallback):
             prompts = [discriminator.experts[rollout.demonstration].prompt for rollout in rollouts]
             trainer.check_positions(prompts, [rollout.ids for rollout in rollouts])
             discriminator.remember(rollouts)
-            leaks = {} if trainer.stop.received() else surface_leaks(discriminator, rollouts)
+            leaks = (
+                {}
+                if trainer.stop.received()
+                else surface_leaks(discriminator.experts, rollouts, discriminator.model.tokenizer)
+            )
         loop = UpdateLoop(
             discriminator=discriminator,
             seed=config.seed,
