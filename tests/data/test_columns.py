@@ -9,11 +9,12 @@ import pytest
 from datasets import Dataset
 
 from helpers.command_line import bench, command, refused  # noqa: F401
+from tracereward.data.candidates import read_questions
 from tracereward.data.columns import own_columns
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError
-from tracereward.evaluate.pool_data import read_pool, read_questions
+from tracereward.evaluate.pool_data import read_pool
 from tracereward.tasks.recipes import TASKS
 
 Q, T = "1 + 2 = ?\n", "so\n#### 3"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pandas as pd
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -409,3 +410,11 @@ def test_traces_longer_than_a_model_reads_are_refused(tmp_path, tokenizer, posit
     refused = contextlib.nullcontext() if message is None else pytest.raises(InputError, match=message)
     with refused:
         check_positions(rows if rollouts else rows[:1], tokenizer, str(tmp_path), rollouts=rollouts)
+
+
+def test_rows_in_memory_read_as_those_of_a_file(tmp_path):
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    expected = [{**row, "source": f"demonstrations[{n}]"} for n, row in enumerate(load_demonstrations(path, GENERIC))]
+    table = pd.DataFrame(ROWS)
+    for source in (ROWS, table, datasets.Dataset.from_pandas(table)):
+        assert load_demonstrations(source, GENERIC) == expected

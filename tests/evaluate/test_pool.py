@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 from helpers.paths import SHARED
 from helpers.tiny import launcher
 from tracereward.cli import app
+from tracereward.data.candidates import read_questions
 from tracereward.errors import InputError, RunFailed
 from tracereward.evaluate.figures import curve_figure, pool_figures
 from tracereward.evaluate.pool import evaluate_pool, pool_tables, score_pool, split_questions
-from tracereward.evaluate.pool_data import by_question, read_pool, read_questions
+from tracereward.evaluate.pool_data import by_question, read_pool
 from tracereward.files import write_jsonl
 from tracereward.metrics import bootstrap_interval
 from tracereward.modeling.tokenization import encode_completion, encode_prompt

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from tracereward.data.columns import fix, own_columns, reads_columns
-from tracereward.data.readers import not_json, read_rows
+from tracereward.data.readers import RowSource, not_json, rows_of
 from tracereward.errors import InputError, check_choice, check_list, check_text
 from tracereward.modeling.rendering import row_location
 from tracereward.modeling.seam import without_end_marks
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def load_demonstrations(
-    source: str | os.PathLike[str],
+    source: RowSource,
     task: Task,
     split: str = "train",
     subset: str | None = None,
@@ -33,7 +33,7 @@ def load_demonstrations(
     """Read and check demonstrations; duplicate rows are kept, extra fields are ignored.
 
     Args:
-        source: file or Hub id, as for `read_rows`.
+        source: file, folder or Hub id, a list of dicts, a pandas DataFrame or a `datasets.Dataset`.
         task: turns raw rows into prompt, completion and answer.
         split: split of a Hub set.
         subset: configuration of a Hub set.
@@ -46,19 +46,17 @@ def load_demonstrations(
     Raises:
         InputError: no rows, or a row whose fields are missing, empty or of a wrong type; names file, line and field.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(f"source must be a file, a folder or a Hub id, not {source!r:.80}")
     if not isinstance(task, Task):
         raise InputError(f"task must be a Task, not {task!r:.80}: get_task('generic') gives one")
     check_text("split", split)
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit is {limit!r}: it must be at least 1")
-    source = os.fspath(source)
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "demonstrations"
     rows: list[dict[str, Any]] = []
-    for location, raw in read_rows(source, split, subset):
+    for location, raw in rows_of(source, "demonstrations", split, subset):
         if reads_columns(task):
-            raw = own_columns(raw, location, source, question=not require_completion)
-        row = checked_example(task, raw, location, source)
+            raw = own_columns(raw, location, name, question=not require_completion)
+        row = checked_example(task, raw, location, name)
         if wrong := not_json(row):  # such as a date in a message
             raise InputError(f"{location}: {wrong}")
         if isinstance(row["prompt"], str) and without_end_marks(row["prompt"])[1]:
@@ -69,13 +67,13 @@ def load_demonstrations(
         if require_completion and row["completion"] is None:
             raise InputError(
                 f"{location}: no completion: field {task.completion_field!r} is missing or empty for task {task.name!r}"
-                f"{fix(raw, source)}"
+                f"{fix(raw, name)}"
             )
         rows.append({**row, "source": location})
         if len(rows) == limit:
             break
     if not rows:
-        raise InputError(f"{source}: no rows")
+        raise InputError(f"{name}: no rows")
     return rows
 
 

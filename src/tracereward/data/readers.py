@@ -5,7 +5,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +52,53 @@ def read_rows(
             yield from _file_rows(str(file), file, skipped)
     else:
         yield from _file_rows(source, path, skipped)
+
+
+RowSource = Any
+"""Rows in any form that Python users have: a file, folder or Hub id, a list of dicts, a pandas DataFrame or a
+`datasets.Dataset`."""
+
+
+def rows_of(
+    source: RowSource, name: str, split: str = "train", subset: str | None = None
+) -> Iterator[tuple[str, dict]]:
+    """Yield ``(location, row)`` of a `RowSource`; see `read_rows` for files.
+
+    Args:
+        source: the rows; they are not changed.
+        name: of the argument, for locations (``candidates[12]``, from 0) and error messages.
+        split: of a Hub set or a folder.
+        subset: configuration of a Hub set or a folder.
+
+    Raises:
+        InputError: of another type, or a row that is not a dict; names it.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        yield from read_rows(os.fspath(source), split, subset)
+        return
+    table = hasattr(source, "to_dict") and hasattr(source, "columns")
+    if hasattr(source, "keys") and not table:
+        fix = ": choose one of its splits" if all(hasattr(part, "column_names") for part in source.values()) else ""
+        raise InputError(f"{name} must be rows, not {type(source).__name__}{fix}")
+    values = source.to_dict("records") if table else source
+    if not hasattr(values, "__len__") or not hasattr(values, "__getitem__"):
+        raise InputError(
+            f"{name} must be a file, a list of dicts, a DataFrame or a Dataset, not {type(source).__name__}"
+        )
+    for n, row in enumerate(values):
+        if not isinstance(row, Mapping):
+            raise InputError(f"{name}[{n}] must be a dict, not {row!r:.80}")
+        found = {str(key): _plain(value, missing=table) for key, value in row.items()}
+        if (wrong := _half_pair(found)) is not None:
+            raise InputError(f"{name}[{n}]: {wrong}")
+        yield f"{name}[{n}]", found
+
+
+def _plain(value: Any, *, missing: bool) -> Any:
+    """A cell as JSON has it: numpy's arrays and numbers as Python's, and a table's nan, which stands for no value."""
+    if missing and (value is None or (not hasattr(value, "__len__") and value != value) or str(value) == "<NA>"):
+        return None
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def has_splits(source: str | None) -> bool:
