@@ -17,7 +17,7 @@ from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from helpers.paths import ROOT
 from tracereward.cli.app import app
-from tracereward.cli.training_options import CONFIGS, parse
+from tracereward.cli.training_options import CONFIGS, parse, parse_fit
 from tracereward.rewards.choices import GRANULARITIES, HEADS
 from tracereward.runs.same_run import MAY_CHANGE
 from tracereward.selection import METHODS
@@ -131,6 +131,9 @@ def test_command_lines_parse(page, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(option_rules, "_check_installed", lambda config: None)  # vLLM, for example
     kind = words[0]
+    if kind == "fit" and "--help" not in words:
+        parse_fit(words[1:])
+        return
     if kind in CONFIGS and "--help" not in words:
         if "--config" in words:
             place = words.index("--config") + 1

@@ -46,9 +46,7 @@ def help_text(command: str) -> str:
     lines = [f"Usage: tracereward {command} [--config FILE.yaml] [--resume] [--OPTION VALUE ...]", "", about, ""]
     own = {option.name: _line(option) for group in groups.values() for option in own_fields(group)}
     lines += ["First:"]
-    lines += [
-        _wrapped(f"--{name}: {text.format(command=command)}") if text else own[name] for name, text in first.items()
-    ]
+    lines += [own.get(name) or _wrapped(f"--{name}: {text.format(command=command)}") for name, text in first.items()]
     if parent:
         lines += ["", "LoRA:", *(f"  --{name}: {text}" for name, text in LORA.items())]
     for heading, group in groups.items():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
+from tracereward.commands.train import explained
 from tracereward.console import note
 from tracereward.data.candidates import Question
 from tracereward.data.readers import rows_of
@@ -149,9 +150,10 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
             if not isinstance(source, (str, os.PathLike)):
                 write_jsonl(run.folder / f"{kind}.jsonl", [row for _, row in rows_of(source, kind)])
         torch.manual_seed(options.seed)  # random initialisation of the head and LoRA
-        model = TokenRewardModel.from_backbone(
-            name, settings, tokenizer, peft_config=_lora(options), dtype=options.dtype or "float32"
-        )
+        with explained():
+            model = TokenRewardModel.from_backbone(
+                name, settings, tokenizer, peft_config=_lora(options), dtype=options.dtype or "float32"
+            )
         model.to(best_device())
         fine_tune(run, model, data)
         model.eval()
@@ -180,7 +182,7 @@ def _lora(options: FitOptions) -> LoraConfig | None:
     return LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
-        target_modules=layers[0] if layers and len(layers) == 1 else layers,
+        target_modules="all-linear" if layers == ["all-linear"] else layers,
         task_type="CAUSAL_LM",
     )
 

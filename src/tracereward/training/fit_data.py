@@ -138,7 +138,7 @@ def read_fit_data(
     Raises:
         InputError: a row cannot be read, nothing is shared, or there would be one class only.
     """
-    subset = task.subset if demonstrations == task.dataset else None
+    subset = task.subset if isinstance(demonstrations, str) and demonstrations == task.dataset else None
     experts = load_demonstrations(demonstrations, task, subset=subset)
     rows = read_candidates(candidates, task, questions=options.questions)
     questions, remarks = match(experts, rows)

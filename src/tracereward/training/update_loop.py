@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from tracereward import metrics
 from tracereward.console import warn
 from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
-from tracereward.modeling.distributed import broadcast_object
+from tracereward.modeling.distributed import broadcast_object, is_distributed
 from tracereward.training.discriminator import Discriminator
 from tracereward.training.discriminator_batch import Expert, Rollout
 
@@ -50,7 +50,7 @@ class UpdateLoop:
         progress = tqdm(total=total, initial=discriminator.updates, desc=description, disable=quiet, leave=False)
         while discriminator.updates < total and not self.stopped():
             # Dropout uses the global generator.
-            set_seed(self.seed + 500_000 + discriminator.updates, device_specific=True)
+            set_seed(self.seed + 500_000 + discriminator.updates, device_specific=is_distributed())
             with self.autocast():
                 row = discriminator.update([])
             done = discriminator.updates
