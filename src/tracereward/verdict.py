@@ -1,7 +1,7 @@
 """The verdict: whether a reward chooses better than the baselines that cost nothing, in one line."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ BASELINES = ("majority", "logprob", "logprob_vote", "shortest", "model")
 RELEVANT = 0.03
 """Difference of accuracies. A reward is no better if a gain of this size is excluded; an interval that neither
 excludes it nor 0 does not decide."""
+OUTCOMES = ("better", "worse", "no better", "unclear")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Verdict:
         comparisons: one for each baseline whose inputs are present.
         aurocs: of the reward, and of the log-prob if it is known: within the prompt, within prompt and model, and among
             traces of similar length; nan if undefined.
+        about: which questions and candidates it is on, as a phrase; empty if that is clear from where it is shown.
     """
 
     method: str
@@ -47,6 +49,7 @@ class Verdict:
     outcome: str
     comparisons: tuple[Comparison, ...]
     aurocs: dict[str, dict[str, float]]
+    about: str = ""
 
     @property
     def decisive(self) -> Comparison:
@@ -57,7 +60,7 @@ class Verdict:
     def line(self) -> str:
         """The verdict in one line."""
         one = self.decisive
-        name = METHODS[one.baseline].removesuffix("@{n}").removesuffix(" best-of-{n}")
+        name = method_name(one.baseline)
         points = f"{_points(one.difference)} points, {_points(one.low)} to {_points(one.high)}"
         asked = f"{self.questions} question{'s' * (self.questions != 1)}"
         if self.outcome == "better":
@@ -71,9 +74,40 @@ class Verdict:
         """For JSON; numbers may be nan."""
         return {"line": self.line, **asdict(self), "needed": questions_needed(self.decisive, self.questions)}
 
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Verdict":
+        """The verdict of a `to_dict` in which nan may be None.
+
+        Raises:
+            ValueError: a field is missing, or is not what `to_dict` gives.
+        """
+        try:
+            found = cls(
+                method=str(stored["method"]),
+                questions=int(stored["questions"]),
+                outcome=str(stored["outcome"]),
+                comparisons=tuple(Comparison(**one) for one in stored["comparisons"]),
+                aurocs={
+                    str(name): {str(kind): math.nan if value is None else float(value) for kind, value in kinds.items()}
+                    for name, kinds in stored["aurocs"].items()
+                },
+                about=str(stored.get("about", "")),
+            )
+            numbers = [value for one in found.comparisons for value in (one.difference, one.low, one.high)]
+            known = {found.method, *(one.baseline for one in found.comparisons)} <= METHODS.keys()
+            if not (known and numbers and found.outcome in OUTCOMES and all(map(math.isfinite, numbers))):
+                raise ValueError("its values are not those of a verdict")
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        return found
+
 
 def verdict(
-    questions: Sequence[Sequence[Candidate]], equal: Callable[[str, str], bool], method: str = "vote"
+    questions: Sequence[Sequence[Candidate]],
+    equal: Callable[[str, str], bool],
+    method: str = "vote",
+    *,
+    about: str = "",
 ) -> Verdict | None:
     """Compare a method that uses the reward with the baselines, question by question.
 
@@ -81,6 +115,7 @@ def verdict(
         questions: the candidates of held-out questions; their correctness is known.
         equal: whether two answers are the same.
         method: name in `selection.METHODS`.
+        about: see `Verdict`.
 
     Returns:
         None if no question has two candidates: then there is nothing to choose.
@@ -103,7 +138,13 @@ def verdict(
         outcome=outcome,
         comparisons=comparisons,
         aurocs=_aurocs(questions),
+        about=about,
     )
+
+
+def method_name(method: str) -> str:
+    """The name of a method in `selection.METHODS` without the number of candidates."""
+    return METHODS[method].replace("@{n}", "").replace(" best-of-{n}", "")
 
 
 def compared(baseline: str, mine: Sequence[float], other: Sequence[float]) -> Comparison:

@@ -36,6 +36,7 @@ def run(tmp_path_factory, tokenizer, tiny_model_folder):
         (folder / name).write_text("stays here")
     for name in ("train.jsonl", "trainer_state.json", "training_args.bin", "data.json", "model.safetensors.index.json"):
         (folder / "reward_model" / name).write_text("{}")
+    (folder / "reward_model" / "verdict.json").write_text('{"outcome": "better"}')
     return folder
 
 
@@ -53,7 +54,7 @@ def test_reward_model_arrives_byte_for_byte(hub, run, command):
     local, found = contents(run / "reward_model"), uploaded(hub, "alice/rm", "v1")
     assert found.keys() == {
         *("README.md", "config.json", "generation_config.json", "head.safetensors", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "tracereward.json"),
+        *("tokenizer.json", "tokenizer_config.json", "tracereward.json", "verdict.json"),
     }
     card = local.pop("README.md").replace(b'from_pretrained("reward_model")', b'from_pretrained("alice/rm")')
     assert found.pop("README.md") == card
@@ -65,7 +66,8 @@ def test_reward_model_arrives_byte_for_byte(hub, run, command):
 
 def test_run_folder_has_two_models_and_a_second_upload_replaces_the_weights(hub, run, command):
     old = {f"model-0000{part}-of-00002.safetensors": b"old" for part in (1, 2)} | {
-        "model.safetensors.index.json": b"{}"
+        "model.safetensors.index.json": b"{}",
+        "verdict.json": b"of the old weights",
     }
     hub.create("alice/all", old | {"notes.md": b"kept", "extra/model.safetensors": b"kept"})
     done = command("push", run, "all")

@@ -75,6 +75,14 @@ def test_upstream_that_does_not_list_models_is_reported(serve, capfd, path, warn
     assert ("does not list its models" in capfd.readouterr().err) == warns
 
 
+def test_damaged_verdict_does_not_stop_the_server(serve, folder, capfd):
+    (folder / "verdict.json").write_text('{"outcome": "bet')
+    with pytest.raises(Loaded):
+        serve()
+    (folder / "verdict.json").unlink()
+    assert "verdict.json cannot be read" in capfd.readouterr().err
+
+
 def test_address_in_use_is_refused(serve):
     in_use = pytest.raises(InputError, match=r"--host 127.0.0.1 --port \d+: .*in use")
     with socket.create_server(("127.0.0.1", 0)) as other, in_use:

@@ -10,6 +10,7 @@ pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve
 from helpers.any_text import any_text  # noqa: F401
 from helpers.served import assert_error, client_of, save_reward_model, traces
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.verdict import Comparison, Verdict
 
 TRACES = traces(6)
 PROMPT = TRACES[0][0]
@@ -40,6 +41,15 @@ def test_operations(served):
     page = served.get("/")
     assert page.headers["content-type"].startswith("text/html")
     assert {served.get(path).status_code for path in re.findall(r'(?:src|href)="([^"]+)"', page.text)} == {200}
+
+
+def test_page_shows_the_stored_verdict(model, served):
+    assert "No verdict stored" in served.get("/").text
+    comparison = Comparison(baseline="majority", difference=0.1, low=0.02, high=0.18)
+    verdict = Verdict(method="vote", questions=40, outcome="better", comparisons=(comparison,), aurocs={})
+    page = client_of(model, verdict=verdict).get("/").text
+    assert f"Verdict: {verdict.line}" in page
+    assert "style=" not in page, "the page's policy allows no inline style"
 
 
 def test_page_of_the_api_description_works_offline(served):

@@ -130,6 +130,8 @@ def serve(
         from tracereward.serving.service import Settings, log
     except ImportError as error:
         raise InputError(f"serve needs more packages ({error.name}): pip install 'tracereward[serve]'") from error
+    from tracereward.modeling.loading import local_folder
+    from tracereward.reports.verdicts import read_verdict
     from tracereward.rewards.engines import check_engine, load_scorer
     from tracereward.rewards.records import EncodedTrace, ForwardOptions
 
@@ -170,6 +172,7 @@ def serve(
         token_budget=token_budget,
         max_wait=max_wait_ms / 1000,
         log_prompts=log_prompts,
+        verdict=read_verdict(local_folder(model)),
     )
     if api_key is None and host not in LOOPBACK:
         say(f"warning: anyone who reaches {host} can use this server: set ${API_KEY} or --api-key-file")

@@ -12,6 +12,7 @@ from tracereward.errors import InputError
 from tracereward.files import without_nan
 from tracereward.modeling.loading import best_device, local_folder
 from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.reports.verdicts import read_verdict, write_verdict
 from tracereward.rewards.distillation import Fit, check_rows, distill, examples_of
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import SETTINGS_FILE, check_reward_model
@@ -68,6 +69,8 @@ def run_export(options: ExportOptions) -> None:
     )
     note = _note(settings.head, fit)
     student.save_pretrained(output, note)
+    if settings.head == "token" and not settings.adds_reference:  # the same rewards; a distilled model has others
+        write_verdict(output, read_verdict(local_folder(options.model)))
     say(note.strip())
     numbers = without_nan(asdict(fit))
     print_json({"output": str(output), **numbers})

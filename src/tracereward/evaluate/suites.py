@@ -33,11 +33,13 @@ from tracereward.modeling.hub import looks_local, split_name
 from tracereward.modeling.loading import best_device, check_model, local_folder
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
+from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.calibration import Calibration, check_labels, fit_calibration
 from tracereward.rewards.engines import load_log_prob_model
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import check_reward_model, write_calibration
 from tracereward.tasks.recipes import Task, get_task
+from tracereward.verdict import Verdict
 
 MIN_SPREAD = 0.05
 """Of the probabilities of a calibration, from the 5th to the 95th percentile; under it `calibrate` warns."""
@@ -153,7 +155,7 @@ def publish(
     figures: Sequence[dict[str, Any]] = (),
 ) -> None:
     """Write ``BASE.json`` and ``BASE.html``, and print the tables, or the JSON, on stdout."""
-    line = f"Verdict: {result['verdict']['line']}." if result.get("verdict") else ""
+    found = Verdict.from_dict(result["verdict"]) if result.get("verdict") else None
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_json(base.with_name(f"{base.name}.json"), result)
@@ -161,10 +163,9 @@ def publish(
             base.with_name(f"{base.name}.html"),
             Report(
                 title=f"Evaluation: {base.name}",
-                summary=" ".join(
-                    filter(None, [f"{result.get('model') or result['policy']} on {result['data']}.", line])
-                ),
+                summary=f"{result.get('model') or result['policy']} on {result['data']}.",
                 command=" ".join(["tracereward", *sys.argv[1:]]),
+                verdict="" if found is None else verdict_html(found),
                 tables=tables,
                 figures=figures,
             ),
@@ -174,8 +175,8 @@ def publish(
             print_json(result)
         else:
             print_tables(tables)
-    if line:
-        say(line)
+    if found is not None:
+        say(f"Verdict: {found.line}")
     note(f"written: {base}.json and .html")
 
 

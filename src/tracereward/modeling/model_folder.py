@@ -13,6 +13,8 @@ POLICY, REWARD_MODEL = "policy", "reward_model"
 
 SETTINGS_FILE = "tracereward.json"
 """Settings that this package stores in the folder of a model."""
+VERDICT_FILE = "verdict.json"
+"""Verdict on a reward model, in its folder; nothing that is loaded depends on it."""
 
 _LFS = b"version https://git-lfs"
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -39,7 +41,7 @@ def check_folder(folder: Path, subfolder: str) -> None:
     if (folder / "adapter_config.json").is_file():
         raise InputError(adapter_message(str(folder), folder / "adapter_config.json"))
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".bin", ".model"):
+        if path.is_file() and path.name != VERDICT_FILE and path.suffix in (".json", ".safetensors", ".bin", ".model"):
             check_file(path)
     for path in weight_files(folder):
         check_header(path)

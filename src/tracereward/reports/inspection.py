@@ -19,7 +19,8 @@ from markupsafe import Markup
 from tracereward.data.trace_rows import check_scores, text_read, traces_in
 from tracereward.files import atomic_write_text, without_nan
 from tracereward.modeling.alignment import step_ends
-from tracereward.reports.report import HEATMAP_CSS, page_template, reward_colour
+from tracereward.reports.pages import page_template
+from tracereward.reports.report import HEATMAP_CSS, reward_colour
 from tracereward.rewards.first_error_rules import ERROR_MARGIN, first_below_others
 from tracereward.rewards.token_scores import TokenScores
 

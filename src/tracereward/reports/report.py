@@ -6,16 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup, escape
 
 from tracereward.files import atomic_write_text
+from tracereward.reports.pages import page_template, table_view
 from tracereward.reports.plots import curves, histogram, signed
-from tracereward.reports.tables import Table, column_text, is_numeric
+from tracereward.reports.tables import Table
 from tracereward.rewards.first_error_rules import lowest_steps
 from tracereward.rewards.token_scores import TokenScores
 
@@ -53,6 +52,7 @@ class Report:
     Attributes:
         title: heading of the page.
         summary: one sentence: what was run, and the result.
+        verdict: HTML below it, see `verdicts.verdict_html`; empty for none.
         command: the command that started the run.
         tables: shown in this order.
         metrics: rows of `metrics.jsonl`; rows with `phase == "warmup"` are indexed by `update`, the others by `step`.
@@ -67,6 +67,7 @@ class Report:
     title: str
     summary: str
     command: str
+    verdict: str = ""
     tables: Sequence[Table] = ()
     metrics: Sequence[dict] = ()
     rewards_correct: Sequence[float] = ()
@@ -85,7 +86,8 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
         title=report.title,
         summary=report.summary,
         command=report.command,
-        tables=[_table_view(table) for table in report.tables],
+        verdict=report.verdict,
+        tables=[table_view(table) for table in report.tables],
         curves=[
             (heading, figures)
             for heading, figures in (
@@ -136,18 +138,6 @@ HEATMAP_CSS = Markup("""\
   .heat .t:focus::after { background: #e9ebee; color: #16181b; }
 }
 """)
-
-
-def page_template(name: str) -> jinja2.Template:
-    """A template of this folder: text is escaped, and a variable that is missing is an error."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template(name)
 
 
 def reward_colour(reward: float, limit: float, dark: bool = False) -> str:
@@ -274,25 +264,12 @@ def _step_rows(trace: ScoredTrace, limit: float) -> list[dict[str, Any]]:
     return rows
 
 
-# --- numbers and tables ---
+# --- numbers ---
 
 
 def _digits(value: float) -> str:
     """A magnitude with up to two decimals, without trailing zeros, e.g. ``3.2``."""
     return f"{value:.2f}".rstrip("0").rstrip(".")
-
-
-def _table_view(table: Table) -> dict[str, Any]:
-    """Template variables of a table: text cells, and which columns are numeric."""
-    columns = [[row[i] for row in table.rows] for i in range(len(table.columns))]
-    cells = [column_text(column) for column in columns]
-    return {
-        "title": table.title,
-        "columns": list(zip(table.columns, map(is_numeric, columns))),
-        "rows": [[column[i] for column in cells] for i in range(len(table.rows))],
-        "note": table.note,
-        "best": table.best,
-    }
 
 
 def _config_text(config: dict | None) -> str:

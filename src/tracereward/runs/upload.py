@@ -17,7 +17,14 @@ from tracereward.files import read_json
 from tracereward.modeling.distributed import broadcast_object
 from tracereward.modeling.hub import check_repository_name, hub_problem
 from tracereward.modeling.loading import check_model
-from tracereward.modeling.model_folder import POLICY, REWARD_MODEL, SETTINGS_FILE, check_folder, weight_files
+from tracereward.modeling.model_folder import (
+    POLICY,
+    REWARD_MODEL,
+    SETTINGS_FILE,
+    VERDICT_FILE,
+    check_folder,
+    weight_files,
+)
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.settings import HEAD_FILE, check_reward_model
 from tracereward.runs.cards import PLAIN_CARD
@@ -29,13 +36,13 @@ REWARD_SUFFIX = "-reward"
 """What the reward model's repository is called after the policy's."""
 
 _FILES = (
-    *(CARD, SETTINGS_FILE, HEAD_FILE, "config.json", "generation_config.json"),
+    *(CARD, SETTINGS_FILE, VERDICT_FILE, HEAD_FILE, "config.json", "generation_config.json"),
     *("tokenizer*", "vocab*", "merges*", "*.model", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("LICENSE*", "NOTICE*"),
 )
 """The files of a model besides its weights: no optimizer states, no checkpoints, no data."""
-_STALE = ("model*.safetensors", "pytorch_model*.bin", "*.index.json", HEAD_FILE)
-"""Files of an earlier upload that would be loaded instead of, or with, the new weights."""
+_STALE = ("model*.safetensors", "pytorch_model*.bin", "*.index.json", HEAD_FILE, VERDICT_FILE)
+"""Files of an earlier upload that would be loaded instead of, or with, the new weights, or that are about the old."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from scipy.special import expit
 from tracereward import __version__
 from tracereward.errors import InputError
 from tracereward.modeling.alignment import join_steps
+from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.records import Trace
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import AGGREGATES, TokenScores
@@ -217,13 +218,13 @@ def _add_operations(app: FastAPI, service: Service, proxy: Proxy | None) -> None
         """Prometheus metrics."""
         return Response(generate_latest(service.registry), media_type=CONTENT_TYPE_LATEST)
 
-    page = files("tracereward.serving") / "page"
+    page, shown = files("tracereward.serving") / "page", verdict_html(service.settings.verdict).encode()
     for path, name, kind in (
         ("/", "index.html", "text/html; charset=utf-8"),
         ("/page/page.js", "page.js", "text/javascript; charset=utf-8"),
         ("/page/page.css", "page.css", "text/css; charset=utf-8"),
     ):
-        content = (page / name).read_bytes()
+        content = (page / name).read_bytes().replace(b"<!-- verdict -->", shown)
 
         def asset(content: bytes = content, kind: str = kind) -> Response:
             return Response(content, media_type=kind)

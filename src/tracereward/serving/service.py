@@ -17,6 +17,7 @@ from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.engine import Engine
 from tracereward.serving.schemas import ErrorResponse, Message, Usage
+from tracereward.verdict import Verdict
 
 T = TypeVar("T")
 log = logging.getLogger("tracereward.serve")
@@ -43,6 +44,7 @@ class Settings:
         token_budget: padded tokens of one forward pass; None for the device's default.
         max_wait: seconds that a trace may wait to be batched with others.
         log_prompts: log prompts, and texts without a prompt.
+        verdict: of the reward model, shown on the page; None if it has none.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Settings:
     token_budget: int | None = None
     max_wait: float = 0.0
     log_prompts: bool = False
+    verdict: Verdict | None = None
 
 
 class Refused(HTTPException):  # FastAPI passes only these on while it reads a body
