@@ -17,12 +17,13 @@ from tracereward.console import note
 from tracereward.data.candidates import Question
 from tracereward.data.readers import rows_of
 from tracereward.errors import InputError, nearest
-from tracereward.files import atomic_write_json, without_nan, write_jsonl
+from tracereward.files import write_jsonl
 from tracereward.modeling.loading import best_device, check_model, load_causal_lm
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
 from tracereward.modeling.tokenization import pad_id, policy_tokenizer
+from tracereward.reports.verdicts import verdict_html, verdict_markdown, write_verdict
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
@@ -42,7 +43,6 @@ from tracereward.training.update_loop import UpdateLoop, pair_auroc, pair_traces
 from tracereward.verdict import Verdict
 
 JUDGED_EVERY = 10  # updates between two held-out accuracies and perturbation AUROCs
-VERDICT_FILE = "verdict.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -259,19 +259,21 @@ def _finish(run: Run[FitJob], model: TokenRewardModel, data: FitData, found: Hel
         f"{len(data.experts)} demonstrations and {traces} candidates of {len(data.questions)} questions of the task "
         f"`{model.settings.task}`, of which {len(data.held_out)} questions were held out.",
         f"{data.said[0].upper()}{data.said[1:]}.",
-        *found.sentences,
+        *found.missing,
     ]
     model.settings = dataclasses.replace(model.settings, calibration=found.calibration)
-    model.save_pretrained(run.folder / "reward_model", about_fit(run, sentences))
-    (run.folder / VERDICT_FILE).unlink(missing_ok=True)
-    if found.verdict is not None:
-        atomic_write_json(run.folder / VERDICT_FILE, without_nan(found.verdict.to_dict()))
+    folder, missing = run.folder / "reward_model", " ".join(found.missing)
+    model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
+    for place in (folder, run.folder):
+        write_verdict(place, found.verdict)
     run.report(
         " ".join(sentences),
-        tables=found.tables(),
+        verdict=verdict_html(found.verdict, missing),
         rewards_correct=found.rewards(correct=True),
         rewards_wrong=found.rewards(correct=False),
         traces=pick_traces(found.traces),
     )
-    for sentence in found.sentences:
+    for sentence in found.missing:
         note(sentence)
+    if found.verdict is not None:
+        note(f"{found.verdict.about}. {found.verdict.line}")

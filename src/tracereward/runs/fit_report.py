@@ -6,7 +6,6 @@ from typing import Any
 
 from tracereward.errors import InputError
 from tracereward.reports.report import ScoredTrace
-from tracereward.reports.tables import Table
 from tracereward.rewards.calibration import Calibration, fit_calibration
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.selection import Candidate
@@ -22,34 +21,18 @@ class HeldOut:
     Attributes:
         verdict: None if it cannot be given.
         calibration: None if it cannot be fitted.
-        judged: how it is known which candidates are right.
         missing: why there is no verdict or no calibration.
         traces: all candidates with their token rewards.
     """
 
     verdict: Verdict | None
     calibration: Calibration | None
-    judged: str
     missing: list[str]
     traces: list[ScoredTrace]
-
-    @property
-    def sentences(self) -> list[str]:
-        """The verdict, or why there is none, and what it is measured by."""
-        line = [] if self.verdict is None else [f"Held-out questions: {self.verdict.line}."]
-        return [*line, *self.missing, *([self.judged] if self.judged else [])]
 
     def rewards(self, correct: bool) -> list[float]:
         """Trace rewards of the right or of the wrong candidates, for the histogram."""
         return [trace.scores.aggregate() for trace in self.traces if trace.correct is correct]
-
-    def tables(self) -> list[Table]:
-        """The comparisons of the verdict."""
-        if self.verdict is None:
-            return []
-        rows = [[one.baseline, 100 * one.difference, 100 * one.low, 100 * one.high] for one in self.verdict.comparisons]
-        title = f"{self.verdict.method} against the baselines, points of accuracy on {self.verdict.questions} questions"
-        return [Table(title, ["baseline", "difference", "95 % low", "95 % high"], [list(row) for row in rows])]
 
 
 def measure(
@@ -72,7 +55,13 @@ def measure(
     pairs = [(question, candidate) for question in questions for candidate in question.candidates]
     scores = model.score_ids([q.prompt for q, _ in pairs], [c.ids for _, c in pairs]) if pairs else []
     traces = [
-        ScoredTrace(question.text, candidate.row.completion, found, candidate.correct, candidate.row.answer)
+        ScoredTrace(
+            question.text,
+            candidate.row.completion,
+            found,
+            correct=candidate.correct,
+            answer=candidate.row.answer,
+        )
         for (question, candidate), found in zip(pairs, scores, strict=True)
     ]
     how, at, judged = model.settings.aggregate, 0, []
@@ -105,7 +94,7 @@ def measure(
         calibration = fit_calibration([c.reward for c in flat], [bool(c.correct) for c in flat])
     except InputError as error:
         missing += [f"No calibration: {error}."] if flat else []
-    return HeldOut(verdict=found, calibration=calibration, judged=_judged(questions), missing=missing, traces=traces)
+    return HeldOut(verdict=found, calibration=calibration, missing=missing, traces=traces)
 
 
 def _candidate(candidate: FitCandidate, reward: float, log_prob: float | None) -> Candidate:
@@ -135,4 +124,4 @@ def _judged(questions: Sequence[FitQuestion]) -> str:
         "graded against the gold answer": len(known) - labelled - agreeing,
         "by agreement with the answer that the demonstration states": agreeing,
     }
-    return "Right or wrong: " + ", ".join(f"{n} {how}" for how, n in counts.items() if n) + "."
+    return "Right or wrong: " + ", ".join(f"{n} {how}" for how, n in counts.items() if n)
