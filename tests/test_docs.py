@@ -24,6 +24,7 @@ from tracereward.selection import METHODS
 from tracereward.tasks.recipes import TASKS
 from tracereward.training import option_rules
 from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.fit_options import FitOptions
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), *(page for page in [ROOT / "README.md"] if page.is_file())]
@@ -193,7 +194,7 @@ def test_mentioned_options_exist():
     known = {"--config", "--resume", "--help", "--version"}
     commands = [c for found in group.commands.values() for c in (found, *getattr(found, "commands", {}).values())]
     known |= {option for command in commands for p in command.params for option in p.opts}
-    for cls in (*CONFIGS.values(), GRPOConfig, SFTConfig, ModelConfig):
+    for cls in (*CONFIGS.values(), FitOptions, GRPOConfig, SFTConfig, ModelConfig):
         known |= {f"--{field.name}" for field in dataclasses.fields(cls)}
     known |= {f"--{field.name}" for field in dataclasses.fields(parse("sft", [])[0])}
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "deploy" / "ray_train.py").read_text(encoding="utf-8")))

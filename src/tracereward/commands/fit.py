@@ -276,4 +276,4 @@ def _finish(run: Run[FitJob], model: TokenRewardModel, data: FitData, found: Hel
     for sentence in found.missing:
         note(sentence)
     if found.verdict is not None:
-        note(f"{found.verdict.about}. {found.verdict.line}")
+        note(f"On {found.verdict.about}: {found.verdict.line}")

@@ -83,11 +83,11 @@ def measure(
             f"{unknown} of {len(judged)} held-out questions are not judged: neither correct nor a gold answer is "
             "given, and no demonstration of them states an answer that can be read."
         )
-    found = verdict(known, task.equal) if known else None
+    about = f"held-out questions; candidates are right or wrong {_judged(questions)}"
+    found = verdict(known, task.equal, about=about) if known else None
     if found is None and not unknown:
-        missing.append(
-            "No verdict: " + ("no held-out question has two candidates." if questions else "no question was held out.")
-        )
+        why = "no held-out question has two candidates" if questions else "no question was held out"
+        missing.append(f"No verdict: {why}.")
     flat = [c for candidates in known for c in candidates]
     calibration = None
     try:
@@ -112,7 +112,7 @@ def _candidate(candidate: FitCandidate, reward: float, log_prob: float | None) -
 
 
 def _judged(questions: Sequence[FitQuestion]) -> str:
-    """How it is known which candidates are right, as a sentence."""
+    """How it is known which candidates are right, as a phrase."""
     candidates = [candidate for question in questions for candidate in question.candidates]
     known = [candidate for candidate in candidates if candidate.correct is not None]
     if not known:
@@ -120,8 +120,8 @@ def _judged(questions: Sequence[FitQuestion]) -> str:
     labelled = sum(candidate.row.labelled for candidate in known)
     agreeing = sum(candidate.row.correct is None for candidate in known)
     counts = {
-        "by the rows' own label (correct)": labelled,
-        "graded against the gold answer": len(known) - labelled - agreeing,
+        "by the rows' own label": labelled,
+        "by the gold answer": len(known) - labelled - agreeing,
         "by agreement with the answer that the demonstration states": agreeing,
     }
-    return "Right or wrong: " + ", ".join(f"{n} {how}" for how, n in counts.items() if n)
+    return ", ".join(f"{how} ({n})" for how, n in counts.items() if n)
