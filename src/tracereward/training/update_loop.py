@@ -78,12 +78,13 @@ def surface_leaks(experts: Sequence[Expert], rollouts: Sequence[Rollout], tokeni
 
     Args:
         experts: the demonstrations.
-        rollouts: further traces of their prompts; verified ones count as positives.
+        rollouts: further traces of their prompts; those without a label are ignored.
         tokenizer: the reward model's.
 
     Returns:
         `surface/auroc`, and the most predictive features.
     """
+    rollouts = [rollout for rollout in rollouts if rollout.label is not None]
     texts = tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
     names = tokenizer.convert_ids_to_tokens
 
@@ -94,7 +95,7 @@ def surface_leaks(experts: Sequence[Expert], rollouts: Sequence[Rollout], tokeni
     sides: dict[bool, list[TraceText]] = {True: [], False: []}
     sides[True] += [trace(i, experts[i].text, experts[i].completion) for i in used]
     for rollout, text in zip(rollouts, texts, strict=True):
-        sides[rollout.verified].append(trace(rollout.demonstration, text, rollout.ids))
+        sides[bool(rollout.label)].append(trace(rollout.demonstration, text, rollout.ids))
     probe = surface_probe(sides[True], sides[False], names(list(tokenizer.added_tokens_decoder)))
     warning = leak_warning(probe)
     if warning is not None:
