@@ -344,7 +344,7 @@ def test_splits_default_sizes_fit_both_worlds():
 def test_invalid_arguments_raise_input_error(monkeypatch):
     with pytest.raises(InputError, match=r"unknown world 'styl': did you mean 'style'\?"):
         generate("styl", 1, seed=0)
-    with pytest.raises(InputError, match="for the worlds misconception, .*, terse: traces of style are"):
+    with pytest.raises(InputError, match=r"for the worlds misconception, .*, terse: traces of style are"):
         generate("style", 1, seed=0, mistake_rate=0.1)
     with pytest.raises(InputError, match=r"mistake_rate is 1\.5, not a probability"):
         generate("misconception", 1, seed=0, mistake_rate=1.5)
