@@ -152,8 +152,7 @@ def _nothing_shared(questions: Sequence[Question], candidates: Sequence[Candidat
     here, there = (f"{'...' if at else ''}{text[at : at + 60]!r}" for text in texts)
     return (
         f"no candidate has the prompt of a demonstration, so nothing can be compared. {first.where} asks {here}, and "
-        f"the most similar demonstration, {nearest.where}, asks {there}. Prompts must be equal: read both with the same "
-        "--task"
+        f"the most similar demonstration, {nearest.where}, asks {there}. Prompts must be equal: read both by one task"
     )
 
 
