@@ -54,7 +54,7 @@ def report_rewards(
     gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
     run.report(
         f"Adversarial training on {len(rows)} demonstrations of {trainer.task.name}."
-        f"{ended}{chosen}{gold_answers} {shown}",
+        f" Label rule: {trainer.labels.name}.{ended}{chosen}{gold_answers} {shown}",
         rewards_correct=right,
         rewards_wrong=wrong,
         traces=pick_traces(traces),
