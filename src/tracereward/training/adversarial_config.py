@@ -51,7 +51,7 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
                 )
         if self.balance == "model":
             raise InputError(
-                "balance model is for candidates of several models, not for the policy's rollouts: use --balance question"
+                "balance model is for candidates of several models, not for rollouts: use --balance question"
             )
         if self.spectral_norm and self.head == "implicit":
             raise InputError(
