@@ -539,7 +539,7 @@ def test_gate_uses_held_out_pairs(make, pairs, rollouts, monkeypatch):
     assert total == 5
     before = discriminator.updates
     monkeypatch.setattr(discriminator, "held_out_accuracy", lambda: 0.5)
-    assert discriminator.learn(rollouts) == {"held_out_accuracy": 0.5, "updates": 0.0}
+    assert discriminator.learn(rollouts) == {"held_out_accuracy": 0.5, "held_out_pairs": 5.0, "updates": 0.0}
     assert discriminator.updates == before
 
 
