@@ -38,21 +38,26 @@ def _fsync(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
-def atomic_write_text(path: str | os.PathLike, text: str) -> None:
-    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a partial one."""
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary file that replaces `path` if the block succeeds; a reader never sees a partial one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _fsync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = str(path)  # a failed write has no name, and that of the temporary file helps nobody
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def atomic_write_text(path: str | os.PathLike, text: str) -> None:
+    """Replace the file at `path` by `text`; a reader sees the old file or the new one, never a partial one."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def atomic_write_json(path: str | os.PathLike, value: Any) -> None:

@@ -401,7 +401,7 @@ def test_prompts_without_demonstration_train_only_the_policy(make):
     seen = [i for name, kwargs in trainer.calls if name == "learned" for i in kwargs["demonstration"]]
     assert -1 in seen
     assert max(seen) >= 0
-    assert all(0 <= index < 12 for index, _, _ in trainer.discriminator.replay.rollouts)
+    assert all(0 <= index < 12 for index, *_ in trainer.discriminator.replay.rollouts)
     assert len(trainer.discriminator.replay.rollouts) == 12 * 4 + sum(index >= 0 for index in seen)
 
 

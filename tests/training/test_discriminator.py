@@ -43,7 +43,7 @@ def pairs(tokenizer, experts):
 def rollouts(tokenizer, pairs):
     """For each demonstration: a trace that differs early, one that differs late, a truncated and an identical one."""
     found = []
-    for index, (_, expert, _) in enumerate(pairs):
+    for index, (_, expert, *_) in enumerate(pairs):
         other = tokenizer.convert_tokens_to_ids("7" if expert[-2] != tokenizer.convert_tokens_to_ids("7") else "8")
         found.append(Rollout(index, [other, *expert[1:]]))
         found.append(Rollout(index, [*expert[:-2], other, expert[-1]]))
@@ -105,8 +105,8 @@ def formula(discriminator, pairs, rollouts, supervised, smoothing, where):
         return (weights * terms).sum() / weights.sum()
 
     expert_losses, rollout_losses = [], []
-    for index, (prompt, expert, _) in enumerate(pairs):
-        mine = [c for i, c, _ in rollouts if i == index and c != expert]
+    for index, (prompt, expert, *_) in enumerate(pairs):
+        mine = [c for i, c, *_ in rollouts if i == index and c != expert]
         if not mine:
             continue
         starts = []
@@ -213,7 +213,7 @@ def test_identical_rollouts_are_excluded(make, pairs):
     """They would carry both labels. With no others there is no loss and no step."""
     discriminator = make()
     before = parameters_of(discriminator)
-    row = discriminator.update([Rollout(i, list(expert)) for i, (_, expert, _) in enumerate(pairs)])
+    row = discriminator.update([Rollout(i, list(expert)) for i, (_, expert, *_) in enumerate(pairs)])
     assert row["identical_share"] == 1.0
     assert row["loss"] == 0.0
     assert math.isnan(row["accuracy_expert"])
@@ -240,10 +240,10 @@ def test_no_update_without_rollouts(make):
 def test_training_raises_expert_scores_above_rollouts(make, pairs, rollouts):
     """Label polarity: expert is high."""
     discriminator = make(head="token", discriminator_learning_rate=3e-3)
-    policy = [(i, c) for i, c, _ in rollouts if c != pairs[i][1]]
+    policy = [(i, c) for i, c, *_ in rollouts if c != pairs[i][1]]
 
     def gap() -> float:
-        right = discriminator.model.token_rewards([p for p, _, _ in pairs], [c for _, c, _ in pairs])
+        right = discriminator.model.token_rewards([p for p, *_ in pairs], [c for _, c, *_ in pairs])
         wrong = discriminator.model.token_rewards([pairs[i][0] for i, _ in policy], [c for _, c in policy])
         return float(torch.cat(right).mean() - torch.cat(wrong).mean())
 
@@ -286,7 +286,7 @@ def test_rollouts_are_batched_with_their_own_prompts_expert(make, pairs, share):
     """Two tokens of each rollout encode its demonstration's index and its age."""
     discriminator = make(replay_share=share, discriminator_prompts=4, discriminator_rollouts=2, replay_size=30)
     seen = record(discriminator)
-    expert_of = {tuple(prompt): expert for prompt, expert, _ in pairs}
+    expert_of = {tuple(prompt): expert for prompt, expert, *_ in pairs}
     assert len(expert_of) == len(pairs)
 
     def tagged(index, age, n):
@@ -531,7 +531,7 @@ def test_gate_uses_held_out_pairs(make, pairs, rollouts, monkeypatch):
     wins, total = 0.0, 0
     for index in (0, 1):
         (expert,) = discriminator.model.token_rewards([pairs[index].prompt], [pairs[index].completion])
-        for i, completion, _ in rollouts:
+        for i, completion, *_ in rollouts:
             if i == index and completion != pairs[i].completion:
                 (other,) = discriminator.model.token_rewards([pairs[i].prompt], [completion])
                 wins, total = wins + float(expert.mean() > other.mean()), total + 1
@@ -545,7 +545,7 @@ def test_gate_uses_held_out_pairs(make, pairs, rollouts, monkeypatch):
 
 def test_verified_rollouts_and_other_experts_are_no_traces_to_beat(make, pairs):
     """Of one held-out prompt with two demonstrations: nothing is left to compare the expert with."""
-    prompt, expert, _ = pairs[0]
+    prompt, expert, *_ = pairs[0]
     other = [*expert[:2], 7, *expert[2:]]
     discriminator = make(experts=[pairs[0], Expert(prompt, other), pairs[1]])
     discriminator.held_out = frozenset({0, 1})

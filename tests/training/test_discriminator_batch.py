@@ -256,8 +256,10 @@ def test_replay_buffer_keeps_the_newest_and_restores_its_state():
     assert replay.rollouts == [Rollout(1, [2], True), Rollout(1, [3]), Rollout(2, [4])]
     assert replay.by_demonstration() == {1: [Rollout(1, [2], True), Rollout(1, [3])], 2: [Rollout(2, [4])]}
     state = replay.state()
-    assert state == [(1, [2], True), (1, [3], False), (2, [4], False)]
+    assert state == [(1, [2], True, 1.0), (1, [3], False, 1.0), (2, [4], False, 1.0)]
     other = ReplayBuffer(3)
+    other.load([(1, [2], True), (1, [3], False), (2, [4], False)])  # as runs before weights saved it
+    assert other.rollouts == replay.rollouts
     other.load(state)
     assert other.rollouts == replay.rollouts
     other.rollouts[0].ids.append(5)  # a copy

@@ -7,14 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
+from tracereward.training.loss_weights import class_weights, pair_weights
 from tracereward.training.losses import (
     bce,
     centre,
-    class_weights,
     input_gradient_norms,
     limit_spectral_norm,
-    pair_weights,
+    nnpu,
+    nnpu_negative,
     pairwise,
+    pairwise_tokens,
     sequence_scores,
     wasserstein,
 )
@@ -101,7 +103,7 @@ def test_padding_may_hold_any_value():
 def test_class_weights_give_the_mean_of_class_means(is_expert, data):
     counts = data.draw(st.lists(st.booleans(), min_size=len(is_expert), max_size=len(is_expert)))
     loss = data.draw(npst.arrays(np.float64, len(is_expert), elements=st.integers(-80, 80).map(lambda n: n / 8)))
-    weights = class_weights(torch.tensor(is_expert), torch.tensor(counts)).numpy()
+    weights = class_weights(torch.tensor(is_expert), torch.tensor(counts).float()).numpy()
     means = []
     for kind in (True, False):
         members = [value for value, expert, counted in zip(loss, is_expert, counts) if counted and expert == kind]
@@ -113,7 +115,7 @@ def test_class_weights_give_the_mean_of_class_means(is_expert, data):
 
 
 def test_classes_weigh_the_same_whatever_their_counts():
-    weights = class_weights(torch.tensor([True, False, False, False, False]), torch.ones(5).bool())
+    weights = class_weights(torch.tensor([True, False, False, False, False]), torch.ones(5))
     assert weights.tolist() == [0.5, 0.125, 0.125, 0.125, 0.125]
 
 
@@ -124,7 +126,7 @@ def test_micro_batches_sum_to_the_full_batch(sizes):
     features = torch.randn(10, 7, 5, generator=generator)
     weights = (torch.rand(10, 7, generator=generator) > 0.4).float()
     is_expert = torch.rand(10, generator=generator) > 0.7
-    per_sequence = class_weights(is_expert, weights.sum(1) > 0)
+    per_sequence = class_weights(is_expert, (weights.sum(1) > 0).float())
 
     def run(splits):
         layer = torch.nn.Linear(5, 1)
@@ -240,13 +242,124 @@ def test_pairs_by_hand():
     np.testing.assert_allclose(centre(scores, is_expert, group).detach(), [0, np.log(3) ** 2, 0], rtol=1e-6)
 
 
+@st.composite
+def token_sequences(draw):
+    """Logits, weights, labels, prompts and shares of up to six sequences of two prompts, in float64."""
+    size, length = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    numbers = npst.arrays(np.float64, (size, length), elements=EIGHTHS)
+    weights = draw(npst.arrays(np.float64, (size, length), elements=st.sampled_from([0, 0.5, 1])))
+    shares = draw(npst.arrays(np.float64, size, elements=st.sampled_from([0.5, 1, 2])))
+    of_each = draw(npst.arrays(np.bool_, size)), draw(npst.arrays(np.int64, size, elements=st.integers(0, 1)))
+    return *map(torch.tensor, (draw(numbers), weights, *of_each)), torch.tensor(shares)
+
+
+@given(token_sequences())
+def test_pairwise_tokens_compares_each_token_with_the_other_sides_mean(batch):
+    logits, weights, is_expert, group, shares = (part.numpy() for part in batch)
+
+    def mean(values, w):
+        return sum(values * w) / sum(w) if sum(w) else 0.0
+
+    def cost(gap):
+        return np.logaddexp(0, -gap)
+
+    expected, bound = np.zeros(len(logits)), np.zeros(len(logits))
+    for i in np.flatnonzero(~is_expert):
+        experts = [e for e in np.flatnonzero(is_expert) if group[e] == group[i]]
+        for e in experts:
+            s_e, s_i = mean(logits[e], weights[e]), mean(logits[i], weights[i])
+            halves = mean(cost(s_e - logits[i]), weights[i]) + mean(cost(logits[e] - s_i), weights[e])
+            expected[i] += shares[e] * halves / 2 / sum(shares[experts])
+            both = int(sum(weights[e]) > 0) + int(sum(weights[i]) > 0)  # a sequence without positions has no half
+            bound[i] += shares[e] * cost(s_e - s_i) * both / 2 / sum(shares[experts])
+    loss = pairwise_tokens(*batch[:4], shares=batch[4]).numpy()
+    np.testing.assert_allclose(loss, expected, atol=1e-12)
+    assert (loss >= bound - 1e-12).all()  # Jensen: at least the pairwise loss of the means
+    scores = sequence_scores(*batch[:2])
+    if (weights.sum(1) > 0).all():
+        np.testing.assert_allclose(pairwise(scores, *batch[2:4], shares=batch[4]), bound, atol=1e-12)
+
+
+@given(token_sequences(), EIGHTHS, EIGHTHS)
+def test_a_questions_level_changes_neither_pairwise_tokens_nor_its_gradient(batch, one, two):
+    """Logits of prompt 0 are moved by `one`, those of prompt 1 by `two`; the sum of a prompt's gradients is 0."""
+    logits, weights, is_expert, group, shares = batch
+    weights = weights.clamp(min=0.25)  # a sequence without positions has no level
+    results = []
+    for shift in (torch.zeros(2).double(), torch.tensor([one, two]).double()):
+        moved = (logits + shift[group][:, None]).requires_grad_()
+        loss = pairwise_tokens(moved, weights, is_expert, group, shares=shares)
+        loss.sum().backward()
+        results.append((loss.detach(), moved.grad))
+        sums = torch.zeros(2).double().index_add(0, group, moved.grad.sum(1))
+        np.testing.assert_allclose(sums, [0, 0], atol=1e-12)
+    for before, after in zip(*results, strict=True):
+        torch.testing.assert_close(before, after, atol=1e-9, rtol=0)
+
+
+def test_pairwise_tokens_by_hand():
+    """Expert log 3 twice, rollout log 3 and -log 3 (mean 0), then masked NaN.
+
+    The rollout's tokens have the gaps 0 and 2 log 3 to the expert's mean, which cost log 2 and log(1 + 1/9); each of
+    the expert's has log 3 to the rollout's mean, log(4/3).
+    """
+    three, nan = float(np.log(3)), float("nan")
+    logits = torch.tensor([[three, three, nan], [three, -three, nan]], requires_grad=True)
+    weights = torch.tensor([[1.0, 1, 0], [1, 1, 0]])
+    loss = pairwise_tokens(logits, weights, torch.tensor([True, False]), torch.tensor([5, 5]))
+    expected = (np.log(2) + np.log(10 / 9)) / 4 + np.log(4 / 3) / 2
+    np.testing.assert_allclose(loss.detach(), [0, expected], rtol=1e-6)
+    loss.sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert not logits.grad[:, 2].any()
+    assert (logits.grad[0, :2] < 0).all()
+    assert (logits.grad[1, :2] > 0).all()
+
+
+def test_experts_of_a_pair_weigh_by_their_shares():
+    """Experts 0 and 2 of weight 3 and 1 against a rollout at 0: (3 log 2 + log(1 + e^-2)) / 4."""
+    scores, is_expert = torch.tensor([0.0, 2.0, 0.0]), torch.tensor([True, True, False])
+    group, shares = torch.zeros(3), torch.tensor([3.0, 1, 7])
+    loss = pairwise(scores, is_expert, group, shares=shares)
+    np.testing.assert_allclose(loss, [0, 0, (3 * np.log(2) + np.logaddexp(0, -2)) / 4], rtol=1e-6)
+    np.testing.assert_allclose(centre(scores, is_expert, group, shares=shares), [0, 0, 1], rtol=1e-6)
+
+
+@given(
+    npst.arrays(np.float64, 3, elements=EIGHTHS),
+    npst.arrays(np.float64, 4, elements=EIGHTHS),
+    st.sampled_from([0.2, 0.5, 0.9]),
+)
+def test_nnpu_is_the_non_negative_risk_and_takes_overfitting_back(experts, rollouts, prior):
+    """Value: prior P[l(s)] + max(0, N). Gradient, by hand: of all of it, or of -N alone where N is negative."""
+
+    def sigmoid(x):
+        return 1 / (1 + np.exp(-x))
+
+    def slope(x):
+        return sigmoid(x) * sigmoid(-x)
+
+    n = sigmoid(rollouts).mean() - prior * sigmoid(experts).mean()
+    scores = torch.tensor([*experts, *rollouts], requires_grad=True)
+    is_expert = torch.tensor([True] * 3 + [False] * 4)
+    means = torch.tensor([1 / 3] * 3 + [1 / 4] * 4)
+    assert (nnpu_negative(scores, is_expert, prior) * means).sum().item() == pytest.approx(n, abs=1e-6)
+    loss = (nnpu(scores, is_expert, prior, below=bool(n < 0)) * means).sum()
+    assert loss.item() == pytest.approx(prior * sigmoid(-experts).mean() + max(0, n), abs=1e-6)
+    loss.backward()
+    of_experts, of_rollouts = -2 * prior * slope(experts) / 3, slope(rollouts) / 4
+    if n < 0:
+        of_experts, of_rollouts = prior * slope(experts) / 3, -of_rollouts
+    np.testing.assert_allclose(scores.grad, [*of_experts, *of_rollouts], atol=1e-7)
+
+
 @given(sequences())
 def test_wasserstein_is_policy_minus_expert(batch):
     scores, is_expert, _ = batch
     loss = wasserstein(torch.tensor(scores), torch.tensor(is_expert))
     assert loss.tolist() == [-float(s) if expert else float(s) for s, expert in zip(scores, is_expert)]
     if is_expert.any() and not is_expert.all():
-        weights = 2 * class_weights(torch.tensor(is_expert), torch.ones(len(scores)).bool())
+        weights = 2 * class_weights(torch.tensor(is_expert), torch.ones(len(scores)))
         expected = scores[~is_expert].astype(np.float64).mean() - scores[is_expert].astype(np.float64).mean()
         assert float((weights * loss).sum()) == pytest.approx(expected, abs=1e-5)
 
@@ -262,7 +375,7 @@ def test_pair_weights_give_the_mean_over_sequences_in_pairs(batch, data):
         for i in range(len(group))
     ]
     expected = [m / sum(matched) if m else 0.0 for m in matched]
-    weights = pair_weights(torch.tensor(is_expert), torch.tensor(counts), torch.tensor(group))
+    weights = pair_weights(torch.tensor(is_expert), torch.tensor(counts).float(), torch.tensor(group))
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
 
 
@@ -270,7 +383,7 @@ def test_pair_weights_give_the_mean_over_sequences_in_pairs(batch, data):
 def test_pair_losses_sum_over_micro_batches_of_complete_groups(batch, data):
     scores, is_expert, group = map(torch.tensor, batch)
     part_of = torch.tensor(data.draw(st.lists(st.integers(0, 1), min_size=3, max_size=3)))[group]
-    counts = torch.ones(len(group)).bool()
+    counts = torch.ones(len(group))
     in_pairs, classes = pair_weights(is_expert, counts, group), class_weights(is_expert, counts)
 
     def losses(p):
@@ -283,7 +396,7 @@ def test_pair_losses_sum_over_micro_batches_of_complete_groups(batch, data):
         )
 
     split = losses(part_of == 0) + losses(part_of == 1)
-    torch.testing.assert_close(split, losses(counts), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(split, losses(counts > 0), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("columns", [1, 3])
@@ -383,6 +496,6 @@ def test_spectral_limit_is_1_by_default():
 def test_rollout_without_expert_is_in_no_pair():
     """Prompt 0 has an expert and a rollout, 1 a rollout only, 2 an expert only, 3 an expert that does not count."""
     is_expert = torch.tensor([True, False, False, True, True, False])
-    counts = torch.tensor([True, True, True, True, False, True])
+    counts = torch.tensor([1.0, 1, 1, 1, 0, 1])
     weights = pair_weights(is_expert, counts, torch.tensor([0, 0, 1, 2, 3, 3]))
     assert weights.tolist() == [0, 1, 0, 0, 0, 0]

@@ -263,12 +263,15 @@ def load_causal_lm(
         return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
-def new_classifier(name: str | Path, *, revision: str | None = None, **kwargs: Any) -> PreTrainedModel:
+def new_classifier(
+    name: str | Path, *, revision: str | None = None, bias: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """A token classifier with one logit: the backbone of a causal LM under a new random head.
 
     Args:
         name: folder or Hub id of the causal LM.
         revision: branch, tag or commit of a Hub model.
+        bias: whether the head has one.
         **kwargs: for `from_pretrained`.
 
     Raises:
@@ -277,7 +280,7 @@ def new_classifier(name: str | Path, *, revision: str | None = None, **kwargs: A
     config = read_config(name, revision)
     config.num_labels = 1
     config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
-    config.token_classification_bias = False
+    config.token_classification_bias = bias
     quantization = copy.copy(kwargs.pop("quantization_config", None))
     if quantization is not None:
         quantization.llm_int8_skip_modules = list(NEW_HEAD)  # in 4 bits too, despite its name

@@ -209,8 +209,8 @@ def _read_prompts(model: torch.nn.Module, batch: Batch, sizes: Sequence[int], **
     return output.logits[rows], cache
 
 
-def _read_completions(model: torch.nn.Module, batch: Batch, cache: Cache) -> Tensor:
-    """Logits of one pass over all completions, continued from the cache of their prompts."""
+def _read_completions(model: torch.nn.Module, batch: Batch, cache: Cache, **kwargs: Any) -> Any:
+    """The output of one pass over all completions, continued from the cache of their prompts."""
     prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
     return model(
         input_ids=batch.input_ids[:, prompt_width:],
@@ -218,7 +218,8 @@ def _read_completions(model: torch.nn.Module, batch: Batch, cache: Cache) -> Ten
         position_ids=batch.position_ids[:, prompt_width:],
         past_key_values=cache,
         use_cache=True,
-    ).logits
+        **kwargs,
+    )
 
 
 def shared_log_probs(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -230,11 +231,45 @@ def shared_log_probs(model: torch.nn.Module, batch: Batch, sizes: Sequence[int])
     logits, cache = _read_prompts(model, batch, sizes, logits_to_keep=1)
     first = token_log_probs(logits[:, -1:], targets[:, :1])  # from the prompt's last token
     with log_probs_at_the_head(model, targets[:, 1:]) as head:
-        logits = _read_completions(model, batch, cache)
+        logits = _read_completions(model, batch, cache).logits
     return torch.cat([first, head.at(targets[:, 1:], logits)], 1), head.states
+
+
+def states_and_log_probs(
+    model: torch.nn.Module, batch: Batch, sizes: Sequence[int] | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """Hidden states after each completion token, of every layer, and the completions' log-probs.
+
+    Args:
+        model: the causal LM.
+        batch: its input.
+        sizes: lengths of runs of rows with the same prompt, which is then processed once; None if none is shared.
+
+    Returns:
+        L + 1 tensors (B, T, H), as transformers gives them: the embeddings, then the output of each layer, the last
+        one normalised; and (B, T) float32.
+    """
+    width = batch.completion_mask.size(1)
+    targets = batch.input_ids[:, -width:]
+    if sizes is None:
+        with log_probs_at_the_head(model, targets) as head:
+            output = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+                logits_to_keep=width + 1,
+                output_hidden_states=True,
+            )
+        return [states[:, -width:] for states in output.hidden_states], head.at(targets, output.logits)
+    logits, cache = _read_prompts(model, batch, sizes, logits_to_keep=1)
+    first = token_log_probs(logits[:, -1:], targets[:, :1])
+    with log_probs_at_the_head(model, targets[:, 1:]) as head:
+        output = _read_completions(model, batch, cache, output_hidden_states=True)
+    return list(output.hidden_states), torch.cat([first, head.at(targets[:, 1:], output.logits)], 1)
 
 
 def shared_classifier_logits(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> Tensor:
     """Logits of a token classifier after each completion token, (B, T, 1); prompts as in `shared_log_probs`."""
     _, cache = _read_prompts(model, batch, sizes)
-    return _read_completions(model, batch, cache)
+    return _read_completions(model, batch, cache).logits

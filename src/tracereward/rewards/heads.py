@@ -11,6 +11,7 @@ experts is f (Fu et al. 2018), which need not change as pi changes.
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,14 @@ def subtracts_policy(head: str) -> bool:
 def default_reward_form(head: str) -> str:
     """``f`` if the logit is f - log pi, else ``logit``."""
     return "f" if subtracts_policy(head) else "logit"
+
+
+class LinearHead(NamedTuple):
+    """f_t = weight . h_t + bias on the normalised hidden states h_t of one layer, counted from 1; weight (H,)."""
+
+    layer: int
+    weight: Any
+    bias: float
 
 
 class ActionHead(nn.Module):

@@ -27,6 +27,7 @@ from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
 from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
+from tracereward.modeling.hidden_states import truncated
 from tracereward.modeling.loading import (
     NEW_HEAD,
     called,
@@ -45,7 +46,7 @@ from tracereward.modeling.log_probs import (
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import Rendering, is_rendered, render
 from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
-from tracereward.rewards.heads import ActionHead, classifier_outside_autocast, reads_log_probs
+from tracereward.rewards.heads import ActionHead, LinearHead, classifier_outside_autocast, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds, Trace
 from tracereward.rewards.scorer import Scorer
@@ -118,6 +119,34 @@ class TokenRewardModel(nn.Module, Scorer):
                 peft_config.exclude_modules = list(NEW_HEAD)
             backbone = get_peft_model(backbone, peft_config)
         return cls(backbone, tokenizer, settings)
+
+    @classmethod
+    def from_readout(
+        cls,
+        model_name_or_path: str,
+        head: LinearHead,
+        settings: RewardSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        **kwargs: Any,
+    ) -> "TokenRewardModel":
+        """A reward model with head ``token`` whose backbone is the causal LM up to the layer that the head reads.
+
+        Args:
+            model_name_or_path: folder or Hub id of the causal LM.
+            head: a linear map of the normalised states of a layer.
+            settings: with head ``token``.
+            tokenizer: the causal LM's.
+            **kwargs: for `from_pretrained`, e.g. ``dtype``.
+        """
+        backbone = truncated(new_classifier(model_name_or_path, bias=True, **kwargs), head.layer)
+        backbone.config.pad_token_id = tokenizer.pad_token_id
+        model = cls(backbone, tokenizer, settings)
+        layer = next(m for name, m in backbone.named_modules() if name.rpartition(".")[2] in NEW_HEAD)
+        assert isinstance(layer, nn.Linear)
+        with torch.no_grad():
+            layer.weight.copy_(torch.as_tensor(head.weight)[None])
+            layer.bias.fill_(head.bias)
+        return model.eval()
 
     @classmethod
     def beside_policy(

@@ -34,6 +34,23 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
             raise InputError(
                 "objective wgan is unbounded without a constraint: set --gradient_penalty 10 or --spectral_norm true"
             )
+        if self.objective == "nnpu":
+            if self.perturbed_per_expert:
+                raise InputError(
+                    "objective nnpu takes all traces but the experts for unlabelled, and perturbed copies are known to "
+                    "be wrong: set --perturbed_per_expert 0"
+                )
+            if self.positives != "expert":
+                raise InputError(
+                    f"objective nnpu is for rollouts without labels: set --positives expert, not {self.positives}"
+                )
+            if self.positive_prior is None and not self.held_out_fraction:
+                raise InputError(
+                    "objective nnpu estimates the prior on held-out demonstrations: set --held_out_fraction 0.1, or "
+                    "--positive_prior"
+                )
+        if self.balance == "model":
+            raise InputError("balance model is for candidates of several models; rollouts are the policy's: question")
         if self.spectral_norm and self.head == "implicit":
             raise InputError(
                 "spectral_norm limits the head's weights, and head implicit has none: set --spectral_norm false"

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from tracereward.errors import RunFailed
-from tracereward.files import atomic_write_json, fsync_tree
+from tracereward.files import atomic_file, atomic_write_json, fsync_tree
 from tracereward.modeling.distributed import gather_head_for_gradient, local_shard
 from tracereward.modeling.policy_settings import PolicySettings
 from tracereward.modeling.quantized import is_quantized
@@ -48,16 +47,12 @@ def kept(folder: Path) -> str:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """`torch.save` under a temporary name, flushed, then renamed."""
+    """`torch.save`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # written to a full disk directly, torch's error would not say that it is full
     torch.save(state, buffer)
-    with open(temporary, "wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 class SafeTrainer(Trainer):

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
-from tracereward.errors import RunFailed
+from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.batching import Batch, grouped_batches, hide_tokens
 from tracereward.modeling.distributed import (
     all_reduce_max,
@@ -48,11 +48,24 @@ from tracereward.training.discriminator_batch import (
 )
 from tracereward.training.first_difference import after_first_difference, labels_from
 from tracereward.training.gradient_penalties import gradient_penalties, r1_penalties
-from tracereward.training.loss_weights import Weights, passes, weigh
-from tracereward.training.losses import bce, centre, limit_spectral_norm, pairwise, sequence_scores, wasserstein
+from tracereward.training.loss_weights import PAIRED, Weights, passes, weigh
+from tracereward.training.losses import (
+    bce,
+    centre,
+    limit_spectral_norm,
+    nnpu,
+    nnpu_negative,
+    pairwise,
+    pairwise_tokens,
+    sequence_scores,
+    wasserstein,
+)
 from tracereward.training.options import DiscriminatorOptions
+from tracereward.training.prior import estimate_prior
 
 LR_WARMUP = 20  # updates until the full learning rate: the first Adam steps have no second moment yet
+PRIOR_UPDATES = 20  # with bce before the prior of `nnpu` is estimated: the learning rate is then warm
+PRIOR_LIMITS = (0.01, 0.95)  # of an estimated prior: at 0 or 1 the risk does not depend on one of the classes
 HELD_OUT_ROLLOUTS = 128  # newest rollouts of held-out prompts: enough for an estimate, cheap to score
 
 
@@ -112,8 +125,14 @@ class Discriminator:
         self.random: random.Random = random.Random(seed)
         self.updates: int = 0
         self.batches: int = 0
+        self.prior: float | None = options.positive_prior
         self.replay: ReplayBuffer = ReplayBuffer(options.replay_size)
         self.held_out_rollouts: ReplayBuffer = ReplayBuffer(HELD_OUT_ROLLOUTS)
+        if options.objective == "nnpu" and self.prior is None and not held_out:
+            raise InputError(
+                "objective nnpu estimates the prior on held-out demonstrations, and there are none: give more "
+                "demonstrations or --positive_prior"
+            )
         self.perturbed: Perturber = perturber(model.tokenizer, model.settings.step_delimiter)
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -122,7 +141,7 @@ class Discriminator:
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:
         """Add rollouts to the replay buffer; rollouts of held-out demonstrations go to a buffer of their own."""
-        self.replay.add(rollout for rollout in rollouts if rollout.demonstration not in self.held_out)
+        self.replay.add(r for r in rollouts if r.weight and r.demonstration not in self.held_out)
         self.held_out_rollouts.add(rollout for rollout in rollouts if rollout.demonstration in self.held_out)
 
     def learn(self, fresh: Sequence[Rollout]) -> dict[str, float]:
@@ -163,7 +182,8 @@ class Discriminator:
 
         Returns:
             loss (with penalties), accuracy_expert, accuracy_policy and accuracy_perturbed (at supervised positions),
-            grad_norm, and the shares of `discriminator_batch.draw`; empty if no demonstration has a rollout.
+            grad_norm, with the objective ``nnpu`` the prior in use, positive_prior, and the shares of
+            `discriminator_batch.draw`; empty if no demonstration has a rollout.
 
         Raises:
             RunFailed: the loss or its gradient is not finite.
@@ -173,6 +193,8 @@ class Discriminator:
             return {}
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
+        if self.options.objective == "nnpu" and self.prior is None and self.updates >= PRIOR_UPDATES:
+            self.prior = broadcast_object(self._estimated_prior())  # all processes must use the same number
         self.optimizer.zero_grad()
         self.model.train()
         with self.model.active():
@@ -197,7 +219,31 @@ class Discriminator:
         if not self.options.perturbed_per_expert:
             del right["perturbed"]
         accuracies = {f"accuracy_{kind}": n / total if total else math.nan for kind, (n, total) in right.items()}
-        return {"loss": loss, **accuracies, **shares, "grad_norm": norm}
+        prior = {} if self.prior is None else {"positive_prior": self.prior}
+        return {"loss": loss, **accuracies, **shares, **prior, "grad_norm": norm}
+
+    @property
+    def objective(self) -> str:
+        """The objective of the next update: ``bce`` until the prior of ``nnpu`` is known."""
+        return "bce" if self.options.objective == "nnpu" and self.prior is None else self.options.objective
+
+    def _estimated_prior(self) -> float:
+        """The share of held-out rollouts that are as good as held-out experts, within `PRIOR_LIMITS`."""
+        self.model.eval()
+        experts = [self.experts[index] for index in sorted(self.held_out)]
+        rollouts = self.held_out_rollouts.rollouts
+        if not rollouts:
+            raise RunFailed(
+                "objective nnpu: no held-out demonstration has a rollout to estimate the prior from: give "
+                "--positive_prior, or raise --held_out_fraction"
+            )
+        with torch.no_grad():
+            of_experts = self._sequence_scores([e.prompt for e in experts], [e.completion for e in experts])
+            of_rollouts = self._sequence_scores(
+                [self.experts[rollout.demonstration].prompt for rollout in rollouts], [r.ids for r in rollouts]
+            )
+        low, high = PRIOR_LIMITS
+        return min(high, max(low, estimate_prior(of_experts.numpy(), of_rollouts.numpy()).value))
 
     def _draw(self, fresh: Sequence[Rollout]) -> tuple[list[Labelled], dict[str, float]]:
         rollouts = [rollout for rollout in fresh if rollout.demonstration not in self.held_out]
@@ -221,15 +267,18 @@ class Discriminator:
         options = self.options
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         budget = options.discriminator_token_budget
-        weights = weigh(traces, options.objective)
-        paired = options.objective == "pairwise" or options.centre_penalty > 0
+        weights = weigh(traces, self.objective, options.balance)
+        paired = self.objective in PAIRED or options.centre_penalty > 0
         todo = [(rows, 1.0) for rows in passes(traces, paired, budget, rank=rank, world=world)]
         if self.sharded or subtracts_policy(options.head):  # equally many passes on all processes, see `distributed`
             first = passes(traces, paired, budget)[:1]
             todo += [(rows, 0.0) for rows in first] * (all_reduce_max(len(todo)) - len(todo))
         sums = torch.zeros(7, device=self.model.device)
+        below = self.objective == "nnpu" and self._negative_risk(traces, todo, weights) < 0
         for rows, share in todo:
-            loss, counted = self._loss([traces[index] for index in rows], rows, weights.of(rows, self.model.device))
+            loss, counted = self._loss(
+                [traces[index] for index in rows], rows, weights.of(rows, self.model.device), below=below
+            )
             (share * loss).backward()
             sums += share * torch.stack([loss.detach(), *counted])
         counting = [trace for trace in traces if trace.counts]
@@ -242,40 +291,71 @@ class Discriminator:
             sums[0] += self._backward(terms, options.r1_penalty)
         return sums
 
-    def _loss(self, traces: Sequence[Labelled], rows: Sequence[int], weights: Weights) -> tuple[Tensor, list[Tensor]]:
+    @torch.no_grad()
+    def _negative_risk(self, traces: list[Labelled], todo: list[tuple[list[int], float]], weights: Weights) -> float:
+        """N of `nnpu` over the complete update and all processes: its sign decides each pass's gradient.
+
+        A forward pass more, instead of a second set of gradients.
+        """
+        assert self.prior is not None
+        total = torch.zeros(1, device=self.model.device)
+        for rows, share in todo:
+            of = weights.of(rows, self.model.device)
+            batch, _, own_positions = self._positions([traces[index] for index in rows], of.is_expert)
+            scores = sequence_scores(self._logits(batch, rows)[0], own_positions)
+            total += share * (nnpu_negative(scores, of.is_expert, self.prior) * of.in_loss).sum()
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return float(total)
+
+    def _positions(self, traces: Sequence[Labelled], expert: Tensor) -> tuple[Batch, tuple[Tensor, Tensor], Tensor]:
+        """A pass's batch, the weights and the labels of its positions, and the weights where label and class agree."""
+        batch = self.model.pack([trace.prompt for trace in traces], [trace.completion for trace in traces])
+        device, width = batch.input_ids.device, batch.completion_mask.size(1)
+        lengths = [len(trace.completion) for trace in traces]
+        differing = after_first_difference(lengths, [trace.starts for trace in traces], width).to(device)
+        labels = labels_from([trace.switch for trace in traces], width).to(device).bool()
+        weights = self.model.supervision(batch) * differing
+        return batch, (weights, labels), weights * (labels == expert[:, None])  # not the part before a perturbation
+
+    def _loss(
+        self, traces: Sequence[Labelled], rows: Sequence[int], weights: Weights, *, below: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """The loss of one pass, and its position counts in the order of `_accumulate`.
 
         Args:
             traces: the traces of the pass.
             rows: their indices in the update.
             weights: their loss weights.
+            below: see `nnpu`.
         """
         options, expert = self.options, weights.is_expert
-        batch = self.model.pack([trace.prompt for trace in traces], [trace.completion for trace in traces])
-        device, width = batch.input_ids.device, batch.completion_mask.size(1)
-        lengths = [len(trace.completion) for trace in traces]
-        differing = after_first_difference(lengths, [trace.starts for trace in traces], width).to(device)
-        labels = labels_from([trace.switch for trace in traces], width).to(device).bool()
-        position_weights = self.model.supervision(batch) * differing
+        batch, (position_weights, labels), own_positions = self._positions(traces, expert)
         logits, log_probs = self._logits(batch, rows)
-        own_positions = position_weights * (labels == expert[:, None])  # not the part before a perturbation
         scores = sequence_scores(logits, own_positions)
-        if options.objective == "bce":
-            losses = bce(logits, position_weights, labels, options.label_smoothing)
-        elif options.objective == "pairwise":
-            losses = pairwise(scores, expert, weights.groups)
+        if self.objective == "bce":
+            smoothing = options.label_smoothing if options.objective == "bce" else 0.0
+            losses = bce(logits, position_weights, labels, smoothing)
+        elif self.objective == "pairwise":
+            losses = pairwise(scores, expert, weights.groups, shares=weights.shares)
+        elif self.objective == "pairwise_tokens":
+            losses = pairwise_tokens(logits, own_positions, expert, weights.groups, shares=weights.shares)
+        elif self.objective == "nnpu":
+            assert self.prior is not None
+            losses = nnpu(scores, expert, self.prior, below=below)
         else:
             losses = wasserstein(scores, expert)
         loss = (losses * weights.in_loss).sum()
         if options.centre_penalty:
-            loss = loss + options.centre_penalty * (centre(scores, expert, weights.groups) * weights.in_pairs).sum()
+            centred = centre(scores, expert, weights.groups, shares=weights.shares)
+            loss = loss + options.centre_penalty * (centred * weights.in_pairs).sum()
         if options.expert_nll:
             assert log_probs is not None
             nll = -sequence_scores(log_probs, batch.completion_mask.float())
             loss = loss + options.expert_nll * (nll * weights.of_experts).sum()
         positions = own_positions > 0
         right = positions & ((logits > 0) == expert[:, None])
-        perturbed = torch.tensor([trace.is_perturbed for trace in traces], device=device)
+        perturbed = torch.tensor([trace.is_perturbed for trace in traces], device=expert.device)
         kinds = (expert, ~expert & ~perturbed, perturbed)
         return loss, [(kind[:, None] & some).sum() for kind in kinds for some in (right, positions)]
 
@@ -412,6 +492,7 @@ class Discriminator:
             "random": self.random.getstate(),
             "updates": self.updates,
             "batches": self.batches,
+            "prior": self.prior,
             "replay": self.replay.state(),
             "held_out_rollouts": self.held_out_rollouts.state(),
         }
@@ -435,6 +516,7 @@ class Discriminator:
         self.random.setstate((version, tuple(internal), gauss))
         self.updates = state["updates"]
         self.batches = state["batches"]
+        self.prior = state.get("prior", self.options.positive_prior)
         self.replay.load(state["replay"])
         self.held_out_rollouts.load(state["held_out_rollouts"])
 

@@ -4,6 +4,7 @@ Negatives are rollouts, fresh or from a replay buffer, and perturbed copies of t
 the demonstration's index, so that they always answer its own prompt.
 """
 
+import dataclasses
 import functools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,19 +20,24 @@ MONITORED = 64  # demonstrations in the perturbation AUROC
 
 
 class Expert(NamedTuple):
-    """A demonstration in the reward model's token ids, and the completion's text, which is perturbed."""
+    """A demonstration in the reward model's token ids, the completion's text, which is perturbed, and its weight."""
 
     prompt: list[int]
     completion: list[int]
     text: str = ""
+    weight: float = 1.0
 
 
 class Rollout(NamedTuple):
-    """A completion of a demonstration's prompt by the policy; `verified`: a further positive (positives mixed)."""
+    """A completion of a demonstration's prompt by the policy; `verified`: a further positive (positives mixed).
+
+    `weight` is what it weighs in its class, see `loss_weights.balance_weights`; with 0 it is not trained on.
+    """
 
     demonstration: int
     ids: list[int]
     verified: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +53,7 @@ class Labelled:
         switch: first token labelled as the policy's: 0 for a rollout, the length for an expert, in between for a
             perturbed expert.
         is_perturbed: whether it is a perturbed expert.
+        weight: non-negative; what it weighs among the traces of its class.
     """
 
     prompt: list[int]
@@ -56,11 +63,12 @@ class Labelled:
     starts: list[int]
     switch: int
     is_perturbed: bool = False
+    weight: float = 1.0
 
     @property
     def counts(self) -> bool:
         """Whether any token has a non-zero weight."""
-        return any(start < len(self.completion) for start in self.starts)
+        return self.weight > 0 and any(start < len(self.completion) for start in self.starts)
 
 
 class ReplayBuffer:
@@ -84,7 +92,7 @@ class ReplayBuffer:
 
     def load(self, state: list[tuple[Any, ...]]) -> None:
         """Replace the contents by `state`."""
-        self.rollouts = [Rollout(index, list(ids), verified) for index, ids, verified in state]
+        self.rollouts = [Rollout(index, list(ids), *more) for index, ids, *more in state]
 
 
 def by_demonstration(rollouts: Iterable[Rollout]) -> dict[int, list[Rollout]]:
@@ -205,11 +213,16 @@ def draw(
         left: list[int] = []  # where each negative leaves this expert's trace
         for rollout in different:
             if rollout.verified:
-                positives.append(labelled(completion=rollout.ids, is_expert=True, starts=[0], switch=len(rollout.ids)))
+                length = len(rollout.ids)
+                positives.append(
+                    labelled(completion=rollout.ids, is_expert=True, starts=[0], switch=length, weight=rollout.weight)
+                )
                 continue
             start = 0 if keep_shared else max(first_difference(rollout.ids, trace) for trace in own)
             left.append(first_difference(rollout.ids, expert.completion))
-            negatives.append(labelled(completion=rollout.ids, is_expert=False, starts=[start], switch=0))
+            negatives.append(
+                labelled(completion=rollout.ids, is_expert=False, starts=[start], switch=0, weight=rollout.weight)
+            )
         for _ in range(options.perturbed_per_expert):
             changed = None if perturbed is None else perturbed(expert, rng)
             if changed is None or changed[0] in own:
@@ -219,13 +232,16 @@ def draw(
             left.append(changed[1])
             switch = max(first_difference(ids, trace) for trace in own)
             starts = [0 if keep_shared else switch]
-            negatives.append(labelled(completion=ids, is_expert=False, starts=starts, switch=switch, is_perturbed=True))
+            copy = labelled(completion=ids, is_expert=False, starts=starts, switch=switch, weight=expert.weight)
+            negatives.append(dataclasses.replace(copy, is_perturbed=True))
         verified += len(positives)
         # Without a negative the expert has nothing to be compared with: no start, so that its weight is 0.
         starts = left if options.first_difference == "both" else [0][: len(negatives)]
         positives = positives if negatives else []
         length = len(expert.completion)
-        traces.append(labelled(completion=expert.completion, is_expert=True, starts=starts, switch=length))
+        traces.append(
+            labelled(completion=expert.completion, is_expert=True, starts=starts, switch=length, weight=expert.weight)
+        )
         traces += positives + negatives
     shares = {"identical_share": identical / max(1, seen)}
     if verified:

@@ -324,6 +324,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
         commands=(TRAIN,),
     ),
     Rule(
+        options=("positive_prior",),
+        when=lambda o: o.objective != "nnpu",
+        why="it needs --objective nnpu",
+        commands=(TRAIN,),
+    ),
+    Rule(
         options=_names("discriminator_every discriminator_online_learning_rate discriminator_gate_high"),
         when=lambda o: not o.discriminator_updates,
         why="--discriminator_updates 0 freezes the discriminator after the warm-up",
@@ -359,8 +365,8 @@ CONFIG_RULES: tuple[Rule, ...] = (
     Rule(
         options=_names(
             "discriminator_prompts discriminator_rollouts first_difference perturbed_per_expert positives objective "
-            "label_smoothing centre_penalty gradient_penalty r1_penalty spectral_norm token_dropout expert_nll "
-            "discriminator_ema"
+            "positive_prior balance label_smoothing centre_penalty gradient_penalty r1_penalty spectral_norm "
+            "token_dropout expert_nll discriminator_ema"
         ),
         when=_untrained,
         why="--discriminator_updates 0 and --discriminator_warmup_updates 0: the discriminator is never trained",

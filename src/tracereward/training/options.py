@@ -291,11 +291,28 @@ class ExampleOptions:
 class LossOptions:
     """The discriminator's loss and regularisation."""
 
-    objective: Annotated[str, OneOf(("bce", "pairwise", "wgan"))] = field(
+    objective: Annotated[str, OneOf(("bce", "pairwise", "pairwise_tokens", "nnpu", "wgan"))] = field(
         default="bce",
         metadata={
             "help": "bce: binary cross-entropy per token; pairwise: Bradley-Terry on mean logits of an expert and "
-            "rollouts of its prompt; wgan: Wasserstein critic, needs --gradient_penalty or --spectral_norm."
+            "rollouts of its prompt; pairwise_tokens: each token against the other side's mean logit; nnpu: rollouts "
+            "count as unlabelled, a share of them as good as an expert (non-negative positive-unlabelled risk); wgan: "
+            "Wasserstein critic, needs --gradient_penalty or --spectral_norm."
+        },
+    )
+    positive_prior: Annotated[float | None, Range(above=0, below=1)] = field(
+        default=None,
+        metadata={
+            "help": "For --objective nnpu: the share of rollouts that are as good as an expert. Default: estimated on "
+            "held-out demonstrations after 20 updates with bce."
+        },
+    )
+    balance: Annotated[str, OneOf(("none", "question", "model"))] = field(
+        default="none",
+        metadata={
+            "help": "none: experts weigh one half, rollouts the other; question: the same within every prompt, and "
+            "every prompt with both weighs the same; model: candidates are weighted so that neither the prompt nor "
+            "the model that wrote one says anything about its label."
         },
     )
     label_smoothing: Annotated[float, Range(min=0, max=0.499)] = field(

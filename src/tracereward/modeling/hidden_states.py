@@ -1,0 +1,172 @@
+"""Features of traces under a frozen causal LM: each layer's mean hidden state over the completion, cached on disk.
+
+A layer's states are passed through the model's final norm, so that a linear map on them is the head of the same model
+cut off after that layer: see `truncated`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tracereward.files import atomic_file
+from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
+from tracereward.modeling.log_probs import can_share_prompts, states_and_log_probs
+
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+"""Names of the norm after the last layer in the models of transformers."""
+SHARD = 64  # traces in a file of the cache: what an interruption can lose
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceStates:
+    """Features of N traces under a frozen model with L layers and hidden size H.
+
+    Attributes:
+        states: (N, L, H) bfloat16; at index l - 1 the normalised states after layer l, averaged over the completion.
+        log_probs: (N,) float32, mean log-prob of the completion's tokens.
+    """
+
+    states: Tensor
+    log_probs: Tensor
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module | None:
+    """The norm after the last layer; None if the model names it in none of the usual ways."""
+    base = model.base_model
+    return next((getattr(base, name) for name in NORMS if isinstance(getattr(base, name, None), nn.Module)), None)
+
+
+def layer_stack(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The list of the model's layers; None if it is not unique."""
+    count = model.config.get_text_config().num_hidden_layers
+    found = [m for m in model.base_model.children() if isinstance(m, nn.ModuleList) and len(m) == count]
+    return found[0] if len(found) == 1 else None
+
+
+def readable_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """The layers, counted from 1, whose states a head can read: all, or only the last if `truncated` cannot cut."""
+    last = model.config.get_text_config().num_hidden_layers
+    if final_norm(model) is None or layer_stack(model) is None:
+        return (last,)
+    return tuple(range(1, last + 1))
+
+
+def truncated(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """The model without its layers after the first `layers`, changed in place; its final norm stays."""
+    config = model.config.get_text_config()
+    if layers == config.num_hidden_layers:
+        return model
+    stack = layer_stack(model)
+    assert stack is not None
+    del stack[layers:]
+    config.num_hidden_layers = layers
+    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):  # one entry a layer
+        if isinstance(getattr(config, name, None), list):
+            setattr(config, name, getattr(config, name)[:layers])
+    return model
+
+
+Weights = Callable[[Batch], Tensor]
+"""(B, T) weight of each completion token's state in the average; each row sums to 1."""
+
+
+def token_mean(batch: Batch) -> Tensor:
+    """Equal weights for all tokens of a completion."""
+    mask = batch.completion_mask.float()
+    return mask / mask.sum(1, keepdim=True)
+
+
+@torch.inference_mode()
+def trace_states(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    weights: Weights = token_mean,
+    token_budget: int | None = None,
+) -> Iterator[tuple[list[int], TraceStates]]:
+    """Features of traces, in batches of similar length: the indices of a batch's traces, and their features.
+
+    Args:
+        model: the frozen causal LM.
+        prompts: token ids.
+        completions: token ids.
+        pad_id: any token id.
+        weights: of the tokens' states in the average.
+        token_budget: padded tokens of a pass.
+    """
+    model.eval()
+    norm, layers = final_norm(model), readable_layers(model)
+    budget = token_budget or scoring_budget(model.device)
+    for rows, sizes in grouped_batches(prompts, completions, budget, can_share_prompts(model)):
+        batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
+        states, log_probs = states_and_log_probs(model, batch, sizes if len(sizes) < len(rows) else None)
+        share = weights(batch)[:, None].float()
+        means = []
+        for layer in layers:
+            here = states[layer]
+            if layer < len(states) - 1:  # the last is normalised already
+                assert norm is not None
+                here = norm(here)
+            means.append((share @ here.float())[:, 0])  # padding has weight 0, and finite states
+        real = batch.completion_mask.bool()
+        mean_log_probs = torch.where(real, log_probs, 0.0).sum(1) / real.sum(1)
+        yield rows, TraceStates(states=torch.stack(means, 1).bfloat16().cpu(), log_probs=mean_log_probs.cpu())
+
+
+class StateCache:
+    """`TraceStates` on disk, found by content: model, token ids and weighting. A damaged file is computed again.
+
+    Args:
+        folder: created when something is written.
+        model: fingerprint of the model, with the dtype in which it computes.
+        weighting: name of the weights of the average.
+    """
+
+    def __init__(self, folder: Path, model: str, weighting: str):
+        self.folder = folder
+        self.prefix = f"{model} {weighting}"
+        self.known: dict[str, tuple[Path, int]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with suppress(SafetensorError, OSError, ValueError, KeyError), safe_open(str(path), "pt") as file:
+                for row, key in enumerate(json.loads(file.metadata()["keys"])):
+                    self.known[key] = path, row
+
+    def key(self, prompt: Sequence[int], completion: Sequence[int]) -> str:
+        """Digest of all that a trace's features depend on."""
+        return hashlib.sha256(f"{self.prefix} {list(prompt)} {list(completion)}".encode()).hexdigest()
+
+    def read(self, keys: Sequence[str]) -> TraceStates:
+        """The features of traces that are all there, in the order of `keys`."""
+        places: dict[Path, list[tuple[int, int]]] = {}
+        for index, key in enumerate(keys):
+            path, row = self.known[key]
+            places.setdefault(path, []).append((index, row))
+        states: list[Any] = [None] * len(keys)
+        log_probs: list[Any] = [None] * len(keys)
+        for path, rows in places.items():
+            with safe_open(str(path), "pt") as file:
+                of_file, values = file.get_tensor("states"), file.get_tensor("log_probs")
+            for index, row in rows:
+                states[index], log_probs[index] = of_file[row], values[row]
+        return TraceStates(states=torch.stack(states), log_probs=torch.stack(log_probs))
+
+    def write(self, keys: Sequence[str], found: TraceStates) -> None:
+        """Add a file with the features of some traces, atomically."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{hashlib.sha256(''.join(keys).encode()).hexdigest()[:32]}.safetensors"
+        tensors = {"states": found.states.contiguous(), "log_probs": found.log_probs.contiguous()}
+        with atomic_file(path) as target:
+            save_file(tensors, target, metadata={"keys": json.dumps(list(keys))})
+        self.known |= {key: (path, row) for row, key in enumerate(keys)}

@@ -1,0 +1,108 @@
+"""The read-out's optimum, pairs, folds and choice of layer."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from tracereward.errors import InputError
+from tracereward.training.readout import (
+    PAIRS,
+    Examples,
+    fit_head,
+    fit_readout,
+    fold_numbers,
+    layers_to_try,
+    pairs,
+)
+
+
+def examples(labels, questions) -> Examples:
+    labels = np.asarray(labels, dtype=bool)
+    return Examples(labels=labels, questions=np.asarray(questions), weights=np.ones(len(labels)))
+
+
+def generated(questions: int, each: int, size: int, seed: int = 0):
+    """Traces with a level of their question, along which labels do not differ, and a direction along which they do."""
+    rng = np.random.default_rng(seed)
+    question = np.repeat(np.arange(questions), each)
+    level = rng.normal(size=questions)[question] * 5
+    labels = rng.random(len(question)) < 0.6
+    values = rng.normal(size=(len(question), size))
+    values[:, 0] += level
+    values[:, 1] += np.where(labels, 0.8, -0.8)
+    return values, examples(labels, question)
+
+
+def test_pairs_are_those_of_a_question_and_each_question_weighs_the_same():
+    high, low, weights = pairs(examples([1, 1, 0, 0, 1, 1, 0], [7, 7, 7, 8, 9, 9, 9]), 0)
+    assert sorted(zip(high.tolist(), low.tolist(), strict=True)) == [(0, 2), (1, 2), (4, 6), (5, 6)]
+    assert weights == pytest.approx([0.25] * 4)
+    high, low, weights = pairs(examples([1] * 20 + [0] * 20 + [1, 0], [0] * 40 + [1, 1]), 0)
+    assert len(set(zip(high.tolist(), low.tolist(), strict=True))) == PAIRS + 1
+    assert weights[:PAIRS].sum() == pytest.approx(0.5)
+    assert weights[-1] == pytest.approx(0.5)
+
+
+def test_pairwise_head_is_logistic_regression_on_differences():
+    """scikit-learn's, on all pairs and their mirror images."""
+    values, known = generated(40, 6, 5)
+    head = fit_head(values, known, "pairwise", penalty=0.05)
+    high, low, weights = pairs(known, 0)
+    scale = values.std(0) + 1e-6
+    gaps = (values[high] - values[low]) / scale
+    both = np.concatenate([gaps, -gaps])
+    signs = np.concatenate([np.ones(len(gaps)), np.zeros(len(gaps))])
+    reference = LogisticRegression(C=1 / 0.05, fit_intercept=False, tol=1e-10, max_iter=2000)
+    reference.fit(both, signs, sample_weight=np.concatenate([weights, weights]) / 2)
+    assert head * scale == pytest.approx(reference.coef_[0], abs=1e-4)
+
+
+def test_bce_head_is_weighted_logistic_regression():
+    values, known = generated(40, 6, 5)
+    known = Examples(labels=known.labels, questions=known.questions, weights=np.linspace(0.1, 2, len(known.labels)))
+    head = fit_head(values, known, "bce", penalty=0.05)
+    scale = values.std(0) + 1e-6
+    reference = LogisticRegression(C=1 / 0.05, tol=1e-10, max_iter=2000)
+    weights = known.weights / known.weights.sum()
+    reference.fit((values - values.mean(0)) / scale, known.labels, sample_weight=weights)
+    assert head * scale == pytest.approx(reference.coef_[0], abs=1e-4)
+
+
+def test_folds_split_questions_and_the_scores_are_of_heads_that_did_not_see_them():
+    values, known = generated(30, 5, 4)
+    fold_of = fold_numbers(known, 5, 0)
+    assert all(len(set(fold_of[known.questions == question])) == 1 for question in range(30))
+    states = torch.tensor(values, dtype=torch.float32)[:, None]
+    found = fit_readout(states, [1], known, seed=0)
+    for fold in range(5):
+        seen = fold_of != fold
+        head = fit_head(states[:, 0].numpy()[seen], known[seen], "pairwise", penalty=found.penalty)
+        expected = states[:, 0].numpy()[~seen] @ head + found.bias
+        assert found.scores[~seen] == pytest.approx(expected, abs=1e-4)
+    assert found.weight == pytest.approx(found.folds.mean(0))
+
+
+def test_the_layer_that_tells_them_apart_is_chosen_and_zero_is_between_the_classes():
+    values, known = generated(60, 6, 8)
+    noise = np.random.default_rng(5).normal(size=values.shape)
+    states = torch.tensor(np.stack([noise, values, noise], 1), dtype=torch.float32)
+    found = fit_readout(states, [1, 2, 3], known)
+    assert found.layer == 2
+    scores = values @ found.weight + found.bias
+    assert scores[known.labels].mean() == pytest.approx(-scores[~known.labels].mean(), abs=1e-6)
+    best = max(found.table, key=lambda one: one.auroc)
+    assert (best.layer, best.penalty) == (found.layer, found.penalty)
+    assert best.auroc > 0.8
+    assert all(0.3 < one.auroc < 0.7 for one in found.table if one.layer != 2)
+
+
+def test_layers_to_try_are_among_those_that_can_be_read():
+    assert layers_to_try([24]) == [24]
+    assert layers_to_try(range(1, 31)) == [10, 15, 18, 21, 24, 27, 30]
+    assert set(layers_to_try([1, 2])) == {1, 2}
+
+
+def test_one_question_with_both_classes_is_too_few():
+    with pytest.raises(InputError, match="1 question"):
+        fit_readout(torch.zeros(4, 1, 2), [1], examples([1, 0, 1, 1], [0, 0, 1, 1]))
