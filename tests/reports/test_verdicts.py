@@ -93,4 +93,4 @@ def test_html_is_escaped_and_needs_no_style():
     assert "&lt;policy&gt;" in html
     assert "style" not in html
     assert ">0.812<" in html
-    assert "No verdict stored" in verdict_html(None)
+    assert "Verdict: none stored" in verdict_html(None)

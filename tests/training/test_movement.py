@@ -123,5 +123,5 @@ def test_row_holds_both_and_one_line():
         "loss_last": 0.41,
         "held_out_accuracy": pytest.approx(0.9),
         "held_out_pairs": 40.0,
-        "kl": 0.03,
+        "kl_to_start": 0.03,
     }

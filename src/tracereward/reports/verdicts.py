@@ -19,7 +19,7 @@ AUROC_COLUMNS = {
     "length_matched": "at matched length",
     "pooled": "pooled",
 }
-NONE_STORED = "No verdict stored with this reward model."
+NONE_STORED = "none stored with this reward model"
 
 
 def write_verdict(folder: str | Path, verdict: Verdict | None) -> None:

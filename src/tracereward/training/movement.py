@@ -82,7 +82,7 @@ def policy_movement(rows: Sequence[Row]) -> Movement | None:
     found = next((kl for kl in (_values(steps, name) for name in KLS) if kl), None)
     norms = _values(steps, "grad_norm")
     if found:
-        figures, moved, shown = {"kl": found[-1]}, found[-1] >= KL_FLOOR, f"KL to its start {found[-1]:.2g}"
+        figures, moved, shown = {"kl_to_start": found[-1]}, found[-1] >= KL_FLOOR, f"KL to its start {found[-1]:.2g}"
     else:
         total = _summed_rates(steps)
         figures, moved, shown = {"learning_rates": total}, total >= CHANGE_FLOOR, f"learning rates sum to {total:.2g}"
@@ -117,7 +117,8 @@ def fell(values: Sequence[float]) -> bool:
         return False
     if len({*first}) == len({*second}) == 1:
         return True  # Welch's statistic is infinite
-    return float(stats.ttest_ind(first, second, equal_var=False, alternative="greater").pvalue) < 0.05
+    _, p = stats.ttest_ind(first, second, equal_var=False, alternative="greater")
+    return float(p) < 0.05  # pyright: ignore[reportArgumentType]
 
 
 def _accuracy(rows: Iterable[Row]) -> tuple[float, float] | None:

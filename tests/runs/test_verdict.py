@@ -1,0 +1,137 @@
+"""The verdict at the end of `train`, with rollouts whose outcomes are counted by hand."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+from trl import ModelConfig
+
+from tracereward.commands.train import run_train
+from tracereward.reports.verdicts import read_verdict
+from tracereward.rewards.token_scores import TokenScores
+from tracereward.runs import report, verdict
+from tracereward.runs.verdict import FreshTrace, held_out_questions
+from tracereward.synthetic.arithmetic import generate
+from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.callbacks import MetricsFile
+from tracereward.training.options import DataArguments
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trace(question: str, answer: str, gold: str | None, reward: float) -> FreshTrace:
+    text = f"#### {answer}" + " or so" * (answer == gold)  # never the shortest
+    scores = TokenScores([text], [(0, len(text))], [reward], [True], [True])
+    correct = None if gold is None else answer == gold
+    return FreshTrace(question=question, completion=text, scores=scores, correct=correct, answer=answer, logprob=-1.0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_model_folder):
+    """A run of one step with 8 of 16 prompts held out; its questions, and for each the traces that it "samples"."""
+    folder = tmp_path_factory.mktemp("verdict")
+    (folder / "experts.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in generate("misconception", 16, seed=5))
+    )
+    config = AdversarialConfig(
+        output_dir=str(folder / "run"),
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=24,
+        max_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        discriminator_warmup_updates=2,
+        warmup_rollouts=2,
+        held_out_fraction=0.5,
+        monitor_every=1,
+        save_strategy="no",
+        reward_form="logit",
+    )
+    asked = {}
+
+    def fresh(trainer, model, reward_model, gold):
+        asked.update(gold)
+        held = held_out_questions(trainer).gold
+        # Two wrong answers agree. The reward finds the right one in the held-out questions, and nowhere else.
+        return [
+            trace(question, answer, right, reward if question in held else -reward)
+            for question, right in gold.items()
+            for answer, reward in (("-1", -1.0), ("-1", -1.0), (right, 5.0), ("-2", -2.0))
+        ]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "fresh_traces", fresh)
+        data = DataArguments(task="arithmetic", dataset_name=str(folder / "experts.jsonl"))
+        run_train(data, config, ModelConfig(model_name_or_path=str(tiny_model_folder)))
+    return SimpleNamespace(folder=folder / "run", asked=asked)
+
+
+def test_verdict_is_on_the_held_out_questions_alone(run):
+    assert len(run.asked) == 16, "eight held-out questions, and eight training prompts for the report"
+    found = read_verdict(run.folder)
+    assert (found.questions, found.outcome) == (8, "better")
+    gains = {one.baseline: one.difference for one in found.comparisons}
+    assert gains == dict.fromkeys(("majority", "logprob", "logprob_vote", "shortest"), 1.0)
+    # b = 8, c = 0, n = 8: 8 / 10 +- 1.96 sqrt(9 - 64 / 10) / 10
+    assert found.decisive.low == pytest.approx(0.8 - 1.959964 * math.sqrt(2.6) / 10)
+    assert "8 prompts of held-out demonstrations" in found.about
+
+
+def test_verdict_is_everywhere(run):
+    found = read_verdict(run.folder)
+    assert read_verdict(run.folder / "reward_model") == found
+    card = (run.folder / "reward_model" / "README.md").read_text()
+    assert f"**{found.line}**" in card
+    assert "## Training" in card
+    page = (run.folder / "report.html").read_text()
+    assert page.index(found.line) < page.index("Discriminator loss")
+    (row,) = [row for row in rows_of(run.folder) if row["phase"] == "verdict"]
+    assert (row["step"], row["line"], row["outcome"]) == (1, found.line, found.outcome)
+    assert row["low"] == found.decisive.low
+
+
+def test_movement_is_logged(run):
+    (row,) = [row for row in rows_of(run.folder) if row["phase"] == "movement"]
+    assert row["discriminator_moved"] is False, "two updates"
+    assert row["line"] in (run.folder / "report.html").read_text()
+    warmup = [one for one in rows_of(run.folder) if one["phase"] == "warmup"]
+    assert row["held_out_pairs"] == warmup[-1]["discriminator/held_out_pairs"]
+
+
+def trainer_of(rows, held_out, validation=None, prompts=()):
+    return SimpleNamespace(
+        validation=validation,
+        bridge=SimpleNamespace(prompts=prompts),
+        config=SimpleNamespace(seed=0),
+        demonstration_rows=rows,
+        discriminator=SimpleNamespace(held_out=held_out),
+    )
+
+
+def test_questions_that_the_verdict_is_on():
+    rows = [{"prompt": f"q{index}", "answer": str(index) if index % 2 else None} for index in range(300)]
+    assert held_out_questions(trainer_of(rows, {1, 2, 5})).gold == {"q1": "1", "q5": "5"}
+    many = held_out_questions(trainer_of(rows, set(range(300))))
+    assert len(many.gold) == verdict.QUESTIONS
+    assert set(many.gold) != {f"q{index}" for index in range(1, 2 * verdict.QUESTIONS, 2)}, "a file may be sorted"
+    assert "--held_out_fraction" in held_out_questions(trainer_of(rows, set())).missing
+    without = held_out_questions(trainer_of(rows, {0, 2}))
+    assert not without.gold
+    assert "2 held-out demonstrations have no answers" in without.missing
+    asked = SimpleNamespace(prompts=["v1", "v2"], answers=["7", "8"])
+    assert held_out_questions(trainer_of(rows, {0, 2}, asked)).gold == {"v1": "7", "v2": "8"}
+    other_template = held_out_questions(trainer_of(rows, {1}, asked, {"q1": "<user> q1"}))
+    assert other_template.gold == {"q1": "1"}, "validation questions are not rendered for the reward model"
+
+
+def test_resumed_run_has_one_end_only(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", "train")
+    logged = [{"phase": "warmup", "update": 1}, {"phase": "train", "step": 1}, {"phase": "train", "step": 2}]
+    for row in [*logged, {"phase": "choice", "step": 2}, {"phase": "verdict", "step": 2}]:
+        file.append(row)
+    file.rewind(2, 9)
+    assert rows_of(tmp_path) == logged
