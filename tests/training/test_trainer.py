@@ -116,7 +116,7 @@ def test_ends_of_a_policy_that_has_several_are_one_to_the_discriminator(
     assert expert.completion[-1] == eos
     trainer.bridge.ends = frozenset({eos, other})
     written = [*expert.completion[:-1], other]
-    (rollout,) = trainer.as_rollouts([0], [written], [0.0])
+    (rollout,) = trainer.as_rollouts([0], ["#### 9"], [written], [0.0])
     assert rollout.ids == expert.completion
     assert trainer.bridge.finished(written)
     assert trainer.bridge.completion([other, 7]) == [other, 7]

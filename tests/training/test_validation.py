@@ -10,8 +10,14 @@ from trl import ModelConfig
 
 from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.errors import InputError
+from tracereward.generation.params import SamplingParams
+from tracereward.generation.sampling import sample
 from tracereward.modeling.rendering import Rendering
+from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import read_settings
+from tracereward.runs import first_error
 from tracereward.synthetic.arithmetic import generate
 from tracereward.tasks.recipes import get_task
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -60,6 +66,7 @@ def test_accuracy_is_the_share_of_correct_greedy_traces(tiny_model_folder, token
     validation = Validation(
         prompts=[row["prompt"] for row in rows],
         answers=gold,
+        completions=[None] * len(rows),
         task=LastToken(),
         tokenizer=tokenizer,
         max_new_tokens=12,
@@ -163,6 +170,37 @@ def test_run_saves_the_best_checkpoint(run, kind, capsys):
     (choice,) = [row for row in rows if row["phase"] == "choice"]
     assert choice["chosen"] == "checkpoint-2"
     assert (choice["start_accuracy"], choice["accuracy"], choice["questions"]) == (0.25, 0.75, 8)
+
+
+def test_marks_are_fitted_on_what_was_not_trained_on(run, monkeypatch, capsys):
+    """Validation experts, and right rollouts of the final policy: here every rollout counts as right."""
+    given, rule = [], FirstErrorRule(signal="fall", threshold=-1.5, traces=16, hit_rate=0.625)
+
+    def fit(model, traces, seed):
+        given.extend(traces)
+        return rule
+
+    monkeypatch.setattr(first_error, "RIGHT_TRACES", 8)
+    monkeypatch.setattr(first_error, "fit_first_error", fit)
+    monkeypatch.setattr(type(get_task("arithmetic")), "verify", lambda *_: True)
+    folder = run("train", [0.25, 0.5, 0.75, 0.625], held_out_fraction=0.25)
+    experts = generate("misconception", 24, seed=5)
+    found = [(trace.prompt, trace.completion) for trace in given if trace.source == "expert"]
+    assert found[4:] == [(row["prompt"], row["completion"]) for row in experts[16:]]
+    held_out = dict(found[:4])
+    assert held_out.items() <= {row["prompt"]: row["completion"] for row in experts[:16]}.items()
+    rollouts = [trace for trace in given if trace.source == "rollout"]
+    assert [trace.prompt for trace in rollouts] == [prompt for prompt, _ in found]
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "policy"), load_tokenizer(folder / "policy")
+    params = SamplingParams(max_new_tokens=SHORT["max_completion_length"], seed=SHORT.get("seed", 42), batch_size=128)
+    sampled = [one for chunk in sample(policy, tokenizer, [p for p, _ in found], params, n=1) for one in chunk]
+    assert [trace.completion for trace in rollouts] == [one.text for one in sampled]
+    assert read_settings(folder / "reward_model").first_error == rule
+    line = (
+        "the first step whose change of the mean reward from the step before is below -1.5; it finds 62 % of inserted"
+    )
+    assert line in capsys.readouterr().err
+    assert line in (folder / "report.html").read_text()
 
 
 def test_discriminator_is_saved_from_the_chosen_checkpoint(run):

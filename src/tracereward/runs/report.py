@@ -85,7 +85,7 @@ def report_rewards(
     gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
     run.report(
         f"Adversarial training on {len(rows)} demonstrations of {trainer.task.name}."
-        f"{ended}{chosen}{gold_answers}{moved} {shown}",
+        f" Label rule: {trainer.labels.name}.{ended}{chosen}{gold_answers}{moved} {shown}",
         verdict=verdict_html(found, missing),
         rewards_correct=right,
         rewards_wrong=wrong,

@@ -336,9 +336,15 @@ CONFIG_RULES: tuple[Rule, ...] = (
         commands=(TRAIN,),
     ),
     Rule(
-        options=_names("warmup_model warmup_prompts warmup_rollouts"),
+        options=_names("warmup_model warmup_candidates warmup_prompts warmup_rollouts"),
         when=lambda o: not o.discriminator_warmup_updates,
         why="--discriminator_warmup_updates 0 leaves the warm-up out",
+        commands=(TRAIN,),
+    ),
+    Rule(
+        options=_names("warmup_model warmup_prompts warmup_rollouts"),
+        when=lambda o: o.warmup_candidates is not None,
+        why="--warmup_candidates has the warm-up's rollouts, and nothing is sampled: remove it",
         commands=(TRAIN,),
     ),
     Rule(
@@ -364,8 +370,8 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         options=_names(
-            "discriminator_prompts discriminator_rollouts first_difference perturbed_per_expert positives objective "
-            "positive_prior balance label_smoothing centre_penalty gradient_penalty r1_penalty spectral_norm "
+            "discriminator_prompts discriminator_rollouts first_difference perturbed_per_expert positives negatives "
+            "objective positive_prior balance label_smoothing centre_penalty gradient_penalty r1_penalty spectral_norm "
             "token_dropout expert_nll discriminator_ema"
         ),
         when=_untrained,

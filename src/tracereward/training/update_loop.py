@@ -79,12 +79,13 @@ def surface_leaks(discriminator: Discriminator, rollouts: Sequence[Rollout]) -> 
 
     Args:
         discriminator: has the demonstrations and the tokenizer.
-        rollouts: further traces of their prompts; verified ones count as positives.
+        rollouts: further traces of their prompts; those without a label are ignored.
 
     Returns:
         `surface/auroc`, and the most predictive features.
     """
     tokenizer = discriminator.model.tokenizer
+    rollouts = [rollout for rollout in rollouts if rollout.label is not None]
     texts = tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
     names = tokenizer.convert_ids_to_tokens
 
@@ -95,7 +96,7 @@ def surface_leaks(discriminator: Discriminator, rollouts: Sequence[Rollout]) -> 
     experts = [trace(i, discriminator.experts[i].text, discriminator.experts[i].completion) for i in used]
     sides: dict[bool, list[TraceText]] = {True: experts, False: []}
     for rollout, text in zip(rollouts, texts, strict=True):
-        sides[rollout.verified].append(trace(rollout.demonstration, text, rollout.ids))
+        sides[bool(rollout.label)].append(trace(rollout.demonstration, text, rollout.ids))
     probe = surface_probe(sides[True], sides[False], names(list(tokenizer.added_tokens_decoder)))
     warning = leak_warning(probe)
     if warning is not None:
