@@ -11,7 +11,8 @@ from tracereward.commands.train import run_train
 from tracereward.reports.verdicts import read_verdict
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.runs import report, verdict
-from tracereward.runs.verdict import FreshTrace, held_out_questions
+from tracereward.runs.held_out import HeldOut
+from tracereward.runs.verdict import FreshTrace, judged_questions
 from tracereward.synthetic.arithmetic import generate
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import MetricsFile
@@ -55,7 +56,7 @@ def run(tmp_path_factory, tiny_model_folder):
 
     def fresh(trainer, model, reward_model, gold):
         asked.update(gold)
-        held = held_out_questions(trainer).gold
+        held = {trainer.demonstration_rows[index]["prompt"] for index in trainer.discriminator.held_out}
         # Two wrong answers agree. The reward finds the right one in the held-out questions, and nowhere else.
         return [
             trace(question, answer, right, reward if question in held else -reward)
@@ -78,7 +79,7 @@ def test_verdict_is_on_the_held_out_questions_alone(run):
     assert gains == dict.fromkeys(("majority", "logprob", "logprob_vote", "shortest"), 1.0)
     # b = 8, c = 0, n = 8: 8 / 10 +- 1.96 sqrt(9 - 64 / 10) / 10
     assert found.decisive.low == pytest.approx(0.8 - 1.959964 * math.sqrt(2.6) / 10)
-    assert "8 prompts of held-out demonstrations" in found.about
+    assert "each of 8 held-out questions" in found.about
 
 
 def test_verdict_is_everywhere(run):
@@ -102,30 +103,17 @@ def test_movement_is_logged(run):
     assert row["held_out_pairs"] == warmup[-1]["discriminator/held_out_pairs"]
 
 
-def trainer_of(rows, held_out, validation=None, prompts=()):
-    return SimpleNamespace(
-        validation=validation,
-        bridge=SimpleNamespace(prompts=prompts),
-        config=SimpleNamespace(seed=0),
-        demonstration_rows=rows,
-        discriminator=SimpleNamespace(held_out=held_out),
-    )
-
-
 def test_questions_that_the_verdict_is_on():
-    rows = [{"prompt": f"q{index}", "answer": str(index) if index % 2 else None} for index in range(300)]
-    assert held_out_questions(trainer_of(rows, {1, 2, 5})).gold == {"q1": "1", "q5": "5"}
-    many = held_out_questions(trainer_of(rows, set(range(300))))
-    assert len(many.gold) == verdict.QUESTIONS
-    assert set(many.gold) != {f"q{index}" for index in range(1, 2 * verdict.QUESTIONS, 2)}, "a file may be sorted"
-    assert "--held_out_fraction" in held_out_questions(trainer_of(rows, set())).missing
-    without = held_out_questions(trainer_of(rows, {0, 2}))
-    assert not without.gold
-    assert "2 held-out demonstrations have no answers" in without.missing
-    asked = SimpleNamespace(prompts=["v1", "v2"], answers=["7", "8"])
-    assert held_out_questions(trainer_of(rows, {0, 2}, asked)).gold == {"v1": "7", "v2": "8"}
-    other_template = held_out_questions(trainer_of(rows, {1}, asked, {"q1": "<user> q1"}))
-    assert other_template.gold == {"q1": "1"}, "validation questions are not rendered for the reward model"
+    rows = [HeldOut(prompt=f"q{i}", completion=None, answer=str(i) if i % 2 else None) for i in range(300)]
+    assert judged_questions([rows[1], rows[2], rows[5], rows[1]]) == ({"q1": "1", "q5": "5"}, "")
+    many, _ = judged_questions(rows)
+    assert len(many) == verdict.QUESTIONS
+    assert all(many[f"q{i}"] == str(i) for i in range(300) if f"q{i}" in many)
+    assert set(many) != {f"q{i}" for i in range(1, 2 * verdict.QUESTIONS, 2)}, "a file may be sorted"
+    gold, missing = judged_questions([])
+    assert (gold, "--held_out_fraction" in missing) == ({}, True)
+    gold, missing = judged_questions([rows[0], rows[2]])
+    assert (gold, "the 2 held-out demonstrations have no answers" in missing) == ({}, True)
 
 
 def test_resumed_run_has_one_end_only(tmp_path):

@@ -19,10 +19,11 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.runs.cards import about_run, write_reward_card
 from tracereward.runs.finish import load_policy
 from tracereward.runs.folder import Run
+from tracereward.runs.held_out import HeldOut
 from tracereward.runs.verdict import (
     SAMPLES,
     FreshTrace,
-    held_out_questions,
+    judged_questions,
     record_movement,
     record_verdict,
     verdict_on,
@@ -39,6 +40,7 @@ def report_rewards(
     reward_model: TokenRewardModel,
     rows: list[dict[str, Any]],
     *,
+    questions: Sequence[HeldOut],
     chosen: str,
 ) -> None:
     """Write the verdict and the report: curves, rewards of fresh rollouts, and heatmaps of five of them.
@@ -51,17 +53,19 @@ def report_rewards(
         trainer: trained.
         reward_model: saved.
         rows: the demonstrations.
+        questions: those that the verdict is on, see `held_out_questions`.
         chosen: how the policy was selected, see `train_and_choose`.
     """
-    config, step, questions = trainer.config, trainer.state.global_step, held_out_questions(trainer)
-    gold: dict[str, str | None] = {**questions.gold}
+    config, step = trainer.config, trainer.state.global_step
+    judged, missing = judged_questions(questions)
+    missing = missing or "none: the rollouts of the held-out questions are longer than the reward model reads"
+    gold: dict[str, str | None] = {**judged}
     for row in rows:
         if len(gold) < SHOWN:
             gold.setdefault(row["prompt"], row["answer"])
     policy = dataclasses.replace(run.job.model, model_name_or_path=str(run.folder / "policy"), model_revision="main")
-    judged, missing = len(questions.gold), questions.missing
-    counts = [f"{judged} {questions.kind}"] * (judged > 0)
-    counts += [f"{len(gold) - judged} training prompts"] * (len(gold) > judged)
+    counts = [f"{len(judged)} held-out questions"] * bool(judged)
+    counts += [f"{len(gold) - len(judged)} training prompts"] * (len(gold) > len(judged))
     shown = f"Rewards and heatmaps: {SAMPLES} fresh rollouts of the final policy for each of {' and '.join(counts)}."
     try:
         with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes
@@ -73,7 +77,7 @@ def report_rewards(
             "No rewards and heatmaps: policy and reward model did not fit in memory with the trainer.",
         )
         note(shown)
-    found = verdict_on(traces, questions, trainer)
+    found = verdict_on([trace for trace in traces if trace.question in judged], trainer)
     moved = record_movement(run, step)
     record_verdict(run, found, missing, step)
     write_reward_card(run, reward_model.settings, verdict_markdown(found, missing) + about_run(run, len(rows), chosen))

@@ -11,6 +11,7 @@ from tracereward.modeling.model_folder import REWARD_MODEL
 from tracereward.reports.report import ScoredTrace
 from tracereward.reports.verdicts import write_verdict
 from tracereward.runs.folder import Run
+from tracereward.runs.held_out import HeldOut
 from tracereward.selection import Candidate
 from tracereward.training.movement import discriminator_movement, movement_row, policy_movement
 from tracereward.training.trainer import AdversarialTrainer
@@ -28,50 +29,27 @@ class FreshTrace(ScoredTrace):
     logprob: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeldOut:
-    """Questions that the discriminator was not trained on.
+def judged_questions(held_out: Sequence[HeldOut]) -> tuple[dict[str, str], str]:
+    """Up to `QUESTIONS` prompts with their gold answers; if there are none, why, and what would give some.
 
-    Attributes:
-        gold: rendered prompts with their gold answers; at most `QUESTIONS`.
-        kind: what they are, in the plural.
-        missing: if there are none, why, and what would give some.
+    Args:
+        held_out: see `held_out_questions`.
     """
-
-    gold: dict[str, str]
-    kind: str = ""
-    missing: str = ""
-
-
-def held_out_questions(trainer: AdversarialTrainer) -> HeldOut:
-    """The validation questions, else the prompts of the held-out demonstrations that have answers."""
-    validation, seed = trainer.validation, trainer.config.seed
-    if validation is not None and not trainer.bridge.prompts:  # those are rendered for the policy only
-        return HeldOut(
-            gold=_some(dict(zip(validation.prompts, validation.answers, strict=True)), seed),
-            kind="validation questions",
-        )
-    rows = [trainer.demonstration_rows[index] for index in sorted(trainer.discriminator.held_out)]
-    if not rows:
-        return HeldOut(gold={}, missing="none: no demonstration is held out; raise --held_out_fraction")
-    gold = {row["prompt"]: row["answer"] for row in rows if row["answer"] is not None}
+    if not held_out:
+        return {}, "none: no demonstration is held out; raise --held_out_fraction"
+    gold = {one.prompt: one.answer for one in held_out if one.answer is not None}
     if not gold:
-        missing = f"none: the {len(rows)} held-out demonstrations have no answers; add answers"
-        return HeldOut(gold={}, missing=f"{missing}, or give --validation_dataset_name")
-    return HeldOut(gold=_some(gold, seed), kind="prompts of held-out demonstrations")
+        missing = f"none: the {len(held_out)} held-out demonstrations have no answers; add answers"
+        return {}, f"{missing}, or give --validation_dataset_name"
+    chosen = random.Random(0).sample(list(gold), min(QUESTIONS, len(gold)))
+    return {prompt: gold[prompt] for prompt in chosen}, ""
 
 
-def _some(gold: dict[str, str], seed: int) -> dict[str, str]:
-    chosen = random.Random(f"verdict {seed}").sample(list(gold), min(QUESTIONS, len(gold)))
-    return {prompt: gold[prompt] for prompt in gold if prompt in {*chosen}}
-
-
-def verdict_on(traces: Sequence[FreshTrace], questions: HeldOut, trainer: AdversarialTrainer) -> Verdict | None:
-    """The verdict on the traces of held-out questions; None if there are none."""
-    of_held_out = [trace for trace in traces if trace.question in questions.gold]
-    groups = [list(group) for _, group in groupby(of_held_out, key=lambda trace: trace.question)]
+def verdict_on(traces: Sequence[FreshTrace], trainer: AdversarialTrainer) -> Verdict | None:
+    """The verdict on rollouts of held-out questions, those of a question together; None if there are none."""
+    groups = [list(group) for _, group in groupby(traces, key=lambda trace: trace.question)]
     form = trainer.form
-    about = f"{SAMPLES} samples of the final policy for each of {len(groups)} {questions.kind}"
+    about = f"{SAMPLES} samples of the final policy for each of {len(groups)} held-out questions"
     about += ", with the log-prob of the starting policy in the reward" * form.adds_reference
     about += ", with the log-prob of the policy taken out of the reward" * form.subtracts_policy
     candidates = [[_candidate(trace, trainer.config.reward_aggregate) for trace in group] for group in groups]
