@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import check_model, frozen_copy
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.lost_text import check_texts
-from tracereward.modeling.policy_settings import PolicySettings, remembered
+from tracereward.modeling.policy_settings import PolicySettings, inherited
 from tracereward.modeling.rendering import (
     Rendering,
     check_reasoning,
@@ -89,24 +88,10 @@ class Prepared:
 
 
 def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
-    """Set the template and its variables where they are not given: as the model was trained, else plain; says so."""
-    name = starting_policy(model)
-    stored = remembered(name)
+    """Set the template and its variables where they are not given; see `inherited`."""
+    found = inherited(starting_policy(model), data.template, config.chat_template_kwargs)
+    data.template, config.chat_template_kwargs = found
     config.given["chat_template_kwargs"] = config.chat_template_kwargs  # TRL reads JSON in a text
-    if data.template is None:
-        data.template = "plain" if stored is None else stored.template
-        if stored is not None and stored.template != "plain":
-            note(f"{name} was trained with --template {stored.template}: it is used here too")
-    elif stored is not None and stored.template != data.template:
-        note(f"--template {data.template}, and {name} was trained with {stored.template}")
-    if stored is None or stored.template != data.template:
-        return
-    own = dict(stored.chat_template_kwargs)
-    if config.chat_template_kwargs is None and own:
-        config.chat_template_kwargs = config.given["chat_template_kwargs"] = own
-        note(f"{name} was trained with --chat_template_kwargs '{json.dumps(own)}': used here too")
-    elif config.chat_template_kwargs not in (None, own):
-        note(f"--chat_template_kwargs, and {name} was trained with '{json.dumps(own)}'")
 
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:

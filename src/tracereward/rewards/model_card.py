@@ -31,8 +31,8 @@ def model_card(settings: RewardSettings, notes: str) -> str:
 
 # Token-level reward model
 
-Learned from expert traces by adversarial inverse reinforcement learning (arXiv 2510.01857). Each completion token has
-{meaning}. A high reward is expert-like.
+Learned from expert traces, compared with traces of a policy or of other models (after arXiv 2510.01857). Each
+completion token has {meaning}. A high reward is expert-like.
 
 - head: `{settings.head}` ({kind}); supervision: `{settings.granularity}`; rewards divided by {settings.temperature:g}
   and clipped to +-{settings.beta_clip:g}

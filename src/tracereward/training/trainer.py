@@ -43,14 +43,14 @@ from tracereward.training.advantages import (
 )
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import FailureWatch, MetricsFile, StopSignal
-from tracereward.training.checkpoints import better_than_start, save_state, score_of_checkpoint
+from tracereward.training.checkpoints import DISCRIMINATOR_FILE, better_than_start, save_state, score_of_checkpoint
 from tracereward.training.discriminator import Discriminator, held_out_demonstrations
 from tracereward.training.discriminator_batch import Expert, Rollout, perturbed_pairs
 from tracereward.training.failures import Failure
 from tracereward.training.label_rules import RolloutLabels
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.token_bridge import TokenBridge
-from tracereward.training.update_loop import DISCRIMINATOR_FILE, pair_auroc, pair_traces
+from tracereward.training.update_loop import pair_auroc, pair_traces
 from tracereward.training.warmup import RolloutCollector, WarmUp
 
 NO_DEMONSTRATION = -1

@@ -28,9 +28,9 @@ from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import eos_ids, with_own_end
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.checkpoints import save_state
+from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_state
 from tracereward.training.discriminator_batch import Rollout
-from tracereward.training.update_loop import DISCRIMINATOR_FILE, UpdateLoop, surface_leaks
+from tracereward.training.update_loop import UpdateLoop, surface_leaks
 
 
 class RolloutCollector:
@@ -102,7 +102,8 @@ class WarmUp(TrainerCallback):
                     f"{trainer.labels.name}: all are left out, or of held-out demonstrations: use --negatives all, or "
                     "a lower --held_out_fraction"
                 )
-            leaks = {} if trainer.stop.received() else surface_leaks(discriminator, rollouts)
+            if not trainer.stop.received():
+                leaks = surface_leaks(discriminator.experts, rollouts, discriminator.model.tokenizer)
         loop = UpdateLoop(
             discriminator=discriminator,
             seed=config.seed,
