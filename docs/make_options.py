@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from tracereward.training.fit_options import FIT_GROUPS
 from tracereward.training.option_rules import CONFIG_RULES, JOB_RULES
 from tracereward.training.options import GROUPS, DataArguments, PolicyOptions, SavingOptions, own_fields
 from tracereward.training.trl_options import COMMANDS, HONOURED, REFUSED, commands_with
@@ -38,7 +39,8 @@ def own_table(group: type, commands: Iterable[str]) -> str:
 
 def own_tables(command: str) -> str:
     """The tables of a command's own options under their headings, but for those that all commands have."""
-    groups = {heading: group for heading, group in GROUPS[command].items() if group not in COMMON}
+    groups = (GROUPS | {"fit": FIT_GROUPS})[command]
+    groups = {heading: group for heading, group in groups.items() if group not in COMMON}
     return "\n\n".join(f"### {heading}\n\n{own_table(group, [command])}" for heading, group in groups.items())
 
 
@@ -77,6 +79,7 @@ def tables() -> dict[str, str]:
         "policy": own_table(PolicyOptions, COMMANDS),
         "grpo": own_tables("grpo"),
         "train": own_tables("train"),
+        "fit": own_tables("fit"),
         "honoured": honoured_tables(),
         "refused": refused_table(),
     }

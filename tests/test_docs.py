@@ -17,13 +17,14 @@ from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from helpers.paths import ROOT
 from tracereward.cli.app import app
-from tracereward.cli.training_options import CONFIGS, parse
+from tracereward.cli.training_options import CONFIGS, parse, parse_fit
 from tracereward.rewards.choices import GRANULARITIES, HEADS
 from tracereward.runs.same_run import MAY_CHANGE
 from tracereward.selection import METHODS
 from tracereward.tasks.recipes import TASKS
 from tracereward.training import option_rules
 from tracereward.training.adversarial_config import AdversarialConfig
+from tracereward.training.fit_options import FitOptions
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), *(page for page in [ROOT / "README.md"] if page.is_file())]
@@ -78,7 +79,7 @@ def test_tutorial_runs(tmp_path):
     documented = re.findall(
         r"^\| `([\w./-]+)` \|", (DOCS / "tutorial.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
-    assert len(documented) == 12
+    assert len(documented) == 13
     missing = [name for name in documented if not (run / name).exists()]
     assert not missing
     assert (run / "checkpoints" / "checkpoint-6" / "discriminator.pt").is_file()
@@ -131,6 +132,9 @@ def test_command_lines_parse(page, words, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(option_rules, "_check_installed", lambda config: None)  # vLLM, for example
     kind = words[0]
+    if kind == "fit" and "--help" not in words:
+        parse_fit(words[1:])
+        return
     if kind in CONFIGS and "--help" not in words:
         if "--config" in words:
             place = words.index("--config") + 1
@@ -190,7 +194,7 @@ def test_mentioned_options_exist():
     known = {"--config", "--resume", "--help", "--version"}
     commands = [c for found in group.commands.values() for c in (found, *getattr(found, "commands", {}).values())]
     known |= {option for command in commands for p in command.params for option in p.opts}
-    for cls in (*CONFIGS.values(), GRPOConfig, SFTConfig, ModelConfig):
+    for cls in (*CONFIGS.values(), FitOptions, GRPOConfig, SFTConfig, ModelConfig):
         known |= {f"--{field.name}" for field in dataclasses.fields(cls)}
     known |= {f"--{field.name}" for field in dataclasses.fields(parse("sft", [])[0])}
     known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / "deploy" / "ray_train.py").read_text(encoding="utf-8")))

@@ -74,7 +74,7 @@ def test_evaluate_and_calibrate_do_not_load_trl():
     assert "trl" not in modules
 
 
-@pytest.mark.parametrize("command", ["sft", "grpo", "train"])
+@pytest.mark.parametrize("command", ["sft", "grpo", "train", "fit"])
 def test_training_help_does_not_load_torch(command):
     code = f"""
 from tracereward.cli import main

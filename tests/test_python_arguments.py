@@ -66,7 +66,7 @@ WRONG = {
     "rerank: nan": (lambda m: m.rerank(Q, [T], "logprob", [math.nan]), r"log_probs\[0\] must be a finite number"),
     "first_error: text": (lambda m: m.first_error(Q, T), "steps must be a list, not a text"),
     "first_error: empty": (lambda m: m.first_error(Q, []), "steps is empty"),
-    "first_error: blank": (lambda m: m.first_error(Q, ["7", " "]), "has an empty step"),
+    "first_error: blank": (lambda m: m.first_error(Q, ["7", " "], 0.0), "has an empty step"),
     "first_error: threshold": (lambda m: m.first_error(Q, ["7"], "0"), "threshold must be a finite number"),
     "score_steps: flat": (lambda m: m.score_steps([Q], ["7"]), r"traces\[0\] must be a list, not a text"),
     "score_steps: lengths": (lambda m: m.score_steps([Q], [["7"], ["8"]]), "traces has 2 entries and needs 1"),

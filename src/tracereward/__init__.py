@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from tracereward.commands.fit import Fitted as Fitted
+    from tracereward.commands.fit import fit as fit
     from tracereward.data.demonstrations import load_demonstrations as load_demonstrations
     from tracereward.rewards.model import RewardModel as RewardModel
     from tracereward.rewards.model import TokenRewardModel as TokenRewardModel
@@ -20,12 +22,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AdversarialConfig": "training.adversarial_config",
+    "Fitted": "commands.fit",
     "AdversarialTrainer": "training.trainer",
     "RewardModel": "rewards.model",
     "RewardSettings": "rewards.settings",
     "TokenRewardModel": "rewards.model",
     "TokenScores": "rewards.token_scores",
     "as_reward_func": "rewards.model",
+    "fit": "commands.fit",
     "get_task": "tasks.recipes",
     "load_demonstrations": "data.demonstrations",
 }

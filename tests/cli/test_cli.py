@@ -32,7 +32,7 @@ from tracereward.files import write_jsonl
 from tracereward.modeling.loading import check_model, context_length, read_config
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import RewardSettings, write_calibration
+from tracereward.rewards.settings import RewardSettings, write_fitted
 from tracereward.selection import METHODS
 from tracereward.tasks.recipes import get_task
 
@@ -243,11 +243,35 @@ def test_fewer_demonstrations_than_a_batch(command, bench, tmp_path):
         ({"granulrity": "step"}, ["unknown option --granulrity", "did you mean 'granularity'?"]),
         ({"max_steps": "many"}, ["max_steps", "many"]),
         ({"label_smoothing": 0.7}, ["label_smoothing", "0.7"]),
+        ({"positives": "agree"}, ["positives 'agree'", "did you mean 'agreeing'?"]),
+        ({"warmup_candidates": "no.jsonl"}, ["no.jsonl", "no such file"]),
+        (
+            {"warmup_candidates": "c.jsonl", "warmup_model": "other"},
+            ["--warmup_model other has no effect", "--warmup_candidates"],
+        ),
+        (
+            {"warmup_candidates": "c.jsonl", "discriminator_warmup_updates": 0},
+            ["--warmup_candidates c.jsonl has no effect", "leaves the warm-up out"],
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_bad_options(command, bench, tmp_path, changed, parts):
     refused(command("train", *words(bench, tmp_path / "run", **changed)), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_candidates_of_the_warm_up(command, bench, tmp_path, experts):
+    """The policy cannot be loaded: all of this is found before."""
+    file = tmp_path / "c.jsonl"
+    given = words(bench, tmp_path / "run", warmup_candidates=file)
+    rows = [{"prompt": experts[0]["prompt"], "completion": f"1 + 1\n#### {n}"} for n in (37, 38, 39)]
+    write_jsonl(file, [{**row, "prompt": f"{row['prompt']} "} for row in rows])
+    refused(command("train", *given), "no candidate has the prompt of a demonstration", bench.experts, file)
+    write_jsonl(file, [{**row, "completion": "1 + " * 500} for row in rows])
+    refused(command("train", *given), "3 of 3 rows are too long", f"{file}:1")
+    write_jsonl(file, rows)
+    refused(command("train", *given, "--replay_size", 2), "3 rollouts", "use --replay_size 3")
     assert not (tmp_path / "run").exists()
 
 
@@ -994,7 +1018,7 @@ def test_calibrated_probability_needs_the_plain_reward(command, bench, tmp_path)
     """The calibration was fitted without the log-probs of --reference and --policy."""
     model, data = tmp_path / "model", tmp_path / "rows.jsonl"
     shutil.copytree(bench.reward_model, model)
-    write_calibration(model, Calibration("platt", slope=2.0, intercept=0.5, traces=12))
+    write_fitted(model, calibration=Calibration("platt", slope=2.0, intercept=0.5, traces=12))
     write_jsonl(data, [GOOD])
     alone = command("score", model, data)
     (row,) = [json.loads(line) for line in alone.out.splitlines()]
@@ -1003,7 +1027,7 @@ def test_calibrated_probability_needs_the_plain_reward(command, bench, tmp_path)
     with_reference = command("score", model, data, "--reference", bench.model)
     (row,) = [json.loads(line) for line in with_reference.out.splitlines()]
     assert "probability" not in row
-    assert with_reference.err.count("no probability: the calibration applies to rewards without --reference") == 1
+    assert with_reference.err.count("no probability: it was fitted for rewards without --reference") == 1
 
 
 def test_steps_that_the_tokenizer_cannot_round_trip(command, bench, tmp_path):

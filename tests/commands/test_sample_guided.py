@@ -25,6 +25,7 @@ from tracereward.generation.guide import Guide, Guided
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.rewards.first_error_rules import level_rule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model
@@ -125,7 +126,7 @@ def test_correct_reads_the_output_of_sample(bench, tokenizer, tmp_path):
     guide = guide_of(bench, tokenizer)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in given]
     traces = [encode_completion(tokenizer, row["completion"], row["finished"]) for row in given]
-    expected = self_correct(guide, prompts, traces, rounds=2, k=3, threshold=0.2)
+    expected = self_correct(guide, prompts, traces, rounds=2, k=3, rule=level_rule(0.2))
     assert any(result.cuts for result in expected)
     task = get_task("arithmetic")
     for row, before, result in zip(found, given, expected, strict=True):
@@ -225,7 +226,8 @@ def test_comparison_matches_the_separate_methods(bench, experts, tokenizer):
     prompts = [row["prompt"] for row in experts[:3]]
     plain = tilt(guide, prompts, n=2, alpha=0.0, top_k=99)
     golds = [task.extract(traces[0].text) or "1" for traces in plain]
-    found = compare(guide, prompts, golds, task=task, comparison=Comparison(budgets=(1, 2), alpha=1.5, top_k=4))
+    comparison = Comparison(budgets=(1, 2), alpha=1.5, top_k=4, threshold=0.0)
+    found = compare(guide, prompts, golds, task=task, comparison=comparison)
     table = {(r["method"], r["budget"]): r for r in found}
     assert len(table) == 1 + 12 + 13
     for (method, budget), found in (
@@ -247,7 +249,7 @@ def test_comparison_matches_the_separate_methods(bench, experts, tokenizer):
     assert table["oracle", 2]["right"] == [float(any(right)) for right in verified]
     prompt_ids = guide.encode(prompts)
     single = [traces[0] for traces in tilt(guide, prompts, n=1, alpha=0.0, top_k=99)]
-    corrected = self_correct(guide, prompt_ids, [trace.ids for trace in single], rounds=1, k=1)
+    corrected = self_correct(guide, prompt_ids, [trace.ids for trace in single], rounds=1, k=1, rule=level_rule(0.0))
     tokens = sum(c.sampled_tokens + s.sampled_tokens for c, s in zip(corrected, single, strict=True)) / 3
     assert table["self_correct", 2]["sampled_tokens"] == tokens
 
@@ -278,7 +280,7 @@ def test_candidate_order_is_independent_of_the_reward():
 
 def test_evaluate_guided_command(bench, refused, tmp_path):
     words = ["evaluate", "guided", bench.model, "--reward-model", bench.reward_model, "--task", "arithmetic"]
-    words += ["--max-new-tokens", 8, "--budget", 2, "--data"]
+    words += ["--max-new-tokens", 8, "--budget", 2, "--threshold", 0, "--data"]
     done = launcher()(*words, bench.experts, "--json", "-o", tmp_path / "evaluation")
     assert done.code == 0, done.err
     result = json.loads(done.out)
@@ -375,9 +377,10 @@ def test_resuming_with_other_arguments_is_refused(bench, ran, refused, tmp_path)
     (tmp_path / "guided.jsonl.part").write_text("".join(lines))
     ran(*words, "--batch-size", 2)  # does not change rows
     correct = ["correct", bench.model, output, "--reward-model", bench.reward_model, "--max-new-tokens", 4, "-k", 1]
+    correct += ["--threshold", 0]
     killed([*correct, "-o"], tmp_path / "corrected.jsonl")
     correct += ["-o", tmp_path / "corrected.jsonl", "--resume"]
-    assert "--rounds (3, now 1); --threshold (none, now 0.5)" in refused(*correct, "--threshold", 0.5, "--rounds", 1)
+    assert "--rounds (3, now 1); --threshold (0.0, now 0.5)" in refused(*correct, "--threshold", 0.5, "--rounds", 1)
     write_jsonl(output, rows(output)[1:])
     assert f"data ({output}: the same name, other content)" in refused(*correct)
 
@@ -460,7 +463,7 @@ def test_incompatible_models_are_refused(bench, refused, monkeypatch):
     bare = ["--reward-model", bench.folder / "bare_reward_model"]
     assert "another tokenizer than the reward model" in refused("sample", bench.folder / "other", *data, *bare)
     assert "no such model folder" in refused("sample", bench.folder / "absent", *data, *bare)
-    correct = ["correct", bench.folder / "other", bench.experts]
+    correct = ["correct", bench.folder / "other", bench.experts, "--threshold", 0]
     assert "another tokenizer than the reward model" in refused(*correct, *bare)
 
 
@@ -474,6 +477,7 @@ def test_incompatible_models_are_refused(bench, refused, monkeypatch):
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--suspect", "length"], "suspect"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--threshold", "nan"], "--threshold must be a number"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--suspect", "logprob"], "give --share 0.2"),
+        ({"prompt": "1 + 1 = ?\n", "completion": "2"}, [], "no rule for the first error: fit one"),
         ({"prompt": "1 + 1 = ?\n", "completion": "2"}, ["--share", 0.2, "--threshold", 0], "give one of them"),
     ],
 )

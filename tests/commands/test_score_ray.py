@@ -31,8 +31,9 @@ from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import RunFailed
 from tracereward.files import write_jsonl
 from tracereward.rewards.calibration import Calibration
+from tracereward.rewards.first_error_rules import level_rule
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import RewardSettings, write_calibration
+from tracereward.rewards.settings import RewardSettings, write_fitted
 
 ROWS = 4
 TOO_LONG = {"prompt": "1 + 1 = ?\n", "completion": "\n" * 200}  # the tiny model has 128 positions
@@ -161,7 +162,7 @@ def test_shards_equal_output_of_default_engine(command, bench, here, tmp_path, m
     model = tmp_path / "model"
     shutil.copytree(bench.model, model)
     if calibrated:
-        write_calibration(model, Calibration("platt", 1.0, 0.5))
+        write_fitted(model, calibration=Calibration("platt", 1.0, 0.5), first_error=level_rule(0.0))
     reference = [*reference, bench.policy] if reference else []  # a calibration applies to the reward without it
     monkeypatch.setattr(score, "CHUNK", ROWS)
     assert command("score", model, bench.data, *reference, "-o", tmp_path / "scored.jsonl").code == 0
@@ -173,7 +174,8 @@ def test_shards_equal_output_of_default_engine(command, bench, here, tmp_path, m
     assert [without_nulls(row) for row in found] == [without_nulls(row) for row in expected]
     shown = calibrated and not reference
     assert all(("probability" in without_nulls(row)) == (shown and "candidates" not in row) for row in expected)
-    assert ("no probability" in done.err) == bool(reference)
+    assert {"suspected_error" in row for row in expected if "candidates" not in row} == {shown}
+    assert ("no probability" in done.err) == ("no suspected error" in done.err) == bool(reference)
     assert [parquet.read_metadata(part).num_rows for part in parts(tmp_path / "scored")] == [4] * 12 + [2]
     assert parquet.read_schema(parts(tmp_path / "scored")[0]).field("share").type == "double"
 

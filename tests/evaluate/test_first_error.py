@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from tracereward.evaluate.first_error import (
     Outcome,
     chance,
-    differences,
     f1,
     fit_threshold,
     hit,
@@ -126,9 +125,7 @@ def test_random_guess_is_the_mean_over_all_guesses(steps, data):
     assert (expected.hit, expected.hit_within_1) == (expected.chance, expected.chance_within_1)
 
 
-def test_differences_and_step_values_by_hand():
-    assert differences([-1.0, -3.0, 0.5]) == [0.0, -2.0, 3.5]
-    assert differences([-1.0]) == [0.0]
+def test_step_values_by_hand():
     values = [1.0, 9.0, 3.0, -2.0, 7.0]
     assert step_values(values, [[0, 2], [3], [3, 4]], "mean") == [2.0, -2.0, 2.5]
     assert step_values(values, [[0, 2], [3], [3, 4]], "min") == [1.0, -2.0, -2.0]

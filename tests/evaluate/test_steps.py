@@ -1,6 +1,7 @@
 """Step-level evaluation: scores against plain forward passes, and results for oracle and constant rewards."""
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -24,6 +25,7 @@ from tracereward.evaluate.steps import encode_steps, evaluate_steps, step_scores
 from tracereward.files import write_jsonl
 from tracereward.modeling.alignment import join_steps
 from tracereward.reports.report import Report, write_report
+from tracereward.rewards.first_error_rules import SIGNALS, FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import RewardSettings
@@ -165,7 +167,15 @@ def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, agg
         one = Trace(where=trace.where, prompt=trace.question + "\n", completion=text, spans=spans)
         encoded.append(encode_steps(tokenizer, one))
     scores = step_scores(model, encoded, aggregate, policy=policy, token_budget=60)
-    assert list(scores) == ["reward", "logprob", "reward_logprob", "logprob_drop", "entropy"]
+    of_reward = ["reward", *(f"reward_{signal}" for signal in SIGNALS if signal != "level")]
+    assert list(scores) == [
+        *of_reward,
+        "logprob",
+        "reward_logprob",
+        "reward_logprob_drop",
+        "logprob_drop",
+        "entropy",
+    ]
     combine = {"mean": statistics.fmean, "min": min}[aggregate]
     for i, (trace, one) in enumerate(zip(traces, encoded)):
         prompt = tokenizer(trace.question + "\n")["input_ids"]
@@ -183,6 +193,7 @@ def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, agg
         assert len(steps) == len(trace.steps)
         expected = {
             "reward": [combine([of_trace.rewards[t] for t in step]) for step in steps],
+            "reward_minimum": [min(of_trace.rewards[t] for t in step) for step in steps],
             "logprob": [combine([log_probs[t] for t in step]) for step in steps],
             "entropy": [combine([-entropies[t] for t in step]) for step in steps],
         }
@@ -190,6 +201,8 @@ def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, agg
             assert scores[name][i] == pytest.approx(values, abs=1e-4), name
         both = [a + b for a, b in zip(expected["reward"], expected["logprob"])]
         assert scores["reward_logprob"][i] == pytest.approx(both, abs=1e-4)
+        down = [0.0, *(one - before for before, one in itertools.pairwise(both))]
+        assert scores["reward_logprob_drop"][i] == pytest.approx(down, abs=1e-4)
         steps_down = [scores["logprob"][i][k] - scores["logprob"][i][k - 1] for k in range(1, len(steps))]
         assert scores["logprob_drop"][i] == pytest.approx([0.0, *steps_down], abs=1e-6)
 
@@ -209,7 +222,8 @@ def test_oracle_reward_finds_every_first_error(model, tokenizer, policy, halves)
         assert reward[name] == 1.0, name
     lengths = [len(t.steps) for t in traces[:4]]
     constant = evaluate_steps(Constant(model.backbone, tokenizer, model.settings), traces, fit)
-    assert list(constant["methods"]) == ["reward", "noise", "first_step", "random", "no_error"]
+    of_reward = ["reward", *(f"reward_{signal}" for signal in SIGNALS if signal != "level")]
+    assert list(constant["methods"]) == [*of_reward, "noise", "first_step", "random", "no_error"]
     assert constant["methods"]["reward"]["f1"] == 0.0
     assert constant["methods"]["reward"]["hit_at_1"] == pytest.approx(statistics.fmean(1 / n for n in lengths))
     for methods in (result["methods"], constant["methods"]):
@@ -219,7 +233,8 @@ def test_oracle_reward_finds_every_first_error(model, tokenizer, policy, halves)
         assert methods["first_step"]["f1"] == methods["no_error"]["f1"] == 0.0
         assert methods["random"]["acc_error"] == pytest.approx(statistics.fmean(1 / (n + 1) for n in lengths))
         assert [methods[name]["threshold"] for name in ("first_step", "random", "no_error")] == [None] * 3
-    assert set(result["methods"]) - set(constant["methods"]) == {"logprob", "reward_logprob", "logprob_drop", "entropy"}
+    added = {"logprob", "reward_logprob", "reward_logprob_drop", "logprob_drop", "entropy"}
+    assert set(result["methods"]) - set(constant["methods"]) == added
     assert result["methods"]["noise"] == constant["methods"]["noise"], "the same random numbers"
     assert 0 < result["methods"]["noise"]["threshold"] < 1
     groups = result["groups"]
@@ -227,6 +242,15 @@ def test_oracle_reward_finds_every_first_error(model, tokenizer, policy, halves)
     assert groups["wrong"]["methods"]["reward"]["acc_error"] == 1.0
     assert groups["right"]["methods"]["reward"]["hit_at_1"] is None
     assert groups["right"]["methods"]["reward"]["acc_correct"] == 1.0
+
+
+def test_row_of_the_stored_rule_is_that_of_its_threshold(model, tokenizer, halves):
+    """The oracle's tokens have reward 1 before the first error and -5 from it on: a fall of 6."""
+    traces, fit = halves
+    for signal, threshold, found in (("level", 0.0, (1.0, 1.0)), ("fall", 0.0, (0.5, 1.0)), ("fall", -7.0, (0.0, 1.0))):
+        settings = replace(model.settings, first_error=FirstErrorRule(signal=signal, threshold=threshold))
+        result = evaluate_steps(Oracle(model.backbone, tokenizer, settings), traces, fit)["methods"]["rule"]
+        assert (result["acc_error"], result["acc_correct"], result["threshold"]) == (*found, threshold)
 
 
 def test_results_do_not_depend_on_batches_or_order(model, policy, halves):
@@ -318,7 +342,7 @@ def test_tables_contain_the_results(model, tokenizer, policy, halves, tmp_path):
     traces, fit = halves
     result = evaluate_steps(Oracle(model.backbone, tokenizer, model.settings), traces, fit, policy=policy)
     [table, groups] = step_tables(result)
-    assert [row[0] for row in table.rows][:2] == ["reward", "log-prob"]
+    assert [row[0] for row in table.rows][:: len(SIGNALS)][:2] == ["reward", "log-prob"]
     assert table.rows[0][1:5] == ["100.0", "[100.0, 100.0]", "100.0", "100.0"]
     assert table.note.startswith("8 traces, 4 of them with an error, of 8 questions; thresholds fitted on 4 others.")
     assert groups.rows[0][:4] == ["right", 0, 4, None]

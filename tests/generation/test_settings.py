@@ -95,7 +95,13 @@ def test_validation_counts_greedy_answers_of_the_policy_itself(load, tokenizer, 
 
     for model in (plain, other):
         Validation(
-            prompts=prompts, answers=[""] * 6, task=Task(), tokenizer=tokenizer, max_new_tokens=10, batch_size=4
+            prompts=prompts,
+            answers=[""] * 6,
+            completions=[None] * 6,
+            task=Task(),
+            tokenizer=tokenizer,
+            max_new_tokens=10,
+            batch_size=4,
         ).accuracy(model)
     assert seen[:6] == seen[6:]
 

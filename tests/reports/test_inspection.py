@@ -25,11 +25,12 @@ ESCAPED = ESCAPED.replace("\ud800", r"\ud800")
 
 def arithmetic_row(**fields) -> dict:
     tokens = ["23", " -", " 7", " =", " 26", "\n", "#### ", "31", "</s>"]
-    return row_of(tokens, [-1.0, -1.0, -2.0, -2.0, -3.0, -3.0, 0.5, 0.5, 1.25], **fields)
+    rewards = [-1.0, -1.0, -2.0, -2.0, -3.0, -3.0, 0.5, 0.5, 1.25]
+    return row_of(tokens, rewards, **{"suspected_error": 0, **fields})
 
 
 def trace_of(row: dict) -> dict:
-    [question] = questions_of([row], 0.5)
+    [question] = questions_of([row], None)
     [trace] = question["traces"]
     return trace
 
@@ -69,6 +70,28 @@ def test_steps_tokens_and_fields():
     assert trace["error"] == 0
     assert trace["drop"] == -2.75
     assert (trace["reward"], trace["correct"], trace["answer"], trace["logprob"]) == (-1.0833, False, "31", None)
+
+
+def test_marks_are_those_of_the_rows_or_of_a_threshold(path):
+    """Step rewards by hand: -2 and .75. The scores of a reward model without a rule have no field."""
+    marked, clean, bare = arithmetic_row(), arithmetic_row(suspected_error=None), arithmetic_row()
+    del bare["suspected_error"]
+    for row, threshold, error, line in (
+        (marked, None, 0, "at most 5 % of right traces get one"),
+        (clean, None, None, "at most 5 % of right traces get one"),
+        (bare, None, None, "No step is marked: the scores are of a reward model without a rule"),
+        (bare, -1.9, 0, "first step whose reward is below -1.9"),
+        (marked, -2.0, None, "first step whose reward is below -2"),
+    ):
+        html = write(path, [row], threshold=threshold)
+        assert data_of(html)["questions"][0]["traces"][0]["error"] == error
+        assert line in html
+        text = printed([row], threshold=threshold, width=200)
+        assert line in text
+        assert ("!  1" in text or "! 1" in text) == (error == 0)
+    # The second given step holds a line break: marks count given steps, the page shows lines.
+    row = arithmetic_row(step_rewards=[-1.0], suspected_error=0)
+    assert trace_of(row)["error"] is None
 
 
 def test_given_step_ends_and_step_rewards_override_the_newline_rule():
@@ -111,7 +134,7 @@ def test_rows_with_the_same_prompt_form_one_question_in_file_order():
         row_of(["b"], [1.0], prompt=chat),
         row_of(["c"], [1.0], prompt="first"),
     ]
-    questions = questions_of(rows, 0.5)
+    questions = questions_of(rows, None)
     assert [question["prompt"] for question in questions] == ["first", "system: Be brief.\n\nuser: 2 + 2?"]
     assert [trace["number"] for trace in questions[0]["traces"]] == [1, 2]
     assert [question["answer"] for question in questions] == ["4", None]
@@ -121,10 +144,10 @@ def test_candidates_of_a_row_become_separate_traces():
     first, second = row_of(["a"], [1.0]), row_of(["b", "</s>"], [2.0, 4.0])
     names = ("tokens", "offsets", "token_rewards")
     scores = [{name: row[name] for name in names} for row in (first, second)]
-    [question] = questions_of([{"prompt": "q", "candidates": ["a", "b"], "scores": scores, "answer": "b"}], 0.5)
+    [question] = questions_of([{"prompt": "q", "candidates": ["a", "b"], "scores": scores, "answer": "b"}], None)
     assert [trace["reward"] for trace in question["traces"]] == [1.0, 3.0]  # the mean where there is no reward
     with pytest.raises(InputError, match="row 1: no tokens; `tracereward score` writes"):
-        questions_of([{"prompt": "q", "candidates": ["a", "b"]}], 0.5)
+        questions_of([{"prompt": "q", "candidates": ["a", "b"]}], None)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +156,7 @@ def test_candidates_of_a_row_become_separate_traces():
         ({"token_rewards": None}, "row 2: no token_rewards; `tracereward score` writes"),
         ({"token_rewards": [1.0]}, "row 2: 9 tokens but 1 token_rewards"),
         ({"step_ends": [True]}, "row 2: 9 tokens but 1 step_ends"),
+        ({"suspected_error": "1"}, "row 2: suspected_error must be the index of a step, from 0, or null"),
         ({"offsets": [[5, 99]] * 9}, "row 2: its offsets do not fit its completion of 19 characters"),
     ],
 )

@@ -20,8 +20,16 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 CHAIN = "23 - 7 + 5 = ?"
 ROWS = [
-    row_of(["23 - 7", " = 26", "\n", "#### 31"], [1.0, -3.0, -1.0, 2.0], prompt=CHAIN, correct=False, answer="21"),
-    row_of(["23 - 7", " = 16", "\n", "#### 21"], [1.5, 2.5, 2.0, 2.25], prompt=CHAIN, correct=True, answer="21"),
+    row_of(
+        ["23 - 7", " = 26", "\n", "#### 31"],
+        [1.0, -3.0, -1.0, 2.0],
+        **{"prompt": CHAIN, "correct": False, "answer": "21", "suspected_error": 0},
+    ),
+    row_of(
+        ["23 - 7", " = 16", "\n", "#### 21"],
+        [1.5, 2.5, 2.0, 2.25],
+        **{"prompt": CHAIN, "correct": True, "answer": "21", "suspected_error": None},
+    ),
     row_of(["4 + 4 = 8", "\n", "#### 8"], [0.5, 0.5, 1.0], prompt="4 + 4 = ?", correct=True),
     row_of(
         [HOSTILE, "\n", "x" * 300],
@@ -47,9 +55,8 @@ def page(driver, tmp_path):
 def test_steps_are_in_a_table_with_the_suspected_error_marked(page):
     [first, *_] = page.all(".trace")
     rows = [row.text.split("\n") for row in first.find_elements(By.CSS_SELECTOR, "tbody tr")]
-    # step 1: (1 - 3 - 1) / 3 = -1, 3 below the other step
     assert rows == [["1", "suspected first error", "23 - 7 = 26 −1.00"], ["2 #### 31 +2.00"]]
-    assert len(page.all("tr.error")) == 1  # the first step of the second question's trace is 0.5 below, not more
+    assert len(page.all("tr.error")) == 1
     assert page.texts("h2") == [f"Question {i} of 3" for i in (1, 2, 3)]
     assert "✗ wrong" in first.text
 
@@ -155,9 +162,8 @@ def test_hostile_text_is_shown_as_text(page):
 
 
 def test_each_step_uses_its_own_text_direction(page, tmp_path):
-    write_inspection(
-        path := tmp_path / "directions.html", [row_of(["שלום", "\n", "answer"], [-1.0, -1.0, 1.0])], "Directions"
-    )
+    row = row_of(["שלום", "\n", "answer"], [-1.0, -1.0, 1.0], suspected_error=0)
+    write_inspection(path := tmp_path / "directions.html", [row], "Directions")
     page.open(path)
     cells = page.all(".heat tbody td:nth-child(2)")
     assert [cell.value_of_css_property("direction") for cell in cells] == ["rtl", "ltr"]

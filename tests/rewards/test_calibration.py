@@ -22,7 +22,7 @@ from tracereward.rewards.calibration import (
     reliability,
 )
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import RewardSettings, read_settings, write_calibration
+from tracereward.rewards.settings import RewardSettings, read_settings, write_fitted
 
 
 def sampled(n, slope, intercept, mean=0.0, std=1.0, seed=0):
@@ -204,7 +204,7 @@ def test_calibration_round_trips_through_the_folder(folder, method):
     before = json.loads(path.read_text())
     assert before["calibration"] is None
     found = fit_calibration(*sampled(300, 1.0, 0.5), method)
-    write_calibration(folder, found)
+    write_fitted(folder, calibration=found)
     assert read_settings(folder).calibration == found
     after = json.loads(path.read_text())
     assert {**after, "calibration": None} == before

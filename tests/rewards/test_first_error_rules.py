@@ -1,8 +1,26 @@
-"""First-error rules on hand-computed step scores."""
+"""The rule for the first error: signals, marks and thresholds by hand, by brute force and on exchangeable data."""
 
 import math
+from dataclasses import replace
 
-from tracereward.rewards.first_error_rules import first_below, first_below_others, first_token_below, lowest_steps
+import numpy as np
+import pytest
+from scipy.stats import beta
+
+from tracereward.errors import InputError
+from tracereward.rewards.first_error_rules import (
+    CONFIDENCE,
+    RATE,
+    SIGNALS,
+    FirstErrorRule,
+    RatedTrace,
+    differences,
+    first_below,
+    fit_rule,
+    level_rule,
+    lowest_steps,
+    safe_threshold,
+)
 
 
 def test_first_step_below_a_threshold():
@@ -11,25 +29,111 @@ def test_first_step_below_a_threshold():
     assert first_below([1.0, 0.0], math.inf) == 0
 
 
-def test_first_token_of_the_first_step_below_a_threshold():
-    ends = [False, True, False, False, True, True]
-    assert first_token_below([0.5, 0.2, -0.1], ends, 0.0) == 5
-    assert first_token_below([0.5, 0.2, -0.1], ends, 0.3) == 2
-    assert first_token_below([-0.5, 0.2, -0.1], ends, 0.0) == 0
-    assert first_token_below([0.5, 0.2, 0.1], ends, 0.0) is None
-
-
-def test_first_step_well_below_the_others():
-    # means of the others: 1/3, 2/3, 1, 1; the steps are 5/3 and 1/3 above, and 1 and 1 below
-    assert first_below_others([2.0, 1.0, 0.0, 0.0], margin=0.9) == 2
-    assert first_below_others([2.0, 1.0, 0.0, 0.0], margin=1.0) is None
-    assert first_below_others([-1.0, 3.0], margin=3.9) == 0
-    assert first_below_others([3.0, -1.0], margin=3.9) == 1
-    assert first_below_others([-4.0, -4.0, -4.0]) is None  # low, but no lower than the rest of the trace
-    assert first_below_others([-4.0]) is None
-    assert first_below_others([]) is None
-
-
 def test_lowest_steps_returns_all_ties():
     assert lowest_steps([1.0, -1.0, 0.0]) == [1]
     assert lowest_steps([0.0, 2.0, 0.0]) == [0, 2]
+
+
+def test_differences_start_at_zero():
+    assert differences([2.0, 5.0, 1.0]) == [0.0, 3.0, -4.0]
+    assert differences([]) == []
+
+
+STEPS = [[1.0, 3.0], [2.0, -4.0, 5.0], [0.0]]
+"""Means 2, 1, 0; minima 1, -4, 0."""
+
+
+@pytest.mark.parametrize(
+    ("signal", "values"),
+    [
+        ("level", [2.0, 1.0, 0.0]),
+        ("minimum", [1.0, -4.0, 0.0]),
+        ("fall", [0.0, -1.0, -1.0]),
+        ("minimum_fall", [0.0, -5.0, 4.0]),
+    ],
+)
+def test_signals_and_their_marks_by_hand(signal, values):
+    assert SIGNALS[signal](STEPS) == values
+    for threshold in (-5.0, -4.5, -1.0, -0.5, 0.5, 1.5, 9.0):
+        marked = FirstErrorRule(signal=signal, threshold=threshold).mark(STEPS)
+        assert marked == next((step for step, value in enumerate(values) if value < threshold), None)
+    assert level_rule(1.5).mark(STEPS) == 1
+    with pytest.raises(InputError, match="did you mean 'level'"):
+        FirstErrorRule(signal="levl", threshold=0.0)
+
+
+def test_threshold_is_the_highest_order_statistic_that_keeps_the_rate():
+    """Against the distribution of the share under the k-th of n values, Beta(k, n + 1 - k), for every k."""
+    for n in (10, 44, 45, 76, 77, 300, 1563):
+        values = np.random.default_rng(n).permutation(n).astype(float)  # the k-th lowest is k - 1
+        kept = [k for k in range(1, n + 1) if beta.cdf(RATE, k, n + 1 - k) >= CONFIDENCE]
+        assert safe_threshold(values.tolist()) == (max(kept) - 1 if kept else None)
+    assert safe_threshold([0.0] * 44) is None, "0.95^44 is over a tenth"
+    assert safe_threshold([0.0] * 45) == 0.0
+
+
+@pytest.mark.parametrize("values", ["normal", "exponential", "few"])
+def test_new_right_traces_are_marked_in_at_most_the_rate(values):
+    """1,500 times: fit on n exchangeable traces, then judge other ones. Nothing depends on the distribution."""
+    rng = np.random.default_rng(1)
+    for n in (45, 100, 250):
+        fits = []
+        for _ in range(1500):
+            drawn = rng.integers(0, 30, n + 50) if values == "few" else getattr(rng, values)(size=n + 50)
+            threshold = safe_threshold(drawn[:n].tolist())
+            fits.append(np.mean(drawn[n:] < threshold))
+        assert np.mean(fits) <= RATE
+        if values == "normal":
+            # the rule is not needlessly strict: k / (n + 1) for the k above, 1 / 46, 2 / 101 and 8 / 251
+            assert np.mean(fits) == pytest.approx({45: 1 / 46, 100: 2 / 101, 250: 8 / 251}[n], rel=0.08)
+
+
+def traces(rng, count, *, fall=0.0, at=1, source="", start=0):
+    """Right and erroneous traces of four steps of three tokens; an error lowers the minimum of its step by `fall`."""
+    found = []
+    for number in range(count):
+        for first_error in (None, at):
+            steps = [rng.normal(size=3).tolist() for _ in range(4)]
+            if first_error is not None:
+                steps[first_error][1] -= fall
+            found.append(RatedTrace(steps=steps, question=start + number, first_error=first_error, source=source))
+    return found
+
+
+def test_fit_finds_the_signal_that_shows_the_error():
+    """One token of the first step is 6 lower: so is its minimum, its mean only 2, and no step comes before it."""
+    given = traces(np.random.default_rng(2), 200, fall=6.0, at=0)
+    rule = fit_rule(given)
+    lowest = [min(map(min, t.steps)) for t in given if t.first_error is None]
+    assert (rule.signal, rule.threshold, rule.traces) == ("minimum", safe_threshold(lowest), 200)
+    fresh = traces(np.random.default_rng(3), 2000, fall=6.0, at=0)
+    hits = np.mean([rule.mark(t.steps) == 0 for t in fresh if t.first_error == 0])
+    assert rule.hit_rate == pytest.approx(hits, abs=0.05)
+    assert hits > 0.9
+    assert np.mean([rule.mark(t.steps) is not None for t in fresh if t.first_error is None]) <= RATE
+
+
+def test_each_source_of_right_traces_is_spared():
+    """The experts' rewards are 3 higher: a threshold for both together would mark 10 % of the others."""
+    rng = np.random.default_rng(4)
+    others = traces(rng, 100, fall=8.0, source="rollout")
+    experts = [
+        replace(trace, steps=[[reward + 3 for reward in step] for step in trace.steps], source="expert")
+        for trace in traces(rng, 100, start=100)
+        if trace.first_error is None
+    ]
+    rule = fit_rule([*experts, *others])
+    lowest = [min(SIGNALS[rule.signal](trace.steps)) for trace in others if trace.first_error is None]
+    assert rule.threshold == safe_threshold(lowest)
+
+
+@pytest.mark.parametrize(
+    ("count", "fall", "reason"),
+    [
+        (200, 0.0, "the best signal, "),
+        (59, 6.0, "59 right traces, and 60 are needed"),
+    ],
+)
+def test_no_rule_without_enough_traces_or_a_signal(count, fall, reason):
+    with pytest.raises(InputError, match=reason):
+        fit_rule(traces(np.random.default_rng(5), count, fall=fall))

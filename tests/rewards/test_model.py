@@ -1,5 +1,6 @@
 """The reward model against plain transformers: heads, batching, granularities, scoring of text, and files."""
 
+import dataclasses
 import json
 import math
 
@@ -21,6 +22,7 @@ from transformers import (
 from tracereward.errors import InputError
 from tracereward.modeling.alignment import step_ends, token_offsets
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, same_tokenizer
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.rewards.supervision import supervision_mask
@@ -332,17 +334,17 @@ def test_empty_prompt_raises(tiny_model_folder, tokenizer, head, others):
     with pytest.raises(InputError, match="the prompt has no tokens"):
         model.rerank("", completions)
     with pytest.raises(InputError, match="trace 0: the prompt has no tokens"):
-        model.first_error("", ["1", "2"]) or model.score_steps([""], [["1", "2"]])
+        model.first_error("", ["1", "2"], 0.0) or model.score_steps([""], [["1", "2"]])
 
 
 def test_span_reward_is_the_mean_over_overlapping_tokens():
     """A token that overlaps two spans counts in both; one without characters (end of sequence) in none."""
     offsets = [(0, 3), (3, 5), (5, 9), (9, 9)]
     scores = TokenScores(["abc", "de", "fghi", "<eos>"], offsets, [1.0, 2.0, 4.0, 100.0], [True] * 4, [False] * 4)
-    assert scores.span_rewards([(0, 3), (3, 9), (2, 4), (6, 7)]) == [1.0, 3.0, 1.5, 4.0]
+    assert scores.step_rewards([(0, 3), (3, 9), (2, 4), (6, 7)]) == [1.0, 3.0, 1.5, 4.0]
     for span in ((9, 12), (3, 3)):
         with pytest.raises(ValueError, match=f"no token between characters {span[0]} and {span[1]}"):
-            scores.span_rewards([span])
+            scores.step_rewards([span])
 
 
 @pytest.mark.parametrize("head", ["token", "action"])
@@ -371,6 +373,14 @@ def test_first_error_is_the_first_step_below_the_threshold(tiny_model_folder, to
         assert model.first_error(prompt, steps, threshold - 1e-6) == (under[0] if under else None)
     assert model.first_error(prompt, steps, min(rewards) - 1) is None
     assert model.first_error(prompt, steps, max(rewards) + 1) == 0
+    with pytest.raises(InputError, match=r"no rule for the first error: fit one .* or give threshold"):
+        model.first_error(prompt, steps)
+    lowest = min(range(3), key=lambda step: rewards[step])
+    for margin, found in ((1e-6, lowest), (-1e-6, None)):
+        rule = FirstErrorRule(signal="level", threshold=rewards[lowest] + margin)
+        model.settings = dataclasses.replace(model.settings, first_error=rule)
+        assert model.first_error(prompt, steps) == found
+        assert model.first_error(prompt, steps, max(rewards) + 1) == 0, "a threshold comes before the rule"
 
 
 def test_rerank_sorts_candidates_from_best_to_worst(tiny_model_folder, tokenizer):

@@ -3,6 +3,7 @@
 import base64
 import struct
 
+import numpy as np
 import pytest
 
 pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
@@ -10,6 +11,7 @@ from scipy.special import expit
 
 from helpers.served import assert_error, client_of, close, save_reward_model, traces
 from tracereward.rewards.calibration import Calibration
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 
 TRACES = traces(6)
@@ -130,16 +132,21 @@ def test_messages_for_a_model_with_chat_template(tmp_path, tokenizer):
     assert answer["results"][0]["token_rewards"] == close(expected.rewards)
 
 
-def test_calibrated_model_returns_probabilities(tmp_path, tokenizer, offline):
+def test_calibrated_model_returns_probabilities_and_suspected_errors(tmp_path, tokenizer, offline):
+    """The rule's threshold lies between the traces' lowest step rewards, so some have no suspected error: null."""
     calibration = Calibration("platt", slope=0.5, intercept=0.25, traces=20)
-    calibrated = TokenRewardModel.from_pretrained(
-        str(save_reward_model(tmp_path / "rm", tokenizer, calibration=calibration))
-    )
+    steps = [scores.step_rewards() for scores in offline]
+    threshold = float(np.mean(sorted(map(min, steps))[:2]))
+    fitted = {"calibration": calibration, "first_error": FirstErrorRule(signal="level", threshold=threshold)}
+    calibrated = TokenRewardModel.from_pretrained(str(save_reward_model(tmp_path / "rm", tokenizer, **fitted)))
     expected = [float(expit(0.5 * scores.aggregate() + 0.25)) for scores in offline]
     with client_of(calibrated) as client:
         scores = client.post("/v1/score", json={"prompt": PROMPT, "candidates": CANDIDATES}).json()
         ranked = client.post("/v1/rerank", json={"query": PROMPT, "documents": CANDIDATES}).json()
     assert [result["probability"] for result in scores["results"]] == close(expected)
+    marks = [next((n for n, reward in enumerate(of) if reward < threshold), None) for of in steps]
+    assert [result["suspected_error"] for result in scores["results"]] == marks
+    assert marks.count(None) == len(marks) - 1
     assert [result["relevance_score"] for result in ranked["results"]] == close(sorted(expected, reverse=True))
 
 

@@ -391,7 +391,7 @@ def test_replay_stores_rollouts_under_their_demonstration(token_run):
             for index, ids in zip(kwargs["demonstration"], kwargs["completion_ids"], strict=True):
                 sampled.setdefault(index, []).append(list(ids))
     recent = token_run.discriminator.replay.rollouts[-2 * BATCH :]
-    assert all(ids in sampled[index] for index, ids, _ in recent)
+    assert all(ids in sampled[index] for index, ids, *_ in recent)
 
 
 def test_prompts_without_demonstration_train_only_the_policy(make):

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from tracereward.errors import RunFailed
+from tracereward.errors import InputError, RunFailed
 from tracereward.modeling import distributed
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.model import TokenRewardModel
@@ -19,6 +19,7 @@ from tracereward.training import discriminator as module
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.discriminator import LR_WARMUP, Discriminator, ema_decay
 from tracereward.training.discriminator_batch import Expert, Rollout
+from tracereward.training.prior import estimate_prior
 
 ALL = {
     "discriminator_prompts": 99,
@@ -56,12 +57,13 @@ def rollouts(tokenizer, pairs):
 
 @pytest.fixture
 def make(tiny_model_folder, tokenizer, pairs, tmp_path):
-    def build(head="action", experts=pairs, settings=(), **options) -> Discriminator:
+    def build(head="action", experts=pairs, settings=(), held_out=(), **options) -> Discriminator:
         torch.manual_seed(0)
         settings = RewardSettings(head=head, **dict(settings))
         model = TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer, dtype=torch.float32)
         config = AdversarialConfig(output_dir=str(tmp_path), report_to="none", **{**ALL, **options})
-        return Discriminator(model, list(experts), config, seed=config.seed, judged_every=config.monitor_every)
+        judged = config.monitor_every
+        return Discriminator(model, list(experts), config, seed=config.seed, held_out=held_out, judged_every=judged)
 
     return build
 
@@ -440,6 +442,138 @@ def test_several_processes_make_the_update_of_one(make, rollouts, monkeypatch, w
         assert largest_difference(parameters_of(share), parameters_of(shares[0])) == 0.0
 
 
+# ---------- pairs and unlabelled traces ----------
+
+
+def unpadded_logits(discriminator, prompt, completion) -> torch.Tensor:
+    return discriminator.model(discriminator.model.pack([prompt], [completion]))[0]
+
+
+def of_rollouts(pairs, rollouts) -> list[tuple[int, list[int]]]:
+    return [(i, completion) for i, completion, *_ in rollouts if completion != pairs[i].completion]
+
+
+def gradients_of_formula(discriminator, loss) -> dict[str, torch.Tensor]:
+    """Clipped to norm 1."""
+    found = torch.autograd.grad(loss, list(discriminator.parameters.values()), allow_unused=True)
+    found = {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(discriminator.parameters.items(), found, strict=True)
+    }
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in found.values()))
+    return {name: g * min(1.0, 1 / (norm + 1e-6)) for name, g in found.items()}
+
+
+def assert_gradients(discriminator, expected):
+    for name, parameter in discriminator.parameters.items():
+        actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(actual, expected[name], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("balance", ["none", "question"])
+def test_pairwise_tokens_update_matches_the_formula(make, pairs, rollouts, balance):
+    """By question a prompt with one rollout weighs what one with three does."""
+    options = {"first_difference": "none", "discriminator_token_budget": 90, "balance": balance}
+    discriminator = make("token", objective="pairwise_tokens", **options)
+    softplus = torch.nn.functional.softplus
+    by_prompt: dict[int, list[torch.Tensor]] = {}
+    for i, completion in of_rollouts(pairs, rollouts):
+        expert = unpadded_logits(discriminator, pairs[i].prompt, pairs[i].completion)
+        other = unpadded_logits(discriminator, pairs[i].prompt, completion)
+        halves = softplus(other - expert.mean()).mean() + softplus(other.mean() - expert).mean()
+        by_prompt.setdefault(i, []).append(halves / 2)
+    means = [torch.stack(losses).mean() for losses in by_prompt.values()]
+    assert len({len(losses) for losses in by_prompt.values()}) > 1
+    every = torch.cat([torch.stack(losses) for losses in by_prompt.values()])
+    expected = torch.stack(means).mean() if balance == "question" else every.mean()
+    gradients = gradients_of_formula(discriminator, expected)
+    assert discriminator.update(rollouts)["loss"] == pytest.approx(expected.item(), abs=1e-6)
+    assert_gradients(discriminator, gradients)
+
+
+@pytest.mark.parametrize(("prior", "below"), [(0.3, False), (0.99, True)])
+@pytest.mark.parametrize(("budget", "world"), [(100_000, 1), (90, 2)])
+def test_nnpu_update_matches_the_formula(make, pairs, rollouts, monkeypatch, prior, below, budget, world):
+    """Below 0 the gradient is that of -N, whatever N is in single passes and processes."""
+    options = {"objective": "nnpu", "positive_prior": prior, "first_difference": "none"}
+    state = make("token", objective="bce", discriminator_learning_rate=3e-3)
+    for _ in range(10):
+        state.update(rollouts)
+    discriminators = [make("token", discriminator_token_budget=budget, **options) for _ in range(world)]
+    for one in discriminators:
+        one.load_state_dict(state.state_dict())
+        one.model.train()
+
+    first, wrong = discriminators[0], of_rollouts(pairs, rollouts)
+    used = sorted({i for i, _ in wrong})
+    experts = torch.stack([unpadded_logits(first, pairs[i].prompt, pairs[i].completion).mean() for i in used])
+    others = torch.stack([unpadded_logits(first, pairs[i].prompt, completion).mean() for i, completion in wrong])
+    positive = prior * torch.sigmoid(-experts).mean()
+    negative = torch.sigmoid(others).mean() - prior * torch.sigmoid(experts).mean()
+    assert (negative.item() < 0) == below
+    gradients = gradients_of_formula(first, -negative if below else positive + negative)
+
+    if world > 1:
+        processes = Processes(world)
+        monkeypatch.setattr(module, "dist", processes)
+        rows = processes.run(lambda rank: discriminators[rank].update(rollouts))
+    else:
+        rows = [first.update(rollouts)]
+    for row, one in zip(rows, discriminators, strict=True):
+        assert row["loss"] == pytest.approx(positive.item() + max(0.0, negative.item()), abs=1e-6)
+        assert row["positive_prior"] == prior
+        assert_gradients(one, gradients)
+
+
+def test_prior_is_estimated_once_from_held_out_scores_after_updates_with_bce(make, pairs, rollouts):
+    held_out, options = (0, 1, 2), {"head": "token", "first_difference": "none", "discriminator_learning_rate": 3e-3}
+    discriminator = make(objective="nnpu", held_out=held_out, **options)
+    plain = make(objective="bce", held_out=held_out, label_smoothing=0.0, **options)
+    for one in (discriminator, plain):
+        one.remember(rollouts)
+    for _ in range(module.PRIOR_UPDATES):
+        row = discriminator.update(rollouts)
+        assert row == plain.update(rollouts)
+        assert "positive_prior" not in row
+    scores: dict[str, list[float]] = {"experts": [], "rollouts": []}
+    with torch.no_grad():
+        discriminator.model.eval()
+        for i in held_out:
+            scores["experts"].append(float(unpadded_logits(discriminator, *pairs[i][:2]).mean()))
+        for i, completion, *_ in rollouts:
+            if i in held_out:
+                value = float(unpadded_logits(discriminator, pairs[i].prompt, completion).mean())
+                scores["rollouts"].append(value)
+    expected = min(0.95, max(0.01, estimate_prior(scores["experts"], scores["rollouts"]).value))
+    assert discriminator.update(rollouts)["positive_prior"] == pytest.approx(expected)
+    assert discriminator.update(rollouts)["positive_prior"] == pytest.approx(expected)
+    resumed = make(objective="nnpu", held_out=held_out, **options)
+    resumed.load_state_dict(discriminator.state_dict())
+    assert resumed.update(rollouts) == discriminator.update(rollouts)
+
+
+def test_prior_cannot_be_estimated_without_held_out_demonstrations(make, rollouts):
+    with pytest.raises(InputError, match="positive_prior"):
+        make(objective="nnpu")
+    discriminator = make(objective="nnpu", held_out=(0,))
+    discriminator.updates = module.PRIOR_UPDATES
+    with pytest.raises(RunFailed, match="positive_prior"):
+        discriminator.update([rollout for rollout in rollouts if rollout.demonstration])
+
+
+def test_rollouts_of_weight_0_are_not_trained_on(make, rollouts):
+    """And weights within a class are relative: 2 for all changes nothing."""
+    half = [rollout._replace(weight=0.0 if place % 2 else 2.0) for place, rollout in enumerate(rollouts)]
+    results = []
+    for given in (half, rollouts[::2]):
+        discriminator = make()
+        discriminator.remember(given)
+        results.append((discriminator.update([])["loss"], gradients_of(discriminator)))
+    (one, of_one), (two, of_two) = results
+    assert one == pytest.approx(two, abs=1e-6)
+    assert largest_difference(of_one, of_two) < 1e-6
+
+
 def test_processes_start_from_the_same_weights(make, monkeypatch):
     """Head and LoRA start at random, possibly from a different seed on each process."""
     built = [make("token").model for _ in range(2)]
@@ -536,10 +670,11 @@ def test_gate_uses_held_out_pairs(make, pairs, rollouts, monkeypatch):
                 (other,) = discriminator.model.token_rewards([pairs[i].prompt], [completion])
                 wins, total = wins + float(expert.mean() > other.mean()), total + 1
     assert discriminator.held_out_accuracy() == pytest.approx(wins / total)
-    assert total == 5
+    assert total == discriminator.held_out_pairs == 5
     before = discriminator.updates
     monkeypatch.setattr(discriminator, "held_out_accuracy", lambda: 0.5)
-    assert discriminator.learn(rollouts) == {"held_out_accuracy": 0.5, "updates": 0.0}
+    twice = 2.0 * total  # the same rollouts again
+    assert discriminator.learn(rollouts) == {"held_out_accuracy": 0.5, "held_out_pairs": twice, "updates": 0.0}
     assert discriminator.updates == before
 
 

@@ -95,7 +95,7 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
     assert (experts, fresh, replay.rollouts) == before  # inputs are not modified
     assert draw(experts, fresh, replay, options, rng=random.Random(seed), perturbed=marked_copy) == (traces, shares)
 
-    # One block for each demonstration: expert, verified rollouts, other rollouts, perturbed copies.
+    # One block for each demonstration: expert, positive rollouts, other rollouts, perturbed copies.
     blocks: list[list[Labelled]] = []
     for trace in traces:
         if blocks and blocks[-1][0].group == trace.group:
@@ -115,7 +115,7 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
         assert [t.prompt for t in (expert_trace, *others)] == [[100 + group]] * (1 + len(others))
         kinds = [0 if t.is_expert else 1 + t.is_perturbed for t in others]
         assert kinds == sorted(kinds)
-        sources = [[(r.ids, r.verified) for r in rollouts if r.demonstration == group] for rollouts in (fresh, old)]
+        sources = [[(r.ids, r.label) for r in rollouts if r.demonstration == group] for rollouts in (fresh, old)]
         rollouts = [t for t in others if not t.is_perturbed]
         assert len(rollouts) <= options.discriminator_rollouts
         assert any(all((t.completion, t.is_expert) in source for t in rollouts) for source in sources)
@@ -133,7 +133,7 @@ def test_traces_are_batched_with_their_own_prompts_expert(world):
                 assert trace.starts == [leaves_at(trace.completion, expert.completion) if late else 0]
         negatives = [t for t in others if not t.is_expert]
         if not negatives:
-            assert others == []  # a verified rollout has no negative either
+            assert others == []  # a positive rollout has no negative either
             assert expert_trace.starts == []
             assert not expert_trace.counts
         elif options.first_difference == "both":
@@ -158,15 +158,15 @@ def test_shares_count_the_chosen_rollouts(world):
     _, shares = draw(experts, fresh, filled([]), options, rng=random.Random(seed))
     same = [r.ids == experts[r.demonstration].completion for r in fresh]
     assert shares["identical_share"] == pytest.approx(sum(same) / len(fresh) if fresh else 0.0)
-    right = sum(r.verified and not s for r, s in zip(fresh, same))
-    assert ("verified_share" in shares) == (right > 0)
+    right = sum(r.label and not s for r, s in zip(fresh, same))
+    assert ("positive_share" in shares) == (right > 0)
     if right:
-        assert shares["verified_share"] == pytest.approx(right / len(fresh))
+        assert shares["positive_share"] == pytest.approx(right / len(fresh))
     assert "perturbed_missing_share" not in shares
 
 
 def test_batch_by_hand():
-    """Two of six are identical; the verified one is a positive; labels, starts and order."""
+    """Two of six are identical; the labelled one is a positive; labels, starts and order."""
     expert = Expert([9], [1, 2, 3, 4])
     rollouts = [[1, 2, 3, 4], [1, 2, 0], [1, 2, 3, 4], [5], [1, 2, 3], [1, 7, 7]]
     fresh = [Rollout(0, ids, ids[-1] == 7) for ids in rollouts]
@@ -175,7 +175,7 @@ def test_batch_by_hand():
         traces, shares = draw(
             [expert], fresh, filled([]), options, rng=random.Random(0), perturbed=lambda expert, rng: ([1, 2, 3, 0], 3)
         )
-        assert shares == {"identical_share": 2 / 6, "verified_share": 1 / 6, "perturbed_missing_share": 0.0}
+        assert shares == {"identical_share": 2 / 6, "positive_share": 1 / 6, "perturbed_missing_share": 0.0}
         first, positive, *negatives, changed = traces
         assert positive == labelled([1, 7, 7], True, [0], 3)
         assert sorted((t.completion, t.starts, t.switch) for t in negatives) == sorted(
@@ -194,7 +194,7 @@ def test_trace_counts_if_any_token_has_a_weight():
     assert not labelled([2, 3], True, [], 2).counts
 
 
-def test_verified_rollouts_are_dropped_without_a_negative():
+def test_positive_rollouts_are_dropped_without_a_negative():
     """They still count in the share, which is of the sampled rollouts."""
     experts = [Expert([8], [1, 2]), Expert([9], [3, 4])]
     fresh = [Rollout(0, [1, 5], True), Rollout(0, [1, 2], True), Rollout(1, [3, 5], True), Rollout(1, [3, 6])]
@@ -202,7 +202,7 @@ def test_verified_rollouts_are_dropped_without_a_negative():
     by_group = {g: [(t.completion, t.is_expert) for t in traces if t.group == g] for g in (0, 1)}
     assert by_group[0] == [([1, 2], True)]
     assert by_group[1] == [([3, 4], True), ([3, 5], True), ([3, 6], False)]
-    assert shares == {"identical_share": 0.25, "verified_share": 0.5}
+    assert shares == {"identical_share": 0.25, "positive_share": 0.5}
 
 
 # ---------- replay ----------

@@ -62,7 +62,8 @@ def test_the_table_of_the_rules(positives, negatives, expected):
 
 def test_the_gold_answer_of_a_candidate_is_not_used_and_the_experts_own_answer_comes_first():
     # Every candidate's row says that it is correct, whatever it answers: labels do not read it.
-    assert expert_answers(question([("#### 9", "8"), ("no idea", "7"), ("#### 9.0", None)], []), GSM8K) == [
+    stating = question([("#### 9", "8"), ("no idea", "7"), ("#### 9.0", None)], [])
+    assert expert_answers(stating, GSM8K) == [
         "9", "7", "9.0",
     ]  # fmt: skip
     several = question([("#### 9", None), ("#### 8", None)], CANDIDATES)

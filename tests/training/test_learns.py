@@ -1,5 +1,8 @@
 """The discriminator learns to distinguish correct working from fluent mistakes on held-out problems."""
 
+import random
+
+import pytest
 import torch
 
 from tracereward.metrics import within_prompt_auroc
@@ -53,29 +56,65 @@ def within(model, tokenizer, pairs) -> float:
     return within_prompt_auroc(scores, [True, False] * len(pairs), [p for p, _, _ in pairs for _ in range(2)])
 
 
-def test_training_ranks_correct_working_above_fluent_mistakes(tiny_model_folder, tokenizer, tmp_path):
-    """200 held-out problems: an untrained backbone ranks about half correctly, 45 updates nearly all."""
-    held_out = mistaken_pairs(200, seed=1)
-    train = mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out})
+def trained(folder, tokenizer, output_dir, train, *, updates: int, **options) -> tuple[Discriminator, dict[str, float]]:
+    """A discriminator after some updates on (prompt, expert, rollout) rows, and the last update's metrics."""
     torch.manual_seed(0)
     settings = RewardSettings(head="action", granularity="dense")
-    model = TokenRewardModel.from_backbone(str(tiny_model_folder), settings, tokenizer)
-    before = within(model, tokenizer, held_out)
+    model = TokenRewardModel.from_backbone(str(folder), settings, tokenizer)
     config = AdversarialConfig(
-        output_dir=str(tmp_path),
+        output_dir=str(output_dir),
         report_to="none",
         discriminator_learning_rate=3e-3,
-        discriminator_prompts=32,
         discriminator_rollouts=1,
         perturbed_per_expert=0,
+        **options,
     )
     experts = [Expert(encode_prompt(tokenizer, p), encode_completion(tokenizer, right), right) for p, right, _ in train]
     discriminator = Discriminator(model, experts, config, seed=config.seed)
-    discriminator.remember([Rollout(i, encode_completion(tokenizer, wrong)) for i, (_, _, wrong) in enumerate(train)])
-    for _ in range(45):
+    discriminator.remember([Rollout(i, encode_completion(tokenizer, other)) for i, (*_, other) in enumerate(train)])
+    for _ in range(updates):
         row = discriminator.update([])
-    after = within(model, tokenizer, held_out)
-    assert 0.3 < before < 0.7
-    assert after > 0.9
+    return discriminator, row
+
+
+def test_training_ranks_correct_working_above_fluent_mistakes(tiny_model_folder, tokenizer, tmp_path):
+    """100 held-out problems: an untrained backbone ranks about half correctly, 40 updates nearly all."""
+    held_out = mistaken_pairs(100, seed=1)
+    train = mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out})
+    untrained, _ = trained(tiny_model_folder, tokenizer, tmp_path, train[:1], updates=1, discriminator_prompts=1)
+    discriminator, row = trained(tiny_model_folder, tokenizer, tmp_path, train, updates=40, discriminator_prompts=32)
+    assert 0.3 < within(untrained.model, tokenizer, held_out) < 0.7
+    assert within(discriminator.model, tokenizer, held_out) > 0.9
     assert row["accuracy_expert"] > 0.7
     assert row["accuracy_policy"] > 0.7
+
+
+@pytest.mark.parametrize("objective", ["pairwise", "pairwise_tokens"])
+def test_pairs_teach_the_same(tiny_model_folder, tokenizer, tmp_path, objective):
+    held_out = mistaken_pairs(100, seed=1)
+    train = mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out})
+    discriminator, _ = trained(
+        tiny_model_folder,
+        tokenizer,
+        tmp_path,
+        train,
+        updates=30,
+        discriminator_prompts=32,
+        objective=objective,
+        balance="question",
+    )
+    assert within(discriminator.model, tokenizer, held_out) > 0.85
+
+
+def test_unlabelled_rollouts_half_of_them_right_teach_the_same(tiny_model_folder, tokenizer, tmp_path):
+    """Expert and rollout end with a further line break or not, at random, so that a right rollout is no copy."""
+    held_out = mistaken_pairs(100, seed=1)
+    rng, train = random.Random(0), []
+    for prompt, right, wrong in mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out}):
+        ends = rng.sample(["", "\n"], 2)
+        train.append((prompt, right + ends[0], rng.choice([right, wrong]) + ends[1]))
+    discriminator, row = trained(
+        tiny_model_folder, tokenizer, tmp_path, train, updates=30, objective="nnpu", positive_prior=0.5
+    )
+    assert row["identical_share"] == 0
+    assert within(discriminator.model, tokenizer, held_out) > 0.85

@@ -353,6 +353,37 @@ def test_nnpu_is_the_non_negative_risk_and_takes_overfitting_back(experts, rollo
     np.testing.assert_allclose(scores.grad, [*of_experts, *of_rollouts], atol=1e-7)
 
 
+def test_nnpu_finds_the_boundary_that_unlabelled_as_negative_misses():
+    """Positives around 1 and negatives around -1 on a line, 300 and 600 unlabelled of which 70 % are positive.
+
+    Right is the sign. With the prior known nearly all are right; as if the unlabelled were negative, most positives
+    are on the wrong side, because more than half of the points around 1 are unlabelled.
+    """
+    rng = np.random.default_rng(0)
+    is_positive = np.array([True] * 300 + [True] * 420 + [False] * 180)
+    x = torch.tensor(np.where(is_positive, 1, -1) + rng.normal(0, 0.5, 900))
+    is_expert = torch.arange(900) < 300
+    weights = 2 * class_weights(is_expert, torch.ones(900))
+    right = {}
+    for name in ("nnpu", "bce"):
+        line = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        optimiser = torch.optim.Adam([line], lr=0.05)
+        for _ in range(300):
+            scores = line[0] * x + line[1]
+            if name == "nnpu":
+                negative = (nnpu_negative(scores, is_expert, 0.7) * weights).sum()
+                losses = nnpu(scores, is_expert, 0.7, below=bool(negative < 0))
+            else:
+                losses = bce(scores[:, None], torch.ones(900, 1), is_expert)
+            optimiser.zero_grad()
+            (weights * losses if name == "nnpu" else losses).sum().backward()
+            optimiser.step()
+        found = (line.detach()[0] * x + line.detach()[1]) > 0
+        right[name] = (found.numpy() == is_positive)[300:].mean()
+    assert right["nnpu"] > 0.95
+    assert right["bce"] < 0.6
+
+
 @given(sequences())
 def test_wasserstein_is_policy_minus_expert(batch):
     scores, is_expert, _ = batch

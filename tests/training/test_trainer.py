@@ -102,6 +102,8 @@ def test_report_shows_the_rewards_of_training(tiny_model_folder, tokenizer, expe
         expected = values + sign * extra
         assert trace.scores.rewards == pytest.approx(expected.tolist(), abs=1e-4)
         assert trace.scores.rewards != pytest.approx(values.tolist(), abs=1e-2)
+        if sign < 0:  # what is subtracted is the final policy's
+            assert trace.logprob == pytest.approx(float(extra.mean()), abs=1e-4)
 
 
 def test_ends_of_a_policy_that_has_several_are_one_to_the_discriminator(
@@ -114,7 +116,7 @@ def test_ends_of_a_policy_that_has_several_are_one_to_the_discriminator(
     assert expert.completion[-1] == eos
     trainer.bridge.ends = frozenset({eos, other})
     written = [*expert.completion[:-1], other]
-    (rollout,) = trainer.as_rollouts([0], [written], [0.0])
+    (rollout,) = trainer.as_rollouts([0], ["#### 9"], [written], [0.0])
     assert rollout.ids == expert.completion
     assert trainer.bridge.finished(written)
     assert trainer.bridge.completion([other, 7]) == [other, 7]

@@ -10,8 +10,14 @@ from trl import ModelConfig
 
 from tracereward.commands.train import run_grpo, run_sft, run_train
 from tracereward.errors import InputError
+from tracereward.generation.params import SamplingParams
+from tracereward.generation.sampling import sample
 from tracereward.modeling.rendering import Rendering
+from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import read_settings
+from tracereward.runs import first_error
 from tracereward.synthetic.arithmetic import generate
 from tracereward.tasks.recipes import get_task
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -60,6 +66,7 @@ def test_accuracy_is_the_share_of_correct_greedy_traces(tiny_model_folder, token
     validation = Validation(
         prompts=[row["prompt"] for row in rows],
         answers=gold,
+        completions=[None] * len(rows),
         task=LastToken(),
         tokenizer=tokenizer,
         max_new_tokens=12,
@@ -143,6 +150,10 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def chosen(folder):
+    return [row["chosen"] for row in metrics(folder) if row["phase"] == "choice"]
+
+
 @pytest.mark.parametrize("kind", ["sft", "grpo", "train"])
 def test_run_saves_the_best_checkpoint(run, kind, capsys):
     """The second of three; `save_total_limit` 2 keeps it."""
@@ -156,8 +167,40 @@ def test_run_saves_the_best_checkpoint(run, kind, capsys):
     assert message in (folder / "report.html").read_text()
     rows = metrics(folder)
     assert [row["validation/accuracy"] for row in rows if "validation/accuracy" in row] == [0.5, 0.75, 0.625]
-    assert rows[-1]["chosen"] == "checkpoint-2"
-    assert (rows[-1]["start_accuracy"], rows[-1]["accuracy"], rows[-1]["questions"]) == (0.25, 0.75, 8)
+    (choice,) = [row for row in rows if row["phase"] == "choice"]
+    assert choice["chosen"] == "checkpoint-2"
+    assert (choice["start_accuracy"], choice["accuracy"], choice["questions"]) == (0.25, 0.75, 8)
+
+
+def test_marks_are_fitted_on_what_was_not_trained_on(run, monkeypatch, capsys):
+    """Validation experts, and right rollouts of the final policy: here every rollout counts as right."""
+    given, rule = [], FirstErrorRule(signal="fall", threshold=-1.5, traces=16, hit_rate=0.625)
+
+    def fit(model, traces, seed):
+        given.extend(traces)
+        return rule
+
+    monkeypatch.setattr(first_error, "RIGHT_TRACES", 8)
+    monkeypatch.setattr(first_error, "fit_first_error", fit)
+    monkeypatch.setattr(type(get_task("arithmetic")), "verify", lambda *_: True)
+    folder = run("train", [0.25, 0.5, 0.75, 0.625], held_out_fraction=0.25)
+    experts = generate("misconception", 24, seed=5)
+    found = [(trace.prompt, trace.completion) for trace in given if trace.source == "expert"]
+    assert found[4:] == [(row["prompt"], row["completion"]) for row in experts[16:]]
+    held_out = dict(found[:4])
+    assert held_out.items() <= {row["prompt"]: row["completion"] for row in experts[:16]}.items()
+    rollouts = [trace for trace in given if trace.source == "rollout"]
+    assert [trace.prompt for trace in rollouts] == [prompt for prompt, _ in found]
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "policy"), load_tokenizer(folder / "policy")
+    params = SamplingParams(max_new_tokens=SHORT["max_completion_length"], seed=SHORT.get("seed", 42), batch_size=128)
+    sampled = [one for chunk in sample(policy, tokenizer, [p for p, _ in found], params, n=1) for one in chunk]
+    assert [trace.completion for trace in rollouts] == [one.text for one in sampled]
+    assert read_settings(folder / "reward_model").first_error == rule
+    line = (
+        "the first step whose change of the mean reward from the step before is below -1.5; it finds 62 % of inserted"
+    )
+    assert line in capsys.readouterr().err
+    assert line in (folder / "report.html").read_text()
 
 
 def test_discriminator_is_saved_from_the_chosen_checkpoint(run):
@@ -171,7 +214,7 @@ def test_discriminator_is_saved_from_the_chosen_checkpoint(run):
 def test_run_without_improvement_saves_the_starting_policy(run, kind, tiny_model_folder):
     folder = run(kind, [0.75, 0.5, 0.625, 0.25])
     assert same(weights(tiny_model_folder), weights(folder / "policy"))
-    assert metrics(folder)[-1]["chosen"] == "start"
+    assert chosen(folder) == ["start"]
     if kind == "train":
         state = torch.load(folder / "checkpoints" / "warmup" / "discriminator.pt", weights_only=True)["parameters"]
         kept = dict(TokenRewardModel.from_pretrained(str(folder / "reward_model")).named_parameters())
@@ -180,11 +223,11 @@ def test_run_without_improvement_saves_the_starting_policy(run, kind, tiny_model
 
 def test_ties_choose_the_last_checkpoint(run):
     folder = run("grpo", [0.5, 0.5, 0.5, 0.5])
-    assert metrics(folder)[-1]["chosen"] == "checkpoint-3"
+    assert chosen(folder) == ["checkpoint-3"]
 
 
 def test_resumed_run_remembers_its_best_checkpoint(run):
     run("grpo", [0.25, 0.75], max_steps=1)
     (folder,) = {run("grpo", [0.25, 0.5, 0.625], resume=True)}
-    assert metrics(folder)[-1]["chosen"] == "checkpoint-1"
+    assert chosen(folder) == ["checkpoint-1"]
     assert same(weights(folder / "policy"), weights(folder / "checkpoints" / "checkpoint-1"))

@@ -95,6 +95,26 @@ def grpo(ctx: typer.Context) -> None:
     _training("grpo", ctx.args)
 
 
+@app.command(context_settings=PASS_THROUGH)
+def fit(ctx: typer.Context) -> None:
+    """Learn a reward model from expert traces and logged traces, without a policy."""
+    if "--help" in ctx.args or "-h" in ctx.args:
+        from tracereward.cli.training_help import help_text
+
+        print(help_text("fit"))
+        return
+    from tracereward.cli.training_options import parse_fit
+
+    options, resume = parse_fit(ctx.args)
+    from tracereward.commands.fit import run_fit
+
+    folder = run_fit(options, resume).folder
+    say(f"done: {folder}")
+    for part in ("reward_model", "verdict.json", "report.html"):
+        if folder is not None and (folder / part).exists():
+            print(folder / part)
+
+
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
@@ -180,7 +200,7 @@ def sample(
 def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/quickstart"),
     world: Annotated[
-        str, typer.Option(help="exposure, checked, hops, misconception, style or multi-skill.")
+        str, typer.Option(help="exposure, checked, hops, misconception, terse, style or multi-skill.")
     ] = "exposure",
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option(help="Resume an unfinished run.")] = False,

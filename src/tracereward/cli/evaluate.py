@@ -17,9 +17,9 @@ from tracereward.generation.params import MAX_SEED
 suites = CheckedTyper(no_args_is_help=True, help="Evaluate a reward model or a policy: one command per suite.")
 
 
-def _finite(value: float) -> float:
+def _finite(value: float | None) -> float | None:
     """Reject NaN, and infinity in open ranges, which typer accepts."""
-    if not math.isfinite(value):
+    if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
     return value
 
@@ -196,8 +196,12 @@ def guided_suite(
     alpha: Annotated[float, typer.Option(callback=_finite, help="With tilt: weight of the reward.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=1, help="With tilt: next tokens scored.")] = 8,
     threshold: Annotated[
-        float, typer.Option(callback=_finite, help="With self-correction: steps with a lower reward are suspected.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            callback=_finite,
+            help="With self-correction: steps with a lower reward are suspected. Default: the reward model's own rule.",
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 1.0,
     split: Split = "test",

@@ -119,7 +119,10 @@ def correct(
     ] = "reward",
     threshold: Annotated[
         float | None,
-        typer.Option(help="Steps with a lower mean are suspected: log-odds of the reward (default: 0), or nats."),
+        typer.Option(
+            help="Steps with a lower mean are suspected: log-odds of the reward, or nats. Default: the reward model's "
+            "own rule."
+        ),
     ] = None,
     share: Annotated[
         float | None,
@@ -169,8 +172,11 @@ def inspect(
     reference: Reference = None,
     policy: Policy = None,
     threshold: Annotated[
-        float, typer.Option(help="Steps this far, in log-odds, below the mean of the others are suspected.")
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="Steps with a lower reward, in log-odds, are suspected. Default: as the reward model's own rule says."
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Show the first N rows.")] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page. Default: the file's name.")] = None,
     colour: Annotated[str, typer.Option(help="Terminal: auto, never, 256 or truecolor.")] = "auto",
@@ -184,7 +190,8 @@ def inspect(
     from tracereward.reports.inspection import write_inspection
     from tracereward.reports.inspection_terminal import COLOURS, print_ansi
 
-    check_number("--threshold", threshold)
+    if threshold is not None:
+        check_number("--threshold", threshold)
     check_choice("colour", colour, COLOURS)
     if output is not None:
         check_file(output, [data, model, reference, policy], overwrite=overwrite)

@@ -3,12 +3,14 @@
 import dataclasses
 import textwrap
 
+from tracereward.training.fit_options import FIT_GROUPS
 from tracereward.training.options import GROUPS, NOT_OF, own_fields
 from tracereward.training.trl_options import HONOURED, commands_with
 
 COMMANDS = {
     "sft": ("Fine-tune a model on expert traces.", "SFTConfig"),
     "train": ("Learn a reward model from expert traces and train the policy on it.", "GRPOConfig"),
+    "fit": ("Learn a reward model from expert traces and logged traces, without a policy.", ""),
     "grpo": (
         "Train a policy on a given reward: the verifier (upper baseline) or its own log-prob (control).",
         "GRPOConfig",
@@ -27,6 +29,10 @@ FIRST = {
     "max_steps": "optimiser steps, instead of --num_train_epochs",
 }
 """The ten essential options; an empty text is taken from `options`."""
+FIRST_OF_FIT = {
+    **{name: FIRST[name] for name in ("config", "output_dir", "resume")},
+    **dict.fromkeys(("demonstrations", "candidates", "model", "task"), ""),
+}
 LORA = {
     "use_peft": "train LoRA adapters instead of all weights",
     "lora_r, --lora_alpha, --lora_target_modules": "their rank, scale and layers",
@@ -34,16 +40,20 @@ LORA = {
 
 
 def help_text(command: str) -> str:
-    """Help of ``sft``, ``train`` or ``grpo``."""
+    """Help of ``sft``, ``train``, ``grpo`` or ``fit``."""
     about, parent = COMMANDS[command]
+    groups, first = (FIT_GROUPS, FIRST_OF_FIT) if command == "fit" else (GROUPS[command], FIRST)
     lines = [f"Usage: tracereward {command} [--config FILE.yaml] [--resume] [--OPTION VALUE ...]", "", about, ""]
-    own = {option.name: _line(option) for group in GROUPS[command].values() for option in own_fields(group)}
+    own = {option.name: _line(option) for group in groups.values() for option in own_fields(group)}
     lines += ["First:"]
-    lines += [own.get(name) or _wrapped(f"--{name}: {text.format(command=command)}") for name, text in FIRST.items()]
-    lines += ["", "LoRA:", *(f"  --{name}: {text}" for name, text in LORA.items())]
-    for heading, group in GROUPS[command].items():
-        names = [option.name for option in own_fields(group) if option.name not in (*FIRST, *NOT_OF.get(command, ()))]
-        lines += ["", f"{heading}:", *(own[name] for name in names)]
+    lines += [own.get(name) or _wrapped(f"--{name}: {text.format(command=command)}") for name, text in first.items()]
+    if parent:
+        lines += ["", "LoRA:", *(f"  --{name}: {text}" for name, text in LORA.items())]
+    for heading, group in groups.items():
+        names = [option.name for option in own_fields(group) if option.name not in (*first, *NOT_OF.get(command, ()))]
+        lines += ["", f"{heading}:", *(own[name] for name in names)] if names else []
+    if not parent:
+        return "\n".join(lines)
     lines += ["", f"Options of trl.{parent} and trl.ModelConfig (docs/options.md says what each does):"]
     for heading, group in HONOURED.items():
         names = [f"--{name}" for name in group if command in commands_with(name) and name not in own]

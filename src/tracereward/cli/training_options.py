@@ -1,4 +1,4 @@
-"""Options of the training commands: a YAML file by ``--config``, overridden by ``--name value``."""
+"""Options of the training commands and of `fit`: a YAML file by ``--config``, overridden by ``--name value``."""
 
 import json
 import os
@@ -15,7 +15,8 @@ from tracereward.errors import InputError, nearest
 from tracereward.files import nearest_path
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import MODEL_RANGES, RETIRED, RewardConfig, SupervisedConfig
-from tracereward.training.option_rules import check_job, effective
+from tracereward.training.fit_options import FitOptions
+from tracereward.training.option_rules import check_fit, check_job, effective
 from tracereward.training.options import DataArguments, check_options, option_defaults
 from tracereward.training.trl_options import OTHER_NAMES, commands_with, honoured
 
@@ -36,13 +37,41 @@ class _Parser(TrlParser):
 
 
 def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, bool]:
-    """Parse the arguments of a training command.
+    """Parse the arguments of a training command; see `read_options`.
+
+    Returns:
+        Data options, training options, model options, and whether ``--resume`` was given.
+    """
+    (data, config, model), resume = read_options(kind, (DataArguments, CONFIGS[kind], ModelConfig), argv)
+    check_options(model, MODEL_RANGES)
+    check_job(kind, data, config, model)
+    return data, config, model, resume
+
+
+def parse_fit(argv: list[str]) -> tuple[FitOptions, bool]:
+    """Parse the arguments of `fit`; see `read_options`.
+
+    Returns:
+        Its options, and whether ``--resume`` was given.
+    """
+    (options,), resume = read_options("fit", (FitOptions,), argv)
+    check_fit(options)
+    return options, resume
+
+
+def read_options(kind: str, classes: Any, argv: list[str]) -> tuple[Sequence[Any], bool]:
+    """Parse the arguments of a command.
 
     With ``--resume`` and without ``--config``, the options are those in the run folder's ``config.yaml``, overridden by
     the command line.
 
+    Args:
+        kind: the command.
+        classes: dataclasses of its options, the last of which has the model.
+        argv: its arguments.
+
     Returns:
-        Data options, training options, model options, and whether ``--resume`` was given.
+        The options as dataclasses, and whether ``--resume`` was given.
 
     Raises:
         InputError: unknown option (the nearest is suggested), a value that does not fit, an option that would be
@@ -51,11 +80,9 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
     argv = [_with_underscores(word) for word in argv]
     resume = "--resume" in argv
     argv = [word for word in argv if word != "--resume"]
-    config_class = CONFIGS[kind]
-    classes: Any = (DataArguments, config_class, ModelConfig)
     known = set(option_defaults(*classes))
     if argv and not argv[0].startswith("-"):
-        raise InputError(_stray(argv[0]))
+        raise InputError(_stray(argv[0], known))
     for name in _given_names(argv):
         if name not in known | {"config"}:
             raise InputError(_unknown(f"option --{name}", name, known))
@@ -75,12 +102,12 @@ def parse(kind: str, argv: list[str]) -> tuple[DataArguments, Any, ModelConfig, 
         path, options = str(stored), _read_config(stored, known)
     if resume and path is not None and Path(path).absolute() == stored.absolute():
         options = effective(kind, options, option_defaults(*classes))
-    data, config, model = _parsed(_Parser(classes), argv, {**options, "output_dir": folder})
-    if resume and path is None and model.model_name_or_path is None:
+    parsed = _parsed(_Parser(classes), argv, {**options, "output_dir": folder}, known)
+    of_model = parsed[-1]
+    model = of_model.model if isinstance(of_model, FitOptions) else of_model.model_name_or_path
+    if resume and path is None and model is None:
         raise InputError(f"{folder}: no run to resume, config.yaml is missing: check --output_dir, or start a run")
-    check_options(model, MODEL_RANGES)
-    check_job(kind, data, config, model)
-    return data, config, model, resume
+    return parsed, resume
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -91,7 +118,7 @@ def _mapping(text: str) -> dict[str, Any]:
     return found
 
 
-def _parsed(parser: _Parser, argv: list[str], options: dict[str, Any]) -> Sequence[Any]:
+def _parsed(parser: _Parser, argv: list[str], options: dict[str, Any], known: set[str]) -> Sequence[Any]:
     """The options of a file, overridden by those of the command line, as dataclasses."""
     for name, value in options.pop("env", {}).items():
         os.environ[name] = str(value)
@@ -103,7 +130,7 @@ def _parsed(parser: _Parser, argv: list[str], options: dict[str, Any]) -> Sequen
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
     if stray:
-        raise InputError(_stray(stray[0]))
+        raise InputError(_stray(stray[0], known))
     return parsed
 
 
@@ -151,6 +178,9 @@ def _taken(name: str, argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _unknown(what: str, name: str, known: set[str]) -> str:
+    ours = [other for other, theirs in OTHER_NAMES.items() if theirs == name and other in known]
+    if ours:
+        return f"unknown {what}: did you mean {ours[0]!r}?"
     if commands := [*commands_with(name)] if name in honoured() else []:
         return f"unknown {what}: it is one of tracereward {' and '.join(commands)}"
     near = OTHER_NAMES.get(name) or nearest(name, known)
@@ -158,12 +188,13 @@ def _unknown(what: str, name: str, known: set[str]) -> str:
     return f"unknown {what}: " + (f"did you mean {near!r}?" if near else "see `tracereward COMMAND --help`")
 
 
-def _stray(word: str) -> str:
+def _stray(word: str, known: set[str]) -> str:
     """The message about a word that belongs to no option."""
     if word.startswith("-"):
         return f"unknown option {word}: the names of options start with two hyphens"
     if word.removesuffix(".gz").endswith(FORMATS) or Path(word).exists() or "/" in word:
-        return f"{word}: no option before it; pass demonstrations as --dataset_name {word}"
+        name = "demonstrations" if "demonstrations" in known else "dataset_name"
+        return f"{word}: no option before it; pass demonstrations as --{name} {word}"
     return f"{word!r}: no option before it; give every value behind its option, as --name {word}"
 
 

@@ -31,9 +31,10 @@ from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import remembered
 from tracereward.modeling.rendering import completion_text, render_prompt
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
+from tracereward.rewards.first_error_rules import FirstErrorRule, level_rule
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.records import Trace
-from tracereward.rewards.settings import check_reward_model
+from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.tasks.recipes import get_task
 
 SUSPECTS = ("reward", "logprob")
@@ -49,7 +50,8 @@ class Correcting:
         rounds, k: see `self_correct`.
         suspect: one of `SUSPECTS`: the reward model's reward, or the policy's own log-prob.
         threshold: a step with a lower mean is suspected; log-odds for the reward, nats for the log-prob.
-        share: share of rows with a suspected step, instead of a threshold. If neither is set, the threshold is 0.
+        share: share of rows with a suspected step, instead of a threshold. If neither is set, the reward model's own
+            rule decides.
         task: task that checks answers; None is the reward model's.
         reference: folder or Hub id of the model whose log-prob is added to the rewards.
 
@@ -77,6 +79,23 @@ class Correcting:
                 "--suspect logprob has no default threshold: give --share 0.2 to suspect a step in that share of the "
                 "traces, or --threshold, in nats"
             )
+
+    def rule(self, settings: RewardSettings) -> FirstErrorRule:
+        """The rule that decides where traces are cut, if no `share` is given.
+
+        Raises:
+            InputError: there is no threshold, and the reward model stores no rule, or one for rewards without the
+                `reference`.
+        """
+        if self.threshold is None and self.reference is not None and settings.first_error is not None:
+            raise InputError(
+                f"{self.reward_model}: its rule for the first error was fitted for rewards without --reference: give "
+                "--share 0.2 to suspect a step in that share of the traces, or --threshold"
+            )
+        try:
+            return settings.first_error_rule(self.threshold, "--threshold")
+        except InputError as error:
+            raise InputError(f"{self.reward_model}: {error}") from error
 
 
 def run_correct(
@@ -146,7 +165,7 @@ def corrected_rows(
         InputError: unreadable input (raised before a model is loaded); or a trace, or a prompt with the new tokens, is
             longer than the reward model reads.
     """
-    k, share, threshold = correcting.k, correcting.share, correcting.threshold
+    k, share = correcting.k, correcting.share
     if sampling.temperature == 0 and k > 1:
         raise InputError(f"-k is {k}: at temperature 0 all continuations are the same; use -k 1")
     settings = check_reward_model(correcting.reward_model)
@@ -158,6 +177,7 @@ def corrected_rows(
         check_facts(where, row)
         if "completion" not in row:
             raise InputError(f"{where}: correct needs a completion in each row; `tracereward sample` writes it")
+    rule = None if share is not None else correcting.rule(settings)
     check_model(model)
     stored = remembered(model)
     if stored is not None and replace(stored.rendering, date="") != replace(settings.rendering, date=""):
@@ -182,9 +202,9 @@ def corrected_rows(
     detector = guide
     if correcting.suspect == "logprob":
         detector = replace(guide, scorer=LogProbs(guide.policy, tokenizer, settings), reference=None)
-    if share is not None:
+    if rule is None:
         lowest = lowest_steps(detector, [ids for ids, _ in encoded], [ids for _, ids in encoded])
-        threshold = threshold_of(lowest, share)
+        rule = level_rule(threshold_of(lowest, float(share or 0)))
     pairs = iter(list(zip(rows, encoded, strict=True))[done:])
     while chunk := list(islice(pairs, sampling.prompts_together(k))):
         prompt_ids = [prompt for _, (prompt, _) in chunk]
@@ -195,7 +215,7 @@ def corrected_rows(
             traces,
             rounds=correcting.rounds,
             k=k,
-            threshold=threshold or 0.0,
+            rule=rule,
             detector=None if detector is guide else detector,
         )
         log_probs = mean_log_probs(guide.policy, prompt_ids, [c.ids for c in found], pad_id(tokenizer))

@@ -64,7 +64,7 @@ class ScoreOptions:
 
     @property
     def calibrated(self) -> bool:
-        """Whether a calibration applies to the rewards: only if they contain no other models' log-probs."""
+        """Whether what was fitted to rewards applies: only if these contain no other models' log-probs."""
         return self.reference is None and self.policy is None
 
 
@@ -81,7 +81,7 @@ def run_score(options: ScoreOptions) -> None:
     if options.engine == "ray":
         from tracereward.commands.score_ray import score_to_folder
 
-        _note_no_probability(check_reward_model(options.model), options)
+        _note_uncalibrated(check_reward_model(options.model), options)
         skipped = score_to_folder(options)
     else:
         skipped = _score_to_file(options)
@@ -89,9 +89,10 @@ def run_score(options: ScoreOptions) -> None:
         say(f"skipped: {text}")
 
 
-def _note_no_probability(settings: RewardSettings, options: ScoreOptions) -> None:
-    if settings.calibration is not None and not options.calibrated:
-        say("no probability: the calibration applies to rewards without --reference and --policy")
+def _note_uncalibrated(settings: RewardSettings, options: ScoreOptions) -> None:
+    for stored, what in ((settings.calibration, "probability"), (settings.first_error, "suspected error")):
+        if stored is not None and not options.calibrated:
+            say(f"no {what}: it was fitted for rewards without --reference and --policy")
 
 
 def _score_to_file(options: ScoreOptions) -> list[str]:
@@ -99,7 +100,7 @@ def _score_to_file(options: ScoreOptions) -> list[str]:
     settings = check_engine(options.model, options.engine)
     check_log_prob_models(settings, options.reference, options.policy, options.engine)
     check_output(options.output, [options.model, options.data, options.reference, options.policy])
-    _note_no_probability(settings, options)
+    _note_uncalibrated(settings, options)
     skipped: list[str] | None = [] if options.skip_bad else None
     # All rows are checked before the model is loaded.
     tokenizer = load_tokenizer(options.model)
@@ -164,7 +165,7 @@ def score_rows(
         RunFailed: a reward is not finite.
     """
     rows = iter(rows)
-    calibrated = extra is None or not extra.signed  # a calibration is fitted to rewards without them
+    calibrated = extra is None or not extra.signed  # see `ScoreOptions.calibrated`
     while chunk := list(islice(rows, CHUNK)):
         kept: list[tuple[dict[str, Any], list[Trace]]] = []
         encoded: list[EncodedTrace] = []
@@ -214,27 +215,36 @@ def _scored_row(
     model: Scorer, row: dict[str, Any], traces: Sequence[Trace], *, scores: Sequence[TokenScores], calibrated: bool
 ) -> dict[str, Any]:
     """Add scores to a row, whose text becomes the one that was read: offsets are places in it."""
-    scored = [as_row(found, model, calibrated) for found in scores]
+    scored = [as_row(found, model, calibrated, trace.spans) for found, trace in zip(scores, traces, strict=True)]
     if "candidates" in row:
         return {**row, "candidates": [trace.completion for trace in traces], "scores": scored}
-    if spans := traces[0].spans:
-        scored[0] |= {"step_rewards": scores[0].span_rewards(spans)}
     return {**row, "completion": traces[0].completion, **scored[0]}
 
 
-def as_row(scores: TokenScores, model: Scorer, calibrated: bool = True) -> dict[str, Any]:
+def as_row(
+    scores: TokenScores, model: Scorer, calibrated: bool = True, spans: Sequence[tuple[int, int]] = ()
+) -> dict[str, Any]:
     """The columns that `score` writes for a trace.
 
-    Its reward, the probability that it is correct if the model has a calibration for this reward, every aggregate, the
-    step rewards, and for each token its text, offsets, reward and flags.
+    Its reward, every aggregate, the step rewards, and for each token its text, offsets, reward and flags. If the model
+    has a calibration for this reward, also the probability that the trace is correct; and if it has a rule for the
+    first error, the index of the suspected step, or None.
+
+    Args:
+        scores: of the trace.
+        model: its settings say what is written.
+        calibrated: whether what was fitted to rewards applies.
+        spans: of the steps, see `TokenScores.by_step`.
     """
     reward = scores.aggregate(model.settings.aggregate)
     calibration = model.settings.calibration if calibrated else None
+    rule = model.settings.first_error if calibrated else None
     return {
         "reward": reward,
         **({} if calibration is None else {"probability": calibration.probability(reward)}),
         "aggregates": {how: scores.aggregate(how) for how in AGGREGATES},
-        "step_rewards": scores.step_rewards(),
+        "step_rewards": scores.step_rewards(spans),
+        **({} if rule is None else {"suspected_error": rule.mark(scores.by_step(spans))}),
         "tokens": scores.tokens,
         "offsets": scores.offsets,
         "token_rewards": scores.rewards,

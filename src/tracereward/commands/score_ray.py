@@ -79,11 +79,10 @@ def score_to_folder(options: ScoreOptions) -> list[str]:
     score_shards.check_folder(folder, output, [options.model, options.data, options.reference, options.policy])
     skipped: list[str] | None = [] if options.skip_bad else None
     with score_shards.own_folder(folder) as todo:
-        calibrated = settings.calibration is not None and options.calibrated
         tokenizer = load_tokenizer(options.model)
         rows = candidate_rows(options.data, options.split, skipped, settings.template, tokenizer=tokenizer)
         with score_shards.room(folder):
-            columns = score_shards.score_columns(calibrated)
+            columns = score_shards.score_columns(settings, options.calibrated)
             count, fingerprint, schema = score_shards.cut(rows, folder, todo, columns, everything=output.overwrite)
         check_any_rows(count, options.data, skipped)
         if output.overwrite:  # all rows are checked

@@ -31,6 +31,7 @@ from tracereward.files import (
     require_parent_folder,
 )
 from tracereward.rewards.records import CHUNK
+from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.token_scores import AGGREGATES
 
 SHARD_ROWS = CHUNK  # the chunks of `score`, so results are identical; also the most that a dying worker loses
@@ -153,14 +154,16 @@ def cut(
     return count, fingerprint.hexdigest(), schema
 
 
-def score_columns(calibrated: bool) -> list[pa.Field]:
+def score_columns(settings: RewardSettings, calibrated: bool) -> list[pa.Field]:
     """The columns that `commands.score.as_row` returns."""
+    probability, mark = settings.calibration is not None, settings.first_error is not None
     number, numbers, flags = pa.float64(), pa.list_(pa.float64()), pa.list_(pa.bool_())
     types = {
         "reward": number,
-        **({"probability": number} if calibrated else {}),
+        **({"probability": number} if calibrated and probability else {}),
         "aggregates": pa.struct([(how, number) for how in AGGREGATES]),
         "step_rewards": numbers,
+        **({"suspected_error": pa.int64()} if calibrated and mark else {}),
         "tokens": pa.list_(pa.string()),
         "offsets": pa.list_(pa.list_(pa.int64())),
         "token_rewards": numbers,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import check_model, frozen_copy
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.lost_text import check_texts
-from tracereward.modeling.policy_settings import PolicySettings, remembered
+from tracereward.modeling.policy_settings import PolicySettings, inherited
 from tracereward.modeling.rendering import (
     Rendering,
     check_reasoning,
@@ -39,12 +38,15 @@ from tracereward.modeling.tokenization import (
     same_tokenizer,
     same_vocabulary,
 )
+from tracereward.rewards.heads import subtracts_policy
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_run, write_policy_card
 from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
+from tracereward.runs.first_error import fit_marks
 from tracereward.runs.folder import run_folder
+from tracereward.runs.held_out import held_out_questions
 from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.report import report_rewards
 from tracereward.runs.upload import repositories_of, upload_all
@@ -52,11 +54,13 @@ from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.config import RewardConfig, SupervisedConfig
+from tracereward.training.label_rules import RolloutLabels
 from tracereward.training.options import DataArguments
 from tracereward.training.quantization import check_quantization, quantization
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.trainer import AdversarialTrainer
 from tracereward.training.validation import Validation, load_validation
+from tracereward.training.warmup_candidates import rendered_candidates, warmup_candidates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,24 +88,10 @@ class Prepared:
 
 
 def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
-    """Set the template and its variables where they are not given: as the model was trained, else plain; says so."""
-    name = starting_policy(model)
-    stored = remembered(name)
+    """Set the template and its variables where they are not given; see `inherited`."""
+    found = inherited(starting_policy(model), data.template, config.chat_template_kwargs)
+    data.template, config.chat_template_kwargs = found
     config.given["chat_template_kwargs"] = config.chat_template_kwargs  # TRL reads JSON in a text
-    if data.template is None:
-        data.template = "plain" if stored is None else stored.template
-        if stored is not None and stored.template != "plain":
-            note(f"{name} was trained with --template {stored.template}: it is used here too")
-    elif stored is not None and stored.template != data.template:
-        note(f"--template {data.template}, and {name} was trained with {stored.template}")
-    if stored is None or stored.template != data.template:
-        return
-    own = dict(stored.chat_template_kwargs)
-    if config.chat_template_kwargs is None and own:
-        config.chat_template_kwargs = config.given["chat_template_kwargs"] = own
-        note(f"{name} was trained with --chat_template_kwargs '{json.dumps(own)}': used here too")
-    elif config.chat_template_kwargs not in (None, own):
-        note(f"--chat_template_kwargs, and {name} was trained with '{json.dumps(own)}'")
 
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
@@ -353,6 +343,18 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 "use a model with the policy's tokenizer"
             )
         check_positions([*prepared.rows, *prepared.unlabeled], tokenizer, config.warmup_model, rollouts=rollouts)
+    labels = RolloutLabels(prepared.rows, task, config.positives, config.negatives)
+    note(labels.said())
+    if config.warmup_candidates is not None:
+        demonstrations = with_candidates(demonstrations, prepared, labels, data=data, config=config)
+        if not same_tokenizer(tokenizer, reward_tokenizer):
+            read = [
+                {**candidate, "prompt": row.get("reward_prompt", row["prompt"])}
+                for row in demonstrations
+                for candidate in row.get("candidates", ())
+            ]
+            check_texts(reward_tokenizer, texts_of(read), "--discriminator_model")
+            check_positions(read, reward_tokenizer, start)
     if config.positives == "mixed":
         note("USES GOLD ANSWERS: rollouts with a correct answer are additional positives (--positives mixed)")
     settings = RewardSettings(
@@ -364,6 +366,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         reward_form=str(config.reward_form),
         reference_model=policy if config.reward_form == "logit_plus_logprob" else "",
         uses_gold_answers=config.positives == "mixed",
+        label_rule=labels.name,
         aggregate=config.reward_aggregate,
         task=task.name,
         template=prepared.rendering.template,
@@ -415,9 +418,52 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 about = about_run(run, len(prepared.rows), chosen)
                 write_policy_card(run, about)
                 reward_model.save_pretrained(run.folder / "reward_model", about)
-                report_rewards(run, trainer, reward_model, prepared.rows, chosen=chosen)
+                questions = held_out_questions(trainer, prepared.rows, prepared.validation)
+                marks = fit_marks(run, trainer, reward_model, questions)
+                report_rewards(run, trainer, reward_model, prepared.rows, questions=questions, chosen=chosen + marks)
         upload_all(run, repositories)
     return run.folder
+
+
+def with_candidates(
+    demonstrations: list[dict[str, Any]],
+    prepared: Prepared,
+    labels: RolloutLabels,
+    *,
+    data: DataArguments,
+    config: AdversarialConfig,
+) -> list[dict[str, Any]]:
+    """Demonstrations with the `candidates` of ``--warmup_candidates``, which are checked and labelled.
+
+    Args:
+        demonstrations: the training rows, possibly followed by unlabeled prompts.
+        prepared: the inputs of the run.
+        labels: of the rollouts of these demonstrations.
+        data: options of the data.
+        config: options of the run.
+
+    Raises:
+        InputError: the candidates cannot be used, or the replay buffer would not keep them all.
+    """
+    source, limit, count = str(config.warmup_candidates), config.max_completion_length or 0, len(prepared.rows)
+    rows = warmup_candidates(source, prepared.task, prepared.raw[:count], labels)
+    rows = rendered_candidates(rows, prepared.tokenizer, prepared.rendering, limit, on_long=data.on_long)
+    check_texts(prepared.tokenizer, texts_of(rows), source)
+    labelled = sum(row["label"] is not None for row in rows)
+    if labelled > config.replay_size:
+        raise InputError(
+            f"--warmup_candidates {source}: {labelled} rollouts, of which the replay buffer would keep the last "
+            f"{config.replay_size}: use --replay_size {labelled}"
+        )
+    if subtracts_policy(config.head):
+        note(
+            f"--head {config.head} subtracts the policy's log-prob from the logit, also for candidates of "
+            "--warmup_candidates that another model wrote"
+        )
+    given: list[list[dict[str, Any]]] = [[] for _ in demonstrations]
+    for row in rows:
+        given[row["demonstration"]].append(row)
+    return [{**row, "candidates": found} for row, found in zip(demonstrations, given, strict=True)]
 
 
 def with_reward_prompts(tokenizer: PreTrainedTokenizerBase, prepared: Prepared) -> list[dict[str, Any]]:

@@ -139,7 +139,7 @@ def check_lengths(
     """Refuse or drop rows that are too long; nothing is truncated.
 
     Args:
-        rows: rendered rows.
+        rows: rendered rows; one with ``finished`` false has no end-of-sequence token.
         tokenizer: the policy's.
         max_prompt_length: tokens of a prompt; None for no limit.
         max_completion_length: tokens of a completion with its end-of-sequence token.
@@ -156,7 +156,8 @@ def check_lengths(
     too_long: dict[str, list[tuple[int, str]]] = {"prompt": [], "completion": []}
     for row in rows:
         prompt = len(encode_prompt(tokenizer, row["prompt"]))
-        completion = 0 if row["completion"] is None else len(encode_completion(tokenizer, row["completion"]))
+        ended = row.get("finished") is not False
+        completion = 0 if row["completion"] is None else len(encode_completion(tokenizer, row["completion"], ended))
         long_prompt = max_prompt_length is not None and prompt > max_prompt_length
         long_completion = completion > max_completion_length
         if long_prompt:

@@ -286,6 +286,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "offsets": ("a list of pairs of whole numbers", _all(_is_span)),
     "token_rewards": ("a list of numbers", _all(is_number)),
     "step_rewards": ("a list of numbers", _all(is_number)),
+    "suspected_error": ("the index of a step, from 0, or null", lambda value: type(value) is int and value >= 0),
     "supervised": ("a list of true and false", _all(_is_flag)),
     "step_ends": ("a list of true and false", _all(_is_flag)),
     "reward": ("a number", is_number),

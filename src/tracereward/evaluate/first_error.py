@@ -3,7 +3,6 @@
 Pure functions on lists of scores, from any model or baseline. `rewards.first_error_rules` has the predictions.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -83,11 +82,6 @@ def hit(scores: Sequence[float], first_error: int, within: int = 0) -> float:
 def chance(steps: int, first_error: int, within: int = 0) -> float:
     """Exact expectation of `hit` for a step drawn uniformly from the trace's `steps`."""
     return (min(steps - 1, first_error + within) - max(0, first_error - within) + 1) / steps
-
-
-def differences(scores: Sequence[float]) -> list[float]:
-    """Each score minus the previous one; 0 for the first step."""
-    return [0.0, *(score - before for before, score in itertools.pairwise(scores))][: len(scores)]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct
 from tracereward.metrics import bootstrap_interval
 from tracereward.reports.tables import Table
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.scorer import check_finite
 from tracereward.rewards.settings import check_reward_model
 from tracereward.selection import Candidate, outcomes
@@ -44,13 +45,19 @@ class Comparison:
     Attributes:
         budgets: samples of a question.
         alpha, top_k: of tilted sampling, see `tilt`.
-        threshold: of self-correction: a step is suspected under it.
+        threshold: of self-correction: a step with a lower reward is suspected; None for the reward model's own rule.
     """
 
     budgets: tuple[int, ...] = (4, 16)
     alpha: float = 1.0
     top_k: int = 8
-    threshold: float = 0.0
+    threshold: float | None = None
+
+    def rule(self, guide: Guide) -> FirstErrorRule | None:
+        """Where self-correction cuts; None if there is no threshold, and no rule for the guide's rewards."""
+        if self.threshold is not None or (guide.reference is None and guide.scorer.settings.first_error is not None):
+            return guide.scorer.settings.first_error_rule(self.threshold, "--threshold")
+        return None
 
 
 def beam_shape(budget: int) -> tuple[int, int]:
@@ -88,7 +95,7 @@ def compare(
 
     greedy: one trace. `POOL_METHODS`: of N plain samples; those that add a log-prob only where the guide's reward has
     none in it. beam: width * expansions <= N. reject: N at the start. tilt: the best reward of N tilted traces.
-    self_correct: one plain sample, at most N - 1 continuations in `ROUNDS` rounds or fewer, from budget 2 on.
+    self_correct, with a rule: one plain sample, at most N - 1 continuations in `ROUNDS` rounds or fewer, from budget 2.
 
     Raises:
         RunFailed: a reward is not finite.
@@ -96,6 +103,7 @@ def compare(
     Yields:
         Rows with method, budget (0 for greedy), right (1 or 0 for each question) and sampled_tokens (its mean).
     """
+    rule = comparison.rule(guide)
     vocabulary = guide.policy.get_output_embeddings().weight.shape[0]  # pyright: ignore[reportOptionalMemberAccess]
 
     def row(method: str, budget: int, picked: Sequence[tuple[str, int]]) -> dict[str, Any]:
@@ -125,7 +133,7 @@ def compare(
         yield row("reject", budget, first(reject(guide, prompts, n=budget)))
         tilted = tilt(guide, prompts, n=budget, alpha=comparison.alpha, top_k=comparison.top_k)
         yield row("tilt", budget, first(tilted))
-        if budget > 1:
+        if budget > 1 and rule is not None:
             rounds = min(ROUNDS, budget - 1)
             given = [traces[0] for traces in singles]
             asked = guide.encode(prompts)
@@ -135,7 +143,7 @@ def compare(
                 [t.ids for t in given],
                 rounds=rounds,
                 k=(budget - 1) // rounds,
-                threshold=comparison.threshold,
+                rule=rule,
             )
             texts = guide.tokenizer.batch_decode([c.ids for c in found], skip_special_tokens=True)
             counts = [c.sampled_tokens + t.sampled_tokens for c, t in zip(found, given, strict=True)]
@@ -186,6 +194,8 @@ def run_guided(
     rows, prompts, tokenizer = load_questions(questions, policy)
     check_answers(rows)
     guide = load_guide(policy, tokenizer, prompts, reward_model=reward_model, sampling=sampling, reference=reference)
+    if comparison.rule(guide) is None:
+        note(f"no self-correction: {reward_model} has no rule for the first error of such rewards; give --threshold")
     found = []
     for row in compare(guide, prompts, [r["answer"] for r in rows], task=task, comparison=comparison):
         right = row.pop("right")

@@ -14,7 +14,6 @@ from tracereward.errors import InputError, check_choice
 from tracereward.evaluate.first_error import (
     STEP_AGGREGATES,
     Outcome,
-    differences,
     fit_threshold,
     outcomes,
     random_outcome,
@@ -30,6 +29,7 @@ from tracereward.modeling.log_probs import log_probs_and_entropies
 from tracereward.modeling.rendering import render_prompt
 from tracereward.modeling.tokenization import encode_trace, pad_id, without_ends
 from tracereward.reports.tables import Table, interval, percent
+from tracereward.rewards.first_error_rules import SIGNALS, differences
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
 from tracereward.rewards.scorer import check_finite
@@ -37,8 +37,13 @@ from tracereward.tasks.recipes import Task, get_task
 
 LABELS = {
     "reward": "reward",
+    "reward_minimum": "lowest token reward",
+    "reward_fall": "reward drop",
+    "reward_minimum_fall": "lowest token reward drop",
+    "rule": "the model's own rule",
     "logprob": "log-prob",
     "reward_logprob": "reward + log-prob",
+    "reward_logprob_drop": "reward + log-prob drop",
     "logprob_drop": "log-prob drop",
     "entropy": "entropy",
     "noise": "random scores",
@@ -149,8 +154,13 @@ def step_scores(
     scores: dict[str, list[list[float]]] = {}
     for index, values in token_values(model, encoded, policy=policy, token_budget=token_budget):
         steps = {name: step_values(v, encoded[index].steps, aggregate) for name, v in values.items()}
+        rewards = [[values["reward"][token] for token in step] for step in encoded[index].steps]
+        steps |= {f"reward_{name}": signal(rewards) for name, signal in SIGNALS.items() if name != "level"}
+        if (rule := model.settings.first_error) is not None:
+            steps["rule"] = SIGNALS[rule.signal](rewards)
         if policy is not None:
             steps["reward_logprob"] = [a + b for a, b in zip(steps["reward"], steps["logprob"])]
+            steps["reward_logprob_drop"] = differences(steps["reward_logprob"])
             steps["logprob_drop"] = differences(steps["logprob"])
         for name, of_trace in steps.items():
             scores.setdefault(name, [[] for _ in encoded])[index] = of_trace
@@ -174,8 +184,9 @@ def evaluate_steps(
     """How well step scores find the first error, for the reward and its baselines.
 
     A step's score is the mean (or min) of its tokens' values: the reward of `TokenRewardModel.score` without further
-    models; log-prob and negative next-token entropy under `policy`; also reward + log-prob, the difference of the
-    log-prob to the previous step, and random numbers. Each has a threshold fitted on `fit_traces`. With a fitted
+    models; log-prob and negative next-token entropy under `policy`; also the other `SIGNALS` of the reward, reward +
+    log-prob, the difference of both and of the log-prob to the previous step, and random numbers. Each has a threshold
+    fitted on `fit_traces`; the row "rule" is the reward model's own rule with its own threshold. With a fitted
     threshold random numbers reach a higher F1 than the row "random", the expectation of a uniform guess among the steps
     and "no error".
 
@@ -233,6 +244,8 @@ def evaluate_steps(
     scores["noise"] = [[rng.random() for _ in range(n)] for rng, n in draws]
     errors, lengths = [t.first_error for t in kept], [len(t.steps) for t in kept]
     thresholds = {name: fit_threshold(of[: len(fit_kept)], fit_errors) for name, of in scores.items()}
+    if (rule := model.settings.first_error) is not None:
+        thresholds["rule"] = rule.threshold
     methods = {name: outcomes(of[len(fit_kept) :], errors, thresholds[name]) for name, of in scores.items()}
     methods["first_step"] = outcomes([[-1.0] + [0.0] * (n - 1) for n in lengths], errors, 0.0)
     methods["random"] = [random_outcome(n, first_error) for n, first_error in zip(lengths, errors)]

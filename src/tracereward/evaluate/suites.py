@@ -23,7 +23,7 @@ from tracereward.evaluate.perturbation import evaluate_perturbations
 from tracereward.evaluate.perturbation import step_tables as perturbation_tables
 from tracereward.evaluate.policy import evaluate_policy, policy_tables
 from tracereward.evaluate.pool import evaluate_pool, pool_tables, score_pool, split_questions
-from tracereward.evaluate.pool_data import read_pool
+from tracereward.evaluate.pool_data import PoolRow, read_pool
 from tracereward.evaluate.step_data import read_step_traces, split_by_question
 from tracereward.evaluate.steps import evaluate_steps, step_tables
 from tracereward.files import atomic_write_json, read_json
@@ -31,13 +31,16 @@ from tracereward.generation.params import SamplingParams
 from tracereward.metrics import auroc, auroc_interval
 from tracereward.modeling.hub import looks_local, split_name
 from tracereward.modeling.loading import best_device, check_model, local_folder
+from tracereward.modeling.rendering import render_prompt
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
 from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.calibration import Calibration, check_labels, fit_calibration
 from tracereward.rewards.engines import load_log_prob_model
+from tracereward.rewards.first_error_fit import RightTrace, fit_first_error
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import check_reward_model, write_calibration
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.settings import check_reward_model, write_fitted
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.verdict import Verdict
 
@@ -358,7 +361,8 @@ def run_calibrate(
         check_labels([row.correct for row in rows])
     except InputError as error:
         raise InputError(f"{data}: {error}") from error
-    groups, left_out = score_pool(load(model, None)[0], rows)
+    reward_model, _ = load(model, None)
+    groups, left_out = score_pool(reward_model, rows)
     flat = [c for candidates in groups for c in candidates]
     rewards, correct = [c.reward for c in flat], [bool(c.correct) for c in flat]
     try:
@@ -369,5 +373,27 @@ def run_calibrate(
     prompts = [index for index, candidates in enumerate(groups) for _ in candidates]
     for reason in useless_fit(calibration, rewards, correct, prompts):
         warn(f"{data}: {reason}: the probabilities say little about other traces")
-    write_calibration(local_folder(model), calibration)
+    write_fitted(local_folder(model), calibration=calibration)
+    try:
+        rule = fit_first_error(reward_model, right_traces(reward_model, rows))
+    except InputError as error:
+        note(f"{data}: no rule for the first error fitted: {error}")
+    else:
+        write_fitted(local_folder(model), first_error=rule)
+        note(rule.line)
     return calibration, left_out
+
+
+def right_traces(model: Scorer, rows: Sequence[PoolRow]) -> list[RightTrace]:
+    """The rows with a right answer, to fit the rule for the first error on."""
+    settings = model.settings
+    return [
+        RightTrace(
+            prompt=render_prompt(model.tokenizer, row.prompt, settings.rendering, row.where),
+            completion=row.completion,
+            finished=row.finished,
+            source="rollout",
+        )
+        for row in rows
+        if row.correct
+    ]

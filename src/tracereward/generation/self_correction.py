@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tracereward.generation.decoding import best
 from tracereward.generation.guide import Guide, digest
-from tracereward.rewards.first_error_rules import first_token_below
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.token_scores import TokenScores
 
 
@@ -38,14 +38,14 @@ def self_correct(
     *,
     rounds: int = 3,
     k: int = 4,
-    threshold: float = 0.0,
+    rule: FirstErrorRule,
     detector: Guide | None = None,
 ) -> list[Correction]:
     """Correct traces for up to `rounds` rounds.
 
-    Each round cuts the trace before the first step whose mean reward is under `threshold` and samples `k`
-    continuations. The one with the highest reward replaces the trace if its reward is higher; otherwise the next round
-    samples again from the same cut. A trace is unchanged if it has no such step, or if the cut is at the length limit.
+    Each round cuts the trace before the step that `rule` suspects and samples `k` continuations. The one with the
+    highest reward replaces the trace if its reward is higher; otherwise the next round samples again from the same cut.
+    A trace is unchanged if no step of it is suspected, or if the cut is at the length limit.
 
     Args:
         guide: policy and reward model.
@@ -53,8 +53,8 @@ def self_correct(
         traces: token ids of as many traces, with the end-of-sequence token if they ended.
         rounds: maximum number of rounds.
         k: continuations per round.
-        threshold: in log-odds, as for `Scorer.first_error`.
-        detector: its step rewards decide where to cut, instead of the guide's; it does not sample.
+        rule: marks the suspected first error.
+        detector: its token rewards decide where to cut, instead of the guide's; it does not sample.
 
     Returns:
         One correction per trace.
@@ -70,7 +70,8 @@ def self_correct(
         """Where to cut the current trace of each owner; `scores` are the guide's."""
         if detector is not None:
             scores = detector.score([prompts[row] for row in owners], [current[row] for row in owners])
-        return [first_token_below(trace.step_rewards(), trace.step_ends, threshold) for trace in scores]
+        marks = [(trace.by_step(), rule.mark(trace.by_step())) for trace in scores]
+        return [None if step is None else sum(map(len, steps[:step])) for steps, step in marks]
 
     places = suspected(range(len(current)), scores)
     for number in range(rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 
 from tracereward import __version__
+from tracereward.console import note
 from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, read_json
 from tracereward.modeling.hub import looks_local, split_name
@@ -65,6 +67,33 @@ def remembered(name: str) -> PolicySettings | None:
     except (ValueError, AttributeError, TypeError, InputError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     return settings
+
+
+def inherited(name: str, template: str | None, kwargs: Mapping[str, Any] | None) -> tuple[str, dict[str, Any] | None]:
+    """The template and its variables where they are not given: as the model was trained, else plain; says so.
+
+    Args:
+        name: folder or Hub id of the model.
+        template: as given.
+        kwargs: variables of the chat template, as given.
+    """
+    stored = remembered(name)
+    if template is None:
+        template = "plain" if stored is None else stored.template
+        if stored is not None and stored.template != "plain":
+            note(f"{name} was trained with --template {stored.template}: it is used here too")
+    elif stored is not None and stored.template != template:
+        note(f"--template {template}, and {name} was trained with {stored.template}")
+    given = None if kwargs is None else dict(kwargs)
+    if stored is None or stored.template != template:
+        return template, given
+    own = dict(stored.chat_template_kwargs)
+    if given is None and own:
+        note(f"{name} was trained with --chat_template_kwargs '{json.dumps(own)}': used here too")
+        return template, own
+    if given not in (None, own):
+        note(f"--chat_template_kwargs, and {name} was trained with '{json.dumps(own)}'")
+    return template, given
 
 
 def _settings_path(name: str) -> Path | None:

@@ -21,7 +21,8 @@ from tracereward.files import atomic_write_text, without_nan
 from tracereward.modeling.alignment import step_ends
 from tracereward.reports.pages import page_template
 from tracereward.reports.report import HEATMAP_CSS, reward_colour
-from tracereward.rewards.first_error_rules import ERROR_MARGIN, first_below_others
+from tracereward.rewards.first_error_rules import RATE, first_below
+from tracereward.rewards.settings import HOW_TO_FIT
 from tracereward.rewards.token_scores import TokenScores
 
 _DIGITS = 4  # decimals of the values on the page
@@ -45,7 +46,7 @@ def write_inspection(
     title: str,
     *,
     command: str = "",
-    threshold: float = ERROR_MARGIN,
+    threshold: float | None = None,
 ) -> None:
     """Write scored traces as one HTML file that needs no network. On failure an existing page is kept.
 
@@ -53,14 +54,16 @@ def write_inspection(
         path: the output file.
         traces: rows as `tracereward score` writes them; rows with the same prompt are shown side by side. `step_ends`
             and `supervised` are used if present; without `step_ends`, steps end with a newline. The fields `reward`,
-            `correct`, `extracted`, `answer` (the correct one), `logprob` and `model` are shown if present.
+            `correct`, `extracted`, `answer` (the correct one), `logprob` and `model` are shown if present, and the step
+            `suspected_error` is marked.
         title: the page's heading.
         command: the command that made the page, shown below the heading.
-        threshold: see `first_below_others`.
+        threshold: mark the first step with a lower reward instead.
 
     Raises:
         InputError: a row's scores are missing or inconsistent (see `check_scores`); rows are numbered from 1.
     """
+    traces = list(traces)
     questions = questions_of(traces, threshold)
     limit = colour_limit(questions)
     shown = [trace for question in questions for trace in question["traces"]]
@@ -79,7 +82,7 @@ def write_inspection(
         title=visible(title),
         command=visible(command),
         limit=f"{limit:.2f}",
-        threshold=f"{threshold:g}",
+        suspected=about_marks(traces, threshold),
         css=Markup(css),
         css_hash=_hash(css),
         script=Markup(script),
@@ -95,13 +98,25 @@ def write_inspection(
 # --- content of the page and the terminal ---
 
 
-def questions_of(rows: Iterable[dict[str, Any]], threshold: float) -> list[dict[str, Any]]:
+def about_marks(rows: Iterable[dict[str, Any]], threshold: float | None) -> str:
+    """Which steps are marked as the suspected first error, or why none is, in a sentence."""
+    if threshold is not None:
+        return f"The suspected first error is the first step whose reward is below {threshold:g}: a hint, not a proof."
+    if any("suspected_error" in trace for row in rows for trace in traces_in(row)):
+        return (
+            f"The suspected first error is a hint, not a proof: the reward model's rule was fitted so that at most "
+            f"{100 * RATE:g} % of right traces get one."
+        )
+    return f"No step is marked: the scores are of a reward model without a rule for the first error ({HOW_TO_FIT})."
+
+
+def questions_of(rows: Iterable[dict[str, Any]], threshold: float | None) -> list[dict[str, Any]]:
     """Group traces by question, in order of first occurrence: the content of the page and the terminal output.
 
     Returns:
         Questions with `prompt`, `answer`, `traces`, and `not_shown`, the number of further traces. Each trace has its
-        row's fields, `error` (`first_below_others`), `drop` (`largest_drop`) and `steps`. JSON values only, numbers
-        with 4 decimals, text escaped by `visible`.
+        row's fields, `error` (index of the marked step, or None), `drop` (`largest_drop`) and `steps`. JSON values
+        only, numbers with 4 decimals, text escaped by `visible`.
 
     Raises:
         InputError: as for `write_inspection`.
@@ -126,7 +141,7 @@ def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
     return visible("\n\n".join(f"{message['role']}: {message['content']}" for message in prompt))
 
 
-def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
+def _trace(row: dict[str, Any], threshold: float | None) -> dict[str, Any]:
     """One trace: its fields, and its steps with their tokens."""
     offsets = [(start, end) for start, end in row["offsets"]]
     tokens, rewards = row["tokens"], row["token_rewards"]
@@ -136,7 +151,9 @@ def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
     ends[-1:] = [True] * min(len(ends), 1)  # the last token always ends a step, so that every token is shown
     means = TokenScores(tokens=tokens, offsets=offsets, rewards=rewards, supervised=[], step_ends=ends).step_rewards()
     given = row.get("step_rewards") or []
-    step_rewards = given if len(given) == len(means) else means
+    # Steps that were given may hold line breaks: the page shows lines, and a mark counts given steps.
+    as_given = not given or len(given) == len(means)
+    step_rewards, suspected = (given or means, row.get("suspected_error")) if as_given else (means, None)
     # Mark supervised positions only if some positions are unsupervised.
     marks = supervised if supervised is not None and not all(supervised) else [False] * len(tokens)
     pieces = _pieces(text, tokens, offsets, rewards=rewards, ends=ends, marks=marks)
@@ -148,7 +165,7 @@ def _trace(row: dict[str, Any], threshold: float) -> dict[str, Any]:
         "logprob": _rounded(row.get("logprob")),
         "model": _text(row.get("model")),
         "drop": _rounded(largest_drop(step_rewards)),
-        "error": first_below_others(step_rewards, threshold),
+        "error": suspected if threshold is None else first_below(step_rewards, threshold),
         "steps": [{"reward": _rounded(value), "tokens": held} for value, held in zip(step_rewards, pieces)],
     }
 

@@ -8,10 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from tracereward.errors import check_choice
-from tracereward.reports.inspection import colour_limit, questions_of
+from tracereward.reports.inspection import about_marks, colour_limit, questions_of
 from tracereward.reports.plots import signed
 from tracereward.reports.report import reward_colour
-from tracereward.rewards.first_error_rules import ERROR_MARGIN
 
 COLOURS: dict[str, dict[str, Any]] = {
     "auto": {},  # rich detects the terminal and NO_COLOR
@@ -29,7 +28,7 @@ def print_ansi(
     *,
     width: int | None = None,
     colour: str = "auto",
-    threshold: float = ERROR_MARGIN,
+    threshold: float | None = None,
 ) -> None:
     """Print scored traces to a terminal: one line per step, with coloured tokens and the step's reward at the right.
 
@@ -39,12 +38,13 @@ def print_ansi(
         width: columns; the terminal's if None.
         colour: one of `COLOURS`. "auto" uses what the terminal supports, and no colours if `file` is not a terminal or
             ``NO_COLOR`` is set; "truecolor" and "256" also colour a file or a pipe; "never" uses no colours.
-        threshold: see `first_below_others`; the suspected step has a ``!`` at both ends of its line.
+        threshold: as for `write_inspection`; the suspected step has a ``!`` at both ends of its line.
 
     Raises:
         InputError: as for `write_inspection`, or the `colour` is unknown.
     """
     options = COLOURS[check_choice("colour", colour, COLOURS)]
+    traces = list(traces)
     questions = questions_of(traces, threshold)
     limit = colour_limit(questions)
     console = Console(file=file, width=width, highlight=False, markup=False, emoji=False, **options)
@@ -53,7 +53,7 @@ def print_ansi(
         edge = f" {signed(i * limit / 4)} " if abs(i) == 4 else "  "
         scale.append(edge, _style(i * limit / 4, limit))
     console.print(scale)
-    console.print(Text(f"{_MARK} suspected first error: first step over {threshold:g} below the mean of the others"))
+    console.print(Text(f"{_MARK} {about_marks(traces, threshold)}"))
     for number, question in enumerate(questions, 1):
         console.print(Text(f"\nQuestion {number} of {len(questions)}", "bold"))
         console.print(Text(question["prompt"].strip()))

@@ -3,3 +3,5 @@
 HEADS = ("token", "action", "airl", "implicit")
 REWARD_FORMS = ("logit", "logit_plus_logprob", "f")
 GRANULARITIES = ("sparse", "step", "interval", "dense")
+POSITIVES = ("expert", "agreeing")
+NEGATIVES = ("all", "disagreeing")

@@ -126,7 +126,13 @@ def distill(
         RunFailed: the loss, or a reward of either model, is not finite.
     """
     settings = dataclasses.replace(
-        teacher.settings, head="token", reward_form="", reference_model="", temperature=1.0, calibration=None
+        teacher.settings,
+        head="token",
+        reward_form="",
+        reference_model="",
+        temperature=1.0,
+        calibration=None,
+        first_error=None,
     )
     prompts = sorted({example.prompt for example in examples})
     rng = random.Random(seed)
@@ -134,7 +140,7 @@ def distill(
     train = [example for example in examples if example.prompt not in held]
     test = [example for example in examples if example.prompt in held]
     if not reads_log_probs(teacher.settings.head):
-        same = {"temperature": teacher.settings.temperature, "calibration": teacher.settings.calibration}
+        same = {name: getattr(teacher.settings, name) for name in ("temperature", "calibration", "first_error")}
         settings = dataclasses.replace(settings, **same)
         student = TokenRewardModel(teacher.backbone, teacher.tokenizer, settings)
         return student.eval(), measure(teacher, student, test, trained=len(train), token_budget=token_budget)

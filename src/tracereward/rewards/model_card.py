@@ -21,6 +21,7 @@ def model_card(settings: RewardSettings, notes: str) -> str:
     }[settings.form]
     gold = "\n- **uses gold answers**: training used rollouts with a verified answer as expert traces"
     gold = gold if settings.uses_gold_answers else ""
+    rule = f"\n- label rule (positives/negatives): `{settings.label_rule}`" if settings.label_rule else ""
     metadata = card_metadata(
         settings.base_model, library_name="tracereward", tags=["reward-model", "tracereward", f"{settings.head}-head"]
     )
@@ -30,14 +31,14 @@ def model_card(settings: RewardSettings, notes: str) -> str:
 
 # Token-level reward model
 
-Learned from expert traces by adversarial inverse reinforcement learning (arXiv 2510.01857). Each completion token has
-{meaning}. A high reward is expert-like.
+Learned from expert traces, compared with traces of a policy or of other models (after arXiv 2510.01857). Each
+completion token has {meaning}. A high reward is expert-like.
 
 - head: `{settings.head}` ({kind}); supervision: `{settings.granularity}`; rewards divided by {settings.temperature:g}
   and clipped to +-{settings.beta_clip:g}
 - training rewarded {form}
 - task: `{settings.task}`, template: `{settings.template}`
-- trace reward: `{settings.aggregate}` of its token rewards{gold}
+- trace reward: `{settings.aggregate}` of its token rewards{gold}{rule}
 
 ```python
 from tracereward import TokenRewardModel

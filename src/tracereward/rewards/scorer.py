@@ -25,7 +25,6 @@ from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.lost_text import check_text
 from tracereward.modeling.tokenization import encode_trace
-from tracereward.rewards.first_error_rules import first_below
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
 from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.supervision import supervision_mask
@@ -240,17 +239,23 @@ class Scorer(ABC):
         order = sorted(range(len(rows)), key=lambda index: (index != first, -rewards[index]))
         return [(index, rewards[index]) for index in order]
 
-    def first_error(self, prompt: str, steps: Sequence[str], threshold: float = 0.0) -> int | None:
-        """Index of the first step whose mean reward is below `threshold`; None if there is none.
+    def first_error(self, prompt: str, steps: Sequence[str], threshold: float | None = None) -> int | None:
+        """Index of the suspected first wrong step of a trace; None if no step is suspected.
 
         Args:
             prompt: rendered as in training.
             steps: steps of one trace, without delimiters.
-            threshold: in log-odds; `tracereward evaluate processbench` fits one on labelled traces.
+            threshold: suspects the first step whose mean reward is lower, in log-odds, instead of the rule that the
+                reward model stores.
+
+        Raises:
+            InputError: as for `score_steps`, or there is neither a rule nor a threshold.
         """
-        check_number("threshold", threshold)
-        rewards = self.score_steps([check_argument("prompt", prompt)], [check_text_list("steps", steps)])[0]
-        return first_below(rewards, threshold)
+        if threshold is not None:
+            check_number("threshold", threshold)
+        asked, trace = check_argument("prompt", prompt), check_text_list("steps", steps)
+        rule = self.settings.first_error_rule(threshold, "threshold")
+        return rule.mark(self._steps([asked], [trace])[0])
 
     def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
         """Mean token reward of each step.
@@ -261,6 +266,10 @@ class Scorer(ABC):
         Raises:
             InputError: as for `score`, or the tokenizer cannot round-trip a step.
         """
+        return [[sum(step) / len(step) for step in steps] for steps in self._steps(prompts, traces)]
+
+    def _steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[list[float]]]:
+        """Token rewards of each step; see `score_steps`."""
         prompts = check_text_list("prompts", prompts)
         listed = [
             check_text_list(f"traces[{n}]", steps) for n, steps in enumerate(check_list("traces", traces, len(prompts)))
@@ -275,7 +284,7 @@ class Scorer(ABC):
         ]
         encoded = [self.encode(trace) for trace in found]
         scores = self.score_ids([trace.prompt for trace in encoded], [trace.completion for trace in encoded])
-        return [one.span_rewards(trace.spans) for one, trace in zip(scores, found, strict=True)]
+        return [one.by_step(trace.spans) for one, trace in zip(scores, found, strict=True)]
 
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
         """Build the `TokenScores` of a completion."""

@@ -23,10 +23,12 @@ from tracereward.modeling.model_folder import REWARD_MODEL, SETTINGS_FILE, check
 from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
+from tracereward.rewards.first_error_rules import FirstErrorRule, level_rule
 from tracereward.rewards.heads import ActionHead, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.rewards.token_scores import AGGREGATES
 
 HEAD_FILE = "head.safetensors"
+HOW_TO_FIT = "fit one on labelled traces with `tracereward calibrate`"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class RewardSettings:
         reward_form: reward used in training, one of `choices.REWARD_FORMS`; "" is the head's default. `score` computes
             it if given the models whose log-probs it needs, otherwise f.
         reference_model: the model whose log-prob ``logit_plus_logprob`` adds.
+        label_rule: which traces were positives and which negatives, such as ``agreeing/disagreeing`` (see
+            `training.label_rules`); "" in reward models of earlier versions.
         uses_gold_answers: whether training used rollouts with a verified answer as expert traces.
         aggregate: how token rewards are reduced to a trace reward.
         task: name of the task whose prompts and answers it was trained on.
@@ -51,6 +55,7 @@ class RewardSettings:
         date: the day that a chat template which reads the clock wrote in training, see `Rendering`.
         base_model: checkpoint from which the backbone was initialised.
         calibration: map from trace reward to the probability of being correct; None before `tracereward calibrate`.
+        first_error: where a trace's suspected first error is; None if no rule was found that can be trusted.
     """
 
     head: str = "action"
@@ -61,6 +66,7 @@ class RewardSettings:
     temperature: float = 1.0
     reward_form: str = ""
     reference_model: str = ""
+    label_rule: str = ""
     uses_gold_answers: bool = False
     aggregate: str = "mean"
     task: str = "generic"
@@ -69,6 +75,7 @@ class RewardSettings:
     date: str = ""
     base_model: str = ""
     calibration: Calibration | None = None
+    first_error: FirstErrorRule | None = None
 
     def __post_init__(self) -> None:
         check_choice("head", self.head, HEADS)
@@ -95,6 +102,18 @@ class RewardSettings:
     def form(self) -> str:
         """The reward form, with the head's default filled in."""
         return self.reward_form or default_reward_form(self.head)
+
+    def first_error_rule(self, threshold: float | None, option: str) -> FirstErrorRule:
+        """The rule for a trace's first error: the first step with a mean reward under `threshold`, or the stored rule.
+
+        Raises:
+            InputError: neither is there; names the `option` that gives a threshold.
+        """
+        if threshold is not None:
+            return level_rule(threshold)
+        if self.first_error is None:
+            raise InputError(f"the reward model has no rule for the first error: {HOW_TO_FIT}, or give {option}")
+        return self.first_error
 
     @property
     def adds_reference(self) -> bool:
@@ -172,6 +191,8 @@ def read_settings(folder: str | Path) -> RewardSettings:
         known = {one.name for one in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
+        if stored.get("first_error") is not None:
+            stored["first_error"] = FirstErrorRule(**stored["first_error"])
         settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -193,8 +214,11 @@ def _not_a_reward_model(folder: Path, why: str) -> str:
     return f"{folder} is not a reward model: {why}. {fix}"
 
 
-def write_calibration(folder: str | Path, calibration: Calibration) -> None:
-    """Store a calibration in a reward model's ``tracereward.json``; the other fields do not change."""
+def write_fitted(folder: str | Path, **fitted: Calibration | FirstErrorRule | None) -> None:
+    """Store a `calibration`, a rule for the `first_error` or both in a reward model's ``tracereward.json``.
+
+    None removes what is stored; the other fields do not change.
+    """
     path = Path(folder) / SETTINGS_FILE
-    stored = read_json(path)
-    atomic_write_json(path, {**stored, "calibration": asdict(calibration)})
+    values = {name: None if value is None else asdict(value) for name, value in fitted.items()}
+    atomic_write_json(path, {**read_json(path), **values})

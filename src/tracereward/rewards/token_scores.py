@@ -1,5 +1,6 @@
 """`TokenScores`: the record that scoring returns and ranking, files, reports and servers read."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,29 +36,30 @@ class TokenScores:
         """The trace reward; see `aggregate_rewards`."""
         return aggregate_rewards(self.rewards, how)
 
-    def step_rewards(self) -> list[float]:
-        """The mean reward of each step's tokens, in order."""
-        steps: list[float] = []
-        start = 0
-        for end, is_end in enumerate(self.step_ends):
-            if is_end:
-                steps.append(sum(self.rewards[start : end + 1]) / (end + 1 - start))
-                start = end + 1
-        return steps
+    def by_step(self, spans: Sequence[tuple[int, int]] = ()) -> list[list[float]]:
+        """The token rewards of each step, in order.
 
-    def span_rewards(self, spans: Sequence[tuple[int, int]]) -> list[float]:
-        """The mean reward of the tokens that overlap each span (start, end) of the text.
+        Args:
+            spans: (start, end) of each step in the text, whose tokens are those that overlap it; if empty, steps end
+                where `step_ends` says.
 
         Raises:
             InputError: no token overlaps a span.
         """
-        means = []
+        if not spans:
+            ends = [end + 1 for end, is_end in enumerate(self.step_ends) if is_end]
+            return [self.rewards[start:end] for start, end in itertools.pairwise([0, *ends])]
+        steps = []
         for start, end in spans:
             inside = [r for r, (a, b) in zip(self.rewards, self.offsets, strict=True) if a < end and b > start]
             if not inside:
                 raise InputError(f"no token between characters {start} and {end}")
-            means.append(sum(inside) / len(inside))
-        return means
+            steps.append(inside)
+        return steps
+
+    def step_rewards(self, spans: Sequence[tuple[int, int]] = ()) -> list[float]:
+        """The mean reward of each step's tokens; see `by_step`."""
+        return [sum(step) / len(step) for step in self.by_step(spans)]
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain lists, for JSON."""

@@ -13,8 +13,8 @@ from tracereward.errors import Interrupted, RunFailed
 from tracereward.files import is_disk_full, require_free_disk
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.modeling.loading import read_config
-from tracereward.runs.job import CHECKPOINTS, Job, starting_policy
-from tracereward.training.checkpoints import kept
+from tracereward.runs.job import CHECKPOINTS, FitJob, Job, starting_policy
+from tracereward.training.checkpoints import KEPT, kept
 
 
 @contextlib.contextmanager
@@ -32,17 +32,20 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def check_disk(job: Job, models: int) -> None:
+def check_disk(job: Job | FitJob, models: int) -> None:
     """Refuse if the checkpoints and final weights of `models` models do not fit on the disk.
 
     Existing files of the run folder count as free space, since a resumed run replaces them.
     """
-    config, model = job.config, job.model
+    if isinstance(job, FitJob):
+        name, lora, checkpoints = str(job.given.model), job.given.use_peft, KEPT + 1
+    else:
+        config, name, lora = job.config, starting_policy(job.model), job.model.use_peft
+        checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
     with zero3_disabled(), init_empty_weights():
-        shape = AutoModelForCausalLM.from_config(read_config(starting_policy(model)))
+        shape = AutoModelForCausalLM.from_config(read_config(name))
     weights = sum(p.numel() for p in shape.parameters())
-    trained = weights // 10 if model.use_peft else weights  # an upper estimate for LoRA
-    checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1
+    trained = weights // 10 if lora else weights  # an upper estimate for LoRA
     needed = models * (checkpoints * trained * 12 + weights * 4)  # float32 weights and two Adam moments; final weights
-    present = sum(path.stat().st_size for path in Path(str(config.output_dir)).rglob("*") if path.is_file())
-    require_free_disk(str(config.output_dir), needed - present, f"{checkpoints} checkpoints and the finished models")
+    present = sum(path.stat().st_size for path in Path(job.output_dir).rglob("*") if path.is_file())
+    require_free_disk(job.output_dir, needed - present, f"{checkpoints} checkpoints and the finished models")

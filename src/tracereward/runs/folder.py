@@ -1,16 +1,16 @@
 """The run folder: opened by one process, never overwritten, resumed from the last complete checkpoint.
 
 It holds ``config.yaml`` (resolved), ``metrics.jsonl``, ``checkpoints/`` (each complete or ignored) and, when the run is
-finished, ``policy/``, for `train` also ``reward_model/``, and ``report.html``.
+finished, ``policy/``, for `train` also ``reward_model/``, for `fit` that alone, and ``report.html``.
 """
 
 import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import yaml
@@ -28,7 +28,7 @@ from tracereward.files import (
 from tracereward.modeling.distributed import broadcast_object, is_peer_failure
 from tracereward.reports.report import Report, write_report
 from tracereward.runs.disk import explain_full_disk
-from tracereward.runs.job import CHECKPOINTS, Job
+from tracereward.runs.job import CHECKPOINTS, FitJob, Job
 from tracereward.runs.same_run import check_same_batch, check_same_run, defaults_of, derived, resolved
 from tracereward.training.callbacks import MetricsFile, Progress, StopSignal
 from tracereward.training.checkpoints import SafeTrainer, kept, last_complete_checkpoint
@@ -36,12 +36,14 @@ from tracereward.training.config import PolicyConfig
 from tracereward.training.option_rules import effective
 from tracereward.training.trackers import Trackers
 
+AnyJob = TypeVar("AnyJob", Job, FitJob)
+
 
 @dataclasses.dataclass(kw_only=True)
-class Run:
+class Run(Generic[AnyJob]):
     """An open run folder."""
 
-    job: Job
+    job: AnyJob
     folder: Path
     metrics: MetricsFile
     stop: StopSignal
@@ -65,27 +67,41 @@ class Run:
             )
         Progress.replace_default(trainer, self.job.kind)
         self.metrics.trackers = Trackers(trainer, self.folder, self.settings)
+        with self.interruptible(lambda: (trainer.state.global_step, trainer.state.max_steps)):
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+
+    @contextlib.contextmanager
+    def interruptible(self, progress: Callable[[], tuple[int, int]]) -> Iterator[None]:
+        """Context of the steps of a run: a signal ends it after the current one, and failures name the step.
+
+        Args:
+            progress: returns the number of finished steps, and of all.
+
+        Raises:
+            Interrupted: the user stopped it.
+            RunFailed: non-finite numbers, a full disk, or another process ended.
+        """
         with self.stop, explain_full_disk(self.folder):
             try:
-                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+                yield
             except RunFailed as error:
+                step, total = progress()
                 raise RunFailed(
-                    f"stopped after step {trainer.state.global_step} of {trainer.state.max_steps}: {error}. "
+                    f"stopped after step {step} of {total}: {error}. "
                     f"{kept(self.folder / CHECKPOINTS)}. A lower learning rate usually helps."
                 ) from error
             except RuntimeError as error:
                 if not is_peer_failure(error):
                     raise
+                step, total = progress()
                 raise RunFailed(
-                    f"another process of this run ended after step {trainer.state.global_step} of "
-                    f"{trainer.state.max_steps}; see its message above, if any. "
+                    f"another process of this run ended after step {step} of "
+                    f"{total}; see its message above, if any. "
                     f"{kept(self.folder / CHECKPOINTS)}: the same command with --resume continues from there."
                 ) from error
-        if self.stop.received() and trainer.state.global_step < trainer.state.max_steps:
-            raise Interrupted(
-                f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}; "
-                "the same command with --resume continues from there"
-            )
+        step, total = progress()
+        if self.stop.received() and step < total:
+            raise Interrupted(f"stopped at step {step} of {total}; the same command with --resume continues from there")
 
     def report(self, summary: str, **content: Any) -> None:
         """Write ``report.html``."""
@@ -103,14 +119,14 @@ class Run:
 
 
 @contextlib.contextmanager
-def run_folder(job: Job) -> Iterator[Run]:
+def run_folder(job: AnyJob) -> Iterator[Run[AnyJob]]:
     """Open a run folder; refuses to overwrite another run.
 
     Raises:
         InputError: the folder has a run that is not to be resumed or had other options.
         RunFailed: the disk is full.
     """
-    folder = Path(str(job.config.output_dir))
+    folder = Path(job.output_dir)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"--output_dir {folder} is a file, not a folder")
     if (folder / "config.json").is_file():
@@ -124,8 +140,7 @@ def run_folder(job: Job) -> Iterator[Run]:
                 run.metrics.trackers.end()
 
 
-def _open(job: Job, folder: Path) -> Run:
-    config = job.config
+def _open(job: AnyJob, folder: Path) -> Run[AnyJob]:
     settings = resolved(job)
     checkpoint: Path | InputError | None = None
     if is_main_process():
@@ -136,15 +151,19 @@ def _open(job: Job, folder: Path) -> Run:
     checkpoint = broadcast_object(checkpoint)
     if isinstance(checkpoint, InputError):
         raise checkpoint
-    config.output_dir = str(folder / CHECKPOINTS)  # what the trainers write while they run
+    steps = 1
+    if isinstance(job, Job):
+        job.config.output_dir = str(folder / CHECKPOINTS)  # what the trainers write while they run
+        steps = job.config.rollout_steps if isinstance(job.config, PolicyConfig) else 1
     if checkpoint is not None:
         note(f"resuming from {checkpoint}")
     metrics = MetricsFile(folder / "metrics.jsonl", job.kind)
-    stop = StopSignal(config.rollout_steps if isinstance(config, PolicyConfig) else 1)
-    return Run(job=job, folder=folder, metrics=metrics, stop=stop, checkpoint=checkpoint, settings=settings)
+    return Run(
+        job=job, folder=folder, metrics=metrics, stop=StopSignal(steps), checkpoint=checkpoint, settings=settings
+    )
 
 
-def _claim(job: Job, folder: Path, settings: dict[str, Any]) -> Path | None:
+def _claim(job: Job | FitJob, folder: Path, settings: dict[str, Any]) -> Path | None:
     """Check the folder and write the run's options to it; returns the checkpoint to resume from."""
     stored, checkpoints = folder / "config.yaml", folder / CHECKPOINTS
     made = what_was_made(folder)
@@ -169,9 +188,11 @@ def _claim(job: Job, folder: Path, settings: dict[str, Any]) -> Path | None:
         raise InputError(f"{folder} is finished and has no checkpoint to resume from; use another --output_dir")
     remove_unfinished(folder)
     checkpoints.mkdir(parents=True, exist_ok=True)
-    check_same_batch(checkpoints / "batch.json", job.config)
+    if isinstance(job, Job):
+        check_same_batch(checkpoints / "batch.json", job.config)
     versions = f"# tracereward {__version__} {job.kind}, torch {torch.__version__}\n"
-    rest = "".join(f"# derived: {line}\n" for line in yaml.safe_dump(derived(job), sort_keys=False).splitlines())
+    found = yaml.safe_dump(derived(job), sort_keys=False).splitlines() if isinstance(job, Job) else []
+    rest = "".join(f"# derived: {line}\n" for line in found)
     atomic_write_text(stored, versions + yaml.safe_dump(settings, sort_keys=False) + rest)
     return checkpoint
 

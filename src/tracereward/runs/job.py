@@ -1,6 +1,7 @@
 """What a training command was asked to do, in one record."""
 
 import dataclasses
+from typing import Any
 
 from trl import ModelConfig
 
@@ -8,7 +9,8 @@ from tracereward.errors import InputError
 from tracereward.modeling.hub import with_revision
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig, SupervisedConfig
-from tracereward.training.option_rules import check_job
+from tracereward.training.fit_options import FitOptions
+from tracereward.training.option_rules import check_fit, check_job
 from tracereward.training.options import DataArguments
 
 Config = SupervisedConfig | RewardConfig | AdversarialConfig
@@ -38,6 +40,42 @@ class Job:
 
     def __post_init__(self) -> None:
         check_job(self.kind, self.data, self.config, self.model)
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """All its options, as dataclasses."""
+        return self.data, self.model, self.config
+
+    @property
+    def output_dir(self) -> str:
+        """The run folder."""
+        return str(self.config.output_dir)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitJob:
+    """What `tracereward fit` was asked to do; see `Job`.
+
+    Raises:
+        InputError: an option would be ignored.
+    """
+
+    given: FitOptions
+    resume: bool = False
+    kind: str = "fit"
+
+    def __post_init__(self) -> None:
+        check_fit(self.given)
+
+    @property
+    def options(self) -> tuple[Any, ...]:
+        """All its options, as dataclasses."""
+        return (self.given,)
+
+    @property
+    def output_dir(self) -> str:
+        """The run folder."""
+        return self.given.output_dir
 
 
 def starting_policy(model: ModelConfig) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, read_json
-from tracereward.runs.job import Config, Job
+from tracereward.runs.job import Config, FitJob, Job
 from tracereward.training.config import RETIRED
 from tracereward.training.option_rules import effective, values_of
 from tracereward.training.options import option_defaults
@@ -16,12 +16,12 @@ from tracereward.training.trl_options import honoured
 SECRETS = {"hub_token"}
 
 
-def resolved(job: Job) -> dict[str, Any]:
+def resolved(job: Job | FitJob) -> dict[str, Any]:
     """The options in force, defaults included, in the format of ``--config``; without secrets.
 
     Left out are options that have no effect next to others (`option_rules`) and those without a value.
     """
-    values, defaults = values_of(job.data, job.model, job.config), defaults_of(job)
+    values, defaults = values_of(*job.options), defaults_of(job)
     return {
         name: _plain(value)
         for name, value in effective(job.kind, values, defaults).items()
@@ -39,9 +39,9 @@ def derived(job: Job) -> dict[str, Any]:
     }
 
 
-def defaults_of(job: Job) -> dict[str, Any]:
+def defaults_of(job: Job | FitJob) -> dict[str, Any]:
     """The default of every option of a job."""
-    return option_defaults(type(job.data), type(job.config), type(job.model))
+    return option_defaults(*map(type, job.options))
 
 
 def _plain(value: Any) -> Any:
@@ -75,6 +75,8 @@ MAY_CHANGE = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "steps_per_generation",
+    # Of `fit`
+    "updates",
 }
 
 

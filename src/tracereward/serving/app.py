@@ -16,12 +16,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from scipy.special import expit
 
 from tracereward import __version__
+from tracereward.commands.score import as_row
 from tracereward.errors import InputError
 from tracereward.modeling.alignment import join_steps
 from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.records import Trace
 from tracereward.rewards.scorer import Scorer
-from tracereward.rewards.token_scores import AGGREGATES, TokenScores
+from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.errors import add_errors
 from tracereward.serving.json_body import JsonRoute
 from tracereward.serving.middleware import DOCS, DOCS_FILES, Counted, Guard
@@ -89,7 +90,7 @@ def create_app(model: Scorer, settings: Settings) -> FastAPI:
 def _add_scoring(app: FastAPI, service: Service) -> None:
     settings = service.settings
 
-    @app.post("/v1/score", responses=ERRORS, response_model_exclude_none=True)
+    @app.post("/v1/score", responses=ERRORS, response_model_exclude_unset=True)
     async def score(body: ScoreRequest, request: Request) -> ScoreResponse:
         """Token, step and trace rewards for traces of one prompt."""
         spans: Sequence[tuple[int, int]] = []
@@ -107,22 +108,13 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         work = service.score(prompt, texts, field, body.finished)
         scores, usage = await unless_gone(request, work)
         results = []
+        fields = Score.model_fields.keys() - (set() if body.tokens else {"tokens", "offsets", "token_rewards"})
         for index, one in enumerate(scores):
-            reward = service.reward(one)
             try:
-                steps = one.span_rewards(spans) if spans else one.step_rewards()
+                row = as_row(one, service.model, spans=spans)
             except ValueError as e:  # no token lies within a step
                 raise InputError(f"steps: {e}") from e
-            result = Score(
-                index=index,
-                reward=reward,
-                probability=service.probability(reward),
-                aggregates={how: one.aggregate(how) for how in AGGREGATES},
-                step_rewards=steps,
-            )
-            if body.tokens:
-                result.tokens, result.offsets, result.token_rewards = one.tokens, one.offsets, one.rewards
-            results.append(result)
+            results.append(Score(index=index, **{name: row[name] for name in fields if name in row}))
         return ScoreResponse(model=settings.name, results=results, usage=usage)
 
     @app.post("/v1/rerank", responses=ERRORS, response_model_exclude_none=True)

@@ -129,6 +129,10 @@ class Score(BaseModel):
     probability: float | None = Field(None, description="That the trace is correct; calibrated reward models only.")
     aggregates: dict[str, float]
     step_rewards: list[float]
+    suspected_error: int | None = Field(
+        None,
+        description="Index of the suspected first wrong step, or null; only of reward models with a rule for it.",
+    )
     tokens: list[str] | None = None
     offsets: list[tuple[int, int]] | None = None
     token_rewards: list[float] | None = None

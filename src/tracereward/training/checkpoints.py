@@ -21,6 +21,7 @@ from tracereward.modeling.quantized import is_quantized
 from tracereward.training.failures import CORRECT, PERTURBATION, Failure
 from tracereward.training.validation import Validation
 
+DISCRIMINATOR_FILE = "discriminator.pt"  # not in a subfolder with an adapter's name: Trainer would load it as one
 COMPLETE = "complete.json"  # written last: without it a checkpoint is incomplete, for example after a kill
 
 
@@ -53,6 +54,28 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     with atomic_file(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+
+
+KEPT = 2
+"""Checkpoints that `save_checkpoint` keeps."""
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Write the state after a step as a complete checkpoint, and remove all but the newest `KEPT`.
+
+    Args:
+        folder: of the checkpoints.
+        step: number of the step.
+        state: of the discriminator.
+    """
+    target = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    (target / COMPLETE).unlink(missing_ok=True)
+    save_state(target / DISCRIMINATOR_FILE, state)
+    atomic_write_json(target / COMPLETE, {"step": step})
+    fsync_tree(target)
+    older = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=checkpoint_step)[:-KEPT]
+    for path in older:
+        shutil.rmtree(path)
 
 
 class SafeTrainer(Trainer):

@@ -140,7 +140,11 @@ class Discriminator:
             return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def remember(self, rollouts: Sequence[Rollout]) -> None:
-        """Add rollouts to the replay buffer; rollouts of held-out demonstrations go to a buffer of their own."""
+        """Add rollouts to the replay buffer; rollouts of held-out demonstrations go to a buffer of their own.
+
+        Those without a label are left out.
+        """
+        rollouts = [rollout for rollout in rollouts if rollout.label is not None]
         self.replay.add(r for r in rollouts if r.weight and r.demonstration not in self.held_out)
         self.held_out_rollouts.add(rollout for rollout in rollouts if rollout.demonstration in self.held_out)
 
@@ -148,8 +152,8 @@ class Discriminator:
         """Store a batch of rollouts, and update the discriminator after every `discriminator_every`-th batch.
 
         Returns:
-            Metrics of the last update with the number of `updates`, and `held_out_accuracy` every `judged_every`
-            batches or if a gate needs it; empty if the batch was only stored.
+            Metrics of the last update with the number of `updates`, and `held_out_accuracy` with the number of its
+            `held_out_pairs` every `judged_every` batches or if a gate needs it; empty if the batch was only stored.
         """
         options = self.options
         self.remember(fresh)
@@ -161,14 +165,14 @@ class Discriminator:
         # All processes must use the same number: if only some updated, their collective calls would hang.
         accuracy = broadcast_object(self.held_out_accuracy()) if judged else math.nan
         count = 0 if gate is not None and accuracy > gate else options.discriminator_updates
-        stale = not options.replay_share and all(rollout.demonstration in self.held_out for rollout in fresh)
+        stale = not options.replay_share and all(r.demonstration in self.held_out or r.label is None for r in fresh)
         if stale:
             count = 0  # nothing fresh to learn from, and the buffer is for the warm-up only
         metrics: dict[str, float] = {}
         for _ in range(count):
             metrics = self.update(fresh)
         if judged:
-            metrics["held_out_accuracy"] = accuracy
+            metrics |= {"held_out_accuracy": accuracy, "held_out_pairs": float(self.held_out_pairs)}
         if count or gate is not None or stale:
             metrics["updates"] = float(count)
         return metrics
@@ -231,7 +235,7 @@ class Discriminator:
         """The share of held-out rollouts that are as good as held-out experts, within `PRIOR_LIMITS`."""
         self.model.eval()
         experts = [self.experts[index] for index in sorted(self.held_out)]
-        rollouts = self.held_out_rollouts.rollouts
+        rollouts = [rollout for rollout in self.held_out_rollouts.rollouts if rollout.label is False]
         if not rollouts:
             raise RunFailed(
                 "objective nnpu: no held-out demonstration has a rollout to estimate the prior from: give "
@@ -246,7 +250,7 @@ class Discriminator:
         return min(high, max(low, estimate_prior(of_experts.numpy(), of_rollouts.numpy()).value))
 
     def _draw(self, fresh: Sequence[Rollout]) -> tuple[list[Labelled], dict[str, float]]:
-        rollouts = [rollout for rollout in fresh if rollout.demonstration not in self.held_out]
+        rollouts = [r for r in fresh if r.demonstration not in self.held_out and r.label is not None]
         return draw(
             self.experts,
             rollouts,
@@ -395,18 +399,12 @@ class Discriminator:
     def held_out_accuracy(self) -> float:
         """Share of (held-out expert, rollout of its prompt) pairs in which the expert's mean logit is higher.
 
-        Ties count half; rollouts equal to an expert trace of their prompt are skipped, and verified ones, which are
+        Ties count half; rollouts equal to an expert trace of their prompt are skipped, and those that are
         positives. Unlike the share of tokens on the correct side of 0, it is comparable across objectives. nan if there
         is no such pair.
         """
         self.model.eval()
-        groups = []
-        for index, rollouts in self.held_out_rollouts.by_demonstration().items():
-            expert = self.experts[index]
-            own = self.known[tuple(expert.prompt)]
-            different = [rollout.ids for rollout in rollouts if not rollout.verified and rollout.ids not in own]
-            if different:
-                groups.append((expert.prompt, [expert.completion, *different]))
+        groups = self._held_out_groups()
         scores = self._sequence_scores(
             [prompt for prompt, traces in groups for _ in traces], [ids for _, traces in groups for ids in traces]
         )
@@ -416,6 +414,22 @@ class Discriminator:
             wins += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
             total += len(gaps)
         return wins / total if total else math.nan
+
+    @property
+    def held_out_pairs(self) -> int:
+        """How many pairs `held_out_accuracy` is a share of."""
+        return sum(len(traces) - 1 for _, traces in self._held_out_groups())
+
+    def _held_out_groups(self) -> list[tuple[list[int], list[list[int]]]]:
+        """For each held-out demonstration with rollouts to compare: its prompt, then itself and those rollouts."""
+        groups = []
+        for index, rollouts in self.held_out_rollouts.by_demonstration().items():
+            expert = self.experts[index]
+            own = self.known[tuple(expert.prompt)]
+            different = [rollout.ids for rollout in rollouts if rollout.label is False and rollout.ids not in own]
+            if different:
+                groups.append((expert.prompt, [expert.completion, *different]))
+        return groups
 
     def _sequence_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
         """Each completion's mean logit over its supervised positions."""
@@ -506,7 +520,8 @@ class Discriminator:
         self.random.setstate((version, tuple(internal), gauss))
         self.updates = state["updates"]
         self.batches = state["batches"]
-        self.prior = state.get("prior", self.options.positive_prior)
+        if self.options.positive_prior is None:  # an earlier version's state has none
+            self.prior = state.get("prior")
         self.replay.load(state["replay"])
         self.held_out_rollouts.load(state["held_out_rollouts"])
 

@@ -29,14 +29,15 @@ class Expert(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """A completion of a demonstration's prompt by the policy; `verified`: a further positive (positives mixed).
+    """A completion of a demonstration's prompt by the policy.
 
+    `label`: True for a further positive, False for a negative, None for one that is left out, see `label_rules`.
     `weight` is what it weighs in its class, see `loss_weights.balance_weights`; with 0 it is not trained on.
     """
 
     demonstration: int
     ids: list[int]
-    verified: bool = False
+    label: bool | None = False
     weight: float = 1.0
 
 
@@ -173,12 +174,12 @@ def draw(
     """Sample one update's traces: for each chosen demonstration the expert, then its negatives.
 
     Rollouts that equal an expert trace of their prompt token for token would carry both labels and are dropped; so are
-    such perturbed copies. Tokens that a rollout shares with any expert trace of its prompt count as shared. Verified
-    rollouts are additional positives.
+    such perturbed copies. Tokens that a rollout shares with any expert trace of its prompt count as shared. Rollouts
+    with a positive label are additional positives.
 
     Args:
         experts: all demonstrations.
-        fresh: the newest rollouts.
+        fresh: the newest rollouts, none left out.
         replay: earlier rollouts, used for `replay_share` of the demonstrations and where fresh ones are too few.
         options: number of demonstrations, rollouts and perturbed copies, and the rule for shared beginnings.
         rng: source of all random choices.
@@ -186,8 +187,8 @@ def draw(
         known: `traces_by_prompt` of the experts; computed here if None.
 
     Returns:
-        The traces, and shares: `identical_share` (of the sampled rollouts), `verified_share` if there are verified
-        rollouts, and `perturbed_missing_share` (of the requested copies) if copies were requested.
+        The traces, and shares: `identical_share` (of the sampled rollouts), `positive_share` if some are
+        positives, and `perturbed_missing_share` (of the requested copies) if copies were requested.
     """
     known = traces_by_prompt(experts) if known is None else known
     old, new = replay.by_demonstration(), by_demonstration(fresh)
@@ -199,7 +200,7 @@ def draw(
     pairs = [(index, new[index]) for index in from_fresh] + [(index, old[index]) for index in from_replay]
 
     traces: list[Labelled] = []
-    seen = identical = verified = missing = 0
+    seen = identical = further = missing = 0
     keep_shared = options.first_difference == "none"
     for index, candidates in pairs:
         expert = experts[index]
@@ -212,7 +213,7 @@ def draw(
         positives: list[Labelled] = []
         left: list[int] = []  # where each negative leaves this expert's trace
         for rollout in different:
-            if rollout.verified:
+            if rollout.label:
                 length = len(rollout.ids)
                 positives.append(
                     labelled(completion=rollout.ids, is_expert=True, starts=[0], switch=length, weight=rollout.weight)
@@ -234,7 +235,7 @@ def draw(
             starts = [0 if keep_shared else switch]
             copy = labelled(completion=ids, is_expert=False, starts=starts, switch=switch, weight=expert.weight)
             negatives.append(dataclasses.replace(copy, is_perturbed=True))
-        verified += len(positives)
+        further += len(positives)
         # Without a negative the expert has nothing to be compared with: no start, so that its weight is 0.
         starts = left if options.first_difference == "both" else [0][: len(negatives)]
         positives = positives if negatives else []
@@ -244,8 +245,8 @@ def draw(
         )
         traces += positives + negatives
     shares = {"identical_share": identical / max(1, seen)}
-    if verified:
-        shares["verified_share"] = verified / seen
+    if further:
+        shares["positive_share"] = further / seen
     if options.perturbed_per_expert:
         shares["perturbed_missing_share"] = missing / max(1, options.perturbed_per_expert * len(pairs))
     return traces, shares

@@ -13,20 +13,23 @@ read, or no demonstration of its question states one.
 | agreeing/all         | positive | negative | negative |
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from tracereward.data.candidates import Question, trace_text
+from tracereward.data.candidates import Question, prompt_key, trace_text
 from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
 from tracereward.errors import InputError, check_choice
+from tracereward.rewards.choices import NEGATIVES, POSITIVES
 from tracereward.tasks.recipes import Task
 
-POSITIVES = ("expert", "agreeing")
-NEGATIVES = ("all", "disagreeing")
 READABLE = 0.8
 """Share of demonstrations and of candidates whose answer must be readable for rules on answers to be the default.
 Below, the left-out traces would be many, and of a kind: long ones, or those of one model."""
+MANY_AGREE = 0.5
+"""Share of agreeing traces from which ``expert/all`` labels more than half of the negatives wrongly, if agreeing means
+right."""
+ENOUGH_COMPARED = 20  # the standard error of such a share is then at most 0.11
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,13 @@ class Readable:
 
 
 def expert_answers(question: Question, task: Task) -> list[str]:
-    """The answers that the demonstrations of a question state; a row's ``answer`` where its completion states none."""
-    stated = [task.extract(trace_text(row["completion"])) or row.get("answer") for row in question.demonstrations]
+    """The answers that the demonstrations of a question state, see `stated_answers`."""
+    return stated_answers(question.demonstrations, task)
+
+
+def stated_answers(demonstrations: Sequence[Mapping[str, Any]], task: Task) -> list[str]:
+    """The answers that demonstrations state; a row's ``answer`` where its completion states none that can be read."""
+    stated = [task.extract(trace_text(row["completion"])) or row.get("answer") for row in demonstrations]
     return list(dict.fromkeys(str(answer) for answer in stated if answer is not None))
 
 
@@ -121,11 +129,7 @@ def labels_of(question: Question, rule: LabelRule, task: Task) -> list[bool | No
 
 def readable(questions: Sequence[Question], task: Task) -> Readable:
     """Count the demonstrations and the candidates whose answer can be read."""
-    demonstrations = [
-        len(expert_answers(Question(where="", prompt="", demonstrations=[row]), task))
-        for question in questions
-        for row in question.demonstrations
-    ]
+    demonstrations = [len(stated_answers([row], task)) for question in questions for row in question.demonstrations]
     candidates = [row.answer is not None for question in questions for row in question.candidates]
     return Readable(sum(demonstrations), len(demonstrations), sum(candidates), len(candidates))
 
@@ -181,7 +185,7 @@ def _probe(questions: Sequence[Question]):
 
 
 def remarks_on_labels(
-    questions: Sequence[Question], labels: Sequence[Sequence[bool | None]], rule: LabelRule
+    questions: Sequence[Question], labels: Sequence[Sequence[bool | None]], rule: "LabelRule | RolloutLabels"
 ) -> list[str]:
     """How many candidates of which label, as sentences.
 
@@ -223,3 +227,75 @@ def remarks_on_labels(
             f"{len(same)} of {len(questions)} questions have candidates but no negative, the first at {same[0]}"
         )
     return remarks
+
+
+class RolloutLabels:
+    """Labels of a policy's rollouts, by the answers that the demonstrations of their prompt state.
+
+    Args:
+        demonstrations: rows with ``prompt``, ``completion`` and ``answer``; rollouts refer to them by index.
+        task: extracts and compares answers.
+        positives: ``expert``, ``agreeing`` or ``mixed``: rollouts with the gold answer are positives, and `negatives`
+            decides on the others.
+        negatives: ``all`` or ``disagreeing``.
+
+    Raises:
+        InputError: the rule compares answers, and no demonstration states one.
+    """
+
+    def __init__(self, demonstrations: Sequence[Mapping[str, Any]], task: Task, positives: str, negatives: str):
+        self.task = task
+        self.mixed: bool = positives == "mixed"
+        self.rule = LabelRule("expert" if self.mixed else positives, negatives)  # type: ignore[arg-type]
+        stated: dict[str, list[str]] = {}
+        own = [stated_answers([row], task) for row in demonstrations]
+        for row, answers in zip(demonstrations, own, strict=True):
+            stated.setdefault(prompt_key(row["prompt"]), []).extend(answers)
+        self.experts: list[list[str]] = [stated[prompt_key(row["prompt"])] for row in demonstrations]
+        self.readable: int = sum(map(bool, own))
+        self.agreed: int = 0
+        self.compared: int = 0
+        self.remarked: bool = False
+        if self.rule.reads_answers and not self.readable:
+            raise InputError(
+                f"label rule {self.name} compares answers, but none of {len(own)} demonstrations states one that task "
+                f"{task.name!r} reads: choose the task that does, or --positives expert --negatives all"
+            )
+
+    @property
+    def name(self) -> str:
+        """Such as ``agreeing/disagreeing``."""
+        return f"mixed/{self.rule.negatives}" if self.mixed else self.rule.name
+
+    def said(self) -> str:
+        """The rule and how many demonstrations it can be applied to, as a sentence."""
+        text = f"label rule {self.name}"
+        if not self.rule.reads_answers:
+            return text
+        return f"{text}: answers can be read in {self.readable} of {len(self.experts)} demonstrations"
+
+    def label(self, demonstration: int, answer: str | None, *, finished: bool, right: bool = False) -> bool | None:
+        """The label of a rollout: True for a positive, False for a negative, None if it is left out.
+
+        Args:
+            demonstration: index of the demonstration whose prompt it answers.
+            answer: the one it states, None if none can be read.
+            finished: whether it ended by itself.
+            right: whether it has the gold answer; only ``mixed`` uses it.
+        """
+        agrees = agreement(answer, self.experts[demonstration], self.task, finished=finished)
+        self.compared += agrees is not None
+        self.agreed += agrees is True
+        return True if self.mixed and right else self.rule.label(agrees)
+
+    def remark(self) -> str | None:
+        """A warning, once, if under ``expert/all`` many negatives have the experts' answer; else None."""
+        many = self.compared >= ENOUGH_COMPARED and self.agreed >= MANY_AGREE * self.compared
+        if self.remarked or self.name != "expert/all" or not many:
+            return None
+        self.remarked = True
+        return (
+            f"{self.agreed} of {self.compared} rollouts have the answer of their prompt's demonstration and are "
+            "negatives all the same (label rule expert/all): the discriminator may learn style alone. "
+            "--negatives disagreeing leaves them out, --positives agreeing adds them to the experts"
+        )

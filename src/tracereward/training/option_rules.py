@@ -19,7 +19,7 @@ from tracereward.data.readers import has_splits
 from tracereward.errors import InputError
 from tracereward.files import read_json
 from tracereward.training.options import NOT_OF, option_defaults
-from tracereward.training.trl_options import COMMANDS, ROLLOUTS, SFT, TRAIN, refusal
+from tracereward.training.trl_options import COMMANDS, FIT, ROLLOUTS, SFT, TRAIN, refusal
 
 
 class Values(dict[str, Any]):
@@ -315,13 +315,13 @@ CONFIG_RULES: tuple[Rule, ...] = (
         options=("interval",),
         when=lambda o: o.granularity != "interval",
         why="it needs --granularity interval",
-        commands=(TRAIN,),
+        commands=(TRAIN, FIT),
     ),
     Rule(
         options=("label_smoothing",),
         when=lambda o: o.objective != "bce",
         why="it needs --objective bce",
-        commands=(TRAIN,),
+        commands=(TRAIN, FIT),
     ),
     Rule(
         options=("positive_prior",),
@@ -336,9 +336,15 @@ CONFIG_RULES: tuple[Rule, ...] = (
         commands=(TRAIN,),
     ),
     Rule(
-        options=_names("warmup_model warmup_prompts warmup_rollouts"),
+        options=_names("warmup_model warmup_candidates warmup_prompts warmup_rollouts"),
         when=lambda o: not o.discriminator_warmup_updates,
         why="--discriminator_warmup_updates 0 leaves the warm-up out",
+        commands=(TRAIN,),
+    ),
+    Rule(
+        options=_names("warmup_model warmup_prompts warmup_rollouts"),
+        when=lambda o: o.warmup_candidates is not None,
+        why="--warmup_candidates has the warm-up's rollouts, and nothing is sampled: remove it",
         commands=(TRAIN,),
     ),
     Rule(
@@ -364,8 +370,8 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
     Rule(
         options=_names(
-            "discriminator_prompts discriminator_rollouts first_difference perturbed_per_expert positives objective "
-            "positive_prior balance label_smoothing centre_penalty gradient_penalty r1_penalty spectral_norm "
+            "discriminator_prompts discriminator_rollouts first_difference perturbed_per_expert positives negatives "
+            "objective positive_prior balance label_smoothing centre_penalty gradient_penalty r1_penalty spectral_norm "
             "token_dropout expert_nll discriminator_ema"
         ),
         when=_untrained,
@@ -383,6 +389,7 @@ JOB_RULES: tuple[Rule, ...] = (
         ),
         when=lambda o: not o.use_peft,
         why="it needs --use_peft true",
+        commands=(*COMMANDS, FIT),
     ),
     Rule(
         options=_names("bnb_4bit_quant_type bnb_4bit_quant_storage use_bnb_nested_quant"),
@@ -427,6 +434,7 @@ JOB_RULES: tuple[Rule, ...] = (
         options=("chat_template_kwargs",),
         when=lambda o: o.template == "plain",
         why="it needs --template chat",
+        commands=(*COMMANDS, FIT),
     ),
 )
 """Rules that involve options of the data or the model."""
@@ -504,6 +512,15 @@ def check_job(command: str, data: Any, config: Any, model: Any) -> None:
     check_refused(command, model)
     defaults = option_defaults(type(data), type(config), type(model))
     check_effects(command, values_of(data, model, config), defaults, JOB_RULES)
+
+
+def check_fit(options: Any) -> None:
+    """Check the options of `fit` against each other.
+
+    Raises:
+        InputError: names an option that would have no effect.
+    """
+    check_effects(FIT, values_of(options), option_defaults(type(options)), (*CONFIG_RULES, *JOB_RULES))
 
 
 def _check_json(option: str, value: Any, *, file: bool) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tracereward.errors import InputError, check_choice
-from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
+from tracereward.rewards.choices import GRANULARITIES, HEADS, NEGATIVES, POSITIVES, REWARD_FORMS
 
 
 @dataclass(frozen=True)
@@ -268,11 +268,19 @@ class ExampleOptions:
         default=1,
         metadata={"help": "Perturbed copies per expert trace as further negatives, new in each update."},
     )
-    positives: Annotated[str, OneOf(("expert", "mixed"))] = field(
+    positives: Annotated[str, OneOf((*POSITIVES, "mixed"))] = field(
         default="expert",
         metadata={
-            "help": "expert, or mixed: rollouts with a correct answer are positives too. Mixed USES GOLD ANSWERS, as "
-            "logs, config and model card record."
+            "help": "expert: the demonstrations alone. agreeing: also rollouts whose answer equals the one that the "
+            "demonstration of their prompt states. mixed: also rollouts with a correct answer; it USES GOLD ANSWERS, "
+            "as logs, config and model card record."
+        },
+    )
+    negatives: Annotated[str, OneOf(NEGATIVES)] = field(
+        default="all",
+        metadata={
+            "help": "all: every rollout that is no positive. disagreeing: only those whose answer differs from the "
+            "demonstration's; the others are neither."
         },
     )
     replay_size: Annotated[int, Range(min=1)] = field(
@@ -380,6 +388,13 @@ class WarmUpOptions:
         metadata={
             "help": "Causal LM that samples the warm-up's rollouts, e.g. the one before SFT if the policy reproduces "
             "its demonstrations. Default: the starting policy."
+        },
+    )
+    warmup_candidates: str | None = field(
+        default=None,
+        metadata={
+            "help": "File or Hub id of candidates (rows of tracereward sample, or a pool) for the demonstrations' "
+            "prompts: the warm-up's rollouts, instead of sampling them."
         },
     )
     warmup_prompts: Annotated[int, Range(min=1)] = field(

@@ -43,13 +43,14 @@ from tracereward.training.advantages import (
 )
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import FailureWatch, MetricsFile, StopSignal
-from tracereward.training.checkpoints import better_than_start, save_state, score_of_checkpoint
+from tracereward.training.checkpoints import DISCRIMINATOR_FILE, better_than_start, save_state, score_of_checkpoint
 from tracereward.training.discriminator import Discriminator, held_out_demonstrations
 from tracereward.training.discriminator_batch import Expert, Rollout, perturbed_pairs
 from tracereward.training.failures import Failure
+from tracereward.training.label_rules import RolloutLabels
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.token_bridge import TokenBridge
-from tracereward.training.update_loop import DISCRIMINATOR_FILE, pair_auroc, pair_traces
+from tracereward.training.update_loop import pair_auroc, pair_traces
 from tracereward.training.warmup import RolloutCollector, WarmUp
 
 NO_DEMONSTRATION = -1
@@ -64,7 +65,8 @@ class AdversarialTrainer(RolloutTrainer):
         reward_model: the initial discriminator; its tokenizer may differ from the policy's.
         demonstrations: rows with prompt (rendered text), completion and, for monitoring only, answer. Rows whose
             completion is None are unlabeled: further prompts for the policy's rollouts. `reward_prompt` is the prompt
-            as rendered for the reward model, if that differs.
+            as rendered for the reward model, if that differs. `candidates` of `warmup_candidates` are the warm-up's
+            rollouts instead of sampled ones.
         args: the options of the run. Like all arguments after it, keyword-only.
         task: verifies answers for monitoring.
         processing_class: the policy's tokenizer.
@@ -116,6 +118,7 @@ class AdversarialTrainer(RolloutTrainer):
         monitored = all(row["answer"] is not None for row in rows)
         if args.positives == "mixed" and not any(row.get("answer") for row in demonstrations):
             raise InputError("positives mixed needs answers, but no demonstration has one; use positives expert")
+        self.labels: RolloutLabels = RolloutLabels(demonstrations, task, args.positives, args.negatives)
         functions = [self.learned_reward, self.correct] if monitored else [self.learned_reward]
         args.reward_weights = [1.0, 0.0][: len(functions)]  # correctness is monitored, never trained on
         self.watch: FailureWatch = FailureWatch(args.on_failure, warn)
@@ -146,6 +149,15 @@ class AdversarialTrainer(RolloutTrainer):
             raise InputError("shared_base needs the full base model on each process: use DDP, not FSDP or DeepSpeed")
         if args.gradient_checkpointing and not reward_model.shares_base:
             reward_model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        self.given: list[Rollout] = [
+            Rollout(
+                index,
+                encode_completion(reward_model.tokenizer, candidate["completion"], candidate["finished"]),
+                candidate["label"],
+            )
+            for index, row in enumerate(demonstrations)
+            for candidate in row.get("candidates", ())
+        ]
         held_out = held_out_demonstrations(experts, args.held_out_fraction, args.seed)
         self.discriminator: Discriminator = Discriminator(
             reward_model,
@@ -194,7 +206,8 @@ class AdversarialTrainer(RolloutTrainer):
     ) -> list[float]:
         """Reward function: train the discriminator on the rollouts, then aggregate each rollout's token rewards."""
         self._correct = self.verify(completions, answer)
-        rollouts = self.as_rollouts(demonstration, completion_ids, self._correct)
+        rollouts = self.as_rollouts(demonstration, completions, completion_ids, self._correct)
+        self.remark_on_labels()
         prompt_ids = [self.bridge.prompt(prompt) for prompt in prompts]
         reward_ids = [self.bridge.completion(ids) for ids in completion_ids]
         self.check_positions(prompt_ids, reward_ids)
@@ -243,15 +256,26 @@ class AdversarialTrainer(RolloutTrainer):
         ]
 
     def as_rollouts(
-        self, demonstrations: Sequence[int], completions: Sequence[Sequence[int]], correct: Sequence[float]
+        self,
+        demonstrations: Sequence[int],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        correct: Sequence[float],
     ) -> list[Rollout]:
-        """The rollouts of demonstrations' prompts, in the reward model's tokens."""
-        mixed = self.config.positives == "mixed"
-        return [
-            Rollout(index, self.bridge.completion(ids), mixed and right == 1)
-            for index, ids, right in zip(demonstrations, completions, correct, strict=True)
-            if index != NO_DEMONSTRATION
-        ]
+        """The rollouts of demonstrations' prompts, in the reward model's tokens, with their labels."""
+        rollouts = []
+        for index, text, ids, right in zip(demonstrations, completions, completion_ids, correct, strict=True):
+            if index != NO_DEMONSTRATION:
+                answer, finished = self.task.extract(text), self.bridge.finished(ids)
+                label = self.labels.label(index, answer, finished=finished, right=right == 1)
+                rollouts.append(Rollout(index, self.bridge.completion(ids), label))
+        return rollouts
+
+    def remark_on_labels(self) -> None:
+        """Warn, once, if the label rule calls many rollouts wrong that have the experts' answer."""
+        remark = self.labels.remark()
+        if remark is not None:
+            warn(remark)
 
     def collect(self, rows: list[dict[str, Any]]) -> list[Rollout]:
         """Generate rollouts for the local rows with the run's engine, without training on them."""

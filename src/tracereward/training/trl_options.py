@@ -8,8 +8,9 @@ honoured by another. Options that have no effect next to the values of others ar
 from dataclasses import dataclass
 from typing import Any
 
-SFT, GRPO, TRAIN = "sft", "grpo", "train"
+SFT, GRPO, TRAIN, FIT = "sft", "grpo", "train", "fit"
 COMMANDS = (SFT, GRPO, TRAIN)
+"""The commands that train a policy with TRL; `fit` has none of its options."""
 ROLLOUTS = (GRPO, TRAIN)
 
 
@@ -369,6 +370,7 @@ OTHER_NAMES: dict[str, str] = {
     "batch_size": "per_device_train_batch_size",
     "data": "dataset_name",
     "dataset": "dataset_name",
+    "demonstrations": "dataset_name",
     "epochs": "num_train_epochs",
     "evaluation_strategy": "validation_fraction",
     "group_size": "num_generations",

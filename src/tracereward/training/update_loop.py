@@ -11,11 +11,10 @@ from tqdm.auto import tqdm
 from tracereward import metrics
 from tracereward.console import warn
 from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
-from tracereward.modeling.distributed import broadcast_object
+from tracereward.modeling.distributed import broadcast_object, is_distributed
 from tracereward.training.discriminator import Discriminator
-from tracereward.training.discriminator_batch import Rollout
+from tracereward.training.discriminator_batch import Expert, Rollout
 
-DISCRIMINATOR_FILE = "discriminator.pt"  # not in a subfolder with an adapter's name: Trainer would load it as one
 SAVED_UPDATES = 20  # updates between two saves
 
 
@@ -51,13 +50,13 @@ class UpdateLoop:
         progress = tqdm(total=total, initial=discriminator.updates, desc=description, disable=quiet, leave=False)
         while discriminator.updates < total and not self.stopped():
             # Dropout uses the global generator.
-            set_seed(self.seed + 500_000 + discriminator.updates, device_specific=True)
+            set_seed(self.seed + 500_000 + discriminator.updates, device_specific=is_distributed())
             with self.autocast():
                 row = discriminator.update([])
             done = discriminator.updates
             accuracy = self._accuracy()
             if accuracy is not None:
-                row["held_out_accuracy"] = accuracy
+                row |= {"held_out_accuracy": accuracy, "held_out_pairs": float(discriminator.held_out_pairs)}
             progress.update()
             self.log(done, row)
             if done == total or self.stopped() or done % self.saved_every == 0:
@@ -74,17 +73,18 @@ class UpdateLoop:
         return broadcast_object(discriminator.held_out_accuracy())  # all processes must use the same number
 
 
-def surface_leaks(discriminator: Discriminator, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+def surface_leaks(experts: Sequence[Expert], rollouts: Sequence[Rollout], tokenizer: Any) -> dict[str, Any]:
     """Warn if surface features, or single tokens, alone distinguish the positives from the negatives.
 
     Args:
-        discriminator: has the demonstrations and the tokenizer.
-        rollouts: further traces of their prompts; verified ones count as positives.
+        experts: the demonstrations.
+        rollouts: further traces of their prompts; those without a label are ignored.
+        tokenizer: the reward model's.
 
     Returns:
         `surface/auroc`, and the most predictive features.
     """
-    tokenizer = discriminator.model.tokenizer
+    rollouts = [rollout for rollout in rollouts if rollout.label is not None]
     texts = tokenizer.batch_decode([rollout.ids for rollout in rollouts], skip_special_tokens=True)
     names = tokenizer.convert_ids_to_tokens
 
@@ -92,10 +92,10 @@ def surface_leaks(discriminator: Discriminator, rollouts: Sequence[Rollout]) -> 
         return TraceText(str(index), text, ids[-1:] == [tokenizer.eos_token_id], names(ids))
 
     used = sorted({rollout.demonstration for rollout in rollouts})
-    experts = [trace(i, discriminator.experts[i].text, discriminator.experts[i].completion) for i in used]
-    sides: dict[bool, list[TraceText]] = {True: experts, False: []}
+    sides: dict[bool, list[TraceText]] = {True: [], False: []}
+    sides[True] += [trace(i, experts[i].text, experts[i].completion) for i in used]
     for rollout, text in zip(rollouts, texts, strict=True):
-        sides[rollout.verified].append(trace(rollout.demonstration, text, rollout.ids))
+        sides[bool(rollout.label)].append(trace(rollout.demonstration, text, rollout.ids))
     probe = surface_probe(sides[True], sides[False], names(list(tokenizer.added_tokens_decoder)))
     warning = leak_warning(probe)
     if warning is not None:

@@ -11,7 +11,7 @@ from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import generate
-from tracereward.modeling.rendering import Rendering, render_prompt
+from tracereward.modeling.rendering import Rendering, render
 from tracereward.tasks.recipes import Task
 from tracereward.training.options import DataArguments
 
@@ -23,6 +23,8 @@ class Validation:
     Attributes:
         prompts: rendered prompts.
         answers: gold answers.
+        completions: rendered traces of experts, None for a question without one. They are only for the rule for the
+            first error.
         task: verifies answers.
         tokenizer: the policy's.
         max_new_tokens: length limit of an answer.
@@ -31,6 +33,7 @@ class Validation:
 
     prompts: list[str]
     answers: list[str]
+    completions: list[str | None]
     task: Task
     tokenizer: PreTrainedTokenizerBase
     max_new_tokens: int
@@ -81,19 +84,20 @@ def load_validation(
         return None
     split = data.validation_dataset_split
     questions = load_demonstrations(data.validation_dataset_name, task, split=split, require_completion=False)
-    rendered = [render_prompt(tokenizer, row["prompt"], rendering, row["source"]) for row in questions]
+    questions = render(questions, tokenizer, rendering)
     trained_on = {row["prompt"]: row["source"] for row in rows}
-    for row, prompt in zip(questions, rendered, strict=True):
+    for row in questions:
         if row["answer"] is None:
             raise InputError(f"{row['source']}: no answer; a validation question needs one")
-        if prompt in trained_on:
+        if row["prompt"] in trained_on:
             raise InputError(
-                f"{row['source']}: the run also trains on this question ({trained_on[prompt]}); "
+                f"{row['source']}: the run also trains on this question ({trained_on[row['prompt']]}); "
                 "remove it from one of the two"
             )
     return Validation(
-        prompts=rendered,
+        prompts=[row["prompt"] for row in questions],
         answers=[row["answer"] for row in questions],
+        completions=[row["completion"] for row in questions],
         task=task,
         tokenizer=tokenizer,
         max_new_tokens=max_new_tokens,

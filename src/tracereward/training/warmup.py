@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tracereward.errors import RunFailed
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import generate
@@ -27,9 +28,9 @@ from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.log_probs import completion_log_probs
 from tracereward.modeling.tokenization import eos_ids, with_own_end
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.checkpoints import save_state
+from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_state
 from tracereward.training.discriminator_batch import Rollout
-from tracereward.training.update_loop import DISCRIMINATOR_FILE, UpdateLoop, surface_leaks
+from tracereward.training.update_loop import UpdateLoop, surface_leaks
 
 
 class RolloutCollector:
@@ -53,7 +54,7 @@ class RolloutCollector:
     ) -> list[float]:
         """Called by TRL with the local rows."""
         correct = self.trainer.verify(completions, answer)
-        self.rollouts += self.trainer.as_rollouts(demonstration, completion_ids, correct)
+        self.rollouts += self.trainer.as_rollouts(demonstration, completions, completion_ids, correct)
         return [0.0] * len(completions)
 
     def unknown(self, completions: list[str], **_: Any) -> list[float]:
@@ -90,11 +91,19 @@ class WarmUp(TrainerCallback):
         self.model = self._load_model()
         leaks: dict[str, Any] = {}
         if total and discriminator.updates == 0:
-            rollouts = self._draw(self._rows())
+            rollouts = trainer.given or self._draw(self._rows())
             prompts = [discriminator.experts[rollout.demonstration].prompt for rollout in rollouts]
             trainer.check_positions(prompts, [rollout.ids for rollout in rollouts])
             discriminator.remember(rollouts)
-            leaks = {} if trainer.stop.received() else surface_leaks(discriminator, rollouts)
+            trainer.remark_on_labels()
+            if not discriminator.replay.rollouts and not trainer.stop.received():
+                raise RunFailed(
+                    f"none of the warm-up's {len(rollouts)} rollouts can be trained on under label rule "
+                    f"{trainer.labels.name}: all are left out, or of held-out demonstrations: use --negatives all, or "
+                    "a lower --held_out_fraction"
+                )
+            if not trainer.stop.received():
+                leaks = surface_leaks(discriminator.experts, rollouts, discriminator.model.tokenizer)
         loop = UpdateLoop(
             discriminator=discriminator,
             seed=config.seed,
@@ -173,7 +182,7 @@ class WarmUp(TrainerCallback):
         trainer, size = self.trainer, self._batch_size
         path = self.folder / "rollouts.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rollouts = [Rollout(row["demonstration"], row["ids"], row["verified"]) for row in read_jsonl(path)]
+        rollouts = [_stored(row) for row in read_jsonl(path)]
         local = size // trainer.accelerator.num_processes
         starts = range(len(rollouts), len(rows), size)
         for start in tqdm(starts, desc="warm-up rollouts", disable=trainer.quiet, leave=False):
@@ -210,7 +219,7 @@ class WarmUp(TrainerCallback):
         completions = [with_own_end(trainer.tokenizer, ids, ends) for ids in completions]
         texts = trainer.tokenizer.batch_decode(completions, skip_special_tokens=True)
         correct = trainer.verify(texts, [row["answer"] for row in rows])
-        return trainer.as_rollouts([row["demonstration"] for row in rows], completions, correct)
+        return trainer.as_rollouts([row["demonstration"] for row in rows], texts, completions, correct)
 
     def _load_model(self) -> PreTrainedModel | None:
         name = self.config.warmup_model
@@ -218,6 +227,12 @@ class WarmUp(TrainerCallback):
             return None
         with zero3_disabled():
             return load_causal_lm(name, self.trainer.policy.dtype, self.trainer.accelerator.device)
+
+
+def _stored(row: dict[str, Any]) -> Rollout:
+    """A rollout in the warm-up's file; earlier versions called its label ``verified``."""
+    label = row["label"] if "label" in row else row["verified"]
+    return Rollout(**{**{name: value for name, value in row.items() if name != "verified"}, "label": label})
 
 
 def filled(rows: list[Any], size: int) -> list[Any]:

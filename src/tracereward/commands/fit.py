@@ -1,0 +1,279 @@
+"""`tracereward fit`: a reward model from expert traces and logged traces, without a policy."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from tracereward.commands.train import explained
+from tracereward.console import note
+from tracereward.data.candidates import Question
+from tracereward.data.readers import rows_of
+from tracereward.errors import InputError, nearest
+from tracereward.files import write_jsonl
+from tracereward.modeling.loading import best_device, check_model, load_causal_lm
+from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.policy_settings import inherited
+from tracereward.modeling.rendering import Rendering, dated
+from tracereward.modeling.tokenization import pad_id, policy_tokenizer
+from tracereward.reports.verdicts import verdict_html, verdict_markdown, write_verdict
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.runs.cards import about_fit
+from tracereward.runs.disk import check_disk
+from tracereward.runs.fit_report import HeldOut, measure
+from tracereward.runs.folder import Run, run_folder
+from tracereward.runs.job import CHECKPOINTS, FitJob
+from tracereward.runs.report import pick_traces
+from tracereward.tasks.recipes import Task, get_task
+from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_checkpoint
+from tracereward.training.discriminator import Discriminator
+from tracereward.training.discriminator_batch import perturbed_pairs
+from tracereward.training.fit_data import FitData, FitQuestion, prepare_fit_data, read_fit_data
+from tracereward.training.fit_options import FitOptions
+from tracereward.training.label_rules import LabelRule
+from tracereward.training.update_loop import UpdateLoop, pair_auroc, pair_traces, surface_leaks
+from tracereward.verdict import Verdict
+
+JUDGED_EVERY = 10  # updates between two held-out accuracies and perturbation AUROCs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """The result of `fit`.
+
+    Attributes:
+        reward_model: ready to score.
+        verdict: whether the reward chooses better than the baselines on the held-out questions; None if unknown.
+        label_rule: which candidates were positives and which negatives, such as ``agreeing/disagreeing``.
+        folder: the run folder; None if none was asked for.
+    """
+
+    reward_model: TokenRewardModel
+    verdict: Verdict | None
+    label_rule: str
+    folder: Path | None = None
+
+
+def fit(
+    demonstrations: Any,
+    candidates: Any,
+    *,
+    model: str,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    **options: Any,
+) -> Fitted:
+    """Learn a reward model from expert traces and logged traces, without a policy.
+
+    Args:
+        demonstrations: rows with prompt and completion: a list of dicts, a pandas DataFrame, a `datasets.Dataset`, or
+            the name of a file.
+        candidates: traces of models for the same prompts, likewise; optionally with answer, correct, model, logprob.
+        model: folder or Hub id of the causal LM that reads the traces.
+        output_dir: the run folder; None leaves none behind.
+        resume: continue an unfinished run in `output_dir`.
+        **options: those of `tracereward fit`, such as ``task="gsm8k"``.
+
+    Raises:
+        InputError: unknown options, or rows that cannot be used; names the row and the fix.
+        RunFailed: the run failed after it started.
+    """
+    known = [one.name for one in dataclasses.fields(FitOptions)]
+    for name in options:
+        if name not in known:
+            near = nearest(name, known)
+            raise InputError(f"unknown option {name!r}" + (f": did you mean {near!r}?" if near else ""))
+    rows = {"demonstrations": demonstrations, "candidates": candidates}
+    with contextlib.ExitStack() as stack:
+        folder = output_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="tracereward-fit-"))
+        files = {
+            name: os.fspath(value) if isinstance(value, (str, os.PathLike)) else str(Path(folder) / f"{name}.jsonl")
+            for name, value in rows.items()
+        }
+        given = FitOptions(model=os.fspath(model), output_dir=str(folder), **files, **options)
+        fitted = run_fit(given, resume, rows)
+    return fitted if output_dir else dataclasses.replace(fitted, folder=None)
+
+
+def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | None = None) -> Fitted:
+    """`tracereward fit`; the run folder holds ``reward_model/``, ``verdict.json`` and ``report.html``.
+
+    Args:
+        options: of the command.
+        resume: whether a run in the output folder is resumed.
+        rows: demonstrations and candidates by name, where they are not in files.
+
+    Raises:
+        InputError: an input cannot be used; before any model is loaded.
+        RunFailed: the run failed after it started.
+        Interrupted: the user stopped it.
+    """
+    FitJob(given=options)  # refuses options without effect
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("fit runs in one process: start it without a launcher")
+    if options.model is None:
+        raise InputError("no model: pass --model, a folder or a Hub id")
+    task, name = get_task(options.task), options.model
+    read = _read(options, task, rows or {})
+    check_model(name)
+    template, kwargs = inherited(name, options.template, options.chat_template_kwargs)
+    options = dataclasses.replace(options, template=template, chat_template_kwargs=kwargs)
+    rendering = Rendering(template=template, chat_template_kwargs=kwargs or {})
+    tokenizer = policy_tokenizer(name, rendering)
+    rendering = dated(rendering, tokenizer)
+    data = prepare_fit_data(options, task, read, tokenizer=tokenizer, rendering=rendering)
+    settings = RewardSettings(
+        head=options.head,
+        granularity=options.granularity,
+        interval=options.interval,
+        step_delimiter=options.step_delimiter or task.step_delimiter,
+        reward_form="logit",
+        task=task.name,
+        template=rendering.template,
+        chat_template_kwargs=rendering.chat_template_kwargs,
+        date=rendering.date,
+        base_model=name,
+        label_rule=data.rule.name,
+    )
+    job = FitJob(given=options, resume=resume)
+    check_disk(job, models=1)
+    with run_folder(job) as run:
+        for kind, source in (rows or {}).items():
+            if not isinstance(source, (str, os.PathLike)):
+                write_jsonl(run.folder / f"{kind}.jsonl", [row for _, row in rows_of(source, kind)])
+        torch.manual_seed(options.seed)  # random initialisation of the head and LoRA
+        with explained():
+            model = TokenRewardModel.from_backbone(
+                name, settings, tokenizer, peft_config=_lora(options), dtype=options.dtype or "float32"
+            )
+        model.to(best_device())
+        fine_tune(run, model, data)
+        model.eval()
+        log_probs = _log_probs(options, model, data.held_out)
+        found = measure(model, data.held_out, log_probs, task)
+        _finish(run, model, data, found)
+    return Fitted(reward_model=model, verdict=found.verdict, label_rule=data.rule.name, folder=run.folder)
+
+
+def _read(options: FitOptions, task: Task, rows: dict[str, Any]) -> tuple[list[Question], LabelRule, str]:
+    """The matched rows, from memory or from the files of the options."""
+    demonstrations = rows.get("demonstrations", options.demonstrations or task.dataset)
+    candidates = rows.get("candidates", options.candidates)
+    if demonstrations is None:
+        raise InputError(f"task {task.name!r} has no default dataset: pass --demonstrations, a file or a Hub id")
+    if candidates is None:
+        raise InputError("no candidates: pass --candidates, traces of models as `tracereward sample` writes them")
+    return read_fit_data(options, task, demonstrations, candidates)
+
+
+def _lora(options: FitOptions) -> LoraConfig | None:
+    """LoRA settings from the options; None without ``use_peft``."""
+    if not options.use_peft:
+        return None
+    layers: Any = options.lora_target_modules
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        target_modules="all-linear" if layers == ["all-linear"] else layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+def fine_tune(run: Run[FitJob], model: TokenRewardModel, data: FitData) -> None:
+    """Train a reward model on labelled candidates, from the last complete checkpoint if there is one.
+
+    Raises:
+        Interrupted: the user stopped it.
+        RunFailed: non-finite numbers, or a full disk.
+    """
+    options = run.job.given
+    rollouts = data.rollouts(perturbed=options.perturbed_per_expert > 0)
+    discriminator = Discriminator(
+        model,
+        data.experts,
+        options.discriminator(len(rollouts)),
+        seed=options.seed,
+        held_out=data.held_out_experts,
+    )
+    pairs = perturbed_pairs(data.experts, data.held_out_experts, discriminator.perturbed, options.seed)
+    leaks: dict[str, Any] = {}
+    if run.checkpoint is None:
+        discriminator.remember(rollouts)
+        held_out = discriminator.held_out
+        leaks = surface_leaks(data.experts, [r for r in rollouts if r.demonstration not in held_out], model.tokenizer)
+    else:
+        discriminator.load(run.checkpoint / DISCRIMINATOR_FILE)
+    run.metrics.rewind(discriminator.updates, sys.maxsize)
+
+    def log(update: int, row: dict[str, float]) -> None:
+        named: dict[str, Any] = {f"discriminator/{name}": value for name, value in row.items()}
+        if pairs and update % JUDGED_EVERY == 0:
+            rewards = model.token_rewards(*pair_traces(pairs), token_budget=options.token_budget)
+            named["monitor/perturbation_auroc"] = pair_auroc(pairs, [float(values.mean()) for values in rewards])
+        run.metrics.append({"phase": "fit", "step": update, **named, **leaks})
+        leaks.clear()
+
+    half = model.device.type == "cuda" and (options.dtype or "float32") == "float32"
+    loop = UpdateLoop(
+        discriminator=discriminator,
+        seed=options.seed,
+        judged_every=JUDGED_EVERY,
+        stopped=run.stop.received,
+        log=log,
+        save=lambda: save_checkpoint(run.folder / CHECKPOINTS, discriminator.updates, discriminator.state_dict()),
+        autocast=lambda: torch.autocast(model.device.type, torch.bfloat16, enabled=half),
+        saved_every=options.save_steps,
+    )
+    with run.interruptible(lambda: (discriminator.updates, options.updates)):
+        loop.run(options.updates, "fit")
+
+
+def _log_probs(
+    options: FitOptions, model: TokenRewardModel, questions: Sequence[FitQuestion]
+) -> list[list[float]] | None:
+    """Mean log-prob of each candidate under the model before training; None if all rows have their own."""
+    candidates = [candidate for question in questions for candidate in question.candidates]
+    own = sum(candidate.row.logprob is not None for candidate in candidates)
+    if own == len(candidates):
+        return None
+    if own:
+        note(f"{own} of {len(candidates)} held-out candidates have a logprob: it is computed for all, with the model")
+    prompts = [question.prompt for question in questions for _ in question.candidates]
+    language_model = load_causal_lm(str(options.model), options.dtype or "float32", model.device)
+    flat = iter(mean_log_probs(language_model, prompts, [c.ids for c in candidates], pad_id(model.tokenizer)))
+    return [[next(flat) for _ in question.candidates] for question in questions]
+
+
+def _finish(run: Run[FitJob], model: TokenRewardModel, data: FitData, found: HeldOut) -> None:
+    """Write the reward model with its calibration and card, the verdict and the report; says the verdict."""
+    traces = sum(len(question.candidates) for question in data.questions)
+    sentences = [
+        f"{len(data.experts)} demonstrations and {traces} candidates of {len(data.questions)} questions of the task "
+        f"`{model.settings.task}`, of which {len(data.held_out)} questions were held out.",
+        f"{data.said[0].upper()}{data.said[1:]}.",
+        *found.missing,
+    ]
+    model.settings = dataclasses.replace(model.settings, calibration=found.calibration)
+    folder, missing = run.folder / "reward_model", " ".join(found.missing)
+    model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
+    for place in (folder, run.folder):
+        write_verdict(place, found.verdict)
+    run.report(
+        " ".join(sentences),
+        verdict=verdict_html(found.verdict, missing),
+        rewards_correct=found.rewards(correct=True),
+        rewards_wrong=found.rewards(correct=False),
+        traces=pick_traces(found.traces),
+    )
+    for sentence in found.missing:
+        note(sentence)
+    if found.verdict is not None:
+        note(f"On {found.verdict.about}: {found.verdict.line}")

@@ -1,0 +1,194 @@
+"""Options of `tracereward fit`: plain dataclasses that import neither torch nor TRL; see `options`."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from tracereward.errors import InputError
+from tracereward.generation.params import MAX_SEED
+from tracereward.rewards.choices import GRANULARITIES
+from tracereward.training.options import DiscriminatorOptions, OneOf, Range, check_options
+
+
+@dataclass
+class FitDataOptions:
+    """The demonstrations, the candidates and how to read them."""
+
+    demonstrations: str | None = field(
+        default=None,
+        metadata={"help": "Expert traces: JSONL, CSV or Parquet file, a folder, or Hub id. Default: the task's set."},
+    )
+    candidates: str | None = field(
+        default=None,
+        metadata={
+            "help": "Logged traces of models for the same questions, several a question, as `tracereward sample` "
+            "writes them: prompt and completion, optionally answer, correct, model and logprob."
+        },
+    )
+    questions: str | None = field(
+        default=None, metadata={"help": "File or Hub id of the questions, if --candidates has only their ids."}
+    )
+    task: str = field(
+        default="generic",
+        metadata={"help": "Task that maps a dataset's fields and reads answers, as for `tracereward train`."},
+    )
+    template: Annotated[str | None, OneOf(("plain", "chat"))] = field(
+        default=None,
+        metadata={
+            "help": "plain: prompts as the task formats them; chat: the tokenizer's chat template. Default: as the "
+            "model was trained by tracereward, else plain."
+        },
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": 'Variables of the chat template as JSON, such as {"enable_thinking": false}.'},
+    )
+    max_completion_length: Annotated[int | None, Range(min=1, whole=True)] = field(
+        default=None,
+        metadata={"help": "Longest trace in tokens, with the end-of-sequence token. Default: what the model reads."},
+    )
+    on_long: Annotated[str, OneOf(("refuse", "drop"))] = field(
+        default="refuse",
+        metadata={
+            "help": "If a trace is longer: refuse to start, or drop it and report it. Traces are never truncated."
+        },
+    )
+
+
+@dataclass
+class FitLabelOptions:
+    """Which candidates are positives and which are negatives."""
+
+    positives: Annotated[str | None, OneOf(("expert", "agreeing"))] = field(
+        default=None,
+        metadata={
+            "help": "expert: the demonstrations alone; agreeing: also candidates that state the demonstration's own "
+            "answer. Default: agreeing where at least 80 % of the answers can be read, else expert."
+        },
+    )
+    negatives: Annotated[str | None, OneOf(("all", "disagreeing"))] = field(
+        default=None,
+        metadata={
+            "help": "all: every other candidate; disagreeing: only those that state another answer. Default: as for "
+            "--positives, disagreeing or all."
+        },
+    )
+    held_out_fraction: Annotated[float, Range(min=0, max=0.9)] = field(
+        default=0.2,
+        metadata={
+            "help": "Share of the questions that nothing is learned from or selected by: verdict, AUROC and "
+            "calibration are measured on them."
+        },
+    )
+
+
+@dataclass
+class FitModelOptions:
+    """The reward model."""
+
+    model: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the causal LM that reads the traces."}
+    )
+    dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = field(
+        default=None, metadata={"help": "Precision of the loaded weights. Default: float32."}
+    )
+    head: Annotated[str, OneOf(("token", "action"))] = field(
+        default="token",
+        metadata={"help": "token: a linear map on the hidden state; action: also reads the token's log-prob."},
+    )
+    granularity: Annotated[str, OneOf(GRANULARITIES)] = field(
+        default="dense", metadata={"help": "Supervised tokens: sparse, step, interval or dense."}
+    )
+    interval: Annotated[int, Range(min=1)] = field(default=15, metadata={"help": "k of granularity interval."})
+    step_delimiter: str | None = field(default=None, metadata={"help": "String that ends a step. Default: the task's."})
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
+    lora_r: Annotated[int, Range(min=1)] = field(default=16, metadata={"help": "Rank of LoRA."})
+    lora_alpha: Annotated[int, Range(min=1)] = field(default=32, metadata={"help": "Scale of LoRA."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers with an adapter, or all-linear. Default: PEFT's for the architecture."}
+    )
+
+
+@dataclass
+class FitUpdateOptions:
+    """Loss and updates of the fine-tuning."""
+
+    objective: Annotated[str, OneOf(("pairwise", "bce"))] = field(
+        default="pairwise",
+        metadata={
+            "help": "pairwise: Bradley-Terry on mean logits of a positive and the negatives of its question; bce: "
+            "binary cross-entropy per token."
+        },
+    )
+    label_smoothing: Annotated[float, Range(min=0, max=0.499)] = field(
+        default=0.1, metadata={"help": "Label smoothing of bce."}
+    )
+    first_difference: Annotated[str, OneOf(("rollouts", "both", "none"))] = field(
+        default="rollouts",
+        metadata={
+            "help": "Initial tokens that a candidate shares with an expert trace of its question: rollouts excludes "
+            "them from the candidate's loss, both also from the expert's, none keeps them."
+        },
+    )
+    perturbed_per_expert: Annotated[int, Range(min=0)] = field(
+        default=0, metadata={"help": "Perturbed copies per expert trace as further negatives, new in each update."}
+    )
+    updates: Annotated[int, Range(min=1)] = field(default=200, metadata={"help": "Optimiser steps."})
+    learning_rate: Annotated[float, Range(above=0)] = field(default=1e-5, metadata={"help": "AdamW learning rate."})
+    update_prompts: Annotated[int, Range(min=1)] = field(default=16, metadata={"help": "Demonstrations in one update."})
+    update_candidates: Annotated[int, Range(min=1)] = field(
+        default=4, metadata={"help": "Candidates per demonstration in one update."}
+    )
+    token_budget: Annotated[int, Range(min=1)] = field(
+        default=8192, metadata={"help": "Padded tokens in one forward and backward pass."}
+    )
+    save_steps: Annotated[int, Range(min=1)] = field(default=20, metadata={"help": "Updates between two checkpoints."})
+
+
+@dataclass
+class FitRunOptions:
+    """The run folder and the random numbers."""
+
+    output_dir: str = field(default="runs/fit", metadata={"help": "The run folder."})
+    seed: Annotated[int, Range(min=0, max=MAX_SEED, whole=True)] = field(default=42, metadata={"help": "Random seed."})
+
+
+@dataclass
+class FitOptions(FitDataOptions, FitLabelOptions, FitModelOptions, FitUpdateOptions, FitRunOptions):
+    """All options of `tracereward fit`."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.step_delimiter == "":
+            raise InputError("step_delimiter is empty: give the text that ends a step, or leave it out for the task's")
+
+    def discriminator(self, rollouts: int) -> DiscriminatorOptions:
+        """The options of the discriminator.
+
+        Args:
+            rollouts: number of candidates, all of which are kept.
+        """
+        return DiscriminatorOptions(
+            head=self.head,
+            granularity=self.granularity,
+            interval=self.interval,
+            objective=self.objective,
+            label_smoothing=self.label_smoothing,
+            first_difference=self.first_difference,
+            perturbed_per_expert=self.perturbed_per_expert,
+            discriminator_learning_rate=self.learning_rate,
+            discriminator_warmup_updates=self.updates,
+            discriminator_prompts=self.update_prompts,
+            discriminator_rollouts=self.update_candidates,
+            discriminator_token_budget=self.token_budget,
+            replay_size=max(1, rollouts),
+        )
+
+
+FIT_GROUPS: dict[str, type] = {
+    "Data": FitDataOptions,
+    "Labels and held-out questions": FitLabelOptions,
+    "Reward model": FitModelOptions,
+    "Fine-tuning": FitUpdateOptions,
+    "Run": FitRunOptions,
+}
+"""The options by heading of the help."""

@@ -1,0 +1,277 @@
+"""`tracereward fit`: what it learns, leaves behind, resumes and refuses, on generated traces and a tiny model."""
+
+import json
+import random
+import signal
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from helpers.command_line import command, refused  # noqa: F401
+from helpers.tiny import launcher, options, rows, trap, weights
+from helpers.unloadable import unloadable
+from tracereward import TokenRewardModel, as_reward_func, fit
+from tracereward.errors import InputError
+from tracereward.files import write_jsonl
+from tracereward.synthetic.arithmetic import generate
+
+SMALL = {"task": "arithmetic", "head": "action", "learning_rate": 3e-3, "updates": 24, "save_steps": 10}
+FEW = {**SMALL, "updates": 3}
+
+
+def dropped_borrows(prompt: str) -> str | None:
+    """A problem worked with v - k + 10 where v - k needs a borrow; None outside the vocabulary."""
+    words = prompt.removesuffix(" = ?\n").split(" ")
+    value, lines = int(words[0]), []
+    for operator, operand in zip(words[1::2], map(int, words[2::2])):
+        borrowed = 10 if operator == "-" and value % 10 < operand else 0
+        result = value + operand if operator == "+" else value - operand + borrowed
+        if not 0 <= result <= 40:
+            return None
+        lines.append(f"{value} {operator} {operand} = {result}")
+        value = result
+    return "\n".join([*lines, f"#### {value}"])
+
+
+def longer(trace: str) -> str:
+    """The same working with one more line, as no expert writes it."""
+    working, _, last = trace.rpartition("\n")
+    value = last.removeprefix("#### ")
+    return f"{working}\n{value} + 0 = {value}\n{last}"
+
+
+def logged(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> tuple[list[dict], list[dict]]:
+    """Demonstrations, and four candidates each of two models, of which one is right more often."""
+    rng = random.Random(seed)
+    problems = [
+        (row, wrong)
+        for row in generate("misconception", 4 * count, seed, exclude=exclude)
+        if (wrong := dropped_borrows(row["prompt"])) not in (None, row["completion"])
+    ][:count]
+    assert len(problems) == count
+    candidates = []
+    for row, wrong in problems:
+        for model, share in (("strong", 0.7), ("strong", 0.7), ("weak", 0.3), ("weak", 0.3)):
+            text = longer(row["completion"] if rng.random() < share else wrong)
+            candidates.append({"prompt": row["prompt"], "completion": text, "model": model, "logprob": -rng.random()})
+    demonstrations = [{"prompt": row["prompt"], "completion": row["completion"]} for row, _ in problems]
+    return demonstrations, candidates
+
+
+DEMONSTRATIONS, CANDIDATES = logged(100, seed=5)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """The rows in files; and a model that cannot be loaded."""
+    folder = tmp_path_factory.mktemp("logs")
+    write_jsonl(folder / "experts.jsonl", DEMONSTRATIONS)
+    write_jsonl(folder / "logged.jsonl", CANDIDATES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def given(files, tiny_model_folder):
+    """Options that every run needs."""
+    return {
+        "demonstrations": files / "experts.jsonl",
+        "candidates": files / "logged.jsonl",
+        "model": tiny_model_folder,
+    }
+
+
+@pytest.fixture(scope="module")
+def done(files, given):
+    """A finished run."""
+    result = launcher()("fit", *options(**given, **SMALL, output_dir=files / "run"))
+    assert result.code == 0, result.err
+    return files / "run", result
+
+
+def auroc_within(model: TokenRewardModel, demonstrations: list[dict]) -> float:
+    """Share of problems whose right working, with the extra line, gets a higher mean reward than the wrong one."""
+    prompts = [row["prompt"] for row in demonstrations for _ in range(2)]
+    texts = [
+        longer(text) for row in demonstrations for text in (row["completion"], str(dropped_borrows(row["prompt"])))
+    ]
+    values = [sum(scores.rewards) / len(scores.rewards) for scores in model.score(prompts, texts)]
+    return sum(right > wrong for right, wrong in zip(values[::2], values[1::2], strict=True)) / len(demonstrations)
+
+
+def test_it_learns_what_is_right_on_new_problems(done, tiny_model_folder, tokenizer):
+    folder, _ = done
+    new, _ = logged(60, seed=6, exclude=frozenset(row["prompt"] for row in DEMONSTRATIONS))
+    model = TokenRewardModel.from_pretrained(folder / "reward_model")
+    assert auroc_within(model, new) > 0.85
+    stored = json.loads((folder / "verdict.json").read_text())
+    assert stored["aurocs"]["reward"]["within_prompt"] > 0.85
+    assert stored["questions"] == 20
+    prompts, texts = [row["prompt"] for row in new], [row["completion"] for row in new]
+    means = [sum(scores.rewards) / len(scores.rewards) for scores in model.score(prompts, texts)]
+    assert as_reward_func(model)(prompts=prompts, completions=texts) == pytest.approx(means)
+
+
+def test_run_folder_names_the_rule_and_the_verdict(done):
+    folder, result = done
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["task"] == "arithmetic"
+    settings = json.loads((folder / "reward_model" / "tracereward.json").read_text())
+    assert settings["label_rule"] == "agreeing/disagreeing"
+    assert settings["calibration"]["traces"] == 80
+    line = json.loads((folder / "verdict.json").read_text())["line"]
+    card = (folder / "reward_model" / "README.md").read_text()
+    report = (folder / "report.html").read_text()
+    for text in (card, report, result.err):
+        assert "agreeing/disagreeing" in text
+        assert line in text.replace("&#43;", "+")
+        assert "by agreement with the answer that the demonstration states" in text
+    metrics = rows(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 25))
+    assert "surface/auroc" in metrics[0]
+    assert metrics[-1]["discriminator/loss"] < metrics[0]["discriminator/loss"]
+    assert metrics[19]["discriminator/held_out_accuracy"] > 0.5
+    assert 0 <= metrics[19]["monitor/perturbation_auroc"] <= 1
+
+
+def test_the_artefact_reranks_and_is_inspected(done, files, command, tmp_path):
+    folder, _ = done
+    write_jsonl(tmp_path / "few.jsonl", [{**row, "answer": "1"} for row in CANDIDATES[:8]])
+    ranked = command("rerank", folder / "reward_model", tmp_path / "few.jsonl", "-o", tmp_path / "chosen.jsonl")
+    assert ranked.code == 0, ranked.err
+    page = command("inspect", tmp_path / "few.jsonl", "--model", folder / "reward_model", "-o", tmp_path / "page.html")
+    assert page.code == 0, page.err
+
+
+@pytest.mark.parametrize(
+    ("name", "trapped", "code"),
+    [
+        ("killed", trap("open", "metrics.jsonl", 16), -signal.SIGKILL),
+        ("stopped", trap("open", "metrics.jsonl", 5, number=signal.SIGINT), 130),
+        ("unmarked", trap("rename", "checkpoint-20/complete.json"), -signal.SIGKILL),
+    ],
+)
+def test_resumed_run_equals_an_uninterrupted_one(name, trapped, code, done, given, files):
+    folder = files / name
+    words = ["fit", *options(**given, **SMALL, output_dir=folder)]
+    first = launcher()(*words, trap=trapped)
+    assert first.code == code, first.err
+    again = launcher()("fit", "--output_dir", folder, "--resume")
+    assert again.code == 0, again.err
+    expected, found = weights(done[0] / "reward_model"), weights(folder / "reward_model")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[tensor], found[tensor]) for tensor in expected)
+    assert rows(folder / "metrics.jsonl") == rows(done[0] / "metrics.jsonl")
+    assert (folder / "verdict.json").read_text() == (done[0] / "verdict.json").read_text()
+
+
+def trained(tiny_model_folder, demonstrations, candidates, **more):
+    """Weights of a short run from rows in memory."""
+    fitted = fit(demonstrations, candidates, model=str(tiny_model_folder), **{**FEW, **more})
+    return {name: value.clone() for name, value in fitted.reward_model.state_dict().items()}, fitted
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_lists_tables_and_data_sets_give_the_same_model(tiny_model_folder, tmp_path):
+    listed, fitted = trained(tiny_model_folder, DEMONSTRATIONS, CANDIDATES)
+    assert fitted.folder is None
+    assert fitted.label_rule == "agreeing/disagreeing"
+    assert fitted.verdict.questions == 20
+    table, _ = trained(tiny_model_folder, pd.DataFrame(DEMONSTRATIONS), Dataset.from_list(CANDIDATES))
+    assert same(listed, table)
+    _, fitted = trained(tiny_model_folder, DEMONSTRATIONS, CANDIDATES, output_dir=tmp_path / "run")
+    assert fitted.folder == tmp_path / "run"
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert rows(tmp_path / "run" / "candidates.jsonl") == CANDIDATES
+    assert config["candidates"] == str(tmp_path / "run" / "candidates.jsonl")
+
+
+def test_nothing_is_learned_from_held_out_questions(tiny_model_folder):
+    """Other traces of the held-out questions change the verdict and no weight."""
+    before, fitted = trained(tiny_model_folder, DEMONSTRATIONS, CANDIDATES)
+    chosen = random.Random("held out 42").sample(range(100), 20)
+    held_out = {DEMONSTRATIONS[index]["prompt"] for index in chosen}
+    swapped = [
+        {**row, "completion": longer(str(dropped_borrows(row["prompt"])))} if row["prompt"] in held_out else row
+        for row in CANDIDATES
+    ]
+    after, changed = trained(tiny_model_folder, DEMONSTRATIONS, swapped)
+    assert same(before, after)
+    assert changed.verdict.comparisons != fitted.verdict.comparisons
+    others = [
+        row if row["prompt"] in held_out else {**row, "completion": longer(row["completion"])} for row in CANDIDATES
+    ]
+    assert not same(before, trained(tiny_model_folder, DEMONSTRATIONS, others)[0])
+
+
+def test_own_labels_come_before_agreement(tiny_model_folder):
+    """Labels that contradict the answers turn the AUROC round."""
+    _, fitted = trained(tiny_model_folder, DEMONSTRATIONS, CANDIDATES)
+    right = {row["prompt"]: row["completion"].rpartition("\n")[2] for row in DEMONSTRATIONS}
+    labelled = [{**row, "correct": row["completion"].rpartition("\n")[2] != right[row["prompt"]]} for row in CANDIDATES]
+    _, turned = trained(tiny_model_folder, DEMONSTRATIONS, labelled)
+    value = fitted.verdict.aurocs["reward"]["within_prompt"]
+    assert turned.verdict.aurocs["reward"]["within_prompt"] == pytest.approx(1 - value)
+
+
+def test_lora_and_the_token_head_train(tiny_model_folder):
+    more = {"head": "token", "use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj"], "objective": "bce"}
+    state, fitted = trained(tiny_model_folder, DEMONSTRATIONS, CANDIDATES, **more)
+    assert any("lora_B" in name and value.abs().sum() > 0 for name, value in state.items())
+    assert fitted.reward_model.settings.head == "token"
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"candidates": None}, ["--candidates"]),
+        ({"model": None}, ["--model"]),
+        ({"lora_r": 4}, ["--lora_r 4", "--use_peft true"]),
+        ({"label_smoothing": 0.2}, ["--label_smoothing 0.2", "--objective bce"]),
+        ({"positives": "expret"}, ["positives", "expert"]),
+        ({"dataset_name": "x.jsonl"}, ["demonstrations"]),
+        ({"max_completion_length": 6}, ["traces are over 6 tokens", "--on_long drop"]),
+        ({"template": "chat"}, ["chat template"]),
+        ({"held_out_fraction": 1}, ["held_out_fraction"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(changed, parts, given, command, tmp_path):
+    bare = unloadable(given["model"], tmp_path / "bare")
+    words = {**given, **SMALL, "model": bare, "output_dir": tmp_path / "run", **changed}
+    words = {name: value for name, value in words.items() if value is not None}
+    refused(command("fit", *options(**words)), *parts)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_rows_that_cannot_be_compared_are_refused(tiny_model_folder, monkeypatch):
+    model = {"model": str(tiny_model_folder), **FEW}
+    elsewhere = [{**row, "prompt": f"9 + {row['prompt']}"} for row in CANDIDATES]
+    with pytest.raises(InputError, match="no candidate has the prompt of a demonstration"):
+        fit(DEMONSTRATIONS, elsewhere, **model)
+    right = {row["prompt"]: row["completion"] for row in DEMONSTRATIONS}
+    agreeing = [{"prompt": prompt, "completion": longer(text)} for prompt, text in right.items()]
+    with pytest.raises(InputError, match="one class only"):
+        fit(DEMONSTRATIONS, agreeing, **model)
+    with pytest.raises(InputError, match=r"candidates\[1\]"):
+        fit(DEMONSTRATIONS, [CANDIDATES[0], {"prompt": "1 + 1 = ?\n"}], **model)
+    with pytest.raises(InputError, match="did you mean 'learning_rate'"):
+        fit(DEMONSTRATIONS, CANDIDATES, **model, learning_rat=1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process"):
+        fit(DEMONSTRATIONS, CANDIDATES, **model)
+
+
+def test_a_finished_run_is_not_overwritten(done, given):
+    folder, _ = done
+    again = launcher()("fit", *options(**given, **SMALL, output_dir=folder))
+    assert again.code == 2
+    assert "already has a run" in again.err
+    other = launcher()("train", "--output_dir", folder, "--resume")
+    assert other.code == 2
+    assert "tracereward fit" in other.err
