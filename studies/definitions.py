@@ -267,6 +267,31 @@ STUDIES = {
         ),
         steps=50,
     ),
+    "labels": Study(
+        "Which rollouts are negatives, and which join the experts?",
+        "World `terse`: a pretrained policy that is right in most of its samples, in another style than the experts'. "
+        "Experts write the answer alone, which the policy hardly ever gets right without the working. The label rules "
+        "use the answer that the demonstration of a prompt states, no gold answer: under `all` every rollout is a "
+        "negative, under `disagreeing` only one whose answer differs; under `agreeing` those with the same answer join "
+        "the experts. `mixed` uses gold answers and is the upper line. All start from the pretrained policy, and the "
+        "policy after the last step is evaluated.",
+        worlds=("terse",),
+        seeds=range(40, 43),
+        arms=(
+            BASE,
+            SFT,
+            *(
+                irl(f"IRL, {positives}/{negatives}", start="base", positives=positives, negatives=negatives)
+                for positives, negatives in (
+                    ("expert", "all"),
+                    ("expert", "disagreeing"),
+                    ("agreeing", "disagreeing"),
+                    ("agreeing", "all"),
+                    ("mixed", "all"),
+                )
+            ),
+        ),
+    ),
     "corrupt": Study(
         "How much do wrong experts hurt?",
         "0, 10 or 25 % of the demonstrations end in a wrong answer, with mistakes of the pretraining corpus. SFT is "

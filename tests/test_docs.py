@@ -100,7 +100,7 @@ def test_tutorial_runs(tmp_path):
     documented = re.findall(
         r"^\| `([\w./-]+)` \|", (DOCS / "tutorial.md").read_text(encoding="utf-8"), flags=re.MULTILINE
     )
-    assert len(documented) == 12
+    assert len(documented) == 13
     missing = [name for name in documented if not (run / name).exists()]
     assert not missing
     assert (run / "checkpoints" / "checkpoint-6" / "discriminator.pt").is_file()

@@ -177,7 +177,8 @@ def test_run_uploads_both_models_at_its_end(hub, tmp_path, tiny_model_folder):
         assert "tracereward" in card.data.tags
         assert "16 demonstrations of the task `arithmetic` (experts.jsonl)" in card.text
         assert f'from_pretrained("{name}")' in card.text
-        logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        logged = next(row for row in reversed(rows) if row["phase"] == "train")
         assert f"| reward of the rollouts | {logged['reward']:.4g} |" in card.text
     assert b"hf_of_alice" not in (folder / "config.yaml").read_bytes()
     assert "push_to_hub: true" in (folder / "config.yaml").read_text()

@@ -58,6 +58,12 @@ def test_an_end_mark_means_that_the_trace_is_finished():
     assert (row.completion, row.finished) == ("#### 9", True)
 
 
+def test_a_row_of_several_candidates_is_one_for_each():
+    row = {"prompt": "p", "candidates": ["#### 9", "#### 8"], "answer": "9", "finished": [True, False], "model": "m"}
+    found = [(r.completion, r.answer, r.correct, r.finished, r.model) for r in read_candidates([row], GSM8K)]
+    assert found == [("#### 9", "9", True, True, "m"), ("#### 8", "8", False, False, "m")]
+
+
 @pytest.mark.parametrize(
     ("source", "named"),
     [
@@ -68,6 +74,8 @@ def test_an_end_mark_means_that_the_trace_is_finished():
         ([SAMPLED, {"prompt": "p"}], r"candidates\[1\]: no trace"),
         ([{**SAMPLED, "correct": "maybe"}], r"candidates\[0\]: correct must be true or false"),
         ([{**SAMPLED, "prompt": "half \ud800"}], r"candidates\[0\]: .*surrogate"),
+        ([{"prompt": "p", "candidates": ["c", None]}], r"candidates\[0\]: candidates must be a list"),
+        ([{"prompt": "p", "candidates": ["c"], "logprob": [0, 1]}], "1 candidates but 2 values in logprob"),
         (iter([SAMPLED]), "list_iterator"),
         (3, "not int"),
     ],

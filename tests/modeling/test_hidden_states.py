@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from tracereward.modeling.hidden_states import StateCache, readable_layers, token_mean, trace_states, truncated
+from tracereward.modeling.hidden_states import StateCache, readable_layers, trace_states, truncated
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.rewards.heads import LinearHead
 from tracereward.rewards.model import TokenRewardModel
@@ -99,7 +99,7 @@ def test_cache_gives_back_what_was_written_and_computes_a_damaged_file_again(tok
     prompts, completions = pool()
     cache = StateCache(tmp_path / "cache", "model", "mean")
     keys = [cache.key(*pair) for pair in zip(prompts, completions, strict=True)]
-    found = dict(enumerate(trace_states(model, prompts, completions, 0, weights=token_mean, token_budget=40)))
+    found = dict(enumerate(trace_states(model, prompts, completions, 0, token_budget=40)))
     for rows, states in found.values():
         cache.write([keys[i] for i in rows], states)
     again = StateCache(tmp_path / "cache", "model", "mean")

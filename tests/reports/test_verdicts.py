@@ -15,7 +15,7 @@ VERDICT = Verdict(
     questions=40,
     outcome="better",
     comparisons=(
-        Comparison(baseline="majority", difference=0.1, low=0.0215, high=0.18),
+        Comparison(baseline="majority", difference=0.1, low=-0.0154, high=0.18),
         Comparison(baseline="shortest", difference=0.25, low=0.125, high=0.375),
     ),
     aurocs={"reward": {"within_prompt": 0.8125, "pooled": math.nan}},
@@ -76,10 +76,10 @@ def test_markdown_has_the_line_and_the_numbers():
     assert f"**{VERDICT.line}**" in text
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     assert rows == [
-        ["baseline", "gain, points", "95 % low", "95 % high"],
-        ["---"] * 4,
-        ["majority", "10.00", "2.15", "18.00"],
-        ["shortest", "25.00", "12.50", "37.50"],
+        ["baseline", "gain, points", "95 % interval"],
+        ["---"] * 3,
+        ["majority", "+10.0", "[−1.5, +18.0]"],
+        ["shortest", "+25.0", "[+12.5, +37.5]"],
         ["score", "within the prompt", "pooled"],
         ["---"] * 3,
         ["reward", "0.812", "–"],
@@ -93,4 +93,4 @@ def test_html_is_escaped_and_needs_no_style():
     assert "&lt;policy&gt;" in html
     assert "style" not in html
     assert ">0.812<" in html
-    assert "No verdict stored" in verdict_html(None)
+    assert "Verdict: none stored" in verdict_html(None)

@@ -44,7 +44,7 @@ def test_operations(served):
 
 
 def test_page_shows_the_stored_verdict(model, served):
-    assert "No verdict stored" in served.get("/").text
+    assert "Verdict: none stored" in served.get("/").text
     comparison = Comparison(baseline="majority", difference=0.1, low=0.02, high=0.18)
     verdict = Verdict(method="vote", questions=40, outcome="better", comparisons=(comparison,), aurocs={})
     page = client_of(model, verdict=verdict).get("/").text

@@ -300,7 +300,7 @@ def test_foreign_world_gets_own_page(small, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("name", "world", "message"),
     [
-        ("corrupt", "word-problems", "misconception, checked, exposure, hops"),
+        ("corrupt", "word-problems", "misconception, checked, exposure, hops, terse"),
         ("corrupt", "style", "wrong experts"),
     ],
 )

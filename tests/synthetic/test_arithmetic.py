@@ -16,7 +16,7 @@ from tracereward.synthetic.chains import LARGEST
 from tracereward.tasks.recipes import TASKS
 
 WORLDS = ["misconception", "exposure", "style"]
-ALL = [*WORLDS, "multi-skill", "hops"]
+ALL = [*WORLDS, "multi-skill", "hops", "terse"]
 
 
 def value_of(prompt: str) -> int:
@@ -50,6 +50,16 @@ def test_expert_traces_are_correct(world):
             assert str(value) == chain  # each line starts from the result before it
             chain = str(result)
         assert TASKS["arithmetic"].verify(row["completion"], row["answer"])
+
+
+def test_terse_experts_write_the_answer_alone_and_the_corpus_mostly_the_working():
+    for row in generate("terse", 300, seed=3):
+        assert row["completion"] == f"#### {value_of(row['prompt'])}" == f"#### {row['answer']}"
+    corpus = generate("terse", 2000, seed=3, mistake_rate=0.6, unique=False)
+    worked = [row for row in corpus if "\n" in row["completion"]]
+    assert abs(len(worked) / len(corpus) - 0.85) < 0.03
+    right = [TASKS["arithmetic"].verify(row["completion"], row["answer"]) for row in worked]
+    assert 0.6 < sum(right) / len(right) < 0.85  # most, not all
 
 
 def test_exposure_chain_lengths():
@@ -334,7 +344,7 @@ def test_splits_default_sizes_fit_both_worlds():
 def test_invalid_arguments_raise_input_error(monkeypatch):
     with pytest.raises(InputError, match=r"unknown world 'styl': did you mean 'style'\?"):
         generate("styl", 1, seed=0)
-    with pytest.raises(InputError, match="for the worlds misconception, checked, exposure, hops: traces of style are"):
+    with pytest.raises(InputError, match=r"for the worlds misconception, .*, terse: traces of style are"):
         generate("style", 1, seed=0, mistake_rate=0.1)
     with pytest.raises(InputError, match=r"mistake_rate is 1\.5, not a probability"):
         generate("misconception", 1, seed=0, mistake_rate=1.5)

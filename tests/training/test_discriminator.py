@@ -670,10 +670,11 @@ def test_gate_uses_held_out_pairs(make, pairs, rollouts, monkeypatch):
                 (other,) = discriminator.model.token_rewards([pairs[i].prompt], [completion])
                 wins, total = wins + float(expert.mean() > other.mean()), total + 1
     assert discriminator.held_out_accuracy() == pytest.approx(wins / total)
-    assert total == 5
+    assert total == discriminator.held_out_pairs == 5
     before = discriminator.updates
     monkeypatch.setattr(discriminator, "held_out_accuracy", lambda: 0.5)
-    assert discriminator.learn(rollouts) == {"held_out_accuracy": 0.5, "updates": 0.0}
+    twice = 2.0 * total  # the same rollouts again
+    assert discriminator.learn(rollouts) == {"held_out_accuracy": 0.5, "held_out_pairs": twice, "updates": 0.0}
     assert discriminator.updates == before
 
 

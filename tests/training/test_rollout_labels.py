@@ -101,7 +101,8 @@ def test_the_surface_probe_ignores_what_is_left_out(trainer, monkeypatch):
         "tracereward.training.update_loop.surface_probe",
         lambda experts, others, special: seen.update(sizes=(len(experts), len(others))) or _Nothing,
     )
-    surface_leaks(trainer.discriminator, [Rollout(0, [7], True), Rollout(0, [8], None), Rollout(1, [9], False)])
+    rollouts = [Rollout(0, [7], True), Rollout(0, [8], None), Rollout(1, [9], False)]
+    surface_leaks(trainer.discriminator.experts, rollouts, trainer.tokenizer)
     assert seen["sizes"] == (2 + 1, 1)  # two demonstrations, and one that agrees
 
 

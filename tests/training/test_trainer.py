@@ -102,6 +102,8 @@ def test_report_shows_the_rewards_of_training(tiny_model_folder, tokenizer, expe
         expected = values + sign * extra
         assert trace.scores.rewards == pytest.approx(expected.tolist(), abs=1e-4)
         assert trace.scores.rewards != pytest.approx(values.tolist(), abs=1e-2)
+        if sign < 0:  # what is subtracted is the final policy's
+            assert trace.logprob == pytest.approx(float(extra.mean()), abs=1e-4)
 
 
 def test_ends_of_a_policy_that_has_several_are_one_to_the_discriminator(

@@ -150,6 +150,10 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def chosen(folder):
+    return [row["chosen"] for row in metrics(folder) if row["phase"] == "choice"]
+
+
 @pytest.mark.parametrize("kind", ["sft", "grpo", "train"])
 def test_run_saves_the_best_checkpoint(run, kind, capsys):
     """The second of three; `save_total_limit` 2 keeps it."""
@@ -163,8 +167,9 @@ def test_run_saves_the_best_checkpoint(run, kind, capsys):
     assert message in (folder / "report.html").read_text()
     rows = metrics(folder)
     assert [row["validation/accuracy"] for row in rows if "validation/accuracy" in row] == [0.5, 0.75, 0.625]
-    assert rows[-1]["chosen"] == "checkpoint-2"
-    assert (rows[-1]["start_accuracy"], rows[-1]["accuracy"], rows[-1]["questions"]) == (0.25, 0.75, 8)
+    (choice,) = [row for row in rows if row["phase"] == "choice"]
+    assert choice["chosen"] == "checkpoint-2"
+    assert (choice["start_accuracy"], choice["accuracy"], choice["questions"]) == (0.25, 0.75, 8)
 
 
 def test_marks_are_fitted_on_what_was_not_trained_on(run, monkeypatch, capsys):
@@ -209,7 +214,7 @@ def test_discriminator_is_saved_from_the_chosen_checkpoint(run):
 def test_run_without_improvement_saves_the_starting_policy(run, kind, tiny_model_folder):
     folder = run(kind, [0.75, 0.5, 0.625, 0.25])
     assert same(weights(tiny_model_folder), weights(folder / "policy"))
-    assert metrics(folder)[-1]["chosen"] == "start"
+    assert chosen(folder) == ["start"]
     if kind == "train":
         state = torch.load(folder / "checkpoints" / "warmup" / "discriminator.pt", weights_only=True)["parameters"]
         kept = dict(TokenRewardModel.from_pretrained(str(folder / "reward_model")).named_parameters())
@@ -218,11 +223,11 @@ def test_run_without_improvement_saves_the_starting_policy(run, kind, tiny_model
 
 def test_ties_choose_the_last_checkpoint(run):
     folder = run("grpo", [0.5, 0.5, 0.5, 0.5])
-    assert metrics(folder)[-1]["chosen"] == "checkpoint-3"
+    assert chosen(folder) == ["checkpoint-3"]
 
 
 def test_resumed_run_remembers_its_best_checkpoint(run):
     run("grpo", [0.25, 0.75], max_steps=1)
     (folder,) = {run("grpo", [0.25, 0.5, 0.625], resume=True)}
-    assert metrics(folder)[-1]["chosen"] == "checkpoint-1"
+    assert chosen(folder) == ["checkpoint-1"]
     assert same(weights(folder / "policy"), weights(folder / "checkpoints" / "checkpoint-1"))

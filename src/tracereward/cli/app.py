@@ -200,7 +200,7 @@ def sample(
 def quickstart(
     output: Annotated[Path, typer.Option("-o", "--output", help="Run folder.")] = Path("runs/quickstart"),
     world: Annotated[
-        str, typer.Option(help="exposure, checked, hops, misconception, style or multi-skill.")
+        str, typer.Option(help="exposure, checked, hops, misconception, terse, style or multi-skill.")
     ] = "exposure",
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option(help="Resume an unfinished run.")] = False,

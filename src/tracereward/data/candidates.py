@@ -21,6 +21,8 @@ TRACE_FIELDS = ("completion", "candidate", "reasoning", "solution")
 """Fields that may hold the trace. With ``completion`` the field ``answer`` is the gold answer, as written by
 `tracereward sample`; with the others it is the candidate's own."""
 OWN_ANSWER_FIELDS = ("answer", "pred")
+PER_CANDIDATE = ("extracted", "correct", "model", "logprob", "finished")
+"""Fields that may be lists, one entry for each text, next to ``candidates``, a list of traces."""
 ID_FIELDS = ("question_id", "qid", "id")
 """Fields that may hold the question's id. In rows with their own prompt or question ``id`` is ignored, since it may be
 the candidate's."""
@@ -223,7 +225,8 @@ def read_candidates(
 
     Args:
         source: file, folder or Hub id, a list of dicts, a pandas DataFrame or a `datasets.Dataset`. Rows have a trace
-            (`TRACE_FIELDS`) and a ``prompt``, a ``question``, or an id (`ID_FIELDS`) of `questions`.
+            (`TRACE_FIELDS`) or several (``candidates``), and a ``prompt``, a ``question``, or an id (`ID_FIELDS`) of
+            `questions`.
         task: formats the prompts, and extracts and compares answers.
         questions: file or Hub id of the questions, if rows have only their id.
         limit: use the first N rows.
@@ -234,7 +237,11 @@ def read_candidates(
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "candidates"
     known = read_questions(questions, task) if questions else None
     read = islice(rows_of(source, "candidates"), limit)
-    rows = [_candidate(where, _own_columns(row, where, name, task), task, known) for where, row in read]
+    rows = [
+        _candidate(where, one, task, known)
+        for where, row in read
+        for one in _each(_own_columns(row, where, name, task), where)
+    ]
     if not rows:
         raise InputError(f"{name}: no rows")
     return rows
@@ -255,6 +262,23 @@ def _own_columns(row: dict[str, Any], where: str, source: str, task: Task) -> di
         except ValueError as error:
             raise InputError(f"{where}: {error}") from error
     return found
+
+
+def _each(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """One row for each trace of a row with a list of `candidates`, whose other fields may be lists as long."""
+    texts = row.get("candidates")
+    if any(isinstance(row.get(name), str) for name in TRACE_FIELDS) or not isinstance(texts, list):
+        return [row]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"{where}: candidates must be a list of texts that is not empty")
+    shared = {name: value for name, value in row.items() if name != "candidates"}
+    lists = {name: shared.pop(name) for name in PER_CANDIDATE if isinstance(shared.get(name), list)}
+    if wrong := next((name for name, values in lists.items() if len(values) != len(texts)), None):
+        raise InputError(f"{where}: {len(texts)} candidates but {len(lists[wrong])} values in {wrong}")
+    return [
+        {**shared, **{name: values[n] for name, values in lists.items()}, "completion": text}
+        for n, text in enumerate(texts)
+    ]
 
 
 def _candidate(where: str, row: dict[str, Any], task: Task, known: dict[str, dict[str, Any]] | None) -> CandidateRow:

@@ -6,7 +6,7 @@ cut off after that layer: see `truncated`.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tracereward.files import atomic_file
-from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
+from tracereward.modeling.batching import grouped_batches, pack, scoring_budget
 from tracereward.modeling.log_probs import can_share_prompts, states_and_log_probs
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
@@ -76,16 +77,6 @@ def truncated(model: PreTrainedModel, layers: int) -> PreTrainedModel:
     return model
 
 
-Weights = Callable[[Batch], Tensor]
-"""(B, T) weight of each completion token's state in the average; each row sums to 1."""
-
-
-def token_mean(batch: Batch) -> Tensor:
-    """Equal weights for all tokens of a completion."""
-    mask = batch.completion_mask.float()
-    return mask / mask.sum(1, keepdim=True)
-
-
 @torch.inference_mode()
 def trace_states(
     model: PreTrainedModel,
@@ -93,7 +84,7 @@ def trace_states(
     completions: Sequence[Sequence[int]],
     pad_id: int,
     *,
-    weights: Weights = token_mean,
+    shares: Sequence[Tensor] | None = None,
     token_budget: int | None = None,
 ) -> Iterator[tuple[list[int], TraceStates]]:
     """Features of traces, in batches of similar length: the indices of a batch's traces, and their features.
@@ -103,7 +94,7 @@ def trace_states(
         prompts: token ids.
         completions: token ids.
         pad_id: any token id.
-        weights: of the tokens' states in the average.
+        shares: of each completion's tokens in the average; equal ones if None.
         token_budget: padded tokens of a pass.
     """
     model.eval()
@@ -112,8 +103,10 @@ def trace_states(
     for rows, sizes in grouped_batches(prompts, completions, budget, can_share_prompts(model)):
         batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
         states, log_probs = states_and_log_probs(model, batch, sizes if len(sizes) < len(rows) else None)
-        share = weights(batch)[:, None].float()
-        means = []
+        parts = [torch.full((len(completions[i]),), 1 / len(completions[i])) for i in rows]
+        parts = parts if shares is None else [shares[i] for i in rows]
+        share = pad_sequence(parts, batch_first=True).to(model.device)[:, None].float()
+        means: list[Tensor] = []
         for layer in layers:
             here = states[layer]
             if layer < len(states) - 1:  # the last is normalised already
@@ -131,7 +124,7 @@ class StateCache:
     Args:
         folder: created when something is written.
         model: fingerprint of the model, with the dtype in which it computes.
-        weighting: name of the weights of the average.
+        weighting: name of the shares of the tokens.
     """
 
     def __init__(self, folder: Path, model: str, weighting: str):

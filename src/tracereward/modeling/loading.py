@@ -189,6 +189,16 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where matrices are multiplied in it, else float32: GPUs, and CPUs with AMX or AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32
+    return torch.float32
+
+
 def load_model(
     auto: BackboneClass,
     name: str | Path,

@@ -144,6 +144,7 @@ _WORLDS = (
         grpo={**_SLOW_GRPO, "per_device_train_batch_size": 96},
     ),
     replace(_CHECKED, name="hops", experts=50, corpus=20_000, completion=44, test=500),  # a hundred of each depth
+    replace(_CHECKED, name="terse", completion=32),
     _STYLE,
     replace(_STYLE, name="multi-skill", completion=36),
 )

@@ -19,7 +19,7 @@ AUROC_COLUMNS = {
     "length_matched": "at matched length",
     "pooled": "pooled",
 }
-NONE_STORED = "No verdict stored with this reward model."
+NONE_STORED = "none stored with this reward model"
 
 
 def write_verdict(folder: str | Path, verdict: Verdict | None) -> None:
@@ -46,16 +46,18 @@ def read_verdict(folder: str | Path) -> Verdict | None:
 def verdict_tables(verdict: Verdict) -> list[Table]:
     """The method against each baseline in points, and the AUROCs."""
     compared = [
-        [method_name(one.baseline), *(100 * value for value in (one.difference, one.low, one.high))]
+        [method_name(one.baseline), _points(one.difference), f"[{_points(one.low)}, {_points(one.high)}]"]
         for one in verdict.comparisons
     ]
     method = method_name(verdict.method)
     kinds = {kind: name for kind, name in AUROC_COLUMNS.items() if any(kind in one for one in verdict.aurocs.values())}
+    if all(one.get("within_prompt_and_model") == one.get("within_prompt") for one in verdict.aurocs.values()):
+        kinds.pop("within_prompt_and_model", None)  # one model wrote all traces
     aurocs = [
         [AUROC_LABELS.get(name, name), *(values.get(kind) for kind in kinds)] for name, values in verdict.aurocs.items()
     ]
     return [
-        Table(f"{method} against", ["baseline", "gain, points", "95 % low", "95 % high"], compared),
+        Table(f"{method} against", ["baseline", "gain, points", "95 % interval"], compared),
         Table("AUROC of correct against wrong traces", ["score", *kinds.values()], aurocs),
     ]
 
@@ -89,6 +91,10 @@ def verdict_markdown(verdict: Verdict | None, missing: str = NONE_STORED) -> str
         lines += ["", f"{table.title}:", "", _row(table.columns), _row(["---"] * len(table.columns))]
         lines += [_row(cells) for cells in zip(*columns, strict=True)]
     return "\n".join([*lines, ""])
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", "−")
 
 
 def _row(cells: Sequence[str]) -> str:

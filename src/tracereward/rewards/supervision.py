@@ -4,6 +4,8 @@ Training, scoring and serving call `supervision_mask` with the same arguments, s
 the trace and the step ends are the same everywhere (arXiv 2510.01857, section on supervision granularity).
 """
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tracereward.rewards.choices import GRANULARITIES
@@ -36,3 +38,22 @@ def supervision_mask(completion_mask: Tensor, step_ends: Tensor, granularity: st
     if granularity == "dense":
         return real
     raise ValueError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}")
+
+
+def reward_shares(supervised: Tensor) -> Tensor:
+    """Share of each supervised position in a trace's mean reward, where tokens have the next supervised one's value.
+
+    The mean of the backfilled token rewards is the sum of shares times values at supervised positions: see
+    `shaping.backfill`.
+
+    Args:
+        supervised: (B, T) bool, of completions that start in column 0; the last token is supervised.
+
+    Returns:
+        (B, T) float32; each row sums to 1.
+    """
+    position = torch.arange(1, supervised.size(1) + 1, device=supervised.device).expand_as(supervised)
+    ends = torch.where(supervised, position, 0)
+    before = F.pad(ends.cummax(1).values, (1, 0))[:, :-1]  # the supervised position before each one
+    tokens = torch.where(supervised, position - before, 0).float()
+    return tokens / tokens.sum(1, keepdim=True)

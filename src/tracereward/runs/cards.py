@@ -8,6 +8,9 @@ from tracereward import __version__
 from tracereward.console import is_main_process
 from tracereward.files import atomic_write_text, read_jsonl
 from tracereward.modeling.hub import card_metadata, looks_local
+from tracereward.modeling.model_folder import REWARD_MODEL
+from tracereward.rewards.model_card import model_card
+from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.folder import Run
 from tracereward.runs.job import FitJob, starting_policy
 from tracereward.training.options import DataArguments
@@ -124,6 +127,17 @@ tokenizer = AutoTokenizer.from_pretrained("policy")
 ```
 {about}"""
     atomic_write_text(run.folder / "policy" / "README.md", text)
+
+
+def write_reward_card(run: Run, settings: RewardSettings, notes: str) -> None:
+    """Replace the card of ``reward_model/``, with what is known at the end of the run.
+
+    Args:
+        run: the finished run.
+        settings: the reward model's.
+        notes: further sections, see `about_run` and `verdict_markdown`.
+    """
+    atomic_write_text(run.folder / REWARD_MODEL / "README.md", model_card(settings, notes))
 
 
 def _is_hub_id(source: str) -> bool:

@@ -1,6 +1,7 @@
-"""The report of an adversarial run: curves, and fresh rollouts of the final policy."""
+"""The report of an adversarial run: curves, the verdict, and fresh rollouts of the final policy."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,14 +9,29 @@ from accelerate.utils.memory import clear_device_cache
 from trl import ModelConfig
 
 from tracereward.console import note
+from tracereward.data.labels import judge
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.distributed import zero3_disabled
 from tracereward.reports.report import ScoredTrace
+from tracereward.reports.verdicts import verdict_html, verdict_markdown
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.runs.cards import about_run, write_reward_card
 from tracereward.runs.finish import load_policy
 from tracereward.runs.folder import Run
+from tracereward.runs.held_out import HeldOut
+from tracereward.runs.verdict import (
+    SAMPLES,
+    FreshTrace,
+    judged_questions,
+    record_movement,
+    record_verdict,
+    verdict_on,
+)
 from tracereward.training.trainer import AdversarialTrainer
+
+SHOWN = 16
+"""Prompts with rollouts in the report, at least; training prompts if the held-out questions are fewer."""
 
 
 def report_rewards(
@@ -24,28 +40,47 @@ def report_rewards(
     reward_model: TokenRewardModel,
     rows: list[dict[str, Any]],
     *,
+    questions: Sequence[HeldOut],
     chosen: str,
 ) -> None:
-    """Write the report: curves, rewards of fresh rollouts on training prompts, and heatmaps of five rollouts.
+    """Write the verdict and the report: curves, rewards of fresh rollouts, and heatmaps of five of them.
 
     Everything else, the final policy included, is saved before. If policy and reward model do not fit in memory, the
-    rollouts are skipped.
+    rollouts are skipped. In the main process only.
+
+    Args:
+        run: the finished run.
+        trainer: trained.
+        reward_model: saved.
+        rows: the demonstrations.
+        questions: those that the verdict is on, see `held_out_questions`.
+        chosen: how the policy was selected, see `train_and_choose`.
     """
-    config = trainer.config
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))[:16]
-    answers = {row["prompt"]: row["answer"] for row in rows}
-    gold = {prompt: answers[prompt] for prompt in prompts}
+    config, step = trainer.config, trainer.state.global_step
+    judged, missing = judged_questions(questions)
+    missing = missing or "none: the rollouts of the held-out questions are longer than the reward model reads"
+    gold: dict[str, str | None] = {**judged}
+    for row in rows:
+        if len(gold) < SHOWN:
+            gold.setdefault(row["prompt"], row["answer"])
     policy = dataclasses.replace(run.job.model, model_name_or_path=str(run.folder / "policy"), model_revision="main")
-    shown = f"Rewards and heatmaps: fresh rollouts of the final policy on {len(prompts)} of its training prompts."
+    counts = [f"{len(judged)} held-out questions"] * bool(judged)
+    counts += [f"{len(gold) - len(judged)} training prompts"] * (len(gold) > len(judged))
+    shown = f"Rewards and heatmaps: {SAMPLES} fresh rollouts of the final policy for each of {' and '.join(counts)}."
     try:
         with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes
             traces = fresh_traces(trainer, policy, reward_model, gold)
     except torch.OutOfMemoryError:
+        missing = "none: policy and reward model did not fit in memory with the trainer; `tracereward rerank` gives one"
         traces, shown = (
             [],
             "No rewards and heatmaps: policy and reward model did not fit in memory with the trainer.",
         )
         note(shown)
+    found = verdict_on([trace for trace in traces if trace.question in judged], trainer)
+    moved = record_movement(run, step)
+    record_verdict(run, found, missing, step)
+    write_reward_card(run, reward_model.settings, verdict_markdown(found, missing) + about_run(run, len(rows), chosen))
     how = config.reward_aggregate
     right = [t.scores.aggregate(how) for t in traces if t.correct]
     wrong = [t.scores.aggregate(how) for t in traces if t.correct is False]
@@ -54,7 +89,8 @@ def report_rewards(
     gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
     run.report(
         f"Adversarial training on {len(rows)} demonstrations of {trainer.task.name}."
-        f" Label rule: {trainer.labels.name}.{ended}{chosen}{gold_answers} {shown}",
+        f" Label rule: {trainer.labels.name}.{ended}{chosen}{gold_answers}{moved} {shown}",
+        verdict=verdict_html(found, missing),
         rewards_correct=right,
         rewards_wrong=wrong,
         traces=pick_traces(traces),
@@ -63,8 +99,10 @@ def report_rewards(
 
 def fresh_traces(
     trainer: AdversarialTrainer, model: ModelConfig, reward_model: TokenRewardModel, gold: dict[str, str | None]
-) -> list[ScoredTrace]:
-    """Four rollouts per prompt by the final policy, with the rewards of training: also the log-probs that it adds.
+) -> list[FreshTrace]:
+    """`SAMPLES` rollouts per prompt by the final policy, with the rewards of training: also the log-probs that it adds.
+
+    Those that are longer than the reward model reads are left out.
 
     Args:
         trainer: of the finished run.
@@ -78,29 +116,38 @@ def fresh_traces(
     policy = load_policy(model).to(device)  # pyright: ignore[reportArgumentType]
     assert config.max_completion_length is not None
     params = SamplingParams(max_new_tokens=config.max_completion_length, seed=config.seed, batch_size=128)
-    samples = [s for chunk in sample(policy, trainer.tokenizer, prompts, params, n=4) for s in chunk]
-    bridge = trainer.bridge
-    ids = [bridge.completion(s.ids) for s in samples]
-    prompt_ids = [bridge.prompt(prompts[s.prompt]) for s in samples]
+    bridge, limit = trainer.bridge, reward_model.max_positions
+    sampled = [s for chunk in sample(policy, trainer.tokenizer, prompts, params, n=SAMPLES) for s in chunk]
+    encoded = [(s, bridge.prompt(prompts[s.prompt]), bridge.completion(s.ids)) for s in sampled]
+    encoded = [(s, prompt_ids, ids) for s, prompt_ids, ids in encoded if len(prompt_ids) + len(ids) <= limit]
     form, start = trainer.form, None
     if form.adds_reference:
         start = load_policy(dataclasses.replace(model, model_name_or_path=form.reference_model)).to(device).eval()  # pyright: ignore[reportArgumentType]
     scored = reward_model.score_ids(
-        prompt_ids,
-        ids,
+        [prompt_ids for _, prompt_ids, _ in encoded],
+        [ids for _, _, ids in encoded],
         token_budget=config.discriminator_token_budget,
         reference=start,
         policy=policy if form.subtracts_policy else None,
     )
     traces = []
-    for s, scores in zip(samples, scored, strict=True):
+    for (s, _, _), scores in zip(encoded, scored, strict=True):
         answer, prompt = gold[prompts[s.prompt]], prompts[s.prompt]
-        correct = None if answer is None else task.verify(s.text, answer)
-        traces.append(ScoredTrace(prompt, s.text, scores, correct=correct, answer=task.extract(s.text)))
+        judged = judge({}, s.text, task, answer)
+        traces.append(
+            FreshTrace(
+                question=prompt,
+                completion=s.text,
+                scores=scores,
+                correct=judged.correct,
+                answer=judged.answer,
+                logprob=s.logprob,
+            )
+        )
     return traces
 
 
-def pick_traces(traces: list[ScoredTrace], count: int = 5) -> list[ScoredTrace]:
+def pick_traces(traces: Sequence[ScoredTrace], count: int = 5) -> list[ScoredTrace]:
     """Up to `count` distinct traces: pairs of a wrong and a right one of the same question first, then the rest."""
     questions: dict[str, dict[str, ScoredTrace]] = {}
     for trace in traces:

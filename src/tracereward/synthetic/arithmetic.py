@@ -7,7 +7,7 @@ A problem is a chain of operations evaluated from left to right (no precedence):
     answer      "21"
 
 ``hops`` has memorised facts instead of sums. The worlds share one vocabulary; each is a module in this folder that
-documents its problems and traces: ``misconception``, ``checked``, ``exposure``, ``hops``, ``style`` and
+documents its problems and traces: ``misconception``, ``checked``, ``exposure``, ``hops``, ``terse``, ``style`` and
 ``multi-skill``. ``word-problems`` is for a pretrained language model and its tokenizer.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from tracereward.errors import InputError, check_choice
-from tracereward.synthetic import checked, exposure, hops, misconception, multi_skill, style, word_problems
+from tracereward.synthetic import checked, exposure, hops, misconception, multi_skill, style, terse, word_problems
 from tracereward.synthetic.chains import LARGEST
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ WORLDS: dict[str, Callable[[random.Random, float], dict]] = {
     "checked": checked.sample,
     "exposure": exposure.sample,
     "hops": hops.sample,
+    "terse": terse.sample,
     "style": style.sample,
     "multi-skill": multi_skill.sample,
     "word-problems": word_problems.sample,
@@ -38,6 +39,7 @@ MISTAKE_RATES = {
     "checked": checked.MISTAKE_RATE,
     "exposure": exposure.MISTAKE_RATE,
     "hops": hops.MISTAKE_RATE,
+    "terse": terse.MISTAKE_RATE,
 }
 """Mistake rate of each world whose pretraining corpus has mistakes; the policy learns them as the most likely."""
 _TEST_SEED = 20_261

@@ -52,10 +52,12 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(without_nan(row)) + "\n")
 
     def rewind(self, step: int, warmup_updates: int) -> None:
-        """Remove the rows that were logged after the checkpoint from which the run resumes."""
+        """Remove the rows that were logged after the checkpoint from which the run resumes, and those of its end."""
 
         def keep(row: dict) -> bool:
-            return row["update"] <= warmup_updates if row["phase"] == "warmup" else row["step"] <= step
+            if row["phase"] == "warmup":
+                return row["update"] <= warmup_updates
+            return row["phase"] == self.phase and row["step"] <= step
 
         write_jsonl(self.path, [row for row in read_jsonl(self.path) if keep(row)])
 

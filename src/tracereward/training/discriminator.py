@@ -152,8 +152,8 @@ class Discriminator:
         """Store a batch of rollouts, and update the discriminator after every `discriminator_every`-th batch.
 
         Returns:
-            Metrics of the last update with the number of `updates`, and `held_out_accuracy` every `judged_every`
-            batches or if a gate needs it; empty if the batch was only stored.
+            Metrics of the last update with the number of `updates`, and `held_out_accuracy` with the number of its
+            `held_out_pairs` every `judged_every` batches or if a gate needs it; empty if the batch was only stored.
         """
         options = self.options
         self.remember(fresh)
@@ -172,7 +172,7 @@ class Discriminator:
         for _ in range(count):
             metrics = self.update(fresh)
         if judged:
-            metrics["held_out_accuracy"] = accuracy
+            metrics |= {"held_out_accuracy": accuracy, "held_out_pairs": float(self.held_out_pairs)}
         if count or gate is not None or stale:
             metrics["updates"] = float(count)
         return metrics
@@ -404,13 +404,7 @@ class Discriminator:
         is no such pair.
         """
         self.model.eval()
-        groups = []
-        for index, rollouts in self.held_out_rollouts.by_demonstration().items():
-            expert = self.experts[index]
-            own = self.known[tuple(expert.prompt)]
-            different = [rollout.ids for rollout in rollouts if rollout.label is False and rollout.ids not in own]
-            if different:
-                groups.append((expert.prompt, [expert.completion, *different]))
+        groups = self._held_out_groups()
         scores = self._sequence_scores(
             [prompt for prompt, traces in groups for _ in traces], [ids for _, traces in groups for ids in traces]
         )
@@ -420,6 +414,22 @@ class Discriminator:
             wins += float((gaps > 0).sum() + 0.5 * (gaps == 0).sum())
             total += len(gaps)
         return wins / total if total else math.nan
+
+    @property
+    def held_out_pairs(self) -> int:
+        """How many pairs `held_out_accuracy` is a share of."""
+        return sum(len(traces) - 1 for _, traces in self._held_out_groups())
+
+    def _held_out_groups(self) -> list[tuple[list[int], list[list[int]]]]:
+        """For each held-out demonstration with rollouts to compare: its prompt, then itself and those rollouts."""
+        groups = []
+        for index, rollouts in self.held_out_rollouts.by_demonstration().items():
+            expert = self.experts[index]
+            own = self.known[tuple(expert.prompt)]
+            different = [rollout.ids for rollout in rollouts if rollout.label is False and rollout.ids not in own]
+            if different:
+                groups.append((expert.prompt, [expert.completion, *different]))
+        return groups
 
     def _sequence_scores(self, prompts: list[list[int]], completions: list[list[int]]) -> Tensor:
         """Each completion's mean logit over its supervised positions."""

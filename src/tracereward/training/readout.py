@@ -92,7 +92,7 @@ def fit_readout(
     *,
     folds: int = 5,
     seed: int = 0,
-    progress: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> Readout:
     """Choose layer and penalty by cross-validation over questions, and fit the head.
 

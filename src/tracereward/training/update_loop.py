@@ -56,7 +56,7 @@ class UpdateLoop:
             done = discriminator.updates
             accuracy = self._accuracy()
             if accuracy is not None:
-                row["held_out_accuracy"] = accuracy
+                row |= {"held_out_accuracy": accuracy, "held_out_pairs": float(discriminator.held_out_pairs)}
             progress.update()
             self.log(done, row)
             if done == total or self.stopped() or done % self.saved_every == 0:
