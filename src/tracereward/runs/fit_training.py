@@ -24,7 +24,7 @@ from tracereward.training.discriminator import Discriminator
 from tracereward.training.discriminator_batch import Rollout, perturbed_pairs
 from tracereward.training.fit_data import FitData, split_questions
 from tracereward.training.fit_options import FitOptions
-from tracereward.training.readout import Readout, Validated
+from tracereward.training.readout import Readout
 from tracereward.training.readout_training import ReadoutOptions, train_readout
 from tracereward.training.update_loop import TracePair, UpdateLoop, pair_auroc, pair_traces, surface_leaks
 
@@ -132,7 +132,7 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
 
 def _table(fitted: Readout) -> Table:
     """The cross-validation, a row a layer."""
-    layers, penalties = (sorted({get(one) for one in fitted.table}) for get in (_layer, _penalty))
+    layers, penalties = sorted({one.layer for one in fitted.table}), sorted({one.penalty for one in fitted.table})
     found = {(one.layer, one.penalty): one.auroc for one in fitted.table}
     return Table(
         "Read-out: AUROC within the question in cross-validation",
@@ -141,14 +141,6 @@ def _table(fitted: Readout) -> Table:
         f"Chosen: layer {fitted.layer}, penalty {fitted.penalty:g}.",
         best=layers.index(fitted.layer),
     )
-
-
-def _layer(one: Validated) -> float:
-    return one.layer
-
-
-def _penalty(one: Validated) -> float:
-    return one.penalty
 
 
 def _discriminator(data: FitData, model: TokenRewardModel, options: FitOptions) -> tuple[Discriminator, list[Rollout]]:
