@@ -349,6 +349,17 @@ def test_default_reward_form_of_each_head(configure, head, form):
             {"use_vllm": True, "vllm_mode": "server", "num_generations": 8, "warmup_rollouts": 12},
             ["warmup_rollouts 12", "multiple"],
         ),
+        ({"objective": "nnpu"}, ["objective nnpu", "--perturbed_per_expert 0"]),
+        (
+            {"objective": "nnpu", "perturbed_per_expert": 0, "negatives": "disagreeing"},
+            ["objective nnpu", "--negatives all"],
+        ),
+        (
+            {"objective": "nnpu", "perturbed_per_expert": 0, "held_out_fraction": 0.0},
+            ["objective nnpu", "--positive_prior"],
+        ),
+        ({"balance": "model"}, ["balance model", "--balance question"]),
+        ({"positive_prior": 0.4}, ["--positive_prior 0.4", "--objective nnpu"]),
         ({"head": "implict"}, ["unknown head", "did you mean 'implicit'"]),
         ({"objective": "pairwis"}, ["unknown objective", "did you mean 'pairwise'"]),
         ({"reward_form": "logits"}, ["unknown reward_form", "did you mean 'logit'"]),

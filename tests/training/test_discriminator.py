@@ -552,6 +552,16 @@ def test_prior_is_estimated_once_from_held_out_scores_after_updates_with_bce(mak
     assert resumed.update(rollouts) == discriminator.update(rollouts)
 
 
+def test_kept_held_out_rollouts_are_of_many_demonstrations(make, monkeypatch):
+    """Five of a batch of two, one and four: at most the last two of each. Demonstration 3 is not held out."""
+    monkeypatch.setattr(module, "HELD_OUT_ROLLOUTS", 5)
+    discriminator = make(held_out=(0, 1, 2))
+    batch = [(0, 1), (0, 2), (1, 3), (3, 4), (2, 5), (2, 6), (2, 7), (2, 8)]
+    discriminator.remember([Rollout(index, [token]) for index, token in batch])
+    kept = {(rollout.demonstration, *rollout.ids) for rollout in discriminator.held_out_rollouts.rollouts}
+    assert kept == {(0, 1), (0, 2), (1, 3), (2, 7), (2, 8)}
+
+
 def test_prior_cannot_be_estimated_without_held_out_demonstrations(make, rollouts):
     with pytest.raises(InputError, match="positive_prior"):
         make(objective="nnpu")

@@ -40,9 +40,9 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
                     "objective nnpu takes all traces but the experts for unlabelled, and perturbed copies are known to "
                     "be wrong: set --perturbed_per_expert 0"
                 )
-            if self.positives != "expert":
+            if (self.positives, self.negatives) != ("expert", "all"):
                 raise InputError(
-                    f"objective nnpu is for rollouts without labels: set --positives expert, not {self.positives}"
+                    "objective nnpu is for rollouts without labels: set --positives expert and --negatives all"
                 )
             if self.positive_prior is None and not self.held_out_fraction:
                 raise InputError(
@@ -50,7 +50,9 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
                     "--positive_prior"
                 )
         if self.balance == "model":
-            raise InputError("balance model is for candidates of several models; rollouts are the policy's: question")
+            raise InputError(
+                "balance model is for candidates of several models, not for rollouts: use --balance question"
+            )
         if self.spectral_norm and self.head == "implicit":
             raise InputError(
                 "spectral_norm limits the head's weights, and head implicit has none: set --spectral_norm false"

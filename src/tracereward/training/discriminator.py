@@ -42,6 +42,7 @@ from tracereward.training.discriminator_batch import (
     ReplayBuffer,
     Rollout,
     TracesByPrompt,
+    by_demonstration,
     draw,
     perturber,
     traces_by_prompt,
@@ -146,7 +147,11 @@ class Discriminator:
         """
         rollouts = [rollout for rollout in rollouts if rollout.label is not None]
         self.replay.add(r for r in rollouts if r.weight and r.demonstration not in self.held_out)
-        self.held_out_rollouts.add(rollout for rollout in rollouts if rollout.demonstration in self.held_out)
+        held_out = by_demonstration(r for r in rollouts if r.demonstration in self.held_out)
+        # The newest are kept: the last of each demonstration come last, so that they are of as many as possible.
+        place = {index: len(of_prompt) for index, of_prompt in held_out.items()}
+        ranked = [(rank - place[i], r) for i, rs in held_out.items() for rank, r in enumerate(rs)]
+        self.held_out_rollouts.add(r for _, r in sorted(ranked, key=lambda pair: pair[0]))
 
     def learn(self, fresh: Sequence[Rollout]) -> dict[str, float]:
         """Store a batch of rollouts, and update the discriminator after every `discriminator_every`-th batch.
