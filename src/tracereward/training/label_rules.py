@@ -167,7 +167,7 @@ def choose_rule(
     said = f"label rule {rule.name}: {found}"
     if not rule.reads_answers:
         said += ", and every candidate counts as wrong"
-        leak = leak_warning(_probe(questions))
+        leak = leak_warning(_probe(questions), "candidates")
         said += f"; {leak}: the reward may learn style alone" if leak else ""
     return rule, said
 
