@@ -139,26 +139,25 @@ def match(
 
 
 def _nothing_shared(questions: Sequence[Question], candidates: Sequence[CandidateRow]) -> str:
-    """Why no candidate answers a demonstration's prompt: the first of each, from where they differ."""
-    one = next((question for question in questions if question.demonstrations), None)
-    if one is None:
+    """Why no candidate answers a demonstration's prompt: a candidate's and the most similar one, where they differ."""
+    asked = [question for question in questions if question.demonstrations]
+    if not asked:
         return "no demonstration has a completion"
     first = candidates[0]
-    left, right = prompt_key(one.prompt)[1:-1], first.key[1:-1]
-    nearest = max((row.key[1:-1] for row in candidates[:200]), key=lambda key: _common(left, key), default=right)
-    at = max(0, _common(left, nearest) - 20)
-    cut = "..." if at else ""
+    words = set(_text_of(first.prompt).split())
+    nearest = max(asked, key=lambda question: len(words & set(_text_of(question.prompt).split())))
+    texts = _text_of(first.prompt), _text_of(nearest.prompt)
+    differs = next((n for n, (a, b) in enumerate(zip(*texts)) if a != b), min(map(len, texts)))
+    at = max(0, differs - 20)
+    here, there = (f"{'...' if at else ''}{text[at : at + 60]!r}" for text in texts)
     return (
-        f"no candidate has the prompt of a demonstration, so nothing can be compared: prompts must be equal. "
-        f"{one.where} has {cut}{left[at : at + 80]!r}, {first.where if nearest == right else 'the most similar'} has "
-        f"{cut}{nearest[at : at + 80]!r}. If both are of the same questions, write them with the same --task"
+        f"no candidate has the prompt of a demonstration, so nothing can be compared. {first.where} asks {here}, and "
+        f"the most similar demonstration, {nearest.where}, asks {there}. Prompts must be equal: read both by one task"
     )
 
 
-def _common(left: str, right: str) -> int:
-    """Length of the common beginning."""
-    pairs = zip(left, right)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+def _text_of(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else "\n".join(content_text(part.get("content")) for part in prompt)
 
 
 def _remarks(questions: Sequence[Question], candidates: Sequence[CandidateRow], identical: Sequence[str]) -> list[str]:
@@ -302,7 +301,9 @@ def _candidate(where: str, row: dict[str, Any], task: Task, known: dict[str, dic
         prompt, gold = checked_example(task, {**row, "answer": None}, where)["prompt"], None
         name = name or str(row["question"])
     else:
-        raise InputError(f"{where}: no prompt or question; pass --questions if rows have only an id")
+        raise InputError(
+            f"{where}: no prompt or question; pass --questions if rows have only an id (evaluate pool, fit)"
+        )
     check_labels(where, row)
     own = row
     if field != "completion":  # the answer is the candidate's own, never the gold one

@@ -195,8 +195,13 @@ def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText], s
     return Probe(auroc(scores.tolist(), is_expert), responsible, len(traces))
 
 
-def leak_warning(probe: Probe) -> str | None:
-    """One sentence if the probe is above `LEAK_BOUND`, with the features that reveal experts; else None."""
+def leak_warning(probe: Probe, others: str = "rollouts") -> str | None:
+    """One sentence if the probe is above `LEAK_BOUND`, with the features that reveal experts; else None.
+
+    Args:
+        probe: of experts and others.
+        others: what the others are called.
+    """
     if not probe.auroc > LEAK_BOUND:  # nan is not
         return None
     named = "; ".join(
@@ -205,7 +210,7 @@ def leak_warning(probe: Probe) -> str | None:
         for feature in probe.features
     )
     return (
-        f"surface features alone distinguish experts from rollouts with AUROC {probe.auroc:.2f} (in experts: {named})"
+        f"surface features alone distinguish experts from {others} with AUROC {probe.auroc:.2f} (in experts: {named})"
     )
 
 
