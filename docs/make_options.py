@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tracereward.training.fit_options import FIT_GROUPS
-from tracereward.training.option_rules import CONFIG_RULES, JOB_RULES
+from tracereward.training.option_rules import ALL_RULES
 from tracereward.training.options import GROUPS, DataArguments, PolicyOptions, SavingOptions, own_fields
 from tracereward.training.trl_options import COMMANDS, HONOURED, REFUSED, commands_with
 
@@ -21,7 +21,7 @@ def code(text: str) -> str:
 
 def conditions(name: str, commands: Iterable[str]) -> str:
     """When an option is refused, since it would have no effect."""
-    rules = [rule for rule in (*CONFIG_RULES, *JOB_RULES) if name in rule.options and {*commands} & {*rule.commands}]
+    rules = [rule for rule in ALL_RULES if name in rule.options and {*commands} & {*rule.commands}]
     return "".join(f" *Refused if idle: {code(rule.why)}.*" for rule in rules)
 
 

@@ -18,8 +18,9 @@ from tracereward.errors import InputError
 from tracereward.files import write_jsonl
 from tracereward.synthetic.arithmetic import generate
 
-SMALL = {"task": "arithmetic", "head": "action", "learning_rate": 3e-3, "updates": 24, "save_steps": 10}
-FEW = {**SMALL, "updates": 3}
+READOUT = {"task": "arithmetic"}
+TUNED = {**READOUT, "readout": False, "head": "action", "learning_rate": 3e-3, "updates": 20, "save_steps": 8}
+FEW = {**TUNED, "updates": 2}
 
 
 def dropped_borrows(prompt: str) -> str | None:
@@ -85,10 +86,18 @@ def given(files, tiny_model_folder):
 
 @pytest.fixture(scope="module")
 def done(files, given):
-    """A finished run."""
-    result = launcher()("fit", *options(**given, **SMALL, output_dir=files / "run"))
+    """A finished read-out."""
+    result = launcher()("fit", *options(**given, **READOUT, output_dir=files / "run"))
     assert result.code == 0, result.err
     return files / "run", result
+
+
+@pytest.fixture(scope="module")
+def tuned(files, given):
+    """A finished fine-tuning."""
+    result = launcher()("fit", *options(**given, **TUNED, output_dir=files / "tuned"))
+    assert result.code == 0, result.err
+    return files / "tuned"
 
 
 def auroc_within(model: TokenRewardModel, demonstrations: list[dict]) -> float:
@@ -101,15 +110,17 @@ def auroc_within(model: TokenRewardModel, demonstrations: list[dict]) -> float:
     return sum(right > wrong for right, wrong in zip(values[::2], values[1::2], strict=True)) / len(demonstrations)
 
 
-def test_it_learns_what_is_right_on_new_problems(done, tiny_model_folder, tokenizer):
+NEW, _ = logged(60, seed=6, exclude=frozenset(row["prompt"] for row in DEMONSTRATIONS))
+
+
+def test_readout_learns_what_is_right_on_new_problems(done):
     folder, _ = done
-    new, _ = logged(60, seed=6, exclude=frozenset(row["prompt"] for row in DEMONSTRATIONS))
     model = TokenRewardModel.from_pretrained(folder / "reward_model")
-    assert auroc_within(model, new) > 0.85
+    assert auroc_within(model, NEW) > 0.85
     stored = json.loads((folder / "verdict.json").read_text())
-    assert stored["aurocs"]["reward"]["within_prompt"] > 0.85
+    assert stored["aurocs"]["reward"]["within_prompt"] > 0.9
     assert stored["questions"] == 20
-    prompts, texts = [row["prompt"] for row in new], [row["completion"] for row in new]
+    prompts, texts = [row["prompt"] for row in NEW], [row["completion"] for row in NEW]
     means = [sum(scores.rewards) / len(scores.rewards) for scores in model.score(prompts, texts)]
     assert as_reward_func(model)(prompts=prompts, completions=texts) == pytest.approx(means)
 
@@ -118,6 +129,7 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
     folder, result = done
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["task"] == "arithmetic"
+    assert config.keys().isdisjoint({"updates", "lora_r", "head"})  # without effect
     settings = json.loads((folder / "reward_model" / "tracereward.json").read_text())
     assert settings["label_rule"] == "agreeing/disagreeing"
     assert settings["calibration"]["traces"] == 80
@@ -127,13 +139,34 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
     for text in (card, report, result.err):
         assert "agreeing/disagreeing" in text
         assert line in text.replace("&#43;", "+")
-        assert "by agreement with the answer that the demonstration states" in text
-    metrics = rows(folder / "metrics.jsonl")
-    assert [row["step"] for row in metrics] == list(range(1, 25))
+        assert "by agreement with the answer that the demonstration states (80)" in text
+    (row,) = rows(folder / "metrics.jsonl")
+    assert row["readout/cross_validated_auroc"] > 0.9
+    assert row["discriminator/held_out_accuracy"] > 0.5
+    assert 0 <= row["monitor/perturbation_auroc"] <= 1
+    assert row["surface/auroc"] > 0.7  # the additional line
+    assert "surface features alone" in result.err
+
+
+def test_fine_tuning_learns_and_logs_each_update(tuned):
+    assert auroc_within(TokenRewardModel.from_pretrained(tuned / "reward_model"), NEW) > 0.8
+    metrics = rows(tuned / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 21))
     assert "surface/auroc" in metrics[0]
     assert metrics[-1]["discriminator/loss"] < metrics[0]["discriminator/loss"]
-    assert metrics[19]["discriminator/held_out_accuracy"] > 0.5
-    assert 0 <= metrics[19]["monitor/perturbation_auroc"] <= 1
+    assert metrics[9]["discriminator/held_out_accuracy"] > 0.5
+    assert "monitor/perturbation_auroc" in metrics[9]
+
+
+def test_fine_tuning_starts_from_the_readout(done, tiny_model_folder):
+    """With a learning rate that moves nothing, the rewards are the read-out's."""
+    options = {"readout": False, "updates": 1, "learning_rate": 1e-12}
+    fitted = fit(DEMONSTRATIONS, CANDIDATES, model=str(tiny_model_folder), **READOUT, **options)
+    model = TokenRewardModel.from_pretrained(done[0] / "reward_model")
+    prompts, texts = [row["prompt"] for row in NEW[:8]], [row["completion"] for row in NEW[:8]]
+    pairs = zip(model.score(prompts, texts), fitted.reward_model.score(prompts, texts), strict=True)
+    for before, after in pairs:
+        assert after.rewards == pytest.approx(before.rewards, abs=1e-4)
 
 
 def test_the_artefact_reranks_and_is_inspected(done, files, command, tmp_path):
@@ -148,23 +181,42 @@ def test_the_artefact_reranks_and_is_inspected(done, files, command, tmp_path):
 @pytest.mark.parametrize(
     ("name", "trapped", "code"),
     [
-        ("killed", trap("open", "metrics.jsonl", 16), -signal.SIGKILL),
-        ("stopped", trap("open", "metrics.jsonl", 5, number=signal.SIGINT), 130),
-        ("unmarked", trap("rename", "checkpoint-20/complete.json"), -signal.SIGKILL),
+        ("killed", trap("open", "metrics.jsonl", 14), -signal.SIGKILL),
+        pytest.param("stopped", trap("open", "metrics.jsonl", 5, number=signal.SIGINT), 130, marks=pytest.mark.long),
+        pytest.param(
+            "unmarked", trap("rename", "checkpoint-16/complete.json"), -signal.SIGKILL, marks=pytest.mark.long
+        ),
     ],
 )
-def test_resumed_run_equals_an_uninterrupted_one(name, trapped, code, done, given, files):
+def test_resumed_fine_tuning_equals_an_uninterrupted_one(name, trapped, code, tuned, given, files):
     folder = files / name
-    words = ["fit", *options(**given, **SMALL, output_dir=folder)]
+    words = ["fit", *options(**given, **TUNED, output_dir=folder)]
     first = launcher()(*words, trap=trapped)
     assert first.code == code, first.err
     again = launcher()("fit", "--output_dir", folder, "--resume")
     assert again.code == 0, again.err
-    expected, found = weights(done[0] / "reward_model"), weights(folder / "reward_model")
+    assert_same(tuned, folder)
+
+
+def test_resumed_readout_equals_an_uninterrupted_one(done, given, files):
+    """Killed when it would write the reward model; the states are read from the disk then."""
+    folder = files / "readout"
+    words = ["fit", *options(**given, **READOUT, output_dir=folder)]
+    assert launcher()(*words, trap=trap("rename", "/reward_model")).code == -signal.SIGKILL
+    written = {path: path.stat().st_mtime_ns for path in (folder / "checkpoints" / "states").iterdir()}
+    again = launcher()("fit", "--output_dir", folder, "--resume")
+    assert again.code == 0, again.err
+    assert {path: path.stat().st_mtime_ns for path in (folder / "checkpoints" / "states").iterdir()} == written
+    assert_same(done[0], folder)
+
+
+def assert_same(one, other):
+    """The same weights, metrics and verdict."""
+    expected, found = weights(one / "reward_model"), weights(other / "reward_model")
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[tensor], found[tensor]) for tensor in expected)
-    assert rows(folder / "metrics.jsonl") == rows(done[0] / "metrics.jsonl")
-    assert (folder / "verdict.json").read_text() == (done[0] / "verdict.json").read_text()
+    assert rows(other / "metrics.jsonl") == rows(one / "metrics.jsonl")
+    assert (other / "verdict.json").read_text() == (one / "verdict.json").read_text()
 
 
 def trained(tiny_model_folder, demonstrations, candidates, **more):
@@ -219,8 +271,9 @@ def test_own_labels_come_before_agreement(tiny_model_folder):
     assert turned.verdict.aurocs["reward"]["within_prompt"] == pytest.approx(1 - value)
 
 
-def test_lora_and_the_token_head_train(tiny_model_folder):
+def test_lora_on_the_readout_trains_with_weights_by_model(tiny_model_folder):
     more = {"head": "token", "use_peft": True, "lora_r": 2, "lora_target_modules": ["q_proj"], "objective": "bce"}
+    more |= {"balance": "model", "dtype": "float32"}
     state, fitted = trained(tiny_model_folder, DEMONSTRATIONS, CANDIDATES, **more)
     assert any("lora_B" in name and value.abs().sum() > 0 for name, value in state.items())
     assert fitted.reward_model.settings.head == "token"
@@ -233,6 +286,8 @@ def test_lora_and_the_token_head_train(tiny_model_folder):
         ({"model": None}, ["--model"]),
         ({"lora_r": 4}, ["--lora_r 4", "--use_peft true"]),
         ({"label_smoothing": 0.2}, ["--label_smoothing 0.2", "--objective bce"]),
+        ({"readout": True, "head": "token"}, ["--updates 20", "--readout false"]),
+        ({"objective": "nnpu", "positives": "agreeing"}, ["nnpu", "--positives expert"]),
         ({"positives": "expret"}, ["positives", "expert"]),
         ({"dataset_name": "x.jsonl"}, ["demonstrations"]),
         ({"max_completion_length": 6}, ["traces are over 6 tokens", "--on_long drop"]),
@@ -243,7 +298,7 @@ def test_lora_and_the_token_head_train(tiny_model_folder):
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(changed, parts, given, command, tmp_path):
     bare = unloadable(given["model"], tmp_path / "bare")
-    words = {**given, **SMALL, "model": bare, "output_dir": tmp_path / "run", **changed}
+    words = {**given, **TUNED, "model": bare, "output_dir": tmp_path / "run", **changed}
     words = {name: value for name, value in words.items() if value is not None}
     refused(command("fit", *options(**words)), *parts)
     assert not (tmp_path / "run" / "config.yaml").exists()
@@ -269,7 +324,7 @@ def test_rows_that_cannot_be_compared_are_refused(tiny_model_folder, monkeypatch
 
 def test_a_finished_run_is_not_overwritten(done, given):
     folder, _ = done
-    again = launcher()("fit", *options(**given, **SMALL, output_dir=folder))
+    again = launcher()("fit", *options(**given, **TUNED, output_dir=folder))
     assert again.code == 2
     assert "already has a run" in again.err
     other = launcher()("train", "--output_dir", folder, "--resume")

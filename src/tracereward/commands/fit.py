@@ -3,14 +3,10 @@
 import contextlib
 import dataclasses
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from peft import LoraConfig
 
 from tracereward.commands.train import explained
 from tracereward.console import note
@@ -18,7 +14,7 @@ from tracereward.data.candidates import Question
 from tracereward.data.readers import rows_of
 from tracereward.errors import InputError, nearest
 from tracereward.files import write_jsonl
-from tracereward.modeling.loading import best_device, check_model, load_causal_lm
+from tracereward.modeling.loading import check_model, load_causal_lm
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
@@ -29,20 +25,15 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
 from tracereward.runs.disk import check_disk
 from tracereward.runs.fit_report import HeldOut, measure
+from tracereward.runs.fit_training import Learned, learn
 from tracereward.runs.folder import Run, run_folder
-from tracereward.runs.job import CHECKPOINTS, FitJob
+from tracereward.runs.job import FitJob
 from tracereward.runs.report import pick_traces
 from tracereward.tasks.recipes import Task, get_task
-from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_checkpoint
-from tracereward.training.discriminator import Discriminator
-from tracereward.training.discriminator_batch import perturbed_pairs
 from tracereward.training.fit_data import FitData, FitQuestion, prepare_fit_data, read_fit_data
 from tracereward.training.fit_options import FitOptions
 from tracereward.training.label_rules import LabelRule
-from tracereward.training.update_loop import UpdateLoop, pair_auroc, pair_traces, surface_leaks
 from tracereward.verdict import Verdict
-
-JUDGED_EVERY = 10  # updates between two held-out accuracies and perturbation AUROCs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,17 +140,12 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         for kind, source in (rows or {}).items():
             if not isinstance(source, (str, os.PathLike)):
                 write_jsonl(run.folder / f"{kind}.jsonl", [row for _, row in rows_of(source, kind)])
-        torch.manual_seed(options.seed)  # random initialisation of the head and LoRA
         with explained():
-            model = TokenRewardModel.from_backbone(
-                name, settings, tokenizer, peft_config=_lora(options), dtype=options.dtype or "float32"
-            )
-        model.to(best_device())
-        fine_tune(run, model, data)
-        model.eval()
+            learned = learn(run, data, settings, tokenizer)
+        model = learned.model.eval()
         log_probs = _log_probs(options, model, data.held_out)
         found = measure(model, data.held_out, log_probs, task)
-        _finish(run, model, data, found)
+        _finish(run, learned, data, found)
     return Fitted(reward_model=model, verdict=found.verdict, label_rule=data.rule.name, folder=run.folder)
 
 
@@ -172,68 +158,6 @@ def _read(options: FitOptions, task: Task, rows: dict[str, Any]) -> tuple[list[Q
     if candidates is None:
         raise InputError("no candidates: pass --candidates, traces of models as `tracereward sample` writes them")
     return read_fit_data(options, task, demonstrations, candidates)
-
-
-def _lora(options: FitOptions) -> LoraConfig | None:
-    """LoRA settings from the options; None without ``use_peft``."""
-    if not options.use_peft:
-        return None
-    layers: Any = options.lora_target_modules
-    return LoraConfig(
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        target_modules="all-linear" if layers == ["all-linear"] else layers,
-        task_type="CAUSAL_LM",
-    )
-
-
-def fine_tune(run: Run[FitJob], model: TokenRewardModel, data: FitData) -> None:
-    """Train a reward model on labelled candidates, from the last complete checkpoint if there is one.
-
-    Raises:
-        Interrupted: the user stopped it.
-        RunFailed: non-finite numbers, or a full disk.
-    """
-    options = run.job.given
-    rollouts = data.rollouts(perturbed=options.perturbed_per_expert > 0)
-    discriminator = Discriminator(
-        model,
-        data.experts,
-        options.discriminator(len(rollouts)),
-        seed=options.seed,
-        held_out=data.held_out_experts,
-    )
-    pairs = perturbed_pairs(data.experts, data.held_out_experts, discriminator.perturbed, options.seed)
-    leaks: dict[str, Any] = {}
-    if run.checkpoint is None:
-        discriminator.remember(rollouts)
-        held_out = discriminator.held_out
-        leaks = surface_leaks(data.experts, [r for r in rollouts if r.demonstration not in held_out], model.tokenizer)
-    else:
-        discriminator.load(run.checkpoint / DISCRIMINATOR_FILE)
-    run.metrics.rewind(discriminator.updates, sys.maxsize)
-
-    def log(update: int, row: dict[str, float]) -> None:
-        named: dict[str, Any] = {f"discriminator/{name}": value for name, value in row.items()}
-        if pairs and update % JUDGED_EVERY == 0:
-            rewards = model.token_rewards(*pair_traces(pairs), token_budget=options.token_budget)
-            named["monitor/perturbation_auroc"] = pair_auroc(pairs, [float(values.mean()) for values in rewards])
-        run.metrics.append({"phase": "fit", "step": update, **named, **leaks})
-        leaks.clear()
-
-    half = model.device.type == "cuda" and (options.dtype or "float32") == "float32"
-    loop = UpdateLoop(
-        discriminator=discriminator,
-        seed=options.seed,
-        judged_every=JUDGED_EVERY,
-        stopped=run.stop.received,
-        log=log,
-        save=lambda: save_checkpoint(run.folder / CHECKPOINTS, discriminator.updates, discriminator.state_dict()),
-        autocast=lambda: torch.autocast(model.device.type, torch.bfloat16, enabled=half),
-        saved_every=options.save_steps,
-    )
-    with run.interruptible(lambda: (discriminator.updates, options.updates)):
-        loop.run(options.updates, "fit")
 
 
 def _log_probs(
@@ -252,13 +176,14 @@ def _log_probs(
     return [[next(flat) for _ in question.candidates] for question in questions]
 
 
-def _finish(run: Run[FitJob], model: TokenRewardModel, data: FitData, found: HeldOut) -> None:
+def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -> None:
     """Write the reward model with its calibration and card, the verdict and the report; says the verdict."""
-    traces = sum(len(question.candidates) for question in data.questions)
+    model, traces = learned.model, sum(len(question.candidates) for question in data.questions)
     sentences = [
         f"{len(data.experts)} demonstrations and {traces} candidates of {len(data.questions)} questions of the task "
         f"`{model.settings.task}`, of which {len(data.held_out)} questions were held out.",
         f"{data.said[0].upper()}{data.said[1:]}.",
+        *learned.sentences,
         *found.missing,
     ]
     model.settings = dataclasses.replace(model.settings, calibration=found.calibration)
@@ -269,6 +194,7 @@ def _finish(run: Run[FitJob], model: TokenRewardModel, data: FitData, found: Hel
     run.report(
         " ".join(sentences),
         verdict=verdict_html(found.verdict, missing),
+        tables=learned.tables,
         rewards_correct=found.rewards(correct=True),
         rewards_wrong=found.rewards(correct=False),
         traces=pick_traces(found.traces),

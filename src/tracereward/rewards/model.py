@@ -111,14 +111,10 @@ class TokenRewardModel(nn.Module, Scorer):
             if peft_config is None:
                 raise InputError("quantized weights cannot be trained: pass LoRA settings as peft_config")
             prepare_for_lora(backbone)
+        model = cls(backbone, tokenizer, settings)
         if peft_config is not None:
-            peft_config = copy.deepcopy(peft_config)
-            if not reads_log_probs(settings.head):
-                peft_config.task_type = "TOKEN_CLS"
-                # The head is trained in full; "all-linear" would wrap it too and crash.
-                peft_config.exclude_modules = list(NEW_HEAD)
-            backbone = get_peft_model(backbone, peft_config)
-        return cls(backbone, tokenizer, settings)
+            model.add_lora(peft_config)
+        return model
 
     @classmethod
     def from_readout(
@@ -186,6 +182,16 @@ class TokenRewardModel(nn.Module, Scorer):
             if model.head is not None:
                 load_head(model.head, folder)
         return model.eval()
+
+    def add_lora(self, peft_config: LoraConfig) -> None:
+        """Put LoRA adapters on a backbone without any; it and the adapters' settings are otherwise left as they are."""
+        assert not isinstance(self.backbone, PeftModel | AdapterView)
+        peft_config = copy.deepcopy(peft_config)
+        if not reads_log_probs(self.settings.head):
+            peft_config.task_type = "TOKEN_CLS"
+            # The head is trained in full; "all-linear" would wrap it too and crash.
+            peft_config.exclude_modules = list(NEW_HEAD)
+        self.backbone = get_peft_model(self.backbone, peft_config)
 
     @property
     def shares_base(self) -> bool:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +26,8 @@ from tracereward.training.label_rules import (
     labels_of,
     remarks_on_labels,
 )
+from tracereward.training.loss_weights import balance_weights
+from tracereward.training.readout_training import LabelledTrace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +39,14 @@ class FitCandidate:
         ids: token ids.
         label: True joins the experts, False is a negative, None is left out.
         correct: whether it is right, see `FitQuestion`; None if unknown.
+        weight: in its class.
     """
 
     row: CandidateRow
     ids: list[int]
     label: bool | None
     correct: bool | None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,19 @@ class FitData:
         total = len(self.experts)
         return list(range(total - sum(len(question.experts) for question in self.held_out), total))
 
+    @property
+    def traces(self) -> list[LabelledTrace]:
+        """The demonstrations and the labelled candidates of the questions to train on."""
+        found = []
+        for number, question in enumerate(self.train):
+            labelled = [(expert.completion, True, expert.weight) for expert in question.experts]
+            labelled += [(c.ids, c.label, c.weight) for c in question.candidates if c.label is not None]
+            found += [
+                LabelledTrace(prompt=question.prompt, completion=ids, label=label, question=number, weight=weight)
+                for ids, label, weight in labelled
+            ]
+        return found
+
     def rollouts(self, perturbed: bool) -> list[Rollout]:
         """The labelled candidates, each for every demonstration of its question.
 
@@ -112,7 +129,7 @@ class FitData:
         for question in self.questions:
             if question.negatives or perturbed:
                 found += [
-                    Rollout(index, candidate.ids, candidate.label)
+                    Rollout(index, candidate.ids, candidate.label, candidate.weight)
                     for index in range(first, first + len(question.experts))
                     for candidate in question.candidates
                     if candidate.label is not None
@@ -142,7 +159,10 @@ def read_fit_data(
     experts = load_demonstrations(demonstrations, task, subset=subset)
     rows = read_candidates(candidates, task, questions=options.questions)
     questions, remarks = match(experts, rows)
-    rule, said = choose_rule(questions, task, options.positives, options.negatives)
+    positives, negatives = options.positives, options.negatives
+    if options.objective == "nnpu":
+        positives, negatives = "expert", "all"
+    rule, said = choose_rule(questions, task, positives, negatives)
     usable = [question for question in questions if question.demonstrations and question.candidates]
     labels = [labels_of(question, rule, task) for question in usable]
     for remark in [*remarks, said, *remarks_on_labels(usable, labels, rule)]:
@@ -298,9 +318,46 @@ def prepare_fit_data(
     questions, rule, said = read
     encoded = encode_questions(questions, options, rule, task=task, tokenizer=tokenizer, rendering=rendering)
     train, held_out = split_questions(encoded, options.held_out_fraction, options.seed)
-    if not any(question.negatives for question in train):
+    both = sum(question.negatives > 0 for question in train)
+    if both < 2:
         raise InputError(
-            f"the {len(train)} questions to train on have no negative under label rule {rule.name}: give more "
-            "questions, or a lower --held_out_fraction"
+            f"{both} of {len(train)} questions to train on have a negative under label rule {rule.name}, and 2 are "
+            "needed (better 50): give more candidates, or a lower --held_out_fraction"
         )
-    return FitData(train=train, held_out=held_out, rule=rule, said=said)
+    return FitData(train=balanced(train, options), held_out=held_out, rule=rule, said=said)
+
+
+def balanced(questions: list[FitQuestion], options: FitOptions) -> list[FitQuestion]:
+    """The questions with the weights of ``--balance``; see `balance_weights`.
+
+    Raises:
+        InputError: nothing can be balanced.
+    """
+    if options.balance == "none" or (options.balance == "question" and not options.readout):
+        return questions  # the discriminator weighs the questions of each update itself
+    rows: list[tuple[bool | None, int, str | None]] = []
+    for number, question in enumerate(questions):
+        rows += [(True, number, None) for _ in question.experts]
+        rows += [(candidate.label, number, candidate.row.model) for candidate in question.candidates]
+    labels, numbers, models = zip(*rows, strict=True)
+    weights = iter(balance_weights(labels, numbers, models, options.balance))
+    found = [
+        replace(
+            question,
+            experts=[expert._replace(weight=next(weights)) for expert in question.experts],
+            candidates=[replace(candidate, weight=next(weights)) for candidate in question.candidates],
+        )
+        for question in questions
+    ]
+    if not any(expert.weight for question in found for expert in question.experts):
+        raise InputError(
+            "--balance model: no question is left with positives and negatives, since each model's candidates are all "
+            "on one side: use --balance none or question"
+        )
+    left_out = [question.where for question in found if not any(expert.weight for expert in question.experts)]
+    if left_out:
+        note(
+            f"--balance {options.balance}: {len(left_out)} of {len(found)} questions have one side only and weigh "
+            f"nothing, the first at {left_out[0]}"
+        )
+    return found

@@ -89,11 +89,32 @@ class FitModelOptions:
         default=None, metadata={"help": "Folder or Hub id of the causal LM that reads the traces."}
     )
     dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = field(
-        default=None, metadata={"help": "Precision of the loaded weights. Default: float32."}
+        default=None,
+        metadata={
+            "help": "Precision of the model. Default: bfloat16 for a read-out where the processor computes in it, else "
+            "float32."
+        },
+    )
+    readout: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep the model frozen and fit a linear head on the states of one layer, chosen by "
+            "cross-validation over questions. false: fine-tune the model, with head token from there."
+        },
+    )
+    states: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the frozen model's states, which runs on the same traces may share. Default: in the run "
+            "folder."
+        },
     )
     head: Annotated[str, OneOf(("token", "action"))] = field(
         default="token",
-        metadata={"help": "token: a linear map on the hidden state; action: also reads the token's log-prob."},
+        metadata={
+            "help": "token: a linear map on the hidden state, as a read-out has; action: also reads the token's "
+            "log-prob, and starts untrained."
+        },
     )
     granularity: Annotated[str, OneOf(GRANULARITIES)] = field(
         default="dense", metadata={"help": "Supervised tokens: sparse, step, interval or dense."}
@@ -109,14 +130,36 @@ class FitModelOptions:
 
 
 @dataclass
+class FitLossOptions:
+    """What is minimised."""
+
+    objective: Annotated[str, OneOf(("pairwise", "bce", "pairwise_tokens", "nnpu"))] = field(
+        default="pairwise",
+        metadata={
+            "help": "pairwise: Bradley-Terry on mean logits of a positive and a negative of one question; bce: binary "
+            "cross-entropy. Fine-tuning also has pairwise_tokens: each token against the other side's mean logit; and "
+            "nnpu: candidates count as unlabelled, a share of them as good as an expert."
+        },
+    )
+    balance: Annotated[str, OneOf(("none", "question", "model"))] = field(
+        default="none",
+        metadata={
+            "help": "none: every trace weighs the same in its class; question: every question with both classes weighs "
+            "the same; model: candidates are weighted so that neither the question nor the model that wrote one says "
+            "anything about its label."
+        },
+    )
+
+
+@dataclass
 class FitUpdateOptions:
     """Loss and updates of the fine-tuning."""
 
-    objective: Annotated[str, OneOf(("pairwise", "bce"))] = field(
-        default="pairwise",
+    positive_prior: Annotated[float | None, Range(above=0, below=1)] = field(
+        default=None,
         metadata={
-            "help": "pairwise: Bradley-Terry on mean logits of a positive and the negatives of its question; bce: "
-            "binary cross-entropy per token."
+            "help": "For --objective nnpu: the share of candidates that are as good as an expert. Default: estimated "
+            "on a fifth of the questions to train on, after 20 updates with bce."
         },
     )
     label_smoothing: Annotated[float, Range(min=0, max=0.499)] = field(
@@ -153,13 +196,25 @@ class FitRunOptions:
 
 
 @dataclass
-class FitOptions(FitDataOptions, FitLabelOptions, FitModelOptions, FitUpdateOptions, FitRunOptions):
+class FitOptions(FitDataOptions, FitLabelOptions, FitModelOptions, FitLossOptions, FitUpdateOptions, FitRunOptions):
     """All options of `tracereward fit`."""
 
     def __post_init__(self) -> None:
         check_options(self)
         if self.step_delimiter == "":
             raise InputError("step_delimiter is empty: give the text that ends a step, or leave it out for the task's")
+        if self.readout and self.objective not in ("pairwise", "bce"):
+            raise InputError(f"objective {self.objective} is for fine-tuning: set --readout false")
+        if self.objective == "nnpu":
+            if self.positives == "agreeing" or self.negatives == "disagreeing":
+                raise InputError(
+                    "objective nnpu is for candidates without labels: set --positives expert and --negatives all"
+                )
+            if self.perturbed_per_expert:
+                raise InputError(
+                    "objective nnpu takes all candidates for unlabelled, and perturbed copies are known to be wrong: "
+                    "set --perturbed_per_expert 0"
+                )
 
     def discriminator(self, rollouts: int) -> DiscriminatorOptions:
         """The options of the discriminator.
@@ -172,6 +227,8 @@ class FitOptions(FitDataOptions, FitLabelOptions, FitModelOptions, FitUpdateOpti
             granularity=self.granularity,
             interval=self.interval,
             objective=self.objective,
+            positive_prior=self.positive_prior,
+            balance="question" if self.balance == "question" else "none",
             label_smoothing=self.label_smoothing,
             first_difference=self.first_difference,
             perturbed_per_expert=self.perturbed_per_expert,
@@ -188,7 +245,8 @@ FIT_GROUPS: dict[str, type] = {
     "Data": FitDataOptions,
     "Labels and held-out questions": FitLabelOptions,
     "Reward model": FitModelOptions,
-    "Fine-tuning": FitUpdateOptions,
+    "Loss": FitLossOptions,
+    "Fine-tuning (--readout false)": FitUpdateOptions,
     "Run": FitRunOptions,
 }
 """The options by heading of the help."""

@@ -327,7 +327,7 @@ CONFIG_RULES: tuple[Rule, ...] = (
         options=("positive_prior",),
         when=lambda o: o.objective != "nnpu",
         why="it needs --objective nnpu",
-        commands=(TRAIN,),
+        commands=(TRAIN, FIT),
     ),
     Rule(
         options=_names("discriminator_every discriminator_online_learning_rate discriminator_gate_high"),
@@ -380,6 +380,31 @@ CONFIG_RULES: tuple[Rule, ...] = (
     ),
 )
 """Rules between the options of a command's config."""
+
+FIT_RULES: tuple[Rule, ...] = (
+    Rule(
+        options=_names(
+            "head use_peft lora_r lora_alpha lora_target_modules positive_prior label_smoothing first_difference "
+            "perturbed_per_expert updates learning_rate update_prompts update_candidates token_budget save_steps"
+        ),
+        when=lambda o: o.readout,
+        why="a read-out leaves the model as it is: set --readout false to fine-tune it",
+        commands=(FIT,),
+    ),
+    Rule(
+        options=("balance",),
+        when=lambda o: o.readout and o.objective == "pairwise" and o.balance == "question",
+        why="in a read-out with --objective pairwise every question weighs the same already",
+        commands=(FIT,),
+    ),
+    Rule(
+        options=("states",),
+        when=lambda o: o.head == "action",
+        why="head action starts untrained, and not from a read-out",
+        commands=(FIT,),
+    ),
+)
+"""Rules of `fit` alone; they come before the others."""
 
 JOB_RULES: tuple[Rule, ...] = (
     Rule(
@@ -438,6 +463,7 @@ JOB_RULES: tuple[Rule, ...] = (
     ),
 )
 """Rules that involve options of the data or the model."""
+ALL_RULES = (*FIT_RULES, *CONFIG_RULES, *JOB_RULES)
 
 
 def values_of(*options: Any) -> Values:
@@ -451,7 +477,7 @@ def values_of(*options: Any) -> Values:
     return values
 
 
-def without_effect(command: str, values: Values, rules: Iterable[Rule] = (*CONFIG_RULES, *JOB_RULES)) -> dict[str, str]:
+def without_effect(command: str, values: Values, rules: Iterable[Rule] = ALL_RULES) -> dict[str, str]:
     """The options that have no effect next to the values of others, each with the reason."""
     found: dict[str, str] = {}
     for rule in rules:
@@ -520,7 +546,7 @@ def check_fit(options: Any) -> None:
     Raises:
         InputError: names an option that would have no effect.
     """
-    check_effects(FIT, values_of(options), option_defaults(type(options)), (*CONFIG_RULES, *JOB_RULES))
+    check_effects(FIT, values_of(options), option_defaults(type(options)), ALL_RULES)
 
 
 def _check_json(option: str, value: Any, *, file: bool) -> None:

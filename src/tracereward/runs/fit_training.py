@@ -1,0 +1,217 @@
+"""How `tracereward fit` learns: a read-out of the frozen model, and from there, if asked for, fine-tuning."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerBase
+
+from tracereward.errors import Interrupted
+from tracereward.modeling.loading import best_device, fast_dtype
+from tracereward.reports.tables import Table
+from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.settings import RewardSettings
+from tracereward.runs.disk import explain_full_disk
+from tracereward.runs.folder import Run
+from tracereward.runs.job import CHECKPOINTS, FitJob
+from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_checkpoint
+from tracereward.training.discriminator import Discriminator
+from tracereward.training.discriminator_batch import Rollout, perturbed_pairs
+from tracereward.training.fit_data import FitData, split_questions
+from tracereward.training.fit_options import FitOptions
+from tracereward.training.readout import Readout
+from tracereward.training.readout_training import ReadoutOptions, train_readout
+from tracereward.training.update_loop import TracePair, UpdateLoop, pair_auroc, pair_traces, surface_leaks
+
+JUDGED_EVERY = 10  # updates between two held-out accuracies and perturbation AUROCs
+PRIOR_SHARE = 0.2  # of the questions to train on, from which the prior of `nnpu` is estimated
+RESUMES = "the same command with --resume continues from there"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Learned:
+    """A reward model, and how it was learned.
+
+    Attributes:
+        model: the reward model.
+        tables: for the report.
+        sentences: for the report and the card.
+    """
+
+    model: TokenRewardModel
+    tables: list[Table] = dataclasses.field(default_factory=list)
+    sentences: list[str] = dataclasses.field(default_factory=list)
+
+
+def learn(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase) -> Learned:
+    """Learn from the labelled candidates of the questions to train on.
+
+    With head ``token`` a read-out is fitted first. Fine-tuning starts from it; with head ``action`` it starts from the
+    language model.
+
+    Raises:
+        Interrupted: the user stopped it.
+        RunFailed: non-finite numbers, or a full disk.
+    """
+    options = run.job.given
+    torch.manual_seed(options.seed)  # random initialisation of the head and LoRA
+    dtype = getattr(torch, options.dtype or "float32")
+    if run.checkpoint is None:
+        run.metrics.rewind(-1, -1)
+    if options.head == "token":
+        learned = read_out(run, data, settings, tokenizer)
+        if options.readout:
+            return learned
+        learned.model.backbone.to(dtype)  # pyright: ignore[reportArgumentType]
+    else:
+        model = TokenRewardModel.from_backbone(str(options.model), settings, tokenizer, dtype=dtype)
+        learned = Learned(model=model.to(best_device()))
+    if options.use_peft:
+        learned.model.add_lora(_lora(options))
+    fine_tune(run, learned.model, data)
+    return learned
+
+
+def _lora(options: FitOptions) -> LoraConfig:
+    layers: Any = options.lora_target_modules
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        target_modules="all-linear" if layers == ["all-linear"] else layers,
+        task_type="CAUSAL_LM",
+    )
+
+
+def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase) -> Learned:
+    """Fit a read-out; the states of the frozen model are kept on the disk."""
+    options = run.job.given
+    dtype = fast_dtype(best_device()) if options.dtype is None else getattr(torch, options.dtype)
+    fitting = ReadoutOptions(
+        objective="bce" if options.objective == "bce" else "pairwise",
+        cache=Path(options.states) if options.states else run.folder / CHECKPOINTS / "states",
+        dtype=dtype,
+        seed=options.seed,
+    )
+    traces = data.traces
+    with run.stop, explain_full_disk(run.folder):
+        try:
+            model, fitted = train_readout(
+                str(options.model), settings, tokenizer, traces, options=fitting, stopped=run.stop.received
+            )
+        except Interrupted as error:
+            raise Interrupted(f"{error}; {RESUMES}") from error
+        if run.stop.received():
+            raise Interrupted(f"stopped after the read-out was fitted; {RESUMES}")
+    best = next(one for one in fitted.table if (one.layer, one.penalty) == (fitted.layer, fitted.penalty))
+    if run.checkpoint is None:
+        labels = np.array([trace.label for trace in traces])
+        row: dict[str, Any] = {
+            "readout/layer": fitted.layer,
+            "readout/penalty": fitted.penalty,
+            "readout/cross_validated_auroc": best.auroc,
+            "discriminator/accuracy_expert": float((fitted.scores[labels] > 0).mean()),
+            "discriminator/accuracy_policy": float((fitted.scores[~labels] < 0).mean()),
+        }
+        judge, rollouts = _discriminator(data, model, options)
+        judge.remember(rollouts)
+        row["discriminator/held_out_accuracy"] = judge.held_out_accuracy()
+        row |= _perturbation(model, _perturbed(data, judge))
+        row |= surface_leaks(data.experts, _training(rollouts, judge), tokenizer)
+        run.metrics.append({"phase": "fit", "step": 0, **row})
+    sentence = (
+        f"Read-out of layer {fitted.layer} with penalty {fitted.penalty:g}: AUROC within the question {best.auroc:.3f} "
+        "in cross-validation over the questions to train on, by the label rule."
+    )
+    return Learned(model=model, tables=[_table(fitted)], sentences=[sentence])
+
+
+def _table(fitted: Readout) -> Table:
+    """The cross-validation, a row a layer."""
+    layers, penalties = sorted({one.layer for one in fitted.table}), sorted({one.penalty for one in fitted.table})
+    found = {(one.layer, one.penalty): one.auroc for one in fitted.table}
+    return Table(
+        "Read-out: AUROC within the question in cross-validation",
+        ["layer", *(f"penalty {penalty:g}" for penalty in penalties)],
+        [[layer, *(found[layer, penalty] for penalty in penalties)] for layer in layers],
+        f"Chosen: layer {fitted.layer}, penalty {fitted.penalty:g}.",
+        best=layers.index(fitted.layer),
+    )
+
+
+def _discriminator(data: FitData, model: TokenRewardModel, options: FitOptions) -> tuple[Discriminator, list[Rollout]]:
+    """What trains a reward model, and measures it on held-out questions; and the labelled candidates."""
+    rollouts = data.rollouts(perturbed=options.perturbed_per_expert > 0)
+    discriminator = Discriminator(
+        model,
+        data.experts,
+        options.discriminator(len(rollouts)),
+        seed=options.seed,
+        held_out=data.held_out_experts,
+    )
+    return discriminator, rollouts
+
+
+def _training(rollouts: Sequence[Rollout], discriminator: Discriminator) -> list[Rollout]:
+    return [rollout for rollout in rollouts if rollout.demonstration not in discriminator.held_out]
+
+
+def _perturbed(data: FitData, discriminator: Discriminator) -> list[TracePair]:
+    held_out = sorted(discriminator.held_out)
+    return perturbed_pairs(data.experts, held_out, discriminator.perturbed, discriminator.seed)
+
+
+def _perturbation(model: TokenRewardModel, pairs: Sequence[TracePair], budget: int | None = None) -> dict[str, float]:
+    """AUROC of experts against their perturbed copies, if there are any."""
+    if not pairs:
+        return {}
+    rewards = model.token_rewards(*pair_traces(pairs), token_budget=budget)
+    return {"monitor/perturbation_auroc": pair_auroc(pairs, [float(values.mean()) for values in rewards])}
+
+
+def fine_tune(run: Run[FitJob], model: TokenRewardModel, data: FitData) -> None:
+    """Train a reward model on labelled candidates, from the last complete checkpoint if there is one.
+
+    Raises:
+        Interrupted: the user stopped it.
+        RunFailed: non-finite numbers, or a full disk.
+    """
+    options = run.job.given
+    if options.objective == "nnpu" and options.positive_prior is None:  # not from questions that measure the result
+        train, held_out = split_questions(data.train, PRIOR_SHARE, options.seed)
+        data = dataclasses.replace(data, train=train, held_out=held_out)
+    discriminator, rollouts = _discriminator(data, model, options)
+    pairs = _perturbed(data, discriminator)
+    leaks: dict[str, Any] = {}
+    if run.checkpoint is None:
+        discriminator.remember(rollouts)
+        if options.head == "action":  # a read-out has said it
+            leaks = surface_leaks(data.experts, _training(rollouts, discriminator), model.tokenizer)
+    else:
+        discriminator.load(run.checkpoint / DISCRIMINATOR_FILE)
+        run.metrics.rewind(discriminator.updates, sys.maxsize)
+
+    def log(update: int, row: dict[str, float]) -> None:
+        named: dict[str, Any] = {f"discriminator/{name}": value for name, value in row.items()}
+        if update % JUDGED_EVERY == 0:
+            named |= _perturbation(model, pairs, options.token_budget)
+        run.metrics.append({"phase": "fit", "step": update, **named, **leaks})
+        leaks.clear()
+
+    half = model.device.type == "cuda" and options.dtype in (None, "float32")
+    loop = UpdateLoop(
+        discriminator=discriminator,
+        seed=options.seed,
+        judged_every=JUDGED_EVERY,
+        stopped=run.stop.received,
+        log=log,
+        save=lambda: save_checkpoint(run.folder / CHECKPOINTS, discriminator.updates, discriminator.state_dict()),
+        autocast=lambda: torch.autocast(model.device.type, torch.bfloat16, enabled=half),
+        saved_every=options.save_steps,
+    )
+    with run.interruptible(lambda: (discriminator.updates, options.updates)):
+        loop.run(options.updates, "fit")
