@@ -19,10 +19,17 @@ def key_of(result: Result) -> tuple[str, str, int]:
 
 
 def read_results(path: Path) -> list[Result]:
-    """The results of all cells; empty if there is no file. An incomplete last line is dropped."""
+    """The results of all cells; empty if there is no file. An incomplete last line is dropped.
+
+    Rows of a study without worlds stay as they are.
+    """
     rows = read_jsonl(path)
     worlds = {row["id"]: row["options"] for row in rows if "id" in row}
-    return [{**row, "world_options": worlds[row["world_options"]]} for row in rows if "id" not in row]
+    return [
+        {**row, "world_options": worlds[row["world_options"]]} if "world" in row else row
+        for row in rows
+        if "id" not in row
+    ]
 
 
 def write_results(path: Path, results: Iterable[Result]) -> None:

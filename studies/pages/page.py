@@ -84,7 +84,7 @@ def configurations_tried(folder: Path) -> int:
         folder: results of all studies.
     """
     results = [result for path in folder.glob("*.jsonl") for result in read_results(path)]
-    return len({(r["world"], r["arm"]) for r in results if r["kind"] == "irl" and r["split"] == "validation"})
+    return len({(r["world"], r["arm"]) for r in results if r.get("kind") == "irl" and r["split"] == "validation"})
 
 
 def _provenance(results: Sequence[Result], command: str, tried: int) -> str:

@@ -10,7 +10,7 @@ from tracereward.training.loss_weights import balance_weights
 from tracereward.training.readout import (
     PAIRS,
     Examples,
-    fit_head,
+    fit_heads,
     fit_readout,
     fold_numbers,
     layers_to_try,
@@ -48,7 +48,7 @@ def test_pairs_are_those_of_a_question_and_each_question_weighs_the_same():
 def test_pairwise_head_is_logistic_regression_on_differences():
     """scikit-learn's, on all pairs and their mirror images."""
     values, known = generated(40, 6, 5)
-    head = fit_head(values, known, "pairwise", penalty=0.05)
+    head = fit_heads(values, known, "pairwise", penalties=[0.05])[0.05]
     high, low, weights = pairs(known, 0)
     scale = values.std(0) + 1e-6
     gaps = (values[high] - values[low]) / scale
@@ -62,7 +62,7 @@ def test_pairwise_head_is_logistic_regression_on_differences():
 def test_bce_head_is_weighted_logistic_regression():
     values, known = generated(40, 6, 5)
     known = Examples(labels=known.labels, questions=known.questions, weights=np.linspace(0.1, 2, len(known.labels)))
-    head = fit_head(values, known, "bce", penalty=0.05)
+    head = fit_heads(values, known, "bce", penalties=[0.05])[0.05]
     scale = values.std(0) + 1e-6
     reference = LogisticRegression(C=1 / 0.05, tol=1e-10, max_iter=2000)
     weights = known.weights / known.weights.sum()
@@ -78,7 +78,7 @@ def test_folds_split_questions_and_the_scores_are_of_heads_that_did_not_see_them
     found = fit_readout(states, [1], known, seed=0)
     for fold in range(5):
         seen = fold_of != fold
-        head = fit_head(states[:, 0].numpy()[seen], known[seen], "pairwise", penalty=found.penalty)
+        head = fit_heads(states[:, 0].numpy()[seen], known[seen], "pairwise", penalties=[found.penalty])[found.penalty]
         expected = states[:, 0].numpy()[~seen] @ head + found.bias
         assert found.scores[~seen] == pytest.approx(expected, abs=1e-4)
     assert found.weight == pytest.approx(found.folds.mean(0))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.sparse import csr_array
 from scipy.special import expit
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from tracereward.metrics import within_prompt_auroc
 
 DEPTHS = (0.35, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Layers that are tried, as shares of the depth."""
-PENALTIES = (1e-3, 1e-2, 1e-1)
+PENALTIES = (1e-2, 1e-1, 1.0)
 PAIRS = 64  # of a question: more say little that is new
 
 
@@ -112,8 +113,8 @@ def fit_readout(
     tried = {}
     for layer in layers_to_try(layers):
         values = states[:, list(layers).index(layer)].float().numpy()
-        for penalty in PENALTIES:
-            tried[layer, penalty] = _cross_fitted(values, examples, fold_of, objective, penalty=penalty, seed=seed)
+        for penalty, found in _cross_fitted(values, examples, fold_of, objective, seed=seed).items():
+            tried[layer, penalty] = found
             progress()
     table = tuple(
         Validated(layer=layer, penalty=penalty, auroc=_auroc(scores, examples))
@@ -156,41 +157,56 @@ def fold_numbers(examples: Examples, folds: int, seed: int) -> np.ndarray:
 
 
 def _cross_fitted(
-    values: np.ndarray, examples: Examples, fold_of: np.ndarray, objective: str, *, penalty: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) scores by heads that have not seen the question, and (folds, H) the heads."""
-    scores, heads = np.zeros(len(values)), []
+    values: np.ndarray, examples: Examples, fold_of: np.ndarray, objective: str, *, seed: int
+) -> dict[float, tuple[np.ndarray, np.ndarray]]:
+    """For each penalty, (N,) scores by heads that have not seen the question, and (folds, H) the heads."""
+    scores = {penalty: np.zeros(len(values)) for penalty in PENALTIES}
+    heads: dict[float, list[np.ndarray]] = {penalty: [] for penalty in PENALTIES}
     for fold in range(int(fold_of.max()) + 1):
         seen = fold_of != fold
-        head = fit_head(values[seen], examples[seen], objective, penalty=penalty, seed=seed)
-        heads.append(head)
-        scores[~seen] = values[~seen] @ head
-    return scores, np.stack(heads)
+        found = fit_heads(values[seen], examples[seen], objective, penalties=PENALTIES, seed=seed)
+        for penalty, head in found.items():
+            heads[penalty].append(head)
+            scores[penalty][~seen] = values[~seen] @ head
+    return {penalty: (scores[penalty], np.stack(heads[penalty])) for penalty in PENALTIES}
 
 
 def _auroc(scores: np.ndarray, examples: Examples) -> float:
     return within_prompt_auroc(scores.tolist(), examples.labels.tolist(), examples.questions.tolist())
 
 
-def fit_head(values: np.ndarray, examples: Examples, objective: str, *, penalty: float, seed: int = 0) -> np.ndarray:
-    """(H,) the map of the objective's minimum, for states that are not standardised."""
+def fit_heads(
+    values: np.ndarray, examples: Examples, objective: str, *, penalties: Sequence[float], seed: int = 0
+) -> dict[float, np.ndarray]:
+    """For each penalty, (H,) the map of the objective's minimum, for states that are not standardised.
+
+    The penalties share the eigenvectors of the risk's Hessian at 0; in their coordinates, scaled by the Hessian's and
+    the penalty's curvature, the objective is nearly round there. A penalty starts from the next larger one's minimum.
+    """
     scale = values.std(0) + 1e-6
     standard = (values - values.mean(0)) / scale
     if objective == "pairwise":
-        risk = _pairwise_risk(examples, seed)
-        found = _minimum(standard, risk, penalty, intercept=False)
+        high, low, weights = pairs(examples, seed)
+        risk, curved = _pairwise_risk(high, low, weights), _laplacian(high, low, weights, len(values)) @ standard
     else:
-        found = _minimum(standard, _logistic_risk(examples), penalty, intercept=True)
-    return found / scale
+        weights = examples.weights / examples.weights.sum()
+        risk = _logistic_risk(examples.labels, weights)
+        curved = weights[:, None] * (standard - weights @ standard)
+    curvature, vectors = np.linalg.eigh(standard.T @ curved.astype(standard.dtype) / 4)
+    found, head = {}, np.zeros(standard.shape[1])
+    for penalty in sorted(penalties, reverse=True):
+        root = np.sqrt(np.maximum(curvature, 0) + penalty)
+        basis, start = vectors / root, root * (vectors.T @ head)
+        head = basis @ _minimum(standard, risk, penalty, basis=basis, start=start, intercept=objective != "pairwise")
+        found[penalty] = head / scale
+    return found
 
 
 Risk = Callable[[np.ndarray], tuple[float, np.ndarray]]
 """(N,) scores -> the risk, and its (N,) gradient."""
 
 
-def _pairwise_risk(examples: Examples, seed: int) -> Risk:
-    high, low, weights = pairs(examples, seed)
-
+def _pairwise_risk(high: np.ndarray, low: np.ndarray, weights: np.ndarray) -> Risk:
     def risk(scores: np.ndarray) -> tuple[float, np.ndarray]:
         gap = scores[high] - scores[low]
         slope = weights * expit(-gap)
@@ -200,8 +216,15 @@ def _pairwise_risk(examples: Examples, seed: int) -> Risk:
     return risk
 
 
-def _logistic_risk(examples: Examples) -> Risk:
-    sign, weights = np.where(examples.labels, 1.0, -1.0), examples.weights / examples.weights.sum()
+def _laplacian(high: np.ndarray, low: np.ndarray, weights: np.ndarray, size: int) -> csr_array:
+    """(N, N) L with s L s = the weighted sum of the pairs' (s_p - s_n)^2."""
+    values = np.concatenate([weights, weights, -weights, -weights])
+    places = np.concatenate([high, low, high, low]), np.concatenate([high, low, low, high])
+    return csr_array((values, places), shape=(size, size))  # entries of one place are added
+
+
+def _logistic_risk(labels: np.ndarray, weights: np.ndarray) -> Risk:
+    sign = np.where(labels, 1.0, -1.0)
 
     def risk(scores: np.ndarray) -> tuple[float, np.ndarray]:
         margin = sign * scores
@@ -210,18 +233,21 @@ def _logistic_risk(examples: Examples) -> Risk:
     return risk
 
 
-def _minimum(standard: np.ndarray, risk: Risk, penalty: float, *, intercept: bool) -> np.ndarray:
-    """(H,) argmin over v of min over b of risk(X v + b) + penalty / 2 |v|^2."""
+def _minimum(
+    standard: np.ndarray, risk: Risk, penalty: float, *, basis: np.ndarray, start: np.ndarray, intercept: bool
+) -> np.ndarray:
+    """(H,) argmin over u of min over b of risk(X v + b) + penalty / 2 |v|^2, v = basis u, from `start`."""
     size = standard.shape[1]
 
     def value(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        v, b = parameters[:size], parameters[size:].sum()
+        v, b = basis @ parameters[:size].astype(basis.dtype), parameters[size:].sum()
         loss, slope = risk(standard @ v + b)
-        gradient = np.concatenate([slope @ standard + penalty * v, np.full(len(parameters) - size, slope.sum())])
-        return loss + penalty / 2 * float(v @ v), gradient
+        of_v = (slope.astype(basis.dtype) @ standard + penalty * v) @ basis
+        gradient = np.concatenate([of_v, np.full(len(parameters) - size, slope.sum())])
+        return loss + penalty / 2 * float(v @ v), gradient.astype(float)
 
-    start = np.zeros(size + intercept)
-    return minimize(value, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x[:size]
+    first = np.append(start, np.zeros(int(intercept)))
+    return minimize(value, first, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x[:size]
 
 
 def pairs(examples: Examples, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

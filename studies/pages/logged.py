@@ -1,0 +1,224 @@
+"""The page of the study of logged traces, Markdown and a figure, from its results alone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from studies.pages.figures import COLOURS, GREY
+from studies.pages.markdown import table
+
+Row = Mapping[str, Any]
+POOLS = {"all": "All models", "weaker": "The eight weaker models"}
+DATA = {
+    "gsm8k": "GSM8K: test questions with the answers of 16 open models from ZeroEval",
+    "mmlu_pro": "MMLU-Pro: test questions with the answers of ten models",
+}
+INTRO = """\
+Can a reward be learned from traces that exist already? The frozen model's hidden states, averaged over a trace's
+tokens, go into a linear head, fitted as in `tracereward fit --readout`. Five folds by question: a question is scored by
+a head that has seen neither it nor its answer; layer and penalty are chosen by cross-validation inside the other four
+folds, which also give the scores' scales and the temperature of the tuned vote. Experts are the questions' own
+solutions (`human`) or the traces of the model that is most often right on the training folds (`strongest`). Label
+rules are `positives/negatives`: a trace agrees if its answer is the expert's; `gold`, the upper line, uses the pool's
+own labels instead.
+
+Scorers: the reward, its sum with the frozen model's mean log-prob (both standardised), and the reward minus the mean of
+its model on the training folds, which says what is left when it cannot tell models apart. `which model` is the model's
+accuracy on the training folds. Each model has one answer a question, so an AUROC within the question and the model does
+not exist.
+
+AUROC: within the question, over the questions that have right and wrong candidates; at matched length it is over all
+candidates. Vote: weighted by exp(z), z the score standardised within the question; tuned: by exp(score / t). In
+brackets 95 % intervals over questions; differences are paired, to log-prob by AUROC and best-of-N, to majority by vote,
+and bold where the interval excludes 0. All figures but N are percent or points."""
+
+
+def write_page(path: Path, rows: Sequence[Row]) -> None:
+    """Write `path`, and one figure next to it for each data set and model with curves.
+
+    Args:
+        path: ``logged.md``.
+        rows: of `studies.logged`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = ["# Rewards from logged traces of real models", INTRO]
+    for key in dict.fromkeys((row["data"], row["model"]) for row in rows):
+        parts += _section(path, [row for row in rows if (row["data"], row["model"]) == key])
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _section(path: Path, rows: Sequence[Row]) -> list[str]:
+    """One data set and model."""
+    first = rows[0]
+    free = next(row for row in rows if row["method"] == "none")
+    fitted = [row for row in rows if row["method"] in ("readout", "lora") and "pools" in row]
+    curves = next((row for row in rows if row["arm"] == "curves"), None)
+    parts = [
+        f"## {first['model']} on {first['data']}",
+        f"{DATA.get(first['data'], first['data'])}; {first['questions']} questions, {first['candidates']} candidates.",
+    ]
+    for which, title in POOLS.items():
+        parts += [f"### {title}", _free_table(free["pools"][which]), _separation(fitted, which)]
+        parts += [_choice(fitted, which, name) for name in ("reward", "reward + log-prob")]
+    if curves:
+        parts += _curves(path, curves, free, fitted)
+    return [*parts, "### What it took", _costs(free, fitted)]
+
+
+def _free_table(scores: Mapping[str, Row]) -> str:
+    lines = {}
+    for name, values in scores.items():
+        if "auroc" in values:
+            lines[name] = {
+                "AUROC": _share(values["auroc"]),
+                "at matched length": f"{100 * values['length-matched']:.1f}",
+                "best-of-N": _share(values["best"]),
+                "vote": _share(values["vote"]),
+                "tuned vote": _share(values["tuned vote"]),
+                "minus majority": _points(values["tuned vote difference"]),
+            }
+        else:
+            column = "vote" if name == "majority" else "best-of-N"
+            lines[{"mean": "mean candidate"}.get(name, name)] = {column: _share(values["best"])}
+    return table("without a reward", pd.DataFrame(lines).T)
+
+
+def _separation(rows: Sequence[Row], which: str) -> str:
+    lines = {}
+    for row in rows:
+        scores = row["pools"][which]
+        lines[_label(row)] = {
+            "reward": _share(scores["reward"]["auroc"]),
+            "minus log-prob": _points(scores["reward"]["auroc difference"]),
+            "at matched length": f"{100 * scores['reward']['length-matched']:.1f}",
+            "reward + log-prob": _share(scores["reward + log-prob"]["auroc"]),
+            "minus log-prob ": _points(scores["reward + log-prob"]["auroc difference"]),
+            "reward - its model's mean": _share(scores["reward - its model's mean"]["auroc"]),
+        }
+    return table("AUROC", pd.DataFrame(lines).T)
+
+
+def _choice(rows: Sequence[Row], which: str, score: str) -> str:
+    lines = {}
+    for row in rows:
+        values = row["pools"][which][score]
+        lines[_label(row)] = {
+            "best-of-N": _share(values["best"]),
+            "minus log-prob's": _points(values["best difference"]),
+            "vote": _share(values["vote"]),
+            "minus majority": _points(values["vote difference"]),
+            "tuned vote": _share(values["tuned vote"]),
+            "minus majority ": _points(values["tuned vote difference"]),
+        }
+    return table(f"choosing by {score}", pd.DataFrame(lines).T)
+
+
+def _curves(path: Path, curves: Row, free: Row, fitted: Sequence[Row]) -> list[str]:
+    """Curves over training questions and over N, of the arm that was chosen for them."""
+    whole = next((row for row in fitted if row["arm"] == curves["of"]), None)
+    lines: dict[str, dict[str, str]] = {}
+    for point in curves["by_questions"]:
+        lines.setdefault(str(point["questions"]), {}).update(_point(point["pool"], point["score"], point))
+    if whole:
+        most = f"{round(whole['questions'] * (whole['folds'] - 1) / whole['folds'])}"
+        for which in POOLS:
+            for score in ("reward", "reward + log-prob"):
+                lines.setdefault(most, {}).update(_point(which, score, whole["pools"][which][score]))
+    figure = path.with_name(f"{path.stem}-{curves['data']}-{curves['model']}.png".lower())
+    _figure(figure, curves, free)
+    return [
+        f"### More questions, more candidates ({curves['of']})",
+        f"![AUROC by training questions, accuracy by candidates]({figure.name})",
+        table("training questions", pd.DataFrame(lines).T),
+    ]
+
+
+def _point(which: str, score: str, values: Row) -> dict[str, str]:
+    return {
+        f"AUROC of {score}, {which}": _share(values["auroc"]),
+        f"tuned vote by {score} minus majority, {which}": _points(values["tuned vote difference"]),
+    }
+
+
+def _figure(path: Path, curves: Row, free: Row) -> None:
+    """AUROC over training questions, and accuracy over N for all models and the weaker ones."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+    left, *panels = figure.subplots(1, 3)
+    for place, (which, label) in enumerate(POOLS.items()):
+        for score, stroke in (("reward", "o-"), ("reward + log-prob", "o--")):
+            points = [p for p in curves["by_questions"] if (p["pool"], p["score"]) == (which, score)]
+            values = [100 * p["auroc"][0] for p in points]
+            name = f"{score}, {label.lower()}"
+            left.plot([p["questions"] for p in points], values, stroke, color=COLOURS[place], markersize=4, label=name)
+        base = 100 * free["pools"][which]["log-prob"]["auroc"][0]
+        left.axhline(base, color=COLOURS[place], linewidth=0.8, linestyle=":", label=f"log-prob, {label.lower()}")
+    left.set_xscale("log")
+    left.set_xlabel("training questions", fontsize=8)
+    left.set_title("AUROC within the question, %", loc="left", fontsize=9)
+    names = {
+        "oracle": "oracle",
+        "majority": "majority",
+        "logprob": "best-of-N by log-prob",
+        "reward": "best-of-N by reward",
+        "vote": "vote by reward",
+        "reward_logprob_vote": "vote by reward + log-prob",
+    }
+    for axis, (which, label) in zip(panels, POOLS.items(), strict=True):
+        colours = iter(COLOURS)
+        for method, name in names.items():
+            points = curves["by_size"][which][method]
+            colour = GREY if method in ("oracle", "majority", "logprob") else next(colours)
+            stroke = {"oracle": ":", "majority": "-", "logprob": "--"}.get(method, "-")
+            values = [100 * point[1] for point in points]
+            axis.plot(
+                [point[0] for point in points], values, stroke, color=colour, marker="o", markersize=3, label=name
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("candidates", fontsize=8)
+        axis.set_title(f"accuracy, %: {label.lower()}", loc="left", fontsize=9)
+    for axis in (left, *panels):
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=6, frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _costs(free: Row, fitted: Sequence[Row]) -> str:
+    """Minutes, memory and what was chosen."""
+    took = "Computing the features was not timed."
+    if free.get("minutes"):
+        took = f"Computing the features of all traces took {free['minutes']:.0f} minutes."
+    took += f" The study's process needed {free['gigabytes']:.1f} GB at most before fitting."
+    if not any(row["method"] == "lora" for row in fitted):
+        took += " Arms that train the model itself (LoRA) were not run."
+    lines = {
+        _label(row): {
+            "traces a fold": row["traces"],
+            "minutes, five folds": f"{row['seconds'] / 60:.1f}",
+            "layers": ", ".join(str(layer) for layer, _ in row["chosen"]),
+            "penalties": ", ".join(f"{penalty:g}" for _, penalty in row["chosen"]),
+        }
+        for row in fitted
+        if row["method"] == "readout"
+    }
+    return f"{took}\n\n{table('read-out', pd.DataFrame(lines).T)}"
+
+
+def _label(row: Row) -> str:
+    return row["arm"] if row["method"] == "readout" else f"{row['arm']} ({row['method']})"
+
+
+def _share(interval: Sequence[float]) -> str:
+    mean, low, high = (100 * value for value in interval)
+    return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+
+
+def _points(interval: Sequence[float]) -> str:
+    mean, low, high = (100 * value for value in interval)
+    text = f"{mean:+.1f} ({low:.1f} to {high:.1f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
