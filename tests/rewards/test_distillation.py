@@ -10,8 +10,10 @@ from transformers import AutoModelForTokenClassification
 
 from helpers.unloadable import unloadable
 from tracereward.cli.app import app
+from tracereward.commands.export import ExportOptions, run_export
 from tracereward.errors import InputError, RunFailed
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.reports.verdicts import read_verdict, write_verdict
 from tracereward.rewards.distillation import (
     Example,
     check_rows,
@@ -24,6 +26,7 @@ from tracereward.rewards.distillation import (
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import generate
+from tracereward.verdict import Comparison, Verdict
 
 
 def build(folder, tokenizer, head, **settings) -> TokenRewardModel:
@@ -174,3 +177,16 @@ def test_command(tiny_model_folder, tokenizer, tmp_path):
     data.write_text(json.dumps(rows[0]) + "\n")
     with pytest.raises(InputError, match="at least two prompts"):
         CliRunner().invoke(app, words, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(("head", "kept"), [("token", True), ("implicit", False)])
+def test_verdict_is_kept_if_the_rewards_are(tiny_model_folder, tokenizer, tmp_path, head, kept):
+    build(tiny_model_folder, tokenizer, head).save_pretrained(tmp_path / "rm")
+    comparison = Comparison(baseline="majority", difference=0.1, low=0.02, high=0.18)
+    verdict = Verdict(method="vote", questions=40, outcome="better", comparisons=(comparison,), aurocs={})
+    write_verdict(tmp_path / "rm", verdict)
+    rows = generate("misconception", 10, seed=8)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({**row, "correct": True}) + "\n" for row in rows))
+    data, output = str(tmp_path / "rows.jsonl"), tmp_path / "out"
+    run_export(ExportOptions(model=str(tmp_path / "rm"), data=data, output=output, epochs=1))
+    assert read_verdict(output) == (verdict if kept else None)

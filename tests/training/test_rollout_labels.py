@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from helpers.trainers import build_trainer
+from tracereward.cli.training_options import parse
+from tracereward.commands.train import run_train
 from tracereward.errors import InputError, RunFailed
+from tracereward.files import write_jsonl
 from tracereward.modeling.rendering import Rendering
 from tracereward.modeling.tokenization import encode_completion
+from tracereward.rewards.settings import read_settings
 from tracereward.tasks.recipes import get_task
 from tracereward.training.discriminator_batch import Rollout
 from tracereward.training.label_rules import ENOUGH_COMPARED, RolloutLabels
@@ -62,6 +66,15 @@ def test_many_agreeing_negatives_are_remarked_once():
         assert labels.remark() is None
 
 
+def test_a_rule_that_needs_no_answers_stops_comparing(monkeypatch):
+    monkeypatch.setattr("tracereward.training.label_rules.MOST_COMPARED", 3)
+    labels = RolloutLabels(ROWS, ARITHMETIC, "mixed", "all")
+    assert [labels.label(0, "1", finished=True, right=n % 2 == 0) for n in range(5)] == [True, False, True, False, True]
+    assert (labels.agreed, labels.compared) == (3, 3)
+    labels = RolloutLabels(ROWS, ARITHMETIC, "expert", "disagreeing")
+    assert [labels.label(0, "1", finished=True) for _ in range(5)] == [None] * 5
+
+
 @pytest.fixture
 def trainer(tiny_model_folder, tokenizer, experts, tmp_path):
     return build_trainer(tiny_model_folder, tokenizer, experts, tmp_path, positives="agreeing", negatives="disagreeing")
@@ -83,7 +96,7 @@ def test_the_trainer_labels_and_the_discriminator_leaves_out(trainer, tokenizer,
     assert sorted(classes) == sorted(expected)
     # A batch in which nothing has a label is not learned from without replay.
     discriminator.options.replay_share = 0.0
-    assert discriminator.learn([Rollout(0, ids[2], None)]) == {"updates": 0.0}
+    assert discriminator.learn([Rollout(0, ids[2], None)]) == {"updates": 0.0, "left_out_share": 1.0}
 
 
 def test_held_out_accuracy_compares_experts_with_negatives_only(trainer):
@@ -179,3 +192,24 @@ def test_candidates_without_a_negative_or_too_long_are_refused(tokenizer, expert
         rendered_candidates(rows, tokenizer, plain, 2, on_long="refuse")
     cut = [{**rows[0], "completion": "1 + 1", "finished": False}]
     assert rendered_candidates(cut, tokenizer, plain, 3, on_long="refuse") == cut  # no end of sequence to count
+
+
+def test_a_run_with_candidates_names_its_rule_everywhere(tiny_model_folder, experts, tmp_path, capfd):
+    write_jsonl(tmp_path / "experts.jsonl", experts)
+    options = {
+        "task": "arithmetic", "dataset_name": tmp_path / "experts.jsonl", "model_name_or_path": tiny_model_folder,
+        "output_dir": tmp_path / "run", "warmup_candidates": candidates_of(experts, tmp_path),
+        "positives": "agreeing", "negatives": "disagreeing", "per_device_train_batch_size": 8, "num_generations": 4,
+        "max_completion_length": 24, "max_steps": 1, "discriminator_warmup_updates": 1, "held_out_fraction": 0,
+        "report_to": "none", "disable_tqdm": "true",
+    }  # fmt: skip
+    run = run_train(*parse("train", [word for name, value in options.items() for word in (f"--{name}", str(value))]))
+    name = "agreeing/disagreeing"
+    assert read_settings(run / "reward_model").label_rule == name
+    for text in ((run / "reward_model/README.md"), (run / "report.html")):
+        assert name in text.read_text()
+    assert "positives: agreeing\nnegatives: disagreeing\n" in (run / "config.yaml").read_text()
+    said = capfd.readouterr().err
+    assert f"label rule {name}: answers can be read in {len(experts)} of {len(experts)} demonstrations" in said
+    assert "2 join the experts, 4 are negatives and 2 are left out" in said
+    assert not (run / "checkpoints/warmup/rollouts.jsonl").exists()  # nothing was sampled for the warm-up

@@ -158,7 +158,8 @@ class Discriminator:
 
         Returns:
             Metrics of the last update with the number of `updates`, and `held_out_accuracy` with the number of its
-            `held_out_pairs` every `judged_every` batches or if a gate needs it; empty if the batch was only stored.
+            `held_out_pairs` every `judged_every` batches or if a gate needs it; `left_out_share` of the batch if some
+            have no label; empty if the batch was only stored.
         """
         options = self.options
         self.remember(fresh)
@@ -180,6 +181,8 @@ class Discriminator:
             metrics |= {"held_out_accuracy": accuracy, "held_out_pairs": float(self.held_out_pairs)}
         if count or gate is not None or stale:
             metrics["updates"] = float(count)
+        if left_out := sum(rollout.label is None for rollout in fresh):
+            metrics["left_out_share"] = left_out / len(fresh)
         return metrics
 
     def update(self, fresh: Sequence[Rollout]) -> dict[str, float]:

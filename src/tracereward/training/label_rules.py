@@ -30,6 +30,7 @@ MANY_AGREE = 0.5
 """Share of agreeing traces from which ``expert/all`` labels more than half of the negatives wrongly, if agreeing means
 right."""
 ENOUGH_COMPARED = 20  # the standard error of such a share is then at most 0.11
+MOST_COMPARED = 500  # with a rule that needs no answers: comparing, of mathematics above all, takes time
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,8 @@ class RolloutLabels:
             finished: whether it ended by itself.
             right: whether it has the gold answer; only ``mixed`` uses it.
         """
+        if not self.rule.reads_answers and self.compared >= MOST_COMPARED:
+            return self.mixed and right
         agrees = agreement(answer, self.experts[demonstration], self.task, finished=finished)
         self.compared += agrees is not None
         self.agreed += agrees is True
