@@ -13,7 +13,7 @@ from tracereward.console import note
 from tracereward.data.candidates import Question
 from tracereward.data.readers import rows_of
 from tracereward.errors import InputError, nearest
-from tracereward.files import write_jsonl
+from tracereward.files import atomic_write_json, without_nan, write_jsonl
 from tracereward.modeling.loading import check_model, load_causal_lm
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import inherited
@@ -25,7 +25,7 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
 from tracereward.runs.disk import check_disk
 from tracereward.runs.fit_report import HeldOut, measure
-from tracereward.runs.fit_training import Learned, learn
+from tracereward.runs.fit_training import Learned, curve, curve_table, learn
 from tracereward.runs.folder import Run, run_folder
 from tracereward.runs.job import FitJob
 from tracereward.runs.report import pick_traces
@@ -145,6 +145,12 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         model = learned.model.eval()
         log_probs = _log_probs(options, model, data.held_out)
         found = measure(model, data.held_out, log_probs, task)
+        if options.learning_curve:
+            shown = curve(run, data, model, task)
+            atomic_write_json(run.folder / "learning_curve.json", without_nan(shown.to_dict()))
+            learned.tables.append(curve_table(shown))
+            learned.sentences.append(shown.line)
+            note(shown.line)
         _finish(run, learned, data, found)
     return Fitted(reward_model=model, verdict=found.verdict, label_rule=data.rule.name, folder=run.folder)
 
@@ -185,8 +191,9 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -
         f"{data.said[0].upper()}{data.said[1:]}.",
         *learned.sentences,
         *found.missing,
+        found.marks,
     ]
-    model.settings = dataclasses.replace(model.settings, calibration=found.calibration)
+    model.settings = dataclasses.replace(model.settings, calibration=found.calibration, first_error=found.first_error)
     folder, missing = run.folder / "reward_model", " ".join(found.missing)
     model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
     for place in (folder, run.folder):
@@ -199,7 +206,7 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -
         rewards_wrong=found.rewards(correct=False),
         traces=pick_traces(found.traces),
     )
-    for sentence in found.missing:
+    for sentence in (*found.missing, found.marks):
         note(sentence)
     if found.verdict is not None:
         note(f"On {found.verdict.about}: {found.verdict.line}")

@@ -1,5 +1,6 @@
 """What `tracereward fit` measures on the held-out questions: the verdict, the calibration and the report's traces."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 from tracereward.errors import InputError
 from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.calibration import Calibration, fit_calibration
+from tracereward.rewards.first_error_fit import RightTrace, fit_first_error
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.selection import Candidate
 from tracereward.tasks.recipes import Task
-from tracereward.training.fit_data import FitCandidate, FitQuestion
+from tracereward.training.fit_data import FitQuestion
 from tracereward.verdict import Verdict, verdict
+
+MARKED = 300
+"""Experts' traces, and right candidates, used at most for the rule for the first error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +26,16 @@ class HeldOut:
     Attributes:
         verdict: None if it cannot be given.
         calibration: None if it cannot be fitted.
+        first_error: the rule for the first error; None if none can be trusted.
+        marks: a sentence on that rule, or why there is none.
         missing: why there is no verdict or no calibration.
         traces: all candidates with their token rewards.
     """
 
     verdict: Verdict | None
     calibration: Calibration | None
+    first_error: FirstErrorRule | None
+    marks: str
     missing: list[str]
     traces: list[ScoredTrace]
 
@@ -71,7 +80,7 @@ def measure(
         at += len(own)
         judged.append(
             [
-                _candidate(candidate, reward, value)
+                candidate.candidate(reward, value)
                 for candidate, reward, value in zip(question.candidates, rewards, own, strict=True)
             ]
         )
@@ -94,21 +103,37 @@ def measure(
         calibration = fit_calibration([c.reward for c in flat], [bool(c.correct) for c in flat])
     except InputError as error:
         missing += [f"No calibration: {error}."] if flat else []
-    return HeldOut(verdict=found, calibration=calibration, missing=missing, traces=traces)
-
-
-def _candidate(candidate: FitCandidate, reward: float, log_prob: float | None) -> Candidate:
-    row = candidate.row
-    return Candidate(
-        text=row.completion,
-        answer=row.answer,
-        reward=reward,
-        logprob=log_prob,
-        length=len(row.completion),
-        correct=candidate.correct,
-        model=row.model,
-        labelled=row.labelled,
+    rule, sentence = _first_error(model, questions)
+    return HeldOut(
+        verdict=found,
+        calibration=calibration,
+        first_error=rule,
+        marks=sentence,
+        missing=missing,
+        traces=traces,
     )
+
+
+def _first_error(model: TokenRewardModel, questions: Sequence[FitQuestion]) -> tuple[FirstErrorRule | None, str]:
+    """The rule for the first error, fitted on held-out experts and right candidates, and a sentence on it."""
+    experts = [
+        RightTrace(prompt=question.text, completion=expert.text)
+        for question in questions
+        for expert in question.experts
+    ]
+    right = [
+        RightTrace(prompt=question.text, completion=c.row.completion, finished=c.row.finished, source="rollout")
+        for question in questions
+        for c in question.candidates
+        if c.correct
+    ]
+    rng = random.Random("right traces")
+    experts, right = (rng.sample(some, min(MARKED, len(some))) for some in (experts, right))
+    try:
+        rule = fit_first_error(model, [*experts, *right])
+    except InputError as error:
+        return None, f"No rule for the first error, so no step is marked: {error}."
+    return rule, f"{rule.line} Fitted on {len(experts)} experts' traces and {len(right)} right candidates."
 
 
 def _judged(questions: Sequence[FitQuestion]) -> str:
