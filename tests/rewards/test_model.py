@@ -375,9 +375,10 @@ def test_first_error_is_the_first_step_below_the_threshold(tiny_model_folder, to
     assert model.first_error(prompt, steps, max(rewards) + 1) == 0
     with pytest.raises(InputError, match=r"no rule for the first error: fit one .* or give threshold"):
         model.first_error(prompt, steps)
-    lowest = min(range(3), key=lambda step: rewards[step])
-    for margin, found in ((1e-6, lowest), (-1e-6, None)):
-        rule = FirstErrorRule(signal="level", threshold=rewards[lowest] + margin)
+    with_delimiters = model.score([prompt], ["\n".join(steps)])[0].step_rewards()
+    lowest = min(range(3), key=lambda step: with_delimiters[step])
+    for margin, found in ((1e-5, lowest), (-1e-5, None)):
+        rule = FirstErrorRule(signal="level", threshold=with_delimiters[lowest] + margin)
         model.settings = dataclasses.replace(model.settings, first_error=rule)
         assert model.first_error(prompt, steps) == found
         assert model.first_error(prompt, steps, max(rewards) + 1) == 0, "a threshold comes before the rule"

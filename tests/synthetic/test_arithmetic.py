@@ -57,9 +57,9 @@ def test_terse_experts_write_the_answer_alone_and_the_corpus_mostly_the_working(
         assert row["completion"] == f"#### {value_of(row['prompt'])}" == f"#### {row['answer']}"
     corpus = generate("terse", 2000, seed=3, mistake_rate=0.6, unique=False)
     worked = [row for row in corpus if "\n" in row["completion"]]
-    assert abs(len(worked) / len(corpus) - 0.85) < 0.03
+    assert abs(len(worked) / len(corpus) - 0.9) < 0.03
     right = [TASKS["arithmetic"].verify(row["completion"], row["answer"]) for row in worked]
-    assert 0.6 < sum(right) / len(right) < 0.85  # most, not all
+    assert 0.65 < sum(right) / len(right) < 0.9  # most, not all
 
 
 def test_exposure_chain_lengths():

@@ -89,7 +89,7 @@ def test_training_ranks_correct_working_above_fluent_mistakes(tiny_model_folder,
     assert row["accuracy_policy"] > 0.7
 
 
-@pytest.mark.parametrize("objective", ["pairwise", "pairwise_tokens"])
+@pytest.mark.parametrize("objective", [pytest.param("pairwise", marks=pytest.mark.long), "pairwise_tokens"])
 def test_pairs_teach_the_same(tiny_model_folder, tokenizer, tmp_path, objective):
     held_out = mistaken_pairs(100, seed=1)
     train = mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out})

@@ -108,7 +108,7 @@ def test_scores_that_are_not_finite_are_refused(tiny_model_folder, tokenizer):
         lambda: model.score(["1 + 1 = ?\n"], ["1 + 1 = 2"]),
         lambda: model.score_ids([[5, 6]], [[7, 1]]),
         lambda: model.rerank("1 + 1 = ?\n", ["1 + 1 = 2", "3"]),
-        lambda: model.first_error("1 + 1 = ?\n", ["1 + 1 = 2"]),
+        lambda: model.first_error("1 + 1 = ?\n", ["1 + 1 = 2"], threshold=0.0),
     ):
         with pytest.raises(RunFailed, match="not finite"):
             call()

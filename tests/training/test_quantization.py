@@ -220,7 +220,7 @@ def test_train_resumes_to_the_same_weights(base, tmp_path):
 @pytest.mark.parametrize(
     ("head", "bits", "options"),
     [
-        ("token", "load_in_4bit", {}),
+        pytest.param("token", "load_in_4bit", {}, marks=pytest.mark.long),
         pytest.param("airl", "load_in_8bit", {}, marks=pytest.mark.long),
         ("action", "load_in_4bit", {"reward_form": "logit_plus_logprob", "beta_clip": 100, "r1_penalty": 0.1}),
         pytest.param("implicit", "load_in_4bit", {"shared_base": True, "reward_form": "f"}, marks=pytest.mark.long),

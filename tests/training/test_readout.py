@@ -6,6 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from tracereward.errors import InputError
+from tracereward.training.loss_weights import balance_weights
 from tracereward.training.readout import (
     PAIRS,
     Examples,
@@ -106,3 +107,14 @@ def test_layers_to_try_are_among_those_that_can_be_read():
 def test_one_question_with_both_classes_is_too_few():
     with pytest.raises(InputError, match="1 question"):
         fit_readout(torch.zeros(4, 1, 2), [1], examples([1, 0, 1, 1], [0, 0, 1, 1]))
+
+
+def test_in_pairs_balanced_traces_weigh_what_they_weigh_themselves():
+    """Question and model then say nothing about who is above in a pair, as for single traces."""
+    rng = np.random.default_rng(0)
+    questions, models = np.repeat(np.arange(30), 4), ["a", "b", "c", "c"] * 30
+    labels = rng.random(120) < np.tile([0.8, 0.5, 0.3, 0.3], 30)
+    weights = np.array(balance_weights(labels.tolist(), questions.tolist(), models, "model"))
+    high, low, of_pairs = pairs(Examples(labels=labels, questions=questions, weights=weights), seed=0)
+    totals = np.bincount(high, of_pairs, 120) + np.bincount(low, of_pairs, 120)
+    np.testing.assert_allclose(totals, 2 * weights / weights.sum(), atol=1e-9)

@@ -160,7 +160,7 @@ def run(base, folder, shares, head):
     return trainer
 
 
-@pytest.mark.parametrize("head", ["action", "implicit"])
+@pytest.mark.parametrize("head", ["action", pytest.param("implicit", marks=pytest.mark.long)])
 def test_training_matches_two_models(base, tmp_path, head):
     """Same rollouts, losses, rewards and final reward model; the saved one contains the discriminator's adapter."""
     two, one = (run(base, tmp_path / str(shares), shares, head) for shares in (False, True))

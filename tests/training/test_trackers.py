@@ -141,7 +141,7 @@ def test_tensorboard(run):
         assert part in options
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+@pytest.mark.parametrize("tracker", [pytest.param("wandb", marks=pytest.mark.long), "trackio"])
 def test_failure_and_choice_reach_a_tracker_before_it_ends(run, fake, monkeypatch, tracker):
     told = fake(tracker)
     failure = Failure("entropy_collapse", 1, "made up")

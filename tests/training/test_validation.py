@@ -173,7 +173,7 @@ def test_run_saves_the_best_checkpoint(run, kind, capsys):
 
 
 def test_marks_are_fitted_on_what_was_not_trained_on(run, monkeypatch, capsys):
-    """Validation experts, and right rollouts of the final policy: here every rollout counts as right."""
+    """Validation experts, and rollouts of the final policy: here every rollout counts as right."""
     given, rule = [], FirstErrorRule(signal="fall", threshold=-1.5, traces=16, hit_rate=0.625)
 
     def fit(model, traces, seed):
@@ -191,6 +191,7 @@ def test_marks_are_fitted_on_what_was_not_trained_on(run, monkeypatch, capsys):
     assert held_out.items() <= {row["prompt"]: row["completion"] for row in experts[:16]}.items()
     rollouts = [trace for trace in given if trace.source == "rollout"]
     assert [trace.prompt for trace in rollouts] == [prompt for prompt, _ in found]
+    assert all(trace.right for trace in given)
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "policy"), load_tokenizer(folder / "policy")
     params = SamplingParams(max_new_tokens=SHORT["max_completion_length"], seed=SHORT.get("seed", 42), batch_size=128)
     sampled = [one for chunk in sample(policy, tokenizer, [p for p, _ in found], params, n=1) for one in chunk]

@@ -19,7 +19,7 @@ from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
 from tracereward.modeling.tokenization import pad_id, policy_tokenizer
-from tracereward.reports.verdicts import verdict_html, verdict_markdown, write_verdict
+from tracereward.reports.verdicts import verdict_html, verdict_markdown
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
@@ -29,6 +29,7 @@ from tracereward.runs.fit_training import Learned, curve, curve_table, learn
 from tracereward.runs.folder import Run, run_folder
 from tracereward.runs.job import FitJob
 from tracereward.runs.report import pick_traces
+from tracereward.runs.verdict import record_movement, record_verdict
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.fit_data import FitData, FitQuestion, prepare_fit_data, read_fit_data
 from tracereward.training.fit_options import FitOptions
@@ -193,11 +194,12 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -
         *found.missing,
         found.marks,
     ]
+    step = 0 if run.job.given.readout else run.job.given.updates
+    if step and (moved := record_movement(run, step, "raise --learning_rate or --updates").strip()):
+        sentences.append(moved)
     model.settings = dataclasses.replace(model.settings, calibration=found.calibration, first_error=found.first_error)
     folder, missing = run.folder / "reward_model", " ".join(found.missing)
     model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
-    for place in (folder, run.folder):
-        write_verdict(place, found.verdict)
     run.report(
         " ".join(sentences),
         verdict=verdict_html(found.verdict, missing),
@@ -206,7 +208,6 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -
         rewards_wrong=found.rewards(correct=False),
         traces=pick_traces(found.traces),
     )
-    for sentence in (*found.missing, found.marks):
+    for sentence in (found.marks, *(found.missing if found.verdict is not None else ())):
         note(sentence)
-    if found.verdict is not None:
-        note(f"On {found.verdict.about}: {found.verdict.line}")
+    record_verdict(run, found.verdict, missing, step)

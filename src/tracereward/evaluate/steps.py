@@ -33,13 +33,15 @@ from tracereward.rewards.first_error_rules import SIGNALS, differences
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
 from tracereward.rewards.scorer import check_finite
+from tracereward.rewards.token_scores import slices
 from tracereward.tasks.recipes import Task, get_task
 
 LABELS = {
     "reward": "reward",
     "reward_minimum": "lowest token reward",
     "reward_fall": "reward drop",
-    "reward_minimum_fall": "lowest token reward drop",
+    "reward_end": "last token's reward",
+    "reward_end_low": "last token's reward, new low",
     "rule": "the model's own rule",
     "logprob": "log-prob",
     "reward_logprob": "reward + log-prob",
@@ -154,7 +156,7 @@ def step_scores(
     scores: dict[str, list[list[float]]] = {}
     for index, values in token_values(model, encoded, policy=policy, token_budget=token_budget):
         steps = {name: step_values(v, encoded[index].steps, aggregate) for name, v in values.items()}
-        rewards = [[values["reward"][token] for token in step] for step in encoded[index].steps]
+        rewards = slices(values["reward"], [step[0] for step in encoded[index].steps])
         steps |= {f"reward_{name}": signal(rewards) for name, signal in SIGNALS.items() if name != "level"}
         if (rule := model.settings.first_error) is not None:
             steps["rule"] = SIGNALS[rule.signal](rewards)

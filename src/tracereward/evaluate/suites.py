@@ -37,7 +37,7 @@ from tracereward.reports.tables import Table, print_tables
 from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.calibration import Calibration, check_labels, fit_calibration
 from tracereward.rewards.engines import load_log_prob_model
-from tracereward.rewards.first_error_fit import RightTrace, fit_first_error
+from tracereward.rewards.first_error_fit import JudgedTrace, fit_first_error
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import check_reward_model, write_fitted
@@ -375,7 +375,7 @@ def run_calibrate(
         warn(f"{data}: {reason}: the probabilities say little about other traces")
     write_fitted(local_folder(model), calibration=calibration)
     try:
-        rule = fit_first_error(reward_model, right_traces(reward_model, rows))
+        rule = fit_first_error(reward_model, judged_traces(reward_model, rows))
     except InputError as error:
         note(f"{data}: no rule for the first error fitted: {error}")
     else:
@@ -384,16 +384,16 @@ def run_calibrate(
     return calibration, left_out
 
 
-def right_traces(model: Scorer, rows: Sequence[PoolRow]) -> list[RightTrace]:
-    """The rows with a right answer, to fit the rule for the first error on."""
+def judged_traces(model: Scorer, rows: Sequence[PoolRow]) -> list[JudgedTrace]:
+    """Labelled rows as traces to fit the rule for the first error on."""
     settings = model.settings
     return [
-        RightTrace(
+        JudgedTrace(
             prompt=render_prompt(model.tokenizer, row.prompt, settings.rendering, row.where),
             completion=row.completion,
+            right=row.correct,
             finished=row.finished,
             source="rollout",
         )
         for row in rows
-        if row.correct
     ]

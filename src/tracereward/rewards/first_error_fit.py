@@ -14,27 +14,30 @@ from tracereward.rewards.token_scores import TokenScores
 
 
 @dataclass(frozen=True, kw_only=True)
-class RightTrace:
-    """A trace that counts as right: an expert's, or one with the right answer.
+class JudgedTrace:
+    """A trace that counts as right, an expert's or one with the right answer, or one with a wrong answer.
 
     Attributes:
         prompt: rendered as in training.
         completion: its text.
+        right: which of both.
         finished: whether it ended by itself.
         source: see `RatedTrace`.
     """
 
     prompt: str
     completion: str
+    right: bool
     finished: bool = True
     source: str = "expert"
 
 
-def fit_first_error(model: Scorer, traces: Sequence[RightTrace], seed: int = 0) -> FirstErrorRule:
-    """The rule for the first error, from right traces and copies of them with one inserted error.
+def fit_first_error(model: Scorer, traces: Sequence[JudgedTrace], seed: int = 0) -> FirstErrorRule:
+    """The rule for the first error, from right and wrong traces; no step labels are needed.
 
-    Each trace is perturbed once (`perturbations.perturb`): the step of the first changed character is the copy's first
-    wrong step, so no step labels are needed. Traces that the model cannot read, and repeated ones, are left out.
+    Each right trace is perturbed once (`perturbations.perturb`): the step of the first changed character is the copy's
+    first wrong step. Of each question and source the first right trace is used, because several are no independent
+    evidence. Traces that the model cannot read are left out.
 
     Args:
         model: the reward model; rewards are those without further models' log-probs.
@@ -45,13 +48,14 @@ def fit_first_error(model: Scorer, traces: Sequence[RightTrace], seed: int = 0) 
         InputError: see `fit_rule`.
         RunFailed: a reward is not finite.
     """
-    rows: list[tuple[RightTrace, int | None]] = []  # with the first changed character
+    once = {(trace.prompt, trace.source): trace for trace in reversed(traces) if trace.right}
+    rows: list[tuple[JudgedTrace, int | None]] = []  # with the first changed character of a copy
     encoded: list[EncodedTrace] = []
-    for number, trace in enumerate(dict.fromkeys(traces)):
-        original = _read(trace, trace.completion)
-        changed = perturb(
-            original.completion, random.Random(f"{seed} {number}"), delimiter=model.settings.step_delimiter
-        )
+    for number, trace in enumerate([*once.values(), *dict.fromkeys(trace for trace in traces if not trace.right)]):
+        original, changed = _read(trace, trace.completion), None
+        if trace.right:
+            rng = random.Random(f"{seed} {number}")
+            changed = perturb(original.completion, rng, delimiter=model.settings.step_delimiter)
         copies = [original] if changed is None else [original, _read(trace, changed.text)]
         try:
             ids = [model.encode(copy, known=False) for copy in copies]
@@ -67,6 +71,7 @@ def fit_first_error(model: Scorer, traces: Sequence[RightTrace], seed: int = 0) 
             RatedTrace(
                 steps=scores.by_step(),
                 question=trace.prompt,
+                right=trace.right and character is None,
                 first_error=None if character is None else step_of(scores, character),
                 source=trace.source,
             )
@@ -75,7 +80,7 @@ def fit_first_error(model: Scorer, traces: Sequence[RightTrace], seed: int = 0) 
     )
 
 
-def _read(trace: RightTrace, text: str) -> Trace:
+def _read(trace: JudgedTrace, text: str) -> Trace:
     return Trace(where="a trace", prompt=trace.prompt, completion=text, finished=trace.finished)
 
 

@@ -2,7 +2,7 @@
 
 A signal gives each step one number, low where an error is suspected; the mark is the first step whose signal lies below
 the threshold. The threshold is fitted so that at most `RATE` of right traces get a mark, whatever the signal. Of the
-signals that one is chosen which then marks the most first errors, on other questions than the threshold was fitted on.
+signals that one is chosen which then finds the most errors, on other questions than the threshold was fitted on.
 One rule serves `Scorer.first_error`, `score`, `inspect`, `correct` and the server; `evaluate processbench` judges it
 beside thresholds fitted on labels.
 """
@@ -23,6 +23,8 @@ CONFIDENCE = 0.9
 """Probability that a fitted threshold keeps to `RATE` on new traces like those it was fitted on."""
 RIGHT_TRACES = 60
 """Right traces needed to fit a rule: four fifths of them, in each fold, are enough for `safe_threshold`."""
+WRONG_TRACES = 20
+"""Wrong traces needed to judge signals by them, rather than by inserted errors."""
 _FOLDS = 5
 
 Steps = Sequence[Sequence[float]]
@@ -38,22 +40,30 @@ def _levels(steps: Steps) -> list[float]:
     return [sum(step) / len(step) for step in steps]
 
 
-def _minima(steps: Steps) -> list[float]:
-    return [min(step) for step in steps]
+def _ends(steps: Steps) -> list[float]:
+    return [step[-1] for step in steps]
+
+
+def new_lows(scores: Sequence[float]) -> list[float]:
+    """Each score minus the lowest of those before it; 0 for the first step."""
+    lowest = itertools.accumulate(scores, min)
+    return [0.0, *(score - low for low, score in zip(lowest, scores[1:]))][: len(scores)]
 
 
 SIGNALS: dict[str, Callable[[Steps], list[float]]] = {
     "level": _levels,
-    "minimum": _minima,
+    "minimum": lambda steps: [min(step) for step in steps],
     "fall": lambda steps: differences(_levels(steps)),
-    "minimum_fall": lambda steps: differences(_minima(steps)),
+    "end": _ends,
+    "end_low": lambda steps: new_lows(_ends(steps)),
 }
 """Step values by name, low where an error is suspected."""
 SIGNALS_IN_WORDS = {
     "level": "mean reward",
     "minimum": "lowest token reward",
     "fall": "change of the mean reward from the step before",
-    "minimum_fall": "change of the lowest token reward from the step before",
+    "end": "last token's reward",
+    "end_low": "last token's reward, less the lowest of the steps before,",
 }
 
 
@@ -75,14 +85,16 @@ class FirstErrorRule:
     Attributes:
         signal: one of `SIGNALS`.
         threshold: the first step whose signal lies below it is marked.
-        traces: number of right traces that the threshold was fitted on.
-        hit_rate: share of erroneous traces, of questions that the threshold was not fitted on, whose first wrong step
-            it marks; None for a threshold that was not fitted.
+        traces: number of right traces that the threshold was fitted on; 0 for one that was chosen by hand.
+        marked_wrong: share of wrong traces that it marks, of questions that the threshold was not fitted on; None if
+            too few were known.
+        hit_rate: likewise the share of inserted errors whose step it marks.
     """
 
     signal: str
     threshold: float
     traces: int = 0
+    marked_wrong: float | None = None
     hit_rate: float | None = None
 
     def __post_init__(self) -> None:
@@ -91,12 +103,13 @@ class FirstErrorRule:
     @property
     def line(self) -> str:
         """The rule in a sentence, with what it finds."""
-        text = (
-            f"Suspected first error: the first step whose {SIGNALS_IN_WORDS[self.signal]} is below {self.threshold:.3g}"
+        what = SIGNALS_IN_WORDS[self.signal]
+        text = f"Suspected first error: the first step whose {what} is below {self.threshold:.3g}"
+        if self.marked_wrong is not None:
+            return f"{text}; it marks {100 * self.marked_wrong:.0f} % of wrong traces."
+        return (
+            f"{text}." if self.hit_rate is None else f"{text}; it finds {100 * self.hit_rate:.0f} % of inserted errors."
         )
-        if self.hit_rate is None:
-            return f"{text}."
-        return f"{text}; it finds {100 * self.hit_rate:.0f} % of inserted errors."
 
     def mark(self, steps: Steps) -> int | None:
         """Index of the suspected first wrong step; None if no step is suspected."""
@@ -110,19 +123,25 @@ def level_rule(threshold: float) -> FirstErrorRule:
 
 @dataclass(frozen=True, kw_only=True)
 class RatedTrace:
-    """Token rewards of a trace with or without an error, to fit a rule on.
+    """Token rewards of a right or wrong trace, to fit a rule on.
 
     Attributes:
         steps: token rewards of each step.
         question: traces of one question are never split between fitting and judging.
-        first_error: index of the first wrong step; None for a right trace.
+        right: whether it has no error.
+        first_error: index of the first wrong step of a wrong trace; None if it is not known.
         source: who wrote it; a threshold keeps to `RATE` for the right traces of each source that has enough of them.
     """
 
     steps: Steps
     question: Hashable
-    first_error: int | None
+    right: bool
+    first_error: int | None = None
     source: str = ""
+
+    def found(self, mark: int | None) -> bool:
+        """Whether `mark` says that a wrong trace is wrong, and where, as far as that is known."""
+        return mark is not None and self.first_error in (None, mark)
 
 
 def safe_threshold(lowest: Sequence[float], rate: float = RATE, confidence: float = CONFIDENCE) -> float | None:
@@ -148,43 +167,65 @@ def safe_threshold(lowest: Sequence[float], rate: float = RATE, confidence: floa
 
 
 def fit_rule(traces: Sequence[RatedTrace]) -> FirstErrorRule:
-    """The signal that finds the most first errors at a threshold that spares right traces.
+    """The signal that finds the most errors at a threshold that spares right traces.
 
     A threshold is `safe_threshold` of the right traces: the lowest of those of each source that has enough of them, or
-    that of all together. A signal's hit rate is the share of erroneous traces whose first wrong step it marks, each
-    trace judged with a threshold fitted on right traces of other questions (five folds). The best signal, the first of
-    equally good ones, then gets the threshold of all right traces.
+    that of all together. Signals are judged on wrong traces, each with a threshold fitted on right traces of other
+    questions (five folds): by the share of those with an unknown first error that gets any mark, if there are
+    `WRONG_TRACES` of them, and otherwise by the share of the others that is marked at the first error. The best signal,
+    the first of equally good ones, then gets the threshold of all right traces.
 
     Raises:
-        InputError: there are too few right traces, no erroneous ones, or no signal can be trusted: the best one marks
-            the first wrong step of no more erroneous traces than it may mark right ones (by the lower end of the 95 %
-            interval), or most of its marks on erroneous traces are on another step.
+        InputError: there are too few right traces or no wrong ones; or no signal can be trusted: the best one finds no
+            more than twice as many wrong traces as it may mark right ones, by the lower end of the 95 % interval, or
+            most of its marks are known to be on another step than the first wrong one.
     """
-    if sum(trace.first_error is None for trace in traces) < RIGHT_TRACES:
-        raise InputError(f"{sum(t.first_error is None for t in traces)} right traces, and {RIGHT_TRACES} are needed")
-    questions = {question: place for place, question in enumerate(dict.fromkeys(t.question for t in traces))}
-    right, wrong = ([t for t in traces if (t.first_error is None) == is_right] for is_right in (True, False))
-    if not wrong:
-        raise InputError("no trace with a known first error")
-    hits, marks = dict.fromkeys(SIGNALS, 0), dict.fromkeys(SIGNALS, 0)
-    for signal in SIGNALS:
-        for fold in range(_FOLDS):
-            threshold = _threshold([t for t in right if questions[t.question] % _FOLDS != fold], signal)
-            if threshold is None:
-                raise InputError(f"{len(right)} right traces are too few: {RIGHT_TRACES} or more are needed")
-            rule = FirstErrorRule(signal=signal, threshold=threshold)
-            found = [(rule.mark(t.steps), t.first_error) for t in wrong if questions[t.question] % _FOLDS == fold]
-            hits[signal] += sum(mark == first_error for mark, first_error in found)
-            marks[signal] += sum(mark is not None for mark, _ in found)
-    best = max(SIGNALS, key=lambda signal: hits[signal])
-    if wilson_interval(hits[best], len(wrong))[0] <= RATE or 2 * hits[best] < marks[best]:
+    right = [trace for trace in traces if trace.right]
+    if len(right) < RIGHT_TRACES:
+        raise InputError(f"{len(right)} right traces, one for each question, and {RIGHT_TRACES} are needed")
+    unlocated = [trace for trace in traces if not trace.right and trace.first_error is None]
+    located = [trace for trace in traces if trace.first_error is not None]
+    by_answer = len(unlocated) >= WRONG_TRACES
+    judged = unlocated if by_answer else located
+    if not judged:
+        raise InputError(f"{len(unlocated)} wrong traces, and no error could be inserted into right ones")
+    marks = {signal: _marks(signal, right, [*unlocated, *located]) for signal in SIGNALS}
+    found = {signal: [t.found(of[id(t)]) for t in judged] for signal, of in marks.items()}
+    best = max(SIGNALS, key=lambda signal: sum(found[signal]))
+    hits, total = sum(found[best]), sum(marks[best][id(t)] is not None for t in judged)
+    if wilson_interval(hits, len(judged))[0] <= 2 * RATE or 2 * hits < total:
+        where = "" if by_answer else f", {hits} of them at the first wrong step"
         raise InputError(
-            f"the best signal, {SIGNALS_IN_WORDS[best]}, marks {marks[best]} of {len(wrong)} erroneous traces, "
-            f"{hits[best]} of them at the first wrong step"
+            f"the best signal, the {SIGNALS_IN_WORDS[best]} marks {total} of {len(judged)} wrong traces{where}"
         )
     threshold = _threshold(right, best)
     assert threshold is not None
-    return FirstErrorRule(signal=best, threshold=threshold, traces=len(right), hit_rate=hits[best] / len(wrong))
+
+    def share(of: Sequence[RatedTrace]) -> float | None:
+        return sum(t.found(marks[best][id(t)]) for t in of) / len(of) if of else None
+
+    return FirstErrorRule(
+        signal=best,
+        threshold=threshold,
+        traces=len(right),
+        marked_wrong=share(unlocated) if by_answer else None,
+        hit_rate=share(located),
+    )
+
+
+def _marks(signal: str, right: Sequence[RatedTrace], wrong: Sequence[RatedTrace]) -> dict[int, int | None]:
+    """Mark of each wrong trace, by its id, with a threshold fitted on right traces of other questions."""
+    folds = {
+        question: place % _FOLDS for place, question in enumerate(dict.fromkeys(t.question for t in [*right, *wrong]))
+    }
+    found: dict[int, int | None] = {}
+    for fold in range(_FOLDS):
+        threshold = _threshold([trace for trace in right if folds[trace.question] != fold], signal)
+        if threshold is None:
+            raise InputError(f"{len(right)} right traces are of too few questions")
+        rule = FirstErrorRule(signal=signal, threshold=threshold)
+        found |= {id(trace): rule.mark(trace.steps) for trace in wrong if folds[trace.question] == fold}
+    return found
 
 
 def _threshold(right: Sequence[RatedTrace], signal: str) -> float | None:

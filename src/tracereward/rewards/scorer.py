@@ -25,6 +25,7 @@ from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.lost_text import check_text
 from tracereward.modeling.tokenization import encode_trace
+from tracereward.rewards.first_error_rules import first_below
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
 from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.supervision import supervision_mask
@@ -254,8 +255,11 @@ class Scorer(ABC):
         if threshold is not None:
             check_number("threshold", threshold)
         asked, trace = check_argument("prompt", prompt), check_text_list("steps", steps)
-        rule = self.settings.first_error_rule(threshold, "threshold")
-        return rule.mark(self._steps([asked], [trace])[0])
+        if threshold is not None:
+            return first_below(self.score_steps([asked], [trace])[0], threshold)
+        rule = self.settings.first_error_rule(None, "threshold")
+        [(scores, spans)] = self._score_steps([asked], [trace])
+        return rule.mark(scores.by_step(spans))
 
     def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
         """Mean token reward of each step.
@@ -266,10 +270,12 @@ class Scorer(ABC):
         Raises:
             InputError: as for `score`, or the tokenizer cannot round-trip a step.
         """
-        return [[sum(step) / len(step) for step in steps] for steps in self._steps(prompts, traces)]
+        return [scores.step_rewards(spans) for scores, spans in self._score_steps(prompts, traces)]
 
-    def _steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[list[float]]]:
-        """Token rewards of each step; see `score_steps`."""
+    def _score_steps(
+        self, prompts: Sequence[str], traces: Sequence[Sequence[str]]
+    ) -> list[tuple[TokenScores, Sequence[tuple[int, int]]]]:
+        """The scores of each trace and the spans of its steps; see `score_steps`."""
         prompts = check_text_list("prompts", prompts)
         listed = [
             check_text_list(f"traces[{n}]", steps) for n, steps in enumerate(check_list("traces", traces, len(prompts)))
@@ -284,7 +290,7 @@ class Scorer(ABC):
         ]
         encoded = [self.encode(trace) for trace in found]
         scores = self.score_ids([trace.prompt for trace in encoded], [trace.completion for trace in encoded])
-        return [one.by_step(trace.spans) for one, trace in zip(scores, found, strict=True)]
+        return [(one, trace.spans) for one, trace in zip(scores, found, strict=True)]
 
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
         """Build the `TokenScores` of a completion."""

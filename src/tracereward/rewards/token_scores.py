@@ -1,5 +1,6 @@
 """`TokenScores`: the record that scoring returns and ranking, files, reports and servers read."""
 
+import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +38,21 @@ class TokenScores:
         return aggregate_rewards(self.rewards, how)
 
     def by_step(self, spans: Sequence[tuple[int, int]] = ()) -> list[list[float]]:
-        """The token rewards of each step, in order.
+        """The token rewards of each step with the delimiter behind it, the last one with the end of sequence.
+
+        Args:
+            spans: (start, end) of each step in the text, if the trace was given step by step; otherwise steps end
+                where `step_ends` says.
+        """
+        if not spans:
+            starts = [0, *(place + 1 for place, is_end in enumerate(self.step_ends) if is_end)][:-1]
+        else:
+            ends = [end for _, end in self.offsets]
+            starts = [bisect.bisect_right(ends, start) for start, _ in spans]
+        return slices(self.rewards, starts)
+
+    def step_rewards(self, spans: Sequence[tuple[int, int]] = ()) -> list[float]:
+        """The mean reward of each step's tokens.
 
         Args:
             spans: (start, end) of each step in the text, whose tokens are those that overlap it; if empty, steps end
@@ -47,23 +62,29 @@ class TokenScores:
             InputError: no token overlaps a span.
         """
         if not spans:
-            ends = [end + 1 for end, is_end in enumerate(self.step_ends) if is_end]
-            return [self.rewards[start:end] for start, end in itertools.pairwise([0, *ends])]
-        steps = []
+            return [sum(step) / len(step) for step in self.by_step()]
+        means = []
         for start, end in spans:
             inside = [r for r, (a, b) in zip(self.rewards, self.offsets, strict=True) if a < end and b > start]
             if not inside:
                 raise InputError(f"no token between characters {start} and {end}")
-            steps.append(inside)
-        return steps
-
-    def step_rewards(self, spans: Sequence[tuple[int, int]] = ()) -> list[float]:
-        """The mean reward of each step's tokens; see `by_step`."""
-        return [sum(step) / len(step) for step in self.by_step(spans)]
+            means.append(sum(inside) / len(inside))
+        return means
 
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain lists, for JSON."""
         return asdict(self)
+
+
+def slices(values: Sequence[float], starts: Sequence[int]) -> list[list[float]]:
+    """Token values by step: each step goes up to the next one's first token, the first one begins with the trace.
+
+    Args:
+        values: T values.
+        starts: index of each step's first token, in order. Steps that share their first token both have it.
+    """
+    bounds = itertools.pairwise([0, *starts[1:], len(values)])
+    return [list(values[start : max(end, start + 1)]) for start, end in bounds]
 
 
 def aggregate_rewards(rewards: Sequence[float], how: str = "mean") -> float:

@@ -10,7 +10,7 @@ from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.distributed import zero3_disabled
-from tracereward.rewards.first_error_fit import RightTrace, fit_first_error
+from tracereward.rewards.first_error_fit import JudgedTrace, fit_first_error
 from tracereward.rewards.first_error_rules import RIGHT_TRACES
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import HOW_TO_FIT, write_fitted
@@ -23,7 +23,7 @@ from tracereward.training.trainer import AdversarialTrainer
 def fit_marks(
     run: Run, trainer: AdversarialTrainer, reward_model: TokenRewardModel, questions: Sequence[HeldOut]
 ) -> str:
-    """Fit the rule on held-out experts and on the final policy's right rollouts, and store it with the reward model.
+    """Fit the rule on held-out experts and on the final policy's rollouts, and store it with the reward model.
 
     Without enough traces, or if no signal can be trusted, none is stored.
 
@@ -38,15 +38,15 @@ def fit_marks(
     """
     bridge = trainer.bridge
     experts = [
-        RightTrace(prompt=bridge.prompts.get(one.prompt, one.prompt), completion=one.completion)
+        JudgedTrace(prompt=bridge.prompts.get(one.prompt, one.prompt), completion=one.completion, right=True)
         for one in questions
         if one.completion is not None
     ]
     try:
-        rollouts: list[RightTrace] = []
+        rollouts: list[JudgedTrace] = []
         if len(experts) + sum(one.answer is not None for one in questions) >= RIGHT_TRACES:
             with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes
-                rollouts = right_rollouts(run, trainer, questions)
+                rollouts = judged_rollouts(run, trainer, questions)
         rule = fit_first_error(reward_model, [*experts, *rollouts], trainer.config.seed)
     except (InputError, torch.OutOfMemoryError) as error:
         memory = isinstance(error, torch.OutOfMemoryError)
@@ -54,13 +54,15 @@ def fit_marks(
         text = f"No rule for the first error, so no step is marked: {why}. {HOW_TO_FIT[0].upper()}{HOW_TO_FIT[1:]}."
     else:
         write_fitted(run.folder / "reward_model", first_error=rule)
-        text = f"{rule.line} Fitted on {len(experts)} experts' traces and {len(rollouts)} right rollouts."
+        right = sum(trace.right for trace in rollouts)
+        kinds = f"{len(experts)} experts' traces, {right} right rollouts and {len(rollouts) - right} wrong ones"
+        text = f"{rule.line} Fitted on {kinds}."
     note(text)
     return f" {text}"
 
 
-def right_rollouts(run: Run, trainer: AdversarialTrainer, questions: Sequence[HeldOut]) -> list[RightTrace]:
-    """One rollout of the final policy for each question whose answer is known: those that state it."""
+def judged_rollouts(run: Run, trainer: AdversarialTrainer, questions: Sequence[HeldOut]) -> list[JudgedTrace]:
+    """One rollout of the final policy for each question whose answer is known."""
     config, bridge = trainer.config, trainer.bridge
     asked = [(one.prompt, one.answer) for one in questions if one.answer is not None]
     clear_device_cache(garbage_collection=True)
@@ -68,12 +70,12 @@ def right_rollouts(run: Run, trainer: AdversarialTrainer, questions: Sequence[He
     params = SamplingParams(max_new_tokens=config.max_completion_length or 0, seed=config.seed, batch_size=128)
     samples = [s for chunk in sample(policy, trainer.tokenizer, [p for p, _ in asked], params, n=1) for s in chunk]
     return [
-        RightTrace(
+        JudgedTrace(
             prompt=bridge.prompts.get(asked[s.prompt][0], asked[s.prompt][0]),
             completion=s.text,
+            right=trainer.task.verify(s.text, asked[s.prompt][1]),
             finished=s.finished,
             source="rollout",
         )
         for s in samples
-        if trainer.task.verify(s.text, asked[s.prompt][1])
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from tracereward.errors import InputError
 from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.calibration import Calibration, fit_calibration
-from tracereward.rewards.first_error_fit import RightTrace, fit_first_error
+from tracereward.rewards.first_error_fit import JudgedTrace, fit_first_error
 from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.tasks.recipes import Task
@@ -16,7 +16,7 @@ from tracereward.training.fit_data import FitQuestion
 from tracereward.verdict import Verdict, verdict
 
 MARKED = 300
-"""Experts' traces, and right candidates, used at most for the rule for the first error."""
+"""Held-out questions used at most for the rule for the first error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,25 +115,32 @@ def measure(
 
 
 def _first_error(model: TokenRewardModel, questions: Sequence[FitQuestion]) -> tuple[FirstErrorRule | None, str]:
-    """The rule for the first error, fitted on held-out experts and right candidates, and a sentence on it."""
+    """The rule for the first error, fitted on held-out experts and judged candidates, and a sentence on it."""
+    some = random.Random("judged traces").sample(list(questions), min(MARKED, len(questions)))
     experts = [
-        RightTrace(prompt=question.text, completion=expert.text)
-        for question in questions
+        JudgedTrace(prompt=question.text, completion=expert.text, right=True)
+        for question in some
         for expert in question.experts
     ]
-    right = [
-        RightTrace(prompt=question.text, completion=c.row.completion, finished=c.row.finished, source="rollout")
-        for question in questions
+    judged = [
+        JudgedTrace(
+            prompt=question.text,
+            completion=c.row.completion,
+            right=c.correct,
+            finished=c.row.finished,
+            source=c.row.model or "candidate",
+        )
+        for question in some
         for c in question.candidates
-        if c.correct
+        if c.correct is not None
     ]
-    rng = random.Random("right traces")
-    experts, right = (rng.sample(some, min(MARKED, len(some))) for some in (experts, right))
     try:
-        rule = fit_first_error(model, [*experts, *right])
+        rule = fit_first_error(model, [*experts, *judged])
     except InputError as error:
         return None, f"No rule for the first error, so no step is marked: {error}."
-    return rule, f"{rule.line} Fitted on {len(experts)} experts' traces and {len(right)} right candidates."
+    right = sum(trace.right for trace in judged)
+    kinds = f"{len(experts)} experts' traces, {right} right candidates and {len(judged) - right} wrong ones"
+    return rule, f"{rule.line} Fitted on {kinds}."
 
 
 def _judged(questions: Sequence[FitQuestion]) -> str:

@@ -13,7 +13,7 @@ from tracereward.reports.verdicts import write_verdict
 from tracereward.runs.folder import Run
 from tracereward.runs.held_out import HeldOut
 from tracereward.selection import Candidate
-from tracereward.training.movement import discriminator_movement, movement_row, policy_movement
+from tracereward.training.movement import RAISE, discriminator_movement, movement_row, policy_movement
 from tracereward.training.trainer import AdversarialTrainer
 from tracereward.verdict import Verdict, verdict
 
@@ -80,9 +80,10 @@ def record_verdict(run: Run, found: Verdict | None, missing: str, step: int) -> 
     """
     for folder in (run.folder, run.folder / REWARD_MODEL):
         write_verdict(folder, found)
-    note(f"verdict: {missing if found is None else found.line}")
     if found is None:
+        note(f"verdict: {missing}")
         return
+    note(f"verdict{f' on {found.about}' * bool(found.about)}: {found.line}")
     one = found.decisive
     aurocs = {f"auroc/{name}_{kind}": value for name, kinds in found.aurocs.items() for kind, value in kinds.items()}
     row = {"line": found.line, "outcome": found.outcome, "questions": found.questions, "baseline": one.baseline}
@@ -90,14 +91,19 @@ def record_verdict(run: Run, found: Verdict | None, missing: str, step: int) -> 
     run.metrics.append({"phase": "verdict", "step": step, **row, **gain, **aurocs})
 
 
-def record_movement(run: Run, step: int) -> str:
+def record_movement(run: Run, step: int, advice: str = RAISE) -> str:
     """Say whether discriminator and policy moved, on the screen and in ``metrics.jsonl``; in the main process only.
+
+    Args:
+        run: trained.
+        step: the last step.
+        advice: what to do if the discriminator is at chance.
 
     Returns:
         A sentence for the report with a leading space; empty if nothing was trained.
     """
     rows = read_jsonl(run.metrics.path)
-    row = movement_row(discriminator_movement(rows), policy_movement(rows))
+    row = movement_row(discriminator_movement(rows, advice), policy_movement(rows))
     if not row:
         return ""
     note(row["line"])

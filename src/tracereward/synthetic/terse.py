@@ -12,8 +12,8 @@ from tracereward.synthetic import facts
 
 LENGTHS = (2, 4)
 """Fewest and most operations."""
-TERSE_SHARE = 0.15
-WRONG_SHARE = 0.3
+TERSE_SHARE = 0.1
+WRONG_SHARE = 0.25
 MISTAKE_RATE = 0.6
 
 

@@ -36,7 +36,7 @@ class Examples:
     Attributes:
         labels: (N,) bool; True for a positive.
         questions: (N,) which question a trace answers.
-        weights: (N,) weight of a trace, for ``bce``.
+        weights: (N,) weight of a trace, all the same or of `balance_weights`; see `pairs`.
     """
 
     labels: np.ndarray
@@ -227,8 +227,11 @@ def _minimum(standard: np.ndarray, risk: Risk, penalty: float, *, intercept: boo
 def pairs(examples: Examples, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs of a positive and a negative of one question: their indices, and weights.
 
-    All pairs of a question weigh 1 / questions together. Of more than `PAIRS`, as many are sampled.
+    All pairs of a question weigh 1 / questions together. If the traces' weights differ, a pair's is proportional to
+    their product, and a question's to the total of its negatives: where positives have the same, as in
+    `balance_weights`, each trace weighs in its pairs what it weighs itself. Of more than `PAIRS`, as many are sampled.
     """
+    equal = np.ptp(examples.weights) == 0
     rng = np.random.default_rng(seed)
     high, low, weights = [], [], []
     for question in np.unique(examples.questions):
@@ -240,5 +243,8 @@ def pairs(examples: Examples, seed: int) -> tuple[np.ndarray, np.ndarray, np.nda
         chosen = np.arange(count) if count <= PAIRS else rng.choice(count, PAIRS, replace=False)
         high.append(above[chosen // len(below)])
         low.append(below[chosen % len(below)])
-        weights.append(np.full(len(chosen), 1 / len(chosen)))
-    return np.concatenate(high), np.concatenate(low), np.concatenate(weights) / len(weights)
+        products = examples.weights[high[-1]] * examples.weights[low[-1]]
+        question_weight = 1.0 if equal else examples.weights[below].sum()
+        weights.append(question_weight * products / max(products.sum(), np.finfo(float).tiny))
+    together = np.concatenate(weights)
+    return np.concatenate(high), np.concatenate(low), together / max(together.sum(), np.finfo(float).tiny)
