@@ -20,6 +20,7 @@ from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
 from tracereward.modeling.tokenization import pad_id, policy_tokenizer
 from tracereward.reports.verdicts import verdict_html, verdict_markdown
+from tracereward.rewards.first_error_fit import JudgedTrace, find_rule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
@@ -192,12 +193,13 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -
         f"{data.said[0].upper()}{data.said[1:]}.",
         *learned.sentences,
         *found.missing,
-        found.marks,
     ]
     step = 0 if run.job.given.readout else run.job.given.updates
     if step and (moved := record_movement(run, step, "raise --learning_rate or --updates").strip()):
         sentences.append(moved)
-    model.settings = dataclasses.replace(model.settings, calibration=found.calibration, first_error=found.first_error)
+    rule, sentence = find_rule(model, _judged_traces(data.held_out), run.job.given.seed)
+    sentences.append(sentence)
+    model.settings = dataclasses.replace(model.settings, calibration=found.calibration, first_error=rule)
     folder, missing = run.folder / "reward_model", " ".join(found.missing)
     model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
     run.report(
@@ -208,6 +210,18 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -
         rewards_wrong=found.rewards(correct=False),
         traces=pick_traces(found.traces),
     )
-    for sentence in (found.marks, *(found.missing if found.verdict is not None else ())):
-        note(sentence)
+    for line in (sentence, *(found.missing if found.verdict is not None else ())):
+        note(line)
     record_verdict(run, found.verdict, missing, step)
+
+
+def _judged_traces(questions: Sequence[FitQuestion]) -> list[JudgedTrace]:
+    """Experts, and the candidates that are known to be right or wrong, for the rule for the first error."""
+    experts = [(q, expert.text, True, True) for q in questions for expert in q.experts]
+    others = [(q, c.row.completion, c.row.finished, c.correct) for q in questions for c in q.candidates]
+    return [
+        JudgedTrace(prompt=q.text, completion=text, right=right, finished=finished, source=source)
+        for source, traces in (("expert", experts), ("candidate", others))
+        for q, text, finished, right in traces
+        if right is not None
+    ]

@@ -1,6 +1,5 @@
 """What `tracereward fit` measures on the held-out questions: the verdict, the calibration and the report's traces."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,15 +7,10 @@ from typing import Any
 from tracereward.errors import InputError
 from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.calibration import Calibration, fit_calibration
-from tracereward.rewards.first_error_fit import JudgedTrace, fit_first_error
-from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.tasks.recipes import Task
 from tracereward.training.fit_data import FitQuestion
 from tracereward.verdict import Verdict, verdict
-
-MARKED = 300
-"""Held-out questions used at most for the rule for the first error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +20,12 @@ class HeldOut:
     Attributes:
         verdict: None if it cannot be given.
         calibration: None if it cannot be fitted.
-        first_error: the rule for the first error; None if none can be trusted.
-        marks: a sentence on that rule, or why there is none.
         missing: why there is no verdict or no calibration.
         traces: all candidates with their token rewards.
     """
 
     verdict: Verdict | None
     calibration: Calibration | None
-    first_error: FirstErrorRule | None
-    marks: str
     missing: list[str]
     traces: list[ScoredTrace]
 
@@ -103,44 +93,7 @@ def measure(
         calibration = fit_calibration([c.reward for c in flat], [bool(c.correct) for c in flat])
     except InputError as error:
         missing += [f"No calibration: {error}."] if flat else []
-    rule, sentence = _first_error(model, questions)
-    return HeldOut(
-        verdict=found,
-        calibration=calibration,
-        first_error=rule,
-        marks=sentence,
-        missing=missing,
-        traces=traces,
-    )
-
-
-def _first_error(model: TokenRewardModel, questions: Sequence[FitQuestion]) -> tuple[FirstErrorRule | None, str]:
-    """The rule for the first error, fitted on held-out experts and judged candidates, and a sentence on it."""
-    some = random.Random("judged traces").sample(list(questions), min(MARKED, len(questions)))
-    experts = [
-        JudgedTrace(prompt=question.text, completion=expert.text, right=True)
-        for question in some
-        for expert in question.experts
-    ]
-    judged = [
-        JudgedTrace(
-            prompt=question.text,
-            completion=c.row.completion,
-            right=c.correct,
-            finished=c.row.finished,
-            source=c.row.model or "candidate",
-        )
-        for question in some
-        for c in question.candidates
-        if c.correct is not None
-    ]
-    try:
-        rule = fit_first_error(model, [*experts, *judged])
-    except InputError as error:
-        return None, f"No rule for the first error, so no step is marked: {error}."
-    right = sum(trace.right for trace in judged)
-    kinds = f"{len(experts)} experts' traces, {right} right candidates and {len(judged) - right} wrong ones"
-    return rule, f"{rule.line} Fitted on {kinds}."
+    return HeldOut(verdict=found, calibration=calibration, missing=missing, traces=traces)
 
 
 def _judged(questions: Sequence[FitQuestion]) -> str:
