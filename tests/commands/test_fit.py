@@ -87,7 +87,7 @@ def given(files, tiny_model_folder):
 @pytest.fixture(scope="module")
 def done(files, given):
     """A finished read-out."""
-    result = launcher()("fit", *options(**given, **READOUT, output_dir=files / "run"))
+    result = launcher()("fit", *options(**given, **READOUT, learning_curve="true", output_dir=files / "run"))
     assert result.code == 0, result.err
     return files / "run", result
 
@@ -146,6 +146,20 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
     assert 0 <= row["monitor/perturbation_auroc"] <= 1
     assert row["surface/auroc"] > 0.7  # the additional line
     assert "surface features alone" in result.err
+
+
+def test_learning_curve_is_written_and_shown(done):
+    folder, result = done
+    curve = json.loads((folder / "learning_curve.json").read_text())
+    assert [point["questions"] for point in curve["measured"]] == [8, 16, 32, 56, 80]
+    assert [point["questions"] for point in curve["extrapolated"]] == [160, 320]
+    # All questions, measured by the states' scores, is the read-out itself.
+    verdict = json.loads((folder / "verdict.json").read_text())
+    assert curve["measured"][-1]["value"] == pytest.approx(verdict["aurocs"]["reward"]["within_prompt"], abs=0.02)
+    assert curve["verdicts"][-1]["comparisons"][0] == verdict["comparisons"][0]
+    assert curve["line"] in result.err
+    assert "Learning curve" in (folder / "report.html").read_text()
+    assert "first error" in result.err  # its rule, or why there is none
 
 
 def test_fine_tuning_learns_and_logs_each_update(tuned):
@@ -286,6 +300,7 @@ def test_lora_on_the_readout_trains_with_weights_by_model(tiny_model_folder):
         ({"model": None}, ["--model"]),
         ({"lora_r": 4}, ["--lora_r 4", "--use_peft true"]),
         ({"label_smoothing": 0.2}, ["--label_smoothing 0.2", "--objective bce"]),
+        ({"learning_curve": True}, ["--learning_curve true", "--readout false"]),
         ({"readout": True, "head": "token"}, ["--updates 20", "--readout false"]),
         ({"objective": "nnpu", "positives": "agreeing"}, ["nnpu", "--positives expert"]),
         ({"positives": "expret"}, ["positives", "expert"]),

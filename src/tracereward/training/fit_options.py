@@ -189,7 +189,15 @@ class FitUpdateOptions:
 
 @dataclass
 class FitRunOptions:
-    """The run folder and the random numbers."""
+    """The run folder, the random numbers and the learning curve."""
+
+    learning_curve: bool = field(
+        default=False,
+        metadata={
+            "help": "Also fit read-outs on shares of the questions: AUROC and verdict on held-out questions by the "
+            "number of questions, and what twice and four times as many would give."
+        },
+    )
 
     output_dir: str = field(default="runs/fit", metadata={"help": "The run folder."})
     seed: Annotated[int, Range(min=0, max=MAX_SEED, whole=True)] = field(default=42, metadata={"help": "Random seed."})
@@ -205,6 +213,8 @@ class FitOptions(FitDataOptions, FitLabelOptions, FitModelOptions, FitLossOption
             raise InputError("step_delimiter is empty: give the text that ends a step, or leave it out for the task's")
         if self.readout and self.objective not in ("pairwise", "bce"):
             raise InputError(f"objective {self.objective} is for fine-tuning: set --readout false")
+        if self.learning_curve and not self.held_out_fraction:
+            raise InputError("learning_curve is measured on held-out questions: set --held_out_fraction 0.2")
         if self.objective == "nnpu":
             if self.positives == "agreeing" or self.negatives == "disagreeing":
                 raise InputError(

@@ -126,6 +126,36 @@ def clip_for(model: TokenRewardModel, traces: Sequence[LabelledTrace]) -> float:
     return float(math.ceil(max(5.0, 1.5 * max(float(values.abs().max()) for values in rewards))))
 
 
+def states_of(
+    name: str,
+    settings: RewardSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    traces: Sequence[LabelledTrace],
+    *,
+    options: ReadoutOptions,
+    stopped: Callable[[], bool] = lambda: False,
+) -> tuple[TraceStates, tuple[int, ...]]:
+    """The states of traces under the frozen model, and their layers; arguments as in `train_readout`."""
+    model = load_causal_lm(name, options.dtype, best_device())
+    known = StateCache(
+        options.cache,
+        f"{model_fingerprint(name)} {options.dtype}",
+        f"{settings.granularity} {settings.interval} {settings.step_delimiter!r}",
+    )
+    shares = functools.partial(token_shares, settings, tokenizer)
+    found = cached_states(model, traces, known, pad_id(tokenizer), shares=shares, stopped=stopped)
+    return found, readable_layers(model)
+
+
+def examples_of(traces: Sequence[LabelledTrace]) -> Examples:
+    """Labels, questions and weights of traces."""
+    return Examples(
+        labels=np.array([trace.label for trace in traces]),
+        questions=np.array([trace.question for trace in traces]),
+        weights=np.array([trace.weight for trace in traces]),
+    )
+
+
 def train_readout(
     name: str,
     settings: RewardSettings,
@@ -149,22 +179,8 @@ def train_readout(
         InputError: too few questions have both classes.
         Interrupted: the user stopped it; the same call continues.
     """
-    model = load_causal_lm(name, options.dtype, best_device())
-
-    known = StateCache(
-        options.cache,
-        f"{model_fingerprint(name)} {options.dtype}",
-        f"{settings.granularity} {settings.interval} {settings.step_delimiter!r}",
-    )
-    shares = functools.partial(token_shares, settings, tokenizer)
-    layers = readable_layers(model)
-    found = cached_states(model, traces, known, pad_id(tokenizer), shares=shares, stopped=stopped)
-    del model
-    examples = Examples(
-        labels=np.array([trace.label for trace in traces]),
-        questions=np.array([trace.question for trace in traces]),
-        weights=np.array([trace.weight for trace in traces]),
-    )
+    found, layers = states_of(name, settings, tokenizer, traces, options=options, stopped=stopped)
+    examples = examples_of(traces)
     with tqdm(total=len(layers_to_try(layers)) * len(PENALTIES), desc="heads fitted", unit="") as progress:
         fitted = fit_readout(
             found.states, layers, examples, options.objective, seed=options.seed, progress=progress.update
