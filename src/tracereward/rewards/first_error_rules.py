@@ -8,6 +8,7 @@ beside thresholds fitted on labels.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -99,6 +100,8 @@ class FirstErrorRule:
 
     def __post_init__(self) -> None:
         check_choice("signal of first errors", self.signal, SIGNALS)
+        if not isinstance(self.threshold, (int, float)) or math.isnan(self.threshold):
+            raise InputError(f"the threshold of the first error must be a number, not {self.threshold!r}")
 
     @property
     def line(self) -> str:
