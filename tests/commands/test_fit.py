@@ -300,6 +300,7 @@ def test_lora_on_the_readout_trains_with_weights_by_model(tiny_model_folder):
         ({"model": None}, ["--model"]),
         ({"lora_r": 4}, ["--lora_r 4", "--use_peft true"]),
         ({"label_smoothing": 0.2}, ["--label_smoothing 0.2", "--objective bce"]),
+        ({"use_peft": True, "lora_target_modules": "q_prj"}, ["--lora_target_modules q_prj", "did you mean 'q_proj'"]),
         ({"learning_curve": True}, ["--learning_curve true", "--readout false"]),
         ({"readout": True, "head": "token"}, ["--updates 20", "--readout false"]),
         ({"objective": "nnpu", "positives": "agreeing"}, ["nnpu", "--positives expert"]),

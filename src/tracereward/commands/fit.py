@@ -8,13 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
 from tracereward.commands.train import explained
 from tracereward.console import note
 from tracereward.data.candidates import Question
 from tracereward.data.readers import rows_of
 from tracereward.errors import InputError, nearest
 from tracereward.files import atomic_write_json, without_nan, write_jsonl
-from tracereward.modeling.loading import check_model, load_causal_lm
+from tracereward.modeling.loading import check_model, load_causal_lm, read_config
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
@@ -117,6 +121,8 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
     task, name = get_task(options.task), options.model
     read = _read(options, task, rows or {})
     check_model(name)
+    if options.use_peft:
+        _check_layers(name, options.lora_target_modules)
     template, kwargs = inherited(name, options.template, options.chat_template_kwargs)
     options = dataclasses.replace(options, template=template, chat_template_kwargs=kwargs)
     rendering = Rendering(template=template, chat_template_kwargs=kwargs or {})
@@ -166,6 +172,26 @@ def _read(options: FitOptions, task: Task, rows: dict[str, Any]) -> tuple[list[Q
     if candidates is None:
         raise InputError("no candidates: pass --candidates, traces of models as `tracereward sample` writes them")
     return read_fit_data(options, task, demonstrations, candidates)
+
+
+def _check_layers(name: str, wanted: list[str] | None) -> None:
+    """Refuse layers for LoRA that the model does not have; reads its configuration only.
+
+    Raises:
+        InputError: with the most similar name.
+    """
+    if wanted in (None, ["all-linear"]):
+        return
+    with init_empty_weights():
+        shape = AutoModelForCausalLM.from_config(read_config(name))
+    layers = {full.rpartition(".")[2] for full, layer in shape.named_modules() if isinstance(layer, torch.nn.Linear)}
+    for layer in wanted or ():
+        if layer.rpartition(".")[2] not in layers:
+            near = nearest(layer, layers)
+            fix = f"did you mean {near!r}? " if near else ""
+            raise InputError(
+                f"--lora_target_modules {layer}: {fix}{name} has {', '.join(sorted(layers))}, or all-linear"
+            )
 
 
 def _log_probs(

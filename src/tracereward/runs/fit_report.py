@@ -86,7 +86,7 @@ def measure(
     found = verdict(known, task.equal, about=about) if known else None
     if found is None and not unknown:
         why = "no held-out question has two candidates" if questions else "no question was held out"
-        missing.append(f"No verdict: {why}.")
+        missing.append(f"none: {why}.")
     flat = [c for candidates in known for c in candidates]
     calibration = None
     try:
