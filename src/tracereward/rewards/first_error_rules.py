@@ -41,10 +41,6 @@ def _levels(steps: Steps) -> list[float]:
     return [sum(step) / len(step) for step in steps]
 
 
-def _ends(steps: Steps) -> list[float]:
-    return [step[-1] for step in steps]
-
-
 def new_lows(scores: Sequence[float]) -> list[float]:
     """Each score minus the lowest of those before it; 0 for the first step."""
     lowest = itertools.accumulate(scores, min)
@@ -55,15 +51,13 @@ SIGNALS: dict[str, Callable[[Steps], list[float]]] = {
     "level": _levels,
     "minimum": lambda steps: [min(step) for step in steps],
     "fall": lambda steps: differences(_levels(steps)),
-    "end": _ends,
-    "end_low": lambda steps: new_lows(_ends(steps)),
+    "end_low": lambda steps: new_lows([step[-1] for step in steps]),
 }
 """Step values by name, low where an error is suspected."""
 SIGNALS_IN_WORDS = {
     "level": "mean reward",
     "minimum": "lowest token reward",
     "fall": "change of the mean reward from the step before",
-    "end": "last token's reward",
     "end_low": "last token's reward, less the lowest of the steps before,",
 }
 
