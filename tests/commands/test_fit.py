@@ -14,7 +14,7 @@ from helpers.command_line import command, refused  # noqa: F401
 from helpers.tiny import launcher, options, rows, trap, weights
 from helpers.unloadable import unloadable
 from tracereward import TokenRewardModel, as_reward_func, fit
-from tracereward.errors import InputError
+from tracereward.errors import InputError, RunFailed
 from tracereward.files import write_jsonl
 from tracereward.synthetic.arithmetic import generate
 
@@ -224,6 +224,21 @@ def test_resumed_readout_equals_an_uninterrupted_one(done, given, files):
     assert_same(done[0], folder)
 
 
+@pytest.mark.long
+def test_interrupted_readout_keeps_the_states_it_has(done, given, files):
+    """Ctrl-C when the first file of states is complete."""
+    folder = files / "interrupted"
+    stop = trap("rename", ".safetensors", number=signal.SIGINT)
+    first = launcher()("fit", *options(**given, **READOUT, output_dir=folder), trap=stop)
+    assert first.code == 130, first.err
+    assert "--resume" in first.err
+    assert not (folder / "reward_model").exists()
+    assert len(list((folder / "checkpoints" / "states").iterdir())) == 1
+    again = launcher()("fit", "--output_dir", folder, "--resume")
+    assert again.code == 0, again.err
+    assert_same(done[0], folder)
+
+
 def assert_same(one, other):
     """The same weights, metrics and verdict."""
     expected, found = weights(one / "reward_model"), weights(other / "reward_model")
@@ -336,6 +351,13 @@ def test_rows_that_cannot_be_compared_are_refused(tiny_model_folder, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="one process"):
         fit(DEMONSTRATIONS, CANDIDATES, **model)
+
+
+def test_numbers_that_are_not_finite_end_the_run(tiny_model_folder, tmp_path):
+    options = {**FEW, "updates": 9, "learning_rate": 1e30, "output_dir": tmp_path / "run"}
+    with pytest.raises(RunFailed, match=r"stopped after step \d of 9: the .*discriminator's .* A lower learning rate"):
+        fit(DEMONSTRATIONS, CANDIDATES, model=str(tiny_model_folder), **options)
+    assert not (tmp_path / "run" / "reward_model").exists()
 
 
 def test_a_finished_run_is_not_overwritten(done, given):
