@@ -14,7 +14,7 @@ from helpers.command_line import command, refused  # noqa: F401
 from helpers.tiny import launcher, options, rows, trap, weights
 from helpers.unloadable import unloadable
 from tracereward import TokenRewardModel, as_reward_func, fit
-from tracereward.errors import InputError
+from tracereward.errors import InputError, RunFailed
 from tracereward.files import write_jsonl
 from tracereward.synthetic.arithmetic import generate
 
@@ -87,7 +87,7 @@ def given(files, tiny_model_folder):
 @pytest.fixture(scope="module")
 def done(files, given):
     """A finished read-out."""
-    result = launcher()("fit", *options(**given, **READOUT, output_dir=files / "run"))
+    result = launcher()("fit", *options(**given, **READOUT, learning_curve="true", output_dir=files / "run"))
     assert result.code == 0, result.err
     return files / "run", result
 
@@ -146,6 +146,20 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
     assert 0 <= row["monitor/perturbation_auroc"] <= 1
     assert row["surface/auroc"] > 0.7  # the additional line
     assert "surface features alone" in result.err
+
+
+def test_learning_curve_is_written_and_shown(done):
+    folder, result = done
+    curve = json.loads((folder / "learning_curve.json").read_text())
+    assert [point["questions"] for point in curve["measured"]] == [8, 16, 32, 56, 80]
+    assert [point["questions"] for point in curve["extrapolated"]] == [160, 320]
+    # All questions, measured by the states' scores, is the read-out itself.
+    verdict = json.loads((folder / "verdict.json").read_text())
+    assert curve["measured"][-1]["value"] == pytest.approx(verdict["aurocs"]["reward"]["within_prompt"], abs=0.02)
+    assert curve["verdicts"][-1]["comparisons"][0] == verdict["comparisons"][0]
+    assert curve["line"] in result.err
+    assert "Learning curve" in (folder / "report.html").read_text()
+    assert "first error" in result.err  # its rule, or why there is none
 
 
 def test_fine_tuning_learns_and_logs_each_update(tuned):
@@ -207,6 +221,21 @@ def test_resumed_readout_equals_an_uninterrupted_one(done, given, files):
     again = launcher()("fit", "--output_dir", folder, "--resume")
     assert again.code == 0, again.err
     assert {path: path.stat().st_mtime_ns for path in (folder / "checkpoints" / "states").iterdir()} == written
+    assert_same(done[0], folder)
+
+
+@pytest.mark.long
+def test_interrupted_readout_keeps_the_states_it_has(done, given, files):
+    """Ctrl-C when the first file of states is complete."""
+    folder = files / "interrupted"
+    stop = trap("rename", ".safetensors", number=signal.SIGINT)
+    first = launcher()("fit", *options(**given, **READOUT, output_dir=folder), trap=stop)
+    assert first.code == 130, first.err
+    assert "--resume" in first.err
+    assert not (folder / "reward_model").exists()
+    assert len(list((folder / "checkpoints" / "states").iterdir())) == 1
+    again = launcher()("fit", "--output_dir", folder, "--resume")
+    assert again.code == 0, again.err
     assert_same(done[0], folder)
 
 
@@ -286,6 +315,8 @@ def test_lora_on_the_readout_trains_with_weights_by_model(tiny_model_folder):
         ({"model": None}, ["--model"]),
         ({"lora_r": 4}, ["--lora_r 4", "--use_peft true"]),
         ({"label_smoothing": 0.2}, ["--label_smoothing 0.2", "--objective bce"]),
+        ({"use_peft": True, "lora_target_modules": "q_prj"}, ["--lora_target_modules q_prj", "did you mean 'q_proj'"]),
+        ({"learning_curve": True}, ["--learning_curve true", "--readout false"]),
         ({"readout": True, "head": "token"}, ["--updates 20", "--readout false"]),
         ({"objective": "nnpu", "positives": "agreeing"}, ["nnpu", "--positives expert"]),
         ({"positives": "expret"}, ["positives", "expert"]),
@@ -320,6 +351,13 @@ def test_rows_that_cannot_be_compared_are_refused(tiny_model_folder, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="one process"):
         fit(DEMONSTRATIONS, CANDIDATES, **model)
+
+
+def test_numbers_that_are_not_finite_end_the_run(tiny_model_folder, tmp_path):
+    options = {**FEW, "updates": 9, "learning_rate": 1e30, "output_dir": tmp_path / "run"}
+    with pytest.raises(RunFailed, match=r"stopped after step \d of 9: the .*discriminator's .* A lower learning rate"):
+        fit(DEMONSTRATIONS, CANDIDATES, model=str(tiny_model_folder), **options)
+    assert not (tmp_path / "run" / "reward_model").exists()
 
 
 def test_a_finished_run_is_not_overwritten(done, given):

@@ -25,7 +25,7 @@ from tracereward.evaluate.steps import encode_steps, evaluate_steps, step_scores
 from tracereward.files import write_jsonl
 from tracereward.modeling.alignment import join_steps
 from tracereward.reports.report import Report, write_report
-from tracereward.rewards.first_error_rules import SIGNALS, FirstErrorRule
+from tracereward.rewards.first_error_rules import SIGNALS, FirstErrorRule, new_lows
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import RewardSettings
@@ -195,7 +195,7 @@ def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, agg
             "reward": [combine([of_trace.rewards[t] for t in step]) for step in steps],
             # with the line's end, and the trace's
             "reward_minimum": [min(of_trace.rewards[step[0] : step[-1] + 2]) for step in steps],
-            "reward_end": [of_trace.rewards[step[-1] + 1] for step in steps],
+            "reward_end_low": new_lows([of_trace.rewards[step[-1] + 1] for step in steps]),
             "logprob": [combine([log_probs[t] for t in step]) for step in steps],
             "entropy": [combine([-entropies[t] for t in step]) for step in steps],
         }

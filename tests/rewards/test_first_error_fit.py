@@ -64,7 +64,13 @@ def test_rule_is_fitted_stored_and_marks_wrong_lines(model, tiny_model_folder, t
     assert stored.first_error == rule
     path = tmp_path / "rm" / "tracereward.json"
     old = json.loads(path.read_text())
-    for damaged, message in (({"signal": "levl", "threshold": 0}, "unknown signal"), (5, "damaged"), ({}, "damaged")):
+    no_number = {"signal": "level", "threshold": "low"}
+    for damaged, message in (
+        ({"signal": "levl", "threshold": 0}, "unknown signal"),
+        (no_number, "threshold of the first error must be a number, not 'low'"),
+        (5, "damaged"),
+        ({}, "damaged"),
+    ):
         path.write_text(json.dumps({**old, "first_error": damaged}))
         with pytest.raises(InputError, match=message):
             read_settings(tmp_path / "rm")

@@ -51,7 +51,6 @@ STEPS = [[1.0, 3.0], [2.0, -4.0, 5.0], [0.0]]
         ("level", [2.0, 1.0, 0.0]),
         ("minimum", [1.0, -4.0, 0.0]),
         ("fall", [0.0, -1.0, -1.0]),
-        ("end", [3.0, 5.0, 0.0]),
         ("end_low", [0.0, 2.0, -3.0]),
     ],
 )
@@ -127,7 +126,7 @@ def test_wrong_traces_decide_rather_than_inserted_errors():
     wrong = [replace(t, first_error=None) for t in traces(rng, 20) if not t.right]
     for trace in wrong:
         trace.steps[2][-1] -= 6.0
-    for count, signals in ((19, {"minimum"}), (20, {"end", "end_low", "minimum"})):
+    for count, signals in ((19, {"minimum"}), (20, {"end_low", "minimum"})):
         rule = fit_rule([*inserted, *wrong[:count]])
         assert rule.signal in signals
         assert (rule.marked_wrong is None) == (count == 19)

@@ -14,6 +14,7 @@ from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.rendering import Rendering
 from tracereward.modeling.tokenization import load_tokenizer
+from tracereward.rewards import first_error_fit
 from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import read_settings
@@ -181,7 +182,7 @@ def test_marks_are_fitted_on_what_was_not_trained_on(run, monkeypatch, capsys):
         return rule
 
     monkeypatch.setattr(first_error, "RIGHT_TRACES", 8)
-    monkeypatch.setattr(first_error, "fit_first_error", fit)
+    monkeypatch.setattr(first_error_fit, "fit_first_error", fit)
     monkeypatch.setattr(type(get_task("arithmetic")), "verify", lambda *_: True)
     folder = run("train", [0.25, 0.5, 0.75, 0.625], held_out_fraction=0.25)
     experts = generate("misconception", 24, seed=5)

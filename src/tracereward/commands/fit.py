@@ -8,24 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
 from tracereward.commands.train import explained
 from tracereward.console import note
 from tracereward.data.candidates import Question
 from tracereward.data.readers import rows_of
 from tracereward.errors import InputError, nearest
-from tracereward.files import write_jsonl
-from tracereward.modeling.loading import check_model, load_causal_lm
+from tracereward.files import atomic_write_json, without_nan, write_jsonl
+from tracereward.modeling.loading import check_model, load_causal_lm, read_config
 from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
 from tracereward.modeling.tokenization import pad_id, policy_tokenizer
 from tracereward.reports.verdicts import verdict_html, verdict_markdown
+from tracereward.rewards.first_error_fit import JudgedTrace, find_rule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
 from tracereward.runs.disk import check_disk
 from tracereward.runs.fit_report import HeldOut, measure
-from tracereward.runs.fit_training import Learned, learn
+from tracereward.runs.fit_training import Learned, curve, curve_table, learn
 from tracereward.runs.folder import Run, run_folder
 from tracereward.runs.job import FitJob
 from tracereward.runs.report import pick_traces
@@ -116,6 +121,8 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
     task, name = get_task(options.task), options.model
     read = _read(options, task, rows or {})
     check_model(name)
+    if options.use_peft:
+        _check_layers(name, options.lora_target_modules)
     template, kwargs = inherited(name, options.template, options.chat_template_kwargs)
     options = dataclasses.replace(options, template=template, chat_template_kwargs=kwargs)
     rendering = Rendering(template=template, chat_template_kwargs=kwargs or {})
@@ -146,6 +153,12 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         model = learned.model.eval()
         log_probs = _log_probs(options, model, data.held_out)
         found = measure(model, data.held_out, log_probs, task)
+        if options.learning_curve:
+            shown = curve(run, data, model, task)
+            atomic_write_json(run.folder / "learning_curve.json", without_nan(shown.to_dict()))
+            learned.tables.append(curve_table(shown))
+            learned.sentences.append(shown.line)
+            note(shown.line)
         _finish(run, learned, data, found)
     return Fitted(reward_model=model, verdict=found.verdict, label_rule=data.rule.name, folder=run.folder)
 
@@ -159,6 +172,26 @@ def _read(options: FitOptions, task: Task, rows: dict[str, Any]) -> tuple[list[Q
     if candidates is None:
         raise InputError("no candidates: pass --candidates, traces of models as `tracereward sample` writes them")
     return read_fit_data(options, task, demonstrations, candidates)
+
+
+def _check_layers(name: str, wanted: list[str] | None) -> None:
+    """Refuse layers for LoRA that the model does not have; reads its configuration only.
+
+    Raises:
+        InputError: with the most similar name.
+    """
+    if wanted in (None, ["all-linear"]):
+        return
+    with init_empty_weights():
+        shape = AutoModelForCausalLM.from_config(read_config(name))
+    layers = {full.rpartition(".")[2] for full, layer in shape.named_modules() if isinstance(layer, torch.nn.Linear)}
+    for layer in wanted or ():
+        if layer.rpartition(".")[2] not in layers:
+            near = nearest(layer, layers)
+            fix = f"did you mean {near!r}? " if near else ""
+            raise InputError(
+                f"--lora_target_modules {layer}: {fix}{name} has {', '.join(sorted(layers))}, or all-linear"
+            )
 
 
 def _log_probs(
@@ -187,12 +220,14 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -
         *learned.sentences,
         *found.missing,
     ]
-    if moved := record_movement(run, run.job.given.updates, "raise --learning_rate or --updates").strip():
+    step = 0 if run.job.given.readout else run.job.given.updates
+    if step and (moved := record_movement(run, step, "raise --learning_rate or --updates").strip()):
         sentences.append(moved)
-    model.settings = dataclasses.replace(model.settings, calibration=found.calibration)
+    rule, sentence = find_rule(model, _judged_traces(data.held_out), run.job.given.seed)
+    sentences.append(sentence)
+    model.settings = dataclasses.replace(model.settings, calibration=found.calibration, first_error=rule)
     folder, missing = run.folder / "reward_model", " ".join(found.missing)
     model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
-    record_verdict(run, found.verdict, missing, run.job.given.updates)
     run.report(
         " ".join(sentences),
         verdict=verdict_html(found.verdict, missing),
@@ -201,5 +236,18 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -
         rewards_wrong=found.rewards(correct=False),
         traces=pick_traces(found.traces),
     )
-    for sentence in found.missing if found.verdict is not None else ():
-        note(sentence)
+    for line in (sentence, *(found.missing if found.verdict is not None else ())):
+        note(line)
+    record_verdict(run, found.verdict, missing, step)
+
+
+def _judged_traces(questions: Sequence[FitQuestion]) -> list[JudgedTrace]:
+    """Experts, and the candidates that are known to be right or wrong, for the rule for the first error."""
+    experts = [(q, expert.text, True, True) for q in questions for expert in q.experts]
+    others = [(q, c.row.completion, c.row.finished, c.correct) for q in questions for c in q.candidates]
+    return [
+        JudgedTrace(prompt=q.text, completion=text, right=right, finished=finished, source=source)
+        for source, traces in (("expert", experts), ("candidate", others))
+        for q, text, finished, right in traces
+        if right is not None
+    ]

@@ -40,7 +40,6 @@ LABELS = {
     "reward": "reward",
     "reward_minimum": "lowest token reward",
     "reward_fall": "reward drop",
-    "reward_end": "last token's reward",
     "reward_end_low": "last token's reward, new low",
     "rule": "the model's own rule",
     "logprob": "log-prob",

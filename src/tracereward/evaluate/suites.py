@@ -37,7 +37,7 @@ from tracereward.reports.tables import Table, print_tables
 from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.calibration import Calibration, check_labels, fit_calibration
 from tracereward.rewards.engines import load_log_prob_model
-from tracereward.rewards.first_error_fit import JudgedTrace, fit_first_error
+from tracereward.rewards.first_error_fit import JudgedTrace, find_rule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import check_reward_model, write_fitted
@@ -374,13 +374,10 @@ def run_calibrate(
     for reason in useless_fit(calibration, rewards, correct, prompts):
         warn(f"{data}: {reason}: the probabilities say little about other traces")
     write_fitted(local_folder(model), calibration=calibration)
-    try:
-        rule = fit_first_error(reward_model, judged_traces(reward_model, rows))
-    except InputError as error:
-        note(f"{data}: no rule for the first error fitted: {error}")
-    else:
+    rule, text = find_rule(reward_model, judged_traces(reward_model, rows))
+    if rule is not None:
         write_fitted(local_folder(model), first_error=rule)
-        note(rule.line)
+    note(text)
     return calibration, left_out
 
 

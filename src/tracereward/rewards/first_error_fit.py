@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracereward.data.perturbations import first_changed_character, perturb
-from tracereward.errors import EmptyTrace, TooLong
+from tracereward.errors import EmptyTrace, InputError, TooLong
 from tracereward.rewards.first_error_rules import FirstErrorRule, RatedTrace, fit_rule
 from tracereward.rewards.records import EncodedTrace, Trace
 from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.settings import HOW_TO_FIT
 from tracereward.rewards.token_scores import TokenScores
 
 
@@ -36,8 +37,8 @@ def fit_first_error(model: Scorer, traces: Sequence[JudgedTrace], seed: int = 0)
     """The rule for the first error, from right and wrong traces; no step labels are needed.
 
     Each right trace is perturbed once (`perturbations.perturb`): the step of the first changed character is the copy's
-    first wrong step. Of each question and source the first right trace is used, because several are no independent
-    evidence. Traces that the model cannot read are left out.
+    first wrong step. Of each question and source the first right and the first wrong trace are used, because several
+    are no independent evidence. Traces that the model cannot read are left out.
 
     Args:
         model: the reward model; rewards are those without further models' log-probs.
@@ -48,10 +49,10 @@ def fit_first_error(model: Scorer, traces: Sequence[JudgedTrace], seed: int = 0)
         InputError: see `fit_rule`.
         RunFailed: a reward is not finite.
     """
-    once = {(trace.prompt, trace.source): trace for trace in reversed(traces) if trace.right}
+    once = {(trace.prompt, trace.source, trace.right): trace for trace in reversed(traces)}
     rows: list[tuple[JudgedTrace, int | None]] = []  # with the first changed character of a copy
     encoded: list[EncodedTrace] = []
-    for number, trace in enumerate([*once.values(), *dict.fromkeys(trace for trace in traces if not trace.right)]):
+    for number, trace in enumerate(reversed(once.values())):
         original, changed = _read(trace, trace.completion), None
         if trace.right:
             rng = random.Random(f"{seed} {number}")
@@ -78,6 +79,21 @@ def fit_first_error(model: Scorer, traces: Sequence[JudgedTrace], seed: int = 0)
             for (trace, character), scores in zip(rows, model.score_encoded(encoded), strict=True)
         ]
     )
+
+
+def find_rule(model: Scorer, traces: Sequence[JudgedTrace], seed: int = 0) -> tuple[FirstErrorRule | None, str]:
+    """`fit_first_error`: the rule, or None, and a sentence on what it was fitted on or why there is none."""
+    try:
+        rule = fit_first_error(model, traces, seed)
+    except InputError as error:
+        return None, no_rule(str(error))
+    right = sum(trace.right for trace in traces)
+    return rule, f"{rule.line} Fitted on {right} right and {len(traces) - right} wrong traces."
+
+
+def no_rule(why: str) -> str:
+    """Says why there is no rule, and what to do."""
+    return f"No rule for the first error, so no step is marked: {why}. {HOW_TO_FIT[0].upper()}{HOW_TO_FIT[1:]}."
 
 
 def _read(trace: JudgedTrace, text: str) -> Trace:

@@ -8,6 +8,7 @@ beside thresholds fitted on labels.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
@@ -40,10 +41,6 @@ def _levels(steps: Steps) -> list[float]:
     return [sum(step) / len(step) for step in steps]
 
 
-def _ends(steps: Steps) -> list[float]:
-    return [step[-1] for step in steps]
-
-
 def new_lows(scores: Sequence[float]) -> list[float]:
     """Each score minus the lowest of those before it; 0 for the first step."""
     lowest = itertools.accumulate(scores, min)
@@ -54,17 +51,20 @@ SIGNALS: dict[str, Callable[[Steps], list[float]]] = {
     "level": _levels,
     "minimum": lambda steps: [min(step) for step in steps],
     "fall": lambda steps: differences(_levels(steps)),
-    "end": _ends,
-    "end_low": lambda steps: new_lows(_ends(steps)),
+    "end_low": lambda steps: new_lows([step[-1] for step in steps]),
 }
 """Step values by name, low where an error is suspected."""
 SIGNALS_IN_WORDS = {
     "level": "mean reward",
     "minimum": "lowest token reward",
     "fall": "change of the mean reward from the step before",
-    "end": "last token's reward",
     "end_low": "last token's reward, less the lowest of the steps before,",
 }
+
+
+FITTED_SIGNALS = tuple(name for name in SIGNALS if name != "level")
+"""Signals to choose from. The level says that a trace went wrong, but not where: it drifts over a trace, and stays low
+behind an error, so that it marks many wrong traces at a later step."""
 
 
 def first_below(scores: Sequence[float], threshold: float) -> int | None:
@@ -99,6 +99,8 @@ class FirstErrorRule:
 
     def __post_init__(self) -> None:
         check_choice("signal of first errors", self.signal, SIGNALS)
+        if not isinstance(self.threshold, (int, float)) or math.isnan(self.threshold):
+            raise InputError(f"the threshold of the first error must be a number, not {self.threshold!r}")
 
     @property
     def line(self) -> str:
@@ -189,9 +191,9 @@ def fit_rule(traces: Sequence[RatedTrace]) -> FirstErrorRule:
     judged = unlocated if by_answer else located
     if not judged:
         raise InputError(f"{len(unlocated)} wrong traces, and no error could be inserted into right ones")
-    marks = {signal: _marks(signal, right, [*unlocated, *located]) for signal in SIGNALS}
+    marks = {signal: _marks(signal, right, [*unlocated, *located]) for signal in FITTED_SIGNALS}
     found = {signal: [t.found(of[id(t)]) for t in judged] for signal, of in marks.items()}
-    best = max(SIGNALS, key=lambda signal: sum(found[signal]))
+    best = max(FITTED_SIGNALS, key=lambda signal: sum(found[signal]))
     hits, total = sum(found[best]), sum(marks[best][id(t)] is not None for t in judged)
     if wilson_interval(hits, len(judged))[0] <= 2 * RATE or 2 * hits < total:
         where = "" if by_answer else f", {hits} of them at the first wrong step"

@@ -38,7 +38,8 @@ def check_disk(job: Job | FitJob, models: int) -> None:
     Existing files of the run folder count as free space, since a resumed run replaces them.
     """
     if isinstance(job, FitJob):
-        name, lora, checkpoints = str(job.given.model), job.given.use_peft, KEPT + 1
+        name, lora = str(job.given.model), job.given.use_peft
+        checkpoints = 0 if job.given.readout else KEPT + 1
     else:
         config, name, lora = job.config, starting_policy(job.model), job.model.use_peft
         checkpoints = 0 if config.save_strategy == "no" else (config.save_total_limit or 10) + 1

@@ -6,14 +6,13 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from tracereward.console import note
-from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.distributed import zero3_disabled
-from tracereward.rewards.first_error_fit import JudgedTrace, fit_first_error
+from tracereward.rewards.first_error_fit import JudgedTrace, find_rule, no_rule
 from tracereward.rewards.first_error_rules import RIGHT_TRACES
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.rewards.settings import HOW_TO_FIT, write_fitted
+from tracereward.rewards.settings import write_fitted
 from tracereward.runs.finish import load_policy
 from tracereward.runs.folder import Run
 from tracereward.runs.held_out import HeldOut
@@ -47,16 +46,11 @@ def fit_marks(
         if len(experts) + sum(one.answer is not None for one in questions) >= RIGHT_TRACES:
             with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes
                 rollouts = judged_rollouts(run, trainer, questions)
-        rule = fit_first_error(reward_model, [*experts, *rollouts], trainer.config.seed)
-    except (InputError, torch.OutOfMemoryError) as error:
-        memory = isinstance(error, torch.OutOfMemoryError)
-        why = "policy and reward model did not fit in memory with the trainer" if memory else error
-        text = f"No rule for the first error, so no step is marked: {why}. {HOW_TO_FIT[0].upper()}{HOW_TO_FIT[1:]}."
-    else:
+        rule, text = find_rule(reward_model, [*experts, *rollouts], trainer.config.seed)
+    except torch.OutOfMemoryError:
+        rule, text = None, no_rule("policy and reward model did not fit in memory with the trainer")
+    if rule is not None:
         write_fitted(run.folder / "reward_model", first_error=rule)
-        right = sum(trace.right for trace in rollouts)
-        kinds = f"{len(experts)} experts' traces, {right} right rollouts and {len(rollouts) - right} wrong ones"
-        text = f"{rule.line} Fitted on {kinds}."
     note(text)
     return f" {text}"
 

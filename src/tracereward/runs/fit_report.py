@@ -8,9 +8,8 @@ from tracereward.errors import InputError
 from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.calibration import Calibration, fit_calibration
 from tracereward.rewards.model import TokenRewardModel
-from tracereward.selection import Candidate
 from tracereward.tasks.recipes import Task
-from tracereward.training.fit_data import FitCandidate, FitQuestion
+from tracereward.training.fit_data import FitQuestion
 from tracereward.verdict import Verdict, verdict
 
 
@@ -71,7 +70,7 @@ def measure(
         at += len(own)
         judged.append(
             [
-                _candidate(candidate, reward, value)
+                candidate.candidate(reward, value)
                 for candidate, reward, value in zip(question.candidates, rewards, own, strict=True)
             ]
         )
@@ -87,7 +86,7 @@ def measure(
     found = verdict(known, task.equal, about=about) if known else None
     if found is None and not unknown:
         why = "no held-out question has two candidates" if questions else "no question was held out"
-        missing.append(f"No verdict: {why}.")
+        missing.append(f"none: {why}.")
     flat = [c for candidates in known for c in candidates]
     calibration = None
     try:
@@ -95,20 +94,6 @@ def measure(
     except InputError as error:
         missing += [f"No calibration: {error}."] if flat else []
     return HeldOut(verdict=found, calibration=calibration, missing=missing, traces=traces)
-
-
-def _candidate(candidate: FitCandidate, reward: float, log_prob: float | None) -> Candidate:
-    row = candidate.row
-    return Candidate(
-        text=row.completion,
-        answer=row.answer,
-        reward=reward,
-        logprob=log_prob,
-        length=len(row.completion),
-        correct=candidate.correct,
-        model=row.model,
-        labelled=row.labelled,
-    )
 
 
 def _judged(questions: Sequence[FitQuestion]) -> str:

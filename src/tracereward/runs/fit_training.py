@@ -1,8 +1,9 @@
 """How `tracereward fit` learns: a read-out of the frozen model, and from there, if asked for, fine-tuning."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
-from tracereward.errors import Interrupted
+from tracereward.errors import InputError, Interrupted
 from tracereward.modeling.loading import best_device, fast_dtype
 from tracereward.reports.tables import Table
 from tracereward.rewards.model import TokenRewardModel
@@ -19,14 +20,24 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.disk import explain_full_disk
 from tracereward.runs.folder import Run
 from tracereward.runs.job import CHECKPOINTS, FitJob
+from tracereward.selection import Candidate
+from tracereward.tasks.recipes import Task
 from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_checkpoint
 from tracereward.training.discriminator import Discriminator
 from tracereward.training.discriminator_batch import Rollout, perturbed_pairs
 from tracereward.training.fit_data import FitData, split_questions
 from tracereward.training.fit_options import FitOptions
+from tracereward.training.learning_curve import LearningCurve, learning_curve
 from tracereward.training.readout import Readout
-from tracereward.training.readout_training import ReadoutOptions, train_readout
+from tracereward.training.readout_training import (
+    LabelledTrace,
+    ReadoutOptions,
+    examples_of,
+    states_of,
+    train_readout,
+)
 from tracereward.training.update_loop import TracePair, UpdateLoop, pair_auroc, pair_traces, surface_leaks
+from tracereward.verdict import Verdict, verdict
 
 JUDGED_EVERY = 10  # updates between two held-out accuracies and perturbation AUROCs
 PRIOR_SHARE = 0.2  # of the questions to train on, from which the prior of `nnpu` is estimated
@@ -89,24 +100,11 @@ def _lora(options: FitOptions) -> LoraConfig:
 
 def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenizer: PreTrainedTokenizerBase) -> Learned:
     """Fit a read-out; the states of the frozen model are kept on the disk."""
-    options = run.job.given
-    dtype = fast_dtype(best_device()) if options.dtype is None else getattr(torch, options.dtype)
-    fitting = ReadoutOptions(
-        objective="bce" if options.objective == "bce" else "pairwise",
-        cache=Path(options.states) if options.states else run.folder / CHECKPOINTS / "states",
-        dtype=dtype,
-        seed=options.seed,
-    )
-    traces = data.traces
-    with run.stop, explain_full_disk(run.folder):
-        try:
-            model, fitted = train_readout(
-                str(options.model), settings, tokenizer, traces, options=fitting, stopped=run.stop.received
-            )
-        except Interrupted as error:
-            raise Interrupted(f"{error}; {RESUMES}") from error
-        if run.stop.received():
-            raise Interrupted(f"stopped after the read-out was fitted; {RESUMES}")
+    options, fitting, traces = run.job.given, _fitting(run), data.traces
+    with _resumable(run):
+        model, fitted = train_readout(
+            str(options.model), settings, tokenizer, traces, options=fitting, stopped=run.stop.received
+        )
     best = next(one for one in fitted.table if (one.layer, one.penalty) == (fitted.layer, fitted.penalty))
     if run.checkpoint is None:
         labels = np.array([trace.label for trace in traces])
@@ -128,6 +126,92 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         "in cross-validation over the questions to train on, by the label rule."
     )
     return Learned(model=model, tables=[_table(fitted)], sentences=[sentence])
+
+
+def _fitting(run: Run[FitJob]) -> ReadoutOptions:
+    """How a read-out is fitted."""
+    options = run.job.given
+    return ReadoutOptions(
+        objective="bce" if options.objective == "bce" else "pairwise",
+        cache=Path(options.states) if options.states else run.folder / CHECKPOINTS / "states",
+        dtype=fast_dtype(best_device()) if options.dtype is None else getattr(torch, options.dtype),
+        seed=options.seed,
+    )
+
+
+@contextlib.contextmanager
+def _resumable(run: Run[FitJob]) -> Iterator[None]:
+    """Context in which a signal stops the run where states are kept."""
+    with run.stop, explain_full_disk(run.folder):
+        try:
+            yield
+        except Interrupted as error:
+            raise Interrupted(f"{error}; {RESUMES}") from error
+        if run.stop.received():
+            raise Interrupted(f"stopped, with the states of all traces kept; {RESUMES}")
+
+
+def curve(run: Run[FitJob], data: FitData, model: TokenRewardModel, task: Task) -> LearningCurve:
+    """The learning curve of the run's read-out on the held-out questions that are judged.
+
+    Args:
+        run: the open run.
+        data: what it learned from.
+        model: the finished read-out.
+        task: compares answers.
+
+    Raises:
+        InputError: no held-out question has right and wrong traces.
+        Interrupted: the user stopped it.
+    """
+    fitting, traces = _fitting(run), data.traces
+    judged = [question for question in data.held_out if all(c.correct is not None for c in question.candidates)]
+    pairs = [(number, question, c) for number, question in enumerate(judged) for c in question.candidates]
+    held_out = [
+        LabelledTrace(prompt=question.prompt, completion=c.ids, label=bool(c.correct), question=number)
+        for number, question, c in pairs
+    ]
+    if not held_out:
+        raise InputError("no learning curve: it is not known which held-out candidates are right")
+
+    def verdict_on(scores: np.ndarray) -> Verdict | None:
+        questions: list[list[Candidate]] = [[] for _ in judged]
+        for (number, _, found), score in zip(pairs, scores.tolist(), strict=True):
+            questions[number].append(found.candidate(score, found.row.logprob))
+        return verdict(questions, task.equal)
+
+    with _resumable(run):
+        found, layers = states_of(
+            str(run.job.given.model),
+            model.settings,
+            model.tokenizer,
+            [*traces, *held_out],
+            options=fitting,
+            stopped=run.stop.received,
+        )
+        return learning_curve(
+            (found.states[: len(traces)], found.states[len(traces) :]),
+            layers,
+            examples_of(traces),
+            examples_of(held_out),
+            objective=fitting.objective,
+            judged=verdict_on,
+            seed=fitting.seed,
+        )
+
+
+def curve_table(found: LearningCurve) -> Table:
+    """The learning curve as a table."""
+    rows: list[list[Any]] = []
+    for one, of_point in zip(found.measured, found.verdicts, strict=True):
+        line = None if of_point is None else of_point.line
+        rows.append([one.questions, one.value, one.low, one.high, line])
+    rows += [[one.questions, one.value, one.low, one.high, "extrapolated"] for one in found.beyond]
+    columns = ["questions", "AUROC within the question", "95 % low", "95 % high", "verdict"]
+    note = "Extrapolated as a - b / sqrt(questions)."
+    if np.isfinite(found.check):
+        note += f" The points before the last measured one predict {found.check:.3f} for it."
+    return Table("Learning curve, on the held-out questions", columns, rows, note)
 
 
 def _table(fitted: Readout) -> Table:

@@ -79,7 +79,8 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
             if self.spectral_norm and self.head != "action":
                 raise InputError("shard_discriminator with spectral_norm needs head action, whose w is not sharded")
         group = self.num_generations
-        if self.use_vllm and self.vllm_mode == "server" and group and self.warmup_rollouts % group:
+        samples = self.warmup_candidates is None and self.discriminator_warmup_updates > 0
+        if samples and self.use_vllm and self.vllm_mode == "server" and group and self.warmup_rollouts % group:
             raise InputError(
                 f"--vllm_mode server samples num_generations ({group}) completions per prompt at a time: "
                 f"warmup_rollouts {self.warmup_rollouts} must be a multiple of it"

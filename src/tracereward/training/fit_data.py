@@ -15,6 +15,7 @@ from tracereward.modeling.loading import context_length, read_config
 from tracereward.modeling.lost_text import check_texts
 from tracereward.modeling.rendering import Rendering, check_reasoning, render
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.selection import Candidate
 from tracereward.tasks.recipes import Task
 from tracereward.training.discriminator_batch import Expert, Rollout
 from tracereward.training.fit_options import FitOptions
@@ -47,6 +48,20 @@ class FitCandidate:
     label: bool | None
     correct: bool | None
     weight: float = 1.0
+
+    def candidate(self, reward: float, log_prob: float | None) -> Candidate:
+        """The candidate with its reward and log-prob, for choosing one of a question."""
+        row = self.row
+        return Candidate(
+            text=row.completion,
+            answer=row.answer,
+            reward=reward,
+            logprob=log_prob,
+            length=len(row.completion),
+            correct=self.correct,
+            model=row.model,
+            labelled=row.labelled,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,11 +119,13 @@ class FitModelOptions:
     granularity: Annotated[str, OneOf(GRANULARITIES)] = field(
         default="dense", metadata={"help": "Supervised tokens: sparse, step, interval or dense."}
     )
-    interval: Annotated[int, Range(min=1)] = field(default=15, metadata={"help": "k of granularity interval."})
+    interval: Annotated[int, Range(min=1, whole=True)] = field(
+        default=15, metadata={"help": "k of granularity interval."}
+    )
     step_delimiter: str | None = field(default=None, metadata={"help": "String that ends a step. Default: the task's."})
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
-    lora_r: Annotated[int, Range(min=1)] = field(default=16, metadata={"help": "Rank of LoRA."})
-    lora_alpha: Annotated[int, Range(min=1)] = field(default=32, metadata={"help": "Scale of LoRA."})
+    lora_r: Annotated[int, Range(min=1, whole=True)] = field(default=16, metadata={"help": "Rank of LoRA."})
+    lora_alpha: Annotated[int, Range(min=1, whole=True)] = field(default=32, metadata={"help": "Scale of LoRA."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Layers with an adapter, or all-linear. Default: PEFT's for the architecture."}
     )
@@ -172,24 +174,36 @@ class FitUpdateOptions:
             "them from the candidate's loss, both also from the expert's, none keeps them."
         },
     )
-    perturbed_per_expert: Annotated[int, Range(min=0)] = field(
+    perturbed_per_expert: Annotated[int, Range(min=0, whole=True)] = field(
         default=0, metadata={"help": "Perturbed copies per expert trace as further negatives, new in each update."}
     )
-    updates: Annotated[int, Range(min=1)] = field(default=200, metadata={"help": "Optimiser steps."})
+    updates: Annotated[int, Range(min=1, whole=True)] = field(default=200, metadata={"help": "Optimiser steps."})
     learning_rate: Annotated[float, Range(above=0)] = field(default=1e-5, metadata={"help": "AdamW learning rate."})
-    update_prompts: Annotated[int, Range(min=1)] = field(default=16, metadata={"help": "Demonstrations in one update."})
-    update_candidates: Annotated[int, Range(min=1)] = field(
+    update_prompts: Annotated[int, Range(min=1, whole=True)] = field(
+        default=16, metadata={"help": "Demonstrations in one update."}
+    )
+    update_candidates: Annotated[int, Range(min=1, whole=True)] = field(
         default=4, metadata={"help": "Candidates per demonstration in one update."}
     )
-    token_budget: Annotated[int, Range(min=1)] = field(
+    token_budget: Annotated[int, Range(min=1, whole=True)] = field(
         default=8192, metadata={"help": "Padded tokens in one forward and backward pass."}
     )
-    save_steps: Annotated[int, Range(min=1)] = field(default=20, metadata={"help": "Updates between two checkpoints."})
+    save_steps: Annotated[int, Range(min=1, whole=True)] = field(
+        default=20, metadata={"help": "Updates between two checkpoints."}
+    )
 
 
 @dataclass
 class FitRunOptions:
-    """The run folder and the random numbers."""
+    """The run folder, the random numbers and the learning curve."""
+
+    learning_curve: bool = field(
+        default=False,
+        metadata={
+            "help": "Also fit read-outs on shares of the questions: AUROC and verdict on held-out questions by the "
+            "number of questions, and what twice and four times as many would give."
+        },
+    )
 
     output_dir: str = field(default="runs/fit", metadata={"help": "The run folder."})
     seed: Annotated[int, Range(min=0, max=MAX_SEED, whole=True)] = field(default=42, metadata={"help": "Random seed."})
@@ -205,6 +219,8 @@ class FitOptions(FitDataOptions, FitLabelOptions, FitModelOptions, FitLossOption
             raise InputError("step_delimiter is empty: give the text that ends a step, or leave it out for the task's")
         if self.readout and self.objective not in ("pairwise", "bce"):
             raise InputError(f"objective {self.objective} is for fine-tuning: set --readout false")
+        if self.learning_curve and not self.held_out_fraction:
+            raise InputError("learning_curve is measured on held-out questions: set --held_out_fraction 0.2")
         if self.objective == "nnpu":
             if self.positives == "agreeing" or self.negatives == "disagreeing":
                 raise InputError(

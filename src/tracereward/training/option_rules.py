@@ -398,6 +398,12 @@ FIT_RULES: tuple[Rule, ...] = (
         commands=(FIT,),
     ),
     Rule(
+        options=("learning_curve",),
+        when=lambda o: not o.readout,
+        why="it is of read-outs: remove --readout false",
+        commands=(FIT,),
+    ),
+    Rule(
         options=("states",),
         when=lambda o: o.head == "action",
         why="head action starts untrained, and not from a read-out",
