@@ -9,6 +9,7 @@ from tracereward.errors import InputError
 from tracereward.training.loss_weights import balance_weights
 from tracereward.training.readout import (
     PAIRS,
+    PENALTIES,
     Examples,
     fit_heads,
     fit_readout,
@@ -78,7 +79,7 @@ def test_folds_split_questions_and_the_scores_are_of_heads_that_did_not_see_them
     found = fit_readout(states, [1], known, seed=0)
     for fold in range(5):
         seen = fold_of != fold
-        head = fit_heads(states[:, 0].numpy()[seen], known[seen], "pairwise", penalties=[found.penalty])[found.penalty]
+        head = fit_heads(states[:, 0].numpy()[seen], known[seen], "pairwise", penalties=PENALTIES)[found.penalty]
         expected = states[:, 0].numpy()[~seen] @ head + found.bias
         assert found.scores[~seen] == pytest.approx(expected, abs=1e-4)
     assert found.weight == pytest.approx(found.folds.mean(0))
