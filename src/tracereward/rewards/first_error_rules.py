@@ -62,6 +62,11 @@ SIGNALS_IN_WORDS = {
 }
 
 
+FITTED_SIGNALS = tuple(name for name in SIGNALS if name != "level")
+"""Signals to choose from. The level says that a trace went wrong, but not where: it drifts over a trace, and stays low
+behind an error, so that it marks many wrong traces at a later step."""
+
+
 def first_below(scores: Sequence[float], threshold: float) -> int | None:
     """The first step that scores strictly below the threshold; None if no step does."""
     return next((step for step, score in enumerate(scores) if score < threshold), None)
@@ -186,9 +191,9 @@ def fit_rule(traces: Sequence[RatedTrace]) -> FirstErrorRule:
     judged = unlocated if by_answer else located
     if not judged:
         raise InputError(f"{len(unlocated)} wrong traces, and no error could be inserted into right ones")
-    marks = {signal: _marks(signal, right, [*unlocated, *located]) for signal in SIGNALS}
+    marks = {signal: _marks(signal, right, [*unlocated, *located]) for signal in FITTED_SIGNALS}
     found = {signal: [t.found(of[id(t)]) for t in judged] for signal, of in marks.items()}
-    best = max(SIGNALS, key=lambda signal: sum(found[signal]))
+    best = max(FITTED_SIGNALS, key=lambda signal: sum(found[signal]))
     hits, total = sum(found[best]), sum(marks[best][id(t)] is not None for t in judged)
     if wilson_interval(hits, len(judged))[0] <= 2 * RATE or 2 * hits < total:
         where = "" if by_answer else f", {hits} of them at the first wrong step"
