@@ -87,7 +87,7 @@ def given(files, tiny_model_folder):
 @pytest.fixture(scope="module")
 def done(files, given):
     """A finished read-out."""
-    result = launcher()("fit", *options(**given, **READOUT, learning_curve="true", output_dir=files / "run"))
+    result = launcher()("fit", *options(**given, **READOUT, output_dir=files / "run"))
     assert result.code == 0, result.err
     return files / "run", result
 
@@ -148,8 +148,14 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
     assert "surface features alone" in result.err
 
 
-def test_learning_curve_is_written_and_shown(done):
-    folder, result = done
+@pytest.mark.long
+def test_learning_curve_is_written_and_shown(given, done, files):
+    folder = files / "curve"
+    states = done[0] / "checkpoints" / "states"
+    words = options(**given, **READOUT, learning_curve="true", states=states, output_dir=folder)
+    result = launcher()("fit", *words)
+    assert result.code == 0, result.err
+    assert not (folder / "checkpoints" / "states").exists()
     curve = json.loads((folder / "learning_curve.json").read_text())
     assert [point["questions"] for point in curve["measured"]] == [8, 16, 32, 56, 80]
     assert [point["questions"] for point in curve["extrapolated"]] == [160, 320]

@@ -45,11 +45,10 @@ class TokenScores:
                 where `step_ends` says.
         """
         if not spans:
-            starts = [0, *(place + 1 for place, is_end in enumerate(self.step_ends) if is_end)][:-1]
-        else:
-            ends = [end for _, end in self.offsets]
-            starts = [bisect.bisect_right(ends, start) for start, _ in spans]
-        return slices(self.rewards, starts)
+            bounds = [place + 1 for place, is_end in enumerate(self.step_ends) if is_end]
+            return [self.rewards[start:end] for start, end in itertools.pairwise([0, *bounds])]
+        ends = [end for _, end in self.offsets]
+        return slices(self.rewards, [bisect.bisect_right(ends, start) for start, _ in spans])
 
     def step_rewards(self, spans: Sequence[tuple[int, int]] = ()) -> list[float]:
         """The mean reward of each step's tokens.
