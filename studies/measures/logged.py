@@ -17,8 +17,6 @@ from tracereward.verdict import compared
 
 FOLDS = 5
 SEED = 0  # of folds, sampled pairs and random subsets
-WEAKER = 8
-"""Models of the second set of candidates: those least often right on the training folds."""
 GOLD = "gold"
 """In place of a label rule: the pool's own labels, an upper line."""
 INNER = 5  # folds within the training folds, which choose layer and penalty
@@ -90,8 +88,8 @@ class Fold:
         return sorted(self.accuracy, key=lambda name: (-self.accuracy[name], name))
 
     def members(self, pool: LoggedPool, which: str) -> np.ndarray:
-        """(N,) bool, the candidates of ``all`` models or of the ``weaker`` ones."""
-        names = self.ranked if which == "all" else self.ranked[-WEAKER:]
+        """(N,) bool, the candidates of ``all`` models, or of the ``weaker`` half: those least often right in training."""
+        names = self.ranked if which == "all" else self.ranked[len(self.ranked) - len(self.ranked) // 2 :]
         return np.isin(pool.models, names)
 
 

@@ -10,7 +10,7 @@ from studies.pages.figures import COLOURS, GREY
 from studies.pages.markdown import table
 
 Row = Mapping[str, Any]
-POOLS = {"all": "All models", "weaker": "The eight weaker models"}
+POOLS = {"all": "All models", "weaker": "The weaker half of the models"}
 DATA = {
     "gsm8k": "GSM8K: test questions with the answers of 16 open models from ZeroEval",
     "mmlu_pro": "MMLU-Pro: test questions with the answers of ten models",

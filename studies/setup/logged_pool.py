@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracereward.data.candidates import CandidateRow, Question, match, read_candidates
-from tracereward.data.demonstrations import load_demonstrations
+from tracereward.data.candidates import CandidateRow, Question, match, read_candidates, read_questions
 from tracereward.errors import InputError
 from tracereward.modeling.rendering import Rendering, render
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer
@@ -89,14 +88,14 @@ def read_traces(pool: str, questions: str, task: Task) -> tuple[list[CandidateRo
     for row in candidates:
         if row.correct is None or row.model is None:
             raise InputError(f"{row.where}: the study needs the fields model and correct")
-    solutions = [row for row in load_demonstrations(questions, task) if row["completion"] is not None]
+    solutions = [row for row in read_questions(questions, task).values() if row["completion"] is not None]
     if not solutions:
         return candidates, []
     found, _ = match(solutions, candidates)
     own = [
         replace(
             question.candidates[0],
-            where=str(row.get("source")),
+            where=question.where,
             completion=row["completion"],
             answer=row["answer"],
             correct=True,
