@@ -88,7 +88,7 @@ class Fold:
         return sorted(self.accuracy, key=lambda name: (-self.accuracy[name], name))
 
     def members(self, pool: LoggedPool, which: str) -> np.ndarray:
-        """(N,) bool, the candidates of ``all`` models, or of the ``weaker`` half: those least often right in training."""
+        """(N,) bool, the candidates of ``all`` models, or of the ``weaker`` half by accuracy."""
         names = self.ranked if which == "all" else self.ranked[len(self.ranked) - len(self.ranked) // 2 :]
         return np.isin(pool.models, names)
 
