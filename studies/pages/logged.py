@@ -118,16 +118,19 @@ def _choice(rows: Sequence[Row], which: str, score: str) -> str:
 def _curves(path: Path, curves: Row, free: Row, fitted: Sequence[Row]) -> list[str]:
     """Curves over training questions and over N, of the arm that was chosen for them."""
     whole = next((row for row in fitted if row["arm"] == curves["of"]), None)
-    lines: dict[str, dict[str, str]] = {}
-    for point in curves["by_questions"]:
-        lines.setdefault(str(point["questions"]), {}).update(_point(point["pool"], point["score"], point))
+    points = list(curves["by_questions"])
     if whole:
-        most = f"{round(whole['questions'] * (whole['folds'] - 1) / whole['folds'])}"
-        for which in POOLS:
-            for score in ("reward", "reward + log-prob"):
-                lines.setdefault(most, {}).update(_point(which, score, whole["pools"][which][score]))
+        most = round(whole["questions"] * (whole["folds"] - 1) / whole["folds"])
+        points += [
+            {"questions": most, "pool": which, "score": score, **whole["pools"][which][score]}
+            for which in POOLS
+            for score in ("reward", "reward + log-prob")
+        ]
+    lines: dict[str, dict[str, str]] = {}
+    for point in points:
+        lines.setdefault(str(point["questions"]), {}).update(_point(point["pool"], point["score"], point))
     figure = path.with_name(f"{path.stem}-{curves['data']}-{curves['model']}.png".lower())
-    _figure(figure, curves, free)
+    _figure(figure, points, curves["by_size"], free)
     return [
         f"### More questions, more candidates ({curves['of']})",
         f"![AUROC by training questions, accuracy by candidates]({figure.name})",
@@ -142,21 +145,22 @@ def _point(which: str, score: str, values: Row) -> dict[str, str]:
     }
 
 
-def _figure(path: Path, curves: Row, free: Row) -> None:
+def _figure(path: Path, points: Sequence[Row], by_size: Row, free: Row) -> None:
     """AUROC over training questions, and accuracy over N for all models and the weaker ones."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 3.4), layout="constrained")
+    figure = Figure(figsize=(11.5, 3.8), layout="constrained")
     left, *panels = figure.subplots(1, 3)
     for place, (which, label) in enumerate(POOLS.items()):
         for score, stroke in (("reward", "o-"), ("reward + log-prob", "o--")):
-            points = [p for p in curves["by_questions"] if (p["pool"], p["score"]) == (which, score)]
-            values = [100 * p["auroc"][0] for p in points]
+            own = [p for p in points if (p["pool"], p["score"]) == (which, score)]
+            values = [100 * p["auroc"][0] for p in own]
             name = f"{score}, {label.lower()}"
-            left.plot([p["questions"] for p in points], values, stroke, color=COLOURS[place], markersize=4, label=name)
+            left.plot([p["questions"] for p in own], values, stroke, color=COLOURS[place], markersize=4, label=name)
         base = 100 * free["pools"][which]["log-prob"]["auroc"][0]
         left.axhline(base, color=COLOURS[place], linewidth=0.8, linestyle=":", label=f"log-prob, {label.lower()}")
     left.set_xscale("log")
+    _ticks(left, sorted({p["questions"] for p in points}))
     left.set_xlabel("training questions", fontsize=8)
     left.set_title("AUROC within the question, %", loc="left", fontsize=9)
     names = {
@@ -170,22 +174,26 @@ def _figure(path: Path, curves: Row, free: Row) -> None:
     for axis, (which, label) in zip(panels, POOLS.items(), strict=True):
         colours = iter(COLOURS)
         for method, name in names.items():
-            points = curves["by_size"][which][method]
+            line = by_size[which][method]
             colour = GREY if method in ("oracle", "majority", "logprob") else next(colours)
             stroke = {"oracle": ":", "majority": "-", "logprob": "--"}.get(method, "-")
-            values = [100 * point[1] for point in points]
-            axis.plot(
-                [point[0] for point in points], values, stroke, color=colour, marker="o", markersize=3, label=name
-            )
+            values, sizes = [100 * point[1] for point in line], [point[0] for point in line]
+            axis.plot(sizes, values, stroke, color=colour, marker="o", markersize=3, label=name)
         axis.set_xscale("log", base=2)
+        _ticks(axis, [point[0] for point in by_size[which]["majority"]])
         axis.set_xlabel("candidates", fontsize=8)
         axis.set_title(f"accuracy, %: {label.lower()}", loc="left", fontsize=9)
     for axis in (left, *panels):
         axis.tick_params(labelsize=8)
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=6, frameon=False)
+        axis.legend(fontsize=6, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.savefig(path, dpi=110)
+
+
+def _ticks(axis: Any, places: Sequence[int]) -> None:
+    axis.set_xticks(places, [str(place) for place in places])
+    axis.minorticks_off()
 
 
 def _costs(free: Row, fitted: Sequence[Row]) -> str:
