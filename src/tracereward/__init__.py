@@ -3,9 +3,13 @@
 The names below are loaded when they are first used, so that importing the package does not import torch.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# PEFT imports bitsandbytes where it is installed, which then warns that a faster kernel for the CPU is not.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from tracereward.commands.fit import Fitted as Fitted

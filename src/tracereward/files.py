@@ -173,13 +173,16 @@ def require_parent_folder(path: str | os.PathLike) -> None:
         raise InputError(f"{path}: the folder {parent} does not exist")
 
 
-def require_free_disk(folder: str | os.PathLike, needed: int, what: str) -> None:
+def require_free_disk(
+    folder: str | os.PathLike, needed: int, what: str, fix: str = "choose another --output_dir"
+) -> None:
     """Check that the disk can hold what the run will write.
 
     Args:
         folder: output folder; need not exist yet.
         needed: bytes.
         what: for the message, e.g. "2 checkpoints and the finished models".
+        fix: besides freeing space.
 
     Raises:
         InputError: fewer than `needed` bytes are free.
@@ -189,10 +192,7 @@ def require_free_disk(folder: str | os.PathLike, needed: int, what: str) -> None
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise InputError(
-            f"{folder}: {_size(free)} free, {_size(needed)} needed for {what}. "
-            "Free some space or choose another --output_dir."
-        )
+        raise InputError(f"{folder}: {_size(free)} free, {_size(needed)} needed for {what}. Free some space or {fix}.")
 
 
 def _size(count: int) -> str:

@@ -1,8 +1,10 @@
 """`tracereward fit`: what it learns, leaves behind, resumes and refuses, on generated traces and a tiny model."""
 
+import errno
 import json
 import random
 import signal
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -352,11 +354,34 @@ def test_rows_that_cannot_be_compared_are_refused(tiny_model_folder, monkeypatch
         fit(DEMONSTRATIONS, agreeing, **model)
     with pytest.raises(InputError, match=r"candidates\[1\]"):
         fit(DEMONSTRATIONS, [CANDIDATES[0], {"prompt": "1 + 1 = ?\n"}], **model)
+    with pytest.raises(InputError, match="no candidate has the field model"):
+        fit(DEMONSTRATIONS, [{**row, "model": None} for row in CANDIDATES], **model, balance="model")
+    with pytest.raises(InputError, match=r"1 of 1 questions .* give more questions"):
+        fit(DEMONSTRATIONS[:1], CANDIDATES[:4], **model)
     with pytest.raises(InputError, match="did you mean 'learning_rate'"):
         fit(DEMONSTRATIONS, CANDIDATES, **model, learning_rat=1)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="one process"):
         fit(DEMONSTRATIONS, CANDIDATES, **model)
+
+
+def test_a_disk_without_room_for_states_is_named(tiny_model_folder, tmp_path, monkeypatch):
+    """Before anything is read if they cannot fit; with what is kept if the disk gets full on the way."""
+    few = {"model": str(tiny_model_folder), "states": str(tmp_path / "states"), **READOUT}
+
+    def full(cache, keys, found):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tracereward.modeling.hidden_states.StateCache.write", full)
+        with pytest.raises(RunFailed, match=r"the disk of .*states is full .* states that were read are kept"):
+            fit(DEMONSTRATIONS[:8], CANDIDATES[:32], **few)
+    free = {tmp_path: 100}
+    monkeypatch.setattr(
+        "tracereward.files.shutil.disk_usage", lambda path: SimpleNamespace(free=free.get(path, 10**12))
+    )
+    with pytest.raises(InputError, match=r"states: .* needed for the model's states on 30 traces.* --states"):
+        fit(DEMONSTRATIONS[:8], CANDIDATES[:32], **few)
 
 
 def test_numbers_that_are_not_finite_end_the_run(tiny_model_folder, tmp_path):

@@ -72,6 +72,7 @@ def test_a_row_of_several_candidates_is_one_for_each():
         ({"prompt": ["p"], "completion": ["c"]}, "not dict"),
         (DatasetDict(test=Dataset.from_list([SAMPLED])), "choose one of its splits"),
         ([SAMPLED, {"prompt": "p"}], r"candidates\[1\]: no trace"),
+        ([{**SAMPLED, "completion": 5}], r"candidates\[0\]: field 'completion' is int, not text"),
         ([{**SAMPLED, "correct": "maybe"}], r"candidates\[0\]: correct must be true or false"),
         ([{**SAMPLED, "prompt": "half \ud800"}], r"candidates\[0\]: .*surrogate"),
         ([{"prompt": "p", "candidates": ["c", None]}], r"candidates\[0\]: candidates must be a list"),
@@ -111,6 +112,7 @@ def test_match_groups_by_prompt_and_says_what_is_odd():
         candidate(asked, "#### 5", "c:3", "7"),  # rendered as the text "b" is
         candidate("other", "#### 5", "c:4", "9"),
         candidate("a", "so #### 1", "c:5", "7"),  # equals the second one, a message
+        candidate("b", " \n", "c:6", "8"),
     ]
     questions, remarks = match(demonstrations, candidates)
     found = [(q.where, [d["source"] for d in q.demonstrations], [c.where for c in q.candidates]) for q in questions]
@@ -121,6 +123,7 @@ def test_match_groups_by_prompt_and_says_what_is_odd():
         ("c:4", [], ["c:4"]),
     ]
     for said in (
+        "1 of 6 candidates are empty and left out, the first at c:6",
         "2 of 5 candidates equal a demonstration",
         "1 of 2 question ids have several prompts, the first '7' at c:3",
         "1 of 4 questions have no demonstration, the first at c:4",
@@ -128,7 +131,7 @@ def test_match_groups_by_prompt_and_says_what_is_odd():
         "3 of 4 questions have one candidate",
     ):
         assert sum(said in remark for remark in remarks) == 1, (said, remarks)
-    assert len(remarks) == 5
+    assert len(remarks) == 6
 
 
 def test_prompts_that_never_meet_are_shown_from_where_they_differ():
@@ -140,3 +143,5 @@ def test_prompts_that_never_meet_are_shown_from_where_they_differ():
     assert "End with" in str(refusal.value)
     with pytest.raises(InputError, match="all 1 candidates equal a demonstration"):
         match([demonstration("a", "#### 1")], [candidate("a", "#### 1")])
+    with pytest.raises(InputError, match="all 1 candidates are empty"):
+        match([demonstration("a", "#### 1")], [candidate("a", " ")])

@@ -3,7 +3,6 @@
 import atexit
 import contextlib
 import dataclasses
-import logging
 import os
 import signal
 import sys
@@ -224,12 +223,8 @@ def main(application: typer.Typer = app) -> NoReturn:
     """Entry point. Exit codes: 0 success, 1 failed run, 2 bad input or usage, 130 interrupted."""
     open_streams()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # What loading bitsandbytes says where its optional kernels are missing.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Deprecated transformers names that TRL still uses: users cannot fix these.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    # It would say in every command on a CPU that a faster kernel is not installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     code: str | int | None = 0
     try:
         application()

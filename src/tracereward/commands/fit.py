@@ -143,7 +143,7 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         label_rule=data.rule.name,
     )
     job = FitJob(given=options, resume=resume)
-    check_disk(job, models=1)
+    check_disk(job, models=1, traces=_read_states(options, data))
     with run_folder(job) as run:
         for kind, source in (rows or {}).items():
             if not isinstance(source, (str, os.PathLike)):
@@ -192,6 +192,12 @@ def _check_layers(name: str, wanted: list[str] | None) -> None:
             raise InputError(
                 f"--lora_target_modules {layer}: {fix}{name} has {', '.join(sorted(layers))}, or all-linear"
             )
+
+
+def _read_states(options: FitOptions, data: FitData) -> int:
+    """Number of traces whose states are read."""
+    judged = sum(len(question.candidates) for question in data.held_out) if options.learning_curve else 0
+    return len(data.traces) + judged if options.head == "token" else 0
 
 
 def _log_probs(

@@ -102,8 +102,9 @@ def match(
 ) -> tuple[list[Question], list[str]]:
     """The questions, in the order of their first row, demonstrations first, and what is odd about the data.
 
-    Rows belong together if they have the same prompt. A candidate that equals a demonstration of its prompt (white
-    space at the ends apart) is left out: it would be both an expert's trace and a model's.
+    Rows belong together if they have the same prompt. Empty candidates are left out: they have no token to learn from.
+    So is a candidate that equals a demonstration of its prompt (white space at the ends apart): it would be both an
+    expert's trace and a model's.
 
     Args:
         demonstrations: rows of `load_demonstrations`; those without a completion are ignored.
@@ -113,7 +114,8 @@ def match(
         Questions, some without a demonstration or without a candidate, and sentences with counts.
 
     Raises:
-        InputError: no candidate has the prompt of a demonstration, or none differs from the demonstrations.
+        InputError: all candidates are empty, none has the prompt of a demonstration, or none differs from the
+            demonstrations.
     """
     found: dict[str, Question] = {}
     for row in demonstrations:
@@ -121,6 +123,10 @@ def match(
             where = row.get("source", "a demonstration")
             question = found.setdefault(prompt_key(row["prompt"]), Question(where=where, prompt=row["prompt"]))
             question.demonstrations.append(dict(row))
+    empty = [row.where for row in candidates if not row.completion.strip()]
+    if len(empty) == len(candidates):
+        raise InputError(f"{empty[0]}: all {len(candidates)} candidates are empty: nothing to compare")
+    total, candidates = len(candidates), [row for row in candidates if row.completion.strip()]
     identical = []
     for row in candidates:
         question = found.setdefault(row.key, Question(where=row.where, prompt=row.prompt))
@@ -135,7 +141,10 @@ def match(
         raise InputError(_nothing_shared(questions, candidates))
     if len(identical) == len(candidates):
         raise InputError(f"{identical[0]}: all {len(candidates)} candidates equal a demonstration: nothing to compare")
-    return questions, _remarks(questions, candidates, identical)
+    remarks = _remarks(questions, candidates, identical)
+    if empty:
+        remarks.insert(0, f"{len(empty)} of {total} candidates are empty and left out, the first at {empty[0]}")
+    return questions, remarks
 
 
 def _nothing_shared(questions: Sequence[Question], candidates: Sequence[CandidateRow]) -> str:
@@ -283,6 +292,9 @@ def _each(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
 def _candidate(where: str, row: dict[str, Any], task: Task, known: dict[str, dict[str, Any]] | None) -> CandidateRow:
     field = next((name for name in TRACE_FIELDS if isinstance(row.get(name), str)), None)
     if field is None:
+        wrong = next((name for name in TRACE_FIELDS if row.get(name) is not None), None)
+        if wrong is not None:
+            raise InputError(f"{where}: field {wrong!r} is {type(row[wrong]).__name__}, not text")
         raise InputError(f"{where}: no trace; put it in one of the fields {', '.join(TRACE_FIELDS)}")
     alone = known is None and (row.get("prompt") or row.get("question") is not None)
     named = [row[name] for name in ID_FIELDS if row.get(name) is not None and not (alone and name == "id")]

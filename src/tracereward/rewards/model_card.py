@@ -12,6 +12,8 @@ def model_card(settings: RewardSettings, notes: str) -> str:
     meaning = (
         "a reward f: the log-odds of expert versus policy, with the policy's log-prob taken out"
         if subtracts_policy(settings.head)
+        else "the log-odds that it is of a trace with an expert's answer rather than of another one"
+        if (settings.label_rule or "").startswith("agreeing")
         else "the log-odds that it was written by the expert rather than the policy"
     )
     form = {

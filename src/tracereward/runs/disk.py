@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
@@ -18,8 +19,13 @@ from tracereward.training.checkpoints import KEPT, kept
 
 
 @contextlib.contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
-    """Re-raise writes that failed on a full disk as `RunFailed`."""
+def explain_full_disk(folder: Path, done: str | None = None) -> Iterator[None]:
+    """Re-raise writes that failed on a full disk as `RunFailed`.
+
+    Args:
+        folder: on that disk.
+        done: what is kept, as a clause; by default the last checkpoint of the run folder `folder`.
+    """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -27,15 +33,21 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
         if not is_disk_full(error) or isinstance(error, RunFailed | Interrupted):
             raise
         raise RunFailed(
-            f"the disk of {folder} is full ({free} bytes free). {kept(folder / CHECKPOINTS)}: "
+            f"the disk of {folder} is full ({free} bytes free). {done or kept(folder / CHECKPOINTS)}: "
             "free some space, then run the same command with --resume."
         ) from error
 
 
-def check_disk(job: Job | FitJob, models: int) -> None:
-    """Refuse if the checkpoints and final weights of `models` models do not fit on the disk.
+def check_disk(job: Job | FitJob, models: int, traces: int = 0) -> None:
+    """Refuse if the checkpoints and final weights of `models` models, or the states of a read-out, do not fit.
 
-    Existing files of the run folder count as free space, since a resumed run replaces them.
+    Existing files of the run folder count as free space, since a resumed run replaces them; so do those of the folder
+    of states, which are read again.
+
+    Args:
+        job: of the command.
+        models: how many are written.
+        traces: whose states are kept.
     """
     if isinstance(job, FitJob):
         name, lora = str(job.given.model), job.given.use_peft
@@ -48,5 +60,16 @@ def check_disk(job: Job | FitJob, models: int) -> None:
     weights = sum(p.numel() for p in shape.parameters())
     trained = weights // 10 if lora else weights  # an upper estimate for LoRA
     needed = models * (checkpoints * trained * 12 + weights * 4)  # float32 weights and two Adam moments; final weights
-    present = sum(path.stat().st_size for path in Path(job.output_dir).rglob("*") if path.is_file())
-    require_free_disk(job.output_dir, needed - present, f"{checkpoints} checkpoints and the finished models")
+    require_free_disk(
+        job.output_dir, needed - _present(Path(job.output_dir)), f"{checkpoints} checkpoints and the finished models"
+    )
+    if isinstance(job, FitJob) and traces:
+        config = shape.config.get_text_config()
+        states = traces * config.num_hidden_layers * config.hidden_size * torch.bfloat16.itemsize
+        what = f"the model's states on {traces} traces"
+        require_free_disk(job.states, states - _present(job.states), what, fix="choose another --states")
+
+
+def _present(folder: Path) -> int:
+    """Bytes of the files below a folder, which need not exist."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

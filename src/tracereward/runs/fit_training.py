@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,7 +118,7 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         judge.remember(rollouts)
         row["discriminator/held_out_accuracy"] = judge.held_out_accuracy()
         row |= _perturbation(model, _perturbed(data, judge))
-        row |= surface_leaks(data.experts, _training(rollouts, judge), tokenizer)
+        row |= surface_leaks(data.experts, _training(rollouts, judge), tokenizer, "candidates")
         run.metrics.append({"phase": "fit", "step": 0, **row})
     sentence = (
         f"Read-out of layer {fitted.layer} with penalty {fitted.penalty:g}: AUROC within the question {best.auroc:.3f} "
@@ -133,7 +132,7 @@ def _fitting(run: Run[FitJob]) -> ReadoutOptions:
     options = run.job.given
     return ReadoutOptions(
         objective="bce" if options.objective == "bce" else "pairwise",
-        cache=Path(options.states) if options.states else run.folder / CHECKPOINTS / "states",
+        cache=run.job.states,
         dtype=fast_dtype(best_device()) if options.dtype is None else getattr(torch, options.dtype),
         seed=options.seed,
     )
@@ -142,7 +141,7 @@ def _fitting(run: Run[FitJob]) -> ReadoutOptions:
 @contextlib.contextmanager
 def _resumable(run: Run[FitJob]) -> Iterator[None]:
     """Context in which a signal stops the run where states are kept."""
-    with run.stop, explain_full_disk(run.folder):
+    with run.stop, explain_full_disk(run.job.states, "The states that were read are kept"):
         try:
             yield
         except Interrupted as error:
@@ -274,7 +273,7 @@ def fine_tune(run: Run[FitJob], model: TokenRewardModel, data: FitData) -> None:
     if run.checkpoint is None:
         discriminator.remember(rollouts)
         if options.head == "action":  # a read-out has said it
-            leaks = surface_leaks(data.experts, _training(rollouts, discriminator), model.tokenizer)
+            leaks = surface_leaks(data.experts, _training(rollouts, discriminator), model.tokenizer, "candidates")
     else:
         discriminator.load(run.checkpoint / DISCRIMINATOR_FILE)
         run.metrics.rewind(discriminator.updates, sys.maxsize)

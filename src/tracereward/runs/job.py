@@ -1,6 +1,7 @@
 """What a training command was asked to do, in one record."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from trl import ModelConfig
@@ -76,6 +77,11 @@ class FitJob:
     def output_dir(self) -> str:
         """The run folder."""
         return self.given.output_dir
+
+    @property
+    def states(self) -> Path:
+        """The folder with the model's states."""
+        return Path(self.given.states or Path(self.output_dir) / CHECKPOINTS / "states")
 
 
 def starting_policy(model: ModelConfig) -> str:

@@ -254,14 +254,10 @@ class _Traces:
         self.limit: float = options.max_completion_length or self.positions
         self.texts: list[tuple[str, list[str]]] = []
         self.long: list[tuple[int, int, str]] = []
-        self.empty: list[str] = []
 
     def add(self, row: dict[str, Any], prompt: list[int], ids: list[int]) -> list[int]:
         """The trace's token ids; none if it is left out."""
         where = row["source"]
-        if not row["completion"].strip():
-            self.empty.append(where)
-            return []
         self.texts.append((where, [row["prompt"], row["completion"]]))
         if len(ids) <= self.limit and len(prompt) + len(ids) <= self.positions:
             return ids
@@ -274,9 +270,7 @@ class _Traces:
         Raises:
             InputError: with counts, the first, the longest, and the fix.
         """
-        total = len(self.texts) + len(self.empty)
-        if self.empty:
-            note(f"{len(self.empty)} of {total} traces are empty and left out, the first at {self.empty[0]}")
+        total = len(self.texts)
         check_texts(self.tokenizer, self.texts, "the traces")
         if not self.long:
             return
@@ -337,7 +331,8 @@ def prepare_fit_data(
     if both < 2:
         raise InputError(
             f"{both} of {len(train)} questions to train on have a negative under label rule {rule.name}, and 2 are "
-            "needed (better 50): give more candidates, or a lower --held_out_fraction"
+            "needed (better 50): give more questions, or candidates of which some disagree with the experts"
+            + (", or a lower --held_out_fraction" if held_out else "")
         )
     return FitData(train=balanced(train, options), held_out=held_out, rule=rule, said=said)
 
@@ -350,6 +345,8 @@ def balanced(questions: list[FitQuestion], options: FitOptions) -> list[FitQuest
     """
     if options.balance == "none" or (options.balance == "question" and not options.readout):
         return questions  # the discriminator weighs the questions of each update itself
+    if options.balance == "model" and all(c.row.model is None for question in questions for c in question.candidates):
+        raise InputError("--balance model: no candidate has the field model: add it, or leave the option out")
     rows: list[tuple[bool | None, int, str | None]] = []
     for number, question in enumerate(questions):
         rows += [(True, number, None) for _ in question.experts]

@@ -73,13 +73,16 @@ class UpdateLoop:
         return broadcast_object(discriminator.held_out_accuracy())  # all processes must use the same number
 
 
-def surface_leaks(experts: Sequence[Expert], rollouts: Sequence[Rollout], tokenizer: Any) -> dict[str, Any]:
+def surface_leaks(
+    experts: Sequence[Expert], rollouts: Sequence[Rollout], tokenizer: Any, others: str = "rollouts"
+) -> dict[str, Any]:
     """Warn if surface features, or single tokens, alone distinguish the positives from the negatives.
 
     Args:
         experts: the demonstrations.
         rollouts: further traces of their prompts; those without a label are ignored.
         tokenizer: the reward model's.
+        others: what the warning calls the negatives.
 
     Returns:
         `surface/auroc`, and the most predictive features.
@@ -97,7 +100,7 @@ def surface_leaks(experts: Sequence[Expert], rollouts: Sequence[Rollout], tokeni
     for rollout, text in zip(rollouts, texts, strict=True):
         sides[bool(rollout.label)].append(trace(rollout.demonstration, text, rollout.ids))
     probe = surface_probe(sides[True], sides[False], names(list(tokenizer.added_tokens_decoder)))
-    warning = leak_warning(probe)
+    warning = leak_warning(probe, others)
     if warning is not None:
         warn(warning)
     return {"surface/auroc": probe.auroc, "surface/features": [feature.name for feature in probe.features]}

@@ -28,7 +28,7 @@ def warmup_candidates(
 
     Returns:
         Rows with ``prompt``, ``completion``, ``source`` and ``finished``, with ``demonstration``, its index, and with
-        their ``label``; empty completions are left out.
+        their ``label``.
 
     Raises:
         InputError: they cannot be read, answer none of the prompts, or none is a negative.
@@ -47,8 +47,7 @@ def warmup_candidates(
             label = labels.label(indices[0], answer, finished=finished, right=right)
             found.append(label)
             row = {"prompt": question.prompt, "completion": candidate.completion, "source": candidate.where}
-            if candidate.completion.strip():
-                rows += [{**row, "finished": finished, "demonstration": index, "label": label} for index in indices]
+            rows += [{**row, "finished": finished, "demonstration": index, "label": label} for index in indices]
         all_labels.append(found)
     for remark in [*remarks, *remarks_on_labels(usable, all_labels, labels)]:
         note(remark)
