@@ -1,6 +1,7 @@
 """The page of the study of logged traces, Markdown and a figure, from its results alone."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ a head that has seen neither it nor its answer; layer and penalty are chosen by 
 folds, which also give the scores' scales and the temperature of the tuned vote. Experts are the questions' own
 solutions (`human`) or the traces of the model that is most often right on the training folds (`strongest`). Label
 rules are `positives/negatives`: a trace agrees if its answer is the expert's; `gold`, the upper line, uses the pool's
-own labels instead.
+own labels instead. `mean of layers` averages the scores of heads on seven layers; a reward model of `tracereward fit`
+reads one.
 
 Scorers: the reward, its sum with the frozen model's mean log-prob (both standardised), and the reward minus the mean of
 its model on the training folds, which says what is left when it cannot tell models apart. `which model` is the model's
@@ -208,13 +210,18 @@ def _costs(free: Row, fitted: Sequence[Row]) -> str:
         _label(row): {
             "traces a fold": row["traces"],
             "minutes, five folds": f"{row['seconds'] / 60:.1f}",
-            "layers": ", ".join(str(layer) for layer, _ in row["chosen"]),
-            "penalties": ", ".join(f"{penalty:g}" for _, penalty in row["chosen"]),
+            "layers": _counted(layer for layer, _ in row["chosen"]),
+            "penalties": _counted(penalty for _, penalty in row["chosen"]),
         }
         for row in fitted
         if row["method"] == "readout"
     }
     return f"{took}\n\n{table('read-out', pd.DataFrame(lines).T)}"
+
+
+def _counted(values: Iterable[float]) -> str:
+    """Such as ``10 (2), 21 (3)``."""
+    return ", ".join(f"{value:g} ({count})" for value, count in sorted(Counter(values).items()))
 
 
 def _label(row: Row) -> str:
