@@ -305,7 +305,7 @@ AGAINST = {"auroc": "log-prob", "best": "log-prob", "vote": "majority", "tuned v
 
 
 def summary(values: Values, free: Mapping[str, Values]) -> dict[str, list[float]]:
-    """Each measure, and its difference to `AGAINST`.
+    """Each measure, and its difference to `AGAINST`; of the tuned vote also that to log-prob's.
 
     Args:
         values: of a score.
@@ -315,6 +315,7 @@ def summary(values: Values, free: Mapping[str, Values]) -> dict[str, list[float]
     for name, of_measure in values.items():
         found[name] = interval([of_measure[i] for i in sorted(of_measure)])
         found[f"{name} difference"] = paired(name, of_measure, free[AGAINST[name]][name])
+    found["tuned vote over log-prob's"] = paired("vote", values["tuned vote"], free["log-prob"]["tuned vote"])
     return found
 
 

@@ -32,9 +32,10 @@ accuracy on the training folds. Each model has one answer a question, so an AURO
 not exist.
 
 AUROC: within the question, over the questions that have right and wrong candidates; at matched length it is over all
-candidates. Vote: weighted by exp(z), z the score standardised within the question; tuned: by exp(score / t). In
-brackets 95 % intervals over questions; differences are paired, to log-prob by AUROC and best-of-N, to majority by vote,
-and bold where the interval excludes 0. All figures but N are percent or points."""
+candidates. Vote: weighted by exp(z), z the score standardised within the question; tuned: by exp(score / t). Any
+weighted vote breaks the ties that majority gives to the answer given first, so that its gain over the vote weighted by
+log-prob counts too. In brackets 95 % intervals over questions; differences are paired, to log-prob by AUROC and
+best-of-N, to majority by vote, and bold where the interval excludes 0. All figures but N are percent or points."""
 
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
@@ -113,6 +114,7 @@ def _choice(rows: Sequence[Row], which: str, score: str) -> str:
             "minus majority": _points(values["vote difference"]),
             "tuned vote": _share(values["tuned vote"]),
             "minus majority ": _points(values["tuned vote difference"]),
+            "minus log-prob's ": _points(values["tuned vote over log-prob's"]),
         }
     return table(f"choosing by {score}", pd.DataFrame(lines).T)
 

@@ -158,6 +158,8 @@ def test_measures_are_those_of_a_brute_force():
     expected = found["vote"][0] - shares["majority"]["best"][0]
     assert found["vote difference"][0] == pytest.approx(expected, abs=1e-5)
     assert shares["log-prob"]["auroc difference"] == [0, 0, 0]
+    over = found["tuned vote"][0] - shares["log-prob"]["tuned vote"][0]
+    assert found["tuned vote over log-prob's"][0] == pytest.approx(over, abs=2e-5)
     gap = found["auroc"][0] - shares["log-prob"]["auroc"][0]
     assert found["auroc difference"][0] == pytest.approx(gap, abs=2e-5)
 
