@@ -33,6 +33,8 @@ class Arm:
         loss: ``pairwise`` or ``bce``.
         joined: whether the experts' traces are among the positives; rules on agreement have others.
         balance: of `balance_weights`.
+        layers: ``one``, which cross-validation chooses, or ``mean``, of the standardised scores of a head on each,
+            which a reward model cannot compute from one layer's states.
     """
 
     experts: str = "human"
@@ -40,12 +42,14 @@ class Arm:
     loss: str = "pairwise"
     joined: bool = True
     balance: str = "none"
+    layers: str = "one"
 
     @property
     def name(self) -> str:
         """All that it is in words."""
         parts = [self.experts, self.rule, self.loss]
         parts += [] if self.joined else ["without expert traces"]
+        parts += [] if self.layers == "one" else ["mean of layers"]
         return ", ".join([*parts, *([] if self.balance == "none" else [f"balanced by {self.balance}"])])
 
 
@@ -64,6 +68,7 @@ def arms(solutions: bool) -> list[Arm]:
     who = ("human", "strongest") if solutions else ("strongest",)
     found = [Arm(experts=one, rule=rule, loss=loss) for one in who for rule in RULES for loss in ("pairwise", "bce")]
     found += [Arm(experts=one, joined=False) for one in who]
+    found += [Arm(experts=one, joined=joined, layers="mean") for one in who for joined in (True, False)]
     found += [Arm(experts=who[0], balance="model")]
     return found + [Arm(experts=who[0], rule=GOLD, loss=loss) for loss in ("pairwise", "bce")]
 
@@ -139,21 +144,22 @@ def _matched(pool: LoggedPool, expert: str):
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A read-out of one fold, and its scores of all candidates, standardised on the training folds.
+    """The read-outs of one fold, one or one a layer, and their score of all candidates.
 
     Attributes:
-        readout: layer, penalty and head.
-        scores: (N,); those of a training question are by the inner fold's head that has not seen it.
+        readouts: layers, penalties and heads.
+        scores: (N,) standardised on the training folds; those of a training question are by the inner fold's head that
+            has not seen it.
         traces: number of traces learned from.
     """
 
-    readout: Readout
+    readouts: list[Readout]
     scores: np.ndarray
     traces: int
 
 
 def fit_fold(pool: LoggedPool, fold: Fold, arm: Arm, questions: np.ndarray | None = None) -> Fitted:
-    """Fit an arm's read-out on a fold's training questions.
+    """Fit an arm's read-outs on a fold's training questions.
 
     Args:
         pool: the traces.
@@ -165,14 +171,32 @@ def fit_fold(pool: LoggedPool, fold: Fold, arm: Arm, questions: np.ndarray | Non
     if questions is not None:
         kept = np.isin(examples.questions, questions)
         chosen, examples = chosen[kept], examples[kept]
-    found = fit_readout(pool.states[chosen], pool.layers, examples, arm.loss, folds=INNER, seed=SEED)
-    scores = pool.scores(found.layer, found.weight).astype(float)
+    states = pool.states[chosen]
+    groups = [[layer] for layer in pool.layers] if arm.layers == "mean" else [pool.layers]
+    found = [
+        fit_readout(
+            states[:, [pool.layers.index(layer) for layer in layers]],
+            layers,
+            examples,
+            arm.loss,
+            folds=INNER,
+            seed=SEED,
+        )
+        for layers in groups
+    ]
     inner = dict(zip(examples.questions.tolist(), fold_numbers(examples, INNER, SEED).tolist(), strict=True))
     unseen = np.array([inner.get(question, -1) for question in pool.questions.tolist()])
+    scores = [standardised(_cross_scores(pool, one, unseen), pool, fold) for one in found]
+    return Fitted(readouts=found, scores=standardised(np.sum(scores, axis=0), pool, fold), traces=len(chosen))
+
+
+def _cross_scores(pool: LoggedPool, found: Readout, unseen: np.ndarray) -> np.ndarray:
+    """(N,) scores by the head, or by that of the inner fold in `unseen` where it is not -1."""
+    scores = pool.scores(found.layer, found.weight).astype(float)
     for number, head in enumerate(found.folds):
         here = unseen == number
         scores[here] = pool.scores(found.layer, head)[here]
-    return Fitted(readout=found, scores=standardised(scores, pool, fold), traces=len(chosen))
+    return scores
 
 
 def standardised(values: np.ndarray, pool: LoggedPool, fold: Fold) -> np.ndarray:
@@ -281,7 +305,7 @@ AGAINST = {"auroc": "log-prob", "best": "log-prob", "vote": "majority", "tuned v
 
 
 def summary(values: Values, free: Mapping[str, Values]) -> dict[str, list[float]]:
-    """Each measure, and its difference to `AGAINST`.
+    """Each measure, and its difference to `AGAINST`; of the tuned vote also that to log-prob's.
 
     Args:
         values: of a score.
@@ -291,6 +315,7 @@ def summary(values: Values, free: Mapping[str, Values]) -> dict[str, list[float]
     for name, of_measure in values.items():
         found[name] = interval([of_measure[i] for i in sorted(of_measure)])
         found[f"{name} difference"] = paired(name, of_measure, free[AGAINST[name]][name])
+    found["tuned vote over log-prob's"] = paired("vote", values["tuned vote"], free["log-prob"]["tuned vote"])
     return found
 
 
@@ -371,7 +396,7 @@ def arm_row(pool: LoggedPool, folds: Sequence[Fold], free: Free, arm: Arm) -> di
         **asdict(arm),
         "folds": len(folds),
         "traces": int(np.mean([one.traces for one in fitted])),
-        "chosen": [[one.readout.layer, one.readout.penalty] for one in fitted],
+        "chosen": [[found.layer, found.penalty] for one in fitted for found in one.readouts],
         "pools": pools,
     }
 

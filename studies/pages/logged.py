@@ -1,6 +1,7 @@
 """The page of the study of logged traces, Markdown and a figure, from its results alone."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ a head that has seen neither it nor its answer; layer and penalty are chosen by 
 folds, which also give the scores' scales and the temperature of the tuned vote. Experts are the questions' own
 solutions (`human`) or the traces of the model that is most often right on the training folds (`strongest`). Label
 rules are `positives/negatives`: a trace agrees if its answer is the expert's; `gold`, the upper line, uses the pool's
-own labels instead.
+own labels instead. `mean of layers` averages the scores of heads on seven layers; a reward model of `tracereward fit`
+reads one.
 
 Scorers: the reward, its sum with the frozen model's mean log-prob (both standardised), and the reward minus the mean of
 its model on the training folds, which says what is left when it cannot tell models apart. `which model` is the model's
@@ -30,9 +32,10 @@ accuracy on the training folds. Each model has one answer a question, so an AURO
 not exist.
 
 AUROC: within the question, over the questions that have right and wrong candidates; at matched length it is over all
-candidates. Vote: weighted by exp(z), z the score standardised within the question; tuned: by exp(score / t). In
-brackets 95 % intervals over questions; differences are paired, to log-prob by AUROC and best-of-N, to majority by vote,
-and bold where the interval excludes 0. All figures but N are percent or points."""
+candidates. Vote: weighted by exp(z), z the score standardised within the question; tuned: by exp(score / t). Any
+weighted vote breaks the ties that majority gives to the answer given first, so that its gain over the vote weighted by
+log-prob counts too. In brackets 95 % intervals over questions; differences are paired, to log-prob by AUROC and
+best-of-N, to majority by vote, and bold where the interval excludes 0. All figures but N are percent or points."""
 
 
 def write_page(path: Path, rows: Sequence[Row]) -> None:
@@ -111,6 +114,7 @@ def _choice(rows: Sequence[Row], which: str, score: str) -> str:
             "minus majority": _points(values["vote difference"]),
             "tuned vote": _share(values["tuned vote"]),
             "minus majority ": _points(values["tuned vote difference"]),
+            "minus log-prob's ": _points(values["tuned vote over log-prob's"]),
         }
     return table(f"choosing by {score}", pd.DataFrame(lines).T)
 
@@ -208,13 +212,18 @@ def _costs(free: Row, fitted: Sequence[Row]) -> str:
         _label(row): {
             "traces a fold": row["traces"],
             "minutes, five folds": f"{row['seconds'] / 60:.1f}",
-            "layers": ", ".join(str(layer) for layer, _ in row["chosen"]),
-            "penalties": ", ".join(f"{penalty:g}" for _, penalty in row["chosen"]),
+            "layers": _counted(layer for layer, _ in row["chosen"]),
+            "penalties": _counted(penalty for _, penalty in row["chosen"]),
         }
         for row in fitted
         if row["method"] == "readout"
     }
     return f"{took}\n\n{table('read-out', pd.DataFrame(lines).T)}"
+
+
+def _counted(values: Iterable[float]) -> str:
+    """Such as ``10 (2), 21 (3)``."""
+    return ", ".join(f"{value:g} ({count})" for value, count in sorted(Counter(values).items()))
 
 
 def _label(row: Row) -> str:

@@ -101,17 +101,31 @@ def test_a_training_question_is_scored_by_a_head_that_has_not_seen_it():
     """Features without a signal: heads that saw a question would separate its traces."""
     pool = pool_of(questions=20)
     noise = torch.tensor(np.random.default_rng(1).normal(size=(len(pool.rows), 1, 60)), dtype=torch.float32)
-    pool = dataclasses.replace(pool, states=noise)
+    pool = dataclasses.replace(pool, states=noise, _values={})
     fold = logged.outer_folds(pool)[0]
     fitted = logged.fit_fold(pool, fold, Arm())
     members = fold.train & (pool.models != "")
-    seen = pool.scores(1, fitted.readout.weight)
+    seen = pool.scores(1, fitted.readouts[0].weight)
     gap = {
         name: values[members & pool.correct].mean() - values[members & ~pool.correct].mean()
         for name, values in {"seen": (seen - seen.mean()) / seen.std(), "unseen": fitted.scores}.items()
     }
     assert gap["seen"] > 1
     assert abs(gap["unseen"]) < 0.5
+
+
+def test_the_mean_of_layers_has_a_head_on_each():
+    pool = pool_of()
+    twice = dataclasses.replace(
+        pool, states=torch.cat([pool.states, pool.states.flip(2)], 1), layers=[1, 2], _values={}
+    )
+    fold = logged.outer_folds(twice)[0]
+    fitted = logged.fit_fold(twice, fold, Arm(layers="mean"))
+    assert [one.layer for one in fitted.readouts] == [1, 2]
+    first = logged.fit_fold(pool, fold, Arm())
+    assert fitted.readouts[0].weight == pytest.approx(first.readouts[0].weight)
+    assert fitted.readouts[1].weight == pytest.approx(first.readouts[0].weight[::-1], abs=1e-3)
+    assert fitted.scores == pytest.approx(first.scores, abs=1e-2)  # the layers hold the same
 
 
 def test_measures_are_those_of_a_brute_force():
@@ -144,6 +158,8 @@ def test_measures_are_those_of_a_brute_force():
     expected = found["vote"][0] - shares["majority"]["best"][0]
     assert found["vote difference"][0] == pytest.approx(expected, abs=1e-5)
     assert shares["log-prob"]["auroc difference"] == [0, 0, 0]
+    over = found["tuned vote"][0] - shares["log-prob"]["tuned vote"][0]
+    assert found["tuned vote over log-prob's"][0] == pytest.approx(over, abs=2e-5)
     gap = found["auroc"][0] - shares["log-prob"]["auroc"][0]
     assert found["auroc difference"][0] == pytest.approx(gap, abs=2e-5)
 
