@@ -163,6 +163,7 @@ def test_report_escapes_everything(path):
     page = Page(html)
     assert page.tags.count("script") == 1  # the page's own
     assert "<script>alert" not in html
+    assert '<p class="summary">see <code>&lt;b&gt;</code></p>' in render(path, **{**text, "summary": "see `<b>`"})
     assert page.heats == [HOSTILE]
     # title, h1, summary, command, table title, column, cell, note, question, label, answer, step, heatmap
     assert page.text.count("alert(1)</script>") >= 13

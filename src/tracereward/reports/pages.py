@@ -1,5 +1,7 @@
 """What HTML pages share: the templates of this folder, and tables as template variables."""
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,13 @@ def page_template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["code"] = _code
     return environment.get_template(name)
+
+
+def _code(text: str) -> str:
+    """HTML of a text: what stands in backticks, as on the cards, is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
 
 
 def table_view(table: Table) -> dict[str, Any]:
