@@ -360,6 +360,14 @@ def test_rows_that_cannot_be_compared_are_refused(tiny_model_folder, monkeypatch
         fit(DEMONSTRATIONS[:1], CANDIDATES[:4], **model)
     with pytest.raises(InputError, match="did you mean 'learning_rate'"):
         fit(DEMONSTRATIONS, CANDIDATES, **model, learning_rat=1)
+    for wrong, named in (
+        ({"use_peft": "no"}, "use_peft must be True or False, not 'no'"),
+        ({"use_peft": True, "lora_target_modules": "q_proj"}, "lora_target_modules must be a list"),
+        ({"model": 3}, "model must be a text, not 3"),
+        ({"chat_template_kwargs": "{}"}, "chat_template_kwargs must be a dict"),
+    ):
+        with pytest.raises(InputError, match=named):
+            fit(DEMONSTRATIONS, CANDIDATES, **{**model, **wrong})
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="one process"):
         fit(DEMONSTRATIONS, CANDIDATES, **model)

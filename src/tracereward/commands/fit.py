@@ -95,7 +95,8 @@ def fit(
             name: os.fspath(value) if isinstance(value, (str, os.PathLike)) else str(Path(folder) / f"{name}.jsonl")
             for name, value in rows.items()
         }
-        given = FitOptions(model=os.fspath(model), output_dir=str(folder), **files, **options)
+        named = {"model": model, "output_dir": folder, **files, **options}
+        given = FitOptions(**{k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in named.items()})
         fitted = run_fit(given, resume, rows)
     return fitted if output_dir else dataclasses.replace(fitted, folder=None)
 

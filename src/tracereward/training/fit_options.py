@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from tracereward.errors import InputError
 from tracereward.generation.params import MAX_SEED
 from tracereward.rewards.choices import GRANULARITIES
-from tracereward.training.options import DiscriminatorOptions, OneOf, Range, check_options
+from tracereward.training.options import DiscriminatorOptions, OneOf, Range, check_options, check_types
 
 
 @dataclass
@@ -214,6 +214,7 @@ class FitOptions(FitDataOptions, FitLabelOptions, FitModelOptions, FitLossOption
     """All options of `tracereward fit`."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_options(self)
         if self.step_delimiter == "":
             raise InputError("step_delimiter is empty: give the text that ends a step, or leave it out for the task's")

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from tracereward.errors import InputError, check_choice
@@ -91,6 +92,20 @@ def check_options(options: Any, ranges: Mapping[str, Range | OneOf] | None = Non
         for rule in rules.get(option.name, ()):
             if value is not None:
                 rule.check(option.name, value)
+
+
+def check_types(options: Any) -> None:
+    """Check that switches, texts, lists and mappings have the types of their annotations; numbers have a `Range`.
+
+    Raises:
+        InputError: names the option and the type.
+    """
+    for name, hint in get_type_hints(type(options)).items():
+        kinds = {get_origin(kind) or kind for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,))}
+        named = {bool: "True or False", str: "a text", list: "a list", dict: "a dict"}
+        value, wanted = getattr(options, name), [words for kind, words in named.items() if kind in kinds]
+        if wanted and not isinstance(value, tuple(kinds)):
+            raise InputError(f"{name} must be {' or '.join(wanted)}, not {value!r}")
 
 
 @dataclass
