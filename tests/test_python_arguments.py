@@ -11,6 +11,7 @@ from tracereward import (
     RewardSettings,
     TokenRewardModel,
     as_reward_func,
+    fit,
     get_task,
     load_demonstrations,
 )
@@ -97,6 +98,10 @@ WRONG = {
         r"demonstrations\[0\]: prompt must be a text.*chat template",
     ),
     "model: settings": (lambda m: TokenRewardModel(m.backbone, m.tokenizer, {"head": "token"}), "RewardSettings"),
+    "fit: demonstrations": (lambda _: fit(None, [], model="m"), "demonstrations"),
+    "fit: rows": (lambda _: fit([7], [7], model="m"), r"demonstrations\[0\] must be"),
+    "fit: options": (lambda _: fit([], [], model="m", negative="all"), "did you mean 'negatives'"),
+    "fit: value": (lambda _: fit([], [], model="m", negatives="most"), "negatives"),
     "choose": (lambda _: choose([], "vote", str.__eq__), "no candidates"),
 }
 
@@ -120,6 +125,7 @@ def test_sequences_of_other_types_are_read(model):
 def test_every_exported_name_is_covered():
     """A new export gets cases here."""
     covered = {"AdversarialTrainer", "RewardModel", "RewardSettings", "TokenRewardModel", "TokenScores"}
-    covered |= {"as_reward_func", "get_task", "load_demonstrations"}
+    covered |= {"as_reward_func", "fit", "get_task", "load_demonstrations"}
     options = {"AdversarialConfig"}  # its values are checked as options of the command line
-    assert {*tracereward.__all__} - {"__version__"} == covered | options
+    results = {"Fitted"}  # made by `fit`
+    assert {*tracereward.__all__} - {"__version__"} == covered | options | results

@@ -490,7 +490,7 @@ def test_policy_and_reference_must_be_causal_lms(command, bench, token_reward_mo
     given, kind = ["--task", "arithmetic", "--data", bench.experts], f"{bare}: is a LlamaForTokenClassification"
     refused(command("sample", bare, *given), kind)
     refused(command("evaluate", "policy", bare, *given), kind)
-    refused(command("correct", bare, bench.experts, "--reward-model", bench.bare_reward), kind)
+    refused(command("correct", bare, bench.experts, "--reward-model", bench.bare_reward, "--threshold", "0"), kind)
     refused(command("score", bench.bare_reward, bench.experts, "--reference", bare), kind)
     headless = tmp_path / "headless"
     shutil.copytree(bench.bare, headless)

@@ -98,8 +98,8 @@ def test_reference_run_changes_weights(bench, tiny_model_folder):
     assert any(not torch.equal(t, tensors[f"reward_model/{n}"]) for n, t in before.items())
     assert "reward_model/head.safetensors:w" in tensors
     assert float(tensors["reward_model/head.safetensors:w"].abs().max()) > 0
-    assert [row.get("update") or row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6]
-    assert [row["phase"] for row in metrics] == ["warmup"] * 6 + ["train"] * 6
+    assert [row.get("update") or row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 6, 6]
+    assert [row["phase"] for row in metrics] == ["warmup"] * 6 + ["train"] * 6 + ["movement", "verdict"]
     assert whole_checkpoints(bench.reference("full")) == ["checkpoint-4", "checkpoint-6"]
 
 

@@ -8,7 +8,6 @@ import torch
 
 from tracereward.data.perturbations import KINDS, perturb
 from tracereward.errors import Interrupted
-from tracereward.metrics import within_prompt_auroc
 from tracereward.modeling import hidden_states
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.model import TokenRewardModel
@@ -17,7 +16,7 @@ from tracereward.rewards.shaping import backfill
 from tracereward.rewards.supervision import reward_shares
 from tracereward.synthetic.arithmetic import generate
 from tracereward.training import readout_training
-from tracereward.training.readout_training import LabelledTrace, ReadoutOptions, train_readout
+from tracereward.training.readout_training import LabelledTrace, ReadoutOptions, states_of, train_readout
 
 
 def labelled(tokenizer, count: int) -> list[LabelledTrace]:
@@ -42,13 +41,15 @@ def test_trace_reward_is_the_score(granularity, tokenizer, tiny_model_folder, tm
     settings = RewardSettings(head="token", granularity=granularity, interval=3)
     traces = labelled(tokenizer, 24)
     options = ReadoutOptions(objective="pairwise", cache=tmp_path / "states", dtype=torch.float32)
-    model, _ = train_readout(str(tiny_model_folder), settings, tokenizer, traces, options=options)
+    model, fitted = train_readout(str(tiny_model_folder), settings, tokenizer, traces, options=options)
+    found, layers = states_of(str(tiny_model_folder), settings, tokenizer, traces, options=options)
     model.save_pretrained(tmp_path / "reward_model")
     loaded = TokenRewardModel.from_pretrained(tmp_path / "reward_model")
     scored = loaded.score_ids([trace.prompt for trace in traces], [trace.completion for trace in traces])
     rewards = np.array([one.aggregate("mean") for one in scored])
-    labels, questions = [trace.label for trace in traces], [trace.question for trace in traces]
-    assert within_prompt_auroc(rewards.tolist(), labels, questions) > 0.8  # the traces it was fitted on
+    expected = found.states[:, layers.index(fitted.layer)].float().numpy() @ fitted.weight + fitted.bias
+    assert rewards == pytest.approx(expected, abs=0.02 * np.abs(rewards).max())  # the states are kept in bfloat16
+    labels = [trace.label for trace in traces]
     assert rewards[labels].mean() == pytest.approx(-rewards[~np.array(labels)].mean(), abs=0.05)
 
     def never(*args, **kwargs):

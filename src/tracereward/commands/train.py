@@ -89,7 +89,8 @@ class Prepared:
 
 def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
     """Set the template and its variables where they are not given; see `inherited`."""
-    found = inherited(starting_policy(model), data.template, config.chat_template_kwargs)
+    kwargs: Any = config.chat_template_kwargs
+    found = inherited(starting_policy(model), data.template, kwargs)
     data.template, config.chat_template_kwargs = found
     config.given["chat_template_kwargs"] = config.chat_template_kwargs  # TRL reads JSON in a text
 

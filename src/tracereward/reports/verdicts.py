@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -45,7 +46,7 @@ def read_verdict(folder: str | Path) -> Verdict | None:
 
 def verdict_tables(verdict: Verdict) -> list[Table]:
     """The method against each baseline in points, and the AUROCs."""
-    compared = [
+    compared: list[list[Any]] = [
         [method_name(one.baseline), _points(one.difference), f"[{_points(one.low)}, {_points(one.high)}]"]
         for one in verdict.comparisons
     ]

@@ -132,8 +132,8 @@ def balance_weights(
     """
     sign = np.array([0 if label is None else 1 if label else -1 for label in labels])
     weights = np.abs(sign).astype(float)
+    by_question = _codes(questions)
     if how != "none":
-        by_question = _codes(questions)
         up, down = _totals(weights, sign, by_question)
         weights *= np.divide(1.0, np.where(sign > 0, up, down), where=(up > 0) & (down > 0), out=np.zeros_like(weights))
     if how == "model":
