@@ -9,6 +9,7 @@ import pytest
 from tracereward import files
 from tracereward.errors import InputError
 from tracereward.files import (
+    atomic_file,
     atomic_folder,
     atomic_write_json,
     atomic_write_text,
@@ -183,3 +184,20 @@ def test_folder_killed_between_two_renames_is_restored(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "reward"]
     assert (tmp_path / "policy" / "weights").read_text() == ".policy.7.old"
     assert (tmp_path / "reward" / "weights").read_text() == "reward"
+
+
+def test_files_of_writers_that_hide_them_have_the_usual_mode(tmp_path):
+    """safetensors makes files that only their owner can read."""
+    plain = tmp_path / "plain"
+    plain.write_text("x")
+    with atomic_file(tmp_path / "one") as temporary:
+        temporary.unlink()
+        temporary.write_text("x")
+        temporary.chmod(0o600)
+    with atomic_folder(tmp_path / "folder") as temporary:
+        (temporary / "inner").mkdir()
+        for path in (temporary / "a", temporary / "inner" / "b"):
+            path.write_text("x")
+            path.chmod(0o600)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(("plain", "one", "a", "b"), plain.stat().st_mode & 0o777)

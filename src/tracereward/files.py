@@ -38,13 +38,21 @@ def _fsync(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
+def _usual_mode(path: Path) -> int:
+    """The mode of a new file, which is created; safetensors makes files that other users cannot read."""
+    path.touch()
+    return path.stat().st_mode & 0o777
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` if the block succeeds; a reader never sees a partial one."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        mode = _usual_mode(temporary)
         yield temporary
+        temporary.chmod(mode)
         _fsync(temporary)
         os.replace(temporary, path)
     except OSError as error:
@@ -75,7 +83,12 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
+        mode = _usual_mode(temporary / ".mode")
+        (temporary / ".mode").unlink()
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)
         fsync_tree(temporary)
         if path.exists():
             os.rename(path, old)
