@@ -74,7 +74,7 @@ class TokenRewardModel(nn.Module, Scorer):
         if not isinstance(settings, RewardSettings):
             raise InputError(f"settings must be RewardSettings, not {type(settings).__name__}")
         keep_tags(tokenizer)
-        self.backbone = backbone
+        self.backbone: PreTrainedModel | PeftModel | AdapterView = backbone
         self.tokenizer = tokenizer
         self.settings = settings
         hidden_size = backbone.config.get_text_config().hidden_size
