@@ -245,9 +245,9 @@ class RolloutLabels:
     """
 
     def __init__(self, demonstrations: Sequence[Mapping[str, Any]], task: Task, positives: str, negatives: str):
-        self.task = task
+        self.task: Task = task
         self.mixed: bool = positives == "mixed"
-        self.rule = LabelRule("expert" if self.mixed else positives, negatives)  # type: ignore[arg-type]
+        self.rule: LabelRule = LabelRule("expert" if self.mixed else positives, negatives)  # type: ignore[arg-type]
         stated: dict[str, list[str]] = {}
         own = [stated_answers([row], task) for row in demonstrations]
         for row, answers in zip(demonstrations, own, strict=True):
