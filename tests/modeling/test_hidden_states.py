@@ -51,6 +51,22 @@ def saved(kind, tokenizer, folder):
     return model.eval()
 
 
+def test_prompts_that_are_not_shared_give_the_same_states(tokenizer, tmp_path):
+    """A prompt of its own for each completion, read in one pass, against the same traces one by one."""
+    model = saved("qwen2", tokenizer, tmp_path / "lm")
+    prompts, completions = pool()
+    prompts = [[*prompt, 4 + row] for row, prompt in enumerate(prompts)]
+    together, log_probs = all_states(model, prompts, completions, token_budget=60)
+    for row, pair in enumerate(zip(prompts, completions, strict=True)):
+        alone, (log_prob,) = all_states(model, pair[:1], pair[1:])
+        torch.testing.assert_close(together[row], alone[0], atol=0.02, rtol=0.02)  # kept in bfloat16
+        assert log_probs[row] == pytest.approx(log_prob, abs=1e-5)
+        with torch.no_grad():
+            output = model(torch.tensor([[*pair[0], *pair[1]]]), output_hidden_states=True).hidden_states
+        expected = model.model.norm(output[2])[0, len(pair[0]) :].mean(0)
+        torch.testing.assert_close(together[row, 1], expected, atol=0.02, rtol=0.02)
+
+
 def all_states(model, prompts, completions, **options):
     states = [None] * len(prompts)
     log_probs = [None] * len(prompts)

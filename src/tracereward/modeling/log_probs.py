@@ -80,19 +80,28 @@ def completion_log_probs(model: nn.Module, batch: Batch, inputs_embeds: Tensor |
     Returns:
         log p(y_t | x, y_<t), (B, T) float32, and h_t, (B, T, H).
     """
+    log_probs, states, _ = _one_pass(model, batch, inputs_embeds)
+    return log_probs, states
+
+
+def _one_pass(
+    model: nn.Module, batch: Batch, inputs_embeds: Tensor | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """`completion_log_probs`, and the output of the pass; `kwargs` are the model's."""
     width = batch.completion_mask.size(1)
     targets = batch.input_ids[:, -width:]
     with log_probs_at_the_head(model, targets) as head:
         # width + 1: the state before the first completion token predicts it.
-        logits = model(
+        output = model(
             input_ids=batch.input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
             logits_to_keep=width + 1,
-        ).logits
-    return head.at(targets, logits), head.states[:, 1:]
+            **kwargs,
+        )
+    return head.at(targets, output.logits), head.states[:, 1:], output
 
 
 def _chunked_log_probs(project: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
@@ -227,12 +236,20 @@ def shared_log_probs(model: torch.nn.Module, batch: Batch, sizes: Sequence[int])
 
     Equal to one pass over all rows up to rounding.
     """
+    log_probs, states, _ = _shared_pass(model, batch, sizes)
+    return log_probs, states
+
+
+def _shared_pass(
+    model: torch.nn.Module, batch: Batch, sizes: Sequence[int], **kwargs: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """`shared_log_probs`, and the output of the pass over the completions; `kwargs` are the model's."""
     targets = batch.input_ids[:, -batch.completion_mask.size(1) :]
     logits, cache = _read_prompts(model, batch, sizes, logits_to_keep=1)
     first = token_log_probs(logits[:, -1:], targets[:, :1])  # from the prompt's last token
     with log_probs_at_the_head(model, targets[:, 1:]) as head:
-        logits = _read_completions(model, batch, cache).logits
-    return torch.cat([first, head.at(targets[:, 1:], logits)], 1), head.states
+        output = _read_completions(model, batch, cache, **kwargs)
+    return torch.cat([first, head.at(targets[:, 1:], output.logits)], 1), head.states, output
 
 
 def states_and_log_probs(
@@ -249,24 +266,11 @@ def states_and_log_probs(
         L + 1 tensors (B, T, H), as transformers gives them: the embeddings, then the output of each layer, the last
         one normalised; and (B, T) float32.
     """
-    width = batch.completion_mask.size(1)
-    targets = batch.input_ids[:, -width:]
     if sizes is None:
-        with log_probs_at_the_head(model, targets) as head:
-            output = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                use_cache=False,
-                logits_to_keep=width + 1,
-                output_hidden_states=True,
-            )
-        return [states[:, -width:] for states in output.hidden_states], head.at(targets, output.logits)
-    logits, cache = _read_prompts(model, batch, sizes, logits_to_keep=1)
-    first = token_log_probs(logits[:, -1:], targets[:, :1])
-    with log_probs_at_the_head(model, targets[:, 1:]) as head:
-        output = _read_completions(model, batch, cache, output_hidden_states=True)
-    return list(output.hidden_states), torch.cat([first, head.at(targets[:, 1:], output.logits)], 1)
+        log_probs, _, output = _one_pass(model, batch, output_hidden_states=True)
+    else:
+        log_probs, _, output = _shared_pass(model, batch, sizes, output_hidden_states=True)
+    return [states[:, -batch.completion_mask.size(1) :] for states in output.hidden_states], log_probs
 
 
 def shared_classifier_logits(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> Tensor:
