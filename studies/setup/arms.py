@@ -10,7 +10,9 @@ from trl import ModelConfig
 
 from studies.setup.judging import greedy
 from studies.setup.site import TASK, Site
-from tracereward.commands.train import run_grpo, run_sft, run_train
+from tracereward.commands.grpo import run_grpo
+from tracereward.commands.sft import run_sft
+from tracereward.commands.train import run_train
 from tracereward.files import atomic_folder, read_jsonl, write_jsonl
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig, SupervisedConfig

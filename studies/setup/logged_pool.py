@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracereward.data.candidates import CandidateRow, Question, match, read_candidates, read_questions
+from tracereward.data.candidates import CandidateRow, read_candidates, read_questions
+from tracereward.data.matching import Question, match
 from tracereward.errors import InputError
 from tracereward.modeling.rendering import Rendering, render
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, load_tokenizer

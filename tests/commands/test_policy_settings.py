@@ -9,10 +9,13 @@ from helpers.chat_models import CHATML, SWITCH, save_chat_model
 from tracereward import as_reward_func
 from tracereward.cli.app import app
 from tracereward.cli.training_options import parse
+from tracereward.commands.grpo import run_grpo
+from tracereward.commands.prepared import inherit
 from tracereward.commands.questions import Questions, in_force, load_questions
 from tracereward.commands.sample_guided import check_template
 from tracereward.commands.score import score_rows
-from tracereward.commands.train import inherit, run_grpo, run_sft, run_train
+from tracereward.commands.sft import run_sft
+from tracereward.commands.train import run_train
 from tracereward.errors import InputError
 from tracereward.files import read_json, write_jsonl
 from tracereward.modeling.policy_settings import PolicySettings, remembered

@@ -14,6 +14,7 @@ from helpers.hub import contents, hub  # noqa: F401
 from helpers.served import save_reward_model
 from helpers.unloadable import unloadable
 from tracereward.commands import train
+from tracereward.commands.sft import run_sft
 from tracereward.errors import InputError, RunFailed
 from tracereward.files import write_jsonl
 from tracereward.modeling.loading import load_causal_lm
@@ -184,7 +185,7 @@ def test_run_uploads_both_models_at_its_end(hub, tmp_path, tiny_model_folder):
     assert "push_to_hub: true" in (folder / "config.yaml").read_text()
     # A model trained from a folder names the base model of that folder's card.
     data, given, _ = options(tmp_path, "", output_dir=str(tmp_path / "next"), push_to_hub=False)
-    after = train.run_sft(data, SupervisedConfig(**given), ModelConfig(model_name_or_path=str(folder / "policy")))
+    after = run_sft(data, SupervisedConfig(**given), ModelConfig(model_name_or_path=str(folder / "policy")))
     assert ModelCard.load(after / "policy" / "README.md").data.base_model == "lab/base"
 
 
@@ -211,7 +212,7 @@ def test_failed_upload_loses_nothing(hub, tmp_path, tiny_model_folder, command):
     data, config, model = options(tmp_path, tiny_model_folder)
     hub.faults.append(("/commit/", 500))
     with pytest.raises(RunFailed, match="the run is complete") as raised:
-        train.run_sft(data, SupervisedConfig(**config), model)
+        run_sft(data, SupervisedConfig(**config), model)
     assert {path.name for path in (tmp_path / "my-run").iterdir()} >= {"policy", "report.html", "config.yaml"}
     hub.faults.clear()
     words = str(raised.value).partition("tracereward push ")[2].split()

@@ -6,7 +6,8 @@ import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
 
-from tracereward.data.candidates import CandidateRow, match, read_candidates
+from tracereward.data.candidates import CandidateRow, read_candidates
+from tracereward.data.matching import match
 from tracereward.errors import InputError
 from tracereward.tasks.recipes import get_task
 

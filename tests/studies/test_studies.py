@@ -23,7 +23,7 @@ from studies.results_file import add_result, read_results, write_results
 from studies.setup import arms, judging
 from studies.setup.settings import WORLDS
 from studies.setup.site import Site, make_world
-from tracereward.commands.train import run_grpo
+from tracereward.commands.grpo import run_grpo
 from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import read_jsonl
 from tracereward.generation.sampling import Sample

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
 from trl import GRPOTrainer
 
-from tracereward.commands.train import SupervisedTrainer, tokenised
+from tracereward.commands.sft import SupervisedTrainer, tokenised
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings

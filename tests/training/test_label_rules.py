@@ -2,7 +2,8 @@
 
 import pytest
 
-from tracereward.data.candidates import CandidateRow, Question
+from tracereward.data.candidates import CandidateRow
+from tracereward.data.matching import Question
 from tracereward.errors import InputError
 from tracereward.tasks.recipes import get_task
 from tracereward.training.label_rules import (
@@ -114,10 +115,10 @@ def test_remarks_count_labels_and_refuse_one_class():
     both, agreeing = question(KNOWN, CANDIDATES), question(KNOWN, CANDIDATES[:1])
     questions = [both, agreeing, question(KNOWN, [])]
     labels = [labels_of(found, rule, GSM8K) for found in questions]
-    counts, no_negative = remarks_on_labels(questions, labels, rule)
+    counts, no_negative = remarks_on_labels(questions, labels, rule.name)
     assert "of 7 candidates 4 join the experts, 2 are negatives and 1 are left out" in counts
     assert "1 of 3 questions have candidates but no negative" in no_negative
     with pytest.raises(InputError, match="one class only"):
-        remarks_on_labels([agreeing], [[True]], rule)
+        remarks_on_labels([agreeing], [[True]], rule.name)
     orphan = question([], CANDIDATES[:1])
-    assert "have negatives and no positive" in remarks_on_labels([orphan], [[False]], LabelRule())[1]
+    assert "have negatives and no positive" in remarks_on_labels([orphan], [[False]], LabelRule().name)[1]

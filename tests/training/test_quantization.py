@@ -12,6 +12,8 @@ from trl import ModelConfig
 
 from helpers.unloadable import unloadable
 from tracereward.commands import train
+from tracereward.commands.grpo import run_grpo
+from tracereward.commands.sft import run_sft
 from tracereward.errors import InputError
 from tracereward.files import write_jsonl
 from tracereward.modeling.adapters import AdapterView, merged
@@ -192,7 +194,7 @@ def test_sft_resumes_to_the_same_weights(base, tmp_path, bits):
             config = SupervisedConfig(output_dir=str(tmp_path / name), **SHORT | {"max_steps": step})
             shutil.rmtree(tmp_path / name / "policy", ignore_errors=True)
             (tmp_path / name / "report.html").unlink(missing_ok=True)
-            runs[name] = train.run_sft(data, config, model, resume=step != steps[0])
+            runs[name] = run_sft(data, config, model, resume=step != steps[0])
     check_trained(runs["whole"] / "policy", base)
     one, other = (load_file(folder / "policy" / "model.safetensors") for folder in runs.values())
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -250,7 +252,7 @@ def test_policy_and_reward_model_are_trained(base, tmp_path, monkeypatch, head, 
 
 def test_frozen_models_of_grpo_are_quantized(base, tmp_path):
     config = RewardConfig(output_dir=str(tmp_path / "run"), num_generations=4, reward="logprob", **SHORT)
-    folder = train.run_grpo(data_options(tmp_path), config, model_options(base, load_in_8bit=True))
+    folder = run_grpo(data_options(tmp_path), config, model_options(base, load_in_8bit=True))
     check_trained(folder / "policy", base)
 
 
@@ -278,11 +280,11 @@ def test_missing_package_and_sharded_policy_are_refused(base, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("tracereward.training.quantization.is_bitsandbytes_available", lambda: False)
         with pytest.raises(InputError, match=r"tracereward\[quantization\]"):
-            train.run_sft(data, SupervisedConfig(output_dir=str(tmp_path / "run"), **SHORT), options)
+            run_sft(data, SupervisedConfig(output_dir=str(tmp_path / "run"), **SHORT), options)
     config = SupervisedConfig(output_dir=str(tmp_path / "run"), **SHORT)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="FSDP"):
-        train.run_sft(data, config, options)
+        run_sft(data, config, options)
 
 
 def test_checkpoint_of_another_quantization_is_refused(base, tmp_path):
@@ -293,9 +295,7 @@ def test_checkpoint_of_another_quantization_is_refused(base, tmp_path):
         json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
     )
     with pytest.raises(InputError, match="gptq"):
-        train.run_sft(
-            data_options(tmp_path), SupervisedConfig(output_dir=str(tmp_path / "r"), **SHORT), model_options(other)
-        )
+        run_sft(data_options(tmp_path), SupervisedConfig(output_dir=str(tmp_path / "r"), **SHORT), model_options(other))
 
 
 def test_checkpoint_that_is_quantized_ends_as_a_plain_one(base, tmp_path, tokenizer):
@@ -303,7 +303,7 @@ def test_checkpoint_that_is_quantized_ends_as_a_plain_one(base, tmp_path, tokeni
     load(base, "4").save_pretrained(tmp_path / "four")
     tokenizer.save_pretrained(tmp_path / "four")
     config = SupervisedConfig(output_dir=str(tmp_path / "run"), **SHORT)
-    folder = train.run_sft(data_options(tmp_path), config, model_options(tmp_path / "four"))
+    folder = run_sft(data_options(tmp_path), config, model_options(tmp_path / "four"))
     dequantized = load(base, "4").dequantize().state_dict()
     found = load_file(folder / "policy" / "model.safetensors")
     assert "quantization_config" not in json.loads((folder / "policy" / "config.json").read_text())

@@ -16,7 +16,7 @@ from tracereward.modeling.tokenization import encode_completion
 from tracereward.rewards.settings import read_settings
 from tracereward.tasks.recipes import get_task
 from tracereward.training.discriminator_batch import Rollout
-from tracereward.training.label_rules import ENOUGH_COMPARED, RolloutLabels
+from tracereward.training.rollout_labels import ENOUGH_COMPARED, RolloutLabels
 from tracereward.training.update_loop import surface_leaks
 from tracereward.training.warmup_candidates import rendered_candidates, warmup_candidates
 
@@ -67,7 +67,7 @@ def test_many_agreeing_negatives_are_remarked_once():
 
 
 def test_a_rule_that_needs_no_answers_stops_comparing(monkeypatch):
-    monkeypatch.setattr("tracereward.training.label_rules.MOST_COMPARED", 3)
+    monkeypatch.setattr("tracereward.training.rollout_labels.MOST_COMPARED", 3)
     labels = RolloutLabels(ROWS, ARITHMETIC, "mixed", "all")
     assert [labels.label(0, "1", finished=True, right=n % 2 == 0) for n in range(5)] == [True, False, True, False, True]
     assert (labels.agreed, labels.compared) == (3, 3)

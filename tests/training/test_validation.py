@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig
 
-from tracereward.commands.train import run_grpo, run_sft, run_train
+from tracereward.commands.grpo import run_grpo
+from tracereward.commands.sft import run_sft
+from tracereward.commands.train import run_train
 from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample

@@ -18,7 +18,7 @@ from tracereward.cli.evaluate import ChatTemplateKwargs, QuestionTask, Template,
 from tracereward.cli.reward import Overwrite, Resume, Seed, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
-from tracereward.console import open_streams, say
+from tracereward.console import is_main_process, open_streams, say
 from tracereward.errors import InputError, Interrupted, RunFailed
 
 
@@ -65,10 +65,12 @@ def _training(kind: str, argv: list[str]) -> None:
     from tracereward.cli.training_options import parse
 
     data, config, model, resume = parse(kind, argv)
-    from tracereward.commands import train
+    from tracereward.commands.grpo import run_grpo
+    from tracereward.commands.sft import run_sft
+    from tracereward.commands.train import run_train
 
-    folder = {"sft": train.run_sft, "train": train.run_train, "grpo": train.run_grpo}[kind](data, config, model, resume)
-    if not train.is_main_process():
+    folder = {"sft": run_sft, "train": run_train, "grpo": run_grpo}[kind](data, config, model, resume)
+    if not is_main_process():
         return
     say(f"done: {folder}")
     for part in ("policy", "reward_model", "report.html"):

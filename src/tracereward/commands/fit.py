@@ -12,9 +12,9 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
-from tracereward.commands.train import explained
+from tracereward.commands.prepared import explained
 from tracereward.console import note
-from tracereward.data.candidates import Question
+from tracereward.data.matching import Question
 from tracereward.data.readers import rows_of
 from tracereward.errors import InputError, nearest
 from tracereward.files import atomic_write_json, without_nan, write_jsonl

@@ -1,40 +1,26 @@
-"""The training commands: check all inputs, train, and write a complete run folder."""
+"""`tracereward train`: warm-up and adversarial training, up to a complete run folder."""
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
-from trl import ModelConfig, SFTTrainer, get_peft_config
+from trl import ModelConfig
 
+from tracereward.commands.prepared import Prepared, explained, inherit, lora, prepare, texts_of
 from tracereward.console import is_main_process, note
-from tracereward.data.demonstrations import check_lengths, check_positions, load_demonstrations, split_rows
+from tracereward.data.demonstrations import check_positions
 from tracereward.errors import InputError
-from tracereward.modeling.distributed import zero3_disabled
-from tracereward.modeling.loading import check_model, frozen_copy
-from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.loading import check_model
 from tracereward.modeling.lost_text import check_texts
-from tracereward.modeling.policy_settings import PolicySettings, inherited
 from tracereward.modeling.rendering import (
-    Rendering,
-    check_reasoning,
     check_rendering,
-    dated,
-    render,
     render_prompt,
 )
 from tracereward.modeling.tokenization import (
-    encode_completion,
-    encode_prompt,
     load_tokenizer,
-    pad_id,
-    policy_tokenizer,
     same_tokenizer,
     same_vocabulary,
 )
@@ -47,272 +33,15 @@ from tracereward.runs.finish import load_policy, train_and_choose
 from tracereward.runs.first_error import fit_marks
 from tracereward.runs.folder import run_folder
 from tracereward.runs.held_out import held_out_questions
-from tracereward.runs.job import Config, Job, starting_policy
+from tracereward.runs.job import Job, starting_policy
 from tracereward.runs.report import report_rewards
 from tracereward.runs.upload import repositories_of, upload_all
-from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.adversarial_config import AdversarialConfig
-from tracereward.training.checkpoints import SafeTrainer
-from tracereward.training.config import RewardConfig, SupervisedConfig
-from tracereward.training.label_rules import RolloutLabels
 from tracereward.training.options import DataArguments
-from tracereward.training.quantization import check_quantization, quantization
-from tracereward.training.rollout_trainer import RolloutTrainer
+from tracereward.training.quantization import quantization
+from tracereward.training.rollout_labels import RolloutLabels
 from tracereward.training.trainer import AdversarialTrainer
-from tracereward.training.validation import Validation, load_validation
 from tracereward.training.warmup_candidates import rendered_candidates, warmup_candidates
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """The inputs of a run, checked before any model is loaded."""
-
-    task: Task
-    tokenizer: PreTrainedTokenizerBase
-    rows: list[dict[str, Any]]
-    unlabeled: list[dict[str, Any]]
-    raw: list[dict[str, Any]]  # rows, then unlabeled, before templating
-    validation: Validation | None
-    rendering: Rendering
-
-    @property
-    def remember(self) -> PolicySettings:
-        """What is stored with the policy."""
-        rendering = self.rendering
-        return PolicySettings(
-            task=self.task.name,
-            template=rendering.template,
-            chat_template_kwargs=rendering.chat_template_kwargs,
-            date=rendering.date,
-        )
-
-
-def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
-    """Set the template and its variables where they are not given; see `inherited`."""
-    kwargs: Any = config.chat_template_kwargs
-    found = inherited(starting_policy(model), data.template, kwargs)
-    data.template, config.chat_template_kwargs = found
-    config.given["chat_template_kwargs"] = config.chat_template_kwargs  # TRL reads JSON in a text
-
-
-def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
-    """Load the tokenizer and the demonstrations and check them against the options.
-
-    Raises:
-        InputError: the model or a file cannot be used, options conflict, or a batch needs more demonstrations.
-    """
-    task, policy = get_task(data.task), starting_policy(model)
-    source = data.dataset_name or task.dataset
-    if source is None:
-        raise InputError(f"task {task.name!r} has no default dataset: pass --dataset_name, a file or a Hub id")
-    subset = data.dataset_config or (task.subset if data.dataset_name in (None, task.dataset) else None)
-    rows = load_demonstrations(
-        source, task, split=data.dataset_train_split, subset=subset, limit=data.max_demonstrations
-    )
-    unlabeled = []
-    if data.unlabeled_dataset_name is not None:
-        unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)
-        unlabeled = [{**row, "completion": None} for row in unlabeled]
-    check_model(policy)
-    check_quantization(model, config)
-    by_source = {row["source"]: row for row in [*rows, *unlabeled]}
-    kwargs: Any = config.chat_template_kwargs or {}
-    rendering = Rendering(template=str(data.template), chat_template_kwargs=kwargs)
-    tokenizer = policy_tokenizer(policy, rendering)
-    rendering = dated(rendering, tokenizer)
-    rows = render(rows, tokenizer, rendering)
-    check_reasoning(rows, tokenizer, rendering)
-    unlabeled = render(unlabeled, tokenizer, rendering)
-    limit = config.max_completion_length
-    assert limit is not None
-    check_texts(tokenizer, texts_of([*rows, *unlabeled]), source)
-    rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
-    if dropped:
-        note(f"{dropped} demonstrations dropped: longer than {limit} tokens (--max_completion_length)")
-    rollouts = 0 if isinstance(config, SupervisedConfig) else limit
-    check_positions([*rows, *unlabeled], tokenizer, policy, rollouts=rollouts)
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    prompts = len(rows) + len(unlabeled)
-    if isinstance(config, SupervisedConfig):
-        needed, what = batch, "one optimiser step"
-    else:
-        assert config.generation_batch_size is not None
-        assert config.num_generations is not None
-        needed, what = config.generation_batch_size // config.num_generations, "one batch of rollouts"
-    if prompts < needed:
-        raise InputError(
-            f"{source}: {prompts} demonstrations, but {what} needs {needed} prompts. "
-            "Add rows, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
-        )
-    raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
-    validation = load_validation(
-        data,
-        task,
-        tokenizer,
-        [*rows, *unlabeled],
-        rendering=rendering,
-        max_new_tokens=limit,
-        batch_size=config.per_device_train_batch_size,
-    )
-    if validation is not None and config.save_strategy == "no":
-        raise InputError(
-            "--validation_dataset_name selects a checkpoint, but --save_strategy no writes none; use steps"
-        )
-    if validation is not None and config.load_best_model_at_end:
-        raise InputError(
-            "use only one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end"
-        )
-    return Prepared(
-        task=task,
-        tokenizer=tokenizer,
-        rows=rows,
-        unlabeled=unlabeled,
-        raw=raw,
-        validation=validation,
-        rendering=rendering,
-    )
-
-
-def texts_of(rows: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Location, prompt and completion of rendered rows, for `check_texts`."""
-    return [(row["source"], [text for text in (row["prompt"], row["completion"]) if text]) for row in rows]
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Re-raise configuration errors of transformers, PEFT and TRL as `InputError`, with their message."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, ImportError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # a system error, such as a full disk
-            raise
-        raise InputError(" ".join(str(error).split())) from error
-
-
-def lora(model: ModelConfig) -> LoraConfig | None:
-    """LoRA settings from the options; None without ``use_peft``."""
-    config = get_peft_config(model)
-    assert config is None or isinstance(config, LoraConfig)
-    return config
-
-
-def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
-    """Supervised fine-tuning on the demonstrations; returns the run folder, which holds ``policy/``."""
-    inherit(data, config, model)
-    job = Job(kind="sft", data=data, config=config, model=model, resume=resume)
-    prepared = prepare(data, config, model)
-    train, validation = prepared.rows, []
-    if config.validation_fraction:
-        train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)
-    check_disk(job, models=1)
-    with run_folder(job) as run:
-        repositories = repositories_of(run, ["policy"])
-        tokenizer = prepared.tokenizer
-        with explained():
-            trainer = SupervisedTrainer(
-                model=load_policy(model),
-                args=config,
-                train_dataset=tokenised(train, tokenizer),
-                eval_dataset=tokenised(validation, tokenizer) if validation else None,
-                processing_class=tokenizer,
-                peft_config=lora(model),
-                callbacks=[run.metrics, run.stop],
-            )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
-        write_policy_card(run, about_run(run, len(train), chosen))
-        run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
-        upload_all(run, repositories)
-    return run.folder
-
-
-class SupervisedTrainer(SafeTrainer, SFTTrainer):
-    """`trl.SFTTrainer` with complete checkpoints."""
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        logged = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
-        self._total_train_tokens = logged[-1] if logged else 0  # TRL would restart at 0
-
-
-def tokenised(rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Rows as SFT trains on them: the token ids that the discriminator and scoring use too."""
-    encoded = []
-    for row in rows:
-        prompt, completion = encode_prompt(tokenizer, row["prompt"]), encode_completion(tokenizer, row["completion"])
-        mask = [0] * len(prompt) + [1] * len(completion)
-        encoded.append({"input_ids": prompt + completion, "completion_mask": mask})
-    return Dataset.from_list(encoded)
-
-
-def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resume: bool = False) -> Path:
-    """GRPO with a fixed reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
-    inherit(data, config, model)
-    job = Job(kind="grpo", data=data, config=config, model=model, resume=resume)
-    prepared = prepare(data, config, model)
-    if config.base_model is not None:
-        check_model(config.base_model)
-        if not same_vocabulary(prepared.tokenizer, load_tokenizer(config.base_model)):
-            raise InputError(
-                f"--base_model {config.base_model} and the policy have different tokenizers; use the model before SFT"
-            )
-        check_positions(
-            [*prepared.rows, *prepared.unlabeled],
-            prepared.tokenizer,
-            config.base_model,
-            rollouts=config.max_completion_length or 0,
-        )
-    task, tokenizer = prepared.task, prepared.tokenizer
-    rows = [{"prompt": r["prompt"], "answer": r["answer"]} for r in [*prepared.rows, *prepared.unlabeled]]
-    missing = next((row for row in [*prepared.rows, *prepared.unlabeled] if row["answer"] is None), None)
-    if config.reward == "verifier" and missing is not None:
-        raise InputError(f"{missing['source']}: no answer; --reward verifier needs one in every row")
-    check_disk(job, models=1)
-
-    def correct(completions: list[str], answer: list[str | None], **_: Any) -> list[float | None]:
-        pairs = zip(completions, answer, strict=True)
-        return [None if gold is None else float(task.verify(text, gold)) for text, gold in pairs]
-
-    with run_folder(job) as run:
-        repositories = repositories_of(run, ["policy"])
-        with explained():
-            policy = load_policy(model)
-        functions = [correct]
-        if config.reward != "verifier":
-            frozen = [(1.0, frozen_copy(policy))]
-            if config.base_model is not None:
-                with zero3_disabled():
-                    base = load_policy(model, config.base_model)
-                frozen.append((-1.0, base.eval()))
-
-            def log_probs(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-                ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-                rewards = [0.0] * len(prompts)
-                for sign, one in frozen:
-                    one.to(trainer.accelerator.device)
-                    values = mean_log_probs(one, ids, completion_ids, pad_id(tokenizer))
-                    rewards = [reward + sign * value for reward, value in zip(rewards, values, strict=True)]
-                return rewards
-
-            log_probs.__name__ = config.reward  # TRL's log name for a reward is its function's name
-            functions = [log_probs, correct] if missing is None else [log_probs]
-        config.reward_weights = [1.0, 0.0][: len(functions)]
-        with explained():
-            trainer = RolloutTrainer(
-                model=policy,
-                reward_funcs=functions,  # pyright: ignore[reportArgumentType] (lists are invariant)
-                args=config,
-                train_dataset=Dataset.from_list(rows),
-                processing_class=tokenizer,
-                peft_config=lora(model),
-                callbacks=[run.metrics, run.stop],
-            )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
-        write_policy_card(run, about_run(run, len(prepared.rows), chosen))
-        run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
-        upload_all(run, repositories)
-    return run.folder
 
 
 def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Path:

@@ -21,12 +21,14 @@ from datasets import disable_progress_bar
 from transformers.utils import logging as transformers_logging
 from trl import ModelConfig
 
+from tracereward.commands.grpo import run_grpo
 from tracereward.commands.partial_output import check_folder_writable
 from tracereward.commands.questions import Questions
 from tracereward.commands.rerank import rerank_rows, summary
 from tracereward.commands.sample import sample_rows
 from tracereward.commands.score import score_rows
-from tracereward.commands.train import run_grpo, run_sft, run_train
+from tracereward.commands.sft import run_sft
+from tracereward.commands.train import run_train
 from tracereward.console import note, print_json
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError, check_choice

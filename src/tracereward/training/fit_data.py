@@ -8,8 +8,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tracereward.console import note
-from tracereward.data.candidates import CandidateRow, Question, match, read_candidates
+from tracereward.data.candidates import CandidateRow, read_candidates
 from tracereward.data.demonstrations import load_demonstrations
+from tracereward.data.matching import Question, match
 from tracereward.errors import InputError
 from tracereward.modeling.loading import context_length, read_config
 from tracereward.modeling.lost_text import check_texts
@@ -180,7 +181,7 @@ def read_fit_data(
     rule, said = choose_rule(questions, task, positives, negatives)
     usable = [question for question in questions if question.demonstrations and question.candidates]
     labels = [labels_of(question, rule, task) for question in usable]
-    for remark in [*remarks, said, *remarks_on_labels(usable, labels, rule)]:
+    for remark in [*remarks, said, *remarks_on_labels(usable, labels, rule.name)]:
         note(remark)
     return usable, rule, said
 

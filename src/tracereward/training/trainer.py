@@ -47,7 +47,7 @@ from tracereward.training.checkpoints import DISCRIMINATOR_FILE, better_than_sta
 from tracereward.training.discriminator import Discriminator, held_out_demonstrations
 from tracereward.training.discriminator_batch import Expert, Rollout, perturbed_pairs
 from tracereward.training.failures import Failure
-from tracereward.training.label_rules import RolloutLabels
+from tracereward.training.rollout_labels import RolloutLabels
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.token_bridge import TokenBridge
 from tracereward.training.update_loop import pair_auroc, pair_traces

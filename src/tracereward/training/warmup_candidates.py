@@ -6,11 +6,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from tracereward.console import note
-from tracereward.data.candidates import match, read_candidates
+from tracereward.data.candidates import read_candidates
 from tracereward.data.demonstrations import check_lengths
+from tracereward.data.matching import match
 from tracereward.modeling.rendering import Rendering, render
 from tracereward.tasks.recipes import Task
-from tracereward.training.label_rules import RolloutLabels, remarks_on_labels
+from tracereward.training.label_rules import remarks_on_labels
+from tracereward.training.rollout_labels import RolloutLabels
 
 
 def warmup_candidates(
@@ -49,7 +51,7 @@ def warmup_candidates(
             row = {"prompt": question.prompt, "completion": candidate.completion, "source": candidate.where}
             rows += [{**row, "finished": finished, "demonstration": index, "label": label} for index in indices]
         all_labels.append(found)
-    for remark in [*remarks, *remarks_on_labels(usable, all_labels, labels)]:
+    for remark in [*remarks, *remarks_on_labels(usable, all_labels, labels.name)]:
         note(remark)
     return rows
 
