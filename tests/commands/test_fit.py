@@ -164,7 +164,9 @@ def test_learning_curve_is_written_and_shown(given, done, files):
     # All questions, measured by the states' scores, is the read-out itself.
     verdict = json.loads((folder / "verdict.json").read_text())
     assert curve["measured"][-1]["value"] == pytest.approx(verdict["aurocs"]["reward"]["within_prompt"], abs=0.02)
-    assert curve["verdicts"][-1]["comparisons"][0] == verdict["comparisons"][0]
+    last = curve["verdicts"][-1]["comparisons"]
+    assert last[0] == verdict["comparisons"][0]
+    assert [one["baseline"] for one in last] == [one["baseline"] for one in verdict["comparisons"]]
     assert curve["line"] in result.err
     assert "Learning curve" in (folder / "report.html").read_text()
     assert "first error" in result.err  # its rule, or why there is none

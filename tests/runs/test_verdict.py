@@ -11,7 +11,7 @@ from tracereward.commands.train import run_train
 from tracereward.reports.verdicts import read_verdict
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.runs import report, verdict
-from tracereward.runs.held_out import HeldOut
+from tracereward.runs.held_out import HeldOutQuestion
 from tracereward.runs.verdict import FreshTrace, judged_questions
 from tracereward.synthetic.arithmetic import generate
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -104,7 +104,7 @@ def test_movement_is_logged(run):
 
 
 def test_questions_that_the_verdict_is_on():
-    rows = [HeldOut(prompt=f"q{i}", completion=None, answer=str(i) if i % 2 else None) for i in range(300)]
+    rows = [HeldOutQuestion(prompt=f"q{i}", completion=None, answer=str(i) if i % 2 else None) for i in range(300)]
     assert judged_questions([rows[1], rows[2], rows[5], rows[1]]) == ({"q1": "1", "q5": "5"}, "")
     many, _ = judged_questions(rows)
     assert len(many) == verdict.QUESTIONS

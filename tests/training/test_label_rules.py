@@ -42,6 +42,13 @@ CANDIDATES = [
 KNOWN = [("so #### 9", None)]
 
 
+def test_demonstrations_that_state_different_answers_are_counted():
+    alike = question([("#### 9", None), ("so #### 9.0", None)], CANDIDATES[:3])
+    at_odds = question([("#### 9", None), ("#### 8", None)], CANDIDATES[:3])
+    assert "different answers" not in choose_rule([alike], GSM8K)[1]
+    assert "of 1 questions state different answers, the first at q" in choose_rule([alike, at_odds], GSM8K)[1]
+
+
 @pytest.mark.parametrize(
     ("positives", "negatives", "expected"),
     [

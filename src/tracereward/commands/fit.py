@@ -29,8 +29,8 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
 from tracereward.runs.disk import check_disk
-from tracereward.runs.fit_report import HeldOut, measure
-from tracereward.runs.fit_training import Learned, curve, curve_table, learn
+from tracereward.runs.fit_report import Measured, measure
+from tracereward.runs.fit_training import Learned, curve, curve_table, learn, reading_dtype
 from tracereward.runs.folder import Run, run_folder
 from tracereward.runs.job import FitJob
 from tracereward.runs.report import pick_traces
@@ -155,7 +155,7 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         log_probs = _log_probs(options, model, data.held_out)
         found = measure(model, data.held_out, log_probs, task)
         if options.learning_curve:
-            shown = curve(run, data, model, task)
+            shown = curve(run, data, model, task, log_probs=log_probs)
             atomic_write_json(run.folder / "learning_curve.json", without_nan(shown.to_dict()))
             learned.tables.append(curve_table(shown))
             learned.sentences.append(shown.line)
@@ -203,21 +203,21 @@ def _read_states(options: FitOptions, data: FitData) -> int:
 
 def _log_probs(
     options: FitOptions, model: TokenRewardModel, questions: Sequence[FitQuestion]
-) -> list[list[float]] | None:
-    """Mean log-prob of each candidate under the model before training; None if all rows have their own."""
+) -> list[list[float | None]]:
+    """Mean log-prob of each candidate: the rows' own, if all have one, else under the model before training."""
     candidates = [candidate for question in questions for candidate in question.candidates]
     own = sum(candidate.row.logprob is not None for candidate in candidates)
     if own == len(candidates):
-        return None
+        return [[candidate.row.logprob for candidate in question.candidates] for question in questions]
     if own:
         note(f"{own} of {len(candidates)} held-out candidates have a logprob: it is computed for all, with the model")
     prompts = [question.prompt for question in questions for _ in question.candidates]
-    language_model = load_causal_lm(str(options.model), options.dtype or "float32", model.device)
+    language_model = load_causal_lm(str(options.model), reading_dtype(options), model.device)
     flat = iter(mean_log_probs(language_model, prompts, [c.ids for c in candidates], pad_id(model.tokenizer)))
     return [[next(flat) for _ in question.candidates] for question in questions]
 
 
-def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: HeldOut) -> None:
+def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: Measured) -> None:
     """Write the reward model with its calibration and card, the verdict and the report; says the verdict."""
     model, traces = learned.model, sum(len(question.candidates) for question in data.questions)
     sentences = [

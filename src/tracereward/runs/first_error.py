@@ -15,12 +15,12 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import write_fitted
 from tracereward.runs.finish import load_policy
 from tracereward.runs.folder import Run
-from tracereward.runs.held_out import HeldOut
+from tracereward.runs.held_out import HeldOutQuestion
 from tracereward.training.trainer import AdversarialTrainer
 
 
 def fit_marks(
-    run: Run, trainer: AdversarialTrainer, reward_model: TokenRewardModel, questions: Sequence[HeldOut]
+    run: Run, trainer: AdversarialTrainer, reward_model: TokenRewardModel, questions: Sequence[HeldOutQuestion]
 ) -> str:
     """Fit the rule on held-out experts and on the final policy's rollouts, and store it with the reward model.
 
@@ -55,7 +55,7 @@ def fit_marks(
     return f" {text}"
 
 
-def judged_rollouts(run: Run, trainer: AdversarialTrainer, questions: Sequence[HeldOut]) -> list[JudgedTrace]:
+def judged_rollouts(run: Run, trainer: AdversarialTrainer, questions: Sequence[HeldOutQuestion]) -> list[JudgedTrace]:
     """One rollout of the final policy for each question whose answer is known."""
     config, bridge = trainer.config, trainer.bridge
     asked = [(one.prompt, one.answer) for one in questions if one.answer is not None]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from tracereward.errors import InputError
 from tracereward.reports.report import ScoredTrace
@@ -14,7 +13,7 @@ from tracereward.verdict import Verdict, verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class Measured:
     """What was measured on the held-out questions.
 
     Attributes:
@@ -37,15 +36,15 @@ class HeldOut:
 def measure(
     model: TokenRewardModel,
     questions: Sequence[FitQuestion],
-    log_probs: Sequence[Sequence[float]] | None,
+    log_probs: Sequence[Sequence[float | None]],
     task: Task,
-) -> HeldOut:
+) -> Measured:
     """Score the candidates of held-out questions.
 
     Args:
         model: the reward model.
         questions: held out.
-        log_probs: mean log-prob of each candidate by question; None for the rows' own.
+        log_probs: mean log-prob of each candidate by question.
         task: compares answers.
 
     Raises:
@@ -64,8 +63,7 @@ def measure(
         for (question, candidate), found in zip(pairs, scores, strict=True)
     ]
     how, at, judged = model.settings.aggregate, 0, []
-    for place, question in enumerate(questions):
-        own: list[Any] = [c.row.logprob for c in question.candidates] if log_probs is None else [*log_probs[place]]
+    for question, own in zip(questions, log_probs, strict=True):
         rewards = [trace.scores.aggregate(how) for trace in traces[at : at + len(own)]]
         at += len(own)
         judged.append(
@@ -93,7 +91,7 @@ def measure(
         calibration = fit_calibration([c.reward for c in flat], [bool(c.correct) for c in flat])
     except InputError as error:
         missing += [f"No calibration: {error}."] if flat else []
-    return HeldOut(verdict=found, calibration=calibration, missing=missing, traces=traces)
+    return Measured(verdict=found, calibration=calibration, missing=missing, traces=traces)
 
 
 def _judged(questions: Sequence[FitQuestion]) -> str:

@@ -127,13 +127,18 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
     return Learned(model=model, tables=[_table(fitted)], sentences=[sentence])
 
 
+def reading_dtype(options: FitOptions) -> torch.dtype:
+    """In which the frozen model reads traces: for states and log-probs, not for training."""
+    return fast_dtype(best_device()) if options.dtype is None else getattr(torch, options.dtype)
+
+
 def _fitting(run: Run[FitJob]) -> ReadoutOptions:
     """How a read-out is fitted."""
     options = run.job.given
     return ReadoutOptions(
         objective="bce" if options.objective == "bce" else "pairwise",
         cache=run.job.states,
-        dtype=fast_dtype(best_device()) if options.dtype is None else getattr(torch, options.dtype),
+        dtype=reading_dtype(options),
         seed=options.seed,
     )
 
@@ -150,7 +155,14 @@ def _resumable(run: Run[FitJob]) -> Iterator[None]:
             raise Interrupted(f"stopped, with the states of all traces kept; {RESUMES}")
 
 
-def curve(run: Run[FitJob], data: FitData, model: TokenRewardModel, task: Task) -> LearningCurve:
+def curve(
+    run: Run[FitJob],
+    data: FitData,
+    model: TokenRewardModel,
+    task: Task,
+    *,
+    log_probs: Sequence[Sequence[float | None]],
+) -> LearningCurve:
     """The learning curve of the run's read-out on the held-out questions that are judged.
 
     Args:
@@ -158,25 +170,31 @@ def curve(run: Run[FitJob], data: FitData, model: TokenRewardModel, task: Task) 
         data: what it learned from.
         model: the finished read-out.
         task: compares answers.
+        log_probs: mean log-prob of each candidate of the held-out questions.
 
     Raises:
         InputError: no held-out question has right and wrong traces.
         Interrupted: the user stopped it.
     """
     fitting, traces = _fitting(run), data.traces
-    judged = [question for question in data.held_out if all(c.correct is not None for c in question.candidates)]
-    pairs = [(number, question, c) for number, question in enumerate(judged) for c in question.candidates]
+    known = zip(data.held_out, log_probs, strict=True)
+    judged = [(question, own) for question, own in known if all(c.correct is not None for c in question.candidates)]
+    pairs = [
+        (number, question, c, log_prob)
+        for number, (question, own) in enumerate(judged)
+        for c, log_prob in zip(question.candidates, own, strict=True)
+    ]
     held_out = [
         LabelledTrace(prompt=question.prompt, completion=c.ids, label=bool(c.correct), question=number)
-        for number, question, c in pairs
+        for number, question, c, _ in pairs
     ]
     if not held_out:
         raise InputError("no learning curve: it is not known which held-out candidates are right")
 
     def verdict_on(scores: np.ndarray) -> Verdict | None:
         questions: list[list[Candidate]] = [[] for _ in judged]
-        for (number, _, found), score in zip(pairs, scores.tolist(), strict=True):
-            questions[number].append(found.candidate(score, found.row.logprob))
+        for (number, _, found, log_prob), score in zip(pairs, scores.tolist(), strict=True):
+            questions[number].append(found.candidate(score, log_prob))
         return verdict(questions, task.equal)
 
     with _resumable(run):

@@ -13,7 +13,7 @@ QUESTIONS = 300
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class HeldOutQuestion:
     """A question that the discriminator was not trained on.
 
     Attributes:
@@ -29,7 +29,7 @@ class HeldOut:
 
 def held_out_questions(
     trainer: AdversarialTrainer, rows: Sequence[dict[str, Any]], validation: Validation | None
-) -> list[HeldOut]:
+) -> list[HeldOutQuestion]:
     """The held-out demonstrations and the validation questions; of more than `QUESTIONS` as many are sampled.
 
     Args:
@@ -38,9 +38,11 @@ def held_out_questions(
         validation: its validation questions.
     """
     chosen = [rows[index] for index in sorted(trainer.discriminator.held_out)]
-    found = [HeldOut(prompt=row["prompt"], completion=row["completion"], answer=row["answer"]) for row in chosen]
+    found = [
+        HeldOutQuestion(prompt=row["prompt"], completion=row["completion"], answer=row["answer"]) for row in chosen
+    ]
     if validation is not None and not trainer.bridge.prompts:  # otherwise they are rendered for the policy alone
         parts = zip(validation.prompts, validation.completions, validation.answers, strict=True)
-        found += [HeldOut(prompt=prompt, completion=text, answer=answer) for prompt, text, answer in parts]
+        found += [HeldOutQuestion(prompt=prompt, completion=text, answer=answer) for prompt, text, answer in parts]
     rng = random.Random(f"held-out questions {trainer.config.seed}")
     return rng.sample(found, QUESTIONS) if len(found) > QUESTIONS else found

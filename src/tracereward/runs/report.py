@@ -19,7 +19,7 @@ from tracereward.rewards.model import TokenRewardModel
 from tracereward.runs.cards import about_run, write_reward_card
 from tracereward.runs.finish import load_policy
 from tracereward.runs.folder import Run
-from tracereward.runs.held_out import HeldOut
+from tracereward.runs.held_out import HeldOutQuestion
 from tracereward.runs.verdict import (
     SAMPLES,
     FreshTrace,
@@ -40,7 +40,7 @@ def report_rewards(
     reward_model: TokenRewardModel,
     rows: list[dict[str, Any]],
     *,
-    questions: Sequence[HeldOut],
+    questions: Sequence[HeldOutQuestion],
     chosen: str,
 ) -> None:
     """Write the verdict and the report: curves, rewards of fresh rollouts, and heatmaps of five of them.

@@ -11,7 +11,7 @@ from tracereward.modeling.model_folder import REWARD_MODEL
 from tracereward.reports.report import ScoredTrace
 from tracereward.reports.verdicts import write_verdict
 from tracereward.runs.folder import Run
-from tracereward.runs.held_out import HeldOut
+from tracereward.runs.held_out import HeldOutQuestion
 from tracereward.selection import Candidate
 from tracereward.training.movement import RAISE, discriminator_movement, movement_row, policy_movement
 from tracereward.training.trainer import AdversarialTrainer
@@ -29,7 +29,7 @@ class FreshTrace(ScoredTrace):
     logprob: float
 
 
-def judged_questions(held_out: Sequence[HeldOut]) -> tuple[dict[str, str], str]:
+def judged_questions(held_out: Sequence[HeldOutQuestion]) -> tuple[dict[str, str], str]:
     """Up to `QUESTIONS` prompts with their gold answers; if there are none, why, and what would give some.
 
     Args:

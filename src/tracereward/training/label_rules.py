@@ -161,11 +161,22 @@ def choose_rule(
             "them, or --positives expert --negatives all"
         )
     said = f"label rule {rule.name}: {found}"
+    if rule.reads_answers and (at_odds := [one.where for one in questions if _at_odds(one, task)]):
+        said += (
+            f"; the demonstrations of {len(at_odds)} questions state different answers, the first at {at_odds[0]}: "
+            "a candidate agrees if it has any of them"
+        )
     if not rule.reads_answers:
         said += ", and every candidate counts as wrong"
         leak = leak_warning(_probe(questions), "candidates")
         said += f"; {leak}: the reward may learn style alone" if leak else ""
     return rule, said
+
+
+def _at_odds(question: Question, task: Task) -> bool:
+    """Whether a question's demonstrations state answers that differ."""
+    first, *others = expert_answers(question, task) or [""]
+    return not all(task.equal(first, other) for other in others)
 
 
 def _probe(questions: Sequence[Question]):
