@@ -9,6 +9,7 @@ import pytest
 
 from tracereward.cli.app import main
 from tracereward.files import read_jsonl
+from tracereward.quickstart.report import BEST, print_results
 from tracereward.quickstart.worlds import WORLDS
 from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.token_scores import TokenScores
@@ -76,6 +77,11 @@ def test_quickstart(small, monkeypatch, capsys, tmp_path):
     assert accuracy["oracle@8"][0] == pytest.approx(
         sum(any(r["right"] for r in rows) for rows in questions.values()) / 20
     )
+    shares = {row["label"]: row["accuracy"] for row in results["policies"]}
+    assert [gain["baseline"] for gain in results["gains"]] == labels[:-1]
+    for gain in results["gains"]:
+        assert gain["difference"] == pytest.approx(shares[labels[-1]] - shares[gain["baseline"]])
+        assert gain["low"] < gain["difference"] < gain["high"]
     test = {row["prompt"] for row in read_jsonl(output / "data" / "test.jsonl")}
     for part in ("experts", "unlabeled", "corpus"):
         assert not test & {row["prompt"] for row in read_jsonl(output / "data" / f"{part}.jsonl")}, part
@@ -92,6 +98,24 @@ def test_quickstart(small, monkeypatch, capsys, tmp_path):
     code, again, err = run(monkeypatch, capsys, "-o", str(output), "--json", "--resume", "--seed", "1")
     assert code == 2
     assert "other options" in err
+
+
+def test_four_rows_and_what_they_say(capsys, tmp_path):
+    row = {"low": 0.25, "high": 0.5, "no_answer": 0}
+    policies = [{"label": label, "accuracy": value, **row} for label, value in zip("abcde", SHARES, strict=True)]
+    gains = [{"baseline": "b", "difference": 0.25, "low": 0.125, "high": 0.375}]
+    ranking = {"accuracy": {BEST: [0.625, 0.5, 0.75]}, "verdict": {"line": "no better than majority"}}
+    results = {"questions": 8, "policies": policies, "gains": [{}, *gains], "ranking": ranking}
+    print_results(tmp_path, results)
+    out, err = capsys.readouterr()
+    assert re.findall(r"│ +(\d+\.\d) │", out) == ["12.5", "25.0", "62.5", "50.0"]  # a, b, b with the reward, e
+    assert "+25.0 points over b (+12.5 to +37.5)" in err
+    assert "no better than majority" in err
+    commands = [line.split()[1] for line in err.splitlines() if line.startswith("  tracereward ")]
+    assert len(commands) == 3
+
+
+SHARES = (0.125, 0.25, 0.26, 0.27, 0.5)
 
 
 def test_report_traces_are_wrong_right_pairs():
