@@ -32,8 +32,8 @@ def results() -> str:
         "policy trained on the reward": shares("IRL"),
     }
     lines = [
-        "Sums of six to eight steps, 50 expert traces, a tiny model; 300 held-out questions. Mean and 95 % interval over",
-        f"{seeds} seeds of data and training ([all rows](docs/studies/recipe.md)):",
+        "Sums of six to eight steps, 50 expert traces, a tiny model, 300 held-out questions; mean and 95 % interval",
+        f"over {seeds} seeds of data and training ([all rows](docs/studies/recipe.md)):",
         "",
         "| what answers | right, % | minus imitation |",
         "|---|---:|---:|",
