@@ -6,10 +6,15 @@ import re
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM
 
+from tracereward import TokenRewardModel
 from tracereward.cli.app import main
+from tracereward.errors import InputError
 from tracereward.files import read_jsonl
 from tracereward.quickstart.report import BEST, print_results
+from tracereward.quickstart.run import Quickstart, accuracy, copy_base, greedy
+from tracereward.quickstart.shipped import BASE, FOLDER, REWARD_MODEL, ship
 from tracereward.quickstart.worlds import WORLDS
 from tracereward.reports.report import ScoredTrace
 from tracereward.rewards.token_scores import TokenScores
@@ -125,3 +130,37 @@ def test_report_traces_are_wrong_right_pairs():
     shown = [(t.question, t.completion) for t in pick_traces(traces, 3)]
     assert shown == [("q1", "x"), ("q2", "x"), ("q2", "y")]
     assert len(pick_traces(traces, 5)) == 4
+
+
+def test_shipped_models():
+    """They are those that `ship` copies: plain checkpoints without a path of the run that made them."""
+    policy = AutoModelForCausalLM.from_pretrained(BASE)
+    assert sum(weight.numel() for weight in policy.parameters()) == 113_728
+    reward_model = TokenRewardModel.from_pretrained(REWARD_MODEL)
+    assert reward_model.settings.base_model == reward_model.settings.reference_model == ""
+    assert reward_model.settings.first_error is not None
+
+
+def test_only_a_finished_run_from_scratch_is_shipped(tmp_path):
+    (tmp_path / "quickstart.json").write_text(json.dumps({"world": "exposure", "seed": 0, "fast": True}))
+    with pytest.raises(InputError, match="from_scratch"):
+        ship(tmp_path, tmp_path / "models")
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.slow
+def test_shipped_models_are_what_the_quickstart_makes(monkeypatch, capsys, tmp_path):
+    """About seven minutes. Other processors round differently: the policies need not be equal, but equally good."""
+    output = tmp_path / "run"
+    code, out, err = run(monkeypatch, capsys, "-o", str(output), "--json", "--from-scratch")
+    assert code == 0, err
+    ship(output, tmp_path / "models")
+    for name in ("base", "reward_model"):
+        made = {path.name for path in (tmp_path / "models" / name).iterdir()}
+        assert made == {path.name for path in (FOLDER / name).iterdir()}
+    made = json.loads(out)
+    world, seed = WORLDS["exposure"], 0
+    shipped = Quickstart(output, world, seed, fast=False, from_scratch=False)
+    copy_base(shipped)
+    again = accuracy(greedy(shipped, "base", "test"))
+    assert again["accuracy"] == pytest.approx(made["policies"][0]["accuracy"], abs=0.06)
