@@ -147,7 +147,7 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
     assert row["discriminator/held_out_accuracy"] > 0.5
     assert 0 <= row["monitor/perturbation_auroc"] <= 1
     assert row["surface/auroc"] > 0.7  # the additional line
-    assert "surface features alone" in result.err
+    assert result.err.count("surface features alone") == report.count("surface features alone") == 1
 
 
 @pytest.mark.long
@@ -298,6 +298,31 @@ def test_nothing_is_learned_from_held_out_questions(tiny_model_folder):
         row if row["prompt"] in held_out else {**row, "completion": longer(row["completion"])} for row in CANDIDATES
     ]
     assert not same(before, trained(tiny_model_folder, DEMONSTRATIONS, others)[0])
+
+
+@pytest.mark.parametrize(
+    ("more", "used"),
+    [
+        ({"objective": "nnpu", "positive_prior": 0.5, **FEW}, True),
+        pytest.param(
+            {"objective": "bce", "positives": "expert", "negatives": "all", **READOUT}, True, marks=pytest.mark.long
+        ),
+        pytest.param(FEW, False, marks=pytest.mark.long),
+    ],
+    ids=["nnpu", "bce", "agreeing"],
+)
+def test_candidates_of_questions_without_a_demonstration(more, used, tiny_model_folder, capsys):
+    """They change the weights where the rule lets them, and never what is held out."""
+    _, further = logged(30, seed=7, exclude=frozenset(row["prompt"] for row in DEMONSTRATIONS))
+    states, verdicts = [], []
+    for candidates in (CANDIDATES, CANDIDATES + further):
+        fitted = fit(DEMONSTRATIONS, candidates, model=str(tiny_model_folder), **more)
+        states.append(dict(fitted.reward_model.state_dict()))
+        verdicts.append(fitted.verdict)
+    assert same(*states) is not used
+    assert verdicts[0].questions == verdicts[1].questions == 20
+    assert verdicts[0].aurocs["logprob"] == verdicts[1].aurocs["logprob"]  # of the rows: the same held-out ones
+    assert f"{'120 of 120' if used else '120'} candidates of questions without" in capsys.readouterr().err
 
 
 def test_own_labels_come_before_agreement(tiny_model_folder):

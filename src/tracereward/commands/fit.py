@@ -36,8 +36,9 @@ from tracereward.runs.job import FitJob
 from tracereward.runs.report import pick_traces
 from tracereward.runs.verdict import record_movement, record_verdict
 from tracereward.tasks.recipes import Task, get_task
-from tracereward.training.fit_data import FitData, FitQuestion, prepare_fit_data, read_fit_data
+from tracereward.training.fit_data import FitData, FitQuestion
 from tracereward.training.fit_options import FitOptions
+from tracereward.training.fit_preparation import prepare_fit_data, read_fit_data
 from tracereward.training.label_rules import LabelRule
 from tracereward.verdict import Verdict
 
@@ -221,7 +222,7 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: Measured) 
     """Write the reward model with its calibration and card, the verdict and the report; says the verdict."""
     model, traces = learned.model, sum(len(question.candidates) for question in data.questions)
     sentences = [
-        f"{len(data.experts)} demonstrations and {traces} candidates of {len(data.questions)} questions of the task "
+        f"{data.demonstrations} demonstrations and {traces} candidates of {len(data.questions)} questions of the task "
         f"`{model.settings.task}`, of which {len(data.held_out)} questions were held out.",
         f"{data.said[0].upper()}{data.said[1:]}.",
         *learned.sentences,

@@ -23,10 +23,12 @@ from tracereward.selection import Candidate
 from tracereward.tasks.recipes import Task
 from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_checkpoint
 from tracereward.training.discriminator import Discriminator
-from tracereward.training.discriminator_batch import Rollout, perturbed_pairs
-from tracereward.training.fit_data import FitData, split_questions
+from tracereward.training.discriminator_batch import Rollout
+from tracereward.training.fit_data import FitData
 from tracereward.training.fit_options import FitOptions
+from tracereward.training.fit_preparation import split_questions
 from tracereward.training.learning_curve import LearningCurve, learning_curve
+from tracereward.training.perturbed_pairs import TracePair, pair_auroc, pair_traces, perturbed_pairs
 from tracereward.training.readout import Readout
 from tracereward.training.readout_training import (
     LabelledTrace,
@@ -35,7 +37,7 @@ from tracereward.training.readout_training import (
     states_of,
     train_readout,
 )
-from tracereward.training.update_loop import TracePair, UpdateLoop, pair_auroc, pair_traces, surface_leaks
+from tracereward.training.update_loop import UpdateLoop
 from tracereward.verdict import Verdict, verdict
 
 JUDGED_EVERY = 10  # updates between two held-out accuracies and perturbation AUROCs
@@ -118,7 +120,7 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         judge.remember(rollouts)
         row["discriminator/held_out_accuracy"] = judge.held_out_accuracy()
         row |= _perturbation(model, _perturbed(data, judge))
-        row |= surface_leaks(data.experts, _training(rollouts, judge), tokenizer, "candidates")
+        row |= data.leaks
         run.metrics.append({"phase": "fit", "step": 0, **row})
     sentence = (
         f"Read-out of layer {fitted.layer} with penalty {fitted.penalty:g}: AUROC within the question {best.auroc:.3f} "
@@ -257,10 +259,6 @@ def _discriminator(data: FitData, model: TokenRewardModel, options: FitOptions) 
     return discriminator, rollouts
 
 
-def _training(rollouts: Sequence[Rollout], discriminator: Discriminator) -> list[Rollout]:
-    return [rollout for rollout in rollouts if rollout.demonstration not in discriminator.held_out]
-
-
 def _perturbed(data: FitData, discriminator: Discriminator) -> list[TracePair]:
     held_out = sorted(discriminator.held_out)
     return perturbed_pairs(data.experts, held_out, discriminator.perturbed, discriminator.seed)
@@ -290,8 +288,8 @@ def fine_tune(run: Run[FitJob], model: TokenRewardModel, data: FitData) -> None:
     leaks: dict[str, Any] = {}
     if run.checkpoint is None:
         discriminator.remember(rollouts)
-        if options.head == "action":  # a read-out has said it
-            leaks = surface_leaks(data.experts, _training(rollouts, discriminator), model.tokenizer, "candidates")
+        if options.head == "action":  # a read-out's row has them
+            leaks = dict(data.leaks)
     else:
         discriminator.load(run.checkpoint / DISCRIMINATOR_FILE)
         run.metrics.rewind(discriminator.updates, sys.maxsize)
