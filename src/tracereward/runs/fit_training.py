@@ -27,7 +27,7 @@ from tracereward.training.discriminator_batch import Rollout, perturbed_pairs
 from tracereward.training.fit_data import FitData, split_questions
 from tracereward.training.fit_options import FitOptions
 from tracereward.training.learning_curve import LearningCurve, learning_curve
-from tracereward.training.readout import Readout
+from tracereward.training.readout import Readout, layers_named
 from tracereward.training.readout_training import (
     LabelledTrace,
     ReadoutOptions,
@@ -104,13 +104,12 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         model, fitted = train_readout(
             str(options.model), settings, tokenizer, traces, options=fitting, stopped=run.stop.received
         )
-    best = next(one for one in fitted.table if (one.layer, one.penalty) == (fitted.layer, fitted.penalty))
     if run.checkpoint is None:
         labels = np.array([trace.label for trace in traces])
         row: dict[str, Any] = {
-            "readout/layer": fitted.layer,
+            "readout/layers": list(fitted.layers),
             "readout/penalty": fitted.penalty,
-            "readout/cross_validated_auroc": best.auroc,
+            "readout/cross_validated_auroc": fitted.chosen.auroc,
             "discriminator/accuracy_expert": float((fitted.scores[labels] > 0).mean()),
             "discriminator/accuracy_policy": float((fitted.scores[~labels] < 0).mean()),
         }
@@ -121,8 +120,8 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         row |= surface_leaks(data.experts, _training(rollouts, judge), tokenizer, "candidates")
         run.metrics.append({"phase": "fit", "step": 0, **row})
     sentence = (
-        f"Read-out of layer {fitted.layer} with penalty {fitted.penalty:g}: AUROC within the question {best.auroc:.3f} "
-        "in cross-validation over the questions to train on, by the label rule."
+        f"Read-out of {_chosen(fitted)}: AUROC within the question {fitted.chosen.auroc:.3f} in cross-validation over "
+        "the questions to train on, by the label rule."
     )
     return Learned(model=model, tables=[_table(fitted)], sentences=[sentence])
 
@@ -232,16 +231,22 @@ def curve_table(found: LearningCurve) -> Table:
 
 
 def _table(fitted: Readout) -> Table:
-    """The cross-validation, a row a layer."""
-    layers, penalties = sorted({one.layer for one in fitted.table}), sorted({one.penalty for one in fitted.table})
-    found = {(one.layer, one.penalty): one.auroc for one in fitted.table}
+    """The cross-validation, a row a layer, and one for the mean of all of them."""
+    tried = list(dict.fromkeys(one.layers for one in fitted.table))
+    penalties = sorted({one.penalty for one in fitted.table})
+    found = {(one.layers, one.penalty): one.auroc for one in fitted.table}
     return Table(
         "Read-out: AUROC within the question in cross-validation",
-        ["layer", *(f"penalty {penalty:g}" for penalty in penalties)],
-        [[layer, *(found[layer, penalty] for penalty in penalties)] for layer in layers],
-        f"Chosen: layer {fitted.layer}, penalty {fitted.penalty:g}.",
-        best=layers.index(fitted.layer),
+        ["layers", *(f"penalty {penalty:g}" for penalty in penalties)],
+        [[", ".join(map(str, read)), *(found[read, penalty] for penalty in penalties)] for read in tried],
+        f"Chosen: {_chosen(fitted)}.",
+        best=tried.index(fitted.layers),
     )
+
+
+def _chosen(fitted: Readout) -> str:
+    """Such as ``layers 11, 14, 18 with penalty 0.1``."""
+    return f"{layers_named(fitted.layers)} with penalty {fitted.penalty:g}"
 
 
 def _discriminator(data: FitData, model: TokenRewardModel, options: FitOptions) -> tuple[Discriminator, list[Rollout]]:
