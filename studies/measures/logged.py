@@ -33,7 +33,7 @@ class Arm:
         loss: ``pairwise`` or ``bce``.
         joined: whether the experts' traces are among the positives; rules on agreement have others.
         balance: of `balance_weights`.
-        layers: what cross-validation may choose: ``any``, as `fit` does, only ``one``, or only the ``mean`` of all.
+        layers: what cross-validation may choose: ``one``, the ``mean`` of all, or ``any`` of these, as in `fit`.
     """
 
     experts: str = "human"
@@ -41,14 +41,14 @@ class Arm:
     loss: str = "pairwise"
     joined: bool = True
     balance: str = "none"
-    layers: str = "any"
+    layers: str = "one"
 
     @property
     def name(self) -> str:
         """All that it is in words."""
         parts = [self.experts, self.rule, self.loss]
         parts += [] if self.joined else ["without expert traces"]
-        parts += {"any": [], "one": ["one layer"], "mean": ["mean of layers"]}[self.layers]
+        parts += {"one": [], "mean": ["mean of layers"], "any": ["layer or mean"]}[self.layers]
         return ", ".join([*parts, *([] if self.balance == "none" else [f"balanced by {self.balance}"])])
 
 
@@ -67,7 +67,7 @@ def arms(solutions: bool) -> list[Arm]:
     who = ("human", "strongest") if solutions else ("strongest",)
     found = [Arm(experts=one, rule=rule, loss=loss) for one in who for rule in RULES for loss in ("pairwise", "bce")]
     found += [Arm(experts=one, joined=False) for one in who]
-    found += [Arm(experts=e, joined=j, layers=read) for e in who for j in (True, False) for read in ("one", "mean")]
+    found += [Arm(experts=e, joined=j, layers=read) for e in who for j in (True, False) for read in ("mean", "any")]
     found += [Arm(experts=who[0], balance="model")]
     return found + [Arm(experts=who[0], rule=GOLD, loss=loss) for loss in ("pairwise", "bce")]
 
@@ -386,9 +386,14 @@ def arm_row(pool: LoggedPool, folds: Sequence[Fold], free: Free, arm: Arm) -> di
         **asdict(arm),
         "folds": len(folds),
         "traces": int(np.mean([one.traces for one in fitted])),
-        "chosen": [[list(one.readout.layers), one.readout.penalty] for one in fitted],
+        "chosen": [[_layers(one.readout), one.readout.penalty] for one in fitted],
         "pools": pools,
     }
+
+
+def _layers(readout: Readout) -> int | list[int]:
+    """Its layer, or the list of them."""
+    return readout.layers[0] if len(readout.layers) == 1 else list(readout.layers)
 
 
 SIZES = (25, 50, 100, 200, 400)

@@ -23,8 +23,8 @@ a head that has seen neither it nor its answer; layers and penalty are chosen by
 folds, which also give the scores' scales and the temperature of the tuned vote. Experts are the questions' own
 solutions (`human`) or the traces of the model that is most often right on the training folds (`strongest`). Label
 rules are `positives/negatives`: a trace agrees if its answer is the expert's; `gold`, the upper line, uses the pool's
-own labels instead. As in `tracereward fit`, the choice is among seven layers and the mean of their heads' scores;
-`one layer` and `mean of layers` leave no choice between the two.
+own labels instead. The choice is among seven layers; `mean of layers` reads the mean of the heads on all of them, and
+`layer or mean` chooses between the two as well, as `tracereward fit` does.
 
 Scorers: the reward, its sum with the frozen model's mean log-prob (both standardised), and the reward minus the mean of
 its model on the training folds, which says what is left when it cannot tell models apart. `which model` is the model's
@@ -212,8 +212,8 @@ def _costs(free: Row, fitted: Sequence[Row]) -> str:
         _label(row): {
             "traces a fold": row["traces"],
             "minutes, five folds": f"{row['seconds'] / 60:.1f}",
-            "layers": _counted("mean" if len(layers) > 1 else str(layers[0]) for layers, _ in sorted(row["chosen"])),
-            "penalties": _counted(f"{penalty:g}" for penalty in sorted(penalty for _, penalty in row["chosen"])),
+            "layers": _counted("mean" if isinstance(layers, list) else layers for layers, _ in row["chosen"]),
+            "penalties": _counted(penalty for _, penalty in row["chosen"]),
         }
         for row in fitted
         if row["method"] == "readout"
@@ -221,9 +221,10 @@ def _costs(free: Row, fitted: Sequence[Row]) -> str:
     return f"{took}\n\n{table('read-out', pd.DataFrame(lines).T)}"
 
 
-def _counted(values: Iterable[str]) -> str:
-    """Such as ``10 (2), 21 (3)``."""
-    return ", ".join(f"{value} ({count})" for value, count in Counter(values).items())
+def _counted(values: Iterable[float | str]) -> str:
+    """Such as ``10 (2), 21 (2), mean (1)``."""
+    found = sorted(Counter(values).items(), key=lambda item: (isinstance(item[0], str), item[0]))
+    return ", ".join(f"{value if isinstance(value, str) else f'{value:g}'} ({count})" for value, count in found)
 
 
 def _label(row: Row) -> str:
