@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import threading
 from collections import Counter
@@ -11,6 +12,7 @@ from transformers.cli.serve import Serve
 
 from helpers.chat_models import CHATML, SPECIAL, byte_tokenizer, save_chat_model
 from helpers.command_line import command, refused  # noqa: F401
+from helpers.paths import ROOT
 from helpers.served import Upstream, wait_for
 from helpers.tiny import free_port, rows
 from tracereward.files import write_jsonl
@@ -392,6 +394,25 @@ def test_accuracy_of_a_policy_at_a_server(command, server, data, tmp_path):
     assert result["sampled"]["cut_off"] == pytest.approx(0.5 * 3 / 4)  # of the wrong half
     assert [body["temperature"] for body in server.reply.bodies] == [0.0] * 12 + [1.0] * 12
     assert not any("seed" in body for body in server.reply.bodies[:12])
+
+
+def test_commands_of_the_page_run(command, server, tmp_path, monkeypatch):
+    """Those that ask a server ask this one, in the page's order and one folder."""
+    write_jsonl(tmp_path / "test.jsonl", QUESTIONS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    page = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line)[1:] for line in page.splitlines() if line.startswith("tracereward ")]
+    asking = [words for words in commands if words[words.index("--engine") + 1].startswith("http")]
+    assert len(asking) == 4
+    for words in asking:
+        words[words.index("--engine") + 1] = server.url
+        done = command(*words)
+        assert done.code == 0, f"{words}: {done.err}"
+    assert len(rows(tmp_path / "served.jsonl")) == 12 * 16
+    assert len(rows(tmp_path / "hosted.jsonl")) == 12 * 4
+    assert (tmp_path / "evaluation" / "policy.json").is_file()
+    assert set(server.reply.paths[-12:]) == {"/v1/chat/completions"}
 
 
 @pytest.fixture(scope="module")
