@@ -316,6 +316,9 @@ def test_servers_that_cannot_be_used(sample, server, data, tmp_path, monkeypatch
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     refused(sample(), "refuses the key in $OPENAI_API_KEY")
     assert server.headers == []  # no question was sent
+    monkeypatch.setenv("OPENAI_API_KEY", "open sesame")
+    assert "open sesame" not in sample().err
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     reply.refusal = None
     reply.models = [f"model-{i}" for i in range(9)]
     reply.faults = {QUESTIONS[0]["prompt"]: [says("no such model", 404)] * 2}

@@ -82,6 +82,8 @@ class ServerEngine:
             raise InputError("--engine URL needs the openai package: pip install 'tracereward[engines]'")
         from anyio.from_thread import start_blocking_portal
 
+        if not re.fullmatch("[!-~]*", os.environ.get(KEY, "").strip()):  # or an error would print it
+            raise InputError(f"${KEY}: a key goes into an HTTP header: ASCII letters, digits and signs without spaces")
         self.url, self.model, self.concurrency = options.name.rstrip("/"), model, options.concurrency
         self.template = {"chat_template_kwargs": dict(kwargs)} if kwargs else {}
         self.left_out: set[str] = set()
@@ -167,7 +169,7 @@ class ServerEngine:
     def _client(self, retries: int, seconds: float) -> Any:
         from openai import AsyncOpenAI
 
-        key = os.environ.get(KEY) or "none"  # the client needs one, a server of one's own does not
+        key = os.environ.get(KEY, "").strip() or "none"  # the client needs one, a server of one's own does not
         return AsyncOpenAI(base_url=self.url, api_key=key, max_retries=retries, timeout=seconds)
 
     async def _models(self) -> list[str]:
@@ -228,14 +230,14 @@ class ServerEngine:
         if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
             raise ValueError("the response has no choices")
         usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-        self.counts["requests"] += 1
-        for name in ("prompt_tokens", "completion_tokens"):
-            self.counts[name] += usage[name] if type(usage.get(name)) is int else 0
+        numbers = {name: usage[name] for name in self.counts if type(usage.get(name)) is int}
+        for name, value in (numbers | {"requests": 1}).items():
+            self.counts[name] += value
         answers = []
         for choice in choices:
             text, _, finished = read_choice(choice)
             log_probs = log_probs_of(choice)
-            length = len(log_probs) or (usage.get("completion_tokens") if len(choices) == 1 else None)
+            length = len(log_probs) or (numbers.get("completion_tokens") if len(choices) == 1 else None)
             mean = sum(log_probs) / len(log_probs) if log_probs else None
             answers.append(Answered(prompt=index, text=text, finished=finished, length=length, logprob=mean))
         return answers
