@@ -91,6 +91,11 @@ class Probe:
     features: tuple[Feature, ...]
     n: int
 
+    @property
+    def row(self) -> dict[str, float | list[str]]:
+        """For a row of ``metrics.jsonl``."""
+        return {"surface/auroc": self.auroc, "surface/features": [feature.name for feature in self.features]}
+
 
 def surface_features(text: str, finished: bool) -> dict[str, float]:
     """Surface features of one completion; the keys are those of `LABELS`.

@@ -195,7 +195,7 @@ class FitUpdateOptions:
 
 @dataclass
 class FitRunOptions:
-    """The run folder, the random numbers and the learning curve."""
+    """The run folder, where its results go, the random numbers and the learning curve."""
 
     learning_curve: bool = field(
         default=False,
@@ -205,6 +205,20 @@ class FitRunOptions:
         },
     )
 
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "Trackers that get the metrics: wandb, tensorboard, trackio, ..."}
+    )
+    run_name: str | None = field(
+        default=None, metadata={"help": "The run's name in a tracker. Default: that of the run folder."}
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the finished reward model to the Hub; checked before the run."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository: owner/name, or a name. Default: the name of the run folder."}
+    )
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create a private repository."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch. Default: main."})
     output_dir: str = field(default="runs/fit", metadata={"help": "The run folder."})
     seed: Annotated[int, Range(min=0, max=MAX_SEED, whole=True)] = field(default=42, metadata={"help": "Random seed."})
 
