@@ -163,10 +163,10 @@ def table_figure(table: Table) -> dict[str, Any]:
     Args:
         table: up to three numeric columns after the first, as fractions.
     """
-    figure, axes = new_figure(5.4, 2.9)
+    figure, axes = new_figure(4.3, 2.6)
     labels = [str(row[0]) for row in table.rows]
     numbered = sum(label.isdigit() for label in labels)
-    for index, colour in enumerate(("positive", "curve", "negative")[: len(table.columns) - 1], 1):
+    for index, colour in enumerate(("positive", "correct", "negative")[: len(table.columns) - 1], 1):
         values = [_real(row[index]) for row in table.rows]
         style = {"color": STAND_INS[colour], "marker": "o", "markersize": 4}
         axes.plot(range(numbered), values[:numbered], label=table.columns[index], linewidth=1.7, **style)

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 from tracereward.errors import InputError
 from tracereward.generation.params import MAX_SEED
-from tracereward.rewards.choices import GRANULARITIES
-from tracereward.training.options import DiscriminatorOptions, OneOf, Range, check_options, check_types
+from tracereward.rewards.choices import GRANULARITIES, NEGATIVES, POSITIVES
+from tracereward.training.option_types import OneOf, Range, check_options, check_types
+from tracereward.training.options import DiscriminatorOptions
 
 
 @dataclass
@@ -58,14 +59,14 @@ class FitDataOptions:
 class FitLabelOptions:
     """Which candidates are positives and which are negatives."""
 
-    positives: Annotated[str | None, OneOf(("expert", "agreeing"))] = field(
+    positives: Annotated[str | None, OneOf(POSITIVES)] = field(
         default=None,
         metadata={
             "help": "expert: the demonstrations alone; agreeing: also candidates that state the demonstration's own "
             "answer. Default: agreeing where at least 80 % of the answers can be read, else expert."
         },
     )
-    negatives: Annotated[str | None, OneOf(("all", "disagreeing"))] = field(
+    negatives: Annotated[str | None, OneOf(NEGATIVES)] = field(
         default=None,
         metadata={
             "help": "all: every other candidate; disagreeing: only those that state another answer. Default: as for "

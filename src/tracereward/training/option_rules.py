@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from tracereward.data.readers import has_splits
 from tracereward.errors import InputError
 from tracereward.files import read_json
-from tracereward.training.options import NOT_OF, option_defaults
+from tracereward.training.option_types import option_defaults
+from tracereward.training.options import NOT_OF
 from tracereward.training.trl_options import COMMANDS, FIT, ROLLOUTS, SFT, TRAIN, refusal
 
 
