@@ -278,14 +278,14 @@ def evaluate(run: Quickstart) -> None:
     assert ranking is not None
     r = point_biserial([row["reward"] for row in scored], [row["correct"] for row in scored])
     ranking["reward_r"] = without_nan(r)
-    mine = [row["correct"] for row in right["train"]]
+    outcomes = {name: [float(row["correct"]) for row in right[name]] for name in names}
     results = {
         "questions": policies[0]["questions"],
         "seed": run.seed,
         "policies": policies,
         "gains": [
-            asdict(compared(POLICIES[name], mine, [row["correct"] for row in right[name]]))
-            for name in names
+            asdict(compared(POLICIES[name], outcomes["train"], values))
+            for name, values in outcomes.items()
             if name != "train"
         ],
         "ranking": ranking,

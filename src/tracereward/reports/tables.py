@@ -111,9 +111,9 @@ def print_ranking(summary: dict[str, Any]) -> None:
         console.print(f"{summary['no_answer']} candidates have no answer in the task's format", highlight=False)
 
 
-def print_tables(tables: list[Table]) -> None:
-    """Print a report's tables on stdout."""
-    console = _console(stdout=True)
+def print_tables(tables: list[Table], *, stdout: bool = True) -> None:
+    """Print a report's tables on stdout, or on stderr where stdout carries data."""
+    console = _console(stdout)
     for found in tables:
         columns = [[row[i] for row in found.rows] for i in range(len(found.columns))]
         table = RichTable(title=found.title, title_justify="left")

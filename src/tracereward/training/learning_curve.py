@@ -1,6 +1,6 @@
 """How a read-out's quality grows with the number of questions, and what more of them would give.
 
-Read-outs are fitted on random shares of the questions to train on, layer and penalty included, and measured on the
+Read-outs are fitted on random shares of the questions to train on, layers and penalty included, and measured on the
 same held-out questions. Their mean AUROC within the question is extrapolated as a - b / sqrt(n), by least squares: the
 error of an estimate shrinks with the square root of its sample. Intervals are bootstrapped over the held-out questions
 and the random shares.
@@ -94,7 +94,7 @@ def learning_curve(
     judged: Callable[[np.ndarray], Verdict | None],
     seed: int,
 ) -> LearningCurve:
-    """Fit and measure read-outs on shares of the questions.
+    """Fit and measure read-outs on shares of the questions that have a positive; the others are always there.
 
     Args:
         states: of the examples and of the held-out traces, each (N, L, H).
@@ -108,19 +108,20 @@ def learning_curve(
     Raises:
         InputError: no held-out question has right and wrong traces.
     """
-    numbers = np.unique(examples.questions)
+    numbers = np.unique(examples.questions[examples.labels])
+    alone = ~np.isin(examples.questions, numbers)
     sizes = sorted({max(2, round(share * len(numbers))) for share in SHARES})
     rows: dict[int, list[np.ndarray]] = {}
     verdicts: dict[int, Verdict | None] = {}
     for size in sizes:
         for repeat in range(1 if size == len(numbers) else REPEATS):
             chosen = np.random.default_rng((seed, size, repeat)).permutation(numbers)[:size]
-            here = np.flatnonzero(np.isin(examples.questions, chosen))
+            here = np.flatnonzero(np.isin(examples.questions, chosen) | alone)
             try:
                 fitted = fit_readout(states[0][here], layers, examples[here], objective, seed=seed)
             except InputError:  # too few of them have both classes
                 continue
-            scores = states[1][:, list(layers).index(fitted.layer)].float().numpy() @ fitted.weight + fitted.bias
+            scores = fitted.score(states[1], layers)
             rows.setdefault(size, []).append(within_questions(scores, held_out))
             if repeat == 0:
                 verdicts[size] = judged(scores)
