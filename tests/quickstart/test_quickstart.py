@@ -108,13 +108,14 @@ def test_quickstart(small, monkeypatch, capsys, tmp_path):
 def test_four_rows_and_what_they_say(capsys, tmp_path):
     row = {"low": 0.25, "high": 0.5, "no_answer": 0}
     policies = [{"label": label, "accuracy": value, **row} for label, value in zip("abcde", SHARES, strict=True)]
-    gains = [{"baseline": "b", "difference": 0.25, "low": 0.125, "high": 0.375}]
+    gain = {"difference": 0.25, "low": 0.125, "high": 0.375}
+    gains = [{**gain, "baseline": label} for label in "abcd"]
     ranking = {"accuracy": {BEST: [0.625, 0.5, 0.75]}, "verdict": {"line": "no better than majority"}}
-    results = {"questions": 8, "policies": policies, "gains": [{}, *gains], "ranking": ranking}
+    results = {"questions": 8, "policies": policies, "gains": gains, "ranking": ranking}
     print_results(tmp_path, results)
     out, err = capsys.readouterr()
     assert re.findall(r"│ +(\d+\.\d) │", out) == ["12.5", "25.0", "62.5", "50.0"]  # a, b, b with the reward, e
-    assert "+25.0 points over b (+12.5 to +37.5)" in err
+    assert "+25.0 points over b (+12.5 to +37.5); +25.0 points over d" in err
     assert "no better than majority" in err
     commands = [line.split()[1] for line in err.splitlines() if line.startswith("  tracereward ")]
     assert len(commands) == 3
@@ -135,7 +136,7 @@ def test_report_traces_are_wrong_right_pairs():
 def test_shipped_models():
     """They are those that `ship` copies: plain checkpoints without a path of the run that made them."""
     policy = AutoModelForCausalLM.from_pretrained(BASE)
-    assert sum(weight.numel() for weight in policy.parameters()) == 113_728
+    assert sum(weight.numel() for weight in policy.parameters()) == 113_344
     reward_model = TokenRewardModel.from_pretrained(REWARD_MODEL)
     assert reward_model.settings.base_model == reward_model.settings.reference_model == ""
     assert reward_model.settings.first_error is not None

@@ -26,9 +26,10 @@ def print_results(output: Path, results: dict[str, Any]) -> None:
     rows.append([trained["label"], percent(trained["accuracy"]), interval(trained["low"], trained["high"])])
     title = f"Right answers to {results['questions']} questions that nothing was trained on"
     print_tables([Table(title, ["policy", "%", "95 % interval"], rows)])
-    note(f"Policy trained on the reward: {'; '.join(map(gain_text, results['gains'][1:]))}")
     if results["ranking"]["verdict"] is not None:
         note(f"The reward: {results['ranking']['verdict']['line']}")
+    over = [gain for gain in results["gains"] if gain["baseline"] in (sft["label"], results["gains"][-1]["baseline"])]
+    note(f"The policy trained on it: {'; '.join(map(gain_text, over))}")
     note(
         f"""All figures, curves and traces: {output / "report.html"}
 Next:
