@@ -17,7 +17,7 @@ from tracereward.rewards.first_error_rules import (
     differences,
     first_below,
     fit_rule,
-    level_rule,
+    LevelRule,
     lowest_steps,
     new_lows,
     safe_threshold,
@@ -59,7 +59,7 @@ def test_signals_and_their_marks_by_hand(signal, values):
     for threshold in (-5.0, -4.5, -1.0, -0.5, 0.5, 1.5, 9.0):
         marked = FirstErrorRule(signal=signal, threshold=threshold).mark(STEPS)
         assert marked == next((step for step, value in enumerate(values) if value < threshold), None)
-    assert level_rule(1.5).mark(STEPS) == 1
+    assert LevelRule(1.5).mark(STEPS) == 1
     with pytest.raises(InputError, match="did you mean 'level'"):
         FirstErrorRule(signal="levl", threshold=0.0)
 
