@@ -185,11 +185,11 @@ def evaluate_steps(
     """How well step scores find the first error, for the reward and its baselines.
 
     A step's score is the mean (or min) of its tokens' values: the reward of `TokenRewardModel.score` without further
-    models; log-prob and negative next-token entropy under `policy`; also reward + log-prob, the difference of all but the
-    entropy to the previous step, the `suspicions` of the rule for the first error, and random numbers. Each has a
-    threshold fitted on `fit_traces`; the row "rule" is the reward model's own rule with its own threshold. With a fitted
-    threshold random numbers reach a higher F1 than the row "random", the expectation of a uniform guess among the steps
-    and "no error".
+    models; log-prob and negative next-token entropy under `policy`; also reward + log-prob, the difference of all
+    but the entropy to the previous step, the `suspicions` of the rule for the first error, and random numbers. Each has
+    a threshold fitted on `fit_traces`; the row "rule" is the reward model's own rule with its own threshold. With a
+    fitted threshold random numbers reach a higher F1 than the row "random", the expectation of a uniform guess among
+    the steps and "no error".
 
     Args:
         model: the reward model.

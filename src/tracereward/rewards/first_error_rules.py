@@ -1,10 +1,10 @@
 """The rule that marks a trace's suspected first error, and how its threshold is fitted.
 
 A trace is suspect if the lowest mean of `WINDOW` consecutive token rewards lies below a threshold, fitted so that at
-most `RATE` of right traces get a mark; the mark is then the step whose last token's reward falls furthest below those of
-the steps before. One question each: a single token's reward is noisy, so the mean of some decides whether there is an
-error; rewards stay low behind an error, so only a new low says where it began. One rule serves `Scorer.first_error`,
-`score`, `inspect`, `correct` and the server; `evaluate processbench` judges it beside thresholds fitted on labels.
+most `RATE` of right traces get a mark; the mark is then the step whose last token's reward falls furthest below those
+of the steps before. A single token's reward is noisy, so the mean of some decides whether there is an error; rewards
+stay low behind an error, so only a new low says where it began. One rule serves `Scorer.first_error`, `score`,
+`inspect`, `correct` and the server; `evaluate processbench` judges it beside thresholds fitted on labels.
 """
 
 import itertools
@@ -118,8 +118,8 @@ class FirstErrorRule:
     def line(self) -> str:
         """The rule in a sentence, with what it finds."""
         text = (
-            f"Suspected first error: in traces with {WINDOW} tokens whose mean reward is below {self.threshold:.3g}, the "
-            "step whose last token's reward falls furthest below those of the steps before"
+            f"Suspected first error: in traces with {WINDOW} tokens in a row whose mean reward is below "
+            f"{self.threshold:.3g}, the step whose last token's reward falls furthest below those of the steps before"
         )
         if self.marked_wrong is not None:
             return f"{text}; it marks {100 * self.marked_wrong:.0f} % of wrong traces."
