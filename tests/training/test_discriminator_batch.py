@@ -14,15 +14,14 @@ from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.training import discriminator_batch as module
 from tracereward.training.discriminator import held_out_demonstrations
 from tracereward.training.discriminator_batch import (
-    MONITORED,
     Expert,
     Labelled,
     ReplayBuffer,
     Rollout,
     draw,
-    perturbed_pairs,
 )
 from tracereward.training.options import ExampleOptions
+from tracereward.training.perturbed_pairs import MONITORED, perturbed_pairs
 
 IDS = st.lists(st.integers(0, 2), min_size=1, max_size=4)  # few, so that rollouts often equal the expert
 WHERE = ("rollouts", "both", "none")
@@ -507,3 +506,20 @@ def test_pairs_skip_inapplicable_perturbations():
     pairs = perturbed_pairs(experts, [], lambda e, rng: None if e.completion == [2] else ([9], 0), seed=0)
     assert len(pairs) == 24
     assert {completion[0] for _, completion, _ in pairs} == {0, 1, 3}
+
+
+@pytest.mark.parametrize(("paired", "alone", "chosen"), [(8, 0, 0), (8, 2, 1), (8, 8, 4), (8, 20, 4), (2, 1, 1)])
+def test_prompts_without_a_demonstration_are_drawn_at_the_rate_of_the_others(paired, alone, chosen):
+    """Four demonstrations an update: half of eight, so half of two; never more than four."""
+    experts = [Expert([n], [50 + n], "text") for n in range(paired)] + [Expert([20 + n], []) for n in range(alone)]
+    replay = filled([Rollout(index, [90]) for index in range(paired + alone)])
+    settings = examples(4, 1, 0.5, 1, "both")
+    traces, shares = draw(experts, [], replay, settings, rng=random.Random(0), perturbed=lambda expert, rng: ([7], 0))
+    groups = [trace.group for trace in traces]
+    with_expert = {trace.group for trace in traces if trace.is_expert}
+    assert len(with_expert) == min(4, paired)
+    assert sorted(groups) == sorted([*with_expert] * 3 + [group for group in set(groups) - with_expert])
+    extra = [trace for trace in traces if trace.group not in with_expert]
+    assert len(extra) == chosen
+    assert all(trace.completion == [90] and trace.starts == [0] and trace.counts for trace in extra)
+    assert shares["perturbed_missing_share"] == 0

@@ -1,14 +1,18 @@
 """What `fit` learns from and measures, of hand-made questions: left-out and unjudged candidates have no part."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from tracereward.data.candidates import CandidateRow
+from tracereward.data.matching import Question
 from tracereward.runs.fit_report import measure
 from tracereward.tasks.recipes import get_task
 from tracereward.training.discriminator_batch import Expert, Rollout
 from tracereward.training.fit_data import FitCandidate, FitData, FitQuestion
+from tracereward.training.fit_options import FitOptions
+from tracereward.training.fit_preparation import unpaired_questions
 from tracereward.training.label_rules import LabelRule
 
 TASK = get_task("gsm8k")
@@ -44,6 +48,57 @@ def test_left_out_candidates_are_in_no_loss():
     assert data.rollouts(perturbed=False) == [*both, Rollout(3, [6], False)]
     assert data.rollouts(perturbed=True) == [*both, Rollout(2, [4], True), Rollout(3, [6], False)]
     assert data.held_out_experts == [3]
+
+
+def test_questions_without_a_demonstration_give_negatives_alone():
+    data = FitData(
+        train=[question(10, candidate(1, False))],
+        unpaired=[question(20, candidate(2, False), candidate(3, False), experts=0)],
+        held_out=[question(30, candidate(4, False))],
+        rule=LabelRule(),
+        said="",
+    )
+    learned = [(trace.question, trace.completion, trace.label) for trace in data.traces]
+    assert learned == [(0, [10], True), (0, [1], False), (1, [2], False), (1, [3], False)]
+    assert data.demonstrations == 2
+    assert data.experts == [Expert([10], [10], "trace"), Expert([20], []), Expert([30], [30], "trace")]
+    assert data.rollouts(perturbed=False) == [Rollout(index, [n]) for index, n in ((0, 1), (1, 2), (1, 3), (2, 4))]
+    assert data.held_out_experts == [2]
+
+
+def asked(prompt: str, *names: str, demonstrations: int = 0) -> Question:
+    rows = [replace(candidate(1, False).row, question=name) for name in names]
+    return Question(where=prompt, prompt=prompt, demonstrations=[{}] * demonstrations, candidates=rows)
+
+
+def test_which_questions_without_a_demonstration_are_used():
+    """Never one that may be a held-out question in other words."""
+    known = asked("What is 1 + 1?", "q1", demonstrations=1)
+    other, same_words, same_id = (
+        asked("What is 2 + 2?", "q2"),
+        asked("what is  1 + 1?\n", "q3"),
+        asked("Add.", "q4", "q1"),
+    )
+    questions = [known, other, same_words, same_id, asked("No candidate")]
+
+    def used(rule="expert/all", **options):
+        return unpaired_questions(questions, FitOptions(**options), LabelRule(*rule.split("/")))
+
+    found, said = used(objective="bce")
+    assert found == [other]
+    assert said.startswith("1 of 4 candidates")
+    assert "2 of these questions are left out" in said
+    assert used(objective="nnpu", readout=False)[0] == [other]
+    for options, why in (
+        ({"rule": "agreeing/all", "objective": "bce"}, "label rule agreeing/all"),
+        ({}, "--objective pairwise"),
+        ({"objective": "bce", "balance": "question"}, "--balance question"),
+    ):
+        found, said = used(**options)
+        assert found == []
+        assert "4 candidates" in said
+        assert why in said
+    assert unpaired_questions([known], FitOptions(), LabelRule()) == ([], "")
 
 
 class Scores(SimpleNamespace):

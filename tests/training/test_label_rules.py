@@ -102,21 +102,6 @@ def test_the_default_rule_needs_four_answers_of_five():
         choose_rule([readable_of(10, 2)], GSM8K, positives="agree")
 
 
-def test_the_fallback_warns_of_style():
-    styled = [
-        Question(
-            where=f"q{n}",
-            prompt=f"p{n}",
-            demonstrations=[{"prompt": f"p{n}", "completion": "Short.", "answer": None}],
-            candidates=[candidate("a trace that is far longer, without a full stop" + " and on" * (n % 5))],
-        )
-        for n in range(20)
-    ]
-    _, said = choose_rule(styled, GSM8K)
-    assert "surface features alone" in said
-    assert "style" in said
-
-
 def test_remarks_count_labels_and_refuse_one_class():
     rule = LabelRule("agreeing", "disagreeing")
     both, agreeing = question(KNOWN, CANDIDATES), question(KNOWN, CANDIDATES[:1])
@@ -127,5 +112,3 @@ def test_remarks_count_labels_and_refuse_one_class():
     assert "1 of 3 questions have candidates but no negative" in no_negative
     with pytest.raises(InputError, match="one class only"):
         remarks_on_labels([agreeing], [[True]], rule.name)
-    orphan = question([], CANDIDATES[:1])
-    assert "have negatives and no positive" in remarks_on_labels([orphan], [[False]], LabelRule().name)[1]

@@ -34,6 +34,7 @@ def generated(questions: int, seed: int):
     rng = np.random.default_rng(seed)
     question = np.repeat(np.arange(questions), 6)
     labels = rng.random(len(question)) < 0.5
+    labels[::6] = True  # the demonstrations
     values = rng.normal(size=(len(question), 2, 12))
     values[:, 1, 0] += np.where(labels, 0.7, -0.7)
     return torch.tensor(values).float(), examples(labels, question)
@@ -53,3 +54,20 @@ def test_more_questions_are_better_and_the_curve_says_by_how_much():
     assert curve.beyond[-1].value == pytest.approx(0.839, abs=0.05)
     assert abs(curve.check - curve.measured[-1].value) < 0.05
     assert "240" in curve.line
+
+
+def test_questions_without_a_positive_are_in_every_share():
+    """They weigh on the heads, not on the number of questions: 30 of them have the same states as experts elsewhere."""
+    states, known = generated(60, 0)
+    alone = known.questions >= 30
+    known = examples(np.where(alone, False, known.labels), known.questions)
+    held_states, held = generated(20, 1)
+    curves = [
+        learning_curve(
+            (states[kept], held_states), [1, 2], known[kept], held, objective="bce", judged=lambda scores: None, seed=0
+        )
+        for kept in (np.arange(360), np.flatnonzero(~alone))
+    ]
+    for curve in curves:
+        assert [one.questions for one in curve.measured] == [3, 6, 12, 21, 30]
+    assert all(a.value != b.value for a, b in zip(*(curve.measured for curve in curves), strict=True))

@@ -34,7 +34,10 @@ FALLING = [0.70, 0.69, 0.68, 0.66, 0.50, 0.45, 0.42, 0.41]
         (FALLING, [0.2, 0.9, 0.9], 40, True, "moved (held-out accuracy 0.90"),
         # nothing is held out
         (FALLING, [], 40, True, "moved (loss 0.7 to 0.41)"),
-        (FLAT, [], 40, False, "did not fall"),
+        (FLAT, [], 40, False, "did not fall clearly (0.69 to 0.69)"),
+        # of fewer than four losses nothing can be said
+        ([0.7], [], 40, None, "1 update of the discriminator is too few to see whether it moves: raise"),
+        ([0.7, 0.3, 0.1], [], 40, None, "3 updates of the discriminator are too few"),
         # of one pair nothing can be said, and a value that is not finite is none
         (FLAT, [1.0, 1.0], 1, False, "on 1 pair)"),
         ([*FLAT, float("nan"), None], [float("nan"), None, 0.9], 40, True, "0.90"),

@@ -17,7 +17,7 @@ from tracereward.rewards.settings import read_settings
 from tracereward.tasks.recipes import get_task
 from tracereward.training.discriminator_batch import Rollout
 from tracereward.training.rollout_labels import ENOUGH_COMPARED, RolloutLabels
-from tracereward.training.update_loop import surface_leaks
+from tracereward.training.token_probe import token_probe
 from tracereward.training.warmup_candidates import rendered_candidates, warmup_candidates
 
 ARITHMETIC = get_task("arithmetic")
@@ -111,16 +111,12 @@ def test_held_out_accuracy_compares_experts_with_negatives_only(trainer):
 def test_the_surface_probe_ignores_what_is_left_out(trainer, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "tracereward.training.update_loop.surface_probe",
-        lambda experts, others, special: seen.update(sizes=(len(experts), len(others))) or _Nothing,
+        "tracereward.training.token_probe.surface_probe",
+        lambda experts, others, special: seen.update(sizes=(len(experts), len(others))),
     )
     rollouts = [Rollout(0, [7], True), Rollout(0, [8], None), Rollout(1, [9], False)]
-    surface_leaks(trainer.discriminator.experts, rollouts, trainer.tokenizer)
+    token_probe(trainer.discriminator.experts, rollouts, trainer.tokenizer)
     assert seen["sizes"] == (2 + 1, 1)  # two demonstrations, and one that agrees
-
-
-class _Nothing:
-    auroc, features = math.nan, ()
 
 
 def test_a_warm_up_of_rollouts_without_labels_stops(trainer, monkeypatch):

@@ -53,6 +53,18 @@ RULES: tuple[Rule, ...] = (
         why="--temperature 0 uses no random numbers",
     ),
     Rule(
+        commands=("select",),
+        options=("margin", "answers"),
+        when=lambda o: o["form"] == "sft",
+        why="they are about pairs: use --format dpo or kto",
+    ),
+    Rule(
+        commands=("select",),
+        options=("threshold", "share"),
+        when=lambda o: o["form"] != "sft",
+        why="they are about single traces: for pairs use --margin",
+    ),
+    Rule(
         commands=("policy",),
         options=("temperature",),
         when=lambda o: o["n"] == 0,

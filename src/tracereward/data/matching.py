@@ -87,9 +87,9 @@ def _nothing_shared(questions: Sequence[Question], candidates: Sequence[Candidat
     if not asked:
         return "no demonstration has a completion"
     first = candidates[0]
-    words = set(_text_of(first.prompt).split())
-    nearest = max(asked, key=lambda question: len(words & set(_text_of(question.prompt).split())))
-    texts = _text_of(first.prompt), _text_of(nearest.prompt)
+    words = set(prompt_text(first.prompt).split())
+    nearest = max(asked, key=lambda question: len(words & set(prompt_text(question.prompt).split())))
+    texts = prompt_text(first.prompt), prompt_text(nearest.prompt)
     differs = next((n for n, (a, b) in enumerate(zip(*texts)) if a != b), min(map(len, texts)))
     at = max(0, differs - 20)
     here, there = (f"{'...' if at else ''}{text[at : at + 60]!r}" for text in texts)
@@ -99,7 +99,8 @@ def _nothing_shared(questions: Sequence[Question], candidates: Sequence[Candidat
     )
 
 
-def _text_of(prompt: Any) -> str:
+def prompt_text(prompt: Any) -> str:
+    """A prompt as plain text; the messages of a chat one below the other."""
     return prompt if isinstance(prompt, str) else "\n".join(content_text(part.get("content")) for part in prompt)
 
 

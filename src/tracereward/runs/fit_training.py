@@ -12,7 +12,9 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
 from tracereward.errors import InputError, Interrupted
+from tracereward.files import read_jsonl
 from tracereward.modeling.loading import best_device, fast_dtype
+from tracereward.reports.plots import table_figure
 from tracereward.reports.tables import Table
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
@@ -23,10 +25,12 @@ from tracereward.selection import Candidate
 from tracereward.tasks.recipes import Task
 from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_checkpoint
 from tracereward.training.discriminator import Discriminator
-from tracereward.training.discriminator_batch import Rollout, perturbed_pairs
-from tracereward.training.fit_data import FitData, split_questions
+from tracereward.training.discriminator_batch import Rollout
+from tracereward.training.fit_data import FitData
 from tracereward.training.fit_options import FitOptions
+from tracereward.training.fit_preparation import split_questions
 from tracereward.training.learning_curve import LearningCurve, learning_curve
+from tracereward.training.perturbed_pairs import TracePair, pair_auroc, pair_traces, perturbed_pairs
 from tracereward.training.readout import Readout
 from tracereward.training.readout_training import (
     LabelledTrace,
@@ -35,7 +39,7 @@ from tracereward.training.readout_training import (
     states_of,
     train_readout,
 )
-from tracereward.training.update_loop import TracePair, UpdateLoop, pair_auroc, pair_traces, surface_leaks
+from tracereward.training.update_loop import UpdateLoop
 from tracereward.verdict import Verdict, verdict
 
 JUDGED_EVERY = 10  # updates between two held-out accuracies and perturbation AUROCs
@@ -50,11 +54,13 @@ class Learned:
     Attributes:
         model: the reward model.
         tables: for the report.
+        figures: for the report, see `Report`.
         sentences: for the report and the card.
     """
 
     model: TokenRewardModel
     tables: list[Table] = dataclasses.field(default_factory=list)
+    figures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sentences: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -105,6 +111,7 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
             str(options.model), settings, tokenizer, traces, options=fitting, stopped=run.stop.received
         )
     best = next(one for one in fitted.table if (one.layer, one.penalty) == (fitted.layer, fitted.penalty))
+    tried = _table(fitted)
     if run.checkpoint is None:
         labels = np.array([trace.label for trace in traces])
         row: dict[str, Any] = {
@@ -118,13 +125,18 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         judge.remember(rollouts)
         row["discriminator/held_out_accuracy"] = judge.held_out_accuracy()
         row |= _perturbation(model, _perturbed(data, judge))
-        row |= surface_leaks(data.experts, _training(rollouts, judge), tokenizer, "candidates")
+        row |= data.leaks
+        row |= {
+            f"readout/auroc/layer {label}/{penalty}": auroc
+            for label, *values in tried.rows
+            for penalty, auroc in zip(tried.columns[1:], values, strict=True)
+        }
         run.metrics.append({"phase": "fit", "step": 0, **row})
     sentence = (
         f"Read-out of layer {fitted.layer} with penalty {fitted.penalty:g}: AUROC within the question {best.auroc:.3f} "
         "in cross-validation over the questions to train on, by the label rule."
     )
-    return Learned(model=model, tables=[_table(fitted)], sentences=[sentence])
+    return Learned(model=model, tables=[tried, _measured(run)], figures=[table_figure(tried)], sentences=[sentence])
 
 
 def reading_dtype(options: FitOptions) -> torch.dtype:
@@ -244,6 +256,20 @@ def _table(fitted: Readout) -> Table:
     )
 
 
+def _measured(run: Run[FitJob]) -> Table:
+    """What the read-out's row of ``metrics.jsonl`` has."""
+    row = next(row for row in read_jsonl(run.metrics.path) if row["phase"] == "fit" and row["step"] == 0)
+    names = {
+        "readout/cross_validated_auroc": "AUROC within the question, cross-validated",
+        "discriminator/accuracy_expert": "positives with a score above 0, cross-validated",
+        "discriminator/accuracy_policy": "negatives with a score below 0, cross-validated",
+        "discriminator/held_out_accuracy": "held-out experts above the negatives of their question",
+        "monitor/perturbation_auroc": "AUROC of experts against perturbed copies of them",
+        "surface/auroc": "AUROC of surface features alone, of the labels",
+    }
+    return Table("Read-out: figures", ["figure", "value"], [[name, row.get(key)] for key, name in names.items()])
+
+
 def _discriminator(data: FitData, model: TokenRewardModel, options: FitOptions) -> tuple[Discriminator, list[Rollout]]:
     """What trains a reward model, and measures it on held-out questions; and the labelled candidates."""
     rollouts = data.rollouts(perturbed=options.perturbed_per_expert > 0)
@@ -255,10 +281,6 @@ def _discriminator(data: FitData, model: TokenRewardModel, options: FitOptions) 
         held_out=data.held_out_experts,
     )
     return discriminator, rollouts
-
-
-def _training(rollouts: Sequence[Rollout], discriminator: Discriminator) -> list[Rollout]:
-    return [rollout for rollout in rollouts if rollout.demonstration not in discriminator.held_out]
 
 
 def _perturbed(data: FitData, discriminator: Discriminator) -> list[TracePair]:
@@ -290,8 +312,8 @@ def fine_tune(run: Run[FitJob], model: TokenRewardModel, data: FitData) -> None:
     leaks: dict[str, Any] = {}
     if run.checkpoint is None:
         discriminator.remember(rollouts)
-        if options.head == "action":  # a read-out has said it
-            leaks = surface_leaks(data.experts, _training(rollouts, discriminator), model.tokenizer, "candidates")
+        if options.head == "action":  # a read-out's row has them
+            leaks = dict(data.leaks)
     else:
         discriminator.load(run.checkpoint / DISCRIMINATOR_FILE)
         run.metrics.rewind(discriminator.updates, sys.maxsize)

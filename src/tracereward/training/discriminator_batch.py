@@ -6,6 +6,7 @@ the demonstration's index, so that they always answer its own prompt.
 
 import dataclasses
 import functools
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from tracereward.modeling.tokenization import encode_completion
 from tracereward.training.first_difference import first_difference
 from tracereward.training.options import ExampleOptions
 
-MONITORED = 64  # demonstrations in the perturbation AUROC
-
 
 class Expert(NamedTuple):
-    """A demonstration in the reward model's token ids, the completion's text, which is perturbed, and its weight."""
+    """A demonstration in the reward model's token ids, the completion's text, which is perturbed, and its weight.
+
+    Without a completion: a prompt without a demonstration, whose rollouts are negatives alone.
+    """
 
     prompt: list[int]
     completion: list[int]
@@ -109,10 +111,10 @@ TracesByPrompt = Mapping[tuple[int, ...], Sequence[list[int]]]
 
 
 def traces_by_prompt(experts: Iterable[Expert]) -> dict[tuple[int, ...], list[list[int]]]:
-    """All expert completions of each prompt: a prompt may have several demonstrations."""
+    """All expert completions of each prompt: a prompt may have several demonstrations, or none."""
     found: dict[tuple[int, ...], list[list[int]]] = {}
     for expert in experts:
-        found.setdefault(tuple(expert.prompt), []).append(expert.completion)
+        found.setdefault(tuple(expert.prompt), []).extend([expert.completion] if expert.completion else [])
     return found
 
 
@@ -139,28 +141,6 @@ def perturber(tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS) -> P
     return perturbed
 
 
-def perturbed_pairs(
-    experts: Sequence[Expert],
-    held_out: Sequence[int],
-    perturbed: Perturber,
-    seed: int,
-) -> list[tuple[list[int], list[int], list[int]]]:
-    """(prompt, expert, perturbed copy) for up to `MONITORED` demonstrations, fixed for the run.
-
-    Held-out demonstrations if there are any, otherwise training demonstrations.
-    """
-    rng, known = random.Random(f"perturbed pairs {seed}"), traces_by_prompt(experts)
-    pool = list(held_out) or list(range(len(experts)))
-    pairs = []
-    for index in rng.sample(pool, min(MONITORED, len(pool))):
-        # Several perturbations per trace, so that few demonstrations give enough pairs.
-        for _ in range(max(1, min(8, MONITORED // len(pool)))):
-            changed = perturbed(experts[index], rng)
-            if changed is not None and changed[0] not in known[tuple(experts[index].prompt)]:
-                pairs.append((experts[index].prompt, experts[index].completion, changed[0]))
-    return pairs
-
-
 def draw(
     experts: Sequence[Expert],
     fresh: Sequence[Rollout],
@@ -173,6 +153,9 @@ def draw(
 ) -> tuple[list[Labelled], dict[str, float]]:
     """Sample one update's traces: for each chosen demonstration the expert, then its negatives.
 
+    If the replay buffer has rollouts of prompts without a demonstration, some of these prompts are chosen in addition:
+    as large a share as of the demonstrations, but no more of them.
+
     Rollouts that equal an expert trace of their prompt token for token would carry both labels and are dropped; so are
     such perturbed copies. Tokens that a rollout shares with any expert trace of its prompt count as shared. Rollouts
     with a positive label are additional positives.
@@ -180,7 +163,8 @@ def draw(
     Args:
         experts: all demonstrations.
         fresh: the newest rollouts, none left out.
-        replay: earlier rollouts, used for `replay_share` of the demonstrations and where fresh ones are too few.
+        replay: earlier rollouts, used for `replay_share` of the demonstrations and where fresh ones are too few; and
+            all rollouts of prompts without a demonstration.
         options: number of demonstrations, rollouts and perturbed copies, and the rule for shared beginnings.
         rng: source of all random choices.
         perturbed: makes the perturbed copies; without it all are missing.
@@ -191,13 +175,19 @@ def draw(
         positives, and `perturbed_missing_share` (of the requested copies) if copies were requested.
     """
     known = traces_by_prompt(experts) if known is None else known
-    old, new = replay.by_demonstration(), by_demonstration(fresh)
+    stored, new = replay.by_demonstration(), by_demonstration(fresh)
+    old = {index: rollouts for index, rollouts in stored.items() if experts[index].completion}
+    alone = sorted(stored.keys() - old.keys())
     size = min(options.discriminator_prompts, len(old.keys() | new.keys()))
     from_fresh = rng.sample(sorted(new), min(round(size * (1 - options.replay_share)), len(new)))
     # Too few fresh rollouts are filled up with older ones unless replay is off; the warm-up has only older ones.
     others = [] if fresh and not options.replay_share else sorted(old.keys() - set(from_fresh))
     from_replay = rng.sample(others, min(size - len(from_fresh), len(others)))
     pairs = [(index, new[index]) for index in from_fresh] + [(index, old[index]) for index in from_replay]
+    demonstrated = len(pairs)
+    if alone:
+        further_prompts = math.ceil(demonstrated * min(1, len(alone) / max(1, len(old))))
+        pairs += [(index, stored[index]) for index in rng.sample(alone, min(further_prompts, len(alone)))]
 
     traces: list[Labelled] = []
     seen = identical = further = missing = 0
@@ -219,11 +209,14 @@ def draw(
                     labelled(completion=rollout.ids, is_expert=True, starts=[0], switch=length, weight=rollout.weight)
                 )
                 continue
-            start = 0 if keep_shared else max(first_difference(rollout.ids, trace) for trace in own)
+            start = 0 if keep_shared else max((first_difference(rollout.ids, trace) for trace in own), default=0)
             left.append(first_difference(rollout.ids, expert.completion))
             negatives.append(
                 labelled(completion=rollout.ids, is_expert=False, starts=[start], switch=0, weight=rollout.weight)
             )
+        if not expert.completion:
+            traces += negatives
+            continue
         for _ in range(options.perturbed_per_expert):
             changed = None if perturbed is None else perturbed(expert, rng)
             if changed is None or changed[0] in own:
@@ -248,5 +241,5 @@ def draw(
     if further:
         shares["positive_share"] = further / seen
     if options.perturbed_per_expert:
-        shares["perturbed_missing_share"] = missing / max(1, options.perturbed_per_expert * len(pairs))
+        shares["perturbed_missing_share"] = missing / max(1, options.perturbed_per_expert * demonstrated)
     return traces, shares

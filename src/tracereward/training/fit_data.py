@@ -1,34 +1,12 @@
 """The data of `tracereward fit`: questions with expert traces and labelled candidates, as token ids."""
 
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from tracereward.console import note
-from tracereward.data.candidates import CandidateRow, read_candidates
-from tracereward.data.demonstrations import load_demonstrations
-from tracereward.data.matching import Question, match
-from tracereward.errors import InputError
-from tracereward.modeling.loading import context_length, read_config
-from tracereward.modeling.lost_text import check_texts
-from tracereward.modeling.rendering import Rendering, check_reasoning, render
-from tracereward.modeling.tokenization import encode_completion, encode_prompt
+from tracereward.data.candidates import CandidateRow
 from tracereward.selection import Candidate
-from tracereward.tasks.recipes import Task
 from tracereward.training.discriminator_batch import Expert, Rollout
-from tracereward.training.fit_options import FitOptions
-from tracereward.training.label_rules import (
-    LabelRule,
-    agreement,
-    choose_rule,
-    expert_answers,
-    labels_of,
-    remarks_on_labels,
-)
-from tracereward.training.loss_weights import balance_weights
+from tracereward.training.label_rules import LabelRule
 from tracereward.training.readout_training import LabelledTrace
 
 
@@ -73,7 +51,7 @@ class FitQuestion:
         where: location of its first row.
         text: the rendered prompt.
         prompt: its token ids.
-        experts: its demonstrations.
+        experts: its demonstrations; none for a question whose candidates are negatives alone.
         candidates: its other traces. One is correct by its own label or gold answer, else if it states the answer that
             a demonstration states.
     """
@@ -96,25 +74,34 @@ class FitData:
 
     Attributes:
         train: questions with a demonstration and a candidate.
-        held_out: further ones, which nothing is learned from or selected by.
+        unpaired: questions to train on without a demonstration, whose candidates are negatives.
+        held_out: questions as in `train`, which nothing is learned from or selected by.
         rule: that gave the labels.
         said: the sentence on the rule.
+        leaks: figures of the probe for surface leaks, on the questions to train on.
     """
 
     train: list[FitQuestion]
+    unpaired: list[FitQuestion] = field(default_factory=list)
     held_out: list[FitQuestion]
     rule: LabelRule
     said: str
+    leaks: dict[str, Any] = field(default_factory=dict)
 
     @property
     def questions(self) -> list[FitQuestion]:
         """All of them."""
-        return [*self.train, *self.held_out]
+        return [*self.train, *self.unpaired, *self.held_out]
+
+    @property
+    def demonstrations(self) -> int:
+        """Number of demonstrations."""
+        return sum(len(question.experts) for question in self.questions)
 
     @property
     def experts(self) -> list[Expert]:
-        """The demonstrations of all questions."""
-        return [expert for question in self.questions for expert in question.experts]
+        """The demonstrations of all questions; one without a completion for a question that has none."""
+        return [expert for question in self.questions for expert in _asked(question)]
 
     @property
     def held_out_experts(self) -> list[int]:
@@ -126,7 +113,7 @@ class FitData:
     def traces(self) -> list[LabelledTrace]:
         """The demonstrations and the labelled candidates of the questions to train on."""
         found = []
-        for number, question in enumerate(self.train):
+        for number, question in enumerate([*self.train, *self.unpaired]):
             labelled = [(expert.completion, True, expert.weight) for expert in question.experts]
             labelled += [(c.ids, c.label, c.weight) for c in question.candidates if c.label is not None]
             found += [
@@ -143,234 +130,18 @@ class FitData:
         """
         found, first = [], 0
         for question in self.questions:
+            places = range(first, first + len(_asked(question)))
+            first = places.stop
             if question.negatives or perturbed:
                 found += [
                     Rollout(index, candidate.ids, candidate.label, candidate.weight)
-                    for index in range(first, first + len(question.experts))
+                    for index in places
                     for candidate in question.candidates
                     if candidate.label is not None
                 ]
-            first += len(question.experts)
         return found
 
 
-def read_fit_data(
-    options: FitOptions,
-    task: Task,
-    demonstrations: Any,
-    candidates: Any,
-) -> tuple[list[Question], LabelRule, str]:
-    """Read and match the rows and choose the label rule; says what is odd about them.
-
-    Args:
-        options: of the run.
-        task: reads the rows.
-        demonstrations: rows, or their file.
-        candidates: likewise.
-
-    Raises:
-        InputError: a row cannot be read, nothing is shared, or there would be one class only.
-    """
-    subset = task.subset if isinstance(demonstrations, str) and demonstrations == task.dataset else None
-    experts = load_demonstrations(demonstrations, task, subset=subset)
-    rows = read_candidates(candidates, task, questions=options.questions)
-    questions, remarks = match(experts, rows)
-    positives, negatives = options.positives, options.negatives
-    if options.objective == "nnpu":
-        positives, negatives = "expert", "all"
-    rule, said = choose_rule(questions, task, positives, negatives)
-    usable = [question for question in questions if question.demonstrations and question.candidates]
-    labels = [labels_of(question, rule, task) for question in usable]
-    for remark in [*remarks, said, *remarks_on_labels(usable, labels, rule.name)]:
-        note(remark)
-    return usable, rule, said
-
-
-def encode_questions(
-    questions: Sequence[Question],
-    options: FitOptions,
-    rule: LabelRule,
-    *,
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    rendering: Rendering,
-) -> list[FitQuestion]:
-    """Render and tokenise all traces, and label the candidates.
-
-    Raises:
-        InputError: texts outside the vocabulary, or traces that are too long, under ``--on_long refuse``.
-    """
-    traces = _Traces(options, tokenizer)
-    found = []
-    for question in questions:
-        rows = [{**row, "kind": "demonstration"} for row in question.demonstrations]
-        rows += [
-            {"prompt": question.prompt, "completion": row.completion, "source": row.where, "kind": "candidate"}
-            for row in question.candidates
-        ]
-        rendered = render(rows, tokenizer, rendering)
-        count = len(question.demonstrations)
-        check_reasoning(rendered[:count], tokenizer, rendering)
-        text = rendered[0]["prompt"]
-        prompt = encode_prompt(tokenizer, text)
-        ended = [True] * count + [row.finished for row in question.candidates]
-        ids = [
-            traces.add(row, prompt, encode_completion(tokenizer, row["completion"], end))
-            for row, end in zip(rendered, ended, strict=True)
-        ]
-        answers = expert_answers(question, task)
-        candidates = [
-            FitCandidate(row=row, ids=of_row, label=label, correct=_correct(row, answers, task))
-            for row, of_row, label in zip(
-                question.candidates, ids[count:], labels_of(question, rule, task), strict=True
-            )
-            if of_row
-        ]
-        experts = [
-            Expert(prompt, of_row, row["completion"])
-            for row, of_row in zip(rendered[:count], ids[:count], strict=True)
-            if of_row
-        ]
-        found.append(
-            FitQuestion(where=question.where, text=text, prompt=prompt, experts=experts, candidates=candidates)
-        )
-    traces.check()
-    return [question for question in found if question.experts and question.candidates]
-
-
-def _correct(row: CandidateRow, answers: Sequence[str], task: Task) -> bool | None:
-    """Whether a candidate is right: its own label or gold answer, else the answers that the demonstrations state."""
-    if row.correct is not None or not answers:
-        return row.correct
-    return bool(agreement(row.answer, answers, task))
-
-
-class _Traces:
-    """Lengths and texts of all traces, checked together once all are known."""
-
-    def __init__(self, options: FitOptions, tokenizer: PreTrainedTokenizerBase):
-        self.options = options
-        self.tokenizer = tokenizer
-        self.positions: float = context_length(read_config(str(options.model)))
-        self.limit: float = options.max_completion_length or self.positions
-        self.texts: list[tuple[str, list[str]]] = []
-        self.long: list[tuple[int, int, str]] = []
-
-    def add(self, row: dict[str, Any], prompt: list[int], ids: list[int]) -> list[int]:
-        """The trace's token ids; none if it is left out."""
-        where = row["source"]
-        self.texts.append((where, [row["prompt"], row["completion"]]))
-        if len(ids) <= self.limit and len(prompt) + len(ids) <= self.positions:
-            return ids
-        self.long.append((len(ids), len(prompt), where))
-        return []
-
-    def check(self) -> None:
-        """Refuse or report what does not fit.
-
-        Raises:
-            InputError: with counts, the first, the longest, and the fix.
-        """
-        total = len(self.texts)
-        check_texts(self.tokenizer, self.texts, "the traces")
-        if not self.long:
-            return
-        length, prompt, where = max(self.long)
-        read = f"{self.options.model} reads {self.positions:.0f}"
-        limit = f"over {self.limit:.0f} tokens" if self.options.max_completion_length else f"longer than {read}"
-        what = (
-            f"{len(self.long)} of {total} traces are {limit}, the first at {self.long[0][2]}, the longest at {where} "
-            f"({prompt} prompt and {length} completion tokens)"
-        )
-        if self.options.on_long == "refuse" or len(self.long) == total:
-            raise InputError(
-                f"{what}. Traces are never truncated: use --on_long drop, or a model with a longer context"
-            )
-        note(f"{what}: they are left out")
-
-
-def split_questions(
-    questions: Sequence[FitQuestion], fraction: float, seed: int
-) -> tuple[list[FitQuestion], list[FitQuestion]]:
-    """Training and held-out questions, chosen at random; at least one is left to train on.
-
-    Args:
-        questions: all.
-        fraction: share held out.
-        seed: the same seed holds out the same questions.
-    """
-    count = min(len(questions) - 1, round(fraction * len(questions)))
-    chosen = set(random.Random(f"held out {seed}").sample(range(len(questions)), max(0, count)))
-    train = [question for index, question in enumerate(questions) if index not in chosen]
-    return train, [questions[index] for index in sorted(chosen)]
-
-
-def prepare_fit_data(
-    options: FitOptions,
-    task: Task,
-    read: tuple[list[Question], LabelRule, str],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    rendering: Rendering,
-) -> FitData:
-    """Encode and split the questions.
-
-    Args:
-        options: of the run.
-        task: compares answers.
-        read: of `read_fit_data`.
-        tokenizer: the model's.
-        rendering: of the prompts.
-
-    Raises:
-        InputError: see `encode_questions`; or the questions to train on have no negative.
-    """
-    questions, rule, said = read
-    encoded = encode_questions(questions, options, rule, task=task, tokenizer=tokenizer, rendering=rendering)
-    train, held_out = split_questions(encoded, options.held_out_fraction, options.seed)
-    both = sum(question.negatives > 0 for question in train)
-    if both < 2:
-        raise InputError(
-            f"{both} of {len(train)} questions to train on have a negative under label rule {rule.name}, and 2 are "
-            "needed (better 50): give more questions, or candidates of which some disagree with the experts"
-            + (", or a lower --held_out_fraction" if held_out else "")
-        )
-    return FitData(train=balanced(train, options), held_out=held_out, rule=rule, said=said)
-
-
-def balanced(questions: list[FitQuestion], options: FitOptions) -> list[FitQuestion]:
-    """The questions with the weights of ``--balance``; see `balance_weights`.
-
-    Raises:
-        InputError: nothing can be balanced.
-    """
-    if options.balance == "none" or (options.balance == "question" and not options.readout):
-        return questions  # the discriminator weighs the questions of each update itself
-    if options.balance == "model" and all(c.row.model is None for question in questions for c in question.candidates):
-        raise InputError("--balance model: no candidate has the field model: add it, or leave the option out")
-    rows: list[tuple[bool | None, int, str | None]] = []
-    for number, question in enumerate(questions):
-        rows += [(True, number, None) for _ in question.experts]
-        rows += [(candidate.label, number, candidate.row.model) for candidate in question.candidates]
-    labels, numbers, models = zip(*rows, strict=True)
-    weights = iter(balance_weights(labels, numbers, models, options.balance))
-    found = [
-        replace(
-            question,
-            experts=[expert._replace(weight=next(weights)) for expert in question.experts],
-            candidates=[replace(candidate, weight=next(weights)) for candidate in question.candidates],
-        )
-        for question in questions
-    ]
-    if not any(expert.weight for question in found for expert in question.experts):
-        raise InputError(
-            "--balance model: no question is left with positives and negatives, since each model's candidates are all "
-            "on one side: use --balance none or question"
-        )
-    left_out = [question.where for question in found if not any(expert.weight for expert in question.experts)]
-    if left_out:
-        note(
-            f"--balance {options.balance}: {len(left_out)} of {len(found)} questions have one side only and weigh "
-            f"nothing, the first at {left_out[0]}"
-        )
-    return found
+def _asked(question: FitQuestion) -> list[Expert]:
+    """The demonstrations of a question, or its prompt alone."""
+    return question.experts or [Expert(question.prompt, [])]

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tracereward.data.matching import Question, trace_text
-from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
 from tracereward.errors import InputError, check_choice
 from tracereward.rewards.choices import NEGATIVES, POSITIVES
 from tracereward.tasks.recipes import Task
@@ -139,7 +138,7 @@ def choose_rule(
     """The label rule, and a sentence that says which and why.
 
     A part that is not given is ``agreeing`` or ``disagreeing`` where answers can be read (`READABLE`), else ``expert``
-    or ``all``. The sentence then warns if surface features alone distinguish experts from candidates.
+    or ``all``.
 
     Args:
         questions: of `match`.
@@ -168,8 +167,6 @@ def choose_rule(
         )
     if not rule.reads_answers:
         said += ", and every candidate counts as wrong"
-        leak = leak_warning(_probe(questions), "candidates")
-        said += f"; {leak}: the reward may learn style alone" if leak else ""
     return rule, said
 
 
@@ -177,18 +174,6 @@ def _at_odds(question: Question, task: Task) -> bool:
     """Whether a question's demonstrations state answers that differ."""
     first, *others = expert_answers(question, task) or [""]
     return not all(task.equal(first, other) for other in others)
-
-
-def _probe(questions: Sequence[Question]):
-    experts = [
-        TraceText(question.where, trace_text(row["completion"]), True)
-        for question in questions
-        for row in question.demonstrations
-    ]
-    candidates = [
-        TraceText(question.where, row.completion, row.finished) for question in questions for row in question.candidates
-    ]
-    return surface_probe(experts, candidates)
 
 
 def remarks_on_labels(questions: Sequence[Question], labels: Sequence[Sequence[bool | None]], rule: str) -> list[str]:
@@ -213,15 +198,6 @@ def remarks_on_labels(questions: Sequence[Question], labels: Sequence[Sequence[b
         fix = "give candidates of which some disagree with the experts"
         raise InputError(f"{counts}: without negatives there is one class only; {fix}, or use --negatives all")
     remarks = [counts]
-    useless = [
-        question.where
-        for question, found in zip(questions, labels, strict=True)
-        if False in found and not question.demonstrations and True not in found
-    ]
-    if useless:
-        remarks.append(
-            f"{len(useless)} of {len(questions)} questions have negatives and no positive, the first at {useless[0]}"
-        )
     same = [
         question.where
         for question, found in zip(questions, labels, strict=True)

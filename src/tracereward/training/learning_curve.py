@@ -94,7 +94,7 @@ def learning_curve(
     judged: Callable[[np.ndarray], Verdict | None],
     seed: int,
 ) -> LearningCurve:
-    """Fit and measure read-outs on shares of the questions.
+    """Fit and measure read-outs on shares of the questions that have a positive; the others are always there.
 
     Args:
         states: of the examples and of the held-out traces, each (N, L, H).
@@ -108,14 +108,15 @@ def learning_curve(
     Raises:
         InputError: no held-out question has right and wrong traces.
     """
-    numbers = np.unique(examples.questions)
+    numbers = np.unique(examples.questions[examples.labels])
+    alone = ~np.isin(examples.questions, numbers)
     sizes = sorted({max(2, round(share * len(numbers))) for share in SHARES})
     rows: dict[int, list[np.ndarray]] = {}
     verdicts: dict[int, Verdict | None] = {}
     for size in sizes:
         for repeat in range(1 if size == len(numbers) else REPEATS):
             chosen = np.random.default_rng((seed, size, repeat)).permutation(numbers)[:size]
-            here = np.flatnonzero(np.isin(examples.questions, chosen))
+            here = np.flatnonzero(np.isin(examples.questions, chosen) | alone)
             try:
                 fitted = fit_readout(states[0][here], layers, examples[here], objective, seed=seed)
             except InputError:  # too few of them have both classes

@@ -19,6 +19,7 @@ from scipy import stats
 
 from tracereward.metrics import mean
 
+FEWEST = 4  # losses of which two halves can be compared
 LOSS_FALL = 0.01
 KL_FLOOR = 1e-4  # nats per token; the rounding of bfloat16 alone gives nearly as much
 CHANGE_FLOOR = 1e-5  # of a weight: weights of transformers are about 0.02
@@ -32,9 +33,9 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Movement:
-    """Whether a model moved, the sentence that says so, and the figures in it."""
+    """Whether a model moved (None: unknown), the sentence that says so, and the figures in it."""
 
-    moved: bool
+    moved: bool | None
     line: str
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -56,8 +57,13 @@ def discriminator_movement(rows: Sequence[Row], advice: str = RAISE) -> Movement
     change = "{loss_first:.3g} to {loss_last:.3g}".format(**figures)
     judged = [found for found in map(_accuracy, parts) if found is not None]
     if not judged:
+        if falling is None and max(map(len, losses)) < FEWEST:
+            total = sum(map(len, losses))
+            few = "1 update of the discriminator is" if total == 1 else f"{total} updates of the discriminator are"
+            line = f"{few} too few to see whether it moves: {advice}"
+            return Movement(None, line, figures)
         if falling is None:
-            return Movement(False, f"the discriminator's loss did not fall ({change}): {advice}", figures)
+            return Movement(False, f"the discriminator's loss did not fall clearly ({change}): {advice}", figures)
         return Movement(True, f"the discriminator moved (loss {change})", figures)
     accuracy, pairs = max(judged)
     figures |= {"held_out_accuracy": accuracy, "held_out_pairs": pairs}
@@ -107,9 +113,9 @@ def movement_row(discriminator: Movement | None, policy: Movement | None = None)
 
 
 def fell(values: Sequence[float]) -> bool:
-    """Whether a series fell; see the module's docstring. False with fewer than four values."""
+    """Whether a series fell; see the module's docstring. False with fewer than `FEWEST` values."""
     half = len(values) // 2
-    if half < 2:
+    if len(values) < FEWEST:
         return False
     first, second = values[:half], values[-half:]
     fall = mean(first) - mean(second)

@@ -45,12 +45,12 @@ from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.callbacks import FailureWatch, MetricsFile, StopSignal
 from tracereward.training.checkpoints import DISCRIMINATOR_FILE, better_than_start, save_state, score_of_checkpoint
 from tracereward.training.discriminator import Discriminator, held_out_demonstrations
-from tracereward.training.discriminator_batch import Expert, Rollout, perturbed_pairs
+from tracereward.training.discriminator_batch import Expert, Rollout
 from tracereward.training.failures import Failure
+from tracereward.training.perturbed_pairs import TracePair, pair_auroc, pair_traces, perturbed_pairs
 from tracereward.training.rollout_labels import RolloutLabels
 from tracereward.training.rollout_trainer import RolloutTrainer
 from tracereward.training.token_bridge import TokenBridge
-from tracereward.training.update_loop import pair_auroc, pair_traces
 from tracereward.training.warmup import RolloutCollector, WarmUp
 
 NO_DEMONSTRATION = -1
@@ -173,7 +173,7 @@ class AdversarialTrainer(RolloutTrainer):
             if self.discriminator.sharded:
                 shard(self._starting_policy, self.accelerator.device)
             self._starting_policy.to(self.accelerator.device)  # pyright: ignore[reportArgumentType]
-        self.perturbed_pairs: list[tuple[list[int], list[int], list[int]]] = perturbed_pairs(
+        self.perturbed_pairs: list[TracePair] = perturbed_pairs(
             experts, held_out, self.discriminator.perturbed, args.seed
         )
         self._rewards: list[Tensor] = []

@@ -18,6 +18,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from tracereward.console import warn
+from tracereward.data.surface_probe import leak_warning
 from tracereward.errors import RunFailed
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.generation.params import SamplingParams
@@ -30,7 +32,8 @@ from tracereward.modeling.tokenization import eos_ids, with_own_end
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_state
 from tracereward.training.discriminator_batch import Rollout
-from tracereward.training.update_loop import UpdateLoop, surface_leaks
+from tracereward.training.token_probe import token_probe
+from tracereward.training.update_loop import UpdateLoop
 
 
 class RolloutCollector:
@@ -103,7 +106,10 @@ class WarmUp(TrainerCallback):
                     "a lower --held_out_fraction"
                 )
             if not trainer.stop.received():
-                leaks = surface_leaks(discriminator.experts, rollouts, discriminator.model.tokenizer)
+                probe = token_probe(discriminator.experts, rollouts, discriminator.model.tokenizer)
+                leaks = probe.row
+                if (warning := leak_warning(probe)) is not None:
+                    warn(warning)
         loop = UpdateLoop(
             discriminator=discriminator,
             seed=config.seed,
