@@ -10,10 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from tracereward.console import note
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
+from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import Sample
 from tracereward.modeling.loading import check_model, context_length, read_config
 from tracereward.modeling.lost_text import MOST_OF_A_TEXT, check_texts
 from tracereward.modeling.policy_settings import PolicySettings, remembered
+from tracereward.modeling.precision import reading_precision
 from tracereward.modeling.rendering import Rendering, check_rendering, render_prompt
 from tracereward.modeling.tokenization import encode_prompt, load_tokenizer
 from tracereward.rewards.settings import RewardSettings
@@ -173,3 +175,14 @@ def sample_row(sample: Sample, row: dict[str, Any], task: Task) -> dict[str, Any
         "length": len(sample.ids),
         "logprob": sample.logprob,
     }
+
+
+def with_precision(policy: str, sampling: SamplingParams) -> SamplingParams:
+    """How completions are sampled, with the precision of the policy where it is not the checkpoint's own.
+
+    It is stored with unfinished rows: on a machine that would choose another precision they are not continued.
+    """
+    if sampling.dtype not in (None, "auto"):
+        return sampling
+    precision = reading_precision(policy)
+    return replace(sampling, dtype=None if precision.own else precision.name)

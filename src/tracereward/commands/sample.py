@@ -17,13 +17,21 @@ from tracereward.commands.partial_output import (
     unfinished,
     write_row,
 )
-from tracereward.commands.questions import Questions, in_force, load_questions, read_questions, sample_row
+from tracereward.commands.questions import (
+    Questions,
+    in_force,
+    load_questions,
+    read_questions,
+    sample_row,
+    with_precision,
+)
 from tracereward.commands.sample_guided import Guidance, finished_guided, guided_rows
 from tracereward.console import say
 from tracereward.errors import InputError
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import sample
 from tracereward.modeling.loading import best_device, load_causal_lm
+from tracereward.modeling.precision import reading_precision
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import get_task
 
@@ -53,7 +61,10 @@ def run_sample(
     """
     models = {"model": model, "--reward-model": None, "--reference": None}
     questions = in_force(questions, model, None if guidance is None else check_reward_model(guidance.reward_model))
+    sampling = with_precision(model, sampling)
     data, options = questions.data, {**questions.options, **asdict(sampling)}
+    if sampling.dtype is None:
+        del options["dtype"]
     if not sampling.settings:  # outputs of earlier versions have none
         del options["settings"]
     if guidance is None:  # a batch has one random seed, so rows depend on its size
@@ -112,7 +123,8 @@ def sample_rows(
     questions = in_force(questions, model)
     task = get_task(str(questions.task))
     rows, prompts, tokenizer = load_questions(questions, model, sampling.max_new_tokens)
-    policy = load_causal_lm(model, device=best_device())
+    precision = reading_precision(model, sampling.dtype).say(f"{model} samples")
+    policy = load_causal_lm(model, precision.dtype, best_device())
     first_chunk = done // sampling.prompts_together(n)
     for chunk in sample(policy, tokenizer, prompts, sampling, n=n, first_chunk=first_chunk):
         yield [sample_row(s, rows[s.prompt], task) for s in chunk]
