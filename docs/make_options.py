@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tracereward.training.fit_options import FIT_GROUPS
 from tracereward.training.option_rules import ALL_RULES
-from tracereward.training.options import GROUPS, DataArguments, PolicyOptions, SavingOptions, own_fields
+from tracereward.training.option_types import own_fields
+from tracereward.training.options import GROUPS, DataArguments, PolicyOptions, SavingOptions
 from tracereward.training.trl_options import COMMANDS, HONOURED, REFUSED, commands_with
 
 PAGE = Path(__file__).with_name("options.md")

@@ -102,3 +102,33 @@ def message_text(message: Mapping[str, Any], think: tuple[str, str] = THINK) -> 
     if not content.strip():  # cut off while it reasoned
         return f"{think[0]}{reasoning}"
     return think[0] + reasoning + think[1] + content.lstrip("\n")
+
+
+ENDED = (None, "stop", "eos_token")
+"""Finish reasons of samples that ended by themselves; with any other the end of sequence is not scored."""
+
+
+def read_choice(choice: Mapping[str, Any], think: tuple[str, str] = THINK) -> tuple[str, str, bool]:
+    """The sample in a choice of an OpenAI-compatible server, of chat or text completions.
+
+    Args:
+        choice: as the server returns it.
+        think: the text before and after the reasoning.
+
+    Returns:
+        The trace with its reasoning, the content alone, and whether it ended by itself: not at a length limit or a stop
+        string.
+
+    Raises:
+        ValueError: it has tool calls, or something else than text.
+    """
+    # vLLM and SGLang name the stop string that was found here; a number is an end-of-sequence id.
+    stopped = any(isinstance(choice.get(name), str) for name in ("stop_reason", "matched_stop"))
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        message = {"content": choice.get("text")}
+    for name in ("tool_calls", "function_call"):
+        if message.get(name):
+            raise ValueError(f"it has {name}")
+    text, content = message_text(message, think), content_text(message.get("content"))
+    return text, content, choice.get("finish_reason") in ENDED and not stopped

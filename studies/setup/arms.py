@@ -17,7 +17,8 @@ from tracereward.files import atomic_folder, read_jsonl, write_jsonl
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig, SupervisedConfig
 from tracereward.training.option_rules import CONFIG_RULES, Values, without_effect
-from tracereward.training.options import DataArguments, option_defaults
+from tracereward.training.option_types import option_defaults
+from tracereward.training.options import DataArguments
 from tracereward.training.trl_options import TRAIN
 
 MODEL_OPTIONS = ("discriminator_model", "warmup_model")

@@ -11,8 +11,10 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from helpers.command_line import command, refused  # noqa: F401
+from helpers.hub import hub  # noqa: F401
 from helpers.tiny import launcher, options, rows, trap, weights
 from helpers.unloadable import unloadable
 from tracereward import TokenRewardModel, as_reward_func, fit
@@ -142,6 +144,7 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
         assert "agreeing/disagreeing" in text
         assert line in text.replace("&#43;", "+")
         assert "by agreement with the answer that the demonstration states (80)" in text
+    assert "<h2>Training</h2>" not in report  # one point is no curve
     (row,) = [row for row in rows(folder / "metrics.jsonl") if row["phase"] == "fit"]
     assert row["readout/cross_validated_auroc"] > 0.9
     assert row["discriminator/held_out_accuracy"] > 0.5
@@ -325,6 +328,30 @@ def test_candidates_of_questions_without_a_demonstration(more, used, tiny_model_
     assert f"{'120 of 120' if used else '120'} candidates of questions without" in capsys.readouterr().err
 
 
+def test_a_run_is_uploaded_and_tracked(hub, tiny_model_folder, tmp_path):
+    folder, few = tmp_path / "mine", {"model": str(tiny_model_folder), **READOUT}
+    more = {"push_to_hub": True, "report_to": ["tensorboard"], "output_dir": folder}
+    fit(DEMONSTRATIONS[:20], CANDIDATES[:80], **few, **more)
+    stored = hub.repositories["alice/mine"].files()
+    assert {"model.safetensors", "tracereward.json", "verdict.json", "tokenizer.json"} <= stored.keys()
+    assert b'from_pretrained("alice/mine")' in stored["README.md"]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    (row,) = [row for row in rows(folder / "metrics.jsonl") if row["phase"] == "fit"]
+    numbers = {
+        f"train/fit/{name}": value for name, value in row.items() if isinstance(value, int | float) and name != "step"
+    }
+    tried = [name for name in numbers if name.startswith("train/fit/readout/auroc/")]
+    assert len(tried) == len(set(tried)) >= 3
+    assert max(numbers[name] for name in tried) == row["readout/cross_validated_auroc"]
+    for name, value in numbers.items():
+        assert events.Scalars(name)[0].value == pytest.approx(value), name
+    assert "train/verdict/questions" in events.Tags()["scalars"]
+    hub.faults.append(("POST /api/repos/create", 403))
+    with pytest.raises(InputError, match="--push_to_hub"):
+        fit(DEMONSTRATIONS[:20], CANDIDATES[:80], **few, push_to_hub=True, output_dir=tmp_path / "other")
+    assert not (tmp_path / "other" / "reward_model").exists()
+
+
 def test_own_labels_come_before_agreement(tiny_model_folder):
     """Labels that contradict the answers turn the AUROC round."""
     _, fitted = trained(tiny_model_folder, DEMONSTRATIONS, CANDIDATES)
@@ -359,6 +386,9 @@ def test_lora_on_the_readout_trains_with_weights_by_model(tiny_model_folder):
         ({"max_completion_length": 6}, ["traces are over 6 tokens", "--on_long drop"]),
         ({"template": "chat"}, ["chat template"]),
         ({"held_out_fraction": 1}, ["held_out_fraction"]),
+        ({"hub_model_id": "me/rm"}, ["--hub_model_id me/rm", "--push_to_hub true"]),
+        ({"run_name": "first"}, ["--run_name first", "--report_to"]),
+        ({"report_to": "tensorbord"}, ["--report_to tensorbord", "did you mean 'tensorboard'"]),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -228,6 +228,24 @@ def test_missing_values_leave_gaps(path):
     assert "Rewards of correct and wrong traces" not in html
 
 
+def test_one_step_is_no_curve(path):
+    rows = [{"step": 3, "kl": 0.5, "entropy": 1.0}, {"step": 3, "kl": 0.25}]
+    assert plots.curves(rows, "step") == []
+    titles = [figure["title"] for figure in plots.curves([*rows, {"step": 4}], "step")]
+    assert titles == ["KL to the reference policy", "Entropy of the policy"]
+
+
+def test_figure_of_a_table_has_its_numbered_rows_and_the_others():
+    table = Table("Tried", ["layers", "penalty 1"], [[4, 0.5], [8, 0.75], ["4, 8", 0.625]])
+    svg = plots.table_figure(table)["svg"]
+    # Values 0.5 : 0.625 : 0.75 are equally far apart, upwards; y in SVG is downwards.
+    heights = re.findall(r'<use [^>]*y="([\d.]+)" style="fill: var\(--positive\)', svg)
+    first, second, mean = map(float, heights[:3])  # the fourth is in the legend
+    assert first - mean == pytest.approx(mean - second)
+    assert first > second
+    assert ">mean<" in svg
+
+
 def test_points_are_ordered_and_later_rows_replace_earlier_ones():
     rows = [{"step": 2, "kl": 5.0}, {"step": 1, "kl": 1.0}, {"step": 2, "kl": 2.0}, {"step": 2}, {"step": 3, "kl": "x"}]
     x, y = plots._points(rows, "step", "kl")

@@ -15,7 +15,8 @@ from tracereward.cli.training_options import CONFIGS, parse
 from tracereward.errors import InputError
 from tracereward.runs import finish
 from tracereward.training import option_rules
-from tracereward.training.options import DataArguments, option_defaults
+from tracereward.training.option_types import option_defaults
+from tracereward.training.options import DataArguments
 from tracereward.training.trackers import PACKAGES
 from tracereward.training.trl_options import (
     COMMANDS,

@@ -14,7 +14,16 @@ import typer
 import typer.core
 
 from tracereward import __version__
-from tracereward.cli.evaluate import ChatTemplateKwargs, QuestionTask, Template, json_object, suites
+from tracereward.cli.evaluate import (
+    Api,
+    ChatTemplateKwargs,
+    Concurrency,
+    QuestionTask,
+    SamplingEngine,
+    Template,
+    json_object,
+    suites,
+)
 from tracereward.cli.reward import Overwrite, PolicyDtype, Resume, Seed, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
@@ -118,7 +127,7 @@ def fit(ctx: typer.Context) -> None:
 
 @app.command()
 def sample(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy, or its name at the server.")],
     data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
     task: QuestionTask = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="Completions per prompt. Default: 8.")] = None,
@@ -135,6 +144,9 @@ def sample(
     chat_template_kwargs: ChatTemplateKwargs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     dtype: PolicyDtype = None,
+    engine: SamplingEngine = "transformers",
+    api: Api = None,
+    concurrency: Concurrency = 32,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
@@ -161,6 +173,7 @@ def sample(
     from tracereward.commands.questions import Questions
     from tracereward.commands.sample import run_sample
     from tracereward.commands.sample_guided import Guidance, guide_options
+    from tracereward.generation.engine import EngineOptions
     from tracereward.generation.params import SamplingParams
     from tracereward.generation.settings import recommended_options
 
@@ -194,6 +207,7 @@ def sample(
         sampling,
         n=n or 8,
         guidance=guidance,
+        engine=EngineOptions(name=engine, api=api, concurrency=concurrency),
         output=Output(path=output, resume=resume, overwrite=overwrite),
     )
 

@@ -67,6 +67,17 @@ ChatTemplateKwargs = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length limit of a trace.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Traces generated together.")]
+SamplingEngine = Annotated[
+    str,
+    typer.Option(
+        "--engine", help="transformers, vllm (tracereward[vllm]), or the URL of an OpenAI-compatible server, with /v1."
+    ),
+]
+Api = Annotated[
+    str | None,
+    typer.Option(help="With a server: send texts (completions) or messages (chat). Default: by template and model."),
+]
+Concurrency = Annotated[int, typer.Option(min=1, help="With a server: requests in flight.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results of the same suite in --output.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
@@ -163,7 +174,7 @@ def perturbation(
 
 @suites.command("policy")
 def policy_suite(
-    policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
+    policy: Annotated[str, typer.Argument(help="Folder or Hub id of the policy, or its name at the server.")],
     data: QuestionData = None,
     task: QuestionTask = None,
     n: Annotated[int, typer.Option("-n", "--n", min=0, help="Samples per question; 0 for greedy only.")] = 8,
@@ -176,6 +187,9 @@ def policy_suite(
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     dtype: PolicyDtype = None,
+    engine: SamplingEngine = "transformers",
+    api: Api = None,
+    concurrency: Concurrency = 32,
     output: Output = None,
     overwrite: Overwrite = False,
     json_table: Json = False,
@@ -183,6 +197,7 @@ def policy_suite(
     """Greedy and sampled accuracy, pass@k, and the shares of traces without an answer or truncated."""
     from tracereward.commands.questions import Questions
     from tracereward.evaluate.suites import Results, run_policy
+    from tracereward.generation.engine import EngineOptions
     from tracereward.generation.params import SamplingParams
 
     kwargs = json_object("--chat-template-kwargs", chat_template_kwargs)
@@ -193,7 +208,12 @@ def policy_suite(
         max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size, dtype=dtype
     )
     run_policy(
-        policy, questions, sampling, n=n, results=Results(folder=output, overwrite=overwrite, as_json=json_table)
+        policy,
+        questions,
+        sampling,
+        n=n,
+        engine=EngineOptions(name=engine, api=api, concurrency=concurrency),
+        results=Results(folder=output, overwrite=overwrite, as_json=json_table),
     )
 
 

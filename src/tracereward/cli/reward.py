@@ -140,6 +140,46 @@ def rerank(
 
 
 @commands.command()
+def select(
+    data: Annotated[str, typer.Argument(help="Rows that `tracereward score` wrote.")],
+    output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="sft: traces; dpo: pairs; kto: the traces of pairs with a label. As in TRL.")
+    ] = "sft",
+    top: Annotated[int, typer.Option("-k", "--top", min=1, help="Traces or pairs of a question, at most.")] = 1,
+    threshold: Annotated[float | None, typer.Option(help="Lowest reward of a trace that is kept, in log-odds.")] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of all candidates that is kept at most, the best ones.")
+    ] = None,
+    margin: Annotated[float, typer.Option(min=0, help="Smallest difference of the rewards of a pair.")] = 0.0,
+    answers: Annotated[str, typer.Option(help="Answers of a pair: any, different or same.")] = "any",
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Also write sets of the same size: random, shortest, logprob, majority.")
+    ] = False,
+    task: Annotated[str, typer.Option(help="Task that reads and compares answers.")] = "generic",
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn scored candidates into training data: the best traces, or pairs, and sets of the same size to compare."""
+    from tracereward.commands.partial_output import Output
+    from tracereward.commands.select import SelectOptions, run_select
+
+    run_select(
+        SelectOptions(
+            data=data,
+            top=top,
+            threshold=threshold,
+            share=share,
+            format=form,
+            margin=margin,
+            answers=answers,
+            controls=controls,
+            task=task,
+            output=Output(path=output, resume=None, overwrite=overwrite),
+        )
+    )
+
+
+@commands.command()
 def correct(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy.")],
     data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion, as `tracereward sample` writes.")],

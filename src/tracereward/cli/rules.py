@@ -53,6 +53,42 @@ RULES: tuple[Rule, ...] = (
         why="--temperature 0 uses no random numbers",
     ),
     Rule(
+        commands=("sample", "policy"),
+        options=("api", "concurrency"),
+        when=lambda o: "://" not in o["engine"],
+        why="it is for a server: it needs --engine URL",
+    ),
+    Rule(
+        commands=("sample", "policy"),
+        options=("batch_size",),
+        when=lambda o: o["engine"] != "transformers",
+        why="vLLM and servers form their batches themselves",
+    ),
+    Rule(
+        commands=("sample",),
+        options=("engine",),
+        when=lambda o: o["guide"] is not None,
+        why="--guide decodes with transformers",
+    ),
+    Rule(
+        commands=("sample",),
+        options=("use_generation_config",),
+        when=lambda o: "://" in o["engine"],
+        why="a server has its own defaults: give --temperature and --top-p",
+    ),
+    Rule(
+        commands=("select",),
+        options=("margin", "answers"),
+        when=lambda o: o["form"] == "sft",
+        why="they are about pairs: use --format dpo or kto",
+    ),
+    Rule(
+        commands=("select",),
+        options=("threshold", "share"),
+        when=lambda o: o["form"] != "sft",
+        why="they are about single traces: for pairs use --margin",
+    ),
+    Rule(
         commands=("policy",),
         options=("temperature",),
         when=lambda o: o["n"] == 0,

@@ -4,7 +4,8 @@ import dataclasses
 import textwrap
 
 from tracereward.training.fit_options import FIT_GROUPS
-from tracereward.training.options import GROUPS, NOT_OF, own_fields
+from tracereward.training.option_types import own_fields
+from tracereward.training.options import GROUPS, NOT_OF
 from tracereward.training.trl_options import HONOURED, commands_with
 
 COMMANDS = {

@@ -17,7 +17,8 @@ from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import MODEL_RANGES, RETIRED, RewardConfig, SupervisedConfig
 from tracereward.training.fit_options import FitOptions
 from tracereward.training.option_rules import check_fit, check_job, effective
-from tracereward.training.options import DataArguments, check_options, option_defaults
+from tracereward.training.option_types import check_options, option_defaults
+from tracereward.training.options import DataArguments
 from tracereward.training.trl_options import OTHER_NAMES, commands_with, honoured
 
 CONFIGS = {"sft": SupervisedConfig, "train": AdversarialConfig, "grpo": RewardConfig}

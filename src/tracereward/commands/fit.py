@@ -20,6 +20,7 @@ from tracereward.errors import InputError, nearest
 from tracereward.files import atomic_write_json, without_nan, write_jsonl
 from tracereward.modeling.loading import check_model, load_causal_lm, read_config
 from tracereward.modeling.log_probs import mean_log_probs
+from tracereward.modeling.model_folder import REWARD_MODEL
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
 from tracereward.modeling.tokenization import pad_id, policy_tokenizer
@@ -34,12 +35,14 @@ from tracereward.runs.fit_training import Learned, curve, curve_table, learn, re
 from tracereward.runs.folder import Run, run_folder
 from tracereward.runs.job import FitJob
 from tracereward.runs.report import pick_traces
+from tracereward.runs.upload import repositories_of, upload_all
 from tracereward.runs.verdict import record_movement, record_verdict
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.fit_data import FitData, FitQuestion
 from tracereward.training.fit_options import FitOptions
 from tracereward.training.fit_preparation import prepare_fit_data, read_fit_data
 from tracereward.training.label_rules import LabelRule
+from tracereward.training.trackers import Trackers, check_trackers
 from tracereward.verdict import Verdict
 
 
@@ -120,6 +123,7 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         raise InputError("fit runs in one process: start it without a launcher")
     if options.model is None:
         raise InputError("no model: pass --model, a folder or a Hub id")
+    check_trackers(options.report_to)
     task, name = get_task(options.task), options.model
     read = _read(options, task, rows or {})
     check_model(name)
@@ -147,6 +151,9 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
     job = FitJob(given=options, resume=resume)
     check_disk(job, models=1, traces=_read_states(options, data))
     with run_folder(job) as run:
+        repositories = repositories_of(run, [REWARD_MODEL])
+        if options.report_to not in (None, ["none"]):
+            run.metrics.trackers = Trackers.started(options.report_to, run.folder, run.settings, options.run_name)
         for kind, source in (rows or {}).items():
             if not isinstance(source, (str, os.PathLike)):
                 write_jsonl(run.folder / f"{kind}.jsonl", [row for _, row in rows_of(source, kind)])
@@ -162,6 +169,7 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
             learned.sentences.append(shown.line)
             note(shown.line)
         _finish(run, learned, data, found)
+        upload_all(run, repositories)
     return Fitted(reward_model=model, verdict=found.verdict, label_rule=data.rule.name, folder=run.folder)
 
 
@@ -234,12 +242,13 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: Measured) 
     rule, sentence = find_rule(model, _judged_traces(data.held_out), run.job.given.seed)
     sentences.append(sentence)
     model.settings = dataclasses.replace(model.settings, calibration=found.calibration, first_error=rule)
-    folder, missing = run.folder / "reward_model", " ".join(found.missing)
+    folder, missing = run.folder / REWARD_MODEL, " ".join(found.missing)
     model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
     run.report(
         " ".join(sentences),
         verdict=verdict_html(found.verdict, missing),
         tables=learned.tables,
+        figures=learned.figures,
         rewards_correct=found.rewards(correct=True),
         rewards_wrong=found.rewards(correct=False),
         traces=pick_traces(found.traces),

@@ -7,6 +7,7 @@ different runs are never mixed.
 import json
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,7 +197,7 @@ def check_output(output: Output, inputs: Iterable[str | None]) -> None:
 
 
 @contextmanager
-def rows_to(output: Output, origin: Origin | None = None) -> Iterator[TextIO]:
+def rows_to(output: Output, origin: Origin | None = None, sorted_by: str | None = None) -> Iterator[TextIO]:
     """Open an output for rows: stdout, or a file that gets its name when complete.
 
     With ``resume`` the rows that `unfinished` found are continued. Call `check_output` first.
@@ -204,6 +205,7 @@ def rows_to(output: Output, origin: Origin | None = None) -> Iterator[TextIO]:
     Args:
         output: of the command.
         origin: stored with an output that can be resumed.
+        sorted_by: a field, by whose numbers the rows of a complete file are sorted.
 
     Raises:
         RunFailed: the disk is full, or another process has written the file.
@@ -218,6 +220,8 @@ def rows_to(output: Output, origin: Origin | None = None) -> Iterator[TextIO]:
             if origin is not None:  # only after the rows of an earlier run are gone
                 atomic_write_json(_origin_file(part), origin)
             yield file
+        if sorted_by is not None:
+            sort_rows(part, sorted_by)
     except KeyboardInterrupt as error:
         kept = "" if output.resume is None else f"; finished rows are in {part}: continue with --resume"
         raise Interrupted(f"interrupted{kept}") from error
@@ -310,16 +314,38 @@ def finished_rows(part: Path) -> int:
     return count
 
 
-def finished_questions(part: Path, n: int, chunk: int) -> int:
-    """Questions of `n` rows in the complete chunks of an unfinished output; removes the rows after them.
+def finished_questions(part: Path, n: int, chunk: int) -> set[int]:
+    """Questions of `n` rows in the complete chunks of an unfinished output; removes all other rows.
 
     Raises:
         InputError: see `complete_rows`.
     """
     rows = complete_rows(part, "question")
-    done = len(rows) // (n * chunk) * chunk
-    write_jsonl(part, rows[: done * n])
+    counts = Counter(row["question"] for row in rows)
+    chunks = Counter(question // chunk for question, count in counts.items() if count == n)
+    done = {question for question in counts if chunks[question // chunk] == chunk}
+    write_jsonl(part, [row for row in rows if row["question"] in done])
     return done
+
+
+def sort_rows(part: Path, field: str) -> None:
+    """Sort the rows of a file by the numbers in a field; rows with the same keep their order.
+
+    Raises:
+        InputError: see `complete_rows`.
+    """
+    places, start = [], 0
+    for size, row in _lines(part, field):
+        places.append((row[field], start, size))
+        start += size
+    if places == sorted(places):
+        return
+    other = part.with_name(part.name + ".sorted")
+    with open(part, "rb") as file, open(other, "wb") as target:
+        for _, start, size in sorted(places):
+            file.seek(start)
+            target.write(file.read(size))
+    other.replace(part)
 
 
 def complete_rows(part: Path, field: str) -> list[dict[str, Any]]:

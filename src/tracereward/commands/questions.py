@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from tracereward.console import note
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
+from tracereward.generation.engine import Answer, EngineOptions, Prompt
 from tracereward.generation.params import SamplingParams
-from tracereward.generation.sampling import Sample
 from tracereward.modeling.loading import check_model, context_length, read_config
 from tracereward.modeling.lost_text import MOST_OF_A_TEXT, check_texts
 from tracereward.modeling.policy_settings import PolicySettings, remembered
 from tracereward.modeling.precision import reading_precision
-from tracereward.modeling.rendering import Rendering, check_rendering, render_prompt
-from tracereward.modeling.tokenization import encode_prompt, load_tokenizer
+from tracereward.modeling.rendering import Rendering, check_rendering, plain_prompt, render_prompt
+from tracereward.modeling.tokenization import encode_prompt, load_tokenizer, without_added
 from tracereward.rewards.settings import RewardSettings
 from tracereward.tasks.recipes import Task, get_task
 
@@ -112,6 +113,70 @@ def _say(model: str, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
         note(text)
 
 
+def in_force_at(engine: EngineOptions, questions: Questions, model: str) -> tuple[Questions, EngineOptions]:
+    """As `in_force` for the model of an engine, with the API of a server set.
+
+    A model that is a folder here is rendered here, as it was trained, and its server is sent texts. Of any other name
+    only the server knows a chat template, and it is sent messages; ``plain`` prompts are sent as texts.
+
+    Raises:
+        InputError: the API and the template contradict each other, or see `in_force`.
+    """
+    if not engine.is_server:
+        return in_force(questions, model), engine
+    here = Path(model).expanduser().is_dir()
+    if here:
+        if engine.api == "chat" and questions.template is None:
+            questions = replace(questions, template="chat")
+        questions = in_force(questions, model)
+    elif questions.date is None:
+        questions = replace(questions, task=questions.task or PolicySettings.task, date="")
+        if questions.template is None:
+            given = questions.chat_template_kwargs or engine.api == "chat"
+            chat = given or any(not isinstance(row["prompt"], str) for row in read_questions(questions))
+            questions = replace(questions, template="chat" if chat else "plain")
+    questions.rendering  # noqa: B018 (checks the values)
+    api = engine.api or ("completions" if questions.template == "plain" or here else "chat")
+    if api == "chat" and questions.template == "plain":
+        raise InputError(
+            "--api chat sends messages for the server to render: use --template chat, or --api completions"
+        )
+    if api == "completions" and questions.template == "chat" and not here:
+        raise InputError(
+            f"--api completions with --template chat renders prompts by the chat template of {model}, which is no "
+            "folder here: use --api chat, or give the model's folder (and serve it under that name)"
+        )
+    return questions, replace(engine, api=api)
+
+
+def server_prompts(
+    questions: Questions, model: str, max_new_tokens: int, engine: EngineOptions
+) -> tuple[list[dict[str, Any]], list[Prompt]]:
+    """The rows, and what is sent for each: a text or messages. Says which.
+
+    Args:
+        questions: with every option set, see `in_force_at`.
+        model: folder of the policy, or its name at the server.
+        max_new_tokens: length limit of the completions.
+        engine: the server, with its API.
+
+    Raises:
+        InputError: as `load_questions`.
+    """
+    if engine.api == "chat":
+        rows = read_questions(questions)
+        note(f"{engine.name}: prompts are sent as messages, which the server renders by its own chat template")
+        asked = [row["prompt"] for row in rows]
+        return rows, [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in asked]
+    if questions.template == "plain":
+        rows = read_questions(questions)
+        note(f"{engine.name}: prompts are sent as texts")
+        return rows, [plain_prompt(row["prompt"], row["source"]) for row in rows]
+    rows, prompts, tokenizer = load_questions(questions, model, max_new_tokens)
+    note(f"{engine.name}: prompts are sent as texts, rendered by the chat template of {model}")
+    return rows, [without_added(tokenizer, prompt) for prompt in prompts]  # the server's tokenizer adds them
+
+
 def read_questions(questions: Questions) -> list[dict[str, Any]]:
     """The rows.
 
@@ -162,9 +227,12 @@ def load_questions(
     return rows, prompts, tokenizer
 
 
-def sample_row(sample: Sample, row: dict[str, Any], task: Task) -> dict[str, Any]:
-    """The output row of ``tracereward sample`` for one completion of the question in `row`."""
-    return {
+def sample_row(sample: Answer, row: dict[str, Any], task: Task) -> dict[str, Any]:
+    """The output row of ``tracereward sample`` for one completion of the question in `row`.
+
+    length and logprob are missing where a server does not tell them.
+    """
+    found = {
         "question": sample.prompt,
         "prompt": row["prompt"],
         "completion": sample.text,
@@ -172,9 +240,9 @@ def sample_row(sample: Sample, row: dict[str, Any], task: Task) -> dict[str, Any
         "extracted": task.extract(sample.text),
         "correct": None if row["answer"] is None else task.verify(sample.text, row["answer"]),
         "finished": sample.finished,
-        "length": len(sample.ids),
-        "logprob": sample.logprob,
     }
+    known = {"length": sample.length, "logprob": sample.logprob}
+    return found | {name: value for name, value in known.items() if value is not None}
 
 
 def with_precision(policy: str, sampling: SamplingParams) -> SamplingParams:

@@ -200,12 +200,13 @@ def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText], s
     return Probe(auroc(scores.tolist(), is_expert), responsible, len(traces))
 
 
-def leak_warning(probe: Probe, others: str = "rollouts") -> str | None:
-    """One sentence if the probe is above `LEAK_BOUND`, with the features that reveal experts; else None.
+def leak_warning(probe: Probe, others: str = "rollouts", *, mine: str = "experts") -> str | None:
+    """One sentence if the probe is above `LEAK_BOUND`, with the features that reveal the first class; else None.
 
     Args:
-        probe: of experts and others.
-        others: what the others are called.
+        probe: of two classes of traces.
+        others: what the second is called.
+        mine: what the first is called.
     """
     if not probe.auroc > LEAK_BOUND:  # nan is not
         return None
@@ -214,9 +215,7 @@ def leak_warning(probe: Probe, others: str = "rollouts") -> str | None:
         f"AUROC {feature.auroc:.2f} alone"
         for feature in probe.features
     )
-    return (
-        f"surface features alone distinguish experts from {others} with AUROC {probe.auroc:.2f} (in experts: {named})"
-    )
+    return f"surface features alone distinguish {mine} from {others} with AUROC {probe.auroc:.2f} (in {mine}: {named})"
 
 
 def _model():

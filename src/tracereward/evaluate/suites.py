@@ -11,8 +11,8 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from tracereward.commands.partial_output import check_folder_writable, check_new
-from tracereward.commands.questions import Questions, in_force, load_questions
-from tracereward.commands.sample import sample_rows
+from tracereward.commands.questions import Questions, in_force_at, read_questions
+from tracereward.commands.sample import TRANSFORMERS, load_sampler
 from tracereward.console import note, print_json, say, warn
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.data.labels import judged_by, judgement_counts
@@ -27,6 +27,7 @@ from tracereward.evaluate.pool_data import PoolRow, read_pool
 from tracereward.evaluate.step_data import read_step_traces, split_by_question
 from tracereward.evaluate.steps import evaluate_steps, step_tables
 from tracereward.files import atomic_write_json, read_json
+from tracereward.generation.engine import EngineOptions
 from tracereward.generation.params import SamplingParams
 from tracereward.metrics import auroc, auroc_interval
 from tracereward.modeling.hub import looks_local, split_name
@@ -283,29 +284,36 @@ def run_policy(
     sampling: SamplingParams,
     *,
     n: int,
+    engine: EngineOptions = TRANSFORMERS,
     results: Results,
 ) -> None:
     """`tracereward evaluate policy`.
 
     Args:
-        policy: folder or Hub id.
+        policy: folder or Hub id, or its name at the server.
         questions: with gold answers.
         sampling: of the samples; greedy traces have the same length limit.
         n: samples of each question; 0 for greedy alone.
+        engine: where to sample.
         results: where the results go.
 
     Raises:
         InputError: a question without a gold answer, or several samples of each at temperature 0.
+        RunFailed: a server has not answered all questions.
     """
     if n > 1 and sampling.temperature == 0:
         raise InputError(f"n is {n}: at temperature 0 all samples of a question are the same; use -n 0")
     base = results.checked("policy", policy, [questions.data or get_task(str(questions.task)).dataset])
-    questions = in_force(questions, policy)
-    check_answers(load_questions(questions, policy)[0])
-    greedy_chunks = sample_rows(policy, questions, replace(sampling, temperature=0.0), n=1)
-    greedy = [row for chunk in greedy_chunks for row in chunk]
-    chunks = sample_rows(policy, questions, sampling, n=n) if n else []
-    sampled = [row for chunk in chunks for row in chunk]
+    questions, engine = in_force_at(engine, questions, policy)
+    check_answers(read_questions(questions))
+    sampler = load_sampler(policy, questions, sampling, engine)
+    greedy_chunks = sampler.sample(replace(sampling, temperature=0.0), n=1)
+    chunks = sampler.sample(sampling, n=n) if n else []
+    # A server answers in any order.
+    greedy, sampled = (
+        sorted((row for chunk in each for row in chunk), key=lambda row: row["question"])
+        for each in (greedy_chunks, chunks)
+    )
     result = {
         "policy": policy,
         "data": questions.data or get_task(str(questions.task)).dataset,

@@ -1,6 +1,7 @@
 """`SamplingParams`: how completions are sampled. Imports neither torch nor transformers."""
 
 import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,10 @@ class SamplingParams:
             raise InputError(f"--top-p must be over 0 and at most 1, not {self.top_p}")
         if not 0 <= self.seed <= MAX_SEED:
             raise InputError(f"--seed must be from 0 to {MAX_SEED}, not {self.seed}")
+
+    def seed_of(self, prompt: int, request: int = 0) -> int:
+        """Seed of one of a prompt's requests to an engine: the same in any batch and after any interruption."""
+        return random.Random(f"{self.seed} {prompt} {request}").getrandbits(31)  # some servers store 32 bits
 
     def prompts_together(self, n: int) -> int:
         """Number of prompts, with `n` completions each, per batch; at least one."""

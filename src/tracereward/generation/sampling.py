@@ -37,6 +37,11 @@ class Sample:
     finished: bool
     logprob: float
 
+    @property
+    def length(self) -> int:
+        """Number of its tokens."""
+        return len(self.ids)
+
 
 def sample(
     model: PreTrainedModel,

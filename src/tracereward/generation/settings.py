@@ -1,4 +1,4 @@
-"""The one place that sets the options of transformers' `generate`.
+"""The one place that sets how completions are sampled: the options of transformers' `generate`, vLLM and servers.
 
 Left alone, `generate` takes whatever the model's ``generation_config.json`` recommends for chat (a repetition penalty,
 min-p, suppressed tokens, ...), so that "greedy" is not argmax and samples are not the policy's. Here a call has our own
@@ -61,6 +61,22 @@ NOT_SAMPLING = tuple(NEUTRAL)[tuple(NEUTRAL).index("num_beams") :]
 OF_SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Those that greedy decoding does not have."""
 
+VLLM_NAMES = {
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "min_new_tokens": "min_tokens",
+}
+"""Settings of a generation config that vLLM has too, by its name for them."""
+
+STANDARD: dict[str, Any] = {"top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+OTHER: dict[str, Any] = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Values that change nothing, of OpenAI's options and of those that vLLM, SGLang and llama.cpp add to them.
+
+Servers have defaults of their own (llama.cpp's top-k is 40; vLLM reads the model's ``generation_config.json``), so that
+they are sent. -1 is no limit to all three.
+"""
+
 NOT_FINITE = "the policy's token probabilities are not finite: its weights are damaged, or too large for its dtype"
 
 
@@ -93,6 +109,31 @@ def generation_config(
     else:
         settings = {name: value for name, value in settings.items() if name not in OF_SAMPLING}
     return GenerationConfig(**{**fields, **settings, **options})
+
+
+def vllm_settings(sampling: SamplingParams) -> dict[str, Any]:
+    """Fields of vLLM's ``SamplingParams`` that choose the tokens; its defaults for all others change nothing.
+
+    Raises:
+        InputError: `sampling` has a setting that vLLM lacks.
+    """
+    settings = dict(sampling.settings)
+    if not sampling.temperature:
+        settings = {name: value for name, value in settings.items() if name not in OF_SAMPLING}
+    if unknown := [name for name in settings if name not in VLLM_NAMES]:
+        raise InputError(
+            f"--engine vllm does not have {', '.join(unknown)}, which the generation_config.json asks for: use "
+            "--engine transformers, or leave out --use-generation-config"
+        )
+    given = {VLLM_NAMES[name]: value for name, value in settings.items()}
+    top_p = sampling.top_p if sampling.temperature else 1.0
+    return {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": top_p, **given}
+
+
+def server_settings(sampling: SamplingParams) -> dict[str, Any]:
+    """Fields of a request to a server that choose the tokens; all but `STANDARD` and `OTHER`, which are neutral."""
+    given = {"top_p": sampling.top_p} if sampling.temperature and sampling.top_p < 1 else {}
+    return {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, **given}
 
 
 def run_generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:

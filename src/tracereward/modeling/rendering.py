@@ -198,9 +198,7 @@ def render_prompt(
             or that have a field which it does not read.
     """
     if rendering.template == "plain":
-        if not isinstance(prompt, str):
-            raise InputError(f"{where}: the prompt is a list of messages: use --template chat")
-        return prompt
+        return plain_prompt(prompt, where)
     from jinja2 import TemplateError
 
     template = chat_template_of(tokenizer)
@@ -220,6 +218,17 @@ def render_prompt(
             "--template plain"
         )
     return text
+
+
+def plain_prompt(prompt: str | list[dict], where: str) -> str:
+    """A prompt that is a text already.
+
+    Raises:
+        InputError: it is a list of messages.
+    """
+    if not isinstance(prompt, str):
+        raise InputError(f"{where}: the prompt is a list of messages: use --template chat")
+    return prompt
 
 
 def _check_written(messages: list[dict], text: str) -> None:

@@ -32,19 +32,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     it; so do other tokens that a tokenizer adds before every text. Tokens that it adds behind every text
     (``add_eos_token``) are left out: a completion follows.
     """
-    before, after = added_ids(tokenizer)
+    encoded: Any = tokenizer(text=without_added(tokenizer, text))
+    ids = list(encoded["input_ids"])
+    return ids[: len(ids) - len(added_ids(tokenizer)[1])]
+
+
+def without_added(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text without the special tokens at its start that the tokenizer adds itself; see `encode_prompt`."""
+    before, _ = added_ids(tokenizer)
     added = "".join(tokenizer.convert_ids_to_tokens(before))
     while added and text.startswith(added):
         text = text.removeprefix(added)
     bos = tokenizer.bos_token
     if isinstance(bos, str) and bos and text.startswith(bos):
-        bare = text
-        while bare.startswith(bos):
-            bare = bare.removeprefix(bos)
-        text = bare if tokenizer.bos_token_id in before else bos + bare
-    encoded: Any = tokenizer(text=text)
-    ids = list(encoded["input_ids"])
-    return ids[: len(ids) - len(after)]
+        while text.startswith(bos):
+            text = text.removeprefix(bos)
+        text = text if tokenizer.bos_token_id in before else bos + text
+    return text
 
 
 def added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from tracereward.reports.tables import Table
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -49,8 +51,8 @@ PANELS = (
     Panel(
         "Discriminator accuracy",
         (
-            Series("discriminator/accuracy_expert", "expert", "positive"),
-            Series("discriminator/accuracy_policy", "policy", "negative"),
+            Series("discriminator/accuracy_expert", "positives", "positive"),
+            Series("discriminator/accuracy_policy", "negatives", "negative"),
             Series("discriminator/held_out_accuracy", "held-out pairs"),
         ),
         reference=0.5,
@@ -77,8 +79,10 @@ STAND_INS = {
 
 
 def curves(rows: list[dict], axis: str) -> list[dict[str, Any]]:
-    """One figure per panel with at least one finite value."""
+    """One figure per panel with at least one finite value; none if all rows are of one step."""
     figures: list[dict[str, Any]] = []
+    if len({row.get(axis) for row in rows}) < 2:
+        return figures
     for panel in PANELS:
         drawn = [(series, *_points(rows, axis, series.key)) for series in panel.series]
         drawn = [(series, x, y) for series, x, y in drawn if any(map(math.isfinite, y))]
@@ -151,6 +155,26 @@ def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]
     axes.set_xlabel(axis)
     label = f"{panel.title} by {axis}"
     return to_svg(figure, label)
+
+
+def table_figure(table: Table) -> dict[str, Any]:
+    """A line for each numeric column of a table over the numbers of its first column; other rows are dots.
+
+    Args:
+        table: up to three numeric columns after the first, as fractions.
+    """
+    figure, axes = new_figure(4.3, 2.6)
+    labels = [str(row[0]) for row in table.rows]
+    numbered = sum(label.isdigit() for label in labels)
+    for index, colour in enumerate(("positive", "correct", "negative")[: len(table.columns) - 1], 1):
+        values = [_real(row[index]) for row in table.rows]
+        style = {"color": STAND_INS[colour], "marker": "o", "markersize": 4}
+        axes.plot(range(numbered), values[:numbered], label=table.columns[index], linewidth=1.7, **style)
+        axes.plot(range(numbered, len(labels)), values[numbered:], linestyle="none", **style)
+    axes.set_xticks(range(len(labels)), [label if label.isdigit() else "mean" for label in labels])
+    axes.set_xlabel(table.columns[0])
+    axes.legend(frameon=False, fontsize=9, labelcolor=STAND_INS["ink"])
+    return {"title": table.title, "svg": to_svg(figure, table.title)}
 
 
 def histogram(correct: Sequence[float], wrong: Sequence[float]) -> dict[str, Any] | None:

@@ -123,9 +123,9 @@ def print_policies(rows: list[dict[str, Any]], questions: int, stdout: bool = Fa
     _console(stdout).print(table)
 
 
-def print_tables(tables: list[Table]) -> None:
-    """Print a report's tables on stdout."""
-    console = _console(stdout=True)
+def print_tables(tables: list[Table], *, stdout: bool = True) -> None:
+    """Print a report's tables on stdout, or on stderr where stdout carries data."""
+    console = _console(stdout)
     for found in tables:
         columns = [[row[i] for row in found.rows] for i in range(len(found.columns))]
         table = RichTable(title=found.title, title_justify="left")

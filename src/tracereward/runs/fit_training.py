@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from tracereward.console import note
 from tracereward.errors import InputError, Interrupted
+from tracereward.files import read_jsonl
 from tracereward.modeling.loading import best_device
 from tracereward.modeling.precision import fast_dtype, keep_choice, reading_precision, training_precision
+from tracereward.reports.plots import table_figure
 from tracereward.reports.tables import Table
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
@@ -32,7 +34,7 @@ from tracereward.training.fit_options import FitOptions
 from tracereward.training.fit_preparation import split_questions
 from tracereward.training.learning_curve import LearningCurve, learning_curve
 from tracereward.training.perturbed_pairs import TracePair, pair_auroc, pair_traces, perturbed_pairs
-from tracereward.training.readout import Readout
+from tracereward.training.readout import Readout, layers_named
 from tracereward.training.readout_training import (
     LabelledTrace,
     ReadoutOptions,
@@ -55,11 +57,13 @@ class Learned:
     Attributes:
         model: the reward model.
         tables: for the report.
+        figures: for the report, see `Report`.
         sentences: for the report and the card.
     """
 
     model: TokenRewardModel
     tables: list[Table] = dataclasses.field(default_factory=list)
+    figures: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     sentences: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -116,13 +120,13 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
             dtype=fitting.dtype if options.readout else torch.float32,
             stopped=run.stop.received,
         )
-    best = next(one for one in fitted.table if (one.layer, one.penalty) == (fitted.layer, fitted.penalty))
+    tried = _table(fitted)
     if run.checkpoint is None:
         labels = np.array([trace.label for trace in traces])
         row: dict[str, Any] = {
-            "readout/layer": fitted.layer,
+            "readout/layers": list(fitted.layers),
             "readout/penalty": fitted.penalty,
-            "readout/cross_validated_auroc": best.auroc,
+            "readout/cross_validated_auroc": fitted.chosen.auroc,
             "discriminator/accuracy_expert": float((fitted.scores[labels] > 0).mean()),
             "discriminator/accuracy_policy": float((fitted.scores[~labels] < 0).mean()),
         }
@@ -131,12 +135,17 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         row["discriminator/held_out_accuracy"] = judge.held_out_accuracy()
         row |= _perturbation(model, _perturbed(data, judge))
         row |= data.leaks
+        row |= {
+            f"readout/auroc/{f'layer {read}' if str(read).isdigit() else 'mean of layers'}/{penalty}": auroc
+            for read, *values in tried.rows
+            for penalty, auroc in zip(tried.columns[1:], values, strict=True)
+        }
         run.metrics.append({"phase": "fit", "step": 0, **row})
     sentence = (
-        f"Read-out of layer {fitted.layer} with penalty {fitted.penalty:g}: AUROC within the question {best.auroc:.3f} "
-        "in cross-validation over the questions to train on, by the label rule."
+        f"Read-out of {_chosen(fitted)}: AUROC within the question {fitted.chosen.auroc:.3f} in cross-validation over "
+        "the questions to train on, by the label rule."
     )
-    return Learned(model=model, tables=[_table(fitted)], sentences=[sentence])
+    return Learned(model=model, tables=[tried, _measured(run)], figures=[table_figure(tried)], sentences=[sentence])
 
 
 def reading_dtype(options: FitOptions) -> torch.dtype:
@@ -275,16 +284,36 @@ def curve_table(found: LearningCurve) -> Table:
 
 
 def _table(fitted: Readout) -> Table:
-    """The cross-validation, a row a layer."""
-    layers, penalties = sorted({one.layer for one in fitted.table}), sorted({one.penalty for one in fitted.table})
-    found = {(one.layer, one.penalty): one.auroc for one in fitted.table}
+    """The cross-validation, a row a layer, and one for the mean of all of them."""
+    tried = list(dict.fromkeys(one.layers for one in fitted.table))
+    penalties = sorted({one.penalty for one in fitted.table})
+    found = {(one.layers, one.penalty): one.auroc for one in fitted.table}
     return Table(
         "Read-out: AUROC within the question in cross-validation",
-        ["layer", *(f"penalty {penalty:g}" for penalty in penalties)],
-        [[layer, *(found[layer, penalty] for penalty in penalties)] for layer in layers],
-        f"Chosen: layer {fitted.layer}, penalty {fitted.penalty:g}.",
-        best=layers.index(fitted.layer),
+        ["layers", *(f"penalty {penalty:g}" for penalty in penalties)],
+        [[", ".join(map(str, read)), *(found[read, penalty] for penalty in penalties)] for read in tried],
+        f"Chosen: {_chosen(fitted)}.",
+        best=tried.index(fitted.layers),
     )
+
+
+def _chosen(fitted: Readout) -> str:
+    """Such as ``layers 11, 14, 18 with penalty 0.1``."""
+    return f"{layers_named(fitted.layers)} with penalty {fitted.penalty:g}"
+
+
+def _measured(run: Run[FitJob]) -> Table:
+    """What the read-out's row of ``metrics.jsonl`` has."""
+    row = next(row for row in read_jsonl(run.metrics.path) if row["phase"] == "fit" and row["step"] == 0)
+    names = {
+        "readout/cross_validated_auroc": "AUROC within the question, cross-validated",
+        "discriminator/accuracy_expert": "positives with a score above 0, cross-validated",
+        "discriminator/accuracy_policy": "negatives with a score below 0, cross-validated",
+        "discriminator/held_out_accuracy": "held-out experts above the negatives of their question",
+        "monitor/perturbation_auroc": "AUROC of experts against perturbed copies of them",
+        "surface/auroc": "AUROC of surface features alone, of the labels",
+    }
+    return Table("Read-out: figures", ["figure", "value"], [[name, row.get(key)] for key, name in names.items()])
 
 
 def _discriminator(data: FitData, model: TokenRewardModel, options: FitOptions) -> tuple[Discriminator, list[Rollout]]:

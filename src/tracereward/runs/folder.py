@@ -66,7 +66,7 @@ class Run(Generic[AnyJob]):
                 warmed if self.checkpoint is None else sys.maxsize,
             )
         Progress.replace_default(trainer, self.job.kind)
-        self.metrics.trackers = Trackers(trainer, self.folder, self.settings)
+        self.metrics.trackers = Trackers.of_trainer(trainer, self.folder, self.settings)
         with self.interruptible(lambda: (trainer.state.global_step, trainer.state.max_steps)):
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
 

@@ -12,7 +12,7 @@ from tracereward.files import atomic_write_json, read_json
 from tracereward.runs.job import Config, FitJob, Job
 from tracereward.training.config import RETIRED
 from tracereward.training.option_rules import effective, values_of
-from tracereward.training.options import option_defaults
+from tracereward.training.option_types import option_defaults
 from tracereward.training.trl_options import honoured
 
 SECRETS = {"hub_token"}

@@ -230,7 +230,7 @@ def repositories_of(run: Run, kinds: list[str]) -> dict[str, Repository]:
     Raises:
         InputError: see `open_repositories`.
     """
-    given = values_of(run.job.config)
+    given = values_of(*run.job.options)
     if not given.push_to_hub:
         return {}
     found: dict[str, Repository] | InputError = {}

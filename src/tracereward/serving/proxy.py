@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from tracereward.messages import content_text, message_text
+from tracereward.messages import read_choice
 from tracereward.modeling.rendering import Rendering, render_prompt
 from tracereward.selection import Candidate, choose
 from tracereward.serving.middleware import error
@@ -49,8 +49,6 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
 }
 """Fields with which the upstream would read, write or return something else than the reward model judges: the value
 that changes nothing, and the reason. All other fields set how the upstream samples."""
-ENDED = (None, "stop", "eos_token")
-"""Finish reasons of samples that ended by themselves; with any other the end of sequence is not scored."""
 VOTE_SECONDS = 5.0
 """Time limit for comparing the answers of one request, including the wait for the voting thread."""
 RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -235,17 +233,8 @@ def _sample(choice: JsonObject, think: tuple[str, str]) -> _Sample:
     Raises:
         UpstreamFailed: it has tool calls, or something else than text.
     """
-    # vLLM and SGLang name the stop string that was found here; a number is an end-of-sequence id.
-    stopped = any(isinstance(choice.get(name), str) for name in ("stop_reason", "matched_stop"))
-    finished = choice.get("finish_reason") in ENDED and not stopped
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        message = {"content": choice.get("text")}
-    for name in ("tool_calls", "function_call"):
-        if message.get(name):
-            raise bad_upstream(f"a sample of the upstream has {name}, which cannot be judged")
     try:
-        trace, content = message_text(message, think), content_text(message.get("content"))
+        trace, content, finished = read_choice(choice, think)
     except ValueError as e:
         raise bad_upstream(f"a sample of the upstream cannot be judged: {e}") from e
     return _Sample(trace, content, finished)

@@ -6,7 +6,8 @@ from typing import ClassVar
 from tracereward.errors import InputError
 from tracereward.rewards.heads import default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.training.config import PolicyConfig
-from tracereward.training.options import DiscriminatorOptions, MonitorOptions, ShapingOptions, check_options
+from tracereward.training.option_types import check_options
+from tracereward.training.options import DiscriminatorOptions, MonitorOptions, ShapingOptions
 from tracereward.training.trl_options import TRAIN
 
 

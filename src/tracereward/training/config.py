@@ -14,7 +14,8 @@ from tracereward.data.perturbations import KINDS
 from tracereward.errors import InputError, check_choice
 from tracereward.generation.params import MAX_SEED
 from tracereward.training.option_rules import check_config
-from tracereward.training.options import OneOf, PolicyOptions, Range, RewardOptions, SupervisedOptions, check_options
+from tracereward.training.option_types import OneOf, Range, check_options
+from tracereward.training.options import PolicyOptions, RewardOptions, SupervisedOptions
 from tracereward.training.trackers import check_trackers
 from tracereward.training.trl_options import GRPO, SFT
 

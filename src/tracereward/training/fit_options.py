@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 from tracereward.errors import InputError
 from tracereward.generation.params import MAX_SEED
-from tracereward.rewards.choices import GRANULARITIES
-from tracereward.training.options import DiscriminatorOptions, OneOf, Range, check_options, check_types
+from tracereward.rewards.choices import GRANULARITIES, NEGATIVES, POSITIVES
+from tracereward.training.option_types import OneOf, Range, check_options, check_types
+from tracereward.training.options import DiscriminatorOptions
 
 
 @dataclass
@@ -58,14 +59,14 @@ class FitDataOptions:
 class FitLabelOptions:
     """Which candidates are positives and which are negatives."""
 
-    positives: Annotated[str | None, OneOf(("expert", "agreeing"))] = field(
+    positives: Annotated[str | None, OneOf(POSITIVES)] = field(
         default=None,
         metadata={
             "help": "expert: the demonstrations alone; agreeing: also candidates that state the demonstration's own "
             "answer. Default: agreeing where at least 80 % of the answers can be read, else expert."
         },
     )
-    negatives: Annotated[str | None, OneOf(("all", "disagreeing"))] = field(
+    negatives: Annotated[str | None, OneOf(NEGATIVES)] = field(
         default=None,
         metadata={
             "help": "all: every other candidate; disagreeing: only those that state another answer. Default: as for "
@@ -98,8 +99,9 @@ class FitModelOptions:
     readout: bool = field(
         default=True,
         metadata={
-            "help": "Keep the model frozen and fit a linear head on the states of one layer, chosen by "
-            "cross-validation over questions. false: fine-tune the model, with head token from there."
+            "help": "Keep the model frozen and fit a linear head on the states of one layer or the mean of heads on "
+            "several, chosen by cross-validation over questions. false: fine-tune the model, with head token from "
+            "there."
         },
     )
     states: str | None = field(
@@ -202,7 +204,7 @@ class FitUpdateOptions:
 
 @dataclass
 class FitRunOptions:
-    """The run folder, the random numbers and the learning curve."""
+    """The run folder, where its results go, the random numbers and the learning curve."""
 
     learning_curve: bool = field(
         default=False,
@@ -212,6 +214,20 @@ class FitRunOptions:
         },
     )
 
+    report_to: list[str] | None = field(
+        default=None, metadata={"help": "Trackers that get the metrics: wandb, tensorboard, trackio, ..."}
+    )
+    run_name: str | None = field(
+        default=None, metadata={"help": "The run's name in a tracker. Default: that of the run folder."}
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the finished reward model to the Hub; checked before the run."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Repository: owner/name, or a name. Default: the name of the run folder."}
+    )
+    hub_private_repo: bool | None = field(default=None, metadata={"help": "Create a private repository."})
+    hub_revision: str | None = field(default=None, metadata={"help": "Branch. Default: main."})
     output_dir: str = field(default="runs/fit", metadata={"help": "The run folder."})
     seed: Annotated[int, Range(min=0, max=MAX_SEED, whole=True)] = field(default=42, metadata={"help": "Random seed."})
 

@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 from tracereward.data.readers import has_splits
 from tracereward.errors import InputError
 from tracereward.files import read_json
-from tracereward.training.options import NOT_OF, option_defaults
+from tracereward.training.option_types import option_defaults
+from tracereward.training.options import NOT_OF
 from tracereward.training.trl_options import COMMANDS, FIT, ROLLOUTS, SFT, TRAIN, refusal
 
 
@@ -99,7 +100,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
         why="no loss is evaluated without --validation_fraction",
         commands=(SFT,),
     ),
-    Rule(options=("run_name",), when=lambda o: not _tracked(o), why="no tracker: set --report_to"),
+    Rule(
+        options=("run_name",),
+        when=lambda o: not _tracked(o),
+        why="no tracker: set --report_to",
+        commands=(*COMMANDS, FIT),
+    ),
     Rule(
         options=_names("project trackio_space_id trackio_bucket_id trackio_static_space_id"),
         when=lambda o: not _tracked(o, "trackio"),
@@ -109,11 +115,13 @@ CONFIG_RULES: tuple[Rule, ...] = (
         options=_names("hub_model_id hub_token hub_revision"),
         when=lambda o: not o.push_to_hub,
         why="it needs --push_to_hub true",
+        commands=(*COMMANDS, FIT),
     ),
     Rule(
         options=("hub_private_repo",),
         when=lambda o: not o.push_to_hub and not o.log_completions_hub_repo and not _tracked(o, "trackio"),
         why="it needs --push_to_hub true",
+        commands=(*COMMANDS, FIT),
     ),
     # Optimiser
     Rule(

@@ -1,7 +1,7 @@
 """Trackers of ``--report_to`` (TensorBoard, Weights & Biases, Trackio, ...): checked before a run, ended after it."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +58,52 @@ class Trackers(TrainerCallback):
     they are ended by `end`, when the run is complete.
 
     Args:
-        trainer: its trackers are taken over.
+        trackers: of transformers.
+        args: of the training.
         folder: the run folder; its name is the name of the run unless ``run_name`` is set.
         settings: options of the run, for the trackers' configuration.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, settings: dict[str, Any]):
-        kinds = tuple(integration_utils.get_reporting_integration_callbacks(trainer.args.report_to))
-        handler = trainer.callback_handler
-        self.trackers: list[TrainerCallback] = [one for one in handler.callbacks if isinstance(one, kinds)]
-        handler.callbacks = [self, *(one for one in handler.callbacks if one not in self.trackers)]
+    def __init__(
+        self, trackers: Sequence[TrainerCallback], args: TrainingArguments, folder: Path, settings: dict[str, Any]
+    ):
+        self.trackers: list[TrainerCallback] = list(trackers)
         for tracker in self.trackers:
             if isinstance(tracker, TensorBoardCallback):
                 tracker.logging_dir = tracker.logging_dir or str(folder / "tensorboard")
-        self.args: Any = copy.copy(trainer.args)
-        self.args.run_name = trainer.args.run_name or folder.name
-        options = {**trainer.args.to_dict(), **settings, "run_name": self.args.run_name}
+        self.args: Any = copy.copy(args)
+        self.args.run_name = args.run_name or folder.name
+        options = {**args.to_dict(), **settings, "run_name": self.args.run_name}
         self.args.to_dict = lambda: options  # trackers read their configuration here
-        self.state: TrainerState = trainer.state
-        self.control: TrainerControl = trainer.control
+        self.state: TrainerState = TrainerState()
+        self.control: TrainerControl = TrainerControl()
         self.context: dict[str, Any] = {}  # the model, the tokenizer, ...
         self.began: bool = False
+
+    @classmethod
+    def of_trainer(cls, trainer: Trainer, folder: Path, settings: dict[str, Any]) -> "Trackers":
+        """Take over the trackers of a trainer."""
+        kinds = tuple(integration_utils.get_reporting_integration_callbacks(trainer.args.report_to))
+        handler = trainer.callback_handler
+        made = cls([one for one in handler.callbacks if isinstance(one, kinds)], trainer.args, folder, settings)
+        handler.callbacks = [made, *(one for one in handler.callbacks if one not in made.trackers)]
+        made.state, made.control = trainer.state, trainer.control
+        return made
+
+    @classmethod
+    def started(
+        cls, report_to: list[str], folder: Path, settings: dict[str, Any], run_name: str | None = None
+    ) -> "Trackers":
+        """Trackers of a run without a trainer, started.
+
+        Raises:
+            InputError: a tracker cannot start, for example without a login.
+        """
+        args = TrainingArguments(output_dir=str(folder), report_to=report_to, run_name=run_name)
+        kinds = integration_utils.get_reporting_integration_callbacks(args.report_to)
+        made = cls([kind() for kind in kinds], args, folder, settings)
+        made.on_train_begin(made.args, made.state, made.control)
+        return made
 
     def _forward(self, event: str, state: TrainerState, **kwargs: Any) -> None:
         """Forward an event. A tracker that fails, for example without a connection, does not end the run."""
