@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import joblib
 import pytest
 import torch
 import yaml
@@ -186,18 +187,22 @@ def test_training_under_autocast_is_stored_and_kept_by_a_resumed_run(bench, proc
 
 def test_processes_of_one_machine_share_its_cores(stored):
     """Each has the cores divided by the processes; a limit that torch does not see counts too."""
-    code = (
-        "import sys, json, torch; torch.set_num_threads(6)\n"
-        "from tracereward.modeling.loading import load_causal_lm\n"
-        "load_causal_lm(sys.argv[1]); print(json.dumps(torch.get_num_threads()))"
-    )
+    code = """
+import json, os, sys, torch
+from tracereward.modeling.loading import load_causal_lm
+found = []
+for given in ({"LOKY_MAX_CPU_COUNT": "1"}, {"LOCAL_WORLD_SIZE": "2"}, {"OMP_NUM_THREADS": "3"}):
+    os.environ.update(given)
+    torch.set_num_threads(6)
+    load_causal_lm(sys.argv[1])
+    found.append(torch.get_num_threads())
+    for name in given:
+        del os.environ[name]
+print(json.dumps(found))
+"""
     bare = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-
-    def threads(**more):
-        argv = [sys.executable, "-c", code, str(stored / "float32")]
-        return json.loads(subprocess.run(argv, env={**bare, **more}, capture_output=True, check=True).stdout)
-
-    cores = os.cpu_count()
-    assert threads(LOKY_MAX_CPU_COUNT="1") == 1
-    assert threads(LOCAL_WORLD_SIZE="2") == max(1, min(6, cores // 2))
-    assert threads(OMP_NUM_THREADS="3") == 6  # the user's affair
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(stored / "float32")], env=bare, capture_output=True, check=True
+    )
+    of_two = max(1, min(6, joblib.cpu_count() // 2))
+    assert json.loads(done.stdout) == [1, of_two, 6]  # with OMP_NUM_THREADS it is the user's affair

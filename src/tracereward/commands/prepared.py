@@ -83,7 +83,8 @@ def choose_precision(job: Job) -> None:
         given = keep_choice(before.get("bf16"), chosen, "bf16")
     elif not before:
         given, why = (chosen, why) if given is None else (given, "as --bf16 says")
-        note(f"trains {'under bfloat16 autocast' if given else 'in float32'}: {why}")
+        if why:
+            note(f"trains {'under bfloat16 autocast' if given else 'in float32'}: {why}")
     config.given["bf16"] = given
     config.bf16 = bool(given)
     config.mixed_precision = "bf16" if given else "no"

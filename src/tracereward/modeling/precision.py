@@ -159,7 +159,7 @@ def _made(name: str, stored: str, why: str) -> Precision:
 
 
 def training_precision(name: str | Path) -> tuple[bool, str]:
-    """Whether training a model on the CPU is faster under bfloat16 autocast, and why.
+    """Whether training a model on the CPU is faster under bfloat16 autocast, and why; no reason for a small model.
 
     Autocast over float32 weights, not bfloat16 weights, also under LoRA: see the module's docstring.
 
@@ -173,9 +173,9 @@ def training_precision(name: str | Path) -> tuple[bool, str]:
     if _is_quantized(folder):
         return False, "its weights are quantized"
     count = parameters(folder)[0]
-    size = f"{count / 1e6:,.2g} M parameters" if count < LARGE else f"{count / 1e6:,.0f} M parameters"
     if count < LARGE:
-        return False, f"{size} gain nothing from bfloat16"
+        return False, ""
+    size = f"{count / 1e6:,.0f} M parameters"
     return unit is not None, f"{size}, and this CPU has {unit or 'no bfloat16 arithmetic'}"
 
 

@@ -171,7 +171,7 @@ def with_precision(options: FitOptions, resume: bool) -> FitOptions:
     chosen: str | bool | None = None
     why = ""
     if name == "dtype":
-        why = reading_precision(str(options.model)).why or "the checkpoint's precision"
+        why = reading_precision(str(options.model)).why
         chosen = str(reading_dtype(dataclasses.replace(options, dtype=None))).removeprefix("torch.")
     elif best_device().type == "cpu" and options.dtype in (None, "float32"):
         chosen, why = training_precision(str(options.model))
@@ -179,7 +179,7 @@ def with_precision(options: FitOptions, resume: bool) -> FitOptions:
         given = keep_choice(before.get(name), chosen, name)
     elif not before:
         given, why = (chosen, why) if given is None else (given, f"as --{name} says")
-        if given is not None:
+        if why:
             note(f"{'reads traces in' if name == 'dtype' else 'bfloat16 autocast'} {given}: {why}")
     return dataclasses.replace(options, **{name: given})
 
