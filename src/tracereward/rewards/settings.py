@@ -24,7 +24,7 @@ from tracereward.modeling.precision import DTYPES
 from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
-from tracereward.rewards.first_error_rules import FirstErrorRule, level_rule
+from tracereward.rewards.first_error_rules import FirstErrorRule, LevelRule, MarksSteps
 from tracereward.rewards.heads import ActionHead, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.rewards.token_scores import AGGREGATES
 
@@ -111,14 +111,14 @@ class RewardSettings:
         """The reward form, with the head's default filled in."""
         return self.reward_form or default_reward_form(self.head)
 
-    def first_error_rule(self, threshold: float | None, option: str) -> FirstErrorRule:
+    def first_error_rule(self, threshold: float | None, option: str) -> MarksSteps:
         """The rule for a trace's first error: the first step with a mean reward under `threshold`, or the stored rule.
 
         Raises:
             InputError: neither is there; names the `option` that gives a threshold.
         """
         if threshold is not None:
-            return level_rule(threshold)
+            return LevelRule(threshold)
         if self.first_error is None:
             raise InputError(f"the reward model has no rule for the first error: {HOW_TO_FIT}, or give {option}")
         return self.first_error
@@ -204,8 +204,10 @@ def read_settings(folder: str | Path) -> RewardSettings:
         known = {one.name for one in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
-        if stored.get("first_error") is not None:
-            stored["first_error"] = FirstErrorRule(**stored["first_error"])
+        rule = stored.get("first_error")
+        if isinstance(rule, dict) and "signal" in rule:  # of an earlier version: as if there were none
+            rule = None
+        stored["first_error"] = None if rule is None else FirstErrorRule(**rule)
         settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
