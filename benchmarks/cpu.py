@@ -9,7 +9,7 @@ given instead of a name. Each part is measured next to its counterpart, alternat
     scoring         `TokenRewardModel.score_ids`, head action     forward of the causal LM on as many tokens, no padding
     sampling        the transformers engine                       `generate` of the model as transformers loads it
     SFT step        `tracereward sft`'s trainer and precision     `trl.SFTTrainer` with its own defaults
-    discriminator   `Discriminator.update`                        forward, backward and AdamW, as many tokens, no padding
+    discriminator   `Discriminator.update`                        forward, backward and AdamW, on as many, no padding
     vLLM            the vLLM engine                               `vllm.LLM.generate`, if vLLM is installed
     llama.cpp       the server engine                             plain requests to the same server, as many at a time,
                                                                   if llama-cpp-python is installed, and --gguf given
