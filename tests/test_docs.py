@@ -5,6 +5,7 @@ import json
 import os
 import pydoc
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -77,6 +78,23 @@ def run_blocks(page: Path, tmp_path: Path, skipped: str = "never") -> Path:
         assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr[-4000:]}"
 
     return work
+
+
+def test_table_of_readme_is_up_to_date():
+    """`python docs/make_results.py` writes it."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert runpy.run_path(str(DOCS / "make_results.py"))["page"](text) == text
+
+
+def test_first_lines_of_readme_run(capsys):
+    """They distinguish the right trace from the wrong one, and its wrong line."""
+    [(_, text)] = blocks(ROOT / "README.md", "python")[:1]
+    exec(compile(text, "README.md", "exec"), {})
+    right, wrong = (
+        [float(x) for x in re.findall(r"-?\d+\.\d+", line)] for line in capsys.readouterr().out.splitlines()
+    )
+    assert right[0] > wrong[0]
+    assert right[2] > wrong[2]
 
 
 @pytest.mark.long

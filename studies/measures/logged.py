@@ -12,14 +12,14 @@ from tracereward.metrics import auroc, bootstrap_interval, length_matched_auroc
 from tracereward.selection import Candidate, fit_vote_temperature, outcomes, ranking_curves
 from tracereward.training.label_rules import LabelRule, labels_of
 from tracereward.training.loss_weights import balance_weights
-from tracereward.training.readout import Examples, Readout, fit_readout, fold_numbers
+from tracereward.training.readout import Examples, Readout, best_readout, cross_fit, fold_numbers
 from tracereward.verdict import compared
 
 FOLDS = 5
 SEED = 0  # of folds, sampled pairs and random subsets
 GOLD = "gold"
 """In place of a label rule: the pool's own labels, an upper line."""
-INNER = 5  # folds within the training folds, which choose layer and penalty
+INNER = 5  # folds within the training folds, which choose layers and penalty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,7 @@ class Arm:
         loss: ``pairwise`` or ``bce``.
         joined: whether the experts' traces are among the positives; rules on agreement have others.
         balance: of `balance_weights`.
-        layers: ``one``, which cross-validation chooses, or ``mean``, of the standardised scores of a head on each,
-            which a reward model cannot compute from one layer's states.
+        layers: what cross-validation may choose: ``one``, the ``mean`` of all, or ``any`` of these, as in `fit`.
     """
 
     experts: str = "human"
@@ -49,7 +48,7 @@ class Arm:
         """All that it is in words."""
         parts = [self.experts, self.rule, self.loss]
         parts += [] if self.joined else ["without expert traces"]
-        parts += [] if self.layers == "one" else ["mean of layers"]
+        parts += {"one": [], "mean": ["mean of layers"], "any": ["layer or mean"]}[self.layers]
         return ", ".join([*parts, *([] if self.balance == "none" else [f"balanced by {self.balance}"])])
 
 
@@ -68,7 +67,7 @@ def arms(solutions: bool) -> list[Arm]:
     who = ("human", "strongest") if solutions else ("strongest",)
     found = [Arm(experts=one, rule=rule, loss=loss) for one in who for rule in RULES for loss in ("pairwise", "bce")]
     found += [Arm(experts=one, joined=False) for one in who]
-    found += [Arm(experts=one, joined=joined, layers="mean") for one in who for joined in (True, False)]
+    found += [Arm(experts=e, joined=j, layers=read) for e in who for j in (True, False) for read in ("mean", "any")]
     found += [Arm(experts=who[0], balance="model")]
     return found + [Arm(experts=who[0], rule=GOLD, loss=loss) for loss in ("pairwise", "bce")]
 
@@ -144,22 +143,22 @@ def _matched(pool: LoggedPool, expert: str):
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """The read-outs of one fold, one or one a layer, and their score of all candidates.
+    """The read-out of one fold, and its score of all candidates.
 
     Attributes:
-        readouts: layers, penalties and heads.
+        readout: layers, penalty and heads.
         scores: (N,) standardised on the training folds; those of a training question are by the inner fold's head that
             has not seen it.
         traces: number of traces learned from.
     """
 
-    readouts: list[Readout]
+    readout: Readout
     scores: np.ndarray
     traces: int
 
 
 def fit_fold(pool: LoggedPool, fold: Fold, arm: Arm, questions: np.ndarray | None = None) -> Fitted:
-    """Fit an arm's read-outs on a fold's training questions.
+    """Fit an arm's read-out on a fold's training questions.
 
     Args:
         pool: the traces.
@@ -172,30 +171,21 @@ def fit_fold(pool: LoggedPool, fold: Fold, arm: Arm, questions: np.ndarray | Non
         kept = np.isin(examples.questions, questions)
         chosen, examples = chosen[kept], examples[kept]
     states = pool.states[chosen]
-    groups = [[layer] for layer in pool.layers] if arm.layers == "mean" else [pool.layers]
-    found = [
-        fit_readout(
-            states[:, [pool.layers.index(layer) for layer in layers]],
-            layers,
-            examples,
-            arm.loss,
-            folds=INNER,
-            seed=SEED,
-        )
-        for layers in groups
-    ]
+    tried = cross_fit(states, pool.layers, examples, arm.loss, folds=INNER, seed=SEED)
+    allowed = [one for one in tried if arm.layers in ("any", "mean" if len(one.layers) > 1 else "one")]
+    found = best_readout(allowed, states, pool.layers, examples)
     inner = dict(zip(examples.questions.tolist(), fold_numbers(examples, INNER, SEED).tolist(), strict=True))
     unseen = np.array([inner.get(question, -1) for question in pool.questions.tolist()])
-    scores = [standardised(_cross_scores(pool, one, unseen), pool, fold) for one in found]
-    return Fitted(readouts=found, scores=standardised(np.sum(scores, axis=0), pool, fold), traces=len(chosen))
+    scores = standardised(_cross_scores(pool, found, unseen), pool, fold)
+    return Fitted(readout=found, scores=scores, traces=len(chosen))
 
 
 def _cross_scores(pool: LoggedPool, found: Readout, unseen: np.ndarray) -> np.ndarray:
     """(N,) scores by the head, or by that of the inner fold in `unseen` where it is not -1."""
-    scores = pool.scores(found.layer, found.weight).astype(float)
+    scores = pool.scores(found.layers, found.weight)
     for number, head in enumerate(found.folds):
         here = unseen == number
-        scores[here] = pool.scores(found.layer, head)[here]
+        scores[here] = pool.scores(found.layers, head)[here]
     return scores
 
 
@@ -396,9 +386,14 @@ def arm_row(pool: LoggedPool, folds: Sequence[Fold], free: Free, arm: Arm) -> di
         **asdict(arm),
         "folds": len(folds),
         "traces": int(np.mean([one.traces for one in fitted])),
-        "chosen": [[found.layer, found.penalty] for one in fitted for found in one.readouts],
+        "chosen": [[_layers(one.readout), one.readout.penalty] for one in fitted],
         "pools": pools,
     }
+
+
+def _layers(readout: Readout) -> int | list[int]:
+    """Its layer, or the list of them."""
+    return readout.layers[0] if len(readout.layers) == 1 else list(readout.layers)
 
 
 SIZES = (25, 50, 100, 200, 400)

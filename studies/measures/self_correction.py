@@ -9,7 +9,7 @@ from studies.measures.decoding import ASKED, Bench, Row, load_bench, points_of
 from studies.measures.equal_tokens import margin
 from studies.setup.site import TASK, Site
 from tracereward.generation.self_correction import lowest_steps, self_correct, threshold_of
-from tracereward.rewards.first_error_rules import level_rule
+from tracereward.rewards.first_error_rules import LevelRule
 from tracereward.tasks.recipes import get_task
 
 WAYS = (
@@ -43,7 +43,7 @@ def corrected(bench: Bench, way: tuple[str, str], threshold: float, rounds: int,
     for number in range(rounds):
         sampling = replace(guide.sampling, seed=guide.sampling.seed + 1000 * number)
         seeded = replace(guide, sampling=sampling)
-        rule = level_rule(threshold)
+        rule = LevelRule(threshold)
         found = self_correct(seeded, asked, traces, rounds=1, k=k, rule=rule, detector=bench.guides[detector])
         traces = [correction.ids for correction in found]
         drawn = [total + correction.sampled_tokens for total, correction in zip(drawn, found, strict=True)]

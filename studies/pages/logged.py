@@ -19,12 +19,12 @@ DATA = {
 INTRO = """\
 Can a reward be learned from traces that exist already? The frozen model's hidden states, averaged over a trace's
 tokens, go into a linear head, fitted as in `tracereward fit --readout`. Five folds by question: a question is scored by
-a head that has seen neither it nor its answer; layer and penalty are chosen by cross-validation inside the other four
+a head that has seen neither it nor its answer; layers and penalty are chosen by cross-validation inside the other four
 folds, which also give the scores' scales and the temperature of the tuned vote. Experts are the questions' own
 solutions (`human`) or the traces of the model that is most often right on the training folds (`strongest`). Label
 rules are `positives/negatives`: a trace agrees if its answer is the expert's; `gold`, the upper line, uses the pool's
-own labels instead. `mean of layers` averages the scores of heads on seven layers; a reward model of `tracereward fit`
-reads one.
+own labels instead. The choice is among seven layers; `mean of layers` reads the mean of the heads on all of them, and
+`layer or mean` chooses between the two as well, as `tracereward fit` does.
 
 Scorers: the reward, its sum with the frozen model's mean log-prob (both standardised), and the reward minus the mean of
 its model on the training folds, which says what is left when it cannot tell models apart. `which model` is the model's
@@ -212,7 +212,7 @@ def _costs(free: Row, fitted: Sequence[Row]) -> str:
         _label(row): {
             "traces a fold": row["traces"],
             "minutes, five folds": f"{row['seconds'] / 60:.1f}",
-            "layers": _counted(layer for layer, _ in row["chosen"]),
+            "layers": _counted("mean" if isinstance(layers, list) else layers for layers, _ in row["chosen"]),
             "penalties": _counted(penalty for _, penalty in row["chosen"]),
         }
         for row in fitted
@@ -221,9 +221,10 @@ def _costs(free: Row, fitted: Sequence[Row]) -> str:
     return f"{took}\n\n{table('read-out', pd.DataFrame(lines).T)}"
 
 
-def _counted(values: Iterable[float]) -> str:
-    """Such as ``10 (2), 21 (3)``."""
-    return ", ".join(f"{value:g} ({count})" for value, count in sorted(Counter(values).items()))
+def _counted(values: Iterable[float | str]) -> str:
+    """Such as ``10 (2), 21 (2), mean (1)``."""
+    found = sorted(Counter(values).items(), key=lambda item: (isinstance(item[0], str), item[0]))
+    return ", ".join(f"{value if isinstance(value, str) else f'{value:g}'} ({count})" for value, count in found)
 
 
 def _label(row: Row) -> str:

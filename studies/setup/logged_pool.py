@@ -72,11 +72,14 @@ class LoggedPool:
         questions, _ = match(demonstrations, candidates)
         return [question for question in questions if question.demonstrations and question.candidates], index
 
-    def scores(self, layer: int, weight: np.ndarray) -> np.ndarray:
-        """(N,) scores of all traces by a head on a layer."""
-        if layer not in self._values:
-            self._values[layer] = self.states[:, self.layers.index(layer)].float().numpy()
-        return self._values[layer] @ weight.astype(np.float32)
+    def scores(self, layers: Sequence[int], weight: np.ndarray) -> np.ndarray:
+        """(N,) scores of all traces by an (L, H) head on L layers."""
+        found = np.zeros(len(self.rows))
+        for layer, row in zip(layers, weight, strict=True):
+            if layer not in self._values:
+                self._values[layer] = self.states[:, self.layers.index(layer)].float().numpy()
+            found += self._values[layer] @ row.astype(np.float32)
+        return found
 
 
 def read_traces(pool: str, questions: str, task: Task) -> tuple[list[CandidateRow], list[CandidateRow]]:

@@ -588,6 +588,14 @@ def samples(bench):
     return path
 
 
+@pytest.fixture(scope="module")
+def scored(bench, samples):
+    """What `score` writes for them to stdout."""
+    done = launcher()("score", bench.reward_model, samples)
+    assert done.code == 0, done.err
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
 def test_sample_writes_rows_in_order(bench, samples, experts):
     found = rows(samples)
     assert [row["question"] for row in found] == [n for n in range(5) for _ in range(4)]
@@ -596,10 +604,7 @@ def test_sample_writes_rows_in_order(bench, samples, experts):
     assert all(row["finished"] or row["length"] == 12 for row in found)
 
 
-def test_score_writes_the_scores_of_the_model(bench, samples):
-    done = launcher()("score", bench.reward_model, samples)
-    assert done.code == 0, done.err
-    scored = [json.loads(line) for line in done.out.splitlines()]
+def test_score_writes_the_scores_of_the_model(bench, samples, scored):
     given = rows(samples)
     kept = given[0].keys()
     assert [{name: row[name] for name in kept} for row in scored] == [{n: row[n] for n in kept} for row in given]
@@ -614,9 +619,8 @@ def test_score_writes_the_scores_of_the_model(bench, samples):
     assert len({row["reward"] for row in scored}) > 5
 
 
-def test_score_with_reference(bench, samples, tokenizer):
+def test_score_with_reference(bench, samples, scored):
     """With the sampling policy as reference, its log-prob is added to the rewards."""
-    alone = launcher()("score", bench.reward_model, samples)
     done = launcher()("score", bench.reward_model, samples, "--reference", bench.model)
     assert done.code == 0, done.err
     model = TokenRewardModel.from_pretrained(str(bench.reward_model))
@@ -624,9 +628,9 @@ def test_score_with_reference(bench, samples, tokenizer):
     given = rows(samples)
     texts = ([row[name] for row in given] for name in ("prompt", "completion", "finished"))
     expected = model.score(*texts, reference=reference)
-    assert alone.out != done.out
-    for line, scores in zip(done.out.splitlines(), expected, strict=True):
-        assert json.loads(line)["token_rewards"] == scores.rewards
+    found = [json.loads(line)["token_rewards"] for line in done.out.splitlines()]
+    assert found != [row["token_rewards"] for row in scored]
+    assert found == [scores.rewards for scores in expected]
 
 
 def test_score_with_policy_subtracts_its_log_prob(command, bench, samples, tmp_path):
@@ -698,38 +702,41 @@ def test_run_folder_is_locked_by_one_process(command, bench, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["reward", "vote", "sigmoid_vote", "logprob", "shortest", "majority", "random"])
-def test_rerank_chooses_one_candidate_per_question(bench, samples, method):
-    done = launcher()("rerank", bench.reward_model, samples, "--method", method)
+def test_rerank_chooses_one_candidate_per_question(bench, samples, scored, method):
+    output = bench.folder / f"{method}.jsonl"
+    done = launcher()("rerank", bench.reward_model, samples, "--method", method, "--json", "-o", output)
     assert done.code == 0, done.err
-    chosen = [json.loads(line) for line in done.out.splitlines()]
+    chosen = rows(output)
     assert [row["question"] for row in chosen] == [0, 1, 2, 3, 4]
     assert all(row["of"] == 4 and row["method"] == method for row in chosen)
-    given, scored = rows(samples), launcher()("score", bench.reward_model, samples).out.splitlines()
     best = {
         "reward": lambda row: row["reward"],
         "logprob": lambda row: row["logprob"],
         "shortest": lambda row: -len(row["completion"]),
     }
     for row in chosen:
-        group = [json.loads(line) for line in scored if json.loads(line)["question"] == row["question"]]
+        group = [other for other in scored if other["question"] == row["question"]]
         assert row["completion"] in [other["completion"] for other in group]
         if method in best:
             assert row["completion"] == max(group, key=best[method])["completion"]
     right = sum(get_task("arithmetic").verify(row["completion"], row["answer"]) for row in chosen)
-    table = launcher()(
-        "rerank", bench.reward_model, samples, "--method", method, "--json", "-o", bench.folder / f"{method}.jsonl"
-    )
-    assert table.code == 0, table.err
-    (line,) = table.out.splitlines()
+    (line,) = done.out.splitlines()
     accuracies = json.loads(line)["accuracy"]
-    assert json.loads(line)["questions"] == len({row["question"] for row in given})
+    assert json.loads(line)["questions"] == len({row["question"] for row in scored})
     label = METHODS[method].format(n=4)
     assert accuracies[label][0] == right / 5
     assert json.loads(line)["chosen"] == label
-    alone = launcher()("rerank", bench.reward_model, samples, "--method", method, "--json")
-    assert alone.out == table.out
     assert accuracies["oracle@4"][0] == 1.0
-    assert "oracle@4" in done.err
+
+
+def test_rerank_prints_the_rows_or_the_table(bench, samples, tmp_path):
+    words = ["rerank", bench.reward_model, samples, "--method", "vote"]
+    both = launcher()(*words, "--json", "-o", tmp_path / "vote.jsonl")
+    chosen, table = launcher()(*words), launcher()(*words, "--json")
+    assert [both.code, chosen.code, table.code] == [0, 0, 0], both.err + chosen.err + table.err
+    assert chosen.out == (tmp_path / "vote.jsonl").read_text()
+    assert "oracle@4" in chosen.err
+    assert table.out == both.out
 
 
 def test_rerank_writes_the_verdict_of_the_chosen_rows(bench, samples, tmp_path):

@@ -25,7 +25,7 @@ from tracereward.generation.guide import Guide, Guided
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
-from tracereward.rewards.first_error_rules import level_rule
+from tracereward.rewards.first_error_rules import LevelRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model
@@ -126,7 +126,7 @@ def test_correct_reads_the_output_of_sample(bench, tokenizer, tmp_path):
     guide = guide_of(bench, tokenizer)
     prompts = [encode_prompt(tokenizer, row["prompt"]) for row in given]
     traces = [encode_completion(tokenizer, row["completion"], row["finished"]) for row in given]
-    expected = self_correct(guide, prompts, traces, rounds=2, k=3, rule=level_rule(0.2))
+    expected = self_correct(guide, prompts, traces, rounds=2, k=3, rule=LevelRule(0.2))
     assert any(result.cuts for result in expected)
     task = get_task("arithmetic")
     for row, before, result in zip(found, given, expected, strict=True):
@@ -249,7 +249,7 @@ def test_comparison_matches_the_separate_methods(bench, experts, tokenizer):
     assert table["oracle", 2]["right"] == [float(any(right)) for right in verified]
     prompt_ids = guide.encode(prompts)
     single = [traces[0] for traces in tilt(guide, prompts, n=1, alpha=0.0, top_k=99)]
-    corrected = self_correct(guide, prompt_ids, [trace.ids for trace in single], rounds=1, k=1, rule=level_rule(0.0))
+    corrected = self_correct(guide, prompt_ids, [trace.ids for trace in single], rounds=1, k=1, rule=LevelRule(0.0))
     tokens = sum(c.sampled_tokens + s.sampled_tokens for c, s in zip(corrected, single, strict=True)) / 3
     assert table["self_correct", 2]["sampled_tokens"] == tokens
 

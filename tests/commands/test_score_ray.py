@@ -31,7 +31,7 @@ from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import RunFailed
 from tracereward.files import write_jsonl
 from tracereward.rewards.calibration import Calibration
-from tracereward.rewards.first_error_rules import level_rule
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings, write_fitted
 
@@ -162,7 +162,7 @@ def test_shards_equal_output_of_default_engine(command, bench, here, tmp_path, m
     model = tmp_path / "model"
     shutil.copytree(bench.model, model)
     if calibrated:
-        write_fitted(model, calibration=Calibration("platt", 1.0, 0.5), first_error=level_rule(0.0))
+        write_fitted(model, calibration=Calibration("platt", 1.0, 0.5), first_error=FirstErrorRule(threshold=0.0))
     reference = [*reference, bench.policy] if reference else []  # a calibration applies to the reward without it
     monkeypatch.setattr(score, "CHUNK", ROWS)
     assert command("score", model, bench.data, *reference, "-o", tmp_path / "scored.jsonl").code == 0

@@ -86,6 +86,11 @@ def test_threshold_needs_finite_scores(bad):
         fit_threshold([[1.0], [bad]], [0, None])
 
 
+def test_infinite_scores_are_steps_that_no_threshold_marks():
+    inf = math.inf
+    assert fit_threshold([[inf, 1.0], [3.0, inf], [inf, 2.0]], [1, None, None]) == 2.0
+
+
 @given(a=st.floats(0, 1), b=st.floats(0, 1))
 def test_f1_is_the_harmonic_mean(a, b):
     assert float(f1(a, b)) == pytest.approx(statistics.harmonic_mean([a, b]), abs=1e-12)

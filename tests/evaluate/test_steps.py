@@ -9,6 +9,7 @@ import re
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -25,7 +26,7 @@ from tracereward.evaluate.steps import encode_steps, evaluate_steps, step_scores
 from tracereward.files import write_jsonl
 from tracereward.modeling.alignment import join_steps
 from tracereward.reports.report import Report, write_report
-from tracereward.rewards.first_error_rules import SIGNALS, FirstErrorRule, new_lows
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import RewardSettings
@@ -81,7 +82,7 @@ def wrong_equation(lines) -> int | None:
 
 
 class Oracle(TokenRewardModel):
-    """A reward model with reward 1 for each token, but -5 in the first wrong line."""
+    """A reward model with reward 1 for each token, but -5 in the first wrong line, the line's end included."""
 
     def compute_rewards(self, prompts, completions, options):
         rewards = []
@@ -90,10 +91,9 @@ class Oracle(TokenRewardModel):
             wrong = wrong_equation(lines)
             rewards.append(torch.ones(len(ids)))
             for t, token in enumerate(ids):
-                if token == NEWLINE:
-                    line += 1
-                elif line == wrong:
+                if line == wrong:
                     rewards[-1][t] = -5.0
+                line += token == NEWLINE
         return rewards
 
 
@@ -167,9 +167,10 @@ def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, agg
         one = Trace(where=trace.where, prompt=trace.question + "\n", completion=text, spans=spans)
         encoded.append(encode_steps(tokenizer, one))
     scores = step_scores(model, encoded, aggregate, policy=policy, token_budget=60)
-    of_reward = ["reward", *(f"reward_{signal}" for signal in SIGNALS if signal != "level")]
     assert list(scores) == [
-        *of_reward,
+        "reward",
+        "reward_drop",
+        "reward_rule",
         "logprob",
         "reward_logprob",
         "reward_logprob_drop",
@@ -191,16 +192,19 @@ def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, agg
         for t, token in enumerate(ids):
             steps.append([]) if token == NEWLINE else steps[-1].append(t)
         assert len(steps) == len(trace.steps)
+        ends = [of_trace.rewards[step[-1] + 1] for step in steps]  # of the line's end, and the trace's
+        lows = [0.0, *(one - min(ends[:k]) for k, one in enumerate(ends) if k)]
+        lowest = np.convolve(of_trace.rewards, np.ones(8) / 8, mode="valid").min()
         expected = {
             "reward": [combine([of_trace.rewards[t] for t in step]) for step in steps],
-            # with the line's end, and the trace's
-            "reward_minimum": [min(of_trace.rewards[step[0] : step[-1] + 2]) for step in steps],
-            "reward_end_low": new_lows([of_trace.rewards[step[-1] + 1] for step in steps]),
+            "reward_rule": [lowest if k == np.argmin(lows) else math.inf for k in range(len(steps))],
             "logprob": [combine([log_probs[t] for t in step]) for step in steps],
             "entropy": [combine([-entropies[t] for t in step]) for step in steps],
         }
         for name, values in expected.items():
             assert scores[name][i] == pytest.approx(values, abs=1e-4), name
+        drops = [0.0, *(one - before for before, one in itertools.pairwise(expected["reward"]))]
+        assert scores["reward_drop"][i] == pytest.approx(drops, abs=1e-4)
         both = [a + b for a, b in zip(expected["reward"], expected["logprob"])]
         assert scores["reward_logprob"][i] == pytest.approx(both, abs=1e-4)
         down = [0.0, *(one - before for before, one in itertools.pairwise(both))]
@@ -218,14 +222,22 @@ def test_oracle_reward_finds_every_first_error(model, tokenizer, policy, halves)
     result = evaluate_steps(oracle, traces, fit, policy=policy)
     assert (result["traces"], result["erroneous"], result["correct"]) == (8, 4, 4)
     assert (result["fit_traces"], result["left_out"], result["fit_left_out"]) == (4, 0, 0)
-    reward = result["methods"]["reward"]
-    assert -5 < reward["threshold"] <= 1
-    for name in ("f1", "acc_error", "acc_correct", "hit_at_1", "hit_within_1", "hit_at_1_normalised"):
-        assert reward[name] == 1.0, name
+    for method in ("reward", "reward_rule"):
+        found = result["methods"][method]
+        assert -5 < found["threshold"] <= 1
+        for name in ("f1", "acc_error", "acc_correct", "hit_at_1", "hit_within_1", "hit_at_1_normalised"):
+            assert found[name] == 1.0, name
     lengths = [len(t.steps) for t in traces[:4]]
     constant = evaluate_steps(Constant(model.backbone, tokenizer, model.settings), traces, fit)
-    of_reward = ["reward", *(f"reward_{signal}" for signal in SIGNALS if signal != "level")]
-    assert list(constant["methods"]) == [*of_reward, "noise", "first_step", "random", "no_error"]
+    assert list(constant["methods"]) == [
+        "reward",
+        "reward_drop",
+        "reward_rule",
+        "noise",
+        "first_step",
+        "random",
+        "no_error",
+    ]
     assert constant["methods"]["reward"]["f1"] == 0.0
     assert constant["methods"]["reward"]["hit_at_1"] == pytest.approx(statistics.fmean(1 / n for n in lengths))
     for methods in (result["methods"], constant["methods"]):
@@ -247,10 +259,10 @@ def test_oracle_reward_finds_every_first_error(model, tokenizer, policy, halves)
 
 
 def test_row_of_the_stored_rule_is_that_of_its_threshold(model, tokenizer, halves):
-    """The oracle's tokens have reward 1 before the first error and -5 from it on: a fall of 6."""
+    """The oracle's tokens have reward -5 in the first wrong step, 1 elsewhere."""
     traces, fit = halves
-    for signal, threshold, found in (("level", 0.0, (1.0, 1.0)), ("fall", 0.0, (0.5, 1.0)), ("fall", -7.0, (0.0, 1.0))):
-        settings = replace(model.settings, first_error=FirstErrorRule(signal=signal, threshold=threshold))
+    for threshold, found in ((0.9, (1.0, 1.0)), (1.1, (1.0, 0.0)), (-5.0, (0.0, 1.0))):
+        settings = replace(model.settings, first_error=FirstErrorRule(threshold=threshold))
         result = evaluate_steps(Oracle(model.backbone, tokenizer, settings), traces, fit)["methods"]["rule"]
         assert (result["acc_error"], result["acc_correct"], result["threshold"]) == (*found, threshold)
 
@@ -344,7 +356,7 @@ def test_tables_contain_the_results(model, tokenizer, policy, halves, tmp_path):
     traces, fit = halves
     result = evaluate_steps(Oracle(model.backbone, tokenizer, model.settings), traces, fit, policy=policy)
     [table, groups] = step_tables(result)
-    assert [row[0] for row in table.rows][:: len(SIGNALS)][:2] == ["reward", "log-prob"]
+    assert [row[0] for row in table.rows][:4] == ["reward", "reward drop", "rule for the first error", "log-prob"]
     assert table.rows[0][1:5] == ["100.0", "[100.0, 100.0]", "100.0", "100.0"]
     assert table.note.startswith("8 traces, 4 of them with an error, of 8 questions; thresholds fitted on 4 others.")
     assert groups.rows[0][:4] == ["right", 0, 4, None]

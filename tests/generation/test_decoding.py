@@ -24,7 +24,7 @@ from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import generate
 from tracereward.generation.self_correction import self_correct
 from tracereward.modeling.log_probs import log_probs
-from tracereward.rewards.first_error_rules import level_rule
+from tracereward.rewards.first_error_rules import LevelRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
 from tracereward.synthetic.arithmetic import build_model
@@ -422,7 +422,7 @@ def test_cuts_before_the_first_suspected_step(policy, words):
     """Step means by hand: "aa\\n" 1, "bab\\n" 0, "bb\\n" -1/3; the first below 0.5 starts at token 3."""
     guide = make(policy, words, no_b, max_new_tokens=14)
     trace = ids_of(words, ["aa\nbab\nbb\n"])[0]
-    (found,) = self_correct(guide, [[C]], [trace], rounds=1, k=3, rule=level_rule(0.5))
+    (found,) = self_correct(guide, [[C]], [trace], rounds=1, k=3, rule=LevelRule(0.5))
     assert found.cuts == [3]
     assert found.ids[:3] == trace[:3]
     stream = f"5 {digest([C])} {digest(trace)} 0"
@@ -431,14 +431,14 @@ def test_cuts_before_the_first_suspected_step(policy, words):
     assert found.reward_before == pytest.approx(reward_of(guide, [C], trace))
     assert found.ids == (best if reward_of(guide, [C], best) > found.reward_before else trace)
     assert found.sampled_tokens == sum(len(ids) - 3 for ids in sampled)
-    (found,) = self_correct(guide, [[C]], [trace], rounds=1, k=1, rule=level_rule(-0.1))
+    (found,) = self_correct(guide, [[C]], [trace], rounds=1, k=1, rule=LevelRule(-0.1))
     assert found.cuts == [7]
 
 
 def test_trace_without_a_suspected_step_is_unchanged(policy, words, counted):
     guide = make(policy, words, no_b)
     right = [A, A, END, C, EOS]
-    (found,) = self_correct(guide, [[C]], [right], rule=level_rule(0.0))
+    (found,) = self_correct(guide, [[C]], [right], rule=LevelRule(0.0))
     assert (found.ids, found.cuts, found.sampled_tokens, found.finished) == (right, [], 0, True)
     assert found.reward == found.reward_before == 1.0
     assert counted == []
@@ -448,7 +448,7 @@ def test_correction_stops_when_no_step_is_suspected(policy, words, counted):
     """Traces without b have reward 1 and are done; the others use all rounds."""
     guide = make(policy, words, no_b, max_new_tokens=8)
     traces = [[B, B, END, B, EOS], [A, END, B, END, B], [B] * 8]
-    found = self_correct(guide, [[C]] * 3, traces, rounds=6, k=4, rule=level_rule(0.99))
+    found = self_correct(guide, [[C]] * 3, traces, rounds=6, k=4, rule=LevelRule(0.99))
     for result in found:
         assert (result.reward == 1.0) or len(result.cuts) == 6
     assert any(result.reward == 1.0 and len(result.cuts) < 6 for result in found)
@@ -457,7 +457,7 @@ def test_correction_stops_when_no_step_is_suspected(policy, words, counted):
 
 def test_cut_at_the_length_limit_samples_nothing(policy, words, counted):
     guide = make(policy, words, no_b, max_new_tokens=3)
-    (found,) = self_correct(guide, [[C]], [[A, A, END, B, EOS]], rule=level_rule(0.0))
+    (found,) = self_correct(guide, [[C]], [[A, A, END, B, EOS]], rule=LevelRule(0.0))
     assert (found.ids, found.cuts) == ([A, A, END, B, EOS], [])
     assert counted == []
 
@@ -467,7 +467,7 @@ def test_corrections_match_a_loop_over_rounds(policy, words, counted):
     guide = make(policy, words, max_new_tokens=8)
     rng = random.Random(4)
     traces = [[*rng.choices([END, A, B, C], k=rng.randint(1, 6)), EOS] for _ in range(60)]
-    found = self_correct(guide, [[A, B]] * 60, traces, rounds=3, k=2, rule=level_rule(0.2))
+    found = self_correct(guide, [[A, B]] * 60, traces, rounds=3, k=2, rule=LevelRule(0.2))
     assert sum(result.sampled_tokens for result in found) == sum(counted)
     refused = 0
     for given_trace, result in zip(traces, found, strict=True):
@@ -501,14 +501,14 @@ def test_self_correction_never_lowers_the_reward(policy, words, traces, seed, th
     guide = make(policy, words, seed=seed, max_new_tokens=8)
     traces = [[*trace, EOS] for trace in traces]
     prompts = [[A, B]] * len(traces)
-    found = self_correct(guide, prompts, traces, rounds=2, k=2, rule=level_rule(threshold))
+    found = self_correct(guide, prompts, traces, rounds=2, k=2, rule=LevelRule(threshold))
     for prompt, trace, result in zip(prompts, traces, found, strict=True):
         assert result.reward_before == pytest.approx(reward_of(guide, prompt, trace), abs=1e-6)
         assert result.reward == pytest.approx(reward_of(guide, prompt, result.ids), abs=1e-6)
         assert result.reward >= result.reward_before
         assert (result.ids == trace) == (result.reward == result.reward_before)
         assert result.ids[: min(result.cuts, default=0)] == trace[: min(result.cuts, default=0)]
-        assert self_correct(guide, [prompt], [trace], rounds=2, k=2, rule=level_rule(threshold)) == [result]
+        assert self_correct(guide, [prompt], [trace], rounds=2, k=2, rule=LevelRule(threshold)) == [result]
 
 
 def test_reward_model_reads_every_end_as_its_own(policy, words, monkeypatch):

@@ -87,7 +87,7 @@ def test_head_on_states_is_the_mean_reward_of_the_truncated_model(kind, tokenize
     weight = torch.randn(32, generator=torch.Generator().manual_seed(1))
     settings = RewardSettings(head="token", beta_clip=1e6)
     for layer in (1, 2, 3):
-        head = LinearHead(layer=layer, weight=weight, bias=0.25)
+        head = LinearHead(layers=(layer,), weight=weight[None], bias=0.25)
         made = TokenRewardModel.from_readout(str(tmp_path / "lm"), head, settings, tokenizer, dtype=torch.float32)
         made.save_pretrained(tmp_path / f"reward{layer}")
         loaded = TokenRewardModel.from_pretrained(tmp_path / f"reward{layer}")

@@ -89,7 +89,7 @@ def test_marks_are_those_of_the_rows_or_of_a_threshold(path):
         text = printed([row], threshold=threshold, width=200)
         assert line in text
         assert ("!  1" in text or "! 1" in text) == (error == 0)
-    # The second given step holds a line break: marks count given steps, the page shows lines.
+    # Of an earlier version, for one given step that holds a line break.
     row = arithmetic_row(step_rewards=[-1.0], suspected_error=0)
     assert trace_of(row)["error"] is None
 

@@ -64,19 +64,18 @@ def test_rule_is_fitted_stored_and_marks_wrong_lines(model, tiny_model_folder, t
     assert stored.first_error == rule
     path = tmp_path / "rm" / "tracereward.json"
     old = json.loads(path.read_text())
-    no_number = {"signal": "level", "threshold": "low"}
     for damaged, message in (
-        ({"signal": "levl", "threshold": 0}, "unknown signal"),
-        (no_number, "threshold of the first error must be a number, not 'low'"),
+        ({"threshold": 0, "rate": 1}, "damaged"),
+        ({"threshold": "low"}, "threshold of the first error must be a number, not 'low'"),
         (5, "damaged"),
         ({}, "damaged"),
     ):
         path.write_text(json.dumps({**old, "first_error": damaged}))
         with pytest.raises(InputError, match=message):
             read_settings(tmp_path / "rm")
-    del old["first_error"]
-    path.write_text(json.dumps(old))
-    assert read_settings(tmp_path / "rm").first_error is None, "a file of an earlier version"
+    for earlier in ({}, {"first_error": {"signal": "end_low", "threshold": -1.0, "traces": 300}}):
+        path.write_text(json.dumps({name: value for name, value in old.items() if name != "first_error"} | earlier))
+        assert read_settings(tmp_path / "rm").first_error is None, "a file of an earlier version"
 
     prompt = "9 + 4 - 3 = ?\n"
     texts = ["9 + 4 = 13\n13 - 3 = 10\n#### 10", "9 + 4 = 13\n13 - 3 = 11\n#### 11", "9 + 4 = 14\n14 - 3 = 11\n#### 11"]
@@ -101,11 +100,14 @@ def test_step_of_a_character():
 
 
 def test_rule_in_a_sentence():
-    rule = FirstErrorRule(signal="minimum", threshold=-2.346, traces=80, hit_rate=0.625)
-    assert dataclasses.replace(rule, marked_wrong=0.5).line.endswith("below -2.35; it marks 50 % of wrong traces.")
-    text = "Suspected first error: the first step whose lowest token reward is below -2.35"
+    rule = FirstErrorRule(threshold=-2.346, traces=80, hit_rate=0.625)
+    text = (
+        "Suspected first error: in traces with 8 tokens in a row whose mean reward is below -2.35, the step whose last "
+        "token's reward falls furthest below those of the steps before"
+    )
     assert rule.line == f"{text}; it finds 62 % of inserted errors."
-    assert dataclasses.replace(rule, hit_rate=None).line.endswith("is below -2.35.")
+    assert dataclasses.replace(rule, marked_wrong=0.5).line == f"{text}; it marks 50 % of wrong traces."
+    assert dataclasses.replace(rule, hit_rate=None).line == f"{text}."
 
 
 def test_steps_given_as_spans_are_those_of_the_lines():
@@ -114,6 +116,10 @@ def test_steps_given_as_spans_are_those_of_the_lines():
     ends = [False, True, False, False, True]
     scores = TokenScores(["ab", "\n", "cd", "e", "</s>"], offsets, [1.0, 2.0, 4.0, 8.0, 16.0], [True] * 5, ends)
     assert scores.by_step() == scores.by_step([(0, 2), (3, 6)]) == [[1.0, 2.0], [4.0, 8.0, 16.0]]
+    assert scores.ends_of() == scores.ends_of([(0, 2), (3, 6)]) == ends
+    assert scores.ends_of([(0, 6)]) == [False, False, False, False, True], "one step of two lines"
+    assert scores.ends_of([(0, 2), (3, 4), (4, 6)]) == ends, "a token of two steps"
+    assert scores.ends_of([(0, 3), (3, 5), (5, 6)]) == [False, True, True, False, True]
     assert scores.by_step([(0, 6)]) == [[1.0, 2.0, 4.0, 8.0, 16.0]]
     assert scores.by_step([(0, 2), (3, 4), (4, 6)]) == [[1.0, 2.0], [4.0], [4.0, 8.0, 16.0]], "a token of two steps"
     assert scores.step_rewards([(0, 2), (3, 6)]) == [1.0, 6.0], "means without what lies between steps"

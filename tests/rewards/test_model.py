@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -375,10 +376,12 @@ def test_first_error_is_the_first_step_below_the_threshold(tiny_model_folder, to
     assert model.first_error(prompt, steps, max(rewards) + 1) == 0
     with pytest.raises(InputError, match=r"no rule for the first error: fit one .* or give threshold"):
         model.first_error(prompt, steps)
-    with_delimiters = model.score([prompt], ["\n".join(steps)])[0].step_rewards()
-    lowest = min(range(3), key=lambda step: with_delimiters[step])
-    for margin, found in ((1e-5, lowest), (-1e-5, None)):
-        rule = FirstErrorRule(signal="level", threshold=with_delimiters[lowest] + margin)
+    [scores] = model.score([prompt], ["\n".join(steps)])
+    lowest = np.convolve(scores.rewards, np.ones(8) / 8, mode="valid").min()
+    ends = [step[-1] for step in scores.by_step()]
+    place = int(np.argmin([0.0, ends[1] - ends[0], ends[2] - min(ends[:2])]))
+    for margin, found in ((1e-5, place), (-1e-5, None)):
+        rule = FirstErrorRule(threshold=lowest + margin)
         model.settings = dataclasses.replace(model.settings, first_error=rule)
         assert model.first_error(prompt, steps) == found
         assert model.first_error(prompt, steps, max(rewards) + 1) == 0, "a threshold comes before the rule"

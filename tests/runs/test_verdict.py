@@ -27,7 +27,8 @@ def trace(question: str, answer: str, gold: str | None, reward: float) -> FreshT
     text = f"#### {answer}" + " or so" * (answer == gold)  # never the shortest
     scores = TokenScores([text], [(0, len(text))], [reward], [True], [True])
     correct = None if gold is None else answer == gold
-    return FreshTrace(question=question, completion=text, scores=scores, correct=correct, answer=answer, logprob=-1.0)
+    given = {"question": question, "completion": text, "scores": scores, "correct": correct, "answer": answer}
+    return FreshTrace(**given, logprob=-1.0, finished=True)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from scipy.special import expit
 
 from helpers.served import assert_error, client_of, close, save_reward_model, traces
 from tracereward.rewards.calibration import Calibration
-from tracereward.rewards.first_error_rules import FirstErrorRule
+from tracereward.rewards.first_error_rules import FirstErrorRule, suspicions
 from tracereward.rewards.model import TokenRewardModel
 
 TRACES = traces(6)
@@ -52,7 +52,7 @@ def test_score_of_a_completion(served, model, finished):
     assert answer.keys() == {"model", "results", "usage"}
     assert answer["model"] == "rm"
     [result] = answer["results"]
-    fields = {"index", "reward", "aggregates", "step_rewards", "tokens", "offsets", "token_rewards"}
+    fields = {"index", "reward", "aggregates", "step_rewards", "tokens", "offsets", "token_rewards", "step_ends"}
     assert result.keys() == fields  # and no probability
     assert result["tokens"] == scores.tokens
     assert result["offsets"] == [list(pair) for pair in scores.offsets]
@@ -133,11 +133,11 @@ def test_messages_for_a_model_with_chat_template(tmp_path, tokenizer):
 
 
 def test_calibrated_model_returns_probabilities_and_suspected_errors(tmp_path, tokenizer, offline):
-    """The rule's threshold lies between the traces' lowest step rewards, so some have no suspected error: null."""
+    """The rule's threshold lies between the traces' lowest means, so some have no suspected error: null."""
     calibration = Calibration("platt", slope=0.5, intercept=0.25, traces=20)
-    steps = [scores.step_rewards() for scores in offline]
+    steps = [suspicions(scores.by_step()) for scores in offline]
     threshold = float(np.mean(sorted(map(min, steps))[:2]))
-    fitted = {"calibration": calibration, "first_error": FirstErrorRule(signal="level", threshold=threshold)}
+    fitted = {"calibration": calibration, "first_error": FirstErrorRule(threshold=threshold)}
     calibrated = TokenRewardModel.from_pretrained(str(save_reward_model(tmp_path / "rm", tokenizer, **fitted)))
     expected = [float(expit(0.5 * scores.aggregate() + 0.25)) for scores in offline]
     with client_of(calibrated) as client:

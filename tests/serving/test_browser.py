@@ -10,6 +10,7 @@ import uvicorn
 from helpers.browser import Page, driver, pytestmark  # noqa: F401
 from helpers.served import save_reward_model, traces, wait_for
 from tracereward.rewards.calibration import Calibration
+from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.serving.app import create_app
 from tracereward.serving.service import Settings
@@ -21,7 +22,8 @@ HOSTILE = "<script>alert(1)</script>"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer):
     calibration = Calibration("platt", slope=0.5, traces=20)
-    folder = save_reward_model(tmp_path_factory.mktemp("browser") / "rm", tokenizer, calibration=calibration)
+    fitted = {"calibration": calibration, "first_error": FirstErrorRule(threshold=0.0)}
+    folder = save_reward_model(tmp_path_factory.mktemp("browser") / "rm", tokenizer, **fitted)
     model = TokenRewardModel.from_pretrained(str(folder))
     keep = model.to_scores
     # The arithmetic tokenizer has no letters: replace the last token's text by an attack.
@@ -104,6 +106,27 @@ def test_candidates_are_ranked_with_coloured_tokens(page, model):
     token = items[0].find_elements("css selector", ".trace span")[strongest]
     assert token.value_of_css_property("background-color") != "rgba(0, 0, 0, 0)"
     assert page.driver.get_log("browser") == []  # no errors, and nothing blocked by the policy
+
+
+def test_suspected_error_is_marked_as_in_inspect(page, model):
+    """The tokens of the suspected step, and no others; a trace without one has no mark."""
+    candidates = [RIGHT, "2 + 2 = 9\n9 - 1 = 8\n#### 8", "1", "5 - 1"]
+    fill(page, prompt=PROMPT.removesuffix("\n"), candidates="\n---\n".join(candidates), key="sesame")
+    page.wait(lambda: "4 ranked" in page.one("#status").text)
+    scores = model.score([PROMPT] * 4, candidates)
+    order = sorted(range(4), key=lambda index: -scores[index].aggregate())
+    found = []
+    for item, index in zip(page.all("#ranking li"), order, strict=True):
+        steps, place = scores[index].by_step(), model.settings.first_error.mark(scores[index].by_step())
+        marks = item.find_elements("css selector", "mark")
+        found.append(place)
+        assert len(marks) == (place is not None)
+        if marks:
+            assert marks[0].text.startswith("suspected first error")
+            tokens = [token.get_property("textContent") for token in marks[0].find_elements("css selector", "span")]
+            start = sum(map(len, steps[:place]))
+            assert tokens == scores[index].tokens[start : start + len(steps[place])]
+    assert len(set(found)) > 1
 
 
 def test_content_security_policy_blocks_injected_scripts(page):

@@ -22,7 +22,7 @@ from tracereward.files import read_jsonl
 from tracereward.generation.guide import Guide
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct, threshold_of
-from tracereward.rewards.first_error_rules import level_rule
+from tracereward.rewards.first_error_rules import LevelRule
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.settings import RewardSettings
 
@@ -77,10 +77,10 @@ def test_detector_may_differ_from_judge(policy, words):
     guide = Guide(policy, words, Scripted(words, lambda context: 1.0), SamplingParams(max_new_tokens=8, seed=5))
     detector = dataclasses.replace(guide, scorer=Scripted(words, lambda context: 1.0 - 2 * (context.count(END) > 1)))
     trace = [A, END, B, END, C, C, EOS]
-    assert self_correct(guide, [[A]], [trace], rounds=1, k=1, rule=level_rule(0.0))[0].cuts == []
+    assert self_correct(guide, [[A]], [trace], rounds=1, k=1, rule=LevelRule(0.0))[0].cuts == []
     # The second step includes one low token: (1 - 1) / 2 is not under 0, the third step is.
-    assert self_correct(guide, [[A]], [trace], rounds=1, k=1, rule=level_rule(0.0), detector=detector)[0].cuts == [4]
-    assert self_correct(guide, [[A]], [trace], rounds=2, k=1, rule=level_rule(0.5), detector=detector)[0].cuts == [2, 2]
+    assert self_correct(guide, [[A]], [trace], rounds=1, k=1, rule=LevelRule(0.0), detector=detector)[0].cuts == [4]
+    assert self_correct(guide, [[A]], [trace], rounds=2, k=1, rule=LevelRule(0.5), detector=detector)[0].cuts == [2, 2]
 
 
 def test_detector_checks_replacement_traces(policy, words):
@@ -89,7 +89,7 @@ def test_detector_checks_replacement_traces(policy, words):
     judge = Scripted(words, lambda context: float(context != [A, *trace][: len(context)]))
     guide = Guide(policy, words, judge, SamplingParams(max_new_tokens=8))
     detector = dataclasses.replace(guide, scorer=Scripted(words, lambda context: -1.0))
-    (found,) = self_correct(guide, [[A]], [trace], rounds=3, k=2, rule=level_rule(0.0), detector=detector)
+    (found,) = self_correct(guide, [[A]], [trace], rounds=3, k=2, rule=LevelRule(0.0), detector=detector)
     assert found.cuts == [0, 0, 0]
     assert found.ids != trace
 

@@ -105,7 +105,7 @@ def test_a_training_question_is_scored_by_a_head_that_has_not_seen_it():
     fold = logged.outer_folds(pool)[0]
     fitted = logged.fit_fold(pool, fold, Arm())
     members = fold.train & (pool.models != "")
-    seen = pool.scores(1, fitted.readouts[0].weight)
+    seen = pool.scores([1], fitted.readout.weight)
     gap = {
         name: values[members & pool.correct].mean() - values[members & ~pool.correct].mean()
         for name, values in {"seen": (seen - seen.mean()) / seen.std(), "unseen": fitted.scores}.items()
@@ -114,18 +114,20 @@ def test_a_training_question_is_scored_by_a_head_that_has_not_seen_it():
     assert abs(gap["unseen"]) < 0.5
 
 
-def test_the_mean_of_layers_has_a_head_on_each():
+def test_an_arm_reads_one_layer_or_the_mean_of_all_or_the_better_of_both():
+    """The second layer holds the first one's states mirrored, and the third one's are noise."""
     pool = pool_of()
-    twice = dataclasses.replace(
-        pool, states=torch.cat([pool.states, pool.states.flip(2)], 1), layers=[1, 2], _values={}
-    )
-    fold = logged.outer_folds(twice)[0]
-    fitted = logged.fit_fold(twice, fold, Arm(layers="mean"))
-    assert [one.layer for one in fitted.readouts] == [1, 2]
-    first = logged.fit_fold(pool, fold, Arm())
-    assert fitted.readouts[0].weight == pytest.approx(first.readouts[0].weight)
-    assert fitted.readouts[1].weight == pytest.approx(first.readouts[0].weight[::-1], abs=1e-3)
-    assert fitted.scores == pytest.approx(first.scores, abs=1e-2)  # the layers hold the same
+    noise = torch.tensor(np.random.default_rng(2).normal(size=pool.states.shape), dtype=torch.float32)
+    states = torch.cat([pool.states, pool.states.flip(2), noise], 1)
+    pool = dataclasses.replace(pool, states=states, layers=[1, 2, 3], _values={})
+    fold = logged.outer_folds(pool)[0]
+    one, mean, best = (logged.fit_fold(pool, fold, Arm(layers=layers)) for layers in ("one", "mean", "any"))
+    assert one.readout.layers in ((1,), (2,))
+    assert mean.readout.layers == (1, 2, 3)
+    assert best.readout.chosen.auroc == max(one.readout.chosen.auroc, mean.readout.chosen.auroc)
+    values = sum(pool.states[:, place].numpy() @ row for place, row in enumerate(mean.readout.weight))
+    assert pool.scores([1, 2, 3], mean.readout.weight) == pytest.approx(values, abs=1e-5)
+    assert mean.readout.weight[1] == pytest.approx(mean.readout.weight[0][::-1], abs=1e-3)
 
 
 def test_measures_are_those_of_a_brute_force():

@@ -11,6 +11,7 @@ from tracereward.training.readout import (
     PAIRS,
     PENALTIES,
     Examples,
+    cross_fit,
     fit_heads,
     fit_readout,
     fold_numbers,
@@ -90,13 +91,51 @@ def test_the_layer_that_tells_them_apart_is_chosen_and_zero_is_between_the_class
     noise = np.random.default_rng(5).normal(size=values.shape)
     states = torch.tensor(np.stack([noise, values, noise], 1), dtype=torch.float32)
     found = fit_readout(states, [1, 2, 3], known)
-    assert found.layer == 2
-    scores = values @ found.weight + found.bias
+    assert found.layers == (2,)
+    scores = found.score(states, [1, 2, 3])
+    assert scores == pytest.approx(values @ found.weight[0] + found.bias, abs=1e-4)
     assert scores[known.labels].mean() == pytest.approx(-scores[~known.labels].mean(), abs=1e-6)
-    best = max(found.table, key=lambda one: one.auroc)
-    assert (best.layer, best.penalty) == (found.layer, found.penalty)
-    assert best.auroc > 0.8
-    assert all(0.3 < one.auroc < 0.7 for one in found.table if one.layer != 2)
+    assert found.chosen == max(found.table, key=lambda one: one.auroc)
+    assert found.chosen.auroc > 0.8
+    assert all(0.3 < one.auroc < 0.7 for one in found.table if one.layers in ((1,), (3,)))
+
+
+def test_the_mean_of_layers_is_chosen_where_each_tells_a_part():
+    """From heads fitted here: each layer's scores have the same standard deviation on the traces it has seen."""
+    values, known = generated(100, 6, 8)
+    rng = np.random.default_rng(5)
+    several = np.stack([values + rng.normal(size=values.shape) * scale for scale in (1, 1.2, 1)], 1)
+    several[:, 2] *= 100  # weighs no more
+    states = torch.tensor(several, dtype=torch.float32)
+    found = fit_readout(states, [4, 7, 9], known, folds=3)
+    assert found.layers == (4, 7, 9)
+    assert {one.layers for one in found.table} == {(4,), (7,), (9,), (4, 7, 9)}
+    fold_of, heads = fold_numbers(known, 3, 0), []
+    for fold in range(3):
+        seen = fold_of != fold
+        of_layers = [
+            fit_heads(states[:, layer].numpy()[seen], known[seen], "pairwise", penalties=PENALTIES)[found.penalty]
+            for layer in range(3)
+        ]
+        spreads = [float(np.std(several[seen, layer] @ head)) for layer, head in enumerate(of_layers)]
+        standardised = np.stack([head / spread for head, spread in zip(of_layers, spreads, strict=True)])
+        heads.append(np.mean(spreads) * standardised / 3)
+        expected = np.einsum("nlh,lh->n", several[~seen], heads[-1]) + found.bias
+        assert found.scores[~seen] == pytest.approx(expected, abs=1e-3)
+    assert found.folds == pytest.approx(np.stack(heads), rel=1e-3, abs=1e-5)
+    assert found.weight == pytest.approx(np.mean(heads, 0), rel=1e-3, abs=1e-5)
+    scores = found.score(states.flip(1), [9, 7, 4])
+    assert scores == pytest.approx(np.einsum("nlh,lh->n", several, np.mean(heads, 0)) + found.bias, abs=1e-3)
+    assert scores[known.labels].mean() == pytest.approx(-scores[~known.labels].mean(), abs=1e-3)
+    assert found.chosen.auroc == max(one.auroc for one in found.table)
+
+
+def test_a_layer_that_says_nothing_has_no_part_in_the_mean():
+    values, known = generated(20, 5, 4)
+    states = torch.tensor(np.stack([values, np.zeros_like(values)], 1), dtype=torch.float32)
+    (mean, *_) = (one for one in cross_fit(states, [1, 2], known) if len(one.layers) == 2)
+    assert np.isfinite(mean.heads).all()
+    assert not mean.heads[:, 1].any()
 
 
 def test_layers_to_try_are_among_those_that_can_be_read():

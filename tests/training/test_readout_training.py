@@ -15,7 +15,7 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.shaping import backfill
 from tracereward.rewards.supervision import reward_shares
 from tracereward.synthetic.arithmetic import generate
-from tracereward.training import readout_training
+from tracereward.training import readout, readout_training
 from tracereward.training.readout_training import LabelledTrace, ReadoutOptions, states_of, train_readout
 
 
@@ -36,18 +36,28 @@ def labelled(tokenizer, count: int) -> list[LabelledTrace]:
     return traces
 
 
-@pytest.mark.parametrize("granularity", ["dense", "sparse", "step", "interval"])
-def test_trace_reward_is_the_score(granularity, tokenizer, tiny_model_folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("granularity", "count"), [("dense", 1), ("sparse", 1), ("step", 1), ("interval", 1), ("dense", 2), ("step", 2)]
+)
+def test_trace_reward_is_the_score(granularity, count, tokenizer, tiny_model_folder, tmp_path, monkeypatch):
+    """Of a read-out of one layer, and of the mean of both."""
+
+    def fit(states, layers, examples, *args, **kwargs):
+        tried = readout.cross_fit(states, layers, examples, *args, **kwargs)
+        return readout.best_readout([one for one in tried if len(one.layers) == count], states, layers, examples)
+
+    monkeypatch.setattr(readout_training, "fit_readout", fit)
     settings = RewardSettings(head="token", granularity=granularity, interval=3)
     traces = labelled(tokenizer, 24)
     options = ReadoutOptions(objective="pairwise", cache=tmp_path / "states", dtype=torch.float32)
     model, fitted = train_readout(str(tiny_model_folder), settings, tokenizer, traces, options=options)
     found, layers = states_of(str(tiny_model_folder), settings, tokenizer, traces, options=options)
+    assert len(fitted.layers) == count
     model.save_pretrained(tmp_path / "reward_model")
     loaded = TokenRewardModel.from_pretrained(tmp_path / "reward_model")
     scored = loaded.score_ids([trace.prompt for trace in traces], [trace.completion for trace in traces])
     rewards = np.array([one.aggregate("mean") for one in scored])
-    expected = found.states[:, layers.index(fitted.layer)].float().numpy() @ fitted.weight + fitted.bias
+    expected = fitted.score(found.states, layers)
     assert rewards == pytest.approx(expected, abs=0.02 * np.abs(rewards).max())  # the states are kept in bfloat16
     labels = [trace.label for trace in traces]
     assert rewards[labels].mean() == pytest.approx(-rewards[~np.array(labels)].mean(), abs=0.05)

@@ -20,7 +20,7 @@ from tracereward.rewards import first_error_fit
 from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import read_settings
-from tracereward.runs import first_error
+from tracereward.runs import first_error, report, verdict
 from tracereward.synthetic.arithmetic import generate
 from tracereward.tasks.recipes import get_task
 from tracereward.training.adversarial_config import AdversarialConfig
@@ -175,15 +175,20 @@ def test_run_saves_the_best_checkpoint(run, kind, capsys):
     assert (choice["start_accuracy"], choice["accuracy"], choice["questions"]) == (0.25, 0.75, 8)
 
 
-def test_marks_are_fitted_on_what_was_not_trained_on(run, monkeypatch, capsys):
-    """Validation experts, and rollouts of the final policy: here every rollout counts as right."""
-    given, rule = [], FirstErrorRule(signal="fall", threshold=-1.5, traces=16, hit_rate=0.625)
+def test_marks_are_fitted_on_what_was_not_trained_on(run, tiny_model_folder, monkeypatch, capsys):
+    """Held-out experts, the verdict's rollouts, and the starting policy's for the other questions.
+
+    Here every rollout of the starting policy counts as right.
+    """
+    given, rule = [], FirstErrorRule(threshold=-1.5, traces=16, hit_rate=0.625)
 
     def fit(model, traces, seed):
         given.extend(traces)
         return rule
 
     monkeypatch.setattr(first_error, "RIGHT_TRACES", 8)
+    monkeypatch.setattr(verdict, "QUESTIONS", 5)
+    monkeypatch.setattr(report, "SHOWN", 0)
     monkeypatch.setattr(first_error_fit, "fit_first_error", fit)
     monkeypatch.setattr(type(get_task("arithmetic")), "verify", lambda *_: True)
     folder = run("train", [0.25, 0.5, 0.75, 0.625], held_out_fraction=0.25)
@@ -192,17 +197,20 @@ def test_marks_are_fitted_on_what_was_not_trained_on(run, monkeypatch, capsys):
     assert found[4:] == [(row["prompt"], row["completion"]) for row in experts[16:]]
     held_out = dict(found[:4])
     assert held_out.items() <= {row["prompt"]: row["completion"] for row in experts[:16]}.items()
-    rollouts = [trace for trace in given if trace.source == "rollout"]
-    assert [trace.prompt for trace in rollouts] == [prompt for prompt, _ in found]
-    assert all(trace.right for trace in given)
-    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "policy"), load_tokenizer(folder / "policy")
+    rollouts = [(trace.prompt, trace.completion) for trace in given if trace.source == "rollout"]
+    assert len(rollouts) == 5 * verdict.SAMPLES + 7
+    assert all(trace.right for trace in [*given[: len(found)], *given[-7:]])
+    judged = [prompt for prompt, _ in rollouts[: -7 : verdict.SAMPLES]]
+    others = [prompt for prompt, _ in found if prompt not in judged]
     params = SamplingParams(max_new_tokens=SHORT["max_completion_length"], seed=SHORT.get("seed", 42), batch_size=128)
-    sampled = [one for chunk in sample(policy, tokenizer, [p for p, _ in found], params, n=1) for one in chunk]
-    assert [trace.completion for trace in rollouts] == [one.text for one in sampled]
+    sampled = []
+    for source, prompts, n in ((folder / "policy", judged, verdict.SAMPLES), (tiny_model_folder, others, 1)):
+        policy, tokenizer = AutoModelForCausalLM.from_pretrained(source), load_tokenizer(source)
+        chunks = sample(policy, tokenizer, prompts, params, n=n)
+        sampled += [(prompts[one.prompt], one.text) for chunk in chunks for one in chunk]
+    assert rollouts == sampled
     assert read_settings(folder / "reward_model").first_error == rule
-    line = (
-        "the first step whose change of the mean reward from the step before is below -1.5; it finds 62 % of inserted"
-    )
+    line = "Suspected first error: in traces with 8 tokens in a row whose mean reward is below -1.5"
     assert line in capsys.readouterr().err
     assert line in (folder / "report.html").read_text()
 

@@ -222,12 +222,15 @@ def quickstart(
     fast: Annotated[
         bool, typer.Option(help="One minute instead of several: fewer steps, less reliable figures.")
     ] = False,
+    from_scratch: Annotated[
+        bool, typer.Option(help="Pretrain the policy too, instead of taking the package's; other seeds and worlds do.")
+    ] = False,
     json_table: Annotated[bool, typer.Option("--json", help="Print the tables as JSON on stdout.")] = False,
 ) -> None:
     """The full method on generated arithmetic and a tiny Llama, offline, in minutes on two CPU cores."""
     from tracereward.quickstart.run import run_quickstart
 
-    run_quickstart(output, world, seed, resume=resume, fast=fast, json_table=json_table)
+    run_quickstart(output, world, seed, resume=resume, fast=fast, from_scratch=from_scratch, json_table=json_table)
 
 
 app.add_typer(commands)

@@ -31,7 +31,7 @@ from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.policy_settings import remembered
 from tracereward.modeling.rendering import completion_text, render_prompt
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
-from tracereward.rewards.first_error_rules import FirstErrorRule, level_rule
+from tracereward.rewards.first_error_rules import LevelRule, MarksSteps
 from tracereward.rewards.log_prob_scorer import LogProbs
 from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import RewardSettings, check_reward_model
@@ -80,7 +80,7 @@ class Correcting:
                 "traces, or --threshold, in nats"
             )
 
-    def rule(self, settings: RewardSettings) -> FirstErrorRule:
+    def rule(self, settings: RewardSettings) -> MarksSteps:
         """The rule that decides where traces are cut, if no `share` is given.
 
         Raises:
@@ -204,7 +204,7 @@ def corrected_rows(
         detector = replace(guide, scorer=LogProbs(guide.policy, tokenizer, settings), reference=None)
     if rule is None:
         lowest = lowest_steps(detector, [ids for ids, _ in encoded], [ids for _, ids in encoded])
-        rule = level_rule(threshold_of(lowest, float(share or 0)))
+        rule = LevelRule(threshold_of(lowest, float(share or 0)))
     pairs = iter(list(zip(rows, encoded, strict=True))[done:])
     while chunk := list(islice(pairs, sampling.prompts_together(k))):
         prompt_ids = [prompt for _, (prompt, _) in chunk]

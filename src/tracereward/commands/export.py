@@ -69,7 +69,9 @@ def run_export(options: ExportOptions) -> None:
     )
     note = _note(settings.head, fit)
     student.save_pretrained(output, note)
-    if settings.head == "token" and not settings.adds_reference:  # the same rewards; a distilled model has others
+    if (
+        settings.head == "token" and settings.is_classifier and not settings.adds_reference
+    ):  # the same rewards; a distilled model has others
         write_verdict(output, read_verdict(local_folder(options.model)))
     say(note.strip())
     numbers = without_nan(asdict(fit))

@@ -249,5 +249,5 @@ def as_row(
         "offsets": scores.offsets,
         "token_rewards": scores.rewards,
         "supervised": scores.supervised,
-        "step_ends": scores.step_ends,
+        "step_ends": scores.ends_of(spans),
     }

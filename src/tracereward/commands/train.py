@@ -30,7 +30,6 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_run, write_policy_card
 from tracereward.runs.disk import check_disk
 from tracereward.runs.finish import load_policy, train_and_choose
-from tracereward.runs.first_error import fit_marks
 from tracereward.runs.folder import run_folder
 from tracereward.runs.held_out import held_out_questions
 from tracereward.runs.job import Job, starting_policy
@@ -149,8 +148,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
                 write_policy_card(run, about)
                 reward_model.save_pretrained(run.folder / "reward_model", about)
                 questions = held_out_questions(trainer, prepared.rows, prepared.validation)
-                marks = fit_marks(run, trainer, reward_model, questions)
-                report_rewards(run, trainer, reward_model, prepared.rows, questions=questions, chosen=chosen + marks)
+                report_rewards(run, trainer, reward_model, prepared.rows, questions=questions, chosen=chosen)
         upload_all(run, repositories)
     return run.folder
 

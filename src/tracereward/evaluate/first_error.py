@@ -46,9 +46,11 @@ def fit_threshold(scores: Sequence[Sequence[float]], first_errors: Sequence[int 
         first_errors: index of the first wrong step, None for a correct trace.
 
     Raises:
-        ValueError: erroneous or correct traces are missing (then F1 is not defined), or a score is not finite.
+        ValueError: erroneous or correct traces are missing (then F1 is not defined), or a score is not finite;
+            infinity is allowed, for a step that no threshold marks.
     """
     candidates = np.unique(np.concatenate([np.asarray(trace, dtype=float) for trace in scores]))
+    candidates = candidates[candidates != math.inf]
     if not np.isfinite(candidates).all():
         raise ValueError("a step score is not finite")
     erroneous = sum(first_error is not None for first_error in first_errors)

@@ -16,7 +16,7 @@ from tracereward.generation.params import SamplingParams
 from tracereward.generation.self_correction import self_correct
 from tracereward.metrics import bootstrap_interval
 from tracereward.reports.tables import Table
-from tracereward.rewards.first_error_rules import FirstErrorRule
+from tracereward.rewards.first_error_rules import MarksSteps
 from tracereward.rewards.scorer import check_finite
 from tracereward.rewards.settings import check_reward_model
 from tracereward.selection import Candidate, outcomes
@@ -53,7 +53,7 @@ class Comparison:
     top_k: int = 8
     threshold: float | None = None
 
-    def rule(self, guide: Guide) -> FirstErrorRule | None:
+    def rule(self, guide: Guide) -> MarksSteps | None:
         """Where self-correction cuts; None if there is no threshold, and no rule for the guide's rewards."""
         if self.threshold is not None or (guide.reference is None and guide.scorer.settings.first_error is not None):
             return guide.scorer.settings.first_error_rule(self.threshold, "--threshold")

@@ -29,7 +29,7 @@ from tracereward.modeling.log_probs import log_probs_and_entropies
 from tracereward.modeling.rendering import render_prompt
 from tracereward.modeling.tokenization import encode_trace, pad_id, without_ends
 from tracereward.reports.tables import Table, interval, percent
-from tracereward.rewards.first_error_rules import SIGNALS, differences
+from tracereward.rewards.first_error_rules import differences, suspicions
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
 from tracereward.rewards.scorer import check_finite
@@ -38,9 +38,8 @@ from tracereward.tasks.recipes import Task, get_task
 
 LABELS = {
     "reward": "reward",
-    "reward_minimum": "lowest token reward",
-    "reward_fall": "reward drop",
-    "reward_end_low": "last token's reward, new low",
+    "reward_drop": "reward drop",
+    "reward_rule": "rule for the first error",
     "rule": "the model's own rule",
     "logprob": "log-prob",
     "reward_logprob": "reward + log-prob",
@@ -156,9 +155,10 @@ def step_scores(
     for index, values in token_values(model, encoded, policy=policy, token_budget=token_budget):
         steps = {name: step_values(v, encoded[index].steps, aggregate) for name, v in values.items()}
         rewards = slices(values["reward"], [step[0] for step in encoded[index].steps])
-        steps |= {f"reward_{name}": signal(rewards) for name, signal in SIGNALS.items() if name != "level"}
-        if (rule := model.settings.first_error) is not None:
-            steps["rule"] = SIGNALS[rule.signal](rewards)
+        steps["reward_drop"] = differences(steps["reward"])
+        steps["reward_rule"] = suspicions(rewards)
+        if model.settings.first_error is not None:
+            steps["rule"] = steps["reward_rule"]
         if policy is not None:
             steps["reward_logprob"] = [a + b for a, b in zip(steps["reward"], steps["logprob"])]
             steps["reward_logprob_drop"] = differences(steps["reward_logprob"])
@@ -185,11 +185,11 @@ def evaluate_steps(
     """How well step scores find the first error, for the reward and its baselines.
 
     A step's score is the mean (or min) of its tokens' values: the reward of `TokenRewardModel.score` without further
-    models; log-prob and negative next-token entropy under `policy`; also the other `SIGNALS` of the reward, reward +
-    log-prob, the difference of both and of the log-prob to the previous step, and random numbers. Each has a threshold
-    fitted on `fit_traces`; the row "rule" is the reward model's own rule with its own threshold. With a fitted
-    threshold random numbers reach a higher F1 than the row "random", the expectation of a uniform guess among the steps
-    and "no error".
+    models; log-prob and negative next-token entropy under `policy`; also reward + log-prob, the difference of all
+    but the entropy to the previous step, the `suspicions` of the rule for the first error, and random numbers. Each has
+    a threshold fitted on `fit_traces`; the row "rule" is the reward model's own rule with its own threshold. With a
+    fitted threshold random numbers reach a higher F1 than the row "random", the expectation of a uniform guess among
+    the steps and "no error".
 
     Args:
         model: the reward model.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tracereward.generation.decoding import best
 from tracereward.generation.guide import Guide, digest
-from tracereward.rewards.first_error_rules import FirstErrorRule
+from tracereward.rewards.first_error_rules import MarksSteps
 from tracereward.rewards.token_scores import TokenScores
 
 
@@ -38,7 +38,7 @@ def self_correct(
     *,
     rounds: int = 3,
     k: int = 4,
-    rule: FirstErrorRule,
+    rule: MarksSteps,
     detector: Guide | None = None,
 ) -> list[Correction]:
     """Correct traces for up to `rounds` rounds.

@@ -212,7 +212,7 @@ def load_model(
     Args:
         auto: `CAUSAL_LM` or `CLASSIFIER`.
         name: folder or Hub id.
-        new: names of modules that the checkpoint need not have: they start at random on purpose.
+        new: names of modules that start at random on purpose, whether the checkpoint has them or not.
         revision: branch, tag or commit of a Hub model.
         **kwargs: for `from_pretrained`.
 
@@ -229,14 +229,15 @@ def load_model(
             f"{name} is not complete: its weights lack {_listed(missing)}: download it again, or save it as "
             f"{type(model).__name__}"
         )
-    if wrong := sorted(found["mismatched_keys"]):
+    if wrong := sorted(one for one in found["mismatched_keys"] if one[0].split(".")[0] not in new):
         key, stored, needed = wrong[0]
         raise InputError(
             f"{name}: {key} has shape {tuple(stored)} in its weights, and config.json asks for {tuple(needed)}"
             f"{f' ({len(wrong)} weights in all)' if len(wrong) > 1 else ''}: config and weights are of two models"
         )
     modules = {name for name, _ in model.named_modules()}
-    unused = {key: ".".join(key.split(".")[:2]) in modules for key in sorted(found["unexpected_keys"])}
+    unexpected = sorted(key for key in found["unexpected_keys"] if key.split(".")[0] not in new)
+    unused = {key: ".".join(key.split(".")[:2]) in modules for key in unexpected}
     if inner := [key for key, inside in unused.items() if inside]:
         raise InputError(
             f"{name}: its weights have {_listed(inner)}, which config.json does not describe: config and weights are "
@@ -274,21 +275,22 @@ def load_causal_lm(
 
 
 def new_classifier(
-    name: str | Path, *, revision: str | None = None, bias: bool = False, **kwargs: Any
+    name: str | Path, *, revision: str | None = None, bias: bool = False, labels: int = 1, **kwargs: Any
 ) -> PreTrainedModel:
-    """A token classifier with one logit: the backbone of a causal LM under a new random head.
+    """A token classifier: the backbone of a causal LM, or of a token classifier, under a new random head.
 
     Args:
-        name: folder or Hub id of the causal LM.
+        name: folder or Hub id of the model.
         revision: branch, tag or commit of a Hub model.
         bias: whether the head has one.
+        labels: logits of a token.
         **kwargs: for `from_pretrained`.
 
     Raises:
         InputError: see `load_model`; or transformers has no classifier of this architecture.
     """
     config = read_config(name, revision)
-    config.num_labels = 1
+    config.num_labels = labels
     config.classifier_dropout = 0.0  # the default of 0.1 would make rewards random in training
     config.token_classification_bias = bias
     quantization = copy.copy(kwargs.pop("quantization_config", None))

@@ -4,7 +4,8 @@ Each stage calls the function behind a command (sft, grpo, train, sample, score,
 example of the Python API. In world ``exposure`` the pretrained policy marks facts that it is unsure of and continues
 with a mistake; fifty expert traces are right over six to eight steps. In world ``misconception`` the policy makes a
 systematic mistake confidently, without a mark. In every stage that trains, validation questions select among the
-starting policy and four checkpoints. All printed figures are measured in the run.
+starting policy and four checkpoints. All printed figures are measured in the run; only the default's pretrained policy
+comes with the package, see `shipped`.
 """
 
 import json
@@ -12,7 +13,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,17 @@ from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_folder, atomic_write_json, read_json, without_nan, write_jsonl
 from tracereward.generation.params import SamplingParams
 from tracereward.metrics import point_biserial, wilson_interval
-from tracereward.quickstart.report import write_quickstart_report
+from tracereward.quickstart.report import print_results, write_quickstart_report
+from tracereward.quickstart.shipped import BASE, has_base
 from tracereward.quickstart.worlds import COMMON, WORLDS, World, write_rows
-from tracereward.reports.tables import print_policies, print_ranking
+from tracereward.reports.tables import percent
 from tracereward.rewards.engines import load_scorer
 from tracereward.synthetic.arithmetic import build_model, build_tokenizer
 from tracereward.tasks.recipes import get_task
 from tracereward.training.adversarial_config import AdversarialConfig
 from tracereward.training.config import RewardConfig, SupervisedConfig
 from tracereward.training.options import DataArguments
+from tracereward.verdict import compared
 
 TASK = "arithmetic"
 SAMPLES = 8  # per held-out question, from the SFT policy
@@ -67,12 +70,14 @@ class Quickstart:
         world: sizes and options.
         seed: seed of data, models and training.
         fast: a tenth of the steps.
+        from_scratch: pretrain the policy also where one comes with the package.
     """
 
     folder: Path
     world: World
     seed: int
     fast: bool
+    from_scratch: bool
 
     @property
     def start(self) -> str:
@@ -135,42 +140,44 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
 
 
-def run_quickstart(output: Path, world_name: str, seed: int, resume: bool, *, fast: bool, json_table: bool) -> None:
+def run_quickstart(
+    output: Path, world_name: str, seed: int, *, resume: bool, fast: bool, from_scratch: bool, json_table: bool
+) -> None:
     """SFT, warm-up, adversarial GRPO, two controls, reranking and the report, on generated arithmetic.
 
     Raises:
         InputError: unknown world; or `output` has a run and `resume` is False, or its options differ.
     """
     check_choice("world", world_name, WORLDS)
-    _claim(output, {"world": world_name, "seed": seed, "fast": fast}, resume)
+    _claim(output, {"world": world_name, "seed": seed, "fast": fast, "from_scratch": from_scratch}, resume)
     transformers_logging.disable_progress_bar()  # the files are half a megabyte
     disable_progress_bar()
     torch.set_num_threads(1)  # two are no faster at this size, and results would depend on the number of cores
     start = time.perf_counter()
-    run = Quickstart(output, WORLDS[world_name], seed, fast)
+    run = Quickstart(output, WORLDS[world_name], seed, fast, from_scratch)
     stages = Stages(7 if run.world.pretraining else 6)
-    stages.run("data and an untrained tiny Llama", output / "init", lambda: make_world(run))
+    stages.run("data, and an untrained tiny Llama", output / "init", lambda: make_world(run))
     if run.world.pretraining:
-        done = output / "base" / "report.html"
-        stages.run("pretraining on a corpus with mistakes", done, lambda: pretrain(run))
-    stages.run("SFT on the experts, tuned on validation questions", output / "sft", lambda: tune_sft(run))
+        ready = has_base(world_name, seed) and not from_scratch
+        title = "a policy pretrained on traces with mistakes" + (", from the package" if ready else "")
+        stages.run(title, Path(run.policy("base")), lambda: copy_base(run) if ready else pretrain(run))
+    title = f"SFT on {run.world.experts} expert traces: what imitation reaches"
+    stages.run(title, output / "sft", lambda: tune_sft(run))
     for name, title, work in (
-        ("sft-continued", "control: the same SFT continued for as many steps as GRPO", continue_sft),
-        ("grpo-logprob", "control: GRPO on the SFT model's own log-prob", grpo_on_log_prob),
-        ("train", "warm-up of the discriminator and adversarial GRPO", train),
+        ("sft-continued", "control: as many more steps of SFT as GRPO takes", continue_sft),
+        ("grpo-logprob", "control: GRPO on the policy's own log-prob, without expert traces", grpo_on_log_prob),
+        ("train", "the reward: told from the experts' traces, then GRPO on it while it is updated", train),
     ):
         stages.run(title, output / name / "report.html", lambda work=work: work(run))
-    stages.run("evaluation on held-out questions", output / "results.json", lambda: evaluate(run))
+    stages.run("all policies and the reward on held-out questions", output / "results.json", lambda: evaluate(run))
     results = read_json(output / "results.json")
     write_quickstart_report(output, world_name, seed, results)
     if json_table:
         print_json(results)
     else:
-        print_policies(results["policies"], results["questions"], stdout=True)
-        print_ranking(results["ranking"], stdout=True)
+        print_results(output, results)
     parts = "".join(f"\n  {seconds:5.0f} s  {name}" for name, seconds in stages.seconds.items())
     note(f"{time.perf_counter() - start:.0f} s in all{parts}")
-    note(f"report: {output / 'report.html'}")
 
 
 def _claim(output: Path, options: dict[str, Any], resume: bool) -> None:
@@ -200,6 +207,12 @@ def make_world(run: Quickstart) -> None:
         tokenizer.save_pretrained(folder)
 
 
+def copy_base(run: Quickstart) -> None:
+    """The policy that `pretrain` made when the package was built."""
+    with atomic_folder(Path(run.policy("base"))) as folder:
+        shutil.copytree(BASE, folder, dirs_exist_ok=True)
+
+
 def pretrain(run: Quickstart) -> None:
     """``tracereward sft`` on the corpus, whose mistakes the policy is to unlearn."""
     config = SupervisedConfig(**run.options("base", run.world.pretraining, choose=False))
@@ -214,8 +227,10 @@ def tune_sft(run: Quickstart) -> None:
         if not (run.folder / name / "report.html").exists():
             config = SupervisedConfig(**run.options(name, {**run.world.sft, **setting}, choose=False))
             run_sft(run.demonstrations(choose=False), config, run.model(run.start), run.begun(name))
-        tried.append({**setting, "accuracy": greedy_accuracy(run, name, "validation")["accuracy"]})
+        tried.append({**setting, "accuracy": accuracy(greedy(run, name, "validation"))["accuracy"]})
     best = max(range(len(tried)), key=lambda index: tried[index]["accuracy"])
+    share = percent(tried[best]["accuracy"])
+    note(f"SFT answers {share} % of the validation questions right, the best of {len(tried)} settings")
     with atomic_folder(run.folder / "sft") as folder:
         shutil.copytree(run.policy(f"sft-{best}"), folder / "policy")
         (folder / "tuning.json").write_text(json.dumps({"tried": tried, "chosen": best}, indent=1), encoding="utf-8")
@@ -249,9 +264,9 @@ def train(run: Quickstart) -> None:
 def evaluate(run: Quickstart) -> None:
     """Measure greedy accuracy of all policies, score and rank samples of SFT, and write ``results.json``."""
     left_out = "init" if run.world.pretraining else "base"
-    policies = [
-        {"label": label, **greedy_accuracy(run, name, "test")} for name, label in POLICIES.items() if name != left_out
-    ]
+    names = [name for name in POLICIES if name != left_out]
+    right = {name: greedy(run, name, "test") for name in names}
+    policies = [{"label": POLICIES[name], **accuracy(right[name])} for name in names]
     samples = run.folder / "samples.jsonl"
     write_jsonl(samples, sample(run, "sft", "test", n=SAMPLES))
     reward_model = load_scorer(str(run.folder / "train" / "reward_model"), "transformers")
@@ -263,10 +278,16 @@ def evaluate(run: Quickstart) -> None:
     assert ranking is not None
     r = point_biserial([row["reward"] for row in scored], [row["correct"] for row in scored])
     ranking["reward_r"] = without_nan(r)
+    outcomes = {name: [float(row["correct"]) for row in right[name]] for name in names}
     results = {
         "questions": policies[0]["questions"],
         "seed": run.seed,
         "policies": policies,
+        "gains": [
+            asdict(compared(POLICIES[name], outcomes["train"], values))
+            for name, values in outcomes.items()
+            if name != "train"
+        ],
         "ranking": ranking,
     }
     atomic_write_json(run.folder / "results.json", results)
@@ -284,9 +305,13 @@ def sample(run: Quickstart, policy: str, part: str, n: int, *, temperature: floa
     return [row for rows in chunks for row in rows]
 
 
-def greedy_accuracy(run: Quickstart, policy: str, part: str) -> dict[str, Any]:
-    """Greedy accuracy with Wilson interval, number of traces without an answer, and share of distinct traces."""
-    rows = sample(run, policy, part, n=1, temperature=0.0)
+def greedy(run: Quickstart, policy: str, part: str) -> list[dict[str, Any]]:
+    """One greedy completion per question."""
+    return sample(run, policy, part, n=1, temperature=0.0)
+
+
+def accuracy(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy with Wilson interval, number of traces without an answer, and share of distinct traces."""
     correct = sum(row["correct"] for row in rows)
     low, high = wilson_interval(correct, len(rows))
     return {

@@ -151,7 +151,7 @@ def _trace(row: dict[str, Any], threshold: float | None) -> dict[str, Any]:
     ends[-1:] = [True] * min(len(ends), 1)  # the last token always ends a step, so that every token is shown
     means = TokenScores(tokens=tokens, offsets=offsets, rewards=rewards, supervised=[], step_ends=ends).step_rewards()
     given = row.get("step_rewards") or []
-    # Steps that were given may hold line breaks: the page shows lines, and a mark counts given steps.
+    # Scores of earlier versions: the page shows lines, where the step rewards and the mark count given steps.
     as_given = not given or len(given) == len(means)
     step_rewards, suspected = (given or means, row.get("suspected_error")) if as_given else (means, None)
     # Mark supervised positions only if some positions are unsupervised.

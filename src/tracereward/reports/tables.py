@@ -90,9 +90,9 @@ def _auroc(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.3f}"
 
 
-def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
-    """Print the result of `commands.rerank.summary`."""
-    console = _console(stdout)
+def print_ranking(summary: dict[str, Any]) -> None:
+    """Print the result of `commands.rerank.summary` on stderr: stdout may carry the rows."""
+    console = _console(stdout=False)
     table = RichTable(title=f"Choosing one of the candidates, {summary['questions']} questions", title_justify="left")
     table.add_column("method")
     table.add_column("accuracy %", justify="right")
@@ -109,18 +109,6 @@ def print_ranking(summary: dict[str, Any], stdout: bool = False) -> None:
         console.print(f"Verdict: {summary['verdict']['line']}", highlight=False, soft_wrap=True)
     if summary["no_answer"]:
         console.print(f"{summary['no_answer']} candidates have no answer in the task's format", highlight=False)
-
-
-def print_policies(rows: list[dict[str, Any]], questions: int, stdout: bool = False) -> None:
-    """Print greedy accuracies: rows with label, accuracy, low, high, no_answer."""
-    table = RichTable(title=f"Greedy accuracy, {questions} held-out questions", title_justify="left")
-    table.add_column("policy")
-    table.add_column("accuracy %", justify="right")
-    table.add_column("95 % interval", justify="right")
-    table.add_column("no answer", justify="right")
-    for row in rows:
-        table.add_row(row["label"], percent(row["accuracy"]), interval(row["low"], row["high"]), str(row["no_answer"]))
-    _console(stdout).print(table)
 
 
 def print_tables(tables: list[Table], *, stdout: bool = True) -> None:

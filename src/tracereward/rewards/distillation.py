@@ -24,7 +24,6 @@ from tracereward.errors import InputError, RunFailed
 from tracereward.metrics import within_prompt_auroc
 from tracereward.modeling.batching import token_budget_batches
 from tracereward.modeling.rendering import completion_text, render_prompt
-from tracereward.rewards.heads import reads_log_probs
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
 from tracereward.tasks.recipes import get_task
@@ -111,7 +110,7 @@ def distill(
     """Fit a token head on the teacher's backbone to the teacher's rewards at supervised positions.
 
     loss = mean over supervised positions of (f_t - r_t)^2, r the teacher's clipped reward, since scoring clips too. A
-    teacher that is already a token classifier is not trained.
+    teacher that already is a token classifier of one layer is not trained.
 
     Args:
         teacher: the reward model.
@@ -128,6 +127,7 @@ def distill(
     settings = dataclasses.replace(
         teacher.settings,
         head="token",
+        layers=(),
         reward_form="",
         reference_model="",
         temperature=1.0,
@@ -139,7 +139,7 @@ def distill(
     held = set(rng.sample(prompts, max(1, round(HELD_OUT * len(prompts)))))
     train = [example for example in examples if example.prompt not in held]
     test = [example for example in examples if example.prompt in held]
-    if not reads_log_probs(teacher.settings.head):
+    if teacher.settings.is_classifier:
         same = {name: getattr(teacher.settings, name) for name in ("temperature", "calibration", "first_error")}
         settings = dataclasses.replace(settings, **same)
         student = TokenRewardModel(teacher.backbone, teacher.tokenizer, settings)

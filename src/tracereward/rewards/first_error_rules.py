@@ -1,21 +1,22 @@
 """The rule that marks a trace's suspected first error, and how its threshold is fitted.
 
-A signal gives each step one number, low where an error is suspected; the mark is the first step whose signal lies below
-the threshold. The threshold is fitted so that at most `RATE` of right traces get a mark, whatever the signal. Of the
-signals that one is chosen which then finds the most errors, on other questions than the threshold was fitted on.
-One rule serves `Scorer.first_error`, `score`, `inspect`, `correct` and the server; `evaluate processbench` judges it
-beside thresholds fitted on labels.
+A trace is suspect if the lowest mean of `WINDOW` consecutive token rewards lies below a threshold, fitted so that at
+most `RATE` of right traces get a mark; the mark is then the step whose last token's reward falls furthest below those
+of the steps before. A single token's reward is noisy, so the mean of some decides whether there is an error; rewards
+stay low behind an error, so only a new low says where it began. One rule serves `Scorer.first_error`, `score`,
+`inspect`, `correct` and the server; `evaluate processbench` judges it beside thresholds fitted on labels.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from scipy.stats import binom
 
-from tracereward.errors import InputError, check_choice
+from tracereward.errors import InputError
 from tracereward.metrics import wilson_interval
 
 RATE = 0.05
@@ -25,7 +26,9 @@ CONFIDENCE = 0.9
 RIGHT_TRACES = 60
 """Right traces needed to fit a rule: four fifths of them, in each fold, are enough for `safe_threshold`."""
 WRONG_TRACES = 20
-"""Wrong traces needed to judge signals by them, rather than by inserted errors."""
+"""Wrong traces needed to judge the rule by them, rather than by inserted errors."""
+WINDOW = 8
+"""Consecutive tokens whose mean decides whether a trace is suspect."""
 _FOLDS = 5
 
 Steps = Sequence[Sequence[float]]
@@ -37,34 +40,27 @@ def differences(scores: Sequence[float]) -> list[float]:
     return [0.0, *(score - before for before, score in itertools.pairwise(scores))][: len(scores)]
 
 
-def _levels(steps: Steps) -> list[float]:
-    return [sum(step) / len(step) for step in steps]
-
-
 def new_lows(scores: Sequence[float]) -> list[float]:
     """Each score minus the lowest of those before it; 0 for the first step."""
     lowest = itertools.accumulate(scores, min)
     return [0.0, *(score - low for low, score in zip(lowest, scores[1:]))][: len(scores)]
 
 
-SIGNALS: dict[str, Callable[[Steps], list[float]]] = {
-    "level": _levels,
-    "minimum": lambda steps: [min(step) for step in steps],
-    "fall": lambda steps: differences(_levels(steps)),
-    "end_low": lambda steps: new_lows([step[-1] for step in steps]),
-}
-"""Step values by name, low where an error is suspected."""
-SIGNALS_IN_WORDS = {
-    "level": "mean reward",
-    "minimum": "lowest token reward",
-    "fall": "change of the mean reward from the step before",
-    "end_low": "last token's reward, less the lowest of the steps before,",
-}
+def lowest_window(rewards: Sequence[float], width: int = WINDOW) -> float:
+    """The lowest mean of `width` consecutive values; the mean of all if there are fewer."""
+    width = min(width, len(rewards))
+    return min(sum(rewards[start : start + width]) for start in range(len(rewards) - width + 1)) / width
 
 
-FITTED_SIGNALS = tuple(name for name in SIGNALS if name != "level")
-"""Signals to choose from. The level says that a trace went wrong, but not where: it drifts over a trace, and stays low
-behind an error, so that it marks many wrong traces at a later step."""
+def suspicions(steps: Steps) -> list[float]:
+    """What the rule compares with its threshold: the `lowest_window` at the step that it would mark, else infinity.
+
+    That step is the first with the lowest value of `new_lows` of the steps' last token rewards.
+    """
+    lows = new_lows([step[-1] for step in steps])
+    place = min(range(len(steps)), key=lows.__getitem__)
+    lowest = lowest_window(list(itertools.chain.from_iterable(steps)))
+    return [lowest if step == place else math.inf for step in range(len(steps))]
 
 
 def first_below(scores: Sequence[float], threshold: float) -> int | None:
@@ -78,35 +74,53 @@ def lowest_steps(scores: Sequence[float]) -> list[int]:
     return [step for step, score in enumerate(scores) if score == lowest]
 
 
+class MarksSteps(Protocol):
+    """Suspects a step of a trace or none."""
+
+    def mark(self, steps: Steps) -> int | None:
+        """Index of the suspected first wrong step; None if no step is suspected."""
+        ...
+
+
+@dataclass(frozen=True)
+class LevelRule:
+    """For a threshold that is chosen by hand: the first step with a lower mean."""
+
+    threshold: float
+
+    def mark(self, steps: Steps) -> int | None:
+        """See `MarksSteps`."""
+        return first_below([sum(step) / len(step) for step in steps], self.threshold)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FirstErrorRule:
     """Where a trace's suspected first error is; stored in ``tracereward.json``.
 
     Attributes:
-        signal: one of `SIGNALS`.
-        threshold: the first step whose signal lies below it is marked.
+        threshold: a trace whose `lowest_window` lies below it is marked, see `suspicions`.
         traces: number of right traces that the threshold was fitted on; 0 for one that was chosen by hand.
         marked_wrong: share of wrong traces that it marks, of questions that the threshold was not fitted on; None if
             too few were known.
         hit_rate: likewise the share of inserted errors whose step it marks.
     """
 
-    signal: str
     threshold: float
     traces: int = 0
     marked_wrong: float | None = None
     hit_rate: float | None = None
 
     def __post_init__(self) -> None:
-        check_choice("signal of first errors", self.signal, SIGNALS)
         if not isinstance(self.threshold, (int, float)) or math.isnan(self.threshold):
             raise InputError(f"the threshold of the first error must be a number, not {self.threshold!r}")
 
     @property
     def line(self) -> str:
         """The rule in a sentence, with what it finds."""
-        what = SIGNALS_IN_WORDS[self.signal]
-        text = f"Suspected first error: the first step whose {what} is below {self.threshold:.3g}"
+        text = (
+            f"Suspected first error: in traces with {WINDOW} tokens in a row whose mean reward is below "
+            f"{self.threshold:.3g}, the step whose last token's reward falls furthest below those of the steps before"
+        )
         if self.marked_wrong is not None:
             return f"{text}; it marks {100 * self.marked_wrong:.0f} % of wrong traces."
         return (
@@ -114,13 +128,8 @@ class FirstErrorRule:
         )
 
     def mark(self, steps: Steps) -> int | None:
-        """Index of the suspected first wrong step; None if no step is suspected."""
-        return first_below(SIGNALS[self.signal](steps), self.threshold)
-
-
-def level_rule(threshold: float) -> FirstErrorRule:
-    """The rule with a threshold that was chosen by hand: the first step with a mean reward below it."""
-    return FirstErrorRule(signal="level", threshold=threshold)
+        """See `MarksSteps`."""
+        return first_below(suspicions(steps), self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +164,7 @@ def safe_threshold(lowest: Sequence[float], rate: float = RATE, confidence: floa
     for B ~ Binomial(n, rate). Ties only lower the share.
 
     Args:
-        lowest: of each right trace, the lowest value of its steps' signal.
+        lowest: the `lowest_window` of each right trace.
         rate: largest share of right traces that may fall under the threshold.
         confidence: of keeping to `rate`.
 
@@ -169,18 +178,17 @@ def safe_threshold(lowest: Sequence[float], rate: float = RATE, confidence: floa
 
 
 def fit_rule(traces: Sequence[RatedTrace]) -> FirstErrorRule:
-    """The signal that finds the most errors at a threshold that spares right traces.
+    """The rule with the threshold that spares right traces, if it finds errors.
 
-    A threshold is `safe_threshold` of the right traces: the lowest of those of each source that has enough of them, or
-    that of all together. Signals are judged on wrong traces, each with a threshold fitted on right traces of other
-    questions (five folds): by the share of those with an unknown first error that gets any mark, if there are
-    `WRONG_TRACES` of them, and otherwise by the share of the others that is marked at the first error. The best signal,
-    the first of equally good ones, then gets the threshold of all right traces.
+    The threshold is `safe_threshold` of the right traces: the lowest of those of each source that has enough of them,
+    or that of all together. What the rule finds is judged on wrong traces, each with a threshold fitted on right traces
+    of other questions (five folds): the share of those with an unknown first error that gets any mark, if there are
+    `WRONG_TRACES` of them, and otherwise the share of the others that is marked at the first error.
 
     Raises:
-        InputError: there are too few right traces or no wrong ones; or no signal can be trusted: the best one finds no
-            more than twice as many wrong traces as it may mark right ones, by the lower end of the 95 % interval, or
-            most of its marks are known to be on another step than the first wrong one.
+        InputError: there are too few right traces or no wrong ones; or the rule cannot be trusted: it finds no more
+            than twice as many wrong traces as it may mark right ones, by the lower end of the 95 % interval, or most of
+            its marks are known to be on another step than the first wrong one.
     """
     right = [trace for trace in traces if trace.right]
     if len(right) < RIGHT_TRACES:
@@ -191,23 +199,19 @@ def fit_rule(traces: Sequence[RatedTrace]) -> FirstErrorRule:
     judged = unlocated if by_answer else located
     if not judged:
         raise InputError(f"{len(unlocated)} wrong traces, and no error could be inserted into right ones")
-    marks = {signal: _marks(signal, right, [*unlocated, *located]) for signal in FITTED_SIGNALS}
-    found = {signal: [t.found(of[id(t)]) for t in judged] for signal, of in marks.items()}
-    best = max(FITTED_SIGNALS, key=lambda signal: sum(found[signal]))
-    hits, total = sum(found[best]), sum(marks[best][id(t)] is not None for t in judged)
+    marks = _marks(right, [*unlocated, *located])
+    hits = sum(trace.found(marks[id(trace)]) for trace in judged)
+    total = sum(marks[id(trace)] is not None for trace in judged)
     if wilson_interval(hits, len(judged))[0] <= 2 * RATE or 2 * hits < total:
         where = "" if by_answer else f", {hits} of them at the first wrong step"
-        raise InputError(
-            f"the best signal, the {SIGNALS_IN_WORDS[best]} marks {total} of {len(judged)} wrong traces{where}"
-        )
-    threshold = _threshold(right, best)
+        raise InputError(f"it would mark {total} of {len(judged)} wrong traces{where}")
+    threshold = _threshold(right)
     assert threshold is not None
 
     def share(of: Sequence[RatedTrace]) -> float | None:
-        return sum(t.found(marks[best][id(t)]) for t in of) / len(of) if of else None
+        return sum(trace.found(marks[id(trace)]) for trace in of) / len(of) if of else None
 
     return FirstErrorRule(
-        signal=best,
         threshold=threshold,
         traces=len(right),
         marked_wrong=share(unlocated) if by_answer else None,
@@ -215,25 +219,25 @@ def fit_rule(traces: Sequence[RatedTrace]) -> FirstErrorRule:
     )
 
 
-def _marks(signal: str, right: Sequence[RatedTrace], wrong: Sequence[RatedTrace]) -> dict[int, int | None]:
+def _marks(right: Sequence[RatedTrace], wrong: Sequence[RatedTrace]) -> dict[int, int | None]:
     """Mark of each wrong trace, by its id, with a threshold fitted on right traces of other questions."""
     folds = {
         question: place % _FOLDS for place, question in enumerate(dict.fromkeys(t.question for t in [*right, *wrong]))
     }
     found: dict[int, int | None] = {}
     for fold in range(_FOLDS):
-        threshold = _threshold([trace for trace in right if folds[trace.question] != fold], signal)
+        threshold = _threshold([trace for trace in right if folds[trace.question] != fold])
         if threshold is None:
             raise InputError(f"{len(right)} right traces are of too few questions")
-        rule = FirstErrorRule(signal=signal, threshold=threshold)
+        rule = FirstErrorRule(threshold=threshold)
         found |= {id(trace): rule.mark(trace.steps) for trace in wrong if folds[trace.question] == fold}
     return found
 
 
-def _threshold(right: Sequence[RatedTrace], signal: str) -> float | None:
+def _threshold(right: Sequence[RatedTrace]) -> float | None:
     """The lowest of the thresholds of the sources that have enough right traces; of all together if none has."""
     lowest: dict[str, list[float]] = {}
     for trace in right:
-        lowest.setdefault(trace.source, []).append(min(SIGNALS[signal](trace.steps)))
+        lowest.setdefault(trace.source, []).append(min(suspicions(trace.steps)))
     found = [limit for of in lowest.values() if (limit := safe_threshold(of)) is not None]
     return min(found) if found else safe_threshold(list(itertools.chain.from_iterable(lowest.values())))

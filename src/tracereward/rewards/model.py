@@ -1,8 +1,9 @@
 """The reward model: a causal backbone with one number f_t per completion token, its artefact on disk, and scoring.
 
 `heads` defines f_t. On disk a reward model is a plain Hugging Face checkpoint: a token classifier with
-``num_labels=1`` whose logit is f_t (heads ``token`` and ``airl``), or a causal LM whose log-prob is f_t (``implicit``)
-or enters it with the a, b and w of ``head.safetensors`` (``action``). ``tracereward.json`` in the same folder has the
+``num_labels=1`` whose logit is f_t (heads ``token`` and ``airl``), one with a label for each layer that a head
+``token`` reads, or a causal LM whose log-prob is f_t (``implicit``) or enters it with the a, b and w of
+``head.safetensors`` (``action``). ``tracereward.json`` in the same folder has the
 settings that training, scoring and serving must share.
 """
 
@@ -10,7 +11,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from tracereward.modeling.log_probs import (
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import Rendering, is_rendered, render
 from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
-from tracereward.rewards.heads import ActionHead, LinearHead, classifier_outside_autocast, reads_log_probs
+from tracereward.rewards.heads import ActionHead, LinearHead, exact_classifier, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds, Trace
 from tracereward.rewards.scorer import Scorer
@@ -125,23 +126,25 @@ class TokenRewardModel(nn.Module, Scorer):
         tokenizer: PreTrainedTokenizerBase,
         **kwargs: Any,
     ) -> "TokenRewardModel":
-        """A reward model with head ``token`` whose backbone is the causal LM up to the layer that the head reads.
+        """A reward model with head ``token`` whose backbone is the causal LM up to the last layer that the head reads.
 
         Args:
             model_name_or_path: folder or Hub id of the causal LM.
-            head: a linear map of the normalised states of a layer.
-            settings: with head ``token``.
+            head: a linear map of the normalised states of layers.
+            settings: with head ``token``; several layers are added.
             tokenizer: the causal LM's.
             **kwargs: for `from_pretrained`, e.g. ``dtype``.
         """
-        backbone = truncated(new_classifier(model_name_or_path, bias=True, **kwargs), head.layer)
+        count = len(head.layers)
+        backbone = truncated(new_classifier(model_name_or_path, bias=True, labels=count, **kwargs), head.layers[-1])
         backbone.config.pad_token_id = tokenizer.pad_token_id
-        model = cls(backbone, tokenizer, settings)
-        layer = next(m for name, m in backbone.named_modules() if name.rpartition(".")[2] in NEW_HEAD)
-        assert isinstance(layer, nn.Linear)
+        model = cls(backbone, tokenizer, replace(settings, layers=head.layers if count > 1 else ()))
+        linear = next(m for name, m in backbone.named_modules() if name.rpartition(".")[2] in NEW_HEAD)
+        assert isinstance(linear, nn.Linear)
         with torch.no_grad():
-            layer.weight.copy_(torch.as_tensor(head.weight)[None])
-            layer.bias.fill_(head.bias)
+            linear.weight.copy_(torch.as_tensor(head.weight))
+            linear.bias.zero_()
+            linear.bias[-1] = head.bias
         return model.eval()
 
     @classmethod
@@ -219,7 +222,7 @@ class TokenRewardModel(nn.Module, Scorer):
 
     @property
     def head_weight(self) -> Tensor | None:
-        """w, the head's weights on the hidden state; None for ``implicit``, which has none."""
+        """w, the head's weights on the hidden state, or (L, H) on those of L layers; None for ``implicit``."""
         if self.head is not None:
             return self.head.w
         if reads_log_probs(self.settings.head):
@@ -265,7 +268,8 @@ class TokenRewardModel(nn.Module, Scorer):
 
     def _exact_classifier(self) -> contextlib.AbstractContextManager[None]:
         assert self.head_weight is not None
-        return classifier_outside_autocast(self.backbone, self.head_weight.dtype)
+        backbone: Any = self.backbone.get_base_model() if isinstance(self.backbone, PeftModel) else self.backbone
+        return exact_classifier(backbone, self.head_weight.dtype, self.settings.layers)
 
     def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
         """Pad token ids into a `Batch` on this model's device, with step ends if the granularity needs them."""
@@ -329,8 +333,9 @@ def as_reward_func(
 ) -> Callable[..., list[float]]:
     """Reward function for ``GRPOTrainer(reward_funcs=...)``: the trace reward of each completion.
 
-    The folder of a token-head checkpoint can also be passed to TRL, which loads it with transformers and takes the last
-    token's logit, without clip, temperature and aggregate. This function returns the rewards of `score`, for any head.
+    The folder of a token-head checkpoint of one layer can also be passed to TRL, which loads it with transformers and
+    takes the last token's logit, without clip, temperature and aggregate. This function returns the rewards of `score`,
+    for any head.
 
     Args:
         model: scores on its own device; renders prompts (messages, or texts that are not yet) with

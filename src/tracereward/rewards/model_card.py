@@ -9,6 +9,8 @@ def model_card(settings: RewardSettings, notes: str) -> str:
     """The README of the artefact: what the rewards mean and how to load the model."""
     kind = "AutoModelForCausalLM" if reads_log_probs(settings.head) else "AutoModelForTokenClassification"
     kind += " plus head.safetensors" if settings.head == "action" else ""
+    read = ", ".join(map(str, settings.layers))
+    kind += f", a label for each of the layers {read}" if read else ""
     meaning = (
         "a reward f: the log-odds of expert versus policy, with the policy's log-prob taken out"
         if subtracts_policy(settings.head)
@@ -48,5 +50,19 @@ from tracereward import TokenRewardModel
 scores = TokenRewardModel.from_pretrained("reward_model").score(prompts, completions)
 ```
 
-The reward is the logit; a `token-classification` pipeline would apply a softmax over the single label and return 1.0.
+{_in_a_pipeline(settings)}
 {notes}"""
+
+
+def _in_a_pipeline(settings: RewardSettings) -> str:
+    """What a token-classification pipeline makes of the checkpoint."""
+    if settings.layers:
+        return (
+            "The reward is the sum over layers of the logit of the layer's label on the layer's own states, after the "
+            "final norm. A\n`token-classification` pipeline would compute all labels on the last layer's states: other "
+            "numbers."
+        )
+    return (
+        "The reward is the logit; a `token-classification` pipeline would apply a softmax over the single label and "
+        "return 1.0."
+    )

@@ -23,7 +23,7 @@ from tracereward.modeling.model_folder import REWARD_MODEL, SETTINGS_FILE, check
 from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
-from tracereward.rewards.first_error_rules import FirstErrorRule, level_rule
+from tracereward.rewards.first_error_rules import FirstErrorRule, LevelRule, MarksSteps
 from tracereward.rewards.heads import ActionHead, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.rewards.token_scores import AGGREGATES
 
@@ -37,6 +37,7 @@ class RewardSettings:
 
     Attributes:
         head: one of `choices.HEADS`.
+        layers: that head ``token`` reads, increasing and from 1, the last one the backbone's last; empty if only that.
         granularity: which tokens are supervised, see `supervision.supervision_mask`.
         interval: k of granularity ``interval``.
         step_delimiter: text that ends a step.
@@ -59,6 +60,7 @@ class RewardSettings:
     """
 
     head: str = "action"
+    layers: tuple[int, ...] = ()
     granularity: str = "dense"
     interval: int = 15
     step_delimiter: str = "\n"
@@ -79,6 +81,7 @@ class RewardSettings:
 
     def __post_init__(self) -> None:
         check_choice("head", self.head, HEADS)
+        object.__setattr__(self, "layers", _checked_layers(self.layers, self.head))
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("aggregate", self.aggregate, AGGREGATES)
         check_choice("template", self.template, TEMPLATES)
@@ -103,17 +106,22 @@ class RewardSettings:
         """The reward form, with the head's default filled in."""
         return self.reward_form or default_reward_form(self.head)
 
-    def first_error_rule(self, threshold: float | None, option: str) -> FirstErrorRule:
+    def first_error_rule(self, threshold: float | None, option: str) -> MarksSteps:
         """The rule for a trace's first error: the first step with a mean reward under `threshold`, or the stored rule.
 
         Raises:
             InputError: neither is there; names the `option` that gives a threshold.
         """
         if threshold is not None:
-            return level_rule(threshold)
+            return LevelRule(threshold)
         if self.first_error is None:
             raise InputError(f"the reward model has no rule for the first error: {HOW_TO_FIT}, or give {option}")
         return self.first_error
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether f is the only logit of a token classifier, so that other programs can compute it."""
+        return not (reads_log_probs(self.head) or self.layers)
 
     @property
     def adds_reference(self) -> bool:
@@ -191,8 +199,10 @@ def read_settings(folder: str | Path) -> RewardSettings:
         known = {one.name for one in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
-        if stored.get("first_error") is not None:
-            stored["first_error"] = FirstErrorRule(**stored["first_error"])
+        rule = stored.get("first_error")
+        if isinstance(rule, dict) and "signal" in rule:  # of an earlier version: as if there were none
+            rule = None
+        stored["first_error"] = None if rule is None else FirstErrorRule(**rule)
         settings = RewardSettings(**{key: value for key, value in stored.items() if key in known})
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
@@ -203,7 +213,36 @@ def read_settings(folder: str | Path) -> RewardSettings:
     if missing:
         raise InputError(f"{folder} is not a complete reward model: {', '.join(missing)} missing")
     check_folder(folder, REWARD_MODEL)
+    _check_labels(settings, folder)
     return settings
+
+
+def _checked_layers(layers: Any, head: str) -> tuple[int, ...]:
+    """The layers that a head reads, as JSON or Python gives them."""
+    found = tuple(layers) if isinstance(layers, (list, tuple)) else (layers,)
+    if not found:
+        return ()
+    numbers = all(type(layer) is int and layer > 0 for layer in found)
+    if len(found) == 1 or not numbers or list(found) != sorted(set(found)):
+        raise InputError(f"layers must be two or more increasing numbers from 1, or none, not {layers!r:.80}")
+    if head != "token":
+        raise InputError(f"layers are for head token; with head {head} leave them out")
+    return found
+
+
+def _check_labels(settings: RewardSettings, folder: Path) -> None:
+    """Refuse a token classifier whose labels are not those of the settings: its rewards would be others, unnoticed."""
+    if backbone_class(settings) is not CLASSIFIER:
+        return
+    config = read_config(folder)
+    last, labels = config.get_text_config().num_hidden_layers, config.num_labels
+    layers = settings.layers or (last,)
+    if (layers[-1], len(layers)) != (last, labels):
+        read = ", ".join(map(str, layers))
+        raise InputError(
+            f"{folder}: by {SETTINGS_FILE} its head reads the states of layers {read}, and config.json has {last} "
+            f"layers and {labels} labels: the two files are of two models; copy both from one"
+        )
 
 
 def _not_a_reward_model(folder: Path, why: str) -> str:

@@ -47,8 +47,19 @@ class TokenScores:
         if not spans:
             bounds = [place + 1 for place, is_end in enumerate(self.step_ends) if is_end]
             return [self.rewards[start:end] for start, end in itertools.pairwise([0, *bounds])]
+        return slices(self.rewards, self._starts(spans))
+
+    def ends_of(self, spans: Sequence[tuple[int, int]] = ()) -> list[bool]:
+        """Whether each token is the last of a step of `by_step`; steps that share a first token end together."""
+        if not spans:
+            return list(self.step_ends)
+        last = {start - 1 for start in [*self._starts(spans)[1:], len(self.tokens)]}
+        return [place in last for place in range(len(self.tokens))]
+
+    def _starts(self, spans: Sequence[tuple[int, int]]) -> list[int]:
+        """The first token of each step."""
         ends = [end for _, end in self.offsets]
-        return slices(self.rewards, [bisect.bisect_right(ends, start) for start, _ in spans])
+        return [bisect.bisect_right(ends, start) for start, _ in spans]
 
     def step_rewards(self, spans: Sequence[tuple[int, int]] = ()) -> list[float]:
         """The mean reward of each step's tokens.

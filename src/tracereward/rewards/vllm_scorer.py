@@ -24,13 +24,14 @@ def check_vllm(model_name_or_path: str) -> RewardSettings:
     """Settings of a reward model, checked to run on vLLM; loads no weights.
 
     Raises:
-        InputError: vLLM is not installed, or the reward model is not a token classifier.
+        InputError: vLLM is not installed, or the reward model is not a token classifier of one layer.
     """
     settings = check_reward_model(model_name_or_path)
-    if settings.head != "token":
+    if settings.head != "token" or not settings.is_classifier:
+        what = f"reads {len(settings.layers)} layers" if settings.layers else f"has head {settings.head}"
         raise InputError(
-            f"{model_name_or_path}: the vLLM engine runs token classifiers only, and this reward model has head "
-            f"{settings.head}: distil it first with `tracereward export MODEL --data ROWS -o FOLDER`"
+            f"{model_name_or_path}: the vLLM engine runs token classifiers of one layer only, and this reward model "
+            f"{what}: distil it first with `tracereward export MODEL --data ROWS -o FOLDER`"
         )
     if importlib.util.find_spec("vllm") is None:
         raise InputError("--engine vllm needs vLLM: pip install 'tracereward[vllm]'")

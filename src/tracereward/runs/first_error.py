@@ -16,36 +16,55 @@ from tracereward.rewards.settings import write_fitted
 from tracereward.runs.finish import load_policy
 from tracereward.runs.folder import Run
 from tracereward.runs.held_out import HeldOutQuestion
+from tracereward.runs.verdict import FreshTrace
 from tracereward.training.trainer import AdversarialTrainer
 
 
 def fit_marks(
-    run: Run, trainer: AdversarialTrainer, reward_model: TokenRewardModel, questions: Sequence[HeldOutQuestion]
+    run: Run,
+    trainer: AdversarialTrainer,
+    reward_model: TokenRewardModel,
+    *,
+    questions: Sequence[HeldOutQuestion],
+    traces: Sequence[FreshTrace],
 ) -> str:
-    """Fit the rule on held-out experts and on the final policy's rollouts, and store it with the reward model.
+    """Fit the rule on held-out experts and on rollouts, and store it with the reward model.
 
-    Without enough traces, or if no signal can be trusted, none is stored.
+    The rollouts are those of the final policy that the verdict is on and, for the other questions, one of the starting
+    policy: reward models judge both. Without enough traces, or if the rule cannot be trusted, none is stored.
 
     Args:
         run: the open run folder; its policy and reward model are saved.
         trainer: of the finished run.
         reward_model: the trained reward model.
         questions: see `held_out_questions`.
+        traces: rollouts of the final policy, of some of these questions or of others.
 
     Returns:
         What was fitted, or why nothing was, for the report, with a leading space; also printed.
     """
-    bridge = trainer.bridge
+    prompts, gold = trainer.bridge.prompts, {one.prompt: one.answer for one in questions if one.answer is not None}
     experts = [
-        JudgedTrace(prompt=bridge.prompts.get(one.prompt, one.prompt), completion=one.completion, right=True)
+        JudgedTrace(prompt=prompts.get(one.prompt, one.prompt), completion=one.completion, right=True)
         for one in questions
         if one.completion is not None
     ]
+    rollouts = [
+        JudgedTrace(
+            prompt=prompts.get(trace.question, trace.question),
+            completion=trace.completion,
+            right=bool(trace.correct),
+            finished=trace.finished,
+            source="rollout",
+        )
+        for trace in traces
+        if trace.question in gold
+    ]
+    asked = {prompt: answer for prompt, answer in gold.items() if prompt not in {trace.question for trace in traces}}
     try:
-        rollouts: list[JudgedTrace] = []
-        if len(experts) + sum(one.answer is not None for one in questions) >= RIGHT_TRACES:
+        if asked and len(experts) + len(gold) >= RIGHT_TRACES:
             with zero3_disabled():  # under ZeRO-3 `generate` would wait for the other processes
-                rollouts = judged_rollouts(run, trainer, questions)
+                rollouts += starting_rollouts(run, trainer, asked)
         rule, text = find_rule(reward_model, [*experts, *rollouts], trainer.config.seed)
     except torch.OutOfMemoryError:
         rule, text = None, no_rule("policy and reward model did not fit in memory with the trainer")
@@ -55,19 +74,25 @@ def fit_marks(
     return f" {text}"
 
 
-def judged_rollouts(run: Run, trainer: AdversarialTrainer, questions: Sequence[HeldOutQuestion]) -> list[JudgedTrace]:
-    """One rollout of the final policy for each question whose answer is known."""
-    config, bridge = trainer.config, trainer.bridge
-    asked = [(one.prompt, one.answer) for one in questions if one.answer is not None]
+def starting_rollouts(run: Run, trainer: AdversarialTrainer, gold: dict[str, str]) -> list[JudgedTrace]:
+    """One rollout of the starting policy for each question.
+
+    Args:
+        run: the open run folder.
+        trainer: of the finished run.
+        gold: rendered prompts with their answers.
+    """
+    config, prompts = trainer.config, trainer.bridge.prompts
     clear_device_cache(garbage_collection=True)
-    policy = load_policy(run.job.model, str(run.folder / "policy")).to(trainer.accelerator.device)  # pyright: ignore[reportArgumentType]
+    policy = load_policy(run.job.model).to(trainer.accelerator.device)  # pyright: ignore[reportArgumentType]
     params = SamplingParams(max_new_tokens=config.max_completion_length or 0, seed=config.seed, batch_size=128)
-    samples = [s for chunk in sample(policy, trainer.tokenizer, [p for p, _ in asked], params, n=1) for s in chunk]
+    asked = list(gold)
+    samples = [s for chunk in sample(policy, trainer.tokenizer, asked, params, n=1) for s in chunk]
     return [
         JudgedTrace(
-            prompt=bridge.prompts.get(asked[s.prompt][0], asked[s.prompt][0]),
+            prompt=prompts.get(asked[s.prompt], asked[s.prompt]),
             completion=s.text,
-            right=trainer.task.verify(s.text, asked[s.prompt][1]),
+            right=trainer.task.verify(s.text, gold[asked[s.prompt]]),
             finished=s.finished,
             source="rollout",
         )

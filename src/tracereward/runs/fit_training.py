@@ -31,7 +31,7 @@ from tracereward.training.fit_options import FitOptions
 from tracereward.training.fit_preparation import split_questions
 from tracereward.training.learning_curve import LearningCurve, learning_curve
 from tracereward.training.perturbed_pairs import TracePair, pair_auroc, pair_traces, perturbed_pairs
-from tracereward.training.readout import Readout
+from tracereward.training.readout import Readout, layers_named
 from tracereward.training.readout_training import (
     LabelledTrace,
     ReadoutOptions,
@@ -110,14 +110,13 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         model, fitted = train_readout(
             str(options.model), settings, tokenizer, traces, options=fitting, stopped=run.stop.received
         )
-    best = next(one for one in fitted.table if (one.layer, one.penalty) == (fitted.layer, fitted.penalty))
     tried = _table(fitted)
     if run.checkpoint is None:
         labels = np.array([trace.label for trace in traces])
         row: dict[str, Any] = {
-            "readout/layer": fitted.layer,
+            "readout/layers": list(fitted.layers),
             "readout/penalty": fitted.penalty,
-            "readout/cross_validated_auroc": best.auroc,
+            "readout/cross_validated_auroc": fitted.chosen.auroc,
             "discriminator/accuracy_expert": float((fitted.scores[labels] > 0).mean()),
             "discriminator/accuracy_policy": float((fitted.scores[~labels] < 0).mean()),
         }
@@ -127,14 +126,14 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
         row |= _perturbation(model, _perturbed(data, judge))
         row |= data.leaks
         row |= {
-            f"readout/auroc/layer {label}/{penalty}": auroc
-            for label, *values in tried.rows
+            f"readout/auroc/{f'layer {read}' if str(read).isdigit() else 'mean of layers'}/{penalty}": auroc
+            for read, *values in tried.rows
             for penalty, auroc in zip(tried.columns[1:], values, strict=True)
         }
         run.metrics.append({"phase": "fit", "step": 0, **row})
     sentence = (
-        f"Read-out of layer {fitted.layer} with penalty {fitted.penalty:g}: AUROC within the question {best.auroc:.3f} "
-        "in cross-validation over the questions to train on, by the label rule."
+        f"Read-out of {_chosen(fitted)}: AUROC within the question {fitted.chosen.auroc:.3f} in cross-validation over "
+        "the questions to train on, by the label rule."
     )
     return Learned(model=model, tables=[tried, _measured(run)], figures=[table_figure(tried)], sentences=[sentence])
 
@@ -244,16 +243,22 @@ def curve_table(found: LearningCurve) -> Table:
 
 
 def _table(fitted: Readout) -> Table:
-    """The cross-validation, a row a layer."""
-    layers, penalties = sorted({one.layer for one in fitted.table}), sorted({one.penalty for one in fitted.table})
-    found = {(one.layer, one.penalty): one.auroc for one in fitted.table}
+    """The cross-validation, a row a layer, and one for the mean of all of them."""
+    tried = list(dict.fromkeys(one.layers for one in fitted.table))
+    penalties = sorted({one.penalty for one in fitted.table})
+    found = {(one.layers, one.penalty): one.auroc for one in fitted.table}
     return Table(
         "Read-out: AUROC within the question in cross-validation",
-        ["layer", *(f"penalty {penalty:g}" for penalty in penalties)],
-        [[layer, *(found[layer, penalty] for penalty in penalties)] for layer in layers],
-        f"Chosen: layer {fitted.layer}, penalty {fitted.penalty:g}.",
-        best=layers.index(fitted.layer),
+        ["layers", *(f"penalty {penalty:g}" for penalty in penalties)],
+        [[", ".join(map(str, read)), *(found[read, penalty] for penalty in penalties)] for read in tried],
+        f"Chosen: {_chosen(fitted)}.",
+        best=tried.index(fitted.layers),
     )
+
+
+def _chosen(fitted: Readout) -> str:
+    """Such as ``layers 11, 14, 18 with penalty 0.1``."""
+    return f"{layers_named(fitted.layers)} with penalty {fitted.penalty:g}"
 
 
 def _measured(run: Run[FitJob]) -> Table:

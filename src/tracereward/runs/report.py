@@ -18,6 +18,7 @@ from tracereward.reports.verdicts import verdict_html, verdict_markdown
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.runs.cards import about_run, write_reward_card
 from tracereward.runs.finish import load_policy
+from tracereward.runs.first_error import fit_marks
 from tracereward.runs.folder import Run
 from tracereward.runs.held_out import HeldOutQuestion
 from tracereward.runs.verdict import (
@@ -43,7 +44,7 @@ def report_rewards(
     questions: Sequence[HeldOutQuestion],
     chosen: str,
 ) -> None:
-    """Write the verdict and the report: curves, rewards of fresh rollouts, and heatmaps of five of them.
+    """Write the rule for the first error, the verdict and the report: curves, rewards of rollouts, five heatmaps.
 
     Everything else, the final policy included, is saved before. If policy and reward model do not fit in memory, the
     rollouts are skipped. In the main process only.
@@ -77,6 +78,7 @@ def report_rewards(
             "No rewards and heatmaps: policy and reward model did not fit in memory with the trainer.",
         )
         note(shown)
+    marks = fit_marks(run, trainer, reward_model, questions=questions, traces=traces)
     found = verdict_on([trace for trace in traces if trace.question in judged], trainer)
     moved = record_movement(run, step)
     record_verdict(run, found, missing, step)
@@ -89,7 +91,7 @@ def report_rewards(
     gold_answers = " Uses gold answers: verified rollouts were positives." if config.positives == "mixed" else ""
     run.report(
         f"Adversarial training on {len(rows)} demonstrations of {trainer.task.name}."
-        f" Label rule: {trainer.labels.name}.{ended}{chosen}{gold_answers}{moved} {shown}",
+        f" Label rule: {trainer.labels.name}.{ended}{chosen}{marks}{gold_answers}{moved} {shown}",
         verdict=verdict_html(found, missing),
         rewards_correct=right,
         rewards_wrong=wrong,
@@ -142,6 +144,7 @@ def fresh_traces(
                 correct=judged.correct,
                 answer=judged.answer,
                 logprob=s.logprob,
+                finished=s.finished,
             )
         )
     return traces

@@ -24,9 +24,10 @@ SAMPLES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class FreshTrace(ScoredTrace):
-    """A rollout of the final policy with its rewards, and its mean log-prob in nats."""
+    """A rollout of the final policy with its rewards, its mean log-prob in nats, and whether it ended by itself."""
 
     logprob: float
+    finished: bool
 
 
 def judged_questions(held_out: Sequence[HeldOutQuestion]) -> tuple[dict[str, str], str]:

@@ -108,7 +108,8 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         work = service.score(prompt, texts, field, body.finished)
         scores, usage = await unless_gone(request, work)
         results = []
-        fields = Score.model_fields.keys() - (set() if body.tokens else {"tokens", "offsets", "token_rewards"})
+        of_tokens = {"tokens", "offsets", "token_rewards", "step_ends"}
+        fields = Score.model_fields.keys() - (set() if body.tokens else of_tokens)
         for index, one in enumerate(scores):
             try:
                 row = as_row(one, service.model, spans=spans)

@@ -136,6 +136,7 @@ class Score(BaseModel):
     tokens: list[str] | None = None
     offsets: list[tuple[int, int]] | None = None
     token_rewards: list[float] | None = None
+    step_ends: list[bool] | None = Field(None, description="Whether the token is the last of a step.")
 
 
 class Usage(BaseModel):

@@ -99,8 +99,9 @@ class FitModelOptions:
     readout: bool = field(
         default=True,
         metadata={
-            "help": "Keep the model frozen and fit a linear head on the states of one layer, chosen by "
-            "cross-validation over questions. false: fine-tune the model, with head token from there."
+            "help": "Keep the model frozen and fit a linear head on the states of one layer or the mean of heads on "
+            "several, chosen by cross-validation over questions. false: fine-tune the model, with head token from "
+            "there."
         },
     )
     states: str | None = field(

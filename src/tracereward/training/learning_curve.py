@@ -1,6 +1,6 @@
 """How a read-out's quality grows with the number of questions, and what more of them would give.
 
-Read-outs are fitted on random shares of the questions to train on, layer and penalty included, and measured on the
+Read-outs are fitted on random shares of the questions to train on, layers and penalty included, and measured on the
 same held-out questions. Their mean AUROC within the question is extrapolated as a - b / sqrt(n), by least squares: the
 error of an estimate shrinks with the square root of its sample. Intervals are bootstrapped over the held-out questions
 and the random shares.
@@ -121,7 +121,7 @@ def learning_curve(
                 fitted = fit_readout(states[0][here], layers, examples[here], objective, seed=seed)
             except InputError:  # too few of them have both classes
                 continue
-            scores = states[1][:, list(layers).index(fitted.layer)].float().numpy() @ fitted.weight + fitted.bias
+            scores = fitted.score(states[1], layers)
             rows.setdefault(size, []).append(within_questions(scores, held_out))
             if repeat == 0:
                 verdicts[size] = judged(scores)

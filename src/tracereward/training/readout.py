@@ -1,13 +1,17 @@
-"""A read-out: a linear head on the mean hidden state of one layer of a frozen model, fitted by convex optimisation.
+"""A read-out: linear heads on mean hidden states of one layer of a frozen model or several, by convex optimisation.
 
-With x_i the state of trace i, averaged over its tokens and standardised, the trace's score is s_i = v . x_i, and the
-token's logit is the same map applied to the token's own state: the trace's mean logit is s_i.
+With x_i the state of trace i after a layer, averaged over its tokens and standardised, the trace's score is
+s_i = v . x_i, and the token's logit is the same map applied to the token's own state: the trace's mean logit is s_i.
 
 - ``pairwise``: mean over questions of the mean over their pairs of a positive p and a negative n of
   log(1 + exp(s_n - s_p)): only differences within a question count (Bradley and Terry 1952).
 - ``bce``: weighted mean of log(1 + exp(-+ (s_i + b))): what a question's level is worth is learned too.
 
-Both with penalty / 2 |v|^2. Layer and penalty have the highest mean within-question AUROC in cross-validation over
+Both with penalty / 2 |v|^2. The mean of layers is the mean over the tried layers l of s_il d / d_l, where d_l is the
+standard deviation of s_il over the traces that the head was fitted on, and d the mean of d_l over the layers: each
+layer has the same spread, and the mean's logits are of the size of one layer's.
+
+Layer, or the mean of layers, and penalty have the highest mean within-question AUROC in cross-validation over
 questions; the head is the mean of the folds' heads, each of which has seen all but one fold.
 """
 
@@ -50,11 +54,30 @@ class Examples:
 
 @dataclass(frozen=True, kw_only=True)
 class Validated:
-    """Cross-validation of one layer and penalty: the mean within-question AUROC over questions, by the labels."""
+    """Cross-validation of one layer or the mean of several, and a penalty.
 
-    layer: int
+    Attributes:
+        layers: that are read, from 1.
+        penalty: of the heads.
+        auroc: the mean within-question AUROC over questions, by the labels.
+    """
+
+    layers: tuple[int, ...]
     penalty: float
     auroc: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossFitted(Validated):
+    """Heads of the folds.
+
+    Attributes:
+        scores: (N,) of each example, by the fold's head that has not seen its question.
+        heads: (folds, L, H) the folds' maps of a token's normalised states to its logit.
+    """
+
+    scores: np.ndarray
+    heads: np.ndarray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +85,31 @@ class Readout:
     """A fitted read-out.
 
     Attributes:
-        layer: the layer that it reads, from 1.
+        layers: the L layers that it reads, from 1.
         penalty: the chosen penalty.
-        weight: (H,) map of a token's normalised state to its logit.
+        weight: (L, H); a token's logit is the sum over layers of weight . its normalised state.
         bias: of the logit; the mean score of positives and of negatives are equally far from 0.
         table: all that was tried.
         scores: (N,) of each example, by the fold's head that has not seen its question.
-        folds: (folds, H) the folds' heads, of which `weight` is the mean.
+        folds: (folds, L, H) the folds' heads, of which `weight` is the mean.
     """
 
-    layer: int
+    layers: tuple[int, ...]
     penalty: float
     weight: np.ndarray
     bias: float
     table: tuple[Validated, ...]
     scores: np.ndarray
     folds: np.ndarray
+
+    @property
+    def chosen(self) -> Validated:
+        """Its own row of the table."""
+        return next(one for one in self.table if (one.layers, one.penalty) == (self.layers, self.penalty))
+
+    def score(self, states: Tensor, layers: Sequence[int]) -> np.ndarray:
+        """(N,) scores of traces with (N, L', H) `states` after L' `layers`."""
+        return _mapped(states, layers, self.layers, self.weight) + self.bias
 
 
 def layers_to_try(layers: Sequence[int]) -> list[int]:
@@ -95,7 +127,26 @@ def fit_readout(
     seed: int = 0,
     progress: Callable[[], object] = lambda: None,
 ) -> Readout:
-    """Choose layer and penalty by cross-validation over questions, and fit the head.
+    """Choose layers and penalty by cross-validation over questions, and fit the head; arguments as for `cross_fit`.
+
+    Raises:
+        InputError: fewer than two questions can be learned from.
+    """
+    tried = cross_fit(states, layers, examples, objective, folds=folds, seed=seed, progress=progress)
+    return best_readout(tried, states, layers, examples)
+
+
+def cross_fit(
+    states: Tensor,
+    layers: Sequence[int],
+    examples: Examples,
+    objective: str = "pairwise",
+    *,
+    folds: int = 5,
+    seed: int = 0,
+    progress: Callable[[], object] = lambda: None,
+) -> list[CrossFitted]:
+    """For each penalty, the folds' heads on each layer that is tried, and on the mean of these layers.
 
     Args:
         states: (N, L, H), see `hidden_states.TraceStates`.
@@ -104,35 +155,60 @@ def fit_readout(
         objective: ``pairwise`` or ``bce``.
         folds: of the cross-validation; at most the number of questions.
         seed: of the folds and of sampled pairs.
-        progress: called after each fit.
+        progress: called after the fits of a layer and penalty.
 
     Raises:
         InputError: fewer than two questions can be learned from.
     """
     fold_of = fold_numbers(examples, folds, seed)
-    tried = {}
-    for layer in layers_to_try(layers):
+    tried = layers_to_try(layers)
+    found: list[CrossFitted] = []
+    of_penalty: dict[float, list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = {penalty: [] for penalty in PENALTIES}
+    for layer in tried:
         values = states[:, list(layers).index(layer)].float().numpy()
-        for penalty, found in _cross_fitted(values, examples, fold_of, objective, seed=seed).items():
-            tried[layer, penalty] = found
+        for penalty, (scores, heads, spreads) in _of_folds(values, examples, fold_of, objective, seed=seed).items():
+            found.append(_cross_fitted((layer,), penalty, scores, heads[:, None], examples=examples))
+            of_penalty[penalty].append((scores, heads, spreads))
             progress()
-    table = tuple(
-        Validated(layer=layer, penalty=penalty, auroc=_auroc(scores, examples))
-        for (layer, penalty), (scores, _) in tried.items()
-    )
-    best = max(table, key=lambda one: one.auroc)
-    scores, heads = tried[best.layer, best.penalty]
-    weight = heads.mean(0)
-    values = states[:, list(layers).index(best.layer)].float().numpy() @ weight
+    if len(tried) == 1:
+        return found
+    for penalty, parts in of_penalty.items():
+        scores, heads, spreads = (np.stack(part) for part in zip(*parts, strict=True))  # (L, N), (L, F, H), (L, F)
+        factors = spreads.mean(0) / (len(tried) * np.maximum(spreads, np.finfo(spreads.dtype).tiny))
+        combined = (scores * factors[:, fold_of]).sum(0)
+        heads = (heads * factors[..., None]).swapaxes(0, 1)
+        found.append(_cross_fitted(tuple(tried), penalty, combined, heads, examples=examples))
+    return found
+
+
+def best_readout(tried: Sequence[CrossFitted], states: Tensor, layers: Sequence[int], examples: Examples) -> Readout:
+    """The read-out of the highest AUROC among those of `cross_fit`, whose other arguments are the same."""
+    best = max(tried, key=lambda one: one.auroc)
+    weight = best.heads.mean(0)
+    values = _mapped(states, layers, best.layers, weight)
     middle = (values[examples.labels].mean() + values[~examples.labels].mean()) / 2
     return Readout(
-        layer=best.layer,
+        layers=best.layers,
         penalty=best.penalty,
         weight=weight,
         bias=-float(middle),
-        table=table,
-        scores=scores - middle,
-        folds=heads,
+        table=tuple(Validated(layers=one.layers, penalty=one.penalty, auroc=one.auroc) for one in tried),
+        scores=best.scores - middle,
+        folds=best.heads,
+    )
+
+
+def layers_named(layers: Sequence[int]) -> str:
+    """Such as ``layer 11``, or ``layers 11, 14, 18``."""
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def _mapped(states: Tensor, layers: Sequence[int], read: Sequence[int], weight: np.ndarray) -> np.ndarray:
+    """(N,) sum over the L layers of `read` of their states times the (L, H) `weight`."""
+    places = [list(layers).index(layer) for layer in read]
+    return sum(
+        (states[:, place].float().numpy() @ row for place, row in zip(places, weight, strict=True)),
+        start=np.zeros(len(states), weight.dtype),
     )
 
 
@@ -156,23 +232,34 @@ def fold_numbers(examples: Examples, folds: int, seed: int) -> np.ndarray:
     return np.array([number[question] for question in examples.questions.tolist()])
 
 
-def _cross_fitted(
+def _of_folds(
     values: np.ndarray, examples: Examples, fold_of: np.ndarray, objective: str, *, seed: int
-) -> dict[float, tuple[np.ndarray, np.ndarray]]:
-    """For each penalty, (N,) scores by heads that have not seen the question, and (folds, H) the heads."""
+) -> dict[float, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each penalty, of heads on one layer, fitted without a fold each.
+
+    Returns:
+        (N,) scores by the head that has not seen the question; (F, H) the heads; (F,) the standard deviation of a
+        head's scores over the traces that it has seen.
+    """
     scores = {penalty: np.zeros(len(values)) for penalty in PENALTIES}
     heads: dict[float, list[np.ndarray]] = {penalty: [] for penalty in PENALTIES}
+    spreads: dict[float, list[float]] = {penalty: [] for penalty in PENALTIES}
     for fold in range(int(fold_of.max()) + 1):
         seen = fold_of != fold
         found = fit_heads(values[seen], examples[seen], objective, penalties=PENALTIES, seed=seed)
         for penalty, head in found.items():
+            of_all = values @ head
             heads[penalty].append(head)
-            scores[penalty][~seen] = values[~seen] @ head
-    return {penalty: (scores[penalty], np.stack(heads[penalty])) for penalty in PENALTIES}
+            spreads[penalty].append(of_all[seen].std())
+            scores[penalty][~seen] = of_all[~seen]
+    return {p: (scores[p], np.stack(heads[p]), np.array(spreads[p])) for p in PENALTIES}
 
 
-def _auroc(scores: np.ndarray, examples: Examples) -> float:
-    return within_prompt_auroc(scores.tolist(), examples.labels.tolist(), examples.questions.tolist())
+def _cross_fitted(
+    layers: tuple[int, ...], penalty: float, scores: np.ndarray, heads: np.ndarray, *, examples: Examples
+) -> CrossFitted:
+    auroc = within_prompt_auroc(scores.tolist(), examples.labels.tolist(), examples.questions.tolist())
+    return CrossFitted(layers=layers, penalty=penalty, auroc=auroc, scores=scores, heads=heads)
 
 
 def fit_heads(

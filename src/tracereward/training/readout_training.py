@@ -185,7 +185,7 @@ def train_readout(
         fitted = fit_readout(
             found.states, layers, examples, options.objective, seed=options.seed, progress=progress.update
         )
-    head = LinearHead(layer=fitted.layer, weight=fitted.weight, bias=fitted.bias)
+    head = LinearHead(layers=fitted.layers, weight=fitted.weight, bias=fitted.bias)
     made = TokenRewardModel.from_readout(name, head, settings, tokenizer, dtype=torch.float32).to(best_device())
-    made.settings = replace(settings, beta_clip=clip_for(made, traces))
+    made.settings = replace(made.settings, beta_clip=clip_for(made, traces))
     return made, fitted

@@ -11,15 +11,25 @@ function make(tag, className, text) {
 }
 
 function heatmap(result, limit) {
-  const trace = make("p", "trace");
+  const trace = make("div", "trace");
+  let [step, into] = [0, null];
   result.tokens.forEach((token, i) => {
+    if (!into) {
+      const suspected = step === result.suspected_error;
+      into = suspected ? make("mark") : trace;
+      if (suspected) {
+        into.append(make("small", "", "suspected first error"));
+        trace.append(into);
+      }
+    }
     const reward = result.token_rewards[i];
     const span = make("span", reward > 0 ? "hi" : "lo", token);
     span.style.setProperty("--a", String((0.75 * Math.min(Math.abs(reward) / limit, 1)).toFixed(3)));
     span.title = signed(reward);
     span.tabIndex = 0;
     span.setAttribute("aria-label", `${token} ${signed(reward)}`);
-    trace.append(span);
+    into.append(span);
+    if (result.step_ends[i]) [step, into] = [step + 1, null];
   });
   return trace;
 }
