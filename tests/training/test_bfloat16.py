@@ -102,6 +102,7 @@ def test_trainer_learns_and_rewards_under_autocast(tiny_model_folder, tokenizer,
         )
         if options:
             trainer.accelerator.autocast = lambda: autocast(**options)
+        assert trainer.half is not None  # samples the rollouts
         trainer.train()
         rows = [row for row in trainer.state.log_history if "discriminator/loss" in row]
         losses = [row["discriminator/loss"] for row in rows]

@@ -89,6 +89,15 @@ def test_training_ranks_correct_working_above_fluent_mistakes(tiny_model_folder,
     assert row["accuracy_policy"] > 0.7
 
 
+@pytest.mark.long
+def test_training_under_bfloat16_autocast_on_a_cpu_learns_as_much(tiny_model_folder, tokenizer, tmp_path):
+    held_out = mistaken_pairs(100, seed=1)
+    train = mistaken_pairs(400, seed=2, exclude={prompt for prompt, _, _ in held_out})
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = trained(tiny_model_folder, tokenizer, tmp_path, train, updates=40, discriminator_prompts=32)
+    assert within(found.model, tokenizer, held_out) > 0.9
+
+
 @pytest.mark.parametrize("objective", [pytest.param("pairwise", marks=pytest.mark.long), "pairwise_tokens"])
 def test_pairs_teach_the_same(tiny_model_folder, tokenizer, tmp_path, objective):
     held_out = mistaken_pairs(100, seed=1)

@@ -24,7 +24,7 @@ from tracereward.cli.evaluate import (
     json_object,
     suites,
 )
-from tracereward.cli.reward import Overwrite, Resume, Seed, commands
+from tracereward.cli.reward import Overwrite, PolicyDtype, Resume, Seed, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
 from tracereward.console import is_main_process, open_streams, say
@@ -143,6 +143,7 @@ def sample(
     template: Template = None,
     chat_template_kwargs: ChatTemplateKwargs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
+    dtype: PolicyDtype = None,
     engine: SamplingEngine = "transformers",
     api: Api = None,
     concurrency: Concurrency = 32,
@@ -178,7 +179,7 @@ def sample(
 
     given: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     given = {name: value for name, value in given.items() if value is not None}
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, **given)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, seed=seed, batch_size=batch_size, dtype=dtype, **given)
     if use_generation_config:
         if guide is not None:
             raise InputError("--guide samples from the policy itself: remove --use-generation-config")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tracereward.cli.reward import Dtype, PolicyDtype
 from tracereward.cli.rules import CheckedTyper
 from tracereward.errors import InputError
 from tracereward.generation.params import MAX_SEED
@@ -88,6 +89,7 @@ def pool(
     questions: Annotated[str | None, typer.Option(help="Questions, if rows only have their ids.")] = None,
     task: TaskName = None,
     policy: Policy = None,
+    dtype: Dtype = None,
     fit: Annotated[str | None, typer.Option(help="Other candidates to fit on. Default: a share of DATA.")] = None,
     fit_share: Annotated[
         float, typer.Option(min=0.05, max=0.95, callback=_finite, help="Share of the questions to fit on.")
@@ -102,7 +104,9 @@ def pool(
     from tracereward.evaluate.suites import Results, Trial, run_pool
 
     results = Results(folder=output, overwrite=overwrite, as_json=json_table)
-    trial = Trial(model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results)
+    trial = Trial(
+        model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results, dtype=dtype
+    )
     run_pool(trial, questions=questions, fit=fit, fit_share=fit_share)
 
 
@@ -119,6 +123,7 @@ def _step_suite(name: str, about: str) -> None:
         fit_split: Annotated[str, typer.Option(help="Split of a Hub set in --fit.")] = "test",
         task: TaskName = None,
         policy: Policy = None,
+        dtype: Dtype = None,
         aggregate: Aggregate = "mean",
         limit: Limit = None,
         seed: Seed = 0,
@@ -129,7 +134,9 @@ def _step_suite(name: str, about: str) -> None:
         from tracereward.evaluate.suites import Results, Trial, run_steps
 
         results = Results(folder=output, overwrite=overwrite, as_json=json_table)
-        trial = Trial(model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results)
+        trial = Trial(
+            model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results, dtype=dtype
+        )
         run_steps(name, trial, split=split, fit=fit, fit_split=fit_split, aggregate=aggregate)
 
     suites.command(name, help=about)(suite)
@@ -147,6 +154,7 @@ def perturbation(
     split: Split = "test",
     task: TaskName = None,
     policy: Policy = None,
+    dtype: Dtype = None,
     aggregate: Aggregate = "mean",
     limit: Limit = None,
     seed: Seed = 0,
@@ -158,7 +166,9 @@ def perturbation(
     from tracereward.evaluate.suites import Results, Trial, run_perturbation
 
     results = Results(folder=output, overwrite=overwrite, as_json=json_table)
-    trial = Trial(model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results)
+    trial = Trial(
+        model=model, data=data, task=task, policy=policy, limit=limit, seed=seed, results=results, dtype=dtype
+    )
     run_perturbation(trial, split=split, aggregate=aggregate)
 
 
@@ -176,6 +186,7 @@ def policy_suite(
     limit: Limit = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
+    dtype: PolicyDtype = None,
     engine: SamplingEngine = "transformers",
     api: Api = None,
     concurrency: Concurrency = 32,
@@ -193,7 +204,9 @@ def policy_suite(
     questions = Questions(
         data=data, task=task, split=split, limit=limit, template=template, chat_template_kwargs=kwargs
     )
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size)
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size, dtype=dtype
+    )
     run_policy(
         policy,
         questions,
@@ -230,6 +243,7 @@ def guided_suite(
     limit: Limit = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
+    dtype: PolicyDtype = None,
     reference: Annotated[
         str | None, typer.Option(help="Model whose log-prob is added, as training with logit_plus_logprob did.")
     ] = None,
@@ -247,7 +261,9 @@ def guided_suite(
     questions = Questions(
         data=data, task=task, split=split, limit=limit, template=template, chat_template_kwargs=kwargs
     )
-    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size)
+    sampling = SamplingParams(
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, batch_size=batch_size, dtype=dtype
+    )
     comparison = Comparison(budgets=tuple(budget or (4, 16)), alpha=alpha, top_k=top_k, threshold=threshold)
     run_guided(
         policy,

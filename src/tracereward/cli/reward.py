@@ -8,6 +8,7 @@ import typer
 
 from tracereward.cli.rules import CheckedTyper
 from tracereward.console import print_json, say
+from tracereward.errors import check_choice
 from tracereward.generation.params import MAX_SEED
 
 commands = CheckedTyper()
@@ -28,6 +29,33 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 
 
+def _dtype(value: str | None) -> str | None:
+    """Refuse an unknown precision."""
+    if value is not None:
+        check_choice("dtype", value, ("auto", "float32", "bfloat16", "float16"))
+    return value
+
+
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        callback=_dtype,
+        help="Precision of the models: float32, bfloat16 or float16. Default: that in which the reward model was "
+        "calibrated; of others bfloat16 on a CPU that has it, if they are large.",
+    ),
+]
+PolicyDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        callback=_dtype,
+        help="Precision of the policy: float32, bfloat16 or float16. Default: the checkpoint's; on a CPU bfloat16 if "
+        "the processor has it and the model is large, else float32.",
+    ),
+]
+
+
 @commands.command()
 def score(
     model: Model,
@@ -46,6 +74,7 @@ def score(
     ] = None,
     reference: Reference = None,
     policy: Policy = None,
+    dtype: Dtype = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     skip_bad: Annotated[
@@ -67,6 +96,7 @@ def score(
             reference=reference,
             policy=policy,
             skip_bad=skip_bad,
+            dtype=dtype,
         )
     )
 
@@ -86,6 +116,7 @@ def rerank(
     aggregate: Annotated[
         str | None, typer.Option(help="Trace reward: mean, min, last or discounted. Default: the reward model's.")
     ] = None,
+    dtype: Dtype = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
     overwrite: Overwrite = False,
     json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
@@ -103,6 +134,7 @@ def rerank(
             aggregate=aggregate,
             output=Output(path=output, resume=None, overwrite=overwrite),
             json_table=json_table,
+            dtype=dtype,
         )
     )
 
@@ -174,6 +206,7 @@ def correct(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling.")] = 1.0,
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Traces generated together.")] = 64,
+    dtype: PolicyDtype = None,
     reference: Reference = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     resume: Resume = False,
@@ -195,7 +228,12 @@ def correct(
         reference=reference,
     )
     sampling = SamplingParams(
-        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype,
     )
     run_correct(model, data, correcting, sampling, output=Output(path=output, resume=resume, overwrite=overwrite))
 
@@ -211,6 +249,7 @@ def inspect(
     task: Annotated[str | None, typer.Option(help="Task that finds and checks answers.")] = None,
     reference: Reference = None,
     policy: Policy = None,
+    dtype: Dtype = None,
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -238,7 +277,7 @@ def inspect(
     elif overwrite:
         raise InputError("--overwrite needs --output, a file")
     rows = rows_to_inspect(
-        InspectOptions(data=data, model=model, task=task, reference=reference, policy=policy, limit=limit)
+        InspectOptions(data=data, model=model, task=task, reference=reference, policy=policy, limit=limit, dtype=dtype)
     )
     if output is None:
         print_ansi(rows, sys.stdout, width=width, colour=colour, threshold=threshold)
@@ -255,6 +294,7 @@ def calibrate(
     questions: Annotated[str | None, typer.Option(help="Questions, if rows only have their ids.")] = None,
     task: Annotated[str | None, typer.Option(help="Task. Default: the reward model's.")] = None,
     method: Annotated[str, typer.Option(help="platt, temperature or isotonic.")] = "platt",
+    dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model's calibration.")] = False,
 ) -> None:
     """Fit the probability that a trace is correct on a small labelled set, and save it with the reward model."""
@@ -266,7 +306,7 @@ def calibrate(
 
     check_choice("method", method, METHODS)
     calibration, left_out = run_calibrate(
-        model, data, questions=questions, task=task, method=method, overwrite=overwrite
+        model, data, questions=questions, task=task, method=method, overwrite=overwrite, dtype=dtype
     )
     if left_out:
         say(f"{left_out} traces were skipped: empty, or longer than the reward model reads")

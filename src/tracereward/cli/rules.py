@@ -65,6 +65,12 @@ RULES: tuple[Rule, ...] = (
         why="vLLM and servers form their batches themselves",
     ),
     Rule(
+        commands=("sample", "policy"),
+        options=("dtype",),
+        when=lambda o: "://" in o["engine"],
+        why="a server loads its model itself: give it there",
+    ),
+    Rule(
         commands=("sample",),
         options=("engine",),
         when=lambda o: o["guide"] is not None,

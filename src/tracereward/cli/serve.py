@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tracereward.cli.reward import Engine, Model
+from tracereward.cli.reward import Dtype, Engine, Model
 from tracereward.cli.rules import CheckedTyper
 from tracereward.console import say
 from tracereward.errors import InputError, check_number
@@ -88,6 +88,7 @@ def check_address(host: str, port: int) -> None:
 def serve(
     model: Model,
     engine: Engine = "transformers",
+    dtype: Dtype = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 for a free one.")] = 8019,
     name: Annotated[str | None, typer.Option(help="Model name in answers. Default: the folder's name.")] = None,
@@ -176,7 +177,7 @@ def serve(
     )
     if api_key is None and host not in LOOPBACK:
         say(f"warning: anyone who reaches {host} can use this server: set ${API_KEY} or --api-key-file")
-    scorer = load_scorer(model, engine)
+    scorer = load_scorer(model, engine, dtype)
     end: Any = [scorer.tokenizer.eos_token_id]
     first = EncodedTrace(where=f"{model}: a first trace", prompt=end, completion=end)
     scorer.rewards_of([first], ForwardOptions())  # damaged weights stop here, with one line

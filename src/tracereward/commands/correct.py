@@ -18,6 +18,7 @@ from tracereward.commands.partial_output import (
     unfinished,
     write_row,
 )
+from tracereward.commands.questions import with_precision
 from tracereward.commands.sample_guided import load_guide
 from tracereward.console import note, say
 from tracereward.data.labels import judge
@@ -122,8 +123,10 @@ def run_correct(
     done: list[dict[str, Any]] = []
     origin = None
     if not output.to_stdout:
-        options: dict[str, Any] = {**asdict(correcting), **asdict(sampling)}
+        options: dict[str, Any] = {**asdict(correcting), **asdict(with_precision(model, sampling))}
         del options["batch_size"], options["settings"]
+        if options["dtype"] is None:
+            del options["dtype"]
         models = {"model": model, "--reward-model": options.pop("reward_model")}
         models["--reference"] = options.pop("reference")
         origin = origin_of("correct", models, data, **options)

@@ -10,11 +10,11 @@ from tracereward.console import print_json, say
 from tracereward.data.trace_rows import candidate_rows
 from tracereward.errors import InputError
 from tracereward.files import without_nan
-from tracereward.modeling.loading import best_device, local_folder
+from tracereward.modeling.loading import local_folder
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.reports.verdicts import read_verdict, write_verdict
 from tracereward.rewards.distillation import Fit, check_rows, distill, examples_of
-from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.engines import load_reward_model
 from tracereward.rewards.settings import SETTINGS_FILE, check_reward_model
 
 
@@ -57,7 +57,7 @@ def run_export(options: ExportOptions) -> None:
     check_folder(output, [options.model, options.data], overwrite=options.overwrite)
     rows = list(candidate_rows(options.data, template=settings.template, tokenizer=load_tokenizer(options.model)))
     check_rows(rows)
-    teacher = TokenRewardModel.from_pretrained(options.model).to(best_device())
+    teacher = load_reward_model(options.model)
     student, fit = distill(
         teacher,
         local_folder(options.model),

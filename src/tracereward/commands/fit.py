@@ -31,7 +31,7 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
 from tracereward.runs.disk import check_disk
 from tracereward.runs.fit_report import Measured, measure
-from tracereward.runs.fit_training import Learned, curve, curve_table, learn, reading_dtype
+from tracereward.runs.fit_training import Learned, curve, curve_table, learn, reading_dtype, with_precision
 from tracereward.runs.folder import Run, run_folder
 from tracereward.runs.job import FitJob
 from tracereward.runs.report import pick_traces
@@ -130,7 +130,7 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
     if options.use_peft:
         _check_layers(name, options.lora_target_modules)
     template, kwargs = inherited(name, options.template, options.chat_template_kwargs)
-    options = dataclasses.replace(options, template=template, chat_template_kwargs=kwargs)
+    options = with_precision(dataclasses.replace(options, template=template, chat_template_kwargs=kwargs), resume)
     rendering = Rendering(template=template, chat_template_kwargs=kwargs or {})
     tokenizer = policy_tokenizer(name, rendering)
     rendering = dated(rendering, tokenizer)

@@ -6,7 +6,7 @@ from typing import Any
 from datasets import Dataset
 from trl import ModelConfig
 
-from tracereward.commands.prepared import explained, inherit, lora, prepare
+from tracereward.commands.prepared import choose_precision, explained, inherit, lora, prepare
 from tracereward.data.demonstrations import check_positions
 from tracereward.errors import InputError
 from tracereward.modeling.distributed import zero3_disabled
@@ -34,6 +34,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
     inherit(data, config, model)
     job = Job(kind="grpo", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
+    choose_precision(job)
     if config.base_model is not None:
         check_model(config.base_model)
         if not same_vocabulary(prepared.tokenizer, load_tokenizer(config.base_model)):

@@ -28,6 +28,7 @@ class InspectOptions:
         reference: folder or Hub id of the model whose log-prob is added.
         policy: folder or Hub id of the model whose log-prob is subtracted.
         limit: use the first N rows.
+        dtype: precision of all models, see `modeling.precision`.
     """
 
     data: str
@@ -36,6 +37,7 @@ class InspectOptions:
     reference: str | None = None
     policy: str | None = None
     limit: int | None = None
+    dtype: str | None = None
 
 
 def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
@@ -67,11 +69,13 @@ def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
         )
         for where, row in checked:
             check_facts(where, row)
-        reward_model = load_scorer(model, "transformers")
-        extra = load_log_prob_models(reward_model, reference=options.reference, policy=options.policy)
+        reward_model = load_scorer(model, dtype=options.dtype)
+        named = {"reference": options.reference, "policy": options.policy}
+        extra = load_log_prob_models(reward_model, **named, dtype=options.dtype)
         scored = list(score_rows(reward_model, checked, extra=extra))
     else:
-        for option, value in (("model", model), ("reference", options.reference), ("policy", options.policy)):
+        given = {"model": model, "reference": options.reference, "policy": options.policy, "dtype": options.dtype}
+        for option, value in given.items():
             if value is not None:
                 raise InputError(f"--{option} {value} has no effect: the rows of {data} have their scores")
         for where, row in rows:

@@ -15,6 +15,7 @@ from tracereward.errors import InputError
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.lost_text import check_texts
 from tracereward.modeling.policy_settings import PolicySettings, inherited
+from tracereward.modeling.precision import keep_choice, training_precision
 from tracereward.modeling.rendering import (
     Rendering,
     check_reasoning,
@@ -24,7 +25,8 @@ from tracereward.modeling.rendering import (
 from tracereward.modeling.tokenization import (
     policy_tokenizer,
 )
-from tracereward.runs.job import Config, starting_policy
+from tracereward.runs.job import Config, Job, starting_policy
+from tracereward.runs.same_run import stored_options
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.training.config import SupervisedConfig
 from tracereward.training.options import DataArguments
@@ -62,6 +64,30 @@ def inherit(data: DataArguments, config: Config, model: ModelConfig) -> None:
     found = inherited(starting_policy(model), data.template, kwargs)
     data.template, config.chat_template_kwargs = found
     config.given["chat_template_kwargs"] = config.chat_template_kwargs  # TRL reads JSON in a text
+
+
+def choose_precision(job: Job) -> None:
+    """Set ``--bf16`` on a CPU, if it is not given, and say so in one line; a resumed run keeps its own.
+
+    Weights sharded over processes stay in float32.
+
+    Raises:
+        InputError: the model cannot be read.
+    """
+    config, model = job.config, job.model
+    if not config.use_cpu or config.fp16 or config.fsdp or config.deepspeed or model.load_in_4bit or model.load_in_8bit:
+        return
+    given, before = config.given["bf16"], stored_options(job.output_dir) if job.resume else {}
+    chosen, why = training_precision(starting_policy(model))
+    if before and given in (None, before.get("bf16")):  # another one that is given is refused
+        given = keep_choice(before.get("bf16"), chosen, "bf16")
+    elif not before:
+        given, why = (chosen, why) if given is None else (given, "as --bf16 says")
+        if why:
+            note(f"trains {'under bfloat16 autocast' if given else 'in float32'}: {why}")
+    config.given["bf16"] = given
+    config.bf16 = bool(given)
+    config.mixed_precision = "bf16" if given else "no"
 
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:

@@ -12,9 +12,11 @@ from tracereward.console import note
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.errors import InputError
 from tracereward.generation.engine import Answer, EngineOptions, Prompt
+from tracereward.generation.params import SamplingParams
 from tracereward.modeling.loading import check_model, context_length, read_config
 from tracereward.modeling.lost_text import MOST_OF_A_TEXT, check_texts
 from tracereward.modeling.policy_settings import PolicySettings, remembered
+from tracereward.modeling.precision import reading_precision
 from tracereward.modeling.rendering import Rendering, check_rendering, plain_prompt, render_prompt
 from tracereward.modeling.tokenization import encode_prompt, load_tokenizer, without_added
 from tracereward.rewards.settings import RewardSettings
@@ -241,3 +243,14 @@ def sample_row(sample: Answer, row: dict[str, Any], task: Task) -> dict[str, Any
     }
     known = {"length": sample.length, "logprob": sample.logprob}
     return found | {name: value for name, value in known.items() if value is not None}
+
+
+def with_precision(policy: str, sampling: SamplingParams) -> SamplingParams:
+    """How completions are sampled, with the precision of the policy where it is not the checkpoint's own.
+
+    It is stored with unfinished rows: on a machine that would choose another precision they are not continued.
+    """
+    if sampling.dtype not in (None, "auto"):
+        return sampling
+    precision = reading_precision(policy)
+    return replace(sampling, dtype=None if precision.own else precision.name)

@@ -35,6 +35,7 @@ class RerankOptions:
         aggregate: how token rewards are reduced to a trace reward; as in the reward model's settings if None.
         output: where the chosen rows go.
         json_table: print the table as JSON on stdout.
+        dtype: precision of the reward model, see `scoring_precision`.
     """
 
     model: str
@@ -44,6 +45,7 @@ class RerankOptions:
     aggregate: str | None = None
     output: Output = STDOUT
     json_table: bool = False
+    dtype: str | None = None
 
 
 def run_rerank(options: RerankOptions) -> None:
@@ -76,7 +78,7 @@ def run_rerank(options: RerankOptions) -> None:
             single = "completion" in row
             need = f"a logprob in each row for --method {options.method}" if single else "a completion in each row"
             raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
-    model = load_scorer(options.model, "transformers")
+    model = load_scorer(options.model, dtype=options.dtype)
     if options.aggregate is not None:
         model.settings = replace(settings, aggregate=options.aggregate)
     chosen, questions = rerank_rows(score_rows(model, rows), task, options.method)

@@ -25,6 +25,7 @@ from tracereward.commands.questions import (
     read_questions,
     sample_row,
     server_prompts,
+    with_precision,
 )
 from tracereward.commands.sample_guided import Guidance, finished_guided, guided_rows
 from tracereward.console import note, say
@@ -34,6 +35,7 @@ from tracereward.generation.params import SamplingParams
 from tracereward.generation.server_engine import ServerEngine
 from tracereward.generation.vllm_engine import VllmEngine, check_vllm
 from tracereward.modeling.loading import best_device, load_causal_lm
+from tracereward.modeling.precision import reading_precision
 from tracereward.modeling.tokenization import encode_prompt
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import Task, get_task
@@ -74,7 +76,11 @@ def run_sample(
         questions, engine = in_force_at(engine, questions, model)
     else:
         questions = in_force(questions, model, check_reward_model(guidance.reward_model))
+    if not engine.is_server:
+        sampling = with_precision(model, sampling)
     data, options = questions.data, {**questions.options, **asdict(sampling)}
+    if sampling.dtype is None:
+        del options["dtype"]
     if not sampling.settings:  # outputs of earlier versions have none
         del options["settings"]
     if guidance is None:  # a batch has one random seed, so rows depend on its size
@@ -209,9 +215,10 @@ def load_sampler(
     rows, prompts, tokenizer = load_questions(questions, model, max_new_tokens)
     if engine.name == "vllm":
         longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-        loaded: Engine = VllmEngine(model, tokenizer, longest + max_new_tokens)
+        loaded: Engine = VllmEngine(model, tokenizer, longest + max_new_tokens, sampling.dtype)
     else:
-        loaded = TransformersEngine(load_causal_lm(model, device=best_device()), tokenizer)
+        precision = reading_precision(model, sampling.dtype).say(f"{model} samples")
+        loaded = TransformersEngine(load_causal_lm(model, precision.dtype, best_device()), tokenizer)
     return Sampler(engine=loaded, rows=rows, prompts=prompts, task=task)
 
 

@@ -16,9 +16,9 @@ from tracereward.generation import decoding
 from tracereward.generation.guide import Guide, Guided, check_tokenizers
 from tracereward.generation.params import SamplingParams
 from tracereward.modeling.loading import best_device, check_model, load_causal_lm, local_folder
+from tracereward.modeling.precision import reading_precision
 from tracereward.modeling.tokenization import end_as, load_tokenizer
-from tracereward.rewards.engines import load_log_prob_model
-from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.engines import load_log_prob_model, load_reward_model
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import get_task
 
@@ -180,9 +180,10 @@ def load_guide(
     check_tokenizers(tokenizer, reward_tokenizer)
     if reference is not None:
         check_model(reference)
-    scorer = TokenRewardModel.from_pretrained(reward_model).to(best_device())
-    reference_model = load_log_prob_model(scorer, reference)
-    policy = load_causal_lm(model, device=best_device())
+    scorer = load_reward_model(reward_model)
+    reference_model = load_log_prob_model(scorer, reference, sampling.dtype)
+    precision = reading_precision(model, sampling.dtype).say(f"{model} samples")
+    policy = load_causal_lm(model, precision.dtype, best_device())
     guide = Guide(policy, tokenizer, scorer, sampling, reference=reference_model)
     guide.encode(prompts)
     return guide

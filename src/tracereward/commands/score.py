@@ -29,6 +29,7 @@ from tracereward.rewards.engines import (
     check_log_prob_models,
     load_log_prob_models,
     load_scorer,
+    precision_of,
 )
 from tracereward.rewards.records import CHUNK, EncodedTrace, LogProbModels, Trace
 from tracereward.rewards.scorer import Scorer
@@ -50,6 +51,7 @@ class ScoreOptions:
         reference: folder or Hub id of the model whose log-prob is added.
         policy: folder or Hub id of the model whose log-prob is subtracted.
         skip_bad: skip rows that cannot be scored, instead of stopping.
+        dtype: precision of all models, see `modeling.precision`.
     """
 
     model: str
@@ -61,6 +63,7 @@ class ScoreOptions:
     reference: str | None = None
     policy: str | None = None
     skip_bad: bool = False
+    dtype: str | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -110,14 +113,16 @@ def _score_to_file(options: ScoreOptions) -> list[str]:
     origin, done = None, 0
     if not options.output.to_stdout:
         models = {"model": options.model, "--reference": options.reference, "--policy": options.policy}
-        origin = origin_of("score", models, options.data, split=options.split, engine=options.engine)
+        precision = precision_of(options.model, options.dtype)
+        named = {} if precision.own else {"dtype": precision.name}  # may be this machine's choice
+        origin = origin_of("score", models, options.data, split=options.split, engine=options.engine, **named)
     if is_finished(options.output):
         return []
     if part := unfinished(options.output, origin):
         done = finished_rows(part)
         say(f"resuming after {done} rows")
-    model = load_scorer(options.model, options.engine)
-    extra = load_log_prob_models(model, reference=options.reference, policy=options.policy)
+    model = load_scorer(options.model, options.engine, options.dtype)
+    extra = load_log_prob_models(model, reference=options.reference, policy=options.policy, dtype=options.dtype)
     rows = candidate_rows(options.data, options.split, [] if options.skip_bad else None, settings.template)
     too_long: list[str] | None = [] if options.skip_bad else None
     scored = score_rows(model, rows, extra=extra, skipped=too_long, done=done)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import joblib
 import pyarrow as pa
 from pyarrow import parquet
 from tqdm.auto import tqdm
@@ -121,6 +122,7 @@ def _manifest(options: ScoreOptions, rows: int, shards: int, fingerprint: str) -
         "rows": rows,
         "rows_per_shard": score_shards.SHARD_ROWS,
         "shards": shards,
+        **({} if options.dtype in (None, "auto") else {"dtype": options.dtype}),
     }
 
 
@@ -144,8 +146,9 @@ class ShardScorer:
         a worker dies before its first shard.
         """
         options = self.job.options
-        model = load_scorer(options.model, "transformers")
-        return model, load_log_prob_models(model, reference=options.reference, policy=options.policy)
+        model = load_scorer(options.model, dtype=options.dtype)
+        named = {"reference": options.reference, "policy": options.policy}
+        return model, load_log_prob_models(model, **named, dtype=options.dtype)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Score the shards in `batch`; errors are returned as values, since Ray would wrap exceptions."""
@@ -253,7 +256,7 @@ def _cluster(workers: int | None) -> Iterator[tuple[int, int, int]]:
         if own:
             ray.init(
                 address="local",
-                num_cpus=max(workers or 1, os.cpu_count() or 1),
+                num_cpus=max(workers or 1, joblib.cpu_count()),  # of the container
                 include_dashboard=False,
                 object_store_memory=128 * 2**20,  # it stores shard numbers only
                 **quiet,

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTTrainer
 
-from tracereward.commands.prepared import explained, inherit, lora, prepare
+from tracereward.commands.prepared import choose_precision, explained, inherit, lora, prepare
 from tracereward.data.demonstrations import split_rows
 from tracereward.modeling.tokenization import (
     encode_completion,
@@ -29,6 +29,7 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
     inherit(data, config, model)
     job = Job(kind="sft", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
+    choose_precision(job)
     train, validation = prepared.rows, []
     if config.validation_fraction:
         train, validation = split_rows(prepared.rows, config.validation_fraction, config.seed)

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from tracereward.commands.prepared import Prepared, explained, inherit, lora, prepare, texts_of
+from tracereward.commands.prepared import Prepared, choose_precision, explained, inherit, lora, prepare, texts_of
 from tracereward.console import is_main_process, note
 from tracereward.data.demonstrations import check_positions
 from tracereward.errors import InputError
@@ -48,6 +48,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     inherit(data, config, model)
     job = Job(kind="train", data=data, config=config, model=model, resume=resume)
     prepared = prepare(data, config, model)
+    choose_precision(job)
     task, tokenizer = prepared.task, prepared.tokenizer
     policy = starting_policy(model)
     start = config.discriminator_model or policy

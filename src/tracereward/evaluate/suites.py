@@ -31,13 +31,13 @@ from tracereward.generation.engine import EngineOptions
 from tracereward.generation.params import SamplingParams
 from tracereward.metrics import auroc, auroc_interval
 from tracereward.modeling.hub import looks_local, split_name
-from tracereward.modeling.loading import best_device, check_model, local_folder
+from tracereward.modeling.loading import check_model, local_folder
 from tracereward.modeling.rendering import render_prompt
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
 from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.calibration import Calibration, check_labels, fit_calibration
-from tracereward.rewards.engines import load_log_prob_model
+from tracereward.rewards.engines import load_log_prob_model, load_reward_model, precision_of
 from tracereward.rewards.first_error_fit import JudgedTrace, find_rule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.scorer import Scorer
@@ -114,6 +114,7 @@ class Trial:
         limit: use as many rows only.
         seed: of every random number.
         results: where the results go.
+        dtype: precision of the models, see `modeling.precision`.
     """
 
     model: str
@@ -123,12 +124,13 @@ class Trial:
     limit: int | None = None
     seed: int = 0
     results: Results = Results()
+    dtype: str | None = None
 
 
-def load(model: str, policy: str | None) -> tuple[TokenRewardModel, PreTrainedModel | None]:
-    """A reward model and the causal LM of its baseline, on the best device."""
-    reward_model = TokenRewardModel.from_pretrained(model).to(best_device())
-    return reward_model, load_log_prob_model(reward_model, policy)
+def load(model: str, policy: str | None, dtype: str | None = None) -> tuple[TokenRewardModel, PreTrainedModel | None]:
+    """A reward model and the causal LM of its baseline, on the best device; `dtype` as for `modeling.precision`."""
+    reward_model = load_reward_model(model, dtype)
+    return reward_model, load_log_prob_model(reward_model, policy, dtype)
 
 
 def check(model: str, policy: str | None, task: str | None) -> Task:
@@ -207,7 +209,7 @@ def run_pool(trial: Trial, *, questions: str | None, fit: str | None, fit_share:
     for row in fit_rows:
         if row.asked in asked:
             raise InputError(f"{row.where}: its question is judged too, in {asked[row.asked]}: fit on other questions")
-    reward_model, baseline = load(model, policy)
+    reward_model, baseline = load(model, policy, trial.dtype)
     judged, left_out = score_pool(reward_model, rows, baseline)
     if fit:
         fit_questions = score_pool(reward_model, fit_rows, baseline)[0]
@@ -248,7 +250,7 @@ def run_steps(suite: str, trial: Trial, *, split: str, fit: str | None, fit_spli
         fit_traces = read_step_traces(fit, suite, split=fit_split)
     else:
         fit_traces, traces = split_by_question(traces, 0.5, seed)
-    reward_model, baseline = load(model, policy)
+    reward_model, baseline = load(model, policy, trial.dtype)
     result = {"model": model, "data": data, "policy": policy, "fit": fit}
     result |= evaluate_steps(
         reward_model, traces, fit_traces, policy=baseline, task=task_spec.name, aggregate=aggregate, seed=seed
@@ -270,7 +272,7 @@ def run_perturbation(trial: Trial, *, split: str, aggregate: str) -> None:
     base = trial.results.checked("perturbation", model, [data, policy])
     subset = task_spec.subset if data == task_spec.dataset else None
     rows = load_demonstrations(data, task_spec, split=split, subset=subset, limit=trial.limit)
-    reward_model, baseline = load(model, policy)
+    reward_model, baseline = load(model, policy, trial.dtype)
     result = {"model": model, "data": data, "policy": policy}
     result |= evaluate_perturbations(reward_model, rows, policy=baseline, aggregate=aggregate, seed=trial.seed)
     publish(base, result, perturbation_tables(result), as_json=trial.results.as_json)
@@ -341,9 +343,18 @@ def useless_fit(
 
 
 def run_calibrate(
-    model: str, data: str, *, questions: str | None, task: str | None, method: str, overwrite: bool = False
+    model: str,
+    data: str,
+    *,
+    questions: str | None,
+    task: str | None,
+    method: str,
+    overwrite: bool = False,
+    dtype: str | None = None,
 ) -> tuple[Calibration, int]:
     """`tracereward calibrate`: fit on labelled traces and store the fit in the model's ``tracereward.json``.
+
+    The precision is stored too: rewards in another one have other digits, so `score` uses it by default.
 
     Returns:
         The calibration, and how many traces were left out as empty or too long.
@@ -369,7 +380,7 @@ def run_calibrate(
         check_labels([row.correct for row in rows])
     except InputError as error:
         raise InputError(f"{data}: {error}") from error
-    reward_model, _ = load(model, None)
+    reward_model, _ = load(model, None, dtype)
     groups, left_out = score_pool(reward_model, rows)
     flat = [c for candidates in groups for c in candidates]
     rewards, correct = [c.reward for c in flat], [bool(c.correct) for c in flat]
@@ -381,7 +392,8 @@ def run_calibrate(
     prompts = [index for index, candidates in enumerate(groups) for _ in candidates]
     for reason in useless_fit(calibration, rewards, correct, prompts):
         warn(f"{data}: {reason}: the probabilities say little about other traces")
-    write_fitted(local_folder(model), calibration=calibration)
+    precision = precision_of(model, dtype)
+    write_fitted(local_folder(model), calibration=calibration, dtype="" if precision.own else precision.name)
     rule, text = find_rule(reward_model, judged_traces(reward_model, rows))
     if rule is not None:
         write_fitted(local_folder(model), first_error=rule)

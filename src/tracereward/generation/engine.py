@@ -47,10 +47,11 @@ class EngineOptions:
             return
         try:
             parts = urlsplit(self.name)
-            valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80) < 65536
+            whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 80) < 65536
+            valid = whole and not parts.query and not parts.fragment
         except ValueError:
             valid = False
-        if not valid or parts.query or parts.fragment:
+        if not valid:
             raise InputError(f"--engine {self.name}: give the full address, e.g. http://127.0.0.1:8000/v1")
 
     @property

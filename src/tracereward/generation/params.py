@@ -23,6 +23,7 @@ class SamplingParams:
         seed: seed of all random numbers.
         batch_size: completions generated together.
         settings: further settings of a generation config, see `generation.settings`.
+        dtype: precision of the models that are loaded to sample, see `modeling.precision`; None: chosen.
 
     Raises:
         InputError: an invalid value; names the option.
@@ -34,6 +35,7 @@ class SamplingParams:
     seed: int = 0
     batch_size: int = 64
     settings: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str | None = None
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:  # excludes NaN too

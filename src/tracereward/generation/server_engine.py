@@ -88,7 +88,7 @@ class ServerEngine:
         self.template = {"chat_template_kwargs": dict(kwargs)} if kwargs else {}
         self.left_out: set[str] = set()
         self.limit_field = "max_tokens"
-        self.counts = dict.fromkeys(("requests", "prompt_tokens", "completion_tokens"), 0)
+        self.counts: dict[str, int] = {"requests": 0, "prompt_tokens": 0, "completion_tokens": 0}
         with start_blocking_portal() as portal:
             self.listed = portal.call(self._models)
         if self.listed and model not in self.listed:
@@ -226,11 +226,13 @@ class ServerEngine:
             ValueError: it has none, or something else than text.
         """
         body = json.loads(body) if isinstance(body, str) else body  # of a server that names no content type
-        choices = body.get("choices") if isinstance(body, dict) else None
+        body = body if isinstance(body, dict) else {}
+        choices = body.get("choices")
         if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
             raise ValueError("the response has no choices")
-        usage = body.get("usage") if isinstance(body.get("usage"), dict) else {}
-        numbers = {name: usage[name] for name in self.counts if type(usage.get(name)) is int}
+        usage = body.get("usage")
+        usage = usage if isinstance(usage, dict) else {}
+        numbers: dict[str, int] = {name: usage[name] for name in self.counts if type(usage.get(name)) is int}
         for name, value in (numbers | {"requests": 1}).items():
             self.counts[name] += value
         answers = []
@@ -305,7 +307,7 @@ def log_probs_of(choice: Mapping[str, Any]) -> list[float]:
     if values is None and isinstance(given.get("content"), list):
         values = [one.get("logprob") if isinstance(one, dict) else None for one in given["content"]]
     values = values if isinstance(values, list) else []
-    numbers = [value for value in values if isinstance(value, int | float) and math.isfinite(value)]
+    numbers = [float(value) for value in values if isinstance(value, int | float) and math.isfinite(value)]
     return numbers if len(numbers) == len(values) else []
 
 

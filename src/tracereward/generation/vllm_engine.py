@@ -37,9 +37,10 @@ class VllmEngine:
         model: folder or Hub id of the policy.
         tokenizer: its tokenizer.
         positions: longest prompt with completion, in tokens: vLLM reserves memory for it.
+        dtype: precision; None or ``auto`` is the checkpoint's.
     """
 
-    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, positions: int):
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, positions: int, dtype: str | None = None):
         from vllm import LLM  # pyright: ignore[reportMissingImports]
 
         folder = local_folder(model)
@@ -49,7 +50,7 @@ class VllmEngine:
         self.counts = [0, 0]
         self._llm = LLM(
             str(folder),
-            dtype=str(stored).removeprefix("torch."),
+            dtype=str(stored).removeprefix("torch.") if dtype in (None, "auto") else dtype,
             max_model_len=positions,
             enable_prefix_caching=True,
             generation_config="vllm",  # nothing of the model's file

@@ -7,9 +7,11 @@ the same number of passes, whatever each has to compute; a process that has fini
 """
 
 import contextlib
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import joblib
 import torch
 import torch.distributed as dist
 from accelerate.utils import broadcast_object_list
@@ -20,6 +22,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
 from transformers.integrations import deepspeed
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+
+def share_cores() -> None:
+    """Limit torch's threads to the cores of this process, unless ``OMP_NUM_THREADS`` says how many it has.
+
+    torch starts a thread for each core of the machine: in a container, and with several processes on one machine, that
+    is more than may run, and threads that wait for each other are slower than few.
+    """
+    if os.environ.get("OMP_NUM_THREADS"):
+        return
+    cores = joblib.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.get_num_threads() > max(1, cores):
+        torch.set_num_threads(max(1, cores))
 
 
 def all_reduce_max(count: int) -> int:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,9 +37,9 @@ from transformers.utils import logging as transformers_logging
 from tracereward.console import note
 from tracereward.errors import InputError, Interrupted, first_line
 from tracereward.files import nearest_path, read_json, sha256_of
-from tracereward.modeling.distributed import zero3_disabled
+from tracereward.modeling.distributed import share_cores, zero3_disabled
 from tracereward.modeling.hub import download, looks_local, with_revision
-from tracereward.modeling.model_folder import POLICY, SETTINGS_FILE, check_folder, damaged_json, dtypes
+from tracereward.modeling.model_folder import POLICY, SETTINGS_FILE, check_folder, damaged_json, dtypes, weight_files
 
 BackboneClass = type[AutoModelForCausalLM] | type[AutoModelForTokenClassification]
 CAUSAL_LM = AutoModelForCausalLM
@@ -189,16 +191,6 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
-def fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where matrices are multiplied in it, else float32: GPUs, and CPUs with AMX or AVX512-BF16."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        can = torch.cpu.get_capabilities()
-        return torch.bfloat16 if can.get("amx_bf16") or can.get("avx512_bf16") else torch.float32
-    return torch.float32
-
-
 def load_model(
     auto: BackboneClass,
     name: str | Path,
@@ -220,6 +212,7 @@ def load_model(
         InputError: it cannot be loaded, or weights are missing, of another shape or of layers that the model lacks.
     """
     folder = local_folder(name, revision)
+    share_cores()
     with _explained(name, folder, "the model cannot be loaded"), _quiet():
         model, found = auto.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             folder, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
@@ -302,6 +295,30 @@ def new_classifier(
             f"{name}: transformers has no token-classification class for this architecture; use --head action"
         )
     return load_model(CLASSIFIER, name, NEW_HEAD, config=config, revision=revision, **kwargs)
+
+
+def exact_head(model: PreTrainedModel, name: str | Path) -> PreTrainedModel:
+    """Give the head of a token classifier in 16 bits its stored values in float32, for scoring.
+
+    Of 16-bit products many would be equal, and traces with them. The head reads float32, see
+    `exact_classifier`.
+
+    Args:
+        model: as `load_model` made it, in any precision; changed in place.
+        name: the folder or Hub id that it was loaded from.
+    """
+    heads = {key: layer for key, layer in model.named_children() if key in NEW_HEAD and type(layer) is nn.Linear}
+    if not heads or model.dtype == torch.float32:
+        return model
+    for layer in heads.values():
+        layer.float()
+    for path in weight_files(local_folder(name)):
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if key.split(".")[0] in heads:
+                        model.get_parameter(key).data.copy_(file.get_tensor(key))
+    return model
 
 
 def read_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:

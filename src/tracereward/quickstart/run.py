@@ -269,7 +269,7 @@ def evaluate(run: Quickstart) -> None:
     policies = [{"label": POLICIES[name], **accuracy(right[name])} for name in names]
     samples = run.folder / "samples.jsonl"
     write_jsonl(samples, sample(run, "sft", "test", n=SAMPLES))
-    reward_model = load_scorer(str(run.folder / "train" / "reward_model"), "transformers")
+    reward_model = load_scorer(str(run.folder / "train" / "reward_model"))
     scored = list(score_rows(reward_model, candidate_rows(str(samples))))
     write_jsonl(samples, scored)
     task = get_task(TASK)

@@ -33,6 +33,7 @@ from tracereward.modeling.loading import (
     NEW_HEAD,
     called,
     context_length,
+    exact_head,
     load_causal_lm,
     load_model,
     local_folder,
@@ -44,6 +45,7 @@ from tracereward.modeling.log_probs import (
     shared_classifier_logits,
     shared_log_probs,
 )
+from tracereward.modeling.precision import scoring_precision
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import Rendering, is_rendered, render
 from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
@@ -138,7 +140,11 @@ class TokenRewardModel(nn.Module, Scorer):
         count = len(head.layers)
         backbone = truncated(new_classifier(model_name_or_path, bias=True, labels=count, **kwargs), head.layers[-1])
         backbone.config.pad_token_id = tokenizer.pad_token_id
-        model = cls(backbone, tokenizer, replace(settings, layers=head.layers if count > 1 else ()))
+        model = cls(
+            exact_head(backbone, model_name_or_path),
+            tokenizer,
+            replace(settings, layers=head.layers if count > 1 else ()),
+        )
         linear = next(m for name, m in backbone.named_modules() if name.rpartition(".")[2] in NEW_HEAD)
         assert isinstance(linear, nn.Linear)
         with torch.no_grad():
@@ -171,7 +177,7 @@ class TokenRewardModel(nn.Module, Scorer):
         Args:
             model_name_or_path: folder, or ``owner/name`` or ``owner/name@revision`` on the Hub; a folder comes first.
             revision: branch, tag or commit of a Hub model.
-            **kwargs: for `from_pretrained` of transformers, e.g. ``dtype``.
+            **kwargs: for `from_pretrained` of transformers, e.g. ``dtype``, by default that of `scoring_precision`.
 
         Raises:
             InputError: it is not a reward model, a file or weights of it are missing or damaged, or it cannot be
@@ -181,7 +187,9 @@ class TokenRewardModel(nn.Module, Scorer):
         with called(model_name_or_path, folder):
             settings = read_settings(folder)
             tokenizer = load_tokenizer(str(folder))
-            model = cls(load_model(backbone_class(settings), folder, **kwargs), tokenizer, settings)
+            kwargs = {"dtype": scoring_precision(folder, settings.dtype).dtype, **kwargs}
+            backbone = load_model(backbone_class(settings), folder, **kwargs)
+            model = cls(exact_head(backbone, folder), tokenizer, settings)
             if model.head is not None:
                 load_head(model.head, folder)
         return model.eval()

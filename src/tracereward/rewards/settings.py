@@ -1,7 +1,7 @@
 """Settings of a reward model: ``tracereward.json``, and checks of a reward model's folder."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tracereward.modeling.loading import (
     read_config,
 )
 from tracereward.modeling.model_folder import REWARD_MODEL, SETTINGS_FILE, check_folder
+from tracereward.modeling.precision import DTYPES
 from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
@@ -57,6 +58,7 @@ class RewardSettings:
         base_model: checkpoint from which the backbone was initialised.
         calibration: map from trace reward to the probability of being correct; None before `tracereward calibrate`.
         first_error: where a trace's suspected first error is; None if no rule was found that can be trusted.
+        dtype: the precision in which these two were fitted, and in which it scores; "" is its checkpoint's.
     """
 
     head: str = "action"
@@ -78,6 +80,7 @@ class RewardSettings:
     base_model: str = ""
     calibration: Calibration | None = None
     first_error: FirstErrorRule | None = None
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         check_choice("head", self.head, HEADS)
@@ -92,6 +95,8 @@ class RewardSettings:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:  # also rejects NaN
                 raise InputError(f"{name} must be positive, not {value!r}")
+        if self.dtype:
+            check_choice("dtype", self.dtype, DTYPES)
         check_choice("reward_form", self.form, REWARD_FORMS)
         if self.form == "f" and not subtracts_policy(self.head):
             raise InputError(f"reward_form f is for the heads airl and implicit; with head {self.head} use logit")
@@ -253,11 +258,11 @@ def _not_a_reward_model(folder: Path, why: str) -> str:
     return f"{folder} is not a reward model: {why}. {fix}"
 
 
-def write_fitted(folder: str | Path, **fitted: Calibration | FirstErrorRule | None) -> None:
-    """Store a `calibration`, a rule for the `first_error` or both in a reward model's ``tracereward.json``.
+def write_fitted(folder: str | Path, **fitted: Calibration | FirstErrorRule | str | None) -> None:
+    """Store a `calibration`, a rule for the `first_error` or their `dtype` in a reward model's ``tracereward.json``.
 
     None removes what is stored; the other fields do not change.
     """
     path = Path(folder) / SETTINGS_FILE
-    values = {name: None if value is None else asdict(value) for name, value in fitted.items()}
+    values = {name: asdict(value) if is_dataclass(value) else value for name, value in fitted.items()}
     atomic_write_json(path, {**read_json(path), **values})

@@ -11,9 +11,11 @@ import torch
 from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 
+from tracereward.console import note
 from tracereward.errors import InputError, Interrupted
 from tracereward.files import read_jsonl
-from tracereward.modeling.loading import best_device, fast_dtype
+from tracereward.modeling.loading import best_device
+from tracereward.modeling.precision import fast_dtype, keep_choice, reading_precision, training_precision
 from tracereward.reports.plots import table_figure
 from tracereward.reports.tables import Table
 from tracereward.rewards.model import TokenRewardModel
@@ -21,6 +23,7 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.disk import explain_full_disk
 from tracereward.runs.folder import Run
 from tracereward.runs.job import CHECKPOINTS, FitJob
+from tracereward.runs.same_run import stored_options
 from tracereward.selection import Candidate
 from tracereward.tasks.recipes import Task
 from tracereward.training.checkpoints import DISCRIMINATOR_FILE, save_checkpoint
@@ -108,7 +111,14 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
     options, fitting, traces = run.job.given, _fitting(run), data.traces
     with _resumable(run):
         model, fitted = train_readout(
-            str(options.model), settings, tokenizer, traces, options=fitting, stopped=run.stop.received
+            str(options.model),
+            settings,
+            tokenizer,
+            traces,
+            options=fitting,
+            # Measured, calibrated and stored in the precision in which it was fitted.
+            dtype=fitting.dtype if options.readout else torch.float32,
+            stopped=run.stop.received,
         )
     tried = _table(fitted)
     if run.checkpoint is None:
@@ -140,7 +150,38 @@ def read_out(run: Run[FitJob], data: FitData, settings: RewardSettings, tokenize
 
 def reading_dtype(options: FitOptions) -> torch.dtype:
     """In which the frozen model reads traces: for states and log-probs, not for training."""
-    return fast_dtype(best_device()) if options.dtype is None else getattr(torch, options.dtype)
+    device = best_device()
+    if options.dtype is None and device.type != "cpu":
+        return fast_dtype(device)
+    name = reading_precision(str(options.model), options.dtype).name
+    return getattr(torch, name) if name else fast_dtype(device)
+
+
+def with_precision(options: FitOptions, resume: bool) -> FitOptions:
+    """The options with the precision in force, which is said in one line.
+
+    A read-out has the `dtype` of the frozen model, fine-tuning autocast (`bf16`). A resumed run keeps its own.
+
+    Args:
+        options: of the command.
+        resume: whether a run in the output folder is resumed.
+    """
+    name = "dtype" if options.readout and options.head == "token" else "bf16"
+    given, before = getattr(options, name), stored_options(options.output_dir) if resume else {}
+    chosen: str | bool | None = None
+    why = ""
+    if name == "dtype":
+        why = reading_precision(str(options.model)).why
+        chosen = str(reading_dtype(dataclasses.replace(options, dtype=None))).removeprefix("torch.")
+    elif best_device().type == "cpu" and options.dtype in (None, "float32"):
+        chosen, why = training_precision(str(options.model))
+    if before and given in (None, before.get(name)):  # another one that is given is refused
+        given = keep_choice(before.get(name), chosen, name)
+    elif not before:
+        given, why = (chosen, why) if given is None else (given, f"as --{name} says")
+        if why:
+            note(f"{'reads traces in' if name == 'dtype' else 'bfloat16 autocast'} {given}: {why}")
+    return dataclasses.replace(options, **{name: given})
 
 
 def _fitting(run: Run[FitJob]) -> ReadoutOptions:
@@ -330,7 +371,9 @@ def fine_tune(run: Run[FitJob], model: TokenRewardModel, data: FitData) -> None:
         run.metrics.append({"phase": "fit", "step": update, **named, **leaks})
         leaks.clear()
 
-    half = model.device.type == "cuda" and options.dtype in (None, "float32")
+    half = options.bf16
+    if half is None:
+        half = model.device.type == "cuda" and options.dtype in (None, "float32")
     loop = UpdateLoop(
         discriminator=discriminator,
         seed=options.seed,

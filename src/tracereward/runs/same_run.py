@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, read_json
 from tracereward.runs.job import Config, FitJob, Job
@@ -27,6 +29,12 @@ def resolved(job: Job | FitJob) -> dict[str, Any]:
         for name, value in effective(job.kind, values, defaults).items()
         if name not in SECRETS and (value not in (None, "") or defaults[name])
     }
+
+
+def stored_options(folder: str | Path) -> dict[str, Any]:
+    """The options in the ``config.yaml`` of a run folder; empty if it has no run."""
+    path = Path(folder) / "config.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
 
 
 def derived(job: Job) -> dict[str, Any]:

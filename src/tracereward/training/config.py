@@ -78,7 +78,8 @@ MODEL_RANGES: dict[str, Range | OneOf] = {
 def _prepare(command: str, config: GRPOConfig | SFTConfig) -> dict[str, Any]:
     """Check the options and return them as given, before others are derived from them; select float32 on a CPU.
 
-    TRL's default is bf16, which does not work for training on a CPU.
+    TRL's default is bf16, which is slow on most CPUs; the commands turn it on where it is faster, when they know the
+    model (`commands.prepared.choose_precision`).
     """
     check_options(config, TRL_RANGES)
     check_config(command, config)

@@ -92,8 +92,8 @@ class FitModelOptions:
     dtype: Annotated[str | None, OneOf(("float32", "bfloat16", "float16"))] = field(
         default=None,
         metadata={
-            "help": "Precision of the model. Default: bfloat16 for a read-out where the processor computes in it, else "
-            "float32."
+            "help": "Precision of the model. Default: bfloat16 for a read-out if the processor has it and, on a CPU, "
+            "the model is large; else float32."
         },
     )
     readout: bool = field(
@@ -192,6 +192,13 @@ class FitUpdateOptions:
     )
     save_steps: Annotated[int, Range(min=1, whole=True)] = field(
         default=20, metadata={"help": "Updates between two checkpoints."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "bfloat16 autocast. Default: on a GPU, and on a CPU that has bfloat16 if the model is large, but "
+            "not with --dtype."
+        },
     )
 
 

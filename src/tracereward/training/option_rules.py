@@ -393,7 +393,8 @@ FIT_RULES: tuple[Rule, ...] = (
     Rule(
         options=_names(
             "head use_peft lora_r lora_alpha lora_target_modules positive_prior label_smoothing first_difference "
-            "perturbed_per_expert updates learning_rate update_prompts update_candidates token_budget save_steps"
+            "perturbed_per_expert updates learning_rate update_prompts update_candidates token_budget save_steps "
+            "bf16"
         ),
         when=lambda o: o.readout,
         why="a read-out leaves the model as it is: set --readout false to fine-tune it",

@@ -163,6 +163,7 @@ def train_readout(
     traces: Sequence[LabelledTrace],
     *,
     options: ReadoutOptions,
+    dtype: torch.dtype = torch.float32,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[TokenRewardModel, Readout]:
     """Fit a read-out and make it a reward model with head ``token``, whose trace reward is the read-out's score.
@@ -173,6 +174,7 @@ def train_readout(
         tokenizer: the causal LM's.
         traces: positives and negatives.
         options: loss, seed, precision and the folder of the features.
+        dtype: of the reward model's weights; its head is in float32.
         stopped: whether the user asked to stop.
 
     Raises:
@@ -186,6 +188,6 @@ def train_readout(
             found.states, layers, examples, options.objective, seed=options.seed, progress=progress.update
         )
     head = LinearHead(layers=fitted.layers, weight=fitted.weight, bias=fitted.bias)
-    made = TokenRewardModel.from_readout(name, head, settings, tokenizer, dtype=torch.float32).to(best_device())
+    made = TokenRewardModel.from_readout(name, head, settings, tokenizer, dtype=dtype).to(best_device())
     made.settings = replace(made.settings, beta_clip=clip_for(made, traces))
     return made, fitted

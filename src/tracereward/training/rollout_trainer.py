@@ -8,8 +8,8 @@ step with a static cache as CUDA graphs, once per shape; TRL disables compilatio
 each batch. None of this applies to vLLM.
 
 Under bfloat16 autocast, rotary attention yields float32 keys and bfloat16 values, which a static cache does not
-support, and each step casts all weights again. Rollouts are then sampled by a bfloat16 copy of the policy, which is
-updated before each batch, as vLLM's is.
+support, and each step casts all weights again. With compilation, and on a CPU, rollouts are then sampled by a bfloat16
+copy of the policy, which is updated before each batch, as vLLM's is.
 
 The policy's ``generation_config.json`` has no part in it, see `generation.settings`: TRL leaves some fields to it.
 """
@@ -52,8 +52,19 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         super().__init__(*args, **kwargs)
         config = self.args
         assert isinstance(config, GRPOConfig)
-        if not getattr(config, "compile_rollouts", False):
-            return
+        if getattr(config, "compile_rollouts", False):
+            self._compile()
+        on_cpu = self.accelerator.device.type == "cpu" and not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        assert self.model is not None
+        casts = config.bf16 and any(weight.dtype == torch.float32 for weight in self.model.parameters())
+        if casts and not config.use_vllm and (on_cpu or self.prompt_width is not None):
+            self.half = copy.deepcopy(self.model).requires_grad_(False).eval()
+            nn.Module.to(self.half, torch.bfloat16)
+            for module in self.half.modules():  # otherwise TRL's fused forward of the copy would call the policy's
+                module.__dict__.pop("forward", None)
+
+    def _compile(self) -> None:
+        """Prepare sampling with one tensor shape; see the module's docstring."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise InputError("compile_rollouts needs an unsharded policy on each GPU: remove it, or use vLLM")
         prompts = self.train_dataset["prompt"]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript]
@@ -61,12 +72,6 @@ class RolloutTrainer(SafeTrainer, GRPOTrainer):
         assert self.max_completion_length is not None
         self.generation_config.disable_compile = False
         self.generation_config.max_cache_len = self.prompt_width + self.max_completion_length
-        assert self.model is not None
-        if config.bf16 and any(weight.dtype == torch.float32 for weight in self.model.parameters()):
-            self.half = copy.deepcopy(self.model).requires_grad_(False).eval()
-            nn.Module.to(self.half, torch.bfloat16)
-            for module in self.half.modules():  # otherwise TRL's fused forward of the copy would call the policy's
-                module.__dict__.pop("forward", None)
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         """As `encode_prompt`: TRL would keep an end-of-sequence token that a tokenizer adds behind every text."""

@@ -231,8 +231,10 @@ class WarmUp(TrainerCallback):
         name = self.config.warmup_model
         if name is None or not self.config.discriminator_warmup_updates:
             return None
+        device = self.trainer.accelerator.device
+        dtype = torch.bfloat16 if device.type == "cpu" and self.config.bf16 else self.trainer.policy.dtype
         with zero3_disabled():
-            return load_causal_lm(name, self.trainer.policy.dtype, self.trainer.accelerator.device)
+            return load_causal_lm(name, dtype, device)
 
 
 def _stored(row: dict[str, Any]) -> Rollout:
