@@ -273,8 +273,10 @@ STUDIES = {
         "Experts write the answer alone, which the policy hardly ever gets right without the working. The label rules "
         "use the answer that the demonstration of a prompt states, no gold answer: under `all` every rollout is a "
         "negative, under `disagreeing` only one whose answer differs; under `agreeing` those with the same answer join "
-        "the experts. `mixed` uses gold answers and is the upper line. All start from the pretrained policy, no "
-        "failure rule stops them, and the policy after the last step is evaluated.",
+        "the experts. `mixed` uses gold answers and is the upper line. Here every rollout's answer can be read and "
+        "every expert is right, so that the three rules with right rollouts among the positives give the same runs. "
+        "All start from the pretrained policy, no failure rule stops them, and the policy after the last step is "
+        "evaluated.",
         worlds=("terse",),
         seeds=range(40, 43),
         arms=(
