@@ -3,7 +3,8 @@
     python benchmarks/long_traces.py [MODEL_FOLDER] [--json FILE]
 
 Without a folder: a random Llama of 35 M parameters and 8,000 words. Each length is measured in a fresh process; "peak"
-is the peak resident set size minus the resident set size with the model loaded (with CUDA the allocator's). The raw
+is the peak resident set size minus the resident set size with the model loaded (with CUDA the allocator's); times are
+the median of three, or one of the longest. The raw
 pass computes the hidden states of all tokens, and no logits. The exponents are of log-log fits over the lengths.
 """
 
@@ -26,7 +27,6 @@ from tracereward.rewards.settings import RewardSettings
 SIZE = Size(512, 8, 8, 8000)
 LENGTHS = (1024, 4096, 16384, 32768)
 PROMPT = 128
-REPEATS = 3
 
 
 def child(folder: str, head: str, length: int) -> None:
@@ -48,7 +48,7 @@ def child(folder: str, head: str, length: int) -> None:
     raw()
     for work in (raw, score):
         times, peaks = [], []
-        for _ in range(REPEATS):
+        for _ in range(3 if length <= 4096 else 1):
             gc.collect()
             start = resident("VmRSS")
             reset_peak()
