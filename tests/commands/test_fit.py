@@ -150,7 +150,11 @@ def test_run_folder_names_the_rule_and_the_verdict(done):
     assert row["discriminator/held_out_accuracy"] > 0.5
     assert 0 <= row["monitor/perturbation_auroc"] <= 1
     assert row["surface/auroc"] > 0.7  # the additional line
-    assert result.err.count("surface features alone") == report.count("surface features alone") == 1
+    assert (
+        result.err.count("surface features alone distinguish")
+        == report.count("surface features alone distinguish")
+        == 1
+    )
 
 
 @pytest.mark.long
