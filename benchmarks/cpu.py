@@ -18,7 +18,6 @@ Precision is what `modeling.precision` chooses. With --json, finished rows are s
 About five minutes on two idle cores with AVX512-BF16.
 """
 
-import argparse
 import importlib.util
 import json
 import socket
@@ -134,7 +133,7 @@ def scoring(folder: str, tokens: int, repeats: int) -> Measured:
 
 def sampling(folder: str, tokens: int, repeats: int) -> Measured:
     tokenizer, count, length = load_tokenizer(folder), 16, max(4, tokens // 128)
-    prompts = [tokenizer.decode(prompt) for prompt, _ in traces(LENGTH * count)][:count]
+    prompts = [str(tokenizer.decode(prompt)) for prompt, _ in traces(LENGTH * count)][:count]
     params = SamplingParams(max_new_tokens=length, batch_size=count, settings={"min_new_tokens": length})
     engine = TransformersEngine(load_causal_lm(folder, reading_precision(folder).dtype), tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -215,7 +214,8 @@ def discriminator(folder: str, tokens: int, repeats: int) -> Measured:
         optimizer.zero_grad()
         return whole.numel()
 
-    ours(), public()
+    ours()
+    public()
     return speed(ours, public, repeats)
 
 
@@ -228,7 +228,7 @@ def vllm(folder: str, tokens: int, repeats: int) -> Measured:
     from tracereward.generation.vllm_engine import VllmEngine
 
     tokenizer, length = load_tokenizer(folder), max(4, tokens // 128)
-    prompts = [tokenizer.decode(prompt) for prompt, _ in traces(LENGTH * 16)][:16]
+    prompts = [str(tokenizer.decode(prompt)) for prompt, _ in traces(LENGTH * 16)][:16]
     engine = VllmEngine(folder, tokenizer, 256)
     params = SamplingParams(max_new_tokens=length)
     request = Request(max_tokens=length, logprobs=0)
@@ -295,7 +295,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a measurement; training has fewer")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--gguf", help="model of the row llama.cpp")
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     args = parser.parse_args()
     common.quiet()
     settings = {"models": args.models, "tokens": args.tokens, "repeats": args.repeats}
@@ -310,9 +309,10 @@ def main() -> None:
             folder = saved(name, Path(scratch))
             for part in args.parts:
                 about = (name if part != "llama.cpp" else Path(str(args.gguf)).name, part)
-                if about in done or (why := missing(part, args.gguf)):
-                    if about not in done:
-                        print(f"{part} left out: {why}", file=sys.stderr)
+                if about in done:
+                    continue
+                if why := missing(part, args.gguf):
+                    print(f"{part} left out: {why}", file=sys.stderr)
                     continue
                 done.add(about)
                 if part == "llama.cpp":

@@ -25,12 +25,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from tracereward.modeling import log_probs
 from tracereward.modeling.batching import prompt_groups
 from tracereward.modeling.log_probs import (
     can_share_prompts,
     completion_log_probs,
     shared_classifier_logits,
     shared_log_probs,
+    states_and_log_probs,
 )
 from tracereward.rewards import model as module
 from tracereward.rewards.model import TokenRewardModel
@@ -91,17 +93,20 @@ def assert_close(actual, expected):
         torch.testing.assert_close(a.double(), b.double(), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("peft", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("head", ["action", "implicit", "token", "airl"])
-def test_rewards_match_one_pass_per_sequence(tiny_model_folder, tokenizer, shared, head, peft):
-    """Prompts of different lengths, groups of one to seven, in one batch and in many."""
+@pytest.mark.parametrize("part", [1, 3, 2048])
+@pytest.mark.parametrize(
+    ("head", "peft"), [("action", None), ("action", LORA), ("implicit", None), ("token", None), ("airl", LORA)]
+)
+def test_rewards_match_one_pass_per_sequence(tiny_model_folder, tokenizer, shared, head, peft, *, part, monkeypatch):
+    """Prompts of different lengths, groups of one to seven, in one batch and in many, read whole and in parts."""
+    monkeypatch.setattr(log_probs, "PART", part)
     model = build(tiny_model_folder, tokenizer, head, peft)
     for budget in (10_000, 60, 1):
         shared.clear()
         rewards = model.token_rewards(*MIXED, token_budget=budget)
         assert [len(row) for row in rewards] == [len(completion) for completion in MIXED[1]]
         together = sum(map(sum, shared))
-        assert together == 19 if budget == 10_000 else (together > 0) == (budget > 1)
+        assert together == 19 if budget == 10_000 or part == 1 else (together > 0) == (budget > 1 or part == 3)
         assert_close(rewards, one_by_one(model, *MIXED))
 
 
@@ -119,18 +124,23 @@ def test_learned_positions_start_at_the_prompt(tokenizer, shared, head, tmp_path
     assert_close(rewards, one_by_one(model, *MIXED))
 
 
-def test_shared_log_probs_and_states_match_the_unshared_pass(tiny_model_folder, tokenizer):
+@pytest.mark.parametrize("part", [1, 4, 2048])
+def test_shared_log_probs_and_states_match_the_unshared_pass(tiny_model_folder, tokenizer, part, monkeypatch):
     """The first token's log-prob is from the prompt's last state, later ones are from the previous token's."""
+    monkeypatch.setattr(log_probs, "PART", part)
     model = build(tiny_model_folder, tokenizer, "action")
     prompts, completions = zip(*sorted(zip(*MIXED)))
     batch = model.pack(prompts, completions)
     sizes = list(Counter(map(tuple, prompts)).values())
     assert sorted(sizes) == [1, 1, 2, 3, 5, 7]
     with torch.no_grad():
-        log_probs, hidden = completion_log_probs(model.backbone, batch)
+        expected, hidden = completion_log_probs(model.backbone, batch)
         found, states = shared_log_probs(model.backbone, batch, sizes)
+        layers, again = states_and_log_probs(model.backbone, batch)
+        in_parts, _ = states_and_log_probs(model.backbone, batch, sizes)
     real = batch.completion_mask.bool()
-    assert_close([found[real], states[real]], [log_probs[real], hidden[real]])
+    assert_close([found[real], states[real], again[real]], [expected[real], hidden[real], expected[real]])
+    assert_close([states[real] for states in in_parts], [states[real] for states in layers])
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -87,7 +87,8 @@ def choose_precision(job: Job) -> None:
             note(f"trains {'under bfloat16 autocast' if given else 'in float32'}: {why}")
     config.given["bf16"] = given
     config.bf16 = bool(given)
-    config.mixed_precision = "bf16" if given else "no"
+    if given:  # otherwise it may be a launcher's
+        config.mixed_precision = "bf16"
 
 
 def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:

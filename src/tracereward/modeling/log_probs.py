@@ -14,6 +14,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
 
 LOGITS = 2**23  # of one chunk: 32 MiB in float32
+PART = 2048
+"""Tokens of a row that one pass without gradients reads; the rest of a longer one continues from the cache, so that
+activations and attention masks do not grow with the length."""
 
 
 # Config fields of models that transform logits after the LM head (Gemma, Cohere, Granite, Falcon-H1).
@@ -33,13 +36,15 @@ class HeadInput:
     passes_logits: bool
 
     def at(self, targets: Tensor, output: Tensor) -> Tensor:
-        """The log-probs of the targets, each from the state before it, (B, T - 1) float32, from the pass's output."""
-        return token_log_probs(output[:, :-1], targets) if self.passes_logits else output[..., 0]
+        """The log-probs of the targets, each from the state at its place, (B, T) float32, from the pass's output."""
+        return token_log_probs(output[:, : targets.size(1)], targets) if self.passes_logits else output[..., 0]
 
 
 @contextlib.contextmanager
 def log_probs_at_the_head(model: nn.Module, targets: Tensor) -> Iterator[HeadInput]:
-    """Make a causal LM's forward pass return log-probs of (B, T - 1) `targets` from its LM head, in chunks.
+    """Make a causal LM's forward pass return log-probs of (B, T) `targets` from its LM head, in chunks.
+
+    The first T states of the head's input predict them, in order; further ones predict nothing.
 
     The logits of all tokens are thus never in memory at once. The model's own forward pass calls the head, whose output
     is log-probs instead of logits, so hooks that gather sharded weights still run, also in the backward pass.
@@ -54,7 +59,8 @@ def log_probs_at_the_head(model: nn.Module, targets: Tensor) -> Iterator[HeadInp
         head.states = states
         if not plain:
             return project(states)
-        return _chunked_log_probs(project, states[:, :-1], targets, text_config.vocab_size)[..., None].clone()
+        found = _chunked_log_probs(project, states[:, : targets.size(1)], targets, text_config.vocab_size)
+        return found[..., None].clone()
 
     lm_head.forward = log_probs_instead
     try:
@@ -165,10 +171,11 @@ def log_probs(
     model.eval()
     found: list[Tensor] = [torch.empty(0)] * len(completions)
     token_budget = token_budget or scoring_budget(model.device)
-    for rows, sizes in grouped_batches(prompts, completions, token_budget, can_share_prompts(model)):
+    share = can_share_prompts(model)
+    for rows, sizes in grouped_batches(prompts, completions, token_budget, share):
         batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
-        shared = len(sizes) < len(rows)
-        values, _ = shared_log_probs(model, batch, sizes) if shared else completion_log_probs(model, batch)
+        runs = runs_to_share(batch, sizes, share)
+        values, _ = shared_log_probs(model, batch, runs) if runs else completion_log_probs(model, batch)
         for index, row in zip(rows, values.cpu(), strict=True):
             found[index] = row[: len(completions[index])]
     return found
@@ -199,42 +206,57 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     return plain and not getattr(model, "_is_stateful", False)
 
 
+def runs_to_share(batch: Batch, sizes: Sequence[int], share: bool) -> Sequence[int] | None:
+    """`sizes` if the rows are to be read from a cache, for `shared_log_probs`; None if one pass reads them whole.
+
+    A cache is needed where rows share their prompts, or are longer than `PART`.
+
+    Args:
+        batch: the rows.
+        sizes: lengths of runs of rows with the same prompt.
+        share: see `can_share_prompts`.
+    """
+    rows, width = batch.input_ids.shape
+    return sizes if share and (len(sizes) < rows or width > PART) else None
+
+
+def _parts(start: int, stop: int) -> Iterator[range]:
+    """Columns from `start` to `stop` in ranges of at most `PART`."""
+    for first in range(start, stop, PART):
+        yield range(first, min(first + PART, stop))
+
+
+def _read(
+    model: torch.nn.Module, batch: Batch, columns: range, cache: Cache, *, rows: Tensor | None = None, **kwargs: Any
+) -> Any:
+    """The output of one pass over some columns of the batch, or of some of its rows, continued from the cache."""
+    chosen = slice(None) if rows is None else rows
+    return model(
+        input_ids=batch.input_ids[chosen, columns.start : columns.stop],
+        attention_mask=batch.attention_mask[chosen, : columns.stop],
+        position_ids=batch.position_ids[chosen, columns.start : columns.stop],
+        past_key_values=cache,
+        use_cache=True,
+        **kwargs,
+    )
+
+
 def _read_prompts(model: torch.nn.Module, batch: Batch, sizes: Sequence[int], **kwargs: Any) -> tuple[Tensor, Cache]:
-    """One pass over one prompt of each run of `sizes` rows that share it: logits and cache, expanded to all rows."""
+    """Read one prompt of each run of `sizes` rows that share it: its last logits and the cache, for all rows."""
     prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
     counts = torch.tensor(list(sizes), device=batch.input_ids.device)
     starts = counts.cumsum(0) - counts
     rows = torch.repeat_interleave(torch.arange(len(sizes), device=counts.device), counts)
     cache = DynamicCache(config=model.config)  # pyright: ignore[reportArgumentType]
-    output = model(
-        input_ids=batch.input_ids[starts, :prompt_width],
-        attention_mask=batch.attention_mask[starts, :prompt_width],
-        position_ids=batch.position_ids[starts, :prompt_width],
-        past_key_values=cache,
-        use_cache=True,
-        **kwargs,
-    )
+    *_, output = (_read(model, batch, part, cache, rows=starts, **kwargs) for part in _parts(0, prompt_width))
     cache.batch_select_indices(rows)
-    return output.logits[rows], cache
-
-
-def _read_completions(model: torch.nn.Module, batch: Batch, cache: Cache, **kwargs: Any) -> Any:
-    """The output of one pass over all completions, continued from the cache of their prompts."""
-    prompt_width = batch.input_ids.size(1) - batch.completion_mask.size(1)
-    return model(
-        input_ids=batch.input_ids[:, prompt_width:],
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids[:, prompt_width:],
-        past_key_values=cache,
-        use_cache=True,
-        **kwargs,
-    )
+    return output.logits[rows, -1:], cache
 
 
 def shared_log_probs(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, Tensor]:
     """`completion_log_probs` where runs of `sizes` rows have the same prompt, which is then processed once.
 
-    Equal to one pass over all rows up to rounding.
+    Rows are read in parts of `PART` tokens, without gradients. Equal to one pass over all rows up to rounding.
     """
     log_probs, states, _ = _shared_pass(model, batch, sizes)
     return log_probs, states
@@ -242,14 +264,20 @@ def shared_log_probs(model: torch.nn.Module, batch: Batch, sizes: Sequence[int])
 
 def _shared_pass(
     model: torch.nn.Module, batch: Batch, sizes: Sequence[int], **kwargs: Any
-) -> tuple[Tensor, Tensor, Any]:
-    """`shared_log_probs`, and the output of the pass over the completions; `kwargs` are the model's."""
-    targets = batch.input_ids[:, -batch.completion_mask.size(1) :]
+) -> tuple[Tensor, Tensor, list[Any]]:
+    """`shared_log_probs`, and the outputs of the passes over the completions; `kwargs` are the model's."""
+    prompt_width, width = batch.input_ids.size(1) - batch.completion_mask.size(1), batch.input_ids.size(1)
     logits, cache = _read_prompts(model, batch, sizes, logits_to_keep=1)
-    first = token_log_probs(logits[:, -1:], targets[:, :1])  # from the prompt's last token
-    with log_probs_at_the_head(model, targets[:, 1:]) as head:
-        output = _read_completions(model, batch, cache, **kwargs)
-    return torch.cat([first, head.at(targets[:, 1:], output.logits)], 1), head.states, output
+    log_probs = [token_log_probs(logits, batch.input_ids[:, prompt_width : prompt_width + 1])]
+    states, outputs = [], []
+    for part in _parts(prompt_width, width):
+        following = batch.input_ids[:, part.start + 1 : part.stop + 1]  # the last token predicts nothing
+        with log_probs_at_the_head(model, following) as head:
+            output = _read(model, batch, part, cache, **kwargs)
+        log_probs.append(head.at(following, output.logits))
+        states.append(head.states)
+        outputs.append(output)
+    return torch.cat(log_probs, 1), torch.cat(states, 1), outputs
 
 
 def states_and_log_probs(
@@ -268,12 +296,15 @@ def states_and_log_probs(
     """
     if sizes is None:
         log_probs, _, output = _one_pass(model, batch, output_hidden_states=True)
+        outputs = [output]
     else:
-        log_probs, _, output = _shared_pass(model, batch, sizes, output_hidden_states=True)
-    return [states[:, -batch.completion_mask.size(1) :] for states in output.hidden_states], log_probs
+        log_probs, _, outputs = _shared_pass(model, batch, sizes, output_hidden_states=True)
+    layers = [torch.cat(parts, 1) for parts in zip(*(output.hidden_states for output in outputs), strict=True)]
+    return [states[:, -batch.completion_mask.size(1) :] for states in layers], log_probs
 
 
 def shared_classifier_logits(model: torch.nn.Module, batch: Batch, sizes: Sequence[int]) -> Tensor:
     """Logits of a token classifier after each completion token, (B, T, 1); prompts as in `shared_log_probs`."""
     _, cache = _read_prompts(model, batch, sizes)
-    return _read_completions(model, batch, cache).logits
+    parts = _parts(batch.input_ids.size(1) - batch.completion_mask.size(1), batch.input_ids.size(1))
+    return torch.cat([_read(model, batch, part, cache).logits for part in parts], 1)

@@ -76,6 +76,7 @@ def exact_classifier(backbone: PreTrainedModel, dtype: torch.dtype, layers: Sequ
     names = ("score", "classifier")  # the first found is the outer one: PEFT wraps the head
     head = next(module for name, module in backbone.named_modules() if name.rpartition(".")[2] in names)
     project, patched = head.forward, vars(head).get("forward")
+    norm, stack = final_norm(backbone), layer_stack(backbone)
     inner: dict[int, Tensor] = {}  # of labels: logits, or with gradients states
 
     def exact(states: Tensor, label: int = -1) -> Tensor:
@@ -85,6 +86,7 @@ def exact_classifier(backbone: PreTrainedModel, dtype: torch.dtype, layers: Sequ
     def added_up(states: Tensor) -> Tensor:
         total = exact(states)
         for label in range(len(layers) - 1):
+            assert norm is not None
             part = inner.pop(label)
             # In a hook the norm would be part of what gradient checkpointing computes again, where there is no hook.
             total = total + (exact(norm(part), label) if torch.is_grad_enabled() else part)
@@ -92,11 +94,10 @@ def exact_classifier(backbone: PreTrainedModel, dtype: torch.dtype, layers: Sequ
 
     with contextlib.ExitStack() as hooks:
         if layers:
-            norm, stack = final_norm(backbone), layer_stack(backbone)
-            assert norm is not None
             assert stack is not None
 
             def keep(label: int, output: Any) -> None:
+                assert norm is not None
                 states = output[0] if isinstance(output, tuple) else output
                 inner[label] = states if torch.is_grad_enabled() else exact(norm(states), label)
 
