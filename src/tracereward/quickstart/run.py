@@ -154,7 +154,7 @@ def run_quickstart(
     disable_progress_bar()
     torch.set_num_threads(1)  # two are no faster at this size, and results would depend on the number of cores
     start = time.perf_counter()
-    run = Quickstart(output, WORLDS[world_name], seed, fast, from_scratch)
+    run = Quickstart(output, WORLDS[world_name], seed, fast=fast, from_scratch=from_scratch)
     stages = Stages(7 if run.world.pretraining else 6)
     stages.run("data, and an untrained tiny Llama", output / "init", lambda: make_world(run))
     if run.world.pretraining:
