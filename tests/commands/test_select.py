@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 
 import pytest
 from datasets import Dataset
@@ -10,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from tracereward.cli.app import main
 from tracereward.commands.partial_output import Output
 from tracereward.commands.select import SelectOptions, run_select
 from tracereward.errors import InputError
@@ -144,3 +146,24 @@ def test_trl_trains_on_the_rows(select, tmp_path):
     [first, *_] = select(chat, format="dpo")
     assert first["chosen"] == [{"role": "assistant", "content": ROWS[1]["completion"]}]
     assert json.dumps(first["prompt"]) == json.dumps(chat[0]["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--margin", "1"], "--margin"),
+        (["--answers", "same"], "--answers"),
+        (["--format", "dpo", "--share", "0.5"], "--share"),
+        (["--format", "kto", "--threshold", "0"], "--threshold"),
+        (["--format", "ppo"], "sft"),
+        (["--controls"], "-o FILE"),
+    ],
+)
+def test_options_that_do_not_fit(words, named, monkeypatch, capsys, tmp_path):
+    write_jsonl(tmp_path / "scored.jsonl", ROWS)
+    monkeypatch.setattr(sys, "argv", ["tracereward", "select", str(tmp_path / "scored.jsonl"), *words])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "")
+    assert named in err
