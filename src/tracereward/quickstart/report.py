@@ -7,9 +7,11 @@ from tracereward.console import note
 from tracereward.files import read_jsonl
 from tracereward.reports.report import Report, ScoredTrace, write_report
 from tracereward.reports.tables import AUROC_LABELS, Table, interval, percent, print_tables
+from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.runs.report import pick_traces
 from tracereward.tasks.recipes import get_task
+from tracereward.verdict import Verdict
 
 BEST = "vote@8 weighted by reward + log-prob"
 
@@ -28,8 +30,7 @@ def print_results(output: Path, results: dict[str, Any]) -> None:
     print_tables([Table(title, ["policy", "%", "95 % interval"], rows)])
     if results["ranking"]["verdict"] is not None:
         note(f"The reward: {results['ranking']['verdict']['line']}")
-    over = [gain for gain in results["gains"] if gain["baseline"] in (sft["label"], results["gains"][-1]["baseline"])]
-    note(f"The policy trained on it: {'; '.join(map(gain_text, over))}")
+    note(f"The policy trained on it: {gains_text(results)}")
     note(
         f"""All figures, curves and traces: {output / "report.html"}
 Next:
@@ -37,6 +38,12 @@ Next:
   tracereward sample {output / "train" / "policy"} --data {output / "data" / "test.jsonl"} -n 4 -o samples.jsonl
   tracereward fit --help    # a reward model from your own expert traces and logged traces"""
     )
+
+
+def gains_text(results: dict[str, Any]) -> str:
+    """What the policy trained on the reward gains over SFT and over GRPO on log-prob."""
+    gains = {gain["baseline"]: gain for gain in results["gains"]}
+    return "; ".join(gain_text(gains[name]) for name in (results["policies"][1]["label"], list(gains)[-1]))
 
 
 def gain_text(gain: dict[str, Any]) -> str:
@@ -47,7 +54,7 @@ def gain_text(gain: dict[str, Any]) -> str:
 
 def write_quickstart_report(output: Path, world: str, seed: int, results: dict[str, Any]) -> None:
     """Write ``report.html``: policies, reranking, metrics and scored traces."""
-    samples = read_jsonl(output / "samples.jsonl")
+    samples, found = read_jsonl(output / "samples.jsonl"), results["ranking"]["verdict"]
     traces = []
     for row in samples:
         scores = TokenScores(
@@ -69,8 +76,8 @@ def write_quickstart_report(output: Path, world: str, seed: int, results: dict[s
         note="Wilson intervals. A reward model must beat the controls.",
     )
     gains = Table(
-        "The policy trained on the reward against the others, points",
-        ["than", "difference", "95 % interval"],
+        "The policy trained on the reward, points",
+        ["against", "difference", "95 % interval"],
         [
             [one["baseline"], f"{100 * one['difference']:+.1f}", f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}]"]
             for one in results["gains"]
@@ -97,8 +104,9 @@ def write_quickstart_report(output: Path, world: str, seed: int, results: dict[s
     )
     report = Report(
         title=f"tracereward quickstart: {world}",
-        summary="Generated arithmetic, a tiny Llama, fifty expert traces or more, no verifier in training. "
-        "All figures on this page are from this run.",
+        summary=f"The policy trained on the reward: {gains_text(results)}. Generated arithmetic, a tiny Llama, no "
+        "verifier in training; all figures on this page are from this run.",
+        verdict=verdict_html(Verdict.from_dict(found)) if found else "",
         tables=[policies, gains, ranking, aurocs],
         metrics=read_jsonl(output / "train" / "metrics.jsonl"),
         rewards_correct=[row["reward"] for row in samples if row["correct"]],
