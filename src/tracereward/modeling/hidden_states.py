@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from tracereward.files import atomic_file
 from tracereward.modeling.batching import grouped_batches, pack, scoring_budget
-from tracereward.modeling.log_probs import can_share_prompts, runs_to_share, states_and_log_probs
+from tracereward.modeling.log_probs import can_share_prompts, states_and_log_probs
 
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 """Names of the norm after the last layer in the models of transformers."""
@@ -100,10 +100,9 @@ def trace_states(
     model.eval()
     norm, layers = final_norm(model), readable_layers(model)
     budget = token_budget or scoring_budget(model.device)
-    shared = can_share_prompts(model)
-    for rows, sizes in grouped_batches(prompts, completions, budget, shared):
+    for rows, sizes in grouped_batches(prompts, completions, budget, can_share_prompts(model)):
         batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
-        states, log_probs = states_and_log_probs(model, batch, runs_to_share(batch, sizes, shared))
+        states, log_probs = states_and_log_probs(model, batch, sizes if len(sizes) < len(rows) else None)
         parts = [torch.full((len(completions[i]),), 1 / len(completions[i])) for i in rows]
         parts = parts if shares is None else [shares[i] for i in rows]
         share = pad_sequence(parts, batch_first=True).to(model.device)[:, None].float()

@@ -15,8 +15,10 @@ from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_
 
 LOGITS = 2**23  # of one chunk: 32 MiB in float32
 PART = 2048
-"""Tokens of a row that one pass without gradients reads; the rest of a longer one continues from the cache, so that
-activations and attention masks do not grow with the length."""
+"""Tokens of a row that one pass reads where a cache holds what was before, because rows share their prompts: then
+activations and attention masks do not grow with the length. Rows that share nothing are read in one pass: without
+gradients the activations of one layer at a time take less memory than the keys and values of all layers, and less time.
+"""
 
 
 # Config fields of models that transform logits after the LM head (Gemma, Cohere, Granite, Falcon-H1).
@@ -171,11 +173,10 @@ def log_probs(
     model.eval()
     found: list[Tensor] = [torch.empty(0)] * len(completions)
     token_budget = token_budget or scoring_budget(model.device)
-    share = can_share_prompts(model)
-    for rows, sizes in grouped_batches(prompts, completions, token_budget, share):
+    for rows, sizes in grouped_batches(prompts, completions, token_budget, can_share_prompts(model)):
         batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
-        runs = runs_to_share(batch, sizes, share)
-        values, _ = shared_log_probs(model, batch, runs) if runs else completion_log_probs(model, batch)
+        shared = len(sizes) < len(rows)
+        values, _ = shared_log_probs(model, batch, sizes) if shared else completion_log_probs(model, batch)
         for index, row in zip(rows, values.cpu(), strict=True):
             found[index] = row[: len(completions[index])]
     return found
@@ -204,20 +205,6 @@ def can_share_prompts(model: torch.nn.Module) -> bool:
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     plain = set(layers) == {"full_attention"} if layers else not windowed
     return plain and not getattr(model, "_is_stateful", False)
-
-
-def runs_to_share(batch: Batch, sizes: Sequence[int], share: bool) -> Sequence[int] | None:
-    """`sizes` if the rows are to be read from a cache, for `shared_log_probs`; None if one pass reads them whole.
-
-    A cache is needed where rows share their prompts, or are longer than `PART`.
-
-    Args:
-        batch: the rows.
-        sizes: lengths of runs of rows with the same prompt.
-        share: see `can_share_prompts`.
-    """
-    rows, width = batch.input_ids.shape
-    return sizes if share and (len(sizes) < rows or width > PART) else None
 
 
 def _parts(start: int, stop: int) -> Iterator[range]:

@@ -42,7 +42,6 @@ from tracereward.modeling.loading import (
 from tracereward.modeling.log_probs import (
     can_share_prompts,
     completion_log_probs,
-    runs_to_share,
     shared_classifier_logits,
     shared_log_probs,
 )
@@ -299,7 +298,7 @@ class TokenRewardModel(nn.Module, Scorer):
         with self.active():
             for indices, sizes in batches:
                 batch = self.pack([prompts[i] for i in indices], [completions[i] for i in indices])
-                shared = runs_to_share(batch, sizes, share)
+                shared = sizes if len(sizes) < len(indices) else None
                 values = self(batch, shared)
                 for sign, model in extra:
                     passed = shared_log_probs(model, batch, shared) if shared else completion_log_probs(model, batch)

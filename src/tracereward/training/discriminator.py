@@ -32,7 +32,7 @@ from tracereward.modeling.distributed import (
     shard,
     shard_like,
 )
-from tracereward.modeling.log_probs import can_share_prompts, runs_to_share
+from tracereward.modeling.log_probs import can_share_prompts
 from tracereward.rewards.heads import subtracts_policy
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.training.discriminator_batch import (
@@ -446,7 +446,7 @@ class Discriminator:
         share = not subtracts and can_share_prompts(self.model.backbone)
         for rows, sizes in grouped_batches(prompts, completions, self.options.discriminator_token_budget, share):
             batch = self.model.pack([prompts[i] for i in rows], [completions[i] for i in rows])
-            values = self.model(batch, runs_to_share(batch, sizes, share))
+            values = self.model(batch, sizes if len(sizes) < len(rows) else None)
             if subtracts:
                 assert self.policy_log_probs is not None
                 values = values - self.policy_log_probs(batch)
