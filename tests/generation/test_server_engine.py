@@ -216,6 +216,15 @@ def test_failed_questions_are_named_and_asked_again_by_resume(sample, server, da
     ]
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C interrupts also where the shell that started the tests with `&` ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_keeps_rows_and_resume_asks_for_the_rest(sample, server, tmp_path):
     def interrupt(body):
         os.kill(os.getpid(), signal.SIGINT)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tracereward.console import note
 from tracereward.errors import check_choice
 from tracereward.modeling.loading import best_device, local_folder, read_config
-from tracereward.modeling.model_folder import weight_files
+from tracereward.modeling.model_folder import POLICY, REWARD_MODEL, check_folder, weight_files
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LARGE = 10_000_000
@@ -132,6 +132,7 @@ def _frozen(name: str | Path, given: str | None, fitted: str | None) -> Precisio
     if given is not None:
         check_choice("dtype", given, DTYPES)
     folder, device = local_folder(name), best_device()
+    check_folder(folder, POLICY if fitted is None else REWARD_MODEL)
     if _is_quantized(folder):
         return Precision(dtype="auto")
     count, stored = parameters(folder)
@@ -170,6 +171,7 @@ def training_precision(name: str | Path) -> tuple[bool, str]:
         InputError: there is no such model.
     """
     folder, unit = local_folder(name), bfloat16_unit(torch.device("cpu"))
+    check_folder(folder, POLICY)
     if _is_quantized(folder):
         return False, "its weights are quantized"
     count = parameters(folder)[0]
