@@ -151,7 +151,7 @@ def test_only_a_finished_run_from_scratch_is_shipped(tmp_path):
 
 @pytest.mark.slow
 def test_shipped_models_are_what_the_quickstart_makes(monkeypatch, capsys, tmp_path):
-    """About seven minutes. Other processors round differently: the policies need not be equal, but equally good."""
+    """About eight minutes. Other processors round differently: the policies need not be equal, but equally good."""
     output = tmp_path / "run"
     code, out, err = run(monkeypatch, capsys, "-o", str(output), "--json", "--from-scratch")
     assert code == 0, err
