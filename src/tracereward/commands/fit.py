@@ -160,6 +160,8 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         with explained():
             learned = learn(run, data, settings, tokenizer)
         model = learned.model.eval()
+        judged = sum(len(question.candidates) for question in data.held_out)
+        note(f"measuring on {judged} candidates of {len(data.held_out)} held-out questions")
         log_probs = _log_probs(options, model, data.held_out)
         found = measure(model, data.held_out, log_probs, task)
         if options.learning_curve:
