@@ -14,6 +14,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from tracereward.cli.app import main
 from tracereward.commands.partial_output import Output
 from tracereward.commands.select import SelectOptions, run_select
+from tracereward.data.keeping import Keeping
 from tracereward.errors import InputError
 from tracereward.files import read_jsonl, write_jsonl
 from tracereward.synthetic.arithmetic import build_model, build_tokenizer
@@ -38,10 +39,12 @@ ROWS = [
 def select(tmp_path):
     """Runs the command on rows and returns what it wrote."""
 
-    def run(rows, **options):
+    def run(rows, controls=False, **keeping):
         write_jsonl(tmp_path / "scored.jsonl", rows)
         output = Output(path=str(tmp_path / "out.jsonl"), resume=None, overwrite=True)
-        run_select(SelectOptions(data=str(tmp_path / "scored.jsonl"), task="arithmetic", output=output, **options))
+        data = str(tmp_path / "scored.jsonl")
+        kept = Keeping(**keeping)
+        run_select(SelectOptions(data=data, keeping=kept, controls=controls, task="arithmetic", output=output))
         return read_jsonl(tmp_path / "out.jsonl")
 
     return run

@@ -162,16 +162,12 @@ def select(
     """Turn scored candidates into training data: the best traces, or pairs, and sets of the same size to compare."""
     from tracereward.commands.partial_output import Output
     from tracereward.commands.select import SelectOptions, run_select
+    from tracereward.data.keeping import Keeping
 
     run_select(
         SelectOptions(
             data=data,
-            top=top,
-            threshold=threshold,
-            share=share,
-            format=form,
-            margin=margin,
-            answers=answers,
+            keeping=Keeping(top=top, threshold=threshold, share=share, format=form, margin=margin, answers=answers),
             controls=controls,
             task=task,
             output=Output(path=output, resume=None, overwrite=overwrite),
