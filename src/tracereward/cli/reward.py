@@ -272,11 +272,12 @@ def inspect(
     width: Annotated[int | None, typer.Option(min=20, help="Terminal: columns.")] = None,
 ) -> None:
     """Look at traces token by token: one HTML page that needs no network, or the terminal."""
+    from tqdm.auto import tqdm
 
     from tracereward.commands.inspect import InspectOptions, rows_to_inspect
     from tracereward.commands.partial_output import check_file
     from tracereward.errors import InputError, check_choice, check_number
-    from tracereward.reports.inspection import write_inspection
+    from tracereward.reports.inspection_page import write_inspection
     from tracereward.reports.inspection_terminal import COLOURS, print_ansi
 
     if threshold is not None:
@@ -293,8 +294,9 @@ def inspect(
         print_ansi(rows, sys.stdout, width=width, colour=colour, threshold=threshold)
         return
     command = " ".join(["tracereward", *sys.argv[1:]])
-    write_inspection(output, rows, title or Path(data).name, command=command, threshold=threshold)
-    say(f"{len(rows)} rows: {output}")
+    with tqdm(rows, desc="rows", unit="", delay=1) as progress:
+        write_inspection(output, progress, title or Path(data).name, command=command, threshold=threshold)
+    say(f"{progress.n} rows: {output}")
 
 
 @commands.command()
