@@ -82,7 +82,7 @@ def test_steps_of_a_rule_from_end_to_end(reward_model, given, command):  # noqa:
 
 
 def test_rules_without_a_cut_or_an_effect_are_refused(given, command, tmp_path):  # noqa: F811
-    folder, shared = given
+    _, shared = given
     for more, message in (
         ({"steps": "numbered"}, "steps 'numbered' cuts none of the 20 demonstrations"),
         ({"steps": "lines"}, "did you mean 'line'"),
