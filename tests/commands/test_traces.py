@@ -40,7 +40,7 @@ def given(tmp_path_factory, tiny_model_folder):
 
 
 @pytest.fixture(params=["made", pytest.param("fitted", marks=pytest.mark.long)])
-def reward_model(request, given, tokenizer, command):  # noqa: F811
+def reward_model(request, given, tokenizer, command):
     """A reward model whose steps are the answer and all lines before it."""
     folder, shared = given
     if request.param == "made":
@@ -51,7 +51,7 @@ def reward_model(request, given, tokenizer, command):  # noqa: F811
     return folder / "run" / "reward_model"
 
 
-def test_steps_of_a_rule_from_end_to_end(reward_model, given, command):  # noqa: F811
+def test_steps_of_a_rule_from_end_to_end(reward_model, given, command):
     folder, _ = given
     assert json.loads((reward_model / "tracereward.json").read_text())["steps"] == r"\n(?=####)"
 
@@ -81,7 +81,7 @@ def test_steps_of_a_rule_from_end_to_end(reward_model, given, command):  # noqa:
     assert one["step_rewards"] == close(row["step_rewards"])
 
 
-def test_rules_without_a_cut_or_an_effect_are_refused(given, command, tmp_path):  # noqa: F811
+def test_rules_without_a_cut_or_an_effect_are_refused(given, command, tmp_path):
     _, shared = given
     for more, message in (
         ({"steps": "numbered"}, "steps 'numbered' cuts none of the 20 demonstrations"),
