@@ -181,6 +181,7 @@ def server_prompts(
     Raises:
         InputError: as `load_questions`.
     """
+    sent: list[Prompt]
     if engine.api == "chat":
         rows, how = read_questions(questions), "as messages, which the server renders by its own chat template"
         asked = [row["prompt"] for row in rows]

@@ -356,7 +356,7 @@ def _stdin_lines(skipped: list[str] | None) -> Iterator[tuple[int, object]]:
     """Line number and value of every line of stdin that is not blank."""
     if sys.stdin is None:  # closed by the parent process
         return
-    lines = sys.stdin.buffer
+    lines: Any = sys.stdin.buffer
     if lines.peek(2)[:2] == b"\x1f\x8b":
         raise InputError("stdin is compressed: put `gzip -dc |` in front")
     yield from _json_lines("stdin", lines, skipped)
@@ -498,8 +498,9 @@ def _hub_rows(source: str, split: str, subset: str | None, *, stream: bool) -> I
     from datasets.exceptions import DatasetsError
 
     named = f"{source!r} (split {split!r}{f', subset {subset!r}' if subset else ''})"
+    how: dict[str, Any] = {"streaming": True} if stream else {}
     try:
-        rows = datasets.load_dataset(source, subset, split=split, **({"streaming": True} if stream else {}))
+        rows = datasets.load_dataset(source, subset, split=split, **how)
     except ConnectionError as error:
         raise InputError(
             f"cannot load {named}: the Hugging Face Hub cannot be reached ({error}). Give a local file "
