@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +18,9 @@ from markupsafe import Markup
 
 from tracereward.files import atomic_file
 from tracereward.reports.inspection import DIGITS, about_marks, colour_limit, contents, scored, visible
-from tracereward.reports.pages import page_template
+from tracereward.reports.pages import page_template, table_view
 from tracereward.reports.report import HEATMAP_CSS, reward_colour
+from tracereward.reports.tables import Table
 
 BLOCKS = Markup("<!-- blocks -->")
 """Where blocks go in the rendered template; no text of a trace holds it, since all are escaped."""
@@ -34,6 +35,8 @@ def write_inspection(
     *,
     command: str = "",
     threshold: float | None = None,
+    lines: Sequence[str] = (),
+    tables: Sequence[Table] = (),
 ) -> None:
     """Write scored traces as one HTML file that needs no network. On failure an existing page is kept.
 
@@ -45,12 +48,15 @@ def write_inspection(
         title: the page's heading.
         command: the command that made the page, shown below the heading.
         threshold: mark the first step with a lower reward instead of the suspected error.
+        lines: sentences above the traces.
+        tables: below these.
 
     Raises:
         InputError: see `contents`.
     """
     with tempfile.TemporaryFile("w+b", dir=Path(path).absolute().parent) as blocks:
         index, facts = _write_blocks(blocks, traces, threshold)
+        facts |= {"lines": list(map(visible, lines)), "tables": list(map(table_view, tables))}
         html = _page(index, title=visible(title), command=visible(command), **facts)
         start, script, end = html.split(BLOCKS)
         with atomic_file(path) as temporary, open(temporary, "wb") as file:
