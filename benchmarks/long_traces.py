@@ -94,7 +94,7 @@ def training_child(folder: str, part: str, length: int) -> None:
             for _ in trace_states(model.backbone, prompts, [rollout.ids for rollout in rollouts], 0):
                 pass
     else:
-        options = {"objective": part, "discriminator_prompts": groups, "discriminator_rollouts": 2}
+        options = {"objective": part, "discriminator_prompts": groups, "discriminator_rollouts": 2, "replay_share": 0.0}
         config = AdversarialConfig(
             output_dir=folder, report_to="none", use_cpu=True, perturbed_per_expert=0, granularity="interval", **options
         )
