@@ -20,8 +20,8 @@ from tracereward.data.trace_rows import check_scores, text_read, traces_in
 from tracereward.files import atomic_write_text, without_nan
 from tracereward.modeling.alignment import step_ends
 from tracereward.reports.pages import page_template
-from tracereward.reports.report import HEATMAP_CSS, reward_colour
 from tracereward.rewards.first_error_rules import RATE, first_below
+from tracereward.rewards.heatmap import HEATMAP_CSS, reward_colour
 from tracereward.rewards.settings import HOW_TO_FIT
 from tracereward.rewards.token_scores import TokenScores
 
