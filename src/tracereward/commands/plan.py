@@ -114,7 +114,7 @@ def make_plan(command: str, data: DataArguments, config: Any, model: ModelConfig
     parts, available = memory(setup), available_memory()
     parts = {"process": float(base), **parts, "peak": parts["peak"] + base}
     fits = parts["peak"] <= FULL * available
-    found, trainer = MicroSteps(), None
+    found, trainer, loading = MicroSteps(), None, 0.0
     with tempfile.TemporaryDirectory(prefix="tracereward-plan-") as folder:
         if fits:
             short = short_config(config, folder, slow=is_slow(parameters(local_folder(starting_policy(model)))[0]))

@@ -103,13 +103,16 @@ def policy_movement(rows: Sequence[Row]) -> Movement | None:
 def imitation_movement(rows: Sequence[Row]) -> Movement | None:
     """Whether a policy learned its demonstrations in SFT; None if it had too few steps to tell.
 
+    The figures are the mean losses of the first and the second half of the steps.
+
     Args:
         rows: of the run, in order, with ``loss``.
     """
     losses = _values(rows, "loss")
     if len(losses) < FEWEST:
         return None
-    first, last = _ends(losses)
+    half = len(losses) // 2
+    first, last = mean(losses[:half]), mean(losses[-half:])
     figures, shown = {"loss_first": first, "loss_last": last}, f"loss {first:.3g} to {last:.3g}"
     if fell(losses):
         return Movement(True, f"the policy learned its demonstrations ({shown})", figures)

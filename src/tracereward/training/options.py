@@ -84,23 +84,26 @@ class SavingOptions:
 
 @dataclass
 class ChosenOptions:
-    """Options that are chosen by the size of the model and the data, where they are not given; see `chosen`."""
+    """Options that are chosen by the size of the model and the data, where they are not given; see `chosen`.
 
-    learning_rate: float | None = field(
+    None until then, although their types are those of TRL.
+    """
+
+    learning_rate: float = field(  # pyright: ignore[reportAssignmentType]
         default=None, metadata={"help": "Peak learning rate of the policy. Default: by its size and --use_peft."}
     )
-    warmup_steps: float | None = field(
+    warmup_steps: float = field(  # pyright: ignore[reportAssignmentType]
         default=None, metadata={"help": "Steps until the peak learning rate, or their share. Default: a tenth."}
     )
-    num_train_epochs: float | None = field(
+    num_train_epochs: float = field(  # pyright: ignore[reportAssignmentType]
         default=None,
         metadata={"help": "Passes over the demonstrations. Default: 3, or as many as make 100 steps, at most 15."},
     )
-    per_device_train_batch_size: int | None = field(
+    per_device_train_batch_size: int = field(  # pyright: ignore[reportAssignmentType]
         default=None,
         metadata={"help": "Demonstrations or rollouts in one forward and backward pass. Default: 8."},
     )
-    gradient_accumulation_steps: int | None = field(
+    gradient_accumulation_steps: int = field(  # pyright: ignore[reportAssignmentType]
         default=None,
         metadata={
             "help": "Passes in one optimiser step. Default: 1 for sft; else as many as make 8 prompts a step, each "
