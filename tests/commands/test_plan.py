@@ -106,7 +106,7 @@ def test_chosen_values_are_stored_and_kept(rows, tmp_path):
 
     run(steps=1, save_steps=1)
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    assert (stored["learning_rate"], stored["per_device_train_batch_size"]) == (1e-3, 8)
+    assert (stored["learning_rate"], stored["per_device_train_batch_size"]) == (3e-4, 8)
     assert "num_train_epochs" not in stored, "max_steps is given"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored | {"learning_rate": 5e-4}))
     run(resume=True, steps=2, save_steps=1)

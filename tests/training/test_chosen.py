@@ -10,8 +10,8 @@ TINY = Size(parameters=113_000, lora=False, prompts=60, longest_prompt=12, longe
 @pytest.mark.parametrize(
     ("parameters", "lora", "sft", "policy", "discriminator"),
     [
-        (113_000, False, 1e-3, 1e-4, 1e-3),
-        (113_000, True, 1e-3, 5e-4, 1e-3),  # ten times as much, at most 5e-4, and never less than all weights have
+        (113_000, False, 3e-4, 1e-4, 1e-3),
+        (113_000, True, 5e-4, 5e-4, 1e-3),  # ten times as much, at most 5e-4, and never less than all weights have
         (500e6, False, 1e-4, 3e-6, 3e-5),
         (500e6, True, 5e-4, 3e-5, 3e-4),
         (8e9, False, 2e-5, 1e-6, 1e-5),
@@ -86,4 +86,4 @@ def test_given_values_stay():
     }
     given |= {"discriminator_learning_rate": 1e-2}
     assert "discriminator_online_learning_rate" not in chosen_values("train", TINY, given), "the same as before"
-    assert chosen_values("sft", TINY, {})["learning_rate"] == 1e-3
+    assert chosen_values("sft", TINY, {})["learning_rate"] == 3e-4

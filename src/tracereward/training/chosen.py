@@ -20,7 +20,7 @@ class Rates(NamedTuple):
 
 
 RATES = (
-    Rates(10e6, sft=1e-3, policy=1e-4, discriminator=1e-3),
+    Rates(10e6, sft=3e-4, policy=1e-4, discriminator=1e-3),
     Rates(1e9, sft=1e-4, policy=3e-6, discriminator=3e-5),
     Rates(math.inf, sft=2e-5, policy=1e-6, discriminator=1e-5),
 )
