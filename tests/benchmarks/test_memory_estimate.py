@@ -1,4 +1,5 @@
 """The formulae of `memory_estimate`, checked against models on the meta device, a real optimiser, cache and hook."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import contextlib
 import io

@@ -1,4 +1,5 @@
 """Whether discriminator and policy moved, on hand-made rows."""
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 import pytest
 
