@@ -32,7 +32,10 @@ def command(folder: Path, model: str, steps: int) -> list[str]:
 def timed(words: list[str]) -> tuple[float, int, str]:
     """Seconds, peak bytes and stdout of a command."""
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-m", "tracereward", *words], stdout=subprocess.PIPE, text=True) as child:
+    one = {**os.environ, "OMP_NUM_THREADS": "1"}  # two threads of a busy machine wait for each other
+    with subprocess.Popen(
+        [sys.executable, "-m", "tracereward", *words], stdout=subprocess.PIPE, text=True, env=one
+    ) as child:
         assert child.stdout is not None
         text = child.stdout.read()
         _, status, usage = os.wait4(child.pid, 0)

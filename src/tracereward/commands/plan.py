@@ -5,7 +5,6 @@ import math
 import os
 import shlex
 import tempfile
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,14 @@ from tracereward.modeling.precision import parameters
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.runs.job import Job, starting_policy
 from tracereward.training.memory import memory
-from tracereward.training.micro_steps import MicroSteps, held_memory, is_slow, measure, short_config
+from tracereward.training.micro_steps import (
+    MicroSteps,
+    held_memory,
+    is_slow,
+    measure,
+    process_seconds,
+    short_config,
+)
 from tracereward.training.options import DataArguments
 from tracereward.training.token_probe import token_probe
 
@@ -102,7 +108,7 @@ def make_plan(command: str, data: DataArguments, config: Any, model: ModelConfig
         raise InputError(f"a plan is of {' or '.join(COMMANDS)}, not of {command}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a plan is made in one process: start it without a launcher")
-    start, base, refuses = time.perf_counter(), held_memory(), data.on_long == "refuse"
+    base, refuses = held_memory(), data.on_long == "refuse"
     data.on_long = "drop"
     inherit(data, config, model)
     inputs = train.checked_inputs(data, config, model) if command == "train" else None
@@ -125,7 +131,7 @@ def make_plan(command: str, data: DataArguments, config: Any, model: ModelConfig
                 if config.validation_fraction:
                     rows, _ = split_rows(rows, config.validation_fraction, config.seed)
                 trainer = sft.build_trainer(rows, [], short, model=model, tokenizer=prepared.tokenizer)
-            loading = time.perf_counter() - start
+            loading = process_seconds()
             found = measure(trainer, config, _typical(prepared))
     changes, more = advice(setup, base, available)
     if prepared.dropped and refuses:

@@ -7,6 +7,7 @@ and their times are scaled with the number of traces.
 
 import contextlib
 import copy
+import os
 import resource
 import time
 from collections import defaultdict
@@ -176,6 +177,14 @@ def held_memory() -> int:
     with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
     return peak_memory()
+
+
+def process_seconds() -> float:
+    """Seconds since this process started, imports included; where /proc has none, since its interpreter did."""
+    with contextlib.suppress(OSError, IndexError), open("/proc/self/stat", encoding="ascii") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.process_time()
 
 
 def _timed(owner: Any, name: str, seconds: dict[str, list[float]]) -> None:
