@@ -186,7 +186,8 @@ def _typical(prepared: Prepared) -> float:
 def _device(config: Any) -> str:
     device = best_device()
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}"
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     return f"{name}{threads}, {'bfloat16 autocast' if config.bf16 else 'float32'}"
 
 
