@@ -19,8 +19,8 @@ from markupsafe import Markup
 from tracereward.files import atomic_file
 from tracereward.reports.inspection import DIGITS, about_marks, colour_limit, contents, scored, visible
 from tracereward.reports.pages import page_template, table_view
-from tracereward.reports.report import HEATMAP_CSS, reward_colour
 from tracereward.reports.tables import Table
+from tracereward.rewards.heatmap import HEATMAP_CSS, reward_colour
 
 BLOCKS = Markup("<!-- blocks -->")
 """Where blocks go in the rendered template; no text of a trace holds it, since all are escaped."""
