@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import common
 import torch
@@ -88,10 +89,11 @@ def training_child(folder: str, part: str, length: int) -> None:
         Rollout(n, ids(3 * groups + 2 * n + k, length - k * length // 8)) for n in range(groups) for k in (0, 1)
     ]
     if part == "fit":
+        backbone: Any = model.backbone
         prompts = [experts[rollout.demonstration].prompt for rollout in rollouts]
 
         def work() -> None:
-            for _ in trace_states(model.backbone, prompts, [rollout.ids for rollout in rollouts], 0):
+            for _ in trace_states(backbone, prompts, [rollout.ids for rollout in rollouts], 0):
                 pass
     else:
         options = {"objective": part, "discriminator_prompts": groups, "discriminator_rollouts": 2, "replay_share": 0.0}
