@@ -333,13 +333,15 @@ def test_reasoning_is_judged_with_the_content(model, reward, field):
 
 
 def test_samples_cut_off_while_reasoning_are_judged_as_unfinished(model, reward):
-    """Without content there is no closing mark, and no end of sequence; their answer is read from the reasoning."""
+    """Without content there is no closing mark, and no end of sequence; what the reasoning states is no answer."""
     messages = [{"content": None, "reasoning": "1 + 2 = 4"}, {"content": "", "reasoning": "1 + 2 = 3\n#### 3"}, {}]
     with behind(model, choices_of(*messages, finish="length")) as (client, _):
         answer = chat(client, 3, n=3).json()
-    found = {one["answer"]: one["reward"] for one in answer["tracereward"]["scores"]}
-    assert found[None] == pytest.approx(reward("<think>\n1 + 2 = 4", False), abs=1e-4)
-    assert found["3"] == pytest.approx(reward("<think>\n1 + 2 = 3\n#### 3", False), abs=1e-4)
+    scores = answer["tracereward"]["scores"]
+    assert {one["answer"] for one in scores} == {None}
+    texts = ("<think>\n1 + 2 = 4", "<think>\n1 + 2 = 3\n#### 3")
+    rewards = sorted(reward(text, False) for text in texts)
+    assert sorted(one["reward"] for one in scores) == pytest.approx(rewards, abs=1e-4)
     assert [choice["message"]["content"] for choice in answer["choices"]] in ([None, ""], ["", None])
     with behind(model, choices_of({}, {"content": None}, finish="length")) as (client, _):
         response = chat(client, 2)
@@ -347,11 +349,11 @@ def test_samples_cut_off_while_reasoning_are_judged_as_unfinished(model, reward)
 
 
 def test_votes_count_the_answer_of_the_content(model):
-    """The reasoning considers other answers; where the content has none, the trace's last one counts."""
+    """The reasoning considers other answers, which do not count, also where the content has none."""
     messages = [{"reasoning": "#### 7", "content": "#### 3"}, {"reasoning": "#### 5", "content": "Done."}]
     with behind(model, choices_of(*messages)) as (client, _):
         answer = chat(client, 2).json()
-    assert {one["answer"] for one in answer["tracereward"]["scores"]} == {"3", "5"}
+    assert {one["answer"] for one in answer["tracereward"]["scores"]} == {"3", None}
 
 
 @pytest.mark.parametrize("message", [{"content": "3", "tool_calls": [{"id": "a"}]}, {"content": [{"type": "image"}]}])

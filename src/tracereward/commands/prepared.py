@@ -22,12 +22,14 @@ from tracereward.modeling.rendering import (
     dated,
     render,
 )
+from tracereward.modeling.thinking_marks import check_thinking, thinking_of
 from tracereward.modeling.tokenization import (
     policy_tokenizer,
 )
 from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.same_run import stored_options
 from tracereward.tasks.recipes import Task, get_task
+from tracereward.thinking import MARKS
 from tracereward.training.config import SupervisedConfig
 from tracereward.training.options import DataArguments
 from tracereward.training.quantization import check_quantization
@@ -49,12 +51,13 @@ class Prepared:
     @property
     def remember(self) -> PolicySettings:
         """What is stored with the policy."""
-        rendering = self.rendering
+        rendering, thinking = self.rendering, self.task.thinking
         return PolicySettings(
             task=self.task.name,
             template=rendering.template,
             chat_template_kwargs=rendering.chat_template_kwargs,
             date=rendering.date,
+            think=() if thinking is None or thinking.marks == MARKS else thinking.marks[0],
         )
 
 
@@ -141,6 +144,10 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
             "Add rows, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
         )
     raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
+    thinking = thinking_of(tokenizer, rendering, [*rows, *unlabeled], getattr(config, "think_marks", None))
+    asked = [row["prompt"] for row in raw[: len(rows)]]
+    check_thinking(rows, thinking, asked, getattr(config, "thinking_weight", None))
+    task = dataclasses.replace(task, thinking=thinking)
     validation = load_validation(
         data,
         task,

@@ -16,10 +16,11 @@ from tracereward.files import atomic_write_json, without_nan
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.reports.tables import print_ranking
 from tracereward.rewards.engines import load_scorer
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.settings import check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES
 from tracereward.selection import RERANK_METHODS, Candidate, choose, ranking_aurocs, ranking_table
-from tracereward.tasks.recipes import Task, get_task
+from tracereward.tasks.recipes import Task
 from tracereward.verdict import BASELINES, verdict
 
 
@@ -63,7 +64,7 @@ def run_rerank(options: RerankOptions) -> None:
     if options.json_table and options.output.path == "-":
         raise InputError("--json prints the table on stdout: give a file for the chosen rows, -o FILE")
     settings = check_reward_model(options.model)
-    task = get_task(options.task or settings.task)
+    task = task_of(settings, options.task)
     check_output(options.output, [options.model, options.data])
     verdict_file = None
     if options.output.path is not None and not options.output.to_stdout:

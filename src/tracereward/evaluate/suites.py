@@ -40,6 +40,7 @@ from tracereward.rewards.calibration import Calibration, check_labels, fit_calib
 from tracereward.rewards.engines import load_log_prob_model, load_reward_model, precision_of
 from tracereward.rewards.first_error_fit import JudgedTrace, find_rule
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import check_reward_model, write_fitted
 from tracereward.tasks.recipes import Task, get_task
@@ -138,7 +139,7 @@ def check(model: str, policy: str | None, task: str | None) -> Task:
     settings = check_reward_model(model)
     if policy is not None:
         check_model(policy)
-    return get_task(task or settings.task)
+    return task_of(settings, task)
 
 
 def check_answers(rows: Sequence[dict[str, Any]]) -> None:

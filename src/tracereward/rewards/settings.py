@@ -28,6 +28,7 @@ from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
 from tracereward.rewards.first_error_rules import FirstErrorRule, LevelRule, MarksSteps
 from tracereward.rewards.heads import ActionHead, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.rewards.token_scores import AGGREGATES
+from tracereward.thinking import MARKS, Thinking
 
 HEAD_FILE = "head.safetensors"
 HOW_TO_FIT = "fit one on labelled traces with `tracereward calibrate`"
@@ -46,6 +47,10 @@ class RewardSettings:
         steps: how a trace is cut into steps, see `modeling.steps.StepRule`.
         beta_clip: token rewards are clipped to +-beta_clip, in log-odds.
         temperature: log-odds are divided by it before the clip.
+        think: the texts that open and close the thinking of a completion; none for those of well-known models.
+        think_opened: whether prompts end within the thinking, so that completions start in it.
+        thinking_weight: what the thinking weighs in the trace reward, in [0, 1], and the answer the rest; a part that
+            weighs nothing is not supervised. None: the trace is one text.
         reward_form: reward used in training, one of `choices.REWARD_FORMS`; "" is the head's default. `score` computes
             it if given the models whose log-probs it needs, otherwise f.
         reference_model: the model whose log-prob ``logit_plus_logprob`` adds.
@@ -71,6 +76,9 @@ class RewardSettings:
     steps: str = ""
     beta_clip: float = 5.0
     temperature: float = 1.0
+    think: tuple[str, ...] = ()
+    think_opened: bool = False
+    thinking_weight: float | None = None
     reward_form: str = ""
     reference_model: str = ""
     label_rule: str = ""
@@ -94,6 +102,11 @@ class RewardSettings:
         if not isinstance(self.interval, int) or self.interval < 1:
             raise InputError(f"interval must be at least 1, not {self.interval!r}")
         _ = self.step_rule  # refuses what is no rule
+        object.__setattr__(self, "think", tuple(self.think))  # JSON has lists
+        _ = self.thinking
+        weight = self.thinking_weight
+        if weight is not None and (not isinstance(weight, (int, float)) or not 0 <= weight <= 1):
+            raise InputError(f"thinking_weight must be between 0 and 1, not {weight!r}")
         for name in ("beta_clip", "temperature"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:  # also rejects NaN
@@ -113,6 +126,11 @@ class RewardSettings:
     def step_rule(self) -> StepRule:
         """Where steps end."""
         return StepRule(delimiter=self.step_delimiter, steps=self.steps)
+
+    @property
+    def thinking(self) -> Thinking:
+        """How completions are split into thinking and answer."""
+        return Thinking(marks=(self.think,) if self.think else MARKS, opened=self.think_opened)  # type: ignore[arg-type]
 
     @property
     def form(self) -> str:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from tracereward.messages import read_choice
 from tracereward.modeling.rendering import Rendering, render_prompt
+from tracereward.rewards.parts import task_of
 from tracereward.selection import Candidate, choose
 from tracereward.serving.middleware import error
 from tracereward.serving.schemas import (
@@ -26,7 +27,6 @@ from tracereward.serving.schemas import (
 )
 from tracereward.serving.service import ERRORS, Refused, Service, unless_gone
 from tracereward.serving.upstream import Upstream, UpstreamFailed, bad_upstream
-from tracereward.tasks.recipes import get_task
 
 DROPPED = ("n", "stream", "stream_options", "best_of", "tracereward")
 """Fields that the proxy handles itself and does not forward."""
@@ -83,7 +83,7 @@ class Proxy:
         settings = service.settings
         self.upstream = Upstream(str(settings.upstream), settings.upstream_key, settings.upstream_seconds)
         self.places = asyncio.Semaphore(settings.max_upstream)
-        self.task = get_task(service.model.settings.task)
+        self.task = task_of(service.model.settings)
         self.voting = ThreadPoolExecutor(1, "voting")  # math-verify compares one pair at a time
 
     async def close(self) -> None:
@@ -218,9 +218,8 @@ class Proxy:
         return candidates, method, choose(candidates, method, equal)
 
     def _answer(self, sample: _Sample) -> str | None:
-        """The answer that the sample states in its content, or otherwise anywhere in its trace."""
-        stated = self.task.extract(sample.content)
-        return self.task.extract(sample.trace) if stated is None else stated
+        """The answer that the sample states in its content; what it says while it thinks does not count."""
+        return self.task.extract(sample.content)
 
 
 def _sample(choice: JsonObject, think: tuple[str, str]) -> _Sample:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tracereward.errors import check_choice, check_text
 from tracereward.messages import check_messages
 from tracereward.tasks import answers, extraction
+from tracereward.thinking import ANY, Thinking
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -25,22 +26,29 @@ class Task:
         subset: configuration of that dataset.
         example: raw row -> ``{"prompt", "completion", "answer"}``; completion and answer are None if the row has none.
             Does not modify the row. Raises KeyError(field) for a missing field, ValueError for an invalid one.
-        extract: completion -> final answer, or None if none is stated.
+        read: answer part of a completion -> final answer, or None if none is stated.
         equal: (extracted answer, gold answer) -> whether they are equal.
         completion_field: raw field that holds the trace, for error messages.
         step_delimiter: text that ends a step of a trace.
         answer_line: format of the line that states the answer.
+        thinking: how completions are split into thinking and answer; None knows the marks of well-known models.
     """
 
     name: str
     example: Callable[[dict], dict]
-    extract: Callable[[str], str | None]
+    read: Callable[[str], str | None]
     equal: Callable[[str, str], bool]
     dataset: str | None = None
     subset: str | None = None
     completion_field: str = "completion"
     step_delimiter: str = "\n"
     answer_line: str = "#### {}"
+    thinking: Thinking | None = None
+
+    def extract(self, completion: str) -> str | None:
+        """The final answer; None if none is stated, or if the thinking is not closed: answers in it do not count."""
+        answer = (self.thinking or ANY).answer(completion)
+        return None if answer is None else self.read(answer)
 
     def verify(self, completion: str, answer: str) -> bool:
         """Whether the answer extracted from `completion` equals the gold `answer`; False if there is none."""
@@ -286,13 +294,13 @@ def equal_any(answer: str, gold: str) -> bool:
 
 # A table: its entries look alike on purpose.
 _ALL = (
-    Task(name="arithmetic", example=generic, extract=extraction.extract_number, equal=answers.equal_math),
+    Task(name="arithmetic", example=generic, read=extraction.extract_number, equal=answers.equal_math),
     Task(
         name="gsm8k",
         dataset="openai/gsm8k",
         subset="main",
         example=gsm8k,
-        extract=extraction.extract_number,
+        read=extraction.extract_number,
         equal=answers.equal_math,
         completion_field="answer",
     ),
@@ -301,7 +309,7 @@ _ALL = (
         name="medreason",
         dataset="UCSC-VLAA/MedReason",
         example=medreason,
-        extract=extraction.extract_letter,
+        read=extraction.extract_letter,
         equal=answers.equal_text,
         completion_field="reasoning",
         answer_line="The answer is ({}).",
@@ -311,7 +319,7 @@ _ALL = (
         name="mmlu_pro",
         dataset="TIGER-Lab/MMLU-Pro",
         example=mmlu_pro,
-        extract=extraction.extract_letter,
+        read=extraction.extract_letter,
         equal=answers.equal_text,
         completion_field="trace",
         step_delimiter=". ",
@@ -321,7 +329,7 @@ _ALL = (
         name="strategyqa",
         dataset="ChilleD/StrategyQA",
         example=strategyqa,
-        extract=extraction.extract_yes_no,
+        read=extraction.extract_yes_no,
         equal=answers.equal_yes_no,
         completion_field="facts",
         answer_line="The answer is {}.",
@@ -331,7 +339,7 @@ _ALL = (
         dataset="hotpotqa/hotpot_qa",
         subset="distractor",
         example=hotpotqa,
-        extract=extraction.extract_span,
+        read=extraction.extract_span,
         equal=answers.equal_span,
         completion_field="supporting_facts",
         answer_line="The answer is {}.",
@@ -340,7 +348,7 @@ _ALL = (
     Task(
         name="prontoqa",
         example=prontoqa,
-        extract=extraction.extract_yes_no,
+        read=extraction.extract_yes_no,
         equal=answers.equal_yes_no,
         completion_field="explanation",
         answer_line="The answer is {}.",
@@ -349,11 +357,11 @@ _ALL = (
         name="math",
         dataset="DigitalLearningGmbH/MATH-lighteval",
         example=math,
-        extract=extraction.extract_math,
+        read=extraction.extract_math,
         equal=answers.equal_math,
         completion_field="solution",
         answer_line="\\boxed{{{}}}",
     ),
-    Task(name="generic", example=generic, extract=extraction.extract_any, equal=equal_any),
+    Task(name="generic", example=generic, read=extraction.extract_any, equal=equal_any),
 )
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}

@@ -134,6 +134,21 @@ class FitModelOptions:
             "--step_delimiter."
         },
     )
+    thinking_weight: Annotated[float | None, Range(min=0, max=1)] = field(
+        default=None,
+        metadata={
+            "help": "Split completions into thinking and answer: what the thinking weighs in the loss and in the trace "
+            "reward; the answer has the rest. 0: only the answer is supervised, 1: only the thinking. Default: a trace "
+            "is one text."
+        },
+    )
+    think_marks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The two texts that open and close the thinking. Default: the chat template's, and those of "
+            "well-known models, such as <think> </think>."
+        },
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
     lora_r: Annotated[int, Range(min=1, whole=True)] = field(default=16, metadata={"help": "Rank of LoRA."})
     lora_alpha: Annotated[int, Range(min=1, whole=True)] = field(default=32, metadata={"help": "Scale of LoRA."})

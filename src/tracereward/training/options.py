@@ -158,6 +158,21 @@ class DiscriminatorModelOptions:
             "--step_delimiter."
         },
     )
+    thinking_weight: Annotated[float | None, Range(min=0, max=1)] = field(
+        default=None,
+        metadata={
+            "help": "Split completions into thinking and answer: what the thinking weighs in the loss and in the trace "
+            "reward; the answer has the rest. 0: only the answer is supervised, 1: only the thinking. Default: a trace "
+            "is one text."
+        },
+    )
+    think_marks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The two texts that open and close the thinking. Default: the chat template's, and those of "
+            "well-known models, such as <think> </think>."
+        },
+    )
     discriminator_model: str | None = field(
         default=None, metadata={"help": "Causal LM that initialises the discriminator. Default: the starting policy."}
     )
