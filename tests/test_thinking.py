@@ -34,9 +34,7 @@ HARMONY = "<|channel|>analysis<|message|>1 + 2 is \\boxed{4}?<|end|><|start|>ass
     ],
 )
 def test_only_the_answer_states_one(thinking, completion, answer):
-    from dataclasses import replace
-
-    task = replace(get_task("math"), thinking=thinking)
+    task = get_task("math").behind(thinking)
     assert task.extract(completion) == answer
     assert task.verify(completion, "3") is (answer == "3")
     assert task.verify(completion, "4") is (answer == "4")

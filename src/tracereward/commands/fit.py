@@ -23,7 +23,7 @@ from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.model_folder import REWARD_MODEL
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
-from tracereward.modeling.thinking_marks import check_thinking, thinking_of, thinking_of_template
+from tracereward.modeling.thinking_marks import check_thinking, thinking_of, thinking_of_template, with_marks
 from tracereward.modeling.tokenization import pad_id, policy_tokenizer
 from tracereward.reports.verdicts import verdict_html, verdict_markdown
 from tracereward.rewards.first_error_fit import JudgedTrace, find_rule
@@ -127,16 +127,21 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         raise InputError("no model: pass --model, a folder or a Hub id")
     check_trackers(options.report_to)
     task, name = get_task(options.task), options.model
+    template, kwargs = inherited(name, options.template, options.chat_template_kwargs)
+    read = None
+    if template == "plain":
+        task = task.behind(with_marks(options.think_marks)) if options.think_marks else task
+        read = _read(options, task, rows or {})
     check_model(name)
     if options.use_peft:
         _check_layers(name, options.lora_target_modules)
-    template, kwargs = inherited(name, options.template, options.chat_template_kwargs)
     options = with_precision(dataclasses.replace(options, template=template, chat_template_kwargs=kwargs), resume)
     rendering = Rendering(template=template, chat_template_kwargs=kwargs or {})
     tokenizer = policy_tokenizer(name, rendering)
     rendering = dated(rendering, tokenizer)
-    task = dataclasses.replace(task, thinking=thinking_of_template(tokenizer, rendering, options.think_marks))
-    read = _read(options, task, rows or {})
+    if read is None:  # only a chat template says whether traces start within the thinking
+        task = task.behind(thinking_of_template(tokenizer, rendering, options.think_marks))
+        read = _read(options, task, rows or {})
     data = prepare_fit_data(options, task, read, tokenizer=tokenizer, rendering=rendering)
     task = _split(data, options, task, tokenizer=tokenizer, rendering=rendering)
     settings = RewardSettings(
@@ -206,7 +211,7 @@ def _split(
     thinking = thinking_of(tokenizer, rendering, rows, options.think_marks)
     asked = [row["prompt"] if rendering.template == "plain" else "" for row in rows]
     check_thinking(rows, thinking, asked, options.thinking_weight)
-    return dataclasses.replace(task, thinking=thinking)
+    return task.behind(thinking)
 
 
 def _check_layers(name: str, wanted: list[str] | None) -> None:

@@ -57,7 +57,7 @@ class Prepared:
             template=rendering.template,
             chat_template_kwargs=rendering.chat_template_kwargs,
             date=rendering.date,
-            think=() if thinking is None or thinking.marks == MARKS else thinking.marks[0],
+            think=() if thinking.marks == MARKS else thinking.marks[0],
         )
 
 
@@ -147,7 +147,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     thinking = thinking_of(tokenizer, rendering, [*rows, *unlabeled], getattr(config, "think_marks", None))
     asked = [row["prompt"] for row in raw[: len(rows)]]
     check_thinking(rows, thinking, asked, getattr(config, "thinking_weight", None))
-    task = dataclasses.replace(task, thinking=thinking)
+    task = task.behind(thinking)
     validation = load_validation(
         data,
         task,

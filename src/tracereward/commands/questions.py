@@ -240,7 +240,7 @@ def task_reading(questions: Questions, model: str, prompts: list[str], tokenizer
     stored, rows = remembered(model), [{"prompt": prompt} for prompt in prompts]
     marks = stored.think or None if stored is not None else None
     thinking = thinking_of(tokenizer, questions.rendering, rows, marks)
-    return replace(get_task(str(questions.task)), thinking=thinking)
+    return get_task(str(questions.task)).behind(thinking)
 
 
 def sample_row(sample: Answer, row: dict[str, Any], task: Task) -> dict[str, Any]:

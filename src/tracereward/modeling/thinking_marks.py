@@ -13,6 +13,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def with_marks(marks: Sequence[str]) -> Thinking:
+    """Completions that are split at the texts which open and close the thinking.
+
+    Raises:
+        InputError: `marks` are not two texts.
+    """
+    if len(marks) != 2:
+        raise InputError(f"think_marks must be two texts, what opens and what closes the thinking, not {len(marks)}")
+    return Thinking(marks=((marks[0], marks[1]),))
+
+
 def thinking_of(
     tokenizer: PreTrainedTokenizerBase,
     rendering: Rendering,
@@ -31,11 +42,7 @@ def thinking_of(
         InputError: `marks` are not two texts.
     """
     if marks is not None:
-        if len(marks) != 2:
-            raise InputError(
-                f"think_marks must be two texts, what opens and what closes the thinking, not {len(marks)}"
-            )
-        known = Thinking(marks=((marks[0], marks[1]),))
+        known = with_marks(marks)
     else:
         opening, closing = (mark.strip() for mark in think_marks(tokenizer, rendering))
         known = Thinking(marks=MARKS if (opening, closing) in MARKS else ((opening, closing),))

@@ -1,7 +1,6 @@
 """Thinking and answer of a trace, by the settings of a reward model: tokens, weights of positions, and the task."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.supervision import part_weights, reward_shares, supervision_mask
 from tracereward.tasks.recipes import Task, get_task
-from tracereward.thinking import ANY, MARKS, Thinking
+from tracereward.thinking import MARKS, Thinking
 
 
 def task_of(settings: RewardSettings, name: str | None = None) -> Task:
@@ -19,13 +18,12 @@ def task_of(settings: RewardSettings, name: str | None = None) -> Task:
     Raises:
         InputError: there is no such task.
     """
-    return replace(get_task(name or settings.task), thinking=settings.thinking)
+    return get_task(name or settings.task).behind(settings.thinking)
 
 
-def stored(thinking: Thinking | None) -> dict[str, Any]:
+def stored(thinking: Thinking) -> dict[str, Any]:
     """The fields of `RewardSettings` that keep how completions are split."""
-    found = thinking or ANY
-    return {"think": () if found.marks == MARKS else found.marks[0], "think_opened": found.opened}
+    return {"think": () if thinking.marks == MARKS else thinking.marks[0], "think_opened": thinking.opened}
 
 
 def thinking_tokens(settings: RewardSettings, text: str, offsets: Sequence[tuple[int, int]]) -> int:

@@ -14,7 +14,6 @@ from fastapi.responses import JSONResponse, Response
 
 from tracereward.messages import read_choice
 from tracereward.modeling.rendering import Rendering, render_prompt
-from tracereward.rewards.parts import task_of
 from tracereward.selection import Candidate, choose
 from tracereward.serving.middleware import error
 from tracereward.serving.schemas import (
@@ -83,7 +82,7 @@ class Proxy:
         settings = service.settings
         self.upstream = Upstream(str(settings.upstream), settings.upstream_key, settings.upstream_seconds)
         self.places = asyncio.Semaphore(settings.max_upstream)
-        self.task = task_of(service.model.settings)
+        self.task = service.task
         self.voting = ThreadPoolExecutor(1, "voting")  # math-verify compares one pair at a time
 
     async def close(self) -> None:
@@ -197,6 +196,7 @@ class Proxy:
             max_tokens=service.settings.max_tokens,
             field="sample",
         )
+        await service.watch([sample.trace for sample in samples], scores)
         service.count(len(samples), read, written)
         return [service.reward(one) for one in scores]
 
