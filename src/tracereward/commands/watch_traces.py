@@ -19,8 +19,8 @@ from tracereward.data.trace_rows import candidate_rows, check_scores, traces_in
 from tracereward.errors import InputError
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import load_scorer
-from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.parts import task_of
+from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import RewardSettings
 from tracereward.tasks.recipes import Task
 
