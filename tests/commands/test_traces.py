@@ -45,8 +45,7 @@ def reward_model(request, given, tokenizer, command):
     """A reward model whose steps are the answer and all lines before it."""
     folder, shared = given
     if request.param == "made":
-        settings = {"steps": r"\n(?=####)", "granularity": "step"}
-        return save_reward_model(folder / "made", tokenizer, **settings)
+        return save_reward_model(folder / "made", tokenizer, steps=r"\n(?=####)", granularity="step")
     done = command("fit", *options(**shared, steps=r"\n(?=####)", output_dir=folder / "run"))
     assert done.code == 0, done.err
     return folder / "run" / "reward_model"

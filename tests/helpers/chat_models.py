@@ -82,8 +82,8 @@ def save_chat_model(folder: Path, template: str | None, special: tuple[str, ...]
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token)),
+        pad_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token)),
         bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)

@@ -37,6 +37,9 @@ class PolicySettings:
     date: str = ""
     think: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "think", tuple(self.think))  # JSON has lists
+
     @property
     def rendering(self) -> Rendering:
         """How prompts become text."""

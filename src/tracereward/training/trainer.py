@@ -350,7 +350,7 @@ class AdversarialTrainer(RolloutTrainer):
         rewards = self.token_rewards(prompts, ids)
         decode = self.discriminator.model.tokenizer.batch_decode
         self.check_rewards(decode(prompts), decode(ids), ids, [values.tolist() for values in rewards])
-        return {"perturbation_auroc": pair_auroc(self.perturbed_pairs, list(map(self._aggregate, rewards)))}
+        return {"perturbation_auroc": pair_auroc(self.perturbed_pairs, list(map(self._aggregate, ids, rewards)))}
 
     @torch.no_grad()
     def _kl(self, prompts: list[str], completion_ids: list[list[int]]) -> dict[str, float]:
