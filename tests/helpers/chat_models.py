@@ -6,6 +6,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tracereward.modeling.tokenization import pad_id
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -83,7 +85,7 @@ def save_chat_model(folder: Path, template: str | None, special: tuple[str, ...]
         num_attention_heads=2,
         max_position_embeddings=512,
         eos_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token)),
-        pad_token_id=tokenizer.convert_tokens_to_ids(str(tokenizer.pad_token)),
+        pad_token_id=pad_id(tokenizer),
         bos_token_id=None,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
