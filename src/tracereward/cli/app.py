@@ -24,11 +24,12 @@ from tracereward.cli.evaluate import (
     json_object,
     suites,
 )
-from tracereward.cli.reward import Overwrite, PolicyDtype, Resume, Seed, commands
+from tracereward.cli.reward import Overwrite, PolicyDtype, Resume, Seed, Stream, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
+from tracereward.cli.training import fit, grpo, plan, sft, train
 from tracereward.cli.watch import monitoring
-from tracereward.console import is_main_process, open_streams, say
+from tracereward.console import open_streams, say
 from tracereward.errors import InputError, Interrupted, RunFailed
 
 
@@ -66,70 +67,16 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def _training(kind: str, argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
-        from tracereward.cli.training_help import help_text
-
-        print(help_text(kind))
-        return
-    from tracereward.cli.training_options import parse
-
-    data, config, model, resume = parse(kind, argv)
-    from tracereward.commands.grpo import run_grpo
-    from tracereward.commands.sft import run_sft
-    from tracereward.commands.train import run_train
-
-    folder = {"sft": run_sft, "train": run_train, "grpo": run_grpo}[kind](data, config, model, resume)
-    if not is_main_process():
-        return
-    say(f"done: {folder}")
-    for part in ("policy", "reward_model", "report.html"):
-        if (folder / part).exists():
-            print(folder / part)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def sft(ctx: typer.Context) -> None:
-    """Fine-tune a model on expert traces (options: tracereward sft --help)."""
-    _training("sft", ctx.args)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def train(ctx: typer.Context) -> None:
-    """Learn a reward model from expert traces and train the policy on it."""
-    _training("train", ctx.args)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def grpo(ctx: typer.Context) -> None:
-    """Train a policy on a given reward: the verifier, or its own log-prob."""
-    _training("grpo", ctx.args)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def fit(ctx: typer.Context) -> None:
-    """Learn a reward model from expert traces and logged traces, without a policy."""
-    if "--help" in ctx.args or "-h" in ctx.args:
-        from tracereward.cli.training_help import help_text
-
-        print(help_text("fit"))
-        return
-    from tracereward.cli.training_options import parse_fit
-
-    options, resume = parse_fit(ctx.args)
-    from tracereward.commands.fit import run_fit
-
-    folder = run_fit(options, resume).folder
-    say(f"done: {folder}")
-    for part in ("reward_model", "verdict.json", "report.html"):
-        if folder is not None and (folder / part).exists():
-            print(folder / part)
+for _command in (sft, train, grpo, fit, plan):
+    app.command(context_settings=PASS_THROUGH)(_command)
 
 
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy, or its name at the server.")],
-    data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File or Hub id with prompts, - for stdin. Default: the task's own set.")
+    ] = None,
     task: QuestionTask = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="Completions per prompt. Default: 8.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
@@ -168,6 +115,7 @@ def sample(
     reference: Annotated[
         str | None, typer.Option(help="With --guide: model whose log-prob is added to the rewards, as for score.")
     ] = None,
+    stream: Stream = False,
 ) -> None:
     """Sample completions from a policy: one JSON row each."""
     from tracereward.commands.partial_output import Output
@@ -204,6 +152,7 @@ def sample(
             limit=limit,
             template=template,
             chat_template_kwargs=json_object("--chat-template-kwargs", chat_template_kwargs),
+            stream=stream,
         ),
         sampling,
         n=n or 8,
