@@ -1,7 +1,7 @@
 """`tracereward rerank`: choose one of the scored candidates of each question."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_write_json, without_nan
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.reports.tables import print_ranking
+from tracereward.rewards.abstention import threshold_of
 from tracereward.rewards.engines import load_scorer
 from tracereward.rewards.settings import check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES
-from tracereward.selection import RERANK_METHODS, Candidate, choose, ranking_aurocs, ranking_table
+from tracereward.selection import RERANK_METHODS, Candidate, choose, outcomes, ranking_aurocs, ranking_table
 from tracereward.tasks.recipes import Task, get_task
 from tracereward.verdict import BASELINES, verdict
 
@@ -33,6 +34,7 @@ class RerankOptions:
         task: task that checks answers; the reward model's if None.
         method: one of `RERANK_METHODS`.
         aggregate: how token rewards are reduced to a trace reward; as in the reward model's settings if None.
+        abstain: bound on the probability of an answer that is wrong, see `rewards.abstention`; None answers all.
         output: where the chosen rows go.
         json_table: print the table as JSON on stdout.
         dtype: precision of the reward model, see `scoring_precision`.
@@ -43,6 +45,7 @@ class RerankOptions:
     task: str | None = None
     method: str = "vote"
     aggregate: str | None = None
+    abstain: float | None = None
     output: Output = STDOUT
     json_table: bool = False
     dtype: str | None = None
@@ -63,6 +66,10 @@ def run_rerank(options: RerankOptions) -> None:
     if options.json_table and options.output.path == "-":
         raise InputError("--json prints the table on stdout: give a file for the chosen rows, -o FILE")
     settings = check_reward_model(options.model)
+    if options.abstain is not None:
+        threshold_of(settings.abstention, options.method, options.abstain)
+        if options.aggregate not in (None, settings.aggregate):
+            raise InputError(f"--abstain was calibrated for --aggregate {settings.aggregate}: leave the option out")
     task = get_task(options.task or settings.task)
     check_output(options.output, [options.model, options.data])
     verdict_file = None
@@ -82,7 +89,14 @@ def run_rerank(options: RerankOptions) -> None:
     if options.aggregate is not None:
         model.settings = replace(settings, aggregate=options.aggregate)
     chosen, questions = rerank_rows(score_rows(model, rows), task, options.method)
+    if options.abstain is not None:
+        for row in chosen:
+            why = settings.why_not(options.method, row["reward"], options.abstain)
+            row |= {"abstained": why is not None} | ({} if why is None else {"reason": why})
     table = summary(questions, task, options.method)
+    if options.abstain is not None:
+        said = answered(chosen, questions, task, options.method)
+        note(f"{said}; at most {100 * options.abstain:g} % are expected to be answered wrongly")
     if not options.output.to_stdout or not options.json_table:
         with rows_to(options.output) as file:
             for row in chosen:
@@ -100,6 +114,19 @@ def run_rerank(options: RerankOptions) -> None:
         counts = judgement_counts(c for candidates in questions for c in candidates)
         if counts["labelled"] or counts["graded"]:
             note(f"no accuracies: {counts['unknown']} rows have neither correct nor a gold answer")
+
+
+def answered(
+    chosen: Sequence[dict[str, Any]], questions: Sequence[Sequence[Candidate]], task: Task, method: str
+) -> str:
+    """How many questions are answered, and how many of all wrongly if that is known, in a sentence."""
+    kept = [not row["abstained"] for row in chosen]
+    said = f"{sum(kept)} of {len(chosen)} questions answered"
+    if any(c.correct is None for candidates in questions for c in candidates):
+        return said
+    right = outcomes(questions, method, task.equal)
+    wrong = sum(keep and not is_right for keep, is_right in zip(kept, right, strict=True))
+    return f"{said}, {wrong} of them wrongly ({100 * wrong / len(chosen):.1f} % of all)"
 
 
 def candidate_of(row: dict[str, Any], task: Task) -> Candidate:

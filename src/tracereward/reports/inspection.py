@@ -4,10 +4,7 @@ For each trace it shows the steps with coloured tokens, the reward of each step,
 `inspection_terminal` prints the same content.
 """
 
-import base64
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +16,7 @@ from markupsafe import Markup
 from tracereward.data.trace_rows import check_scores, text_read, traces_in
 from tracereward.files import atomic_write_text, without_nan
 from tracereward.modeling.alignment import step_ends
-from tracereward.reports.pages import page_template
+from tracereward.reports.pages import csp_hash, embedded_json, page_template
 from tracereward.reports.report import HEATMAP_CSS, reward_colour
 from tracereward.rewards.first_error_rules import RATE, first_below
 from tracereward.rewards.settings import HOW_TO_FIT
@@ -68,15 +65,7 @@ def write_inspection(
     limit = colour_limit(questions)
     shown = [trace for question in questions for trace in question["traces"]]
     here = Path(__file__).parent
-    palette = (
-        ":root {{ --low: {}; --zero: {}; --high: {}; }}".format(
-            *(reward_colour(r, 1.0, dark) for r in (-1.0, 0.0, 1.0))
-        )
-        for dark in (False, True)
-    )
-    css = "\n{}{}\n@media screen and (prefers-color-scheme: dark) {{ {} }}\n{}".format(
-        HEATMAP_CSS, *palette, (here / "inspection.css").read_text(encoding="utf-8")
-    )
+    css = f"\n{HEATMAP_CSS}{palette_css()}\n{(here / 'inspection.css').read_text(encoding='utf-8')}"
     script = "\n" + (here / "inspection.js").read_text(encoding="utf-8")
     html = page_template("inspection.html.jinja").render(
         title=visible(title),
@@ -84,15 +73,22 @@ def write_inspection(
         limit=f"{limit:.2f}",
         suspected=about_marks(traces, threshold),
         css=Markup(css),
-        css_hash=_hash(css),
+        css_hash=csp_hash(css),
         script=Markup(script),
-        script_hash=_hash(script),
-        data=_embedded_json({"limit": limit, "questions": questions}),
+        script_hash=csp_hash(script),
+        data=embedded_json({"limit": limit, "questions": questions}),
         count=len(shown),
         checked=any(trace["correct"] is not None for trace in shown),
         marked=any("s" in piece[2] for piece in _scored(questions)),
     )
     atomic_write_text(path, html)
+
+
+def palette_css() -> str:
+    """The colours of the lowest, a zero and the highest reward as variables, for light and dark."""
+    shades = ([reward_colour(reward, 1.0, dark) for reward in (-1.0, 0.0, 1.0)] for dark in (False, True))
+    light, dark = (f":root {{ --low: {low}; --zero: {zero}; --high: {high}; }}" for low, zero, high in shades)
+    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}"
 
 
 # --- content of the page and the terminal ---
@@ -227,19 +223,3 @@ def _rounded(value: float | None) -> float | None:
 
 def _text(value: object) -> str | None:
     return None if value is None else visible(str(value))
-
-
-# --- the page ---
-
-
-def _embedded_json(value: Any) -> Markup:
-    r"""JSON escaped for a ``<script>`` element: it cannot close the element or end a line of JavaScript."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
-def _hash(source: str) -> Markup:
-    """The Content-Security-Policy source expression that allows exactly this text."""
-    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'")
