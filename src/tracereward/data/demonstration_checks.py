@@ -12,8 +12,8 @@ from typing import Any
 from tracereward.data.candidates import CandidateRow, prompt_key
 from tracereward.data.equations import wrong_equations
 from tracereward.data.matching import prompt_text, trace_text
-from tracereward.errors import InputError
 from tracereward.data.near_duplicates import near_duplicates
+from tracereward.errors import InputError
 from tracereward.selection import vote_groups
 from tracereward.tasks.recipes import Task
 
