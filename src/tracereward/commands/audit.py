@@ -35,7 +35,6 @@ from tracereward.training.step_scores import StepOptions, StepScores, score_step
 
 ROWS, PAGE, STATES = "audit.jsonl", "audit.html", "states"
 DEFAULT_ORDER = "sum"
-"""The best at finding planted errors in real traces, see the study `audit`."""
 SAID = {
     "reward": "mean reward of the steps",
     "lowest_reward": "reward of the lowest step",
