@@ -145,7 +145,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("page", ["gsm8k.md", "demonstrations.md", "method.md"])
+@pytest.mark.parametrize("page", ["gsm8k.md", "demonstrations.md", "method.md", "traces.md"])
 def test_examples_run(page, capsys):
     """Run a page's Python blocks in one namespace; the page shows the tables that they print."""
     found = blocks(DOCS / page, "python")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from helpers.paths import SHARED
 from tracereward.data.perturbations import KINDS, Perturbed, first_changed_character, perturb
 from tracereward.errors import InputError
+from tracereward.modeling.steps import StepRule
 from tracereward.synthetic.arithmetic import generate
 
 STEPS = ("drop_step", "swap_steps")
@@ -23,7 +24,7 @@ GSM8K = SHARED / "gsm8k" / "train.jsonl.gz"
 
 
 def draw(text: str, kind: str, seed: int = 0, delimiter: str = "\n") -> Perturbed | None:
-    return perturb(text, random.Random(seed), [kind], delimiter)
+    return perturb(text, random.Random(seed), [kind], StepRule(delimiter))
 
 
 def outcomes(text: str, kind: str, delimiter: str = "\n", draws: int = 100) -> set[str]:
@@ -330,8 +331,8 @@ def test_steps_of_prose_and_of_any_script():
 def test_unknown_kind_and_empty_delimiter_are_refused():
     with pytest.raises(InputError, match="unknown perturbation 'operators': did you mean 'operator'"):
         perturb("1 + 1", random.Random(0), ["number", "operators"])
-    with pytest.raises(InputError, match="the step delimiter is empty"):
-        perturb("1 + 1", random.Random(0), ["number"], "")
+    with pytest.raises(InputError, match="step_delimiter is empty"):
+        perturb("1 + 1", random.Random(0), ["number"], StepRule(""))
 
 
 def test_kinds_that_cannot_apply_give_none_and_never_the_original():

@@ -11,7 +11,7 @@ from tracereward.data.readers import read_rows
 from tracereward.errors import InputError
 from tracereward.evaluate.first_error import f1, outcomes, random_outcome, summarise
 from tracereward.evaluate.step_data import ORIGINAL, StepTrace, prompt_of, read_step_traces, split_by_question
-from tracereward.modeling.alignment import join_steps
+from tracereward.modeling.steps import StepRule
 from tracereward.tasks.recipes import get_task
 
 DATA = SHARED
@@ -164,7 +164,7 @@ def test_limit_and_unknown_format(tmp_path):
     ],
 )
 def test_join_steps(delimiter, steps, text):
-    joined, spans = join_steps(steps, delimiter)
+    joined, spans = StepRule(delimiter).join(steps)
     assert joined == text
     assert [joined[start:end] for start, end in spans] == steps
 

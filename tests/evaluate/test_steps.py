@@ -20,11 +20,11 @@ from helpers.tiny import launcher
 from tracereward.data.readers import read_rows
 from tracereward.errors import InputError, RunFailed
 from tracereward.evaluate import perturbation
-from tracereward.evaluate.perturbation import changed_step, evaluate_perturbations, split_steps
+from tracereward.evaluate.perturbation import changed_step, evaluate_perturbations
 from tracereward.evaluate.step_data import StepTrace, read_step_traces, split_by_question
 from tracereward.evaluate.steps import encode_steps, evaluate_steps, step_scores, step_tables
 from tracereward.files import write_jsonl
-from tracereward.modeling.alignment import join_steps
+from tracereward.modeling.steps import LINES, StepRule
 from tracereward.reports.report import Report, write_report
 from tracereward.rewards.first_error_rules import FirstErrorRule
 from tracereward.rewards.model import TokenRewardModel
@@ -130,7 +130,7 @@ def halves(experts):
 def test_steps_have_the_tokens_that_overlap_them(byte_tokenizer, delimiter):
     """Also if a step contains the delimiter or multi-byte characters."""
     steps = ["ab\ncd", "é 日本", "1. 2. 3", "x"]
-    text, spans = join_steps(steps, delimiter)
+    text, spans = StepRule(delimiter).join(steps)
     encoded = encode_steps(byte_tokenizer, Trace(where="here", prompt="q", completion=text, spans=spans))
     written = [
         bytes(byte_tokenizer.decode([encoded.completion[t] for t in tokens]), "utf-8") for tokens in encoded.steps
@@ -163,7 +163,7 @@ def test_scores_match_plain_forward_passes(model, policy, tokenizer, halves, agg
     traces, _ = halves
     encoded = []
     for trace in traces:
-        text, spans = join_steps(trace.steps, "\n")
+        text, spans = LINES.join(trace.steps)
         one = Trace(where=trace.where, prompt=trace.question + "\n", completion=text, spans=spans)
         encoded.append(encode_steps(tokenizer, one))
     scores = step_scores(model, encoded, aggregate, policy=policy, token_budget=60)
@@ -412,10 +412,10 @@ def test_real_processbench_through_a_byte_model(byte_tokenizer):
 # ---------- inserted errors ----------
 
 
-def test_split_steps_and_changed_step():
+def test_spans_of_steps_and_changed_step():
     text = "a b\n\n  cd \n \ne"
-    assert [text[start:end] for start, end in split_steps(text, "\n")] == ["a b", "cd", "e"]
-    assert [changed_step(split_steps(text, "\n"), at) for at in (0, 3, 7, 8, len(text) - 1)] == [0, 0, 1, 1, 2]
+    assert [text[start:end] for start, end in LINES.spans(text)] == ["a b", "cd", "e"]
+    assert [changed_step(LINES.spans(text), at) for at in (0, 3, 7, 8, len(text) - 1)] == [0, 0, 1, 1, 2]
 
 
 def test_oracle_reward_finds_every_inserted_error(model, tokenizer, policy, experts):

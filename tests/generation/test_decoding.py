@@ -24,6 +24,7 @@ from tracereward.generation.params import SamplingParams
 from tracereward.generation.sampling import generate
 from tracereward.generation.self_correction import self_correct
 from tracereward.modeling.log_probs import log_probs
+from tracereward.modeling.steps import LINES, StepRule
 from tracereward.rewards.first_error_rules import LevelRule
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.rewards.settings import RewardSettings
@@ -110,7 +111,7 @@ def test_continuations_match_a_loop_over_the_full_text(policy, words, temperatur
     streams = [f"row {row}" for row in range(40)]
     limits = [rng.randint(1, 7) for _ in range(40)]
     rows = list(map(OpenTrace, prompts, traces, streams, limits))
-    found = extend(policy, words, rows, delimiter="\n" if step else None, temperature=temperature, batch_size=3)
+    found = extend(policy, words, rows, rule=LINES if step else None, temperature=temperature, batch_size=3)
     for row, added in enumerate(found):
         expected = loop(policy, rows[row], temperature=temperature, step=step)
         assert [*traces[row], *added.ids] == expected
@@ -145,16 +146,16 @@ def test_first_step_boundaries():
     """In "x. x" the space is part of the next word's token, so only that token shows the end of the step."""
     dots = word_tokenizer(["<pad>", "<eos>", "x", ".", " x", "5"], r" x|[x.5]")
     x, dot, space_x, five = 2, 3, 4, 5
-    assert first_step(dots, [x, dot], ". ") is None
-    assert first_step(dots, [x, dot, space_x], ". ") == 2
-    assert first_step(dots, [x, dot, five, dot, space_x, dot, space_x], ". ") == 4
-    assert first_step(dots, [dot, space_x, dot, space_x], ". ") == 3  # steps are never blank
+    assert first_step(dots, [x, dot], StepRule(". ")) is None
+    assert first_step(dots, [x, dot, space_x], StepRule(". ")) == 2
+    assert first_step(dots, [x, dot, five, dot, space_x, dot, space_x], StepRule(". ")) == 4
+    assert first_step(dots, [dot, space_x, dot, space_x], StepRule(". ")) == 3  # steps are never blank
     lines = word_tokenizer(WORDS, r"[abc\n]")
-    assert first_step(lines, [A, B], "\n") is None
-    assert first_step(lines, [A, END, B, END], "\n") == 2
-    assert first_step(lines, [END, END, A, END], "\n") == 4
-    assert first_step(lines, [END, END], "\n") is None
-    assert first_step(lines, [A, EOS], "\n") is None
+    assert first_step(lines, [A, B], StepRule("\n")) is None
+    assert first_step(lines, [A, END, B, END], StepRule("\n")) == 2
+    assert first_step(lines, [END, END, A, END], StepRule("\n")) == 4
+    assert first_step(lines, [END, END], StepRule("\n")) is None
+    assert first_step(lines, [A, EOS], StepRule("\n")) is None
 
 
 def test_token_after_the_step_is_counted_but_not_kept():
@@ -162,7 +163,7 @@ def test_token_after_the_step_is_counted_but_not_kept():
     model = build_model(dots, seed=1, hidden_size=16, layers=1, heads=2).eval()
     never_pads(model)
     rows = [OpenTrace([2], [], str(i), 9) for i in range(99)]
-    found, complete = extend(model, dots, rows, delimiter=". "), extend(model, dots, rows)
+    found, complete = extend(model, dots, rows, rule=StepRule(". ")), extend(model, dots, rows)
     short = 0
     for part, trace in zip(found, complete, strict=True):
         ids, end = trace.ids, len(trace.ids)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from helpers.byte_tokenizers import BYTES, KEPT, STRIPPED, TEXT
 from tracereward.errors import InputError
 from tracereward.modeling.alignment import _ends_by_prefixes, _ends_by_stream, step_ends, token_offsets
+from tracereward.modeling.steps import StepRule
 
 
 def check(tokenizer, ids) -> tuple[str, list[tuple[int, int]]]:
@@ -35,7 +36,7 @@ def ends_of(tokenizer, text: str, delimiter: str = "\n") -> list[str]:
     ids = tokenizer(text)["input_ids"]
     _, offsets = check(tokenizer, ids)
     steps, start = [], 0
-    for (_, end), is_last in zip(offsets, step_ends(text, offsets, delimiter), strict=True):
+    for (_, end), is_last in zip(offsets, step_ends(text, offsets, StepRule(delimiter)), strict=True):
         if is_last:
             steps.append(text[start:end])
             start = end
@@ -183,7 +184,7 @@ def test_blank_lines_are_not_steps():
 
 def test_end_of_sequence_after_a_newline_is_no_step():
     assert step_ends("a\nb\n", [(0, 1), (1, 2), (2, 3), (3, 4), (4, 4)]) == [False, True, False, False, True]
-    assert step_ends("A. B. ", [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 6)], ". ") == [0, 1, 0, 0, 0, 1]
+    assert step_ends("A. B. ", [(0, 1), (1, 2), (2, 4), (4, 5), (5, 6), (6, 6)], StepRule(". ")) == [0, 1, 0, 0, 0, 1]
     assert step_ends("\n\na\n", [(0, 2), (2, 3), (3, 4), (4, 4)]) == [False, False, False, True]
     assert step_ends("\n", [(0, 1), (1, 1)]) == [False, True]
 
@@ -196,15 +197,21 @@ def test_last_token_always_ends_a_step():
 
 def test_delimiter_split_across_tokens():
     """The step ends where the delimiter ends, not where it begins."""
-    assert step_ends("a##b", [(0, 1), (1, 2), (2, 3), (3, 4)], "##") == [False, False, True, True]
-    assert step_ends("a##b#c", [(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)], "##") == [False, True, False, False, True]
+    assert step_ends("a##b", [(0, 1), (1, 2), (2, 3), (3, 4)], StepRule("##")) == [False, False, True, True]
+    assert step_ends("a##b#c", [(0, 1), (1, 3), (3, 4), (4, 5), (5, 6)], StepRule("##")) == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
 
 
 def test_delimiter_with_bytes_split_across_tokens():
     text = "a😀b"
     ids = BYTES(text)["input_ids"]
     _, offsets = check(BYTES, ids)
-    assert step_ends(text, offsets, "😀") == [False, False, False, False, True, True]
+    assert step_ends(text, offsets, StepRule("😀")) == [False, False, False, False, True, True]
 
 
 def test_space_of_a_sentence_delimiter_starts_the_next_step():

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tracereward.data.perturbations import KINDS, Perturbed, perturb
+from tracereward.modeling.steps import LINES, StepRule
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.training import discriminator_batch as module
 from tracereward.training.discriminator import held_out_demonstrations
@@ -350,7 +351,7 @@ def test_labels_switch_at_the_first_token_that_the_expert_did_not_write():
     text = "6 × 2 = 12"
     expert = Expert([1], encode_completion(tokenizer, text), text)
     assert len(expert.completion) == len(text) + 1
-    perturbed = module.perturber(tokenizer, "\n", ["operator"])
+    perturbed = module.perturber(tokenizer, LINES, ["operator"])
     for seed in range(20):
         found = perturbed(expert, random.Random(seed))
         assert found is not None
@@ -374,7 +375,7 @@ def demonstrations(tokenizer, experts):
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_switch_at_the_first_token_with_a_changed_character(tokenizer, demonstrations, kind):
     """Found by decoding ever longer prefixes until one is not a prefix of the expert's text."""
-    changes = module.perturber(tokenizer, "\n", [kind])
+    changes = module.perturber(tokenizer, LINES, [kind])
     found = 0
     for index, expert in enumerate(demonstrations):
         for seed in range(6):
@@ -396,7 +397,7 @@ def test_labels_switch_at_the_first_token_with_a_changed_character(tokenizer, de
 def test_labels_of_a_shortened_text_switch_at_its_end_of_sequence(tokenizer, monkeypatch):
     expert = Expert([1], encode_completion(tokenizer, "1 + 2 = 3\n#### 3"), "1 + 2 = 3\n#### 3")
     monkeypatch.setattr(module, "perturb", lambda *_: Perturbed("1 + 2 = 3", "drop_step", 9))
-    ids, switch = module.perturber(tokenizer, "\n")(expert, random.Random(0))
+    ids, switch = module.perturber(tokenizer, LINES)(expert, random.Random(0))
     assert ids == encode_completion(tokenizer, "1 + 2 = 3")
     assert switch == 5 == len(ids) - 1
 
@@ -405,8 +406,8 @@ def test_perturber_forwards_kinds_and_delimiter(tokenizer, demonstrations, monke
     seen = []
     monkeypatch.setattr(module, "perturb", lambda *arguments: seen.append(arguments))
     rng = random.Random(0)
-    assert module.perturber(tokenizer, ". ", ["operator"])(demonstrations[0], rng) is None
-    assert seen == [(demonstrations[0].text, rng, ["operator"], ". ")]
+    assert module.perturber(tokenizer, StepRule(". "), ["operator"])(demonstrations[0], rng) is None
+    assert seen == [(demonstrations[0].text, rng, ["operator"], StepRule(". "))]
 
 
 @pytest.mark.parametrize("same", [None, "the text", "another text of the same tokens"])
@@ -419,7 +420,7 @@ def test_inapplicable_perturbations_are_counted_and_dropped(tokenizer, demonstra
         "another text of the same tokens": Perturbed("1 + 57 = 56", "number", 4),
     }
     monkeypatch.setattr(module, "perturb", lambda *_: results[same])
-    changes = module.perturber(tokenizer, "\n")
+    changes = module.perturber(tokenizer, LINES)
     fresh = [Rollout(0, [5])]
     traces, shares = draw(
         [expert], fresh, filled([]), examples(1, 1, 0.0, 3, "both"), rng=random.Random(0), perturbed=changes
@@ -454,7 +455,7 @@ def test_perturbed_copies_carry_both_labels(tokenizer, demonstrations):
         filled([]),
         examples(12, 1, 0.0, 2, "rollouts"),
         rng=random.Random(0),
-        perturbed=module.perturber(tokenizer, "\n"),
+        perturbed=module.perturber(tokenizer, LINES),
     )
     copies = [t for t in traces if t.is_perturbed]
     assert shares["perturbed_missing_share"] == 0.0

@@ -29,7 +29,7 @@ def labelled(tokenizer, count: int) -> list[LabelledTrace]:
                 prompt=prompt, completion=encode_completion(tokenizer, row["completion"]), label=True, question=question
             )
         )
-        changed = perturb(row["completion"], rng, KINDS, "\n")
+        changed = perturb(row["completion"], rng, KINDS)
         if changed is not None:
             ids = encode_completion(tokenizer, changed.text)
             traces.append(LabelledTrace(prompt=prompt, completion=ids, label=False, question=question))

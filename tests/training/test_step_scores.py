@@ -6,6 +6,7 @@ import torch
 
 from tracereward.modeling.hidden_states import step_states, trace_states
 from tracereward.modeling.loading import load_causal_lm
+from tracereward.modeling.steps import LINES
 from tracereward.synthetic.arithmetic import generate
 from tracereward.tasks.recipes import get_task
 from tracereward.training import readout, step_scores
@@ -18,12 +19,12 @@ ROWS = [{"prompt": row["prompt"], "completion": row["completion"]} for row in ge
 
 @pytest.fixture
 def options(tiny_model_folder, tmp_path):
-    return StepOptions(model=str(tiny_model_folder), cache=tmp_path / "states", dtype=torch.float32, delimiter="\n")
+    return StepOptions(model=str(tiny_model_folder), cache=tmp_path / "states", dtype=torch.float32, rule=LINES)
 
 
 def test_steps_have_the_features_of_a_completion_behind_what_comes_before(tokenizer, tiny_model_folder):
     model = load_causal_lm(str(tiny_model_folder), torch.float32, torch.device("cpu"))
-    traces = stepped_traces(ROWS[:5], tokenizer, "\n")
+    traces = stepped_traces(ROWS[:5], tokenizer, LINES)
     prompts, completions = [trace.prompt for trace in traces], [trace.completion for trace in traces]
     found = dict(step_states(model, prompts, completions, 0, steps=[trace.steps for trace in traces], token_budget=70))
     assert len(found) == 5
@@ -36,7 +37,7 @@ def test_steps_have_the_features_of_a_completion_behind_what_comes_before(tokeni
 
 
 def test_changed_steps_follow_what_the_expert_wrote(tokenizer, options):
-    for trace, row in zip(stepped_traces(ROWS, tokenizer, "\n"), ROWS, strict=True):
+    for trace, row in zip(stepped_traces(ROWS, tokenizer, LINES), ROWS, strict=True):
         own = {(tuple(step.prompt), tuple(step.completion)) for step in trace.examples}
         changed = changed_steps(trace, row, TASK, tokenizer, options=options)
         assert changed
@@ -51,7 +52,7 @@ def test_changed_steps_follow_what_the_expert_wrote(tokenizer, options):
 def test_no_step_is_judged_by_a_head_that_has_seen_its_question(tokenizer, options, monkeypatch):
     """If the labels of one question turn, only the scores of the other questions change."""
     rows = [*ROWS, {**ROWS[0], "completion": ROWS[0]["completion"].replace("####", "so ####")}, dict(ROWS[1])]
-    traces = stepped_traces(rows, tokenizer, "\n")
+    traces = stepped_traces(rows, tokenizer, LINES)
     assert traces[24].question == traces[0].question != traces[1].question == traces[25].question
     first = score_steps(traces, rows, TASK, tokenizer, options=options)
     assert [len(values) for values in first.rewards] == [len(trace.steps) for trace in traces]

@@ -32,6 +32,10 @@ def audit(
         str | None, typer.Option(help="plain or chat. Default: as the model was trained by tracereward, else plain.")
     ] = None,
     step_delimiter: Annotated[str | None, typer.Option(help="Text that ends a step. Default: the task's.")] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="What ends a step instead: line, blank, numbered, sentence, or a regular expression."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N demonstrations.")] = None,
     states: Annotated[
         str | None, typer.Option(help="Folder of the model's states, which audits may share. Default: in --output-dir.")
@@ -54,6 +58,7 @@ def audit(
             order=order,
             template=template,
             step_delimiter=step_delimiter,
+            steps=steps,
             limit=limit,
             states=states,
             seed=seed,

@@ -24,6 +24,7 @@ from tracereward.modeling.lost_text import check_texts
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.precision import fast_dtype, reading_precision
 from tracereward.modeling.rendering import Rendering, dated, render
+from tracereward.modeling.steps import StepRule, check_steps
 from tracereward.modeling.tokenization import policy_tokenizer
 from tracereward.reports.audit import write_audit
 from tracereward.runs.disk import explain_full_disk
@@ -57,7 +58,8 @@ class AuditOptions:
         output_dir: folder of the results and of the model's states.
         order: one of `ORDERS`.
         template: ``plain``, ``chat``, or None: as the model was trained.
-        step_delimiter: what ends a step; the task's if None.
+        step_delimiter: text that ends a step; the task's if None.
+        steps: another rule for what ends one, see `StepRule`.
         limit: use the first N demonstrations.
         seed: of wrong copies and folds.
         states: folder of the model's states, which other audits may share; in `output_dir` if None.
@@ -74,11 +76,16 @@ class AuditOptions:
     order: str = DEFAULT_ORDER
     template: str | None = None
     step_delimiter: str | None = None
+    steps: str | None = None
     limit: int | None = None
     seed: int = 0
     states: str | None = None
     dtype: str | None = None
     overwrite: bool = False
+
+    def rule(self, task: Task) -> StepRule:
+        """What ends a step."""
+        return StepRule(delimiter=self.step_delimiter or task.step_delimiter, steps=self.steps or "")
 
 
 def run_audit(options: AuditOptions) -> Path:
@@ -92,8 +99,7 @@ def run_audit(options: AuditOptions) -> Path:
         Interrupted: the user stopped it; what the model has read is kept.
     """
     check_choice("order", options.order, ORDERS)
-    if options.step_delimiter == "":
-        raise InputError("--step-delimiter is empty: give the text that ends a step, or leave it out for the task's")
+    check_steps(options.step_delimiter, options.steps)
     folder = Path(options.output_dir)
     check_folder_writable(folder)
     for name in (ROWS, PAGE):
@@ -145,7 +151,7 @@ def _rank(row: dict[str, Any]) -> tuple[bool, float]:
 def _unread(row: dict[str, Any], findings: Sequence[Finding], task: Task, options: AuditOptions) -> dict[str, Any]:
     """What is known of a demonstration that no model has read."""
     text = trace_text(row["completion"])
-    pieces = text.split(options.step_delimiter or task.step_delimiter)
+    pieces = options.rule(task).pieces(text)
     return {
         "id": fingerprint(row),
         "source": row["source"],
@@ -154,7 +160,7 @@ def _unread(row: dict[str, Any], findings: Sequence[Finding], task: Task, option
         "answer": task.extract(text),
         "findings": [{"kind": finding.kind, "text": finding.text} for finding in findings],
         "suspicion": None,
-        "steps": [{"text": piece} for piece in pieces if piece.strip()],
+        "steps": [{"text": text[start:end]} for start, end in pieces],
     }
 
 
@@ -168,8 +174,9 @@ def _score(
     tokenizer = policy_tokenizer(name, rendering)
     rendered = render(list(rows), tokenizer, dated(rendering, tokenizer))
     check_texts(tokenizer, [(row["source"], [row["prompt"], row["completion"]]) for row in rendered], options.data)
-    delimiter = options.step_delimiter or task.step_delimiter
-    traces = stepped_traces(rendered, tokenizer, delimiter)
+    rule = options.rule(task)
+    rule.check(row["completion"] for row in rendered)
+    traces = stepped_traces(rendered, tokenizer, rule)
     positions = context_length(read_config(name))
     read = [i for i, trace in enumerate(traces) if len(trace.prompt) + len(trace.completion) <= positions]
     if len(read) < len(rows):
@@ -186,7 +193,7 @@ def _score(
             model=name,
             cache=Path(options.states or Path(options.output_dir) / STATES),
             dtype=getattr(torch, precision.name) if precision.name else fast_dtype(best_device()),
-            delimiter=delimiter,
+            rule=rule,
             seed=options.seed,
         ),
         stopped=stop.received,

@@ -140,6 +140,7 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         granularity=options.granularity,
         interval=options.interval,
         step_delimiter=options.step_delimiter or task.step_delimiter,
+        steps=options.steps or "",
         reward_form="logit",
         task=task.name,
         template=rendering.template,
@@ -148,6 +149,7 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         base_model=name,
         label_rule=data.rule.name,
     )
+    settings.step_rule.check(expert.text for question in data.questions for expert in question.experts)
     job = FitJob(given=options, resume=resume)
     check_disk(job, models=1, traces=_read_states(options, data))
     with run_folder(job) as run:

@@ -201,7 +201,7 @@ def _traces(model: Scorer, where: str, row: dict[str, Any]) -> list[Trace]:
     if "candidates" not in row and isinstance(row.get("completion"), list):
         text = completion_text(model.tokenizer, row["completion"], model.settings.rendering, where)
         row = {**row, "completion": text}
-    texts, finished, spans = traces_of(row, model.settings.step_delimiter)
+    texts, finished, spans = traces_of(row, model.settings.step_rule)
     traces = []
     for given, ended in zip(texts, finished, strict=True):
         text, had_end = without_ends(model.tokenizer, given)

@@ -92,6 +92,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         granularity=config.granularity,
         interval=config.interval,
         step_delimiter=config.step_delimiter or task.step_delimiter,
+        steps=config.steps or "",
         beta_clip=config.beta_clip,
         reward_form=str(config.reward_form),
         reference_model=policy if config.reward_form == "logit_plus_logprob" else "",
@@ -104,6 +105,7 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
         date=prepared.rendering.date,
         base_model=start,
     )
+    settings.step_rule.check(row["completion"] for row in prepared.rows)
     if config.shared_base and not model.use_peft:
         raise InputError("--shared_base needs --use_peft true: policy and discriminator are two LoRA adapters")
     check_disk(job, models=2)

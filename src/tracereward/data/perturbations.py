@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tracereward.errors import InputError, check_choice
+from tracereward.errors import check_choice
+from tracereward.modeling.steps import LINES, StepRule
 
 KINDS = ("operator", "nearby_number", "number", "drop_step", "swap_steps")
 
@@ -74,7 +75,7 @@ class Perturbed:
     first_change: int
 
 
-def perturb(text: str, rng: random.Random, kinds: Sequence[str] = KINDS, delimiter: str = "\n") -> Perturbed | None:
+def perturb(text: str, rng: random.Random, kinds: Sequence[str] = KINDS, rule: StepRule = LINES) -> Perturbed | None:
     """Make one wrong trace from a correct expert trace.
 
     The kinds are tried in random order; the first that applies is used, at a position sampled uniformly.
@@ -93,20 +94,18 @@ def perturb(text: str, rng: random.Random, kinds: Sequence[str] = KINDS, delimit
         text: the correct trace.
         rng: the same state and arguments give the same result.
         kinds: the kinds to choose from.
-        delimiter: what separates steps; a run of delimiters is one boundary, and blank steps do not count.
+        rule: what ends a step; a run of delimiters is one boundary, and blank steps do not count.
 
     Returns:
         The wrong trace, or None where no kind applies.
 
     Raises:
-        InputError: unknown kind, or an empty delimiter.
+        InputError: unknown kind.
     """
     for kind in kinds:
         check_choice("perturbation", kind, KINDS)
-    if not delimiter:
-        raise InputError("the step delimiter is empty: give the text that separates steps, such as a newline")
     for kind in rng.sample(kinds, len(kinds)):
-        changed = _change(text, rng, kind, delimiter)
+        changed = _change(text, rng, kind, rule)
         if changed is not None:
             return Perturbed(changed, kind, first_changed_character(text, changed))
     return None
@@ -123,13 +122,13 @@ def first_changed_character(original: str, changed: str) -> int:
     return min(len(original), len(changed))
 
 
-def _change(text: str, rng: random.Random, kind: str, delimiter: str) -> str | None:
+def _change(text: str, rng: random.Random, kind: str, rule: StepRule) -> str | None:
     if kind == "operator":
         return _flip_operator(text, rng)
     if kind == "drop_step":
-        return _drop_step(text, rng, delimiter)
+        return _drop_step(text, rng, rule)
     if kind == "swap_steps":
-        return _swap_steps(text, rng, delimiter)
+        return _swap_steps(text, rng, rule)
     return _change_number(text, rng, nearby=kind == "nearby_number")
 
 
@@ -225,21 +224,19 @@ class _Step(NamedTuple):
     numbered: bool
 
 
-def _steps(text: str, delimiter: str) -> list[_Step]:
+def _steps(text: str, rule: StepRule) -> list[_Step]:
     steps = []
-    start = 0
-    for piece in text.split(delimiter):
-        if content := piece.strip():
-            label = _STEP_LABEL.match(content)
-            body = content[label.end() :].lstrip() if label else content
-            end = start + len(piece.rstrip())
-            steps.append(_Step(start, end - len(body), end, label is not None))
-        start += len(piece) + len(delimiter)
+    for start, stop in rule.pieces(text):
+        content = text[start:stop].strip()
+        label = _STEP_LABEL.match(content)
+        body = content[label.end() :].lstrip() if label else content
+        end = start + len(text[start:stop].rstrip())
+        steps.append(_Step(start, end - len(body), end, label is not None))
     return steps
 
 
-def _drop_step(text: str, rng: random.Random, delimiter: str) -> str | None:
-    steps = _steps(text, delimiter)
+def _drop_step(text: str, rng: random.Random, rule: StepRule) -> str | None:
+    steps = _steps(text, rule)
     last_number = max((i for i, step in enumerate(steps) if step.numbered), default=0)
     places = [
         i for i, step in enumerate(steps[:-1]) if step.body < step.end and (not step.numbered or i == last_number)
@@ -250,9 +247,9 @@ def _drop_step(text: str, rng: random.Random, delimiter: str) -> str | None:
     return text[: steps[place].start] + text[steps[place + 1].start :]
 
 
-def _swap_steps(text: str, rng: random.Random, delimiter: str) -> str | None:
+def _swap_steps(text: str, rng: random.Random, rule: StepRule) -> str | None:
     places = []
-    steps = _steps(text, delimiter)
+    steps = _steps(text, rule)
     for one, two in itertools.pairwise(steps[:-1]):
         first, between, second = text[one.body : one.end], text[one.end : two.body], text[two.body : two.end]
         swapped = second + between + first

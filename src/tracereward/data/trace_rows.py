@@ -7,9 +7,9 @@ from tracereward.data.columns import fix, own_columns
 from tracereward.data.readers import not_json, read_rows
 from tracereward.errors import InputError, check_number
 from tracereward.messages import check_messages, content_text, reasoning_of
-from tracereward.modeling.alignment import join_steps
 from tracereward.modeling.lost_text import MOST_OF_A_TEXT, Tally, too_much
 from tracereward.modeling.seam import without_end_marks
+from tracereward.modeling.steps import StepRule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -190,7 +190,7 @@ def holds_steps(row: dict[str, Any]) -> bool:
     return "steps" in row and "completion" not in row and "candidates" not in row
 
 
-def traces_of(row: dict[str, Any], delimiter: str) -> tuple[list[str], list[bool], list[tuple[int, int]]]:
+def traces_of(row: dict[str, Any], rule: StepRule) -> tuple[list[str], list[bool], list[tuple[int, int]]]:
     """The traces of a row from `candidate_rows`.
 
     Returns:
@@ -199,7 +199,7 @@ def traces_of(row: dict[str, Any], delimiter: str) -> tuple[list[str], list[bool
     """
     spans: list[tuple[int, int]] = []
     if holds_steps(row):
-        text, spans = join_steps(row["steps"], delimiter)
+        text, spans = rule.join(row["steps"])
         traces = [text]
     else:
         traces = row["candidates"] if "candidates" in row else [row["completion"]]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tracereward.data.perturbations import KINDS as PERTURBATIONS
 from tracereward.data.perturbations import perturb
+from tracereward.modeling.steps import LINES, StepRule
 from tracereward.tasks.recipes import Task
 
 ANSWER = "answer"
@@ -20,7 +21,7 @@ def wrong_copy(
     rng: random.Random,
     *,
     kinds: Sequence[str] = KINDS,
-    delimiter: str | None = None,
+    rule: StepRule = LINES,
 ) -> tuple[str, str] | None:
     """A copy with one change that makes it wrong, and the kind of the change; None where no kind applies.
 
@@ -32,13 +33,13 @@ def wrong_copy(
         task: reads the answer.
         rng: the same state and arguments give the same result.
         kinds: the kinds to choose from.
-        delimiter: what separates steps; the task's if None.
+        rule: what ends a step.
     """
     for kind in rng.sample(kinds, len(kinds)):
         if kind == ANSWER:
             changed = other_answer(text, prompt, task, rng)
         else:
-            found = perturb(text, rng, [kind], delimiter or task.step_delimiter)
+            found = perturb(text, rng, [kind], rule)
             changed = None if found is None else found.text
         if changed is not None:
             return changed, kind

@@ -25,18 +25,6 @@ from tracereward.rewards.records import Trace
 from tracereward.rewards.token_scores import aggregate_rewards
 
 
-def split_steps(text: str, delimiter: str) -> list[tuple[int, int]]:
-    """Character span of each step of a text, without surrounding white space; blank steps are skipped."""
-    spans = []
-    start = 0
-    for piece in text.split(delimiter):
-        if content := piece.strip():
-            first = start + piece.index(content[0])
-            spans.append((first, first + len(content)))
-        start += len(piece) + len(delimiter)
-    return spans
-
-
 def changed_step(spans: Sequence[tuple[int, int]], first_change: int) -> int:
     """The step with the first changed character.
 
@@ -83,11 +71,11 @@ def evaluate_perturbations(
     for kind in kinds:
         check_choice("perturbation", kind, KINDS)
     limit = position_limit(model.backbone, policy)
-    delimiter = model.settings.step_delimiter
+    rule = model.settings.step_rule
     rendered = render(list(rows), model.tokenizer, model.settings.rendering)
 
     def encode(row: dict[str, Any], text: str) -> EncodedSteps | None:
-        spans = split_steps(text, delimiter)
+        spans = rule.spans(text)
         where = row.get("source", "a row")
         one = encode_steps(model.tokenizer, Trace(where=where, prompt=row["prompt"], completion=text, spans=spans))
         return one if one.length <= limit else None
@@ -106,7 +94,7 @@ def evaluate_perturbations(
         counts[kind] = {"applied": 0, "not_applicable": 0, "left_out": 0}
         for index, original in originals.items():
             row = rendered[index]
-            changed = perturb(row["completion"], random.Random(f"{seed} {kind} {index}"), [kind], delimiter)
+            changed = perturb(row["completion"], random.Random(f"{seed} {kind} {index}"), [kind], rule)
             one = None if changed is None else encode(row, changed.text)
             if changed is None or (one is not None and one.completion == original.completion):
                 counts[kind]["not_applicable"] += 1  # or the tokens are the same: the vocabulary lacks the difference
@@ -114,7 +102,7 @@ def evaluate_perturbations(
                 counts[kind]["left_out"] += 1
             else:
                 counts[kind]["applied"] += 1
-                step = changed_step(split_steps(changed.text, delimiter), changed.first_change)
+                step = changed_step(rule.spans(changed.text), changed.first_change)
                 found[kind].append((index, len(encoded), step))
                 encoded.append(one)
 

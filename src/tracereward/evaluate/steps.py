@@ -22,7 +22,6 @@ from tracereward.evaluate.first_error import (
 )
 from tracereward.evaluate.step_data import StepTrace, prompt_of
 from tracereward.files import without_nan
-from tracereward.modeling.alignment import join_steps
 from tracereward.modeling.batching import pack, scoring_budget, token_budget_batches
 from tracereward.modeling.loading import context_length
 from tracereward.modeling.log_probs import log_probs_and_entropies
@@ -134,7 +133,7 @@ def encode_fitting(
     encoded: list[EncodedSteps] = []
     for trace in traces:
         prompt = render_prompt(model.tokenizer, prompt_of(trace, task), model.settings.rendering, trace.where)
-        text, spans = join_steps(trace.steps, model.settings.step_delimiter)
+        text, spans = model.settings.step_rule.join(trace.steps)
         one = encode_steps(model.tokenizer, Trace(where=trace.where, prompt=prompt, completion=text, spans=spans))
         if one.length <= limit:
             kept.append(trace)

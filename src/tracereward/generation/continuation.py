@@ -25,6 +25,7 @@ from transformers import (
 from tracereward.generation.settings import generation_config, run_generate
 from tracereward.modeling.alignment import step_ends, token_offsets
 from tracereward.modeling.batching import pack
+from tracereward.modeling.steps import StepRule
 from tracereward.modeling.tokenization import eos_ids, pad_id
 
 Tilt = Callable[[list[list[int]], Tensor], Tensor]
@@ -67,7 +68,7 @@ def extend(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[OpenTrace],
     *,
-    delimiter: str | None = None,
+    rule: StepRule | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 64,
@@ -79,7 +80,7 @@ def extend(
         model: the policy.
         tokenizer: its tokenizer.
         rows: R traces.
-        delimiter: step delimiter; None continues to the end of the trace.
+        rule: what ends a step; None continues to the end of the trace.
         temperature: 0 is greedy decoding.
         top_p: nucleus sampling, applied after the tilt.
         batch_size: rows generated together.
@@ -95,7 +96,7 @@ def extend(
         contexts = [[*row.prompt, *row.trace] for row in part]
         batch = pack(contexts, [[]] * len(contexts), pad_id(tokenizer)).to(model.device)
         width, limits = batch.input_ids.size(1), [row.limit for row in part]
-        stop = _Stop(tokenizer, eos_ids(model, tokenizer), width=width, limits=limits, delimiter=delimiter)
+        stop = _Stop(tokenizer, eos_ids(model, tokenizer), width=width, limits=limits, rule=rule)
         sampler = _Sampler(stop, part, temperature=temperature, top_p=top_p, tilt=tilt)
         output = run_generate(
             model,
@@ -123,22 +124,26 @@ def choose_token(logits: Tensor, number: float) -> int:
     return min(int(found), len(logits) - 1)
 
 
-def first_step(tokenizer: PreTrainedTokenizerBase, ids: list[int], delimiter: str) -> int | None:
+def first_step(tokenizer: PreTrainedTokenizerBase, ids: list[int], rule: StepRule) -> int | None:
     """Number of tokens in the first step of `ids`; None if the step has not ended.
 
     Leading white space and delimiters are part of the step: a step is never blank. As in `alignment.step_ends`, it
-    includes the token with the delimiter's last visible character.
+    includes the token with the step's last visible character.
     """
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
     blank = len(text) - len(text.lstrip())
-    while delimiter.strip() and text.startswith(delimiter.rstrip(), blank):
-        blank += len(delimiter.rstrip())
-        blank += len(text[blank:]) - len(text[blank:].lstrip())
-    if delimiter not in text[blank:]:
+    if not rule.steps:
+        visible = rule.delimiter.rstrip()
+        while visible and text.startswith(visible, blank):
+            blank += len(visible)
+            blank += len(text[blank:]) - len(text[blank:].lstrip())
+        if rule.delimiter not in text[blank:]:
+            return None
+    if not rule.cuts(text + "a"):  # more may follow
         return None
     text, offsets = token_offsets(tokenizer, ids)
-    ends = step_ends(text + "a", offsets, delimiter)  # more may follow
+    ends = step_ends(text + "a", offsets, rule)
     return next(i for i, (end, (_, last)) in enumerate(zip(ends, offsets, strict=True)) if end and last > blank) + 1
 
 
@@ -157,9 +162,9 @@ class _Stop(StoppingCriteria):
         *,
         width: int,
         limits: Sequence[int],
-        delimiter: str | None,
+        rule: StepRule | None,
     ):
-        self.tokenizer, self.eos, self.width, self.limits, self.delimiter = tokenizer, eos, width, limits, delimiter
+        self.tokenizer, self.eos, self.width, self.limits, self.rule = tokenizer, eos, width, limits, rule
         self.counts: dict[int, int] = {}
         self.kept: dict[int, int] = {}
 
@@ -169,8 +174,8 @@ class _Stop(StoppingCriteria):
             if row in self.counts:
                 continue
             kept = len(ids) if ids[-1] in self.eos else None
-            if kept is None and self.delimiter is not None:
-                kept = first_step(self.tokenizer, ids, self.delimiter)
+            if kept is None and self.rule is not None:
+                kept = first_step(self.tokenizer, ids, self.rule)
             if kept is None and len(ids) >= self.limits[row]:
                 kept = len(ids)
             if kept is not None:

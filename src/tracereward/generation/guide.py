@@ -117,7 +117,7 @@ class Guide:
                 )
                 for row in open_rows
             ],
-            delimiter=self.scorer.settings.step_delimiter if by_step else None,
+            rule=self.scorer.settings.step_rule if by_step else None,
             temperature=0.0 if greedy else self.sampling.temperature,
             top_p=self.sampling.top_p,
             batch_size=self.sampling.batch_size,

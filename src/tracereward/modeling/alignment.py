@@ -1,7 +1,6 @@
 """Character offsets of token ids, step boundaries, and projection of values between two tokenizers' tokens."""
 
 import math
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -10,6 +9,7 @@ from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from tracereward.errors import InputError
+from tracereward.modeling.steps import LINES, StepRule
 
 
 def token_offsets(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
@@ -65,51 +65,26 @@ def _ends_by_prefixes(backend: Tokenizer, ids: list[int], text: str) -> list[int
     return ends[1:]
 
 
-def step_ends(text: str, offsets: Sequence[tuple[int, int]], delimiter: str = "\n") -> list[bool]:
-    """Whether each token is the last of a step.
+def step_ends(text: str, offsets: Sequence[tuple[int, int]], rule: StepRule = LINES) -> list[bool]:
+    """Whether each token is the last of a step: the token that holds the step's last character.
 
-    A step ends with the last character of a run of delimiters (with white space between them) that has text on both
-    sides: neither blank lines nor an end of sequence after the last newline make a step. White space at the end of a
-    delimiter such as ". " does not count, because most tokenizers put it into the next word's token. The token that
-    holds the character is the step's last. The trace's last token always is one.
+    The trace's last token always is one.
 
     Args:
         text: the completion.
         offsets: T character spans of its tokens.
-        delimiter: what separates steps; a newline by default.
+        rule: what ends a step; a newline by default.
     """
     ends = [False] * len(offsets)
-    runs = re.finditer(rf"(?:{re.escape(delimiter)}\s*?)*{re.escape(delimiter)}", text)
-    first, last = len(text) - len(text.lstrip()), len(text.rstrip())
-    boundaries = [
-        (match.start() + len(match[0].rstrip()) if delimiter.strip() else match.end()) - 1
-        for match in runs
-        if match.start() > first and match.end() < last
-    ]
     token = 0
-    for character in boundaries:
-        while token < len(offsets) and offsets[token][1] <= character:
+    for cut in rule.cuts(text):
+        while token < len(offsets) and offsets[token][1] < cut:
             token += 1
         if token < len(offsets):
             ends[token] = True
     if ends:
         ends[-1] = True
     return ends
-
-
-def join_steps(steps: Sequence[str], delimiter: str) -> tuple[str, list[tuple[int, int]]]:
-    """One text of steps, and the characters of each step.
-
-    A step that already ends with the visible part of the delimiter (the "." of ". ") gets only the rest of it.
-    """
-    visible = delimiter.rstrip()
-    text, spans = "", []
-    for step in steps:
-        if text:
-            text += delimiter[len(visible) :] if visible and text.endswith(visible) else delimiter
-        spans.append((len(text), len(text) + len(step)))
-        text += step
-    return text, spans
 
 
 def containing_tokens(source: Sequence[tuple[int, int]], target: Sequence[tuple[int, int]], ended: bool) -> list[int]:

@@ -56,7 +56,7 @@ def fit_first_error(model: Scorer, traces: Sequence[JudgedTrace], seed: int = 0)
         original, changed = _read(trace, trace.completion), None
         if trace.right:
             rng = random.Random(f"{seed} {number}")
-            changed = perturb(original.completion, rng, delimiter=model.settings.step_delimiter)
+            changed = perturb(original.completion, rng, rule=model.settings.step_rule)
         copies = [original] if changed is None else [original, _read(trace, changed.text)]
         try:
             ids = [model.encode(copy, known=False) for copy in copies]

@@ -21,7 +21,7 @@ from tracereward.errors import (
     check_text_list,
 )
 from tracereward.errors import check_text as check_argument
-from tracereward.modeling.alignment import join_steps, step_ends, token_offsets
+from tracereward.modeling.alignment import step_ends, token_offsets
 from tracereward.modeling.batching import Batch
 from tracereward.modeling.lost_text import check_text
 from tracereward.modeling.tokenization import encode_trace
@@ -87,7 +87,7 @@ class Scorer(ABC):
     def step_ends(self, completion: Sequence[int]) -> list[bool]:
         """Flag the tokens of a completion that end a step."""
         text, offsets = token_offsets(self.tokenizer, completion)
-        return step_ends(text, offsets, self.settings.step_delimiter)
+        return step_ends(text, offsets, self.settings.step_rule)
 
     def supervision(self, batch: Batch) -> Tensor:
         """The supervision mask of a batch, (B, T) bool."""
@@ -264,7 +264,7 @@ class Scorer(ABC):
     def score_steps(self, prompts: Sequence[str], traces: Sequence[Sequence[str]]) -> list[list[float]]:
         """Mean token reward of each step.
 
-        Steps are joined by ``settings.step_delimiter`` (`alignment.join_steps`). Tokens are assigned to steps by
+        Steps are joined by `StepRule.join`. Tokens are assigned to steps by
         character spans, so a step may contain the delimiter.
 
         Raises:
@@ -283,7 +283,7 @@ class Scorer(ABC):
         for n, steps in enumerate(listed):
             if not all(step.strip() for step in steps):
                 raise InputError(f"traces[{n}] has an empty step")
-        joined = [join_steps(steps, self.settings.step_delimiter) for steps in listed]
+        joined = [self.settings.step_rule.join(steps) for steps in listed]
         found = [
             Trace(where=f"trace {index}", prompt=prompt, completion=text, spans=spans)
             for index, (prompt, (text, spans)) in enumerate(zip(prompts, joined, strict=True))
@@ -295,7 +295,7 @@ class Scorer(ABC):
     def to_scores(self, completion: Sequence[int], rewards: Tensor) -> TokenScores:
         """Build the `TokenScores` of a completion."""
         text, offsets = token_offsets(self.tokenizer, completion)
-        ends = step_ends(text, offsets, self.settings.step_delimiter)
+        ends = step_ends(text, offsets, self.settings.step_rule)
         mask = torch.ones(1, len(completion), dtype=torch.long)
         supervised = supervision_mask(mask, torch.tensor([ends]), self.settings.granularity, self.settings.interval)
         tokens = [text[start:end] for start, end in offsets]

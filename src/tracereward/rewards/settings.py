@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from tracereward.errors import InputError, check_choice, check_text, first_line
+from tracereward.errors import InputError, check_choice, first_line
 from tracereward.files import atomic_write_json, read_json
 from tracereward.modeling.loading import (
     CAUSAL_LM,
@@ -22,6 +22,7 @@ from tracereward.modeling.loading import (
 from tracereward.modeling.model_folder import REWARD_MODEL, SETTINGS_FILE, check_folder
 from tracereward.modeling.precision import DTYPES
 from tracereward.modeling.rendering import TEMPLATES, Rendering
+from tracereward.modeling.steps import StepRule
 from tracereward.rewards.abstention import Abstention, threshold_of, why_abstained
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
@@ -42,7 +43,8 @@ class RewardSettings:
         layers: that head ``token`` reads, increasing and from 1, the last one the backbone's last; empty if only that.
         granularity: which tokens are supervised, see `supervision.supervision_mask`.
         interval: k of granularity ``interval``.
-        step_delimiter: text that ends a step.
+        step_delimiter: text that ends a step, if `steps` is "".
+        steps: how a trace is cut into steps, see `modeling.steps.StepRule`.
         beta_clip: token rewards are clipped to +-beta_clip, in log-odds.
         temperature: log-odds are divided by it before the clip.
         reward_form: reward used in training, one of `choices.REWARD_FORMS`; "" is the head's default. `score` computes
@@ -69,6 +71,7 @@ class RewardSettings:
     granularity: str = "dense"
     interval: int = 15
     step_delimiter: str = "\n"
+    steps: str = ""
     beta_clip: float = 5.0
     temperature: float = 1.0
     reward_form: str = ""
@@ -94,7 +97,7 @@ class RewardSettings:
         check_choice("template", self.template, TEMPLATES)
         if not isinstance(self.interval, int) or self.interval < 1:
             raise InputError(f"interval must be at least 1, not {self.interval!r}")
-        check_text("step_delimiter", self.step_delimiter)
+        _ = self.step_rule  # refuses what is no rule
         for name in ("beta_clip", "temperature"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:  # also rejects NaN
@@ -109,6 +112,11 @@ class RewardSettings:
     def rendering(self) -> Rendering:
         """How prompts become text."""
         return Rendering(template=self.template, chat_template_kwargs=self.chat_template_kwargs, date=self.date)
+
+    @property
+    def step_rule(self) -> StepRule:
+        """Where steps end."""
+        return StepRule(delimiter=self.step_delimiter, steps=self.steps)
 
     @property
     def form(self) -> str:

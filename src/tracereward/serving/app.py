@@ -18,7 +18,6 @@ from scipy.special import expit
 from tracereward import __version__
 from tracereward.commands.score import as_row
 from tracereward.errors import InputError
-from tracereward.modeling.alignment import join_steps
 from tracereward.reports.verdicts import verdict_html
 from tracereward.rewards.records import Trace
 from tracereward.rewards.scorer import Scorer
@@ -96,7 +95,7 @@ def _add_scoring(app: FastAPI, service: Service) -> None:
         spans: Sequence[tuple[int, int]] = []
         prompt = service.render(body.prompt)
         if body.steps is not None:
-            text, spans = join_steps(body.steps, service.model.settings.step_delimiter)
+            text, spans = service.model.settings.step_rule.join(body.steps)
             trace = Trace(where="steps", prompt=prompt, completion=text, finished=body.finished, spans=spans)
             field, texts, spans = "steps", [trace.completion], trace.spans
             body.finished = trace.finished

@@ -109,7 +109,7 @@ class ScoreRequest(Strict):
     completion: Text | None = None
     candidates: Annotated[list[Text], Field(min_length=1)] | None = None
     steps: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description="Joined by the reward model's step delimiter."
+        None, description="Joined as the reward model cuts steps."
     )
     finished: bool = Field(True, description="Whether the traces end with the end of sequence, not at a length limit.")
     tokens: bool = Field(True, description="Also return each token's text, offsets and reward.")

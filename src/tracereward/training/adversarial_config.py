@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tracereward.errors import InputError
+from tracereward.modeling.steps import check_steps
 from tracereward.rewards.heads import default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.training.config import PolicyConfig
 from tracereward.training.option_types import check_options
@@ -19,8 +20,7 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.step_delimiter == "":
-            raise InputError("step_delimiter is empty: give the text that ends a step, or leave it out for the task's")
+        check_steps(self.step_delimiter, self.steps)
         if self.reward_form is None:
             # The action head's logit estimates a ratio to the policy, whose maximum is not the expert.
             self.reward_form: str | None = (

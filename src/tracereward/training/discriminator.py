@@ -134,7 +134,7 @@ class Discriminator:
                 "objective nnpu estimates the prior on held-out demonstrations, and there are none: give more "
                 "demonstrations or --positive_prior"
             )
-        self.perturbed: Perturber = perturber(model.tokenizer, model.settings.step_delimiter)
+        self.perturbed: Perturber = perturber(model.tokenizer, model.settings.step_rule)
 
     def _trained(self) -> dict[str, nn.Parameter]:
         with self.model.active():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from tracereward.data.perturbations import KINDS, perturb
+from tracereward.modeling.steps import StepRule
 from tracereward.modeling.tokenization import encode_completion
 from tracereward.training.first_difference import first_difference
 from tracereward.training.options import ExampleOptions
@@ -121,7 +122,7 @@ def traces_by_prompt(experts: Iterable[Expert]) -> dict[tuple[int, ...], list[li
 Perturber = Callable[[Expert, random.Random], tuple[list[int], int] | None]
 
 
-def perturber(tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS) -> Perturber:
+def perturber(tokenizer: Any, rule: StepRule, kinds: Sequence[str] = KINDS) -> Perturber:
     """A function that perturbs an expert and returns token ids and the first that differs from the expert's.
 
     The latter may be before the token that completes the first changed character: tokens may hold parts of a
@@ -130,7 +131,7 @@ def perturber(tokenizer: Any, delimiter: str, kinds: Sequence[str] = KINDS) -> P
     """
 
     def perturbed(expert: Expert, rng: random.Random) -> tuple[list[int], int] | None:
-        changed = perturb(expert.text, rng, kinds, delimiter)
+        changed = perturb(expert.text, rng, kinds, rule)
         if changed is None:
             return None
         ids = encode_completion(tokenizer, changed.text)

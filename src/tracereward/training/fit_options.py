@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from tracereward.errors import InputError
 from tracereward.generation.params import MAX_SEED
+from tracereward.modeling.steps import check_steps
 from tracereward.rewards.choices import GRANULARITIES, NEGATIVES, POSITIVES
 from tracereward.training.option_types import OneOf, Range, check_options, check_types
 from tracereward.training.options import DiscriminatorOptions
@@ -131,6 +132,14 @@ class FitModelOptions:
         default=15, metadata={"help": "k of granularity interval."}
     )
     step_delimiter: str | None = field(default=None, metadata={"help": "String that ends a step. Default: the task's."})
+    steps: str | None = field(
+        default=None,
+        metadata={
+            "help": 'How a trace is cut into steps: line, blank (lines), numbered (before "1." or "Step 1:"), sentence '
+            "or a regular expression of what ends a step; code blocks and display formulas stay whole. Default: by "
+            "--step_delimiter."
+        },
+    )
     use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters instead of all weights."})
     lora_r: Annotated[int, Range(min=1, whole=True)] = field(default=16, metadata={"help": "Rank of LoRA."})
     lora_alpha: Annotated[int, Range(min=1, whole=True)] = field(default=32, metadata={"help": "Scale of LoRA."})
@@ -245,8 +254,7 @@ class FitOptions(FitDataOptions, FitLabelOptions, FitModelOptions, FitLossOption
     def __post_init__(self) -> None:
         check_types(self)
         check_options(self)
-        if self.step_delimiter == "":
-            raise InputError("step_delimiter is empty: give the text that ends a step, or leave it out for the task's")
+        check_steps(self.step_delimiter, self.steps)
         if self.readout and self.objective not in ("pairwise", "bce"):
             raise InputError(f"objective {self.objective} is for fine-tuning: set --readout false")
         if self.learning_curve and not self.held_out_fraction:

@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 from tracereward.data.readers import has_splits
 from tracereward.errors import InputError
 from tracereward.files import read_json
+from tracereward.modeling.steps import NAMED
 from tracereward.training.option_types import option_defaults
 from tracereward.training.options import NOT_OF
 from tracereward.training.trl_options import COMMANDS, FIT, ROLLOUTS, SFT, TRAIN, refusal
@@ -323,6 +324,12 @@ CONFIG_RULES: tuple[Rule, ...] = (
         options=("interval",),
         when=lambda o: o.granularity != "interval",
         why="it needs --granularity interval",
+        commands=(TRAIN, FIT),
+    ),
+    Rule(
+        options=("step_delimiter",),
+        when=lambda o: o.steps in NAMED,
+        why="--steps already says what ends a step",
         commands=(TRAIN, FIT),
     ),
     Rule(

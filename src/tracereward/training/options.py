@@ -156,6 +156,14 @@ class DiscriminatorModelOptions:
     )
     interval: Annotated[int, Range(min=1)] = field(default=15, metadata={"help": "k of granularity interval."})
     step_delimiter: str | None = field(default=None, metadata={"help": "String that ends a step. Default: the task's."})
+    steps: str | None = field(
+        default=None,
+        metadata={
+            "help": 'How a trace is cut into steps: line, blank (lines), numbered (before "1." or "Step 1:"), sentence '
+            "or a regular expression of what ends a step; code blocks and display formulas stay whole. Default: by "
+            "--step_delimiter."
+        },
+    )
     discriminator_model: str | None = field(
         default=None, metadata={"help": "Causal LM that initialises the discriminator. Default: the starting policy."}
     )

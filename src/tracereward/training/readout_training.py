@@ -110,7 +110,7 @@ def token_shares(settings: RewardSettings, tokenizer: PreTrainedTokenizerBase, c
     """(T,) share of each token of a completion in the trace's mean reward."""
     ends = [False] * len(completion)
     if settings.granularity == "step":
-        ends = step_ends(*token_offsets(tokenizer, completion), settings.step_delimiter)
+        ends = step_ends(*token_offsets(tokenizer, completion), settings.step_rule)
     mask = torch.ones(1, len(completion))
     return reward_shares(supervision_mask(mask, torch.tensor([ends]), settings.granularity, settings.interval))[0]
 
@@ -140,7 +140,8 @@ def states_of(
     known = StateCache(
         options.cache,
         f"{model_fingerprint(name)} {options.dtype}",
-        f"{settings.granularity} {settings.interval} {settings.step_delimiter!r}",
+        f"{settings.granularity} {settings.interval} {settings.step_delimiter!r}"
+        + (f" {settings.steps!r}" if settings.steps else ""),
     )
     shares = functools.partial(token_shares, settings, tokenizer)
     found = cached_states(model, traces, known, pad_id(tokenizer), shares=shares, stopped=stopped)

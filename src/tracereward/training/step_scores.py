@@ -23,6 +23,7 @@ from tracereward.errors import InputError, Interrupted
 from tracereward.modeling.alignment import step_ends, token_offsets
 from tracereward.modeling.hidden_states import StateCache, TraceStates, readable_layers, step_states
 from tracereward.modeling.loading import best_device, load_causal_lm, model_fingerprint
+from tracereward.modeling.steps import StepRule
 from tracereward.modeling.tokenization import encode_completion, encode_prompt, pad_id
 from tracereward.tasks.recipes import Task
 from tracereward.training.first_difference import first_difference
@@ -64,21 +65,21 @@ class SteppedTrace:
         return [self.step(span, True) for span in self.steps]
 
 
-def steps_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], delimiter: str) -> list[tuple[int, int]]:
+def steps_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], rule: StepRule) -> list[tuple[int, int]]:
     """The steps of a completion: of each the first token, and the one after its last."""
-    ends = [place + 1 for place, is_end in enumerate(step_ends(*token_offsets(tokenizer, ids), delimiter)) if is_end]
+    ends = [place + 1 for place, is_end in enumerate(step_ends(*token_offsets(tokenizer, ids), rule)) if is_end]
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def stepped_traces(
-    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, delimiter: str
+    rows: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, rule: StepRule
 ) -> list[SteppedTrace]:
     """Demonstrations in token ids. Those whose prompts are nearly the same count as answers to one question.
 
     Args:
         rows: rendered.
         tokenizer: the model's.
-        delimiter: what separates steps.
+        rule: what ends a step.
     """
     numbers = near_groups([row["prompt"] for row in rows])
     traces = []
@@ -88,7 +89,7 @@ def stepped_traces(
             SteppedTrace(
                 prompt=encode_prompt(tokenizer, row["prompt"]),
                 completion=ids,
-                steps=steps_of(tokenizer, ids, delimiter),
+                steps=steps_of(tokenizer, ids, rule),
                 question=number,
             )
         )
@@ -118,16 +119,16 @@ def changed_steps(
         tokenizer: of the trace.
         options: kinds and seed of the changes, which also depend on the demonstration's text.
     """
-    delimiter = options.delimiter
+    rule = options.rule
     rng, found = random.Random(f"copies {options.seed} {row['prompt']} {row['completion']}"), {}
     for _ in range(options.copies):
-        copy = wrong_copy(row["completion"], row["prompt"], task, rng, kinds=options.kinds, delimiter=delimiter)
+        copy = wrong_copy(row["completion"], row["prompt"], task, rng, kinds=options.kinds, rule=rule)
         if copy is None:
             break
         ids = encode_completion(tokenizer, copy[0])
         place = min(first_difference(ids, trace.completion), len(ids) - 1)
         changed = SteppedTrace(
-            prompt=trace.prompt, completion=ids, steps=steps_of(tokenizer, ids, delimiter), question=trace.question
+            prompt=trace.prompt, completion=ids, steps=steps_of(tokenizer, ids, rule), question=trace.question
         )
         span = next(span for span in changed.steps if span[0] <= place < span[1])
         example = changed.step(span, False)
@@ -183,7 +184,7 @@ class StepOptions:
         model: folder or Hub id of the frozen causal LM.
         cache: folder of its states.
         dtype: in which it computes.
-        delimiter: what separates steps.
+        rule: what ends a step.
         seed: of the changes and the folds.
         kinds: of the changes.
         copies: wrong copies of a demonstration.
@@ -192,7 +193,7 @@ class StepOptions:
     model: str
     cache: Path
     dtype: torch.dtype
-    delimiter: str
+    rule: StepRule
     seed: int = 0
     kinds: tuple[str, ...] = KINDS
     copies: int = COPIES

@@ -1,0 +1,92 @@
+"""Shapes of traces from end to end: fit, score, inspect and serve cut, supervise and reward them alike."""
+
+import itertools
+import json
+
+import pytest
+
+from helpers.command_line import command, refused  # noqa: F401
+from helpers.served import client_of, close, save_reward_model
+from helpers.tiny import options
+from tracereward import TokenRewardModel
+from tracereward.files import write_jsonl
+from tracereward.synthetic.arithmetic import generate
+
+
+def logged(count: int) -> tuple[list[dict], list[dict]]:
+    """Demonstrations, and for each its right working and one with another result."""
+    experts = [{key: row[key] for key in ("prompt", "completion")} for row in generate("misconception", count, 5)]
+    candidates = []
+    for row in experts:
+        working, _, value = row["completion"].rpartition("\n#### ")
+        wrong = f"{working}\n#### {(int(value) + 1) % 40}"
+        candidates += [{"prompt": row["prompt"], "completion": text} for text in (f"{row['completion']}", wrong)]
+    return experts, candidates
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory, tiny_model_folder):
+    """Rows in files, and the options that every fit needs."""
+    folder = tmp_path_factory.mktemp("traces")
+    for name, rows in zip(("experts", "logged"), logged(20), strict=True):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder, {
+        "demonstrations": folder / "experts.jsonl",
+        "candidates": folder / "logged.jsonl",
+        "model": tiny_model_folder,
+        "task": "arithmetic",
+        "granularity": "step",
+    }
+
+
+@pytest.fixture(params=["made", pytest.param("fitted", marks=pytest.mark.long)])
+def reward_model(request, given, tokenizer, command):
+    """A reward model whose steps are the answer and all lines before it."""
+    folder, shared = given
+    if request.param == "made":
+        settings = {"steps": r"\n(?=####)", "granularity": "step"}
+        return save_reward_model(folder / "made", tokenizer, **settings)
+    done = command("fit", *options(**shared, steps=r"\n(?=####)", output_dir=folder / "run"))
+    assert done.code == 0, done.err
+    return folder / "run" / "reward_model"
+
+
+def test_steps_of_a_rule_from_end_to_end(reward_model, given, command):
+    folder, _ = given
+    assert json.loads((reward_model / "tracereward.json").read_text())["steps"] == r"\n(?=####)"
+
+    done = command("score", reward_model, folder / "logged.jsonl", "-o", folder / "scored.jsonl")
+    assert done.code == 0, done.err
+    scored = [json.loads(line) for line in (folder / "scored.jsonl").read_text().splitlines()]
+    for row in scored:
+        cut = row["completion"].index("####")
+        last = [end for (_, end), is_last in zip(row["offsets"], row["step_ends"], strict=True) if is_last]
+        assert last == [cut, len(row["completion"])]
+        assert row["supervised"] == row["step_ends"]
+        assert len(row["step_rewards"]) == 2
+
+    done = command("inspect", folder / "scored.jsonl", "--limit", 1)
+    assert done.code == 0, done.err
+    assert "#### " in done.out
+
+    pytest.importorskip("fastapi_offline", reason="the packages of tracereward[serve] are not installed")
+    row = scored[1]
+    with client_of(TokenRewardModel.from_pretrained(reward_model)) as client:
+        body = {"prompt": row["prompt"], "completion": row["completion"]}
+        [one] = client.post("/v1/score", json=body).json()["results"]
+        bounds = [0, row["completion"].index("####"), None]
+        steps = [row["completion"][a:b].rstrip("\n") for a, b in itertools.pairwise(bounds)]
+        [by_step] = client.post("/v1/score", json={"prompt": row["prompt"], "steps": steps}).json()["results"]
+    assert one["step_ends"] == by_step["step_ends"] == row["step_ends"]
+    assert one["step_rewards"] == close(row["step_rewards"])
+
+
+def test_rules_without_a_cut_or_an_effect_are_refused(given, command, tmp_path):
+    _, shared = given
+    for more, message in (
+        ({"steps": "numbered"}, "steps 'numbered' cuts none of the 20 demonstrations"),
+        ({"steps": "lines"}, "did you mean 'line'"),
+        ({"steps": "blank", "step_delimiter": ". "}, "--steps already says what ends a step"),
+    ):
+        refused(command("fit", *options(**shared, **more, output_dir=tmp_path / "run")), message)
+        assert not (tmp_path / "run").exists()
