@@ -17,7 +17,7 @@ from tracereward.data.demonstration_checks import ERRORS, Finding, check_rows, o
 from tracereward.data.demonstrations import load_demonstrations
 from tracereward.data.marks import fingerprint
 from tracereward.data.matching import trace_text
-from tracereward.errors import InputError, Interrupted, check_choice
+from tracereward.errors import Interrupted, check_choice
 from tracereward.files import write_jsonl
 from tracereward.modeling.loading import best_device, check_model, context_length, read_config
 from tracereward.modeling.lost_text import check_texts
