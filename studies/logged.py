@@ -1,8 +1,9 @@
-"""``python -m studies.logged``, from a clone: read-outs of logged traces of real models, given as files, and the page.
+"""``python -m studies.logged readouts|lora|page``, from a clone: rewards from logged traces of real models.
 
-The results hold figures alone, none of the files' text.
+The traces are given as files; the results hold figures alone, none of their text.
 """
 
+import functools
 import resource
 import sys
 import time
@@ -21,36 +22,76 @@ if TYPE_CHECKING:
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None, add_completion=False)
 
 
+Pool = Annotated[str, typer.Option(help="Traces of several models.")]
+Questions = Annotated[str, typer.Option(help="Their questions; solutions in it may be experts.")]
+Model = Annotated[str, typer.Option(help="Folder of the frozen model.")]
+States = Annotated[Path, typer.Option(help="Folder of its features, computed where missing.")]
+TaskName = Annotated[str, typer.Option(help="Task that reads the files: gsm8k or mmlu_pro.")]
+ResultsFile = Annotated[Path, typer.Option(help="File of results.")]
+STATES, RESULTS = Path("runs/states"), Path("studies/results/logged.jsonl")
+
+
 @app.command()
-def study(
+def readouts(
     *,
-    pool: Annotated[str | None, typer.Option(help="Traces of several models; without it only the page.")] = None,
-    questions: Annotated[str | None, typer.Option(help="Their questions; solutions in it may be experts.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder of the frozen model.")] = None,
-    states: Annotated[Path, typer.Option(help="Folder of its features, computed where missing.")] = Path("runs/states"),
-    task: Annotated[str, typer.Option(help="Task that reads the files: gsm8k or mmlu_pro.")] = "gsm8k",
+    pool: Pool,
+    questions: Questions,
+    model: Model,
+    states: States = STATES,
+    task: TaskName = "gsm8k",
     minutes: Annotated[float | None, typer.Option(help="That computing stored features took.")] = None,
-    results: Annotated[Path, typer.Option(help="File of results.")] = Path("studies/results/logged.jsonl"),
+    at_most: Annotated[int | None, typer.Option(help="Use so many of the questions, at random.")] = None,
+    results: ResultsFile = RESULTS,
+) -> None:
+    """Fit and measure the read-outs that have no result yet, one after the other."""
+    from studies.measures.logged import arms, has_solutions, some_questions
+    from studies.setup.logged_pool import load_pool
+    from tracereward.tasks.recipes import get_task
+
+    chosen = None if at_most is None else functools.partial(some_questions, at_most=at_most)
+    loaded = load_pool((pool, questions), get_task(task), model, states, template="plain", chosen=chosen)
+    run(loaded, Path(model).name, results, arms(has_solutions(loaded)), minutes=minutes)
+
+
+@app.command()
+def lora(
+    *,
+    pool: Pool,
+    questions: Questions,
+    model: Model,
+    learn: Annotated[int, typer.Option(help="Number of questions to learn from, of the first fold.")] = 255,
+    states: States = STATES,
+    task: TaskName = "gsm8k",
+    results: ResultsFile = RESULTS,
+) -> None:
+    """Train and measure the LoRA adapters that have no result yet, one after the other."""
+    from studies.measures import logged_lora
+    from studies.setup.logged_pool import load_pool
+    from tracereward.tasks.recipes import get_task
+
+    chosen = functools.partial(logged_lora.split, learn=learn)
+    loaded = load_pool((pool, questions), get_task(task), model, states, template="plain", chosen=chosen)
+    kept = Results(results, {"data": task, "model": Path(model).name, "learned from": learn})
+    for arm in logged_lora.ARMS:
+        if kept.lacks(f"{arm.name}, LoRA"):
+            kept.add(logged_lora.lora_row(loaded, arm, model=model, states=states))
+
+
+@app.command("page")
+def write(
+    *,
+    results: ResultsFile = RESULTS,
     page: Annotated[Path, typer.Option(help="The page, Markdown.")] = Path("docs/studies/logged.md"),
 ) -> None:
-    """Fit and measure the arms that have no result yet, one after the other, and write the page."""
+    """Write the page from the results."""
     from studies.pages.logged import write_page
     from tracereward.console import note
     from tracereward.errors import InputError
     from tracereward.files import read_jsonl
 
-    if pool is not None:
-        from studies.measures.logged import arms, has_solutions
-        from studies.setup.logged_pool import load_pool
-        from tracereward.tasks.recipes import get_task
-
-        if questions is None or model is None:
-            raise InputError("--pool needs --questions and --model")
-        loaded = load_pool((pool, questions), get_task(task), model, states, template="plain")
-        run(loaded, Path(model).name, results, arms(has_solutions(loaded)), minutes=minutes)
     rows = read_jsonl(results)
     if not rows:
-        raise InputError(f"{results}: no results; give --pool, --questions and --model")
+        raise InputError(f"{results}: no results: run `python -m studies.logged readouts` first")
     write_page(page, rows)
     note(f"page: {page}")
 
@@ -70,7 +111,7 @@ def run(pool: "LoggedPool", model: str, path: Path, arms: "Sequence[Arm]", *, mi
     common = {
         "data": pool.task.name,
         "model": model,
-        "questions": int(pool.questions.max()) + 1,
+        "questions": len(set(pool.questions.tolist())),
         "candidates": int((pool.models != "").sum()),
     }
     results = Results(path, common)

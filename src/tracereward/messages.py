@@ -10,6 +10,27 @@ THINK = ("<think>\n", "\n</think>\n\n")
 READ = ("role", "content", *REASONING_FIELDS)
 ABOUT = ("name", "id")
 """Fields that name a message or its author: no content, so that a template need not read them."""
+SHAREGPT = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+"""Authors of messages with ``from`` and ``value``."""
+
+
+def read_sharegpt(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without its null fields, with role and content where it has ShareGPT's ``from`` and ``value``."""
+    found = {key: value for key, value in message.items() if value is not None}
+    if "from" not in found or "role" in found:
+        return found
+    author = found["from"]
+    rest = {key: value for key, value in found.items() if key not in ("from", "value")}
+    return {"role": SHAREGPT.get(str(author), author), "content": found.get("value")} | rest
 
 
 def check_messages(messages: object, field: str) -> None:

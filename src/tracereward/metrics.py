@@ -149,6 +149,19 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return centre, centre - half, centre + half
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number by Holm's step-down method, in the order given.
+
+    The k-th smallest of m is multiplied by m - k + 1, is at least as large as those before it, and at most 1. Rejecting
+    those up to a level keeps the probability of any false rejection at that level, whatever their dependence.
+    """
+    order = np.argsort(p_values, kind="stable")
+    steps = np.asarray(p_values, dtype=float)[order] * np.arange(len(order), 0, -1)
+    corrected = np.empty(len(order))
+    corrected[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return corrected.tolist()
+
+
 def centred(values: Sequence[float], prompts: Sequence[Hashable]) -> list[float]:
     """Each value minus the mean of its prompt's values."""
     groups: dict[Hashable, list[float]] = {}

@@ -99,18 +99,28 @@ class Fold:
 
 def outer_folds(pool: LoggedPool) -> list[Fold]:
     """Folds by question, at random."""
-    count = int(pool.questions.max()) + 1
-    number = np.random.default_rng(SEED).permutation(count) % FOLDS
-    candidates = pool.models != ""
+    number = question_folds(pool.asked)
     found = []
     for fold in range(FOLDS):
         test = number[pool.questions] == fold
-        accuracy = {
-            str(name): float(pool.correct[(pool.models == name) & ~test].mean())
-            for name in np.unique(pool.models[candidates])
-        }
-        found.append(Fold(train=~test, test=test & candidates, accuracy=accuracy))
+        found.append(Fold(train=~test, test=test & (pool.models != ""), accuracy=accuracies(pool, ~test)))
     return found
+
+
+def some_questions(count: int, at_most: int) -> np.ndarray:
+    """The numbers of `at_most` of `count` questions, at random."""
+    return np.random.default_rng((SEED, at_most)).permutation(count)[:at_most]
+
+
+def question_folds(count: int) -> np.ndarray:
+    """(Q,) the fold that tests on each of Q questions."""
+    return np.random.default_rng(SEED).permutation(count) % FOLDS
+
+
+def accuracies(pool: LoggedPool, train: np.ndarray) -> dict[str, float]:
+    """Share of right traces of each model among the traces in `train`, (N,) bool."""
+    names = np.unique(pool.models[pool.models != ""])
+    return {str(name): float(pool.correct[(pool.models == name) & train].mean()) for name in names}
 
 
 def labelled(pool: LoggedPool, fold: Fold, arm: Arm) -> tuple[np.ndarray, Examples]:
@@ -234,16 +244,20 @@ Values = dict[str, dict[int, float]]
 """Measure -> question -> value."""
 
 
-def by_question(pool: LoggedPool, fold: Fold, which: str, scores: np.ndarray) -> Values:
+def by_question(pool: LoggedPool, fold: Fold, which: str, scores: np.ndarray, *, tuned: bool = True) -> Values:
     """What a score achieves on each test question of a fold.
 
     AUROC within the question (where it has right and wrong candidates), whether the best-of-N candidate is right, and
-    whether the weighted vote is, untuned and with the temperature that is best on the training folds.
+    whether the weighted vote is, untuned and, if `tuned`, with the temperature that is best on the training folds.
     """
     members = fold.members(pool, which)
     equal = equality(pool)
     test = candidates_of(pool, members & fold.test, scores)
-    temperature = fit_vote_temperature(candidates_of(pool, members & fold.train, scores), equal)
+    temperature = 1.0
+    methods = {"best": "reward", "vote": "vote"}
+    if tuned:
+        temperature = fit_vote_temperature(candidates_of(pool, members & fold.train, scores), equal)
+        methods["tuned vote"] = "softmax_vote"
     numbers = sorted(set(pool.questions[members & fold.test].tolist()))
     values: Values = {
         "auroc": {
@@ -252,7 +266,7 @@ def by_question(pool: LoggedPool, fold: Fold, which: str, scores: np.ndarray) ->
             if len({c.correct for c in group}) == 2
         }
     }
-    for name, method in {"best": "reward", "vote": "vote", "tuned vote": "softmax_vote"}.items():
+    for name, method in methods.items():
         found = outcomes(test, method, equal, temperature=temperature)
         values[name] = dict(zip(numbers, found, strict=True))
     return values

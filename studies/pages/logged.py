@@ -46,28 +46,100 @@ def write_page(path: Path, rows: Sequence[Row]) -> None:
         rows: of `studies.logged`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    parts = ["# Rewards from logged traces of real models", INTRO]
-    for key in dict.fromkeys((row["data"], row["model"]) for row in rows):
-        parts += _section(path, [row for row in rows if (row["data"], row["model"]) == key])
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["data"], row["model"]), []).append(row)
+    parts = ["# Rewards from logged traces of real models", INTRO, *_in_short(groups)]
+    for group in groups.values():
+        parts += _section(path, group)
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+SHOWN = {
+    "expert/all, pairwise": "the experts against all others",
+    "agreeing/disagreeing, pairwise, layer or mean": "agreeing against disagreeing, as `fit` does",
+    "agreeing/disagreeing, pairwise, without expert traces, layer or mean": "the same without the experts' traces",
+    "gold, pairwise": "right against wrong, one layer",
+}
+"""The arms of the first table, without their experts."""
+
+
+def _in_short(groups: Mapping[tuple[str, str], Sequence[Row]]) -> list[str]:
+    """The main arms of each data set and model, with the questions' own solutions as experts where there are any."""
+    parts = ["## In short"]
+    for (data, model), rows in groups.items():
+        free = next(row for row in rows if row["method"] == "none")
+        arms = {row["arm"]: row for row in rows if row["method"] == "readout" and "pools" in row}
+        experts = "human" if any(arm.startswith("human") for arm in arms) else "strongest"
+        lines = {"log-prob": _line(free["pools"], "log-prob")}
+        for arm, name in SHOWN.items():
+            if row := arms.get(f"{experts}, {arm}"):
+                lines[name] = _line(row["pools"], "reward")
+                lines[f"{name}, + log-prob"] = _line(row["pools"], "reward + log-prob")
+        parts += [f"{model} on {data}, {free['questions']} questions:", table("reward", pd.DataFrame(lines).T)]
+    return parts
+
+
+def _line(pools: Mapping[str, Row], score: str) -> dict[str, str]:
+    values, weaker = pools["all"][score], pools["weaker"][score]
+    return {
+        "AUROC": _share(values["auroc"]),
+        "minus log-prob": "" if score == "log-prob" else _points(values["auroc difference"]),
+        "best-of-N minus log-prob's": "" if score == "log-prob" else _points(values["best difference"]),
+        "tuned vote minus majority": _points(values["tuned vote difference"]),
+        "AUROC, weaker models": _share(weaker["auroc"]),
+        "tuned vote minus majority, weaker models": _points(weaker["tuned vote difference"]),
+    }
 
 
 def _section(path: Path, rows: Sequence[Row]) -> list[str]:
     """One data set and model."""
-    first = rows[0]
     free = next(row for row in rows if row["method"] == "none")
-    fitted = [row for row in rows if row["method"] in ("readout", "lora") and "pools" in row]
+    fitted = [row for row in rows if row["method"] == "readout" and "pools" in row]
+    adapters = [row for row in rows if row["method"] == "lora"]
     curves = next((row for row in rows if row["arm"] == "curves"), None)
     parts = [
-        f"## {first['model']} on {first['data']}",
-        f"{DATA.get(first['data'], first['data'])}; {first['questions']} questions, {first['candidates']} candidates.",
+        f"## {free['model']} on {free['data']}",
+        f"{DATA.get(free['data'], free['data'])}; {free['questions']} questions, {free['candidates']} candidates.",
     ]
     for which, title in POOLS.items():
         parts += [f"### {title}", _free_table(free["pools"][which]), _separation(fitted, which)]
         parts += [_choice(fitted, which, name) for name in ("reward", "reward + log-prob")]
     if curves:
         parts += _curves(path, curves, free, fitted)
+    if adapters:
+        parts += ["### Training the model itself", *_adapters(adapters)]
     return [*parts, "### What it took", _costs(free, fitted)]
+
+
+def _adapters(rows: Sequence[Row]) -> list[str]:
+    """LoRA beside the read-out from which it starts, and log-prob."""
+    first = rows[0]
+    said = (
+        f"LoRA adapters ({first['updates']} updates of 8 questions with 4 candidates each) start from the read-out. "
+        f"Both learn from the same {first['learned from']} questions and are tested on the first fold's "
+        f"{first['tested on']}. With log-prob: the sum of both, standardised over the tested candidates."
+    )
+    lines = {"log-prob": _adapter(first["log-prob"], {}, "")}
+    for row in rows:
+        minutes = f"{row['seconds'] / 60:.0f}"
+        for name, values in row["scores"].items():
+            lines[f"{row['arm'].removesuffix(', LoRA')}: {name}"] = _adapter(values, values, minutes)
+    return [said, table("reward", pd.DataFrame(lines).T)]
+
+
+def _adapter(values: Row, differences: Row, minutes: str) -> dict[str, str]:
+    def difference(name: str) -> str:
+        return _points(differences[name]) if name in differences else ""
+
+    return {
+        "AUROC": _share(values["auroc"]),
+        "minus log-prob": difference("auroc minus log-prob's"),
+        "minus the read-out": difference("auroc minus read-out's"),
+        "best-of-N": _share(values["best"]),
+        "minus log-prob's": difference("best minus log-prob's"),
+        "minutes for both": minutes,
+    }
 
 
 def _free_table(scores: Mapping[str, Row]) -> str:
@@ -92,7 +164,7 @@ def _separation(rows: Sequence[Row], which: str) -> str:
     lines = {}
     for row in rows:
         scores = row["pools"][which]
-        lines[_label(row)] = {
+        lines[row["arm"]] = {
             "reward": _share(scores["reward"]["auroc"]),
             "minus log-prob": _points(scores["reward"]["auroc difference"]),
             "at matched length": f"{100 * scores['reward']['length-matched']:.1f}",
@@ -107,7 +179,7 @@ def _choice(rows: Sequence[Row], which: str, score: str) -> str:
     lines = {}
     for row in rows:
         values = row["pools"][which][score]
-        lines[_label(row)] = {
+        lines[row["arm"]] = {
             "best-of-N": _share(values["best"]),
             "minus log-prob's": _points(values["best difference"]),
             "vote": _share(values["vote"]),
@@ -206,17 +278,14 @@ def _costs(free: Row, fitted: Sequence[Row]) -> str:
     if free.get("minutes"):
         took = f"Computing the features of all traces took {free['minutes']:.0f} minutes."
     took += f" The study's process needed {free['gigabytes']:.1f} GB at most before fitting."
-    if not any(row["method"] == "lora" for row in fitted):
-        took += " Arms that train the model itself (LoRA) were not run."
     lines = {
-        _label(row): {
+        row["arm"]: {
             "traces a fold": row["traces"],
             "minutes, five folds": f"{row['seconds'] / 60:.1f}",
             "layers": _counted("mean" if isinstance(layers, list) else layers for layers, _ in row["chosen"]),
             "penalties": _counted(penalty for _, penalty in row["chosen"]),
         }
         for row in fitted
-        if row["method"] == "readout"
     }
     return f"{took}\n\n{table('read-out', pd.DataFrame(lines).T)}"
 
@@ -225,10 +294,6 @@ def _counted(values: Iterable[float | str]) -> str:
     """Such as ``10 (2), 21 (2), mean (1)``."""
     found = sorted(Counter(values).items(), key=lambda item: (isinstance(item[0], str), item[0]))
     return ", ".join(f"{value if isinstance(value, str) else f'{value:g}'} ({count})" for value, count in found)
-
-
-def _label(row: Row) -> str:
-    return row["arm"] if row["method"] == "readout" else f"{row['arm']} ({row['method']})"
 
 
 def _share(interval: Sequence[float]) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +28,7 @@ class LoggedPool:
     Attributes:
         task: reads and compares answers.
         rows: (N,) the traces as read; a demonstration has no model.
-        questions: (N,) number of the question, from 0.
+        questions: (N,) number of the question in the files, from 0.
         models: (N,) name of the model; "" for a demonstration.
         correct: (N,) bool, by the pool's own label; True for a demonstration.
         lengths: (N,) tokens.
@@ -36,6 +36,7 @@ class LoggedPool:
         layers: (L,) these layers.
         log_probs: (N,) mean log-prob of the tokens under the frozen model.
         seconds: that computing features took; None if all were stored.
+        asked: number of questions in the files, of which Q were chosen.
     """
 
     task: Task
@@ -48,6 +49,7 @@ class LoggedPool:
     layers: list[int]
     log_probs: np.ndarray
     seconds: float | None
+    asked: int
     _values: dict[int, np.ndarray] = field(default_factory=dict)
 
     def matched(self, expert: str) -> tuple[list[Question], dict[int, int]]:
@@ -133,7 +135,15 @@ def encoded(rows: Sequence[CandidateRow], name: str, template: str) -> list[Labe
     ]
 
 
-def load_pool(files: tuple[str, str], task: Task, model: str, cache: Path, *, template: str) -> LoggedPool:
+def load_pool(
+    files: tuple[str, str],
+    task: Task,
+    model: str,
+    cache: Path,
+    *,
+    template: str,
+    chosen: Callable[[int], np.ndarray] | None = None,
+) -> LoggedPool:
     """Read the traces, encode them, and read or compute their features.
 
     Args:
@@ -142,6 +152,7 @@ def load_pool(files: tuple[str, str], task: Task, model: str, cache: Path, *, te
         model: folder of the frozen model.
         cache: folder of its features, which it computes in bfloat16.
         template: of the prompts.
+        chosen: the numbers of the questions to keep, from the number of all.
 
     Raises:
         InputError: see `read_traces`.
@@ -149,6 +160,11 @@ def load_pool(files: tuple[str, str], task: Task, model: str, cache: Path, *, te
     candidates, own = read_traces(*files, task)
     rows = [*candidates, *own]
     traces = encoded(rows, model, template)
+    asked = 1 + max(trace.question for trace in traces)
+    if chosen is not None:
+        kept = set(chosen(asked).tolist())
+        pairs = [(row, trace) for row, trace in zip(rows, traces, strict=True) if trace.question in kept]
+        rows, traces = [row for row, _ in pairs], [trace for _, trace in pairs]
     options = ReadoutOptions(objective="pairwise", cache=cache, dtype=torch.bfloat16)
     before, start = set(cache.glob("*")), time.perf_counter()
     found, layers = states_of(model, RewardSettings(head="token"), load_tokenizer(model), traces, options=options)
@@ -165,4 +181,5 @@ def load_pool(files: tuple[str, str], task: Task, model: str, cache: Path, *, te
         layers=tried,
         log_probs=found.log_probs.numpy(),
         seconds=seconds if set(cache.glob("*")) > before else None,
+        asked=asked,
     )

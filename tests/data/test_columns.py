@@ -56,6 +56,12 @@ SHAPES = {
     "prompt/solution": ({"prompt": [USER], "solution": T}, [USER], T, None),
     "query/response": ({"query": Q, "response": T, "type": "x"}, Q, T, None),
     "input/output": ({"input": Q, "output": T}, Q, T, None),
+    "problem/generated_solution": (
+        {"problem": Q, "generated_solution": T, "expected_answer": "3", "problem_source": "x"},
+        Q,
+        T,
+        "3",
+    ),
     "reasoning": ({"question": Q, "reasoning_content": "so", "response": "#### 3"}, Q, [THOUGHT], None),
 }
 
@@ -77,6 +83,46 @@ def test_demonstrations_and_traces_to_score(tmp_path, capfd, name):
     said = [line for line in capfd.readouterr().err.splitlines() if "reading" in line]
     assert len(said) == 1, said  # once, not once a row
     assert source in said[0]
+
+
+PAIR = [{"role": "assistant", "content": "no"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "completion", "answer", "said"),
+    [
+        (
+            {"question": Q, "rationale": "so ", "answer": "3."},
+            "so\nThe answer is 3.",
+            "3.",
+            "'rationale' and 'answer' as",
+        ),
+        ({"question": Q, "rationale": T, "answer": 3}, T, "3", "'rationale' as the completion, 'answer' as the gold"),
+        (
+            {"question": Q, "explanation": "so", "answer": True},
+            "so\nThe answer is yes.",
+            "yes",
+            "'explanation' and 'ans",
+        ),
+        ({"prompt": Q, "reasoning": "so", "answer": "3"}, "so\nThe answer is 3.", "3", "'reasoning' and 'answer' as"),
+        ({"prompt": Q, "chosen": T, "rejected": "no"}, T, None, "'rejected' as the worse trace, which is not read"),
+        ({"prompt": Q, "chosen": [ASSISTANT], "rejected": PAIR}, [ASSISTANT], None, "'chosen' as the completion"),
+        (
+            {"chosen": [USER, ASSISTANT], "rejected": [USER, *PAIR]},
+            T,
+            None,
+            "'last message of chosen' as the completion",
+        ),
+    ],
+)
+def test_experts_in_rationales_and_in_pairs(tmp_path, capfd, row, completion, answer, said):
+    """As traces to score they are refused: the answer may be the gold one, and a pair has two traces."""
+    source = write(tmp_path / "rows.jsonl", row)
+    (found,) = load_demonstrations(source, TASKS["generic"])
+    assert (found["prompt"], found["completion"], found["answer"]) == (Q, completion, answer)
+    assert said in capfd.readouterr().err
+    with pytest.raises(InputError, match=r"rows.jsonl:1: "):
+        list(candidate_rows(source))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +177,11 @@ def test_rows_of_ours_stay_as_they_are():
         ({"question": Q, "response": T, "output": "no"}, ["'response', 'output' could each be the completion"]),
         ({"question": Q, "problem": "no", "response": T}, ["'question', 'problem' could each be the prompt"]),
         ({"question": Q, "context": "c", "response": T}, ["'context' would be lost"]),
-        ({"question": Q, "reasoning": "so", "answer": "3"}, ["'reasoning' would be lost", "'reasoning': 'completion'"]),
+        (
+            {"question": Q, "reasoning": "so", "cot": "so", "answer": "3"},
+            ["'cot', 'reasoning' would be lost", "'reasoning': 'completion'"],
+        ),
+        ({"question": Q, "rationale": "so", "answer": T}, ["'rationale' would be lost"]),
         ({"prompt": Q, "chosen": T, "rejected": "no", "response": "a"}, ["'chosen', 'rejected' would be lost"]),
         ({"messages": [USER, {"role": "tool", "content": "3"}]}, ["tool calls are not supported"]),
         ({"messages": [USER, ASSISTANT], "tools": [{"name": "sum"}]}, ["'tools' is not read"]),
@@ -142,7 +192,11 @@ def test_rows_of_ours_stay_as_they_are():
         ({"instruction": 3, "output": T}, ["'instruction' is int, not text"]),
         (
             {"question": "Q?", "options": ["a", "b"], "reasoning": "so", "answer": "B"},
-            ["'options', 'reasoning' would be lost", "--task medreason"],
+            ["'options' would be lost", "--task medreason"],
+        ),
+        (
+            {"problem": Q, "solution": T, "generations": [T], "answer": "3"},
+            ["'generations' could each", "--task openr1"],
         ),
         ({"title": Q, "body": T}, ["rename_columns({'title': 'prompt', 'body': 'completion'})"]),
         ({"question": Q, "text": T}, ["no completion", "rename_columns({'text': 'completion'})"]),
@@ -167,6 +221,13 @@ def test_the_command_in_the_message_works(tmp_path):
     subprocess.run(line, shell=True, check=True, cwd=tmp_path, capture_output=True, timeout=120)
     found = load_demonstrations(str(tmp_path / "renamed.jsonl"), TASKS["generic"])
     assert [(row["prompt"], row["completion"]) for row in found] == [(Q, T), ("2", "3")]
+
+
+def test_questions_with_options_name_the_task_that_reads_them(tmp_path):
+    row = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}
+    source = write(tmp_path / "rows.jsonl", row)
+    with pytest.raises(InputError, match="'choices' would be lost; --task arc reads them"):
+        load_demonstrations(source, TASKS["generic"], require_completion=False)
 
 
 def test_another_task_names_the_one_that_fits(tmp_path):

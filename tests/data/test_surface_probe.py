@@ -15,12 +15,12 @@ from tracereward.data.surface_probe import (
     Probe,
     TraceText,
     leak_warning,
+    probe_model,
     prompt_folds,
     surface_features,
     surface_probe,
     token_features,
 )
-from tracereward.data.surface_probe import _model as surface_model
 
 
 def text(rng: random.Random) -> str:
@@ -200,7 +200,7 @@ def test_features_above_a_quarter_of_the_largest_coefficient_are_named_three_at_
     def named(*coefficients: float) -> list[str]:
         padded = np.array([*coefficients, *[0.0] * (len(names) - len(coefficients))])
         fitted = type("Fitted", (), {"coef_": padded[None]})
-        model = surface_model()
+        model = probe_model()
         monkeypatch.setattr(type(model), "named_steps", {"logisticregression": fitted})
         return [feature.name for feature in surface_probe(experts, rollouts).features]
 

@@ -160,3 +160,11 @@ def test_logits_of_all_tokens_are_never_in_memory(monkeypatch):
     with LargestLogits() as seen:
         completion_log_probs(model, ragged())[0].sum().backward()
     assert seen.largest == 4 * 97
+    monkeypatch.setattr(log_probs_module, "READ_LOGITS", 6 * 97)
+    monkeypatch.setattr(log_probs_module, "CACHED_LOGITS", 4 * 97)  # slices of 4 and 2 rows
+    real = ragged().completion_mask.bool()
+    with torch.no_grad():
+        with LargestLogits() as seen:
+            found = completion_log_probs(model, ragged())[0]
+        torch.testing.assert_close(found[real].double(), by_softmax(model, ragged())[real], rtol=1e-4, atol=2e-6)
+    assert seen.largest == 6 * 97

@@ -92,7 +92,8 @@ def test_metrics_count(model):
         return float(re.search(rf"^{re.escape(name)} (\S+)$", text, flags=re.MULTILINE)[1])
 
     with client_of(model) as client:
-        usage = client.post("/v1/score", json={"prompt": PROMPT, "candidates": CANDIDATES[:2]}).json()["usage"]
+        found = client.post("/v1/score", json={"prompt": PROMPT, "candidates": [CANDIDATES[0], "1 + 2 = 3"]}).json()
+        usage, rewards = found["usage"], [one["reward"] for one in found["results"]]
         client.post("/v1/score", json={})
         for index in range(3):
             client.get(f"/scan/{index}")
@@ -104,6 +105,11 @@ def test_metrics_count(model):
     assert value(text, "tracereward_traces_total") == 2
     assert value(text, "tracereward_tokens_total") == usage["total_tokens"]
     assert value(text, "tracereward_batch_traces_sum") == 3
+    assert value(text, "tracereward_trace_reward_count") == 2  # with bounds under 0 there is no sum
+    assert value(text, 'tracereward_trace_reward_bucket{le="0.0"}') == sum(reward <= 0 for reward in rewards)
+    assert value(text, "tracereward_trace_tokens_sum") == usage["completion_tokens"]
+    assert value(text, "tracereward_trace_tokens_count") == 2
+    assert value(text, "tracereward_unanswered_traces_total") == 1  # the second, which has no ####
     assert value(text, "tracereward_queued_tokens") == 0
     assert "scan" not in text
 

@@ -1,18 +1,20 @@
 """The study of logged traces: labels of an arm, no leak between folds, measures by brute force, and the page."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 import torch
 
 from helpers.paths import ROOT
-from studies.measures import logged
+from studies.measures import logged, logged_lora
 from studies.measures.logged import Arm
 from studies.pages.logged import write_page
-from studies.setup.logged_pool import LoggedPool
+from studies.setup.logged_pool import LoggedPool, load_pool
 from tracereward.data.candidates import CandidateRow
-from tracereward.files import read_jsonl
+from tracereward.files import read_jsonl, write_jsonl
+from tracereward.synthetic.arithmetic import build_model, build_tokenizer, generate
 from tracereward.tasks.recipes import get_task
 
 SKILL = {"a": 0.9, "b": 0.7, "c": 0.5, "d": 0.4}
@@ -56,6 +58,7 @@ def pool_of(questions: int = 30, solutions: bool = True, seed: int = 0) -> Logge
         layers=[1],
         log_probs=rng.normal(size=len(rows)),
         seconds=None,
+        asked=questions,
     )
 
 
@@ -182,10 +185,38 @@ def test_page_is_made_of_results_alone(tmp_path, monkeypatch):
     text = (tmp_path / "logged.md").read_text()
     assert "30 questions, 120 candidates" in text
     assert "took 90 minutes" in text
-    assert "(LoRA) were not run" in text
     auroc = 100 * rows[2]["pools"]["weaker"]["reward"]["auroc"][0]
     assert f"| strongest, agreeing/disagreeing, pairwise | {auroc:.1f} (" in text
     assert (tmp_path / "logged-gsm8k-tiny.png").exists()
+
+
+def test_adapters_that_have_not_moved_score_as_the_read_out(tmp_path, monkeypatch):
+    """Features that are computed and kept, and a model with adapters that reads the traces again: two ways."""
+    tokenizer = build_tokenizer()
+    build_model(tokenizer, seed=0).save_pretrained(tmp_path / "tiny")
+    tokenizer.save_pretrained(tmp_path / "tiny")
+    pool_file, questions_file = tmp_path / "pool.jsonl", tmp_path / "questions.jsonl"
+    questions = list(generate("misconception", 15, seed=1))
+    write_jsonl(questions_file, [{**row, "question_id": str(number)} for number, row in enumerate(questions)])
+    candidates = []
+    for number, row in enumerate(questions):
+        for model, shift in (("a", 0), ("b", 1), ("c", number % 2)):
+            stated = row["completion"].rpartition("#### ")[0] + f"#### {int(row['answer']) + shift}"
+            candidates.append({"question_id": str(number), "model": model, "reasoning": stated, "correct": shift == 0})
+    write_jsonl(pool_file, candidates)
+    chosen = functools.partial(logged_lora.split, learn=9)
+    files, task, cache = (str(pool_file), str(questions_file)), get_task("arithmetic"), tmp_path / "states"
+    pool = load_pool(files, task, str(tmp_path / "tiny"), cache, template="plain", chosen=chosen)
+    assert len(set(pool.questions.tolist())) == 3 + 9
+    monkeypatch.setattr(logged_lora, "UPDATES", 1)
+    monkeypatch.setattr(logged_lora, "RATE", 1e-12)
+    arm = logged_lora.ARMS[0]
+    row = logged_lora.lora_row(pool, arm, model=str(tmp_path / "tiny"), states=cache)
+    assert row["tested on"] == 3
+    assert row["scores"]["LoRA"]["auroc minus read-out's"] == pytest.approx([0, 0, 0])
+    train = logged.question_folds(15)[pool.questions] != 0
+    accuracy = logged.accuracies(pool, train)
+    assert accuracy == pytest.approx({"a": 1, "b": 0, "c": np.mean(pool.correct[train & (pool.models == "c")])})
 
 
 def test_published_page_matches_results(tmp_path):

@@ -1,7 +1,5 @@
 """Tasks. Expected texts are written by hand; rates come from real datasets."""
 
-import gzip
-import json
 import subprocess
 import sys
 
@@ -9,20 +7,10 @@ import pytest
 from tokenizers import Regex
 from tokenizers.pre_tokenizers import Split
 
-from helpers.paths import SHARED
+from helpers.paths import real_rows
 from tracereward.errors import InputError
 from tracereward.tasks import answers, extraction, symbolic
 from tracereward.tasks.recipes import TASKS, get_task
-
-DATA = SHARED
-
-
-def real_rows(name: str) -> list[dict]:
-    path = DATA / f"{name}.jsonl.gz"
-    if not path.is_file():
-        pytest.skip(f"real data is not here: {path}")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def test_get_task_suggests_nearest_name():

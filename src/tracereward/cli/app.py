@@ -28,6 +28,7 @@ from tracereward.cli.evaluate import (
 from tracereward.cli.reward import Overwrite, PolicyDtype, Resume, Seed, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
+from tracereward.cli.watch import monitoring
 from tracereward.console import is_main_process, open_streams, say
 from tracereward.errors import InputError, Interrupted, RunFailed
 
@@ -237,12 +238,14 @@ def quickstart(
 
 app.add_typer(commands)
 app.add_typer(auditing)
+app.add_typer(monitoring)
 app.add_typer(server)
 app.add_typer(suites, name="evaluate")
 
 
 def main(application: typer.Typer = app) -> NoReturn:
-    """Entry point. Exit codes: 0 success, 1 failed run, 2 bad input or usage, 130 interrupted."""
+    """Entry point. Exit codes: 0 success, 1 failed run, 2 bad input or usage, 3 drift (`watch`), 130
+    interrupted."""
     open_streams()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Deprecated transformers names that TRL still uses: users cannot fix these.

@@ -10,31 +10,25 @@ from typing import Any
 from tracereward.console import note
 from tracereward.data.readers import format_of
 from tracereward.errors import InputError
-from tracereward.messages import REASONING_FIELDS, check_messages, message_text, reasoning_of
+from tracereward.messages import REASONING_FIELDS, check_messages, message_text, read_sharegpt, reasoning_of
+from tracereward.tasks.extraction import extract_any
 from tracereward.tasks.recipes import TASKS, Task, generic
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
 """Columns with a conversation; its last message, if it is the assistant's, is the completion."""
 PROMPTS = ("prompt", "question", "problem", "query", "instruction", "input")
 """Columns with a prompt; next to ``instruction``, ``input`` and ``context`` are a part of it (Alpaca, Dolly)."""
-TRACES = ("completion", "candidates", "steps", "response", "solution", "output")
+TRACES = ("completion", "candidates", "steps", "response", "solution", "output", "generated_solution")
 """Columns with a trace; without one, ``answer`` is it, or for questions the gold answer if it is one line."""
+GOLDS = ("answer", "expected_answer")
+"""Columns with the gold answer."""
+RATIONALES = ("rationale", "explanation", "cot", "thought", *REASONING_FIELDS)
+"""Columns with an expert's trace, next to ``answer`` of one line, which ends it."""
 OWN_TRACES = TRACES[:3]
 SEVERAL = ("completions", "responses", "outputs", "solutions", "samples", "generations")
 """Columns with a list of traces, read as candidates."""
 CHOICES = ("options", "choices", "chosen", "rejected", "rationale", "explanation", "cot", "thought")
 """Columns that matter, and that no text of a row says how to read."""
-SHAREGPT = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-"""Authors of messages with ``from`` and ``value``."""
 
 
 def reads_columns(task: Task) -> bool:
@@ -42,7 +36,9 @@ def reads_columns(task: Task) -> bool:
     return task.example is generic
 
 
-def own_columns(row: dict[str, Any], where: str, source: str, *, question: bool = False) -> dict[str, Any]:
+def own_columns(
+    row: dict[str, Any], where: str, source: str, *, question: bool = False, expert: bool = False
+) -> dict[str, Any]:
     """A row with the columns prompt, completion (or candidates, steps) and answer, made from those it has.
 
     Args:
@@ -50,6 +46,8 @@ def own_columns(row: dict[str, Any], where: str, source: str, *, question: bool 
         where: its location.
         source: its file or data set.
         question: whether a prompt is enough, and a short answer is the gold answer.
+        expert: whether the trace is an expert's: a rationale and the answer next to it are one, and so is the preferred
+            one of a pair.
 
     Raises:
         InputError: it can be read in several ways, or a column that matters would be lost; names `where`.
@@ -60,12 +58,17 @@ def own_columns(row: dict[str, Any], where: str, source: str, *, question: bool 
     if _has(row, "prompt") and any(_has(row, name) for name in OWN_TRACES):
         return row
     try:
-        found = _of_conversation(row, chat) if chat is not None else _of_texts(row, question)
+        if chat is None and expert and not any(name in row for name in PROMPTS) and isinstance(row.get("chosen"), list):
+            chat = "chosen"  # of preference data whose prompt is in both conversations
+        found = _of_expert(row) if expert and chat is None else None
+        found = found or (_of_texts(row, question) if chat is None else _of_conversation(row, chat))
     except ValueError as error:
-        raise InputError(f"{where}: {error}{fix(row, source)}") from error
+        raise InputError(f"{where}: {error}{fix(row, source, question=question)}") from error
     if found is None:
         return row
     read, used = found
+    if expert and _has(row, "rejected"):
+        used = {**used, "worse trace, which is not read": ["rejected"]}
     _say(source, ", ".join(f"{' and '.join(map(repr, names))} as the {what}" for what, names in used.items()), row)
     kept = {name: value for name, value in row.items() if name != "answer"}
     return {**kept, **read}
@@ -84,9 +87,9 @@ def _say(source: str, what: str, row: Mapping[str, Any]) -> None:
     note(f"{source}: reading {what}{more}")
 
 
-def fix(row: Mapping[str, Any], source: str) -> str:
+def fix(row: Mapping[str, Any], source: str, *, question: bool = False) -> str:
     """The command that fits columns which are not read, as the end of a message; "" for a row without texts."""
-    tasks = fitting_tasks(row)
+    tasks = fitting_tasks(row, question=question)
     if tasks:
         return f"; --task {tasks[0]} reads them"
     texts = [name for name, value in row.items() if isinstance(value, str) and name not in ("answer", "system", "id")]
@@ -105,15 +108,15 @@ def fix(row: Mapping[str, Any], source: str) -> str:
     )
 
 
-def fitting_tasks(row: Mapping[str, Any]) -> list[str]:
-    """Tasks that read a prompt, a completion and an answer in a row, except those that read any columns."""
+def fitting_tasks(row: Mapping[str, Any], *, question: bool = False) -> list[str]:
+    """Tasks that read a prompt, an answer and, but for a question, a completion; except those that read any columns."""
     fit = []
     for task in TASKS.values():
         try:
             example = {} if reads_columns(task) else task.example(dict(row))
         except (KeyError, ValueError, TypeError, AttributeError):
             continue
-        if example and example["completion"] is not None and example["answer"] is not None:
+        if example and example["answer"] is not None and (question or example["completion"] is not None):
             fit.append(task.name)
     return fit
 
@@ -168,13 +171,9 @@ def _as_message(message: Any, name: str) -> Any:
     """A message with role and content, from one that may have ShareGPT's ``from`` and ``value``."""
     if not isinstance(message, Mapping):
         return message
-    message = {key: value for key, value in message.items() if value is not None}
-    role = message.get("role", message.get("from"))
-    if "from" in message and "role" not in message:
-        message = {"role": SHAREGPT.get(str(role), role), "content": message.get("value")} | {
-            key: value for key, value in message.items() if key not in ("from", "value")
-        }
-    if str(message.get("role")) in ("tool", "function", "function_call", "observation", "ipython"):
+    message = read_sharegpt(message)
+    role = message.get("role")
+    if str(role) in ("tool", "function", "function_call", "observation", "ipython"):
         raise ValueError(f"field {name!r} has a message of {role!r}: traces with tool calls are not supported")
     return message
 
@@ -189,7 +188,7 @@ def _of_texts(row: dict[str, Any], question: bool) -> Found | None:
     traces += several
     answer = row.get("answer")
     alone = not traces and isinstance(answer, str)
-    short = isinstance(answer, str) and "\n" not in answer.strip() and "####" not in answer
+    short = isinstance(answer, str) and _is_short(answer)
     if alone and not (question and short):
         traces = ["answer"]
     if not prompts or (prompts == ["prompt"] and not traces):
@@ -223,9 +222,38 @@ def _of_texts(row: dict[str, Any], question: bool) -> Found | None:
     if reasoning and traces and isinstance(row[traces[0]], str):
         thought = {"role": "assistant", "content": row[traces[0]], "reasoning_content": row[reasoning[0]]}
         read["completion"], told["completion"] = [thought], [*reasoning, *traces]
-    if answer is not None and traces != ["answer"]:
-        read["answer"], told["gold answer"] = answer, ["answer"]
+    gold = next((name for name in GOLDS if row.get(name) is not None), None)
+    if gold is not None and traces != [gold]:
+        read["answer"], told["gold answer"] = row[gold], [gold]
     return read, told
+
+
+def _is_short(answer: str) -> bool:
+    """Whether a text is an answer, not a trace that ends with one."""
+    return "\n" not in answer.strip() and "####" not in answer
+
+
+def _of_expert(row: dict[str, Any]) -> Found | None:
+    """Columns with the preferred trace of a pair, or with a rationale and an answer; None if there is neither."""
+    if any(name in row for name in (*TRACES, *SEVERAL)):
+        return None
+    if _has(row, "chosen"):
+        trace, names, read_here = row["chosen"], ["chosen"], ("chosen", "rejected")
+    else:
+        names = [name for name in RATIONALES if _has(row, name)]
+        gold = next((name for name in GOLDS if row.get(name) is not None), None)
+        if gold is None or len(names) != 1 or not isinstance(row[names[0]], str) or not _is_short(str(row[gold])):
+            return None
+        trace, read_here = row[names[0]].rstrip(), (names[0],)
+        if extract_any(trace) is None:
+            answer = {True: "yes", False: "no"}[row[gold]] if isinstance(row[gold], bool) else str(row[gold]).strip()
+            trace, names = f"{trace}\nThe answer is {answer.removesuffix('.')}.", [*names, gold]
+    rest = {name: value for name, value in row.items() if name not in read_here}
+    found = _of_texts({**rest, "completion": trace}, question=False)
+    if found is None:
+        return None
+    read, told = found
+    return read, {**told, "completion": names}
 
 
 def _with_earlier(row: dict[str, Any], prompt: Any) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ def load_demonstrations(
     rows: list[dict[str, Any]] = []
     for location, raw in rows_of(source, "demonstrations", split, subset):
         if reads_columns(task):
-            raw = own_columns(raw, location, name, question=not require_completion)
+            raw = own_columns(raw, location, name, question=not require_completion, expert=require_completion)
         row = checked_example(task, raw, location, name)
         if wrong := not_json(row):  # such as a date in a message
             raise InputError(f"{location}: {wrong}")
@@ -65,8 +65,10 @@ def load_demonstrations(
                 "follows it: remove the mark"
             )
         if require_completion and row["completion"] is None:
+            given = str(raw.get(task.completion_field) or "").strip()
+            wrong = "gives none (no answer, or none is marked correct)" if given else "is missing or empty"
             raise InputError(
-                f"{location}: no completion: field {task.completion_field!r} is missing or empty for task {task.name!r}"
+                f"{location}: no completion: field {task.completion_field!r} {wrong} for task {task.name!r}"
                 f"{fix(raw, name)}"
             )
         rows.append({**row, "source": location})
@@ -117,10 +119,12 @@ def checked_example(task: Task, raw: dict[str, Any], location: str, source: str 
 def _without_marks(raw: dict[str, Any], task: Task) -> dict[str, Any]:
     """A raw row whose trace is without end marks, so that an answer extracted from it has none either."""
     clean = dict(raw)
-    for name in (task.completion_field, "cot_content"):  # the second is `mmlu_pro`'s on the Hub
+    for name in (task.completion_field, "cot_content", "generated_solution"):  # of `mmlu_pro` on the Hub, of `openr1`
         trace = raw.get(name)
         if isinstance(trace, str):
             clean[name] = without_end_marks(trace)[0]
+        elif isinstance(trace, list) and all(isinstance(text, str) for text in trace):
+            clean[name] = [without_end_marks(text)[0] for text in trace]
         elif isinstance(trace, list) and trace and isinstance(trace[-1], dict):
             last = trace[-1]
             if isinstance(last.get("content"), str):

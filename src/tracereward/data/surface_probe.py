@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tracereward.metrics import auroc
@@ -194,8 +194,8 @@ def surface_probe(experts: Sequence[TraceText], rollouts: Sequence[TraceText], s
     for train, held_out in prompt_folds(is_expert, prompts, folds):
         if len(set(y[train])) < 2:  # all prompts of one class can be in the held-out fold
             return Probe(math.nan, (), len(traces))
-        scores[held_out] = _model().fit(x[train], y[train]).decision_function(x[held_out])
-    coefficients = _model().fit(x, y).named_steps["logisticregression"].coef_[0]
+        scores[held_out] = probe_model().fit(x[train], y[train]).decision_function(x[held_out])
+    coefficients = probe_model().fit(x, y).named_steps["logisticregression"].coef_[0]
     responsible = _responsible([*LABELS, *by_token], x, is_expert, coefficients)
     return Probe(auroc(scores.tolist(), is_expert), responsible, len(traces))
 
@@ -218,7 +218,8 @@ def leak_warning(probe: Probe, others: str = "rollouts", *, mine: str = "experts
     return f"surface features alone distinguish {mine} from {others} with AUROC {probe.auroc:.2f} (in {mine}: {named})"
 
 
-def _model():
+def probe_model() -> Pipeline:
+    """The probe's classifier, not fitted: logistic regression on standardised features, classes weighted equally."""
     return make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=1000))
 
 

@@ -13,7 +13,7 @@ from tracereward.tasks.recipes import Task
 ORIGINAL = "original"
 """Group of PRMBench's original, correct traces."""
 
-_OPTION_TASKS = ("mmlu_pro", "medreason")  # their prompts already list the options
+_OPTION_TASKS = ("mmlu_pro", "medreason", "medqa")  # their prompts already list the options
 
 # "Step 4:" and "Step 4." begin a step; the parts "Step 4.A:" and "Step 4_A:" do not.
 _NUMBERED = re.compile(r"Step\s*(\d+)\s*(?::|\.(?=\s|$))")

@@ -16,8 +16,9 @@ from markupsafe import Markup
 from tracereward.data.trace_rows import check_scores, text_read, traces_in
 from tracereward.files import atomic_write_text, without_nan
 from tracereward.modeling.alignment import step_ends
-from tracereward.reports.pages import csp_hash, embedded_json, page_template
+from tracereward.reports.pages import csp_hash, embedded_json, page_template, table_view
 from tracereward.reports.report import HEATMAP_CSS, reward_colour
+from tracereward.reports.tables import Table
 from tracereward.rewards.first_error_rules import RATE, first_below
 from tracereward.rewards.settings import HOW_TO_FIT
 from tracereward.rewards.token_scores import TokenScores
@@ -44,6 +45,8 @@ def write_inspection(
     *,
     command: str = "",
     threshold: float | None = None,
+    lines: Sequence[str] = (),
+    tables: Sequence[Table] = (),
 ) -> None:
     """Write scored traces as one HTML file that needs no network. On failure an existing page is kept.
 
@@ -56,6 +59,8 @@ def write_inspection(
         title: the page's heading.
         command: the command that made the page, shown below the heading.
         threshold: mark the first step with a lower reward instead.
+        lines: sentences above the traces.
+        tables: below these.
 
     Raises:
         InputError: a row's scores are missing or inconsistent (see `check_scores`); rows are numbered from 1.
@@ -70,6 +75,8 @@ def write_inspection(
     html = page_template("inspection.html.jinja").render(
         title=visible(title),
         command=visible(command),
+        lines=list(map(visible, lines)),
+        tables=list(map(table_view, tables)),
         limit=f"{limit:.2f}",
         suspected=about_marks(traces, threshold),
         css=Markup(css),

@@ -26,7 +26,6 @@ from tracereward.serving.schemas import (
 )
 from tracereward.serving.service import ERRORS, Refused, Service, unless_gone
 from tracereward.serving.upstream import Upstream, UpstreamFailed, bad_upstream
-from tracereward.tasks.recipes import get_task
 
 DROPPED = ("n", "stream", "stream_options", "best_of", "tracereward")
 """Fields that the proxy handles itself and does not forward."""
@@ -83,7 +82,7 @@ class Proxy:
         settings = service.settings
         self.upstream = Upstream(str(settings.upstream), settings.upstream_key, settings.upstream_seconds)
         self.places = asyncio.Semaphore(settings.max_upstream)
-        self.task = get_task(service.model.settings.task)
+        self.task = service.task
         self.voting = ThreadPoolExecutor(1, "voting")  # math-verify compares one pair at a time
 
     async def close(self) -> None:
@@ -210,6 +209,7 @@ class Proxy:
             max_tokens=service.settings.max_tokens,
             field="sample",
         )
+        await service.watch([sample.trace for sample in samples], scores)
         service.count(len(samples), read, written)
         return [service.reward(one) for one in scores]
 

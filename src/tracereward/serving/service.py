@@ -17,9 +17,14 @@ from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.engine import Engine
 from tracereward.serving.schemas import ErrorResponse, Message, Usage
+from tracereward.tasks.recipes import get_task
 from tracereward.verdict import Verdict
 
 T = TypeVar("T")
+REWARDS = (-8, -4, -2, -1, -0.5, 0, 0.5, 1, 2, 4, 8)
+"""Bounds of the histogram of trace rewards, in log-odds."""
+LENGTHS = tuple(2**power for power in range(4, 17))
+"""Bounds of the histogram of lengths, in tokens: 16 to 65,536."""
 log = logging.getLogger("tracereward.serve")
 
 
@@ -100,6 +105,7 @@ class Service:
     def __init__(self, model: Scorer, settings: Settings):
         self.model = model
         self.settings = settings
+        self.task = get_task(model.settings.task)
         self.think: tuple[str, str] = think_marks(model.tokenizer, model.settings.rendering)
         self.ready = False
         self.registry = CollectorRegistry()
@@ -108,6 +114,11 @@ class Service:
         self.seconds = Histogram("request_seconds", "Time to the response.", ["path"], **named)
         self.traces = Counter("traces", "Traces scored.", **named)
         self.tokens = Counter("tokens", "Tokens read, prompts included.", **named)
+        self.rewards = Histogram("trace_reward", "Reward of a trace, in log-odds.", buckets=REWARDS, **named)
+        self.lengths = Histogram(
+            "trace_tokens", "Tokens of a trace, its prompt not included.", buckets=LENGTHS, **named
+        )
+        self.unanswered = Counter("unanswered_traces", "Traces whose answer cannot be read.", **named)
         self.batches = Histogram("batch_traces", "Traces per batch.", buckets=(1, 2, 4, 8, 16, 32, 64, 128), **named)
         self.engine = Engine(
             model,
@@ -176,7 +187,16 @@ class Service:
         scores, read, written = await self.engine.score(
             prompts, texts, ended, max_tokens=self.settings.max_tokens, field=field
         )
+        await self.watch(texts, scores)
         return scores, self.count(len(texts), read, written)
+
+    async def watch(self, texts: list[str], scores: list[TokenScores]) -> None:
+        """Record rewards, lengths and missing answers of traces, as `tracereward watch` compares them."""
+        for one in scores:
+            self.rewards.observe(self.reward(one))
+            self.lengths.observe(len(one.tokens))
+        # In a thread: a long text takes milliseconds.
+        self.unanswered.inc(await asyncio.to_thread(lambda: sum(self.task.extract(text) is None for text in texts)))
 
     async def score_inputs(self, inputs: list[str] | list[list[int]]) -> tuple[list[TokenScores], Usage]:
         """Score texts or token ids without a prompt."""

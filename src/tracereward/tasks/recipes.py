@@ -4,15 +4,14 @@ Every prompt states the answer format in one line and ends in a newline, and eve
 visible character. So prompt and completion, tokenized separately, give the same tokens as the concatenated text.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tracereward.errors import check_choice, check_text
 from tracereward.messages import check_messages
-from tracereward.tasks import answers, extraction
-
-LETTERS = "ABCDEFGHIJ"
+from tracereward.tasks import answers, choices, extraction, mathematics, multi_hop
+from tracereward.tasks.fields import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,205 +56,6 @@ def get_task(name: str) -> Task:
     return TASKS[check_choice("task", name, TASKS)]
 
 
-def _text(row: dict, field: str) -> str:
-    """Required text field of a row, stripped."""
-    value = row[field]
-    if not isinstance(value, str):
-        raise ValueError(f"field {field!r} is {type(value).__name__}, not text")
-    if not value.strip():
-        raise ValueError(f"field {field!r} is empty")
-    return value.strip()
-
-
-def _optional_text(row: dict, field: str) -> str | None:
-    """Optional text field of a row, stripped; None if it is missing, null or blank."""
-    value = row.get(field)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return None
-    return _text(row, field)
-
-
-def gsm8k(row: dict) -> dict:
-    """Fields question, answer. Removes calculator annotations ``<<48/2=24>>``, and separators of the gold answer."""
-    prompt = f"Question: {_text(row, 'question')}\nEnd with #### and the number.\nAnswer:\n"
-    trace = _optional_text(row, "answer")
-    if trace is None:
-        return {"prompt": prompt, "completion": None, "answer": None}
-    trace = re.sub(r"<<[^<>]*>>", "", trace)
-    completion = "\n".join(line.rstrip() for line in trace.splitlines())
-    return {"prompt": prompt, "completion": completion, "answer": extraction.extract_hashes(completion)}
-
-
-def math(row: dict) -> dict:
-    r"""Fields problem, solution with its answer in ``\boxed{}``. The optional field answer takes precedence."""
-    prompt = f"Problem: {_text(row, 'problem')}\nPut the final answer in \\boxed{{}}.\nSolution:\n"
-    completion = _optional_text(row, "solution")
-    answer = _optional_text(row, "answer")
-    if answer is None and completion is not None:
-        answer = extraction.extract_boxed(completion)
-    return {"prompt": prompt, "completion": completion, "answer": answer}
-
-
-def mmlu_pro(row: dict) -> dict:
-    """Fields question, options (list), answer (letter), and the trace in ``trace`` or, on the Hub, ``cot_content``.
-
-    If a trace states no answer (26 of 6,358; most were truncated by a token limit), the gold answer is appended on its
-    own line, so that every demonstration ends with one.
-    """
-    options = _options(row)
-    answer = _optional_text(row, "answer")
-    if answer is not None and (len(answer) != 1 or answer not in LETTERS[: len(options)]):
-        raise ValueError(f"field 'answer' is {answer!r}, not a letter from A to {LETTERS[len(options) - 1]}")
-    trace = _optional_text(row, "trace") or _optional_text(row, "cot_content")
-    if trace is not None:
-        trace = re.sub(r"\AA:\s*(?=\S)", "", trace)
-        if answer is not None and extraction.extract_letter(trace) is None:
-            trace = f"{trace}\nThe answer is ({answer})."
-    return {"prompt": _choice_prompt(row, options), "completion": trace, "answer": answer}
-
-
-def medreason(row: dict) -> dict:
-    """Fields question, options (list, or lines "A. ..."), reasoning, answer (a letter, or the text of an option).
-
-    If the answer is an option's text, an explanation after it is ignored. The completion is the reasoning and, on its
-    own line, the answer.
-    """
-    options = _options(row)
-    answer = None if _optional_text(row, "answer") is None else _option_letter(_text(row, "answer"), options)
-    completion = _optional_text(row, "reasoning")
-    if completion is not None and answer is not None:
-        completion = f"{completion}\nThe answer is ({answer})."
-    return {"prompt": _choice_prompt(row, options), "completion": completion, "answer": answer}
-
-
-def _options(row: dict) -> list[str]:
-    """Options as a list of texts without their letters."""
-    options = row["options"]
-    if isinstance(options, str):
-        # "Answer Choices:\nA. first\nB. second": everything from one letter to the next; text before A is ignored.
-        parts = re.split(r"^[ \t]*\(?([A-J])[.):][ \t]*", options, flags=re.MULTILINE)
-        if "".join(parts[1::2]) != LETTERS[: len(parts) // 2]:
-            raise ValueError("field 'options' has letters that do not run A, B, C, ...")
-        options = parts[2::2]
-    if not isinstance(options, (list, tuple)) or not 2 <= len(options) <= len(LETTERS):
-        raise ValueError(f"field 'options' must hold 2 to {len(LETTERS)} options: a list, or lines such as 'A. ...'")
-    return [str(option).strip() for option in options]
-
-
-def _option_letter(answer: str, options: list[str]) -> str:
-    """Letter of the option that `answer` gives: its text, possibly followed by an explanation, or its letter."""
-    letters = LETTERS[: len(options)]
-    # "B", "(B)", "B. text": but not "A patient with ...".
-    named = re.fullmatch(rf"\(?([{letters}])\)?|\(?([{letters}])[.):].*", answer, flags=re.DOTALL)
-    texts = [_bare(option) for option in options]
-    # The longest match wins: "Type II" must not match the option "Type I".
-    bare = _bare(answer)
-    fits = [i for i, text in enumerate(texts) if text and re.match(re.escape(text) + r"(?!\w)", bare)]
-    if fits:
-        return letters[max(fits, key=lambda i: len(texts[i]))]
-    if named:
-        return named[1] or named[2]
-    raise ValueError(f"field 'answer' ({answer[:60]!r}) matches none of the options")
-
-
-def _bare(text: str) -> str:
-    """Case-folded text with single spaces and no final full stop."""
-    return " ".join(text.split()).rstrip(".").casefold()
-
-
-def _choice_prompt(row: dict, options: list[str]) -> str:
-    """Question, lettered options, and the answer format."""
-    listed = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
-    return f"Question: {_text(row, 'question')}\nOptions:\n{listed}\nEnd with: The answer is (letter).\nAnswer:\n"
-
-
-def strategyqa(row: dict) -> dict:
-    """Fields question, answer (bool), facts (list or string): the trace is the facts, one per line, and the answer.
-
-    The field decomposition is not used: its questions refer to one another by number, and in two rows of three their
-    number differs from that of the facts.
-    """
-    prompt = f"Question: {_text(row, 'question')}\nEnd with: The answer is yes. (or no.)\nAnswer:\n"
-    answer, facts = row.get("answer"), row.get("facts")
-    if answer is not None and not isinstance(answer, bool):
-        raise ValueError(f"field 'answer' is {type(answer).__name__}, not true or false")
-    gold = None if answer is None else "yes" if answer else "no"
-    return {"prompt": prompt, "completion": _steps_and_answer(facts, gold), "answer": gold}
-
-
-def _steps_and_answer(steps: list | tuple | str | None, answer: str | None) -> str | None:
-    """The steps, one per line, and a line that states the answer; None without steps or without an answer."""
-    steps = [steps] if isinstance(steps, str) else steps or []
-    lines = [line for line in (" ".join(str(step).split()) for step in steps) if line]
-    return None if answer is None or not lines else "\n".join([*lines, f"The answer is {answer.removesuffix('.')}."])
-
-
-def hotpotqa(row: dict) -> dict:
-    """Fields question, context, supporting_facts, answer, in the format of the authors' files or of the Hub.
-
-    The prompt has all paragraphs, one per line. The trace is the supporting sentences in the order of
-    supporting_facts, one per line, and the answer. Facts with a sentence index out of range are dropped: the public
-    dataset has a few.
-    """
-    paragraphs = _pairs(row, "context", "title", "sentences")
-    texts = {str(title): sentences for title, sentences in paragraphs}
-    if not all(isinstance(sentences, (list, tuple)) for sentences in texts.values()):
-        raise ValueError("field 'context' must hold a list of sentences for each title")
-    listed = [f"{title}: {' '.join(' '.join(map(str, sentences)).split())}" for title, sentences in texts.items()]
-    question = f"Question: {_text(row, 'question')}\nEnd with: The answer is (a few words, yes or no).\nAnswer:\n"
-    answer = _optional_text(row, "answer")
-    hops = []
-    for title, number in _pairs(row, "supporting_facts", "title", "sent_id") if row.get("supporting_facts") else []:
-        if title not in texts:
-            raise ValueError(f"field 'supporting_facts' names {str(title)[:60]!r}, which no paragraph of 'context' has")
-        if not isinstance(number, int) or number < 0:
-            raise ValueError(f"field 'supporting_facts' has {number!r} instead of a sentence index")
-        hops += texts[title][number : number + 1]
-    return {
-        "prompt": "\n".join(["Context:", *listed, question]),
-        "completion": _steps_and_answer(hops, answer),
-        "answer": answer,
-    }
-
-
-def _pairs(row: dict, field: str, first: str, second: str) -> list[tuple]:
-    """Pairs of a field that is a list of pairs (the authors' files) or a dict of two equally long lists (the Hub)."""
-    value = row[field]
-    if isinstance(value, dict):
-        left, right = value.get(first), value.get(second)
-        if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)) and len(left) == len(right):
-            return list(zip(left, right))
-    elif isinstance(value, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in value):
-        return [tuple(pair) for pair in value]
-    raise ValueError(f"field {field!r} is neither a list of pairs nor {{{first!r}: [...], {second!r}: [...]}}")
-
-
-def prontoqa(row: dict) -> dict:
-    """Fields context, question, answer, explanation (list or string): the trace is the proof and the answer.
-
-    The proof has one step per line. The answer is true or false, as a boolean, a word, or the letter of one of the
-    options ("A) True").
-    """
-    prompt = f"Context: {_text(row, 'context')}\nQuestion: {_text(row, 'question')}\n"
-    gold = None if row.get("answer") is None else _truth(row)
-    return {
-        "prompt": f"{prompt}End with: The answer is true. (or false.)\nAnswer:\n",
-        "completion": _steps_and_answer(row.get("explanation"), gold),
-        "answer": gold,
-    }
-
-
-def _truth(row: dict) -> str:
-    """``true`` or ``false``: the answer of a row, or the option with that letter."""
-    answer = _bare(str(row["answer"]))
-    if len(answer) == 1 and row.get("options"):
-        listed = (re.fullmatch(r"\(?([A-Ja-j])[.):]\s*(.*)", str(option).strip()) for option in row["options"])
-        answer = next((_bare(option[2]) for option in listed if option and option[1].casefold() == answer), answer)
-    if answer not in ("true", "false"):
-        raise ValueError(f"field 'answer' is {str(row['answer'])[:60]!r}, not true, false or the letter of an option")
-    return answer
-
-
 def generic(row: dict) -> dict:
     """TRL's prompt-completion rows: fields prompt, completion and, optionally, answer; strings or lists of messages.
 
@@ -264,7 +64,7 @@ def generic(row: dict) -> dict:
     """
     prompt, completion, answer = row["prompt"], row.get("completion"), row.get("answer")
     if isinstance(prompt, str):
-        _text(row, "prompt")
+        read_text(row, "prompt")
     else:
         check_messages(prompt, "prompt")
     if isinstance(completion, str):
@@ -291,7 +91,7 @@ _ALL = (
         name="gsm8k",
         dataset="openai/gsm8k",
         subset="main",
-        example=gsm8k,
+        example=mathematics.gsm8k,
         extract=extraction.extract_number,
         equal=answers.equal_math,
         completion_field="answer",
@@ -300,7 +100,7 @@ _ALL = (
     Task(
         name="medreason",
         dataset="UCSC-VLAA/MedReason",
-        example=medreason,
+        example=choices.medreason,
         extract=extraction.extract_letter,
         equal=answers.equal_text,
         completion_field="reasoning",
@@ -310,7 +110,7 @@ _ALL = (
     Task(
         name="mmlu_pro",
         dataset="TIGER-Lab/MMLU-Pro",
-        example=mmlu_pro,
+        example=choices.mmlu_pro,
         extract=extraction.extract_letter,
         equal=answers.equal_text,
         completion_field="trace",
@@ -318,9 +118,65 @@ _ALL = (
         answer_line="The answer is ({}).",
     ),
     Task(
+        name="medqa",
+        dataset="GBaker/MedQA-USMLE-4-options",
+        example=choices.medqa,
+        extract=extraction.extract_letter,
+        equal=answers.equal_text,
+        completion_field="trace",
+        answer_line="The answer is ({}).",
+    ),
+    Task(
+        name="medmcqa",
+        dataset="openlifescienceai/medmcqa",
+        example=choices.medmcqa,
+        extract=extraction.extract_letter,
+        equal=answers.equal_text,
+        completion_field="exp",
+        answer_line="The answer is ({}).",
+    ),
+    Task(
+        name="medmcqa_from_1",
+        example=partial(choices.medmcqa, first=1),
+        extract=extraction.extract_letter,
+        equal=answers.equal_text,
+        completion_field="exp",
+        answer_line="The answer is ({}).",
+    ),
+    Task(
+        name="casehold",
+        dataset="coastalcph/lex_glue",
+        subset="case_hold",
+        example=choices.casehold,
+        extract=extraction.extract_letter,
+        equal=answers.equal_text,
+        completion_field="trace",
+        answer_line="The answer is ({}).",
+    ),
+    Task(
+        name="arc",
+        dataset="allenai/ai2_arc",
+        subset="ARC-Challenge",
+        example=choices.arc,
+        extract=extraction.extract_letter,
+        equal=answers.equal_text,
+        completion_field="trace",
+        answer_line="The answer is ({}).",
+    ),
+    Task(
+        name="gpqa",
+        dataset="Idavidrein/gpqa",
+        subset="gpqa_diamond",
+        example=choices.gpqa,
+        extract=extraction.extract_letter,
+        equal=answers.equal_text,
+        completion_field="Explanation",
+        answer_line="The answer is ({}).",
+    ),
+    Task(
         name="strategyqa",
         dataset="ChilleD/StrategyQA",
-        example=strategyqa,
+        example=multi_hop.strategyqa,
         extract=extraction.extract_yes_no,
         equal=answers.equal_yes_no,
         completion_field="facts",
@@ -330,7 +186,7 @@ _ALL = (
         name="hotpotqa",
         dataset="hotpotqa/hotpot_qa",
         subset="distractor",
-        example=hotpotqa,
+        example=multi_hop.hotpotqa,
         extract=extraction.extract_span,
         equal=answers.equal_span,
         completion_field="supporting_facts",
@@ -339,16 +195,37 @@ _ALL = (
     # The Hub datasets have questions and answers without proofs.
     Task(
         name="prontoqa",
-        example=prontoqa,
+        example=multi_hop.prontoqa,
         extract=extraction.extract_yes_no,
         equal=answers.equal_yes_no,
         completion_field="explanation",
         answer_line="The answer is {}.",
     ),
+    # Long traces of reasoning models: a line is a step.
+    Task(
+        name="openr1",
+        dataset="open-r1/OpenR1-Math-220k",
+        subset="default",
+        example=mathematics.openr1,
+        extract=extraction.extract_math,
+        equal=answers.equal_math,
+        completion_field="generations",
+        answer_line="\\boxed{{{}}}",
+    ),
     Task(
         name="math",
         dataset="DigitalLearningGmbH/MATH-lighteval",
-        example=math,
+        example=mathematics.math,
+        extract=extraction.extract_math,
+        equal=answers.equal_math,
+        completion_field="solution",
+        answer_line="\\boxed{{{}}}",
+    ),
+    # AIME's data have questions, answers and, in some copies, solutions.
+    Task(
+        name="aime",
+        dataset="HuggingFaceH4/aime_2024",
+        example=mathematics.aime,
         extract=extraction.extract_math,
         equal=answers.equal_math,
         completion_field="solution",

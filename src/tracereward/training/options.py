@@ -25,8 +25,9 @@ class DataArguments:
     task: str = field(
         default="generic",
         metadata={
-            "help": "Task that maps a dataset's fields: arithmetic, gsm8k, hotpotqa, math, medreason, mmlu_pro, "
-            "prontoqa, strategyqa, or generic for rows with prompt, completion and optionally answer."
+            "help": "Task that maps a dataset's fields: aime, arc, arithmetic, casehold, gpqa, gsm8k, hotpotqa, math, "
+            "medmcqa, medmcqa_from_1, medqa, medreason, mmlu_pro, openr1, prontoqa, strategyqa, or generic for rows "
+            "with prompt, completion and optionally answer."
         },
     )
     dataset_name: str | None = field(
