@@ -133,8 +133,8 @@ def test_another_answer_changes_only_the_stated_one():
         == "They can. The answer is no."
     )
     assert other_answer("1 + 2 = 3\n#### 3", "What?", GSM8K, random.Random(0)) is None
-    kinds = {wrong_copy("1 + 2 = 3\n#### 3", "What?", GSM8K, random.Random(n))[1] for n in range(30)}
-    assert kinds == {"operator", "number", "nearby_number", "drop_step"} - ({"drop_step"} - kinds)
+    copies = [wrong_copy("1 + 2 = 3\n#### 3", "What?", GSM8K, random.Random(n)) for n in range(30)]
+    assert {copy[1] for copy in copies if copy is not None} >= {"operator", "number", "nearby_number"}
 
 
 # ---------- marks ----------
