@@ -1,9 +1,13 @@
 """Scores of steps: features against each step read by itself, changed steps, and no leak between questions."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from tracereward.errors import InputError
 from tracereward.modeling.hidden_states import step_states, trace_states
 from tracereward.modeling.loading import load_causal_lm
 from tracereward.modeling.steps import LINES
@@ -56,6 +60,12 @@ def test_no_step_is_judged_by_a_head_that_has_seen_its_question(tokenizer, optio
     assert traces[24].question == traces[0].question != traces[1].question == traces[25].question
     first = score_steps(traces, rows, TASK, tokenizer, options=options)
     assert [len(values) for values in first.rewards] == [len(trace.steps) for trace in traces]
+    last = changed_steps(traces[3], rows[3], TASK, tokenizer, options=options)
+    scores = dict(zip([(*s.prompt, -1, *s.completion) for t in traces for s in t.examples], first.readout.scores))
+    count = sum(len(changed_steps(t, r, TASK, tokenizer, options=options)) for t, r in zip(traces[:3], rows[:3]))
+    changed = first.readout.scores[sum(len(trace.steps) for trace in traces) + count :]
+    places = {len(step.prompt): scores[(*step.prompt, -1, *step.completion)] for step in traces[3].examples}
+    assert first.contrasts[3] == pytest.approx([places[len(s.prompt)] - v for s, v in zip(last, changed)])
 
     def turned(of_traces):
         found = real(of_traces)
@@ -80,15 +90,18 @@ def test_no_step_is_judged_by_a_head_that_has_seen_its_question(tokenizer, optio
 
 
 def test_orders_by_hand():
+    contrasts = [np.array([1.0, 3.0]), np.array([]), np.array([2.5])]
     rewards = [np.array([1.0, -2.0]), np.array([0.5]), np.array([3.0, 0.0, 0.0])]
     log_probs = [np.array([-1.0, -3.0]), np.array([-4.0]), np.array([-1.0, -1.0, -2.5])]
     sizes = [np.array([3, 1]), np.array([5]), np.array([1, 1, 2])]
-    found = {order: suspicion(order, rewards, log_probs, sizes) for order in ORDERS}
+    scores: Any = SimpleNamespace(rewards=rewards, log_probs=log_probs, sizes=sizes, contrasts=contrasts)
+    found = {order: suspicion(order, scores) for order in ORDERS}
+    assert found["contrast"] == pytest.approx([2.0, 2.5, 2.5])
     assert found["reward"] == pytest.approx([-0.5, 0.5, 1.0])
     assert found["lowest_reward"] == pytest.approx([-2.0, 0.5, 0.0])
     assert found["logprob"] == pytest.approx([-1.5, -4.0, -1.75])
     assert found["lowest_logprob"] == pytest.approx([-3.0, -4.0, -2.5])
-    low, lowest = np.array([-2.0, 0.5, 0.0]), np.array([-3.0, -4.0, -2.5])
+    low, lowest = np.array([2.0, 2.5, 2.5]), np.array([-3.0, -4.0, -2.5])
     assert found["sum"] == pytest.approx(low / low.std() + lowest / lowest.std())
-    with pytest.raises(ValueError, match="length"):
-        suspicion("length", rewards, log_probs, sizes)
+    with pytest.raises(InputError, match="length"):
+        suspicion("length", scores)

@@ -29,19 +29,19 @@ from tracereward.modeling.tokenization import policy_tokenizer
 from tracereward.reports.audit import write_audit
 from tracereward.runs.disk import explain_full_disk
 from tracereward.tasks.recipes import Task, get_task
-from tracereward.training.audit_orders import ORDERS, suspicion
+from tracereward.training.audit_orders import DEFAULT_ORDER, ORDERS, suspicion
 from tracereward.training.callbacks import StopSignal
 from tracereward.training.readout import layers_named
 from tracereward.training.step_scores import StepOptions, StepScores, score_steps, step_texts, stepped_traces
 
 ROWS, PAGE, STATES = "audit.jsonl", "audit.html", "states"
-DEFAULT_ORDER = "sum"
 SAID = {
+    "contrast": "reward of the steps minus that of changed ones in their place",
     "reward": "mean reward of the steps",
     "lowest_reward": "reward of the lowest step",
     "logprob": "mean log-prob",
     "lowest_logprob": "log-prob of the lowest step",
-    "sum": "reward of the lowest step plus log-prob of the lowest step, each in standard deviations",
+    "sum": "contrast with changed steps plus log-prob of the lowest step, each in standard deviations",
 }
 
 
@@ -129,7 +129,7 @@ def run_audit(options: AuditOptions) -> Path:
         for place, index in enumerate(read):
             audited[index] |= _scored(scores, place, texts[place])
         order += f" Then by {SAID[options.order]}, the lowest first."
-        values = suspicion(options.order, scores.rewards, scores.log_probs, scores.sizes)
+        values = suspicion(options.order, scores)
         for index, value in zip(read, values.tolist(), strict=True):
             audited[index]["suspicion"] = -value
     ranked = sorted(audited, key=_rank)

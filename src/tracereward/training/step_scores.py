@@ -207,6 +207,7 @@ class StepScores:
         rewards: of each demonstration, (S,) cross-fitted scores of its steps, in log-odds.
         log_probs: likewise, mean log-prob of a step's tokens under the frozen model.
         sizes: likewise, number of tokens.
+        contrasts: of each demonstration, (C,) for each changed step the reward of the step at its place minus its own.
         changed: number of changed steps that it was learned from.
         readout: the fitted heads and what was tried.
     """
@@ -214,6 +215,7 @@ class StepScores:
     rewards: list[np.ndarray]
     log_probs: list[np.ndarray]
     sizes: list[np.ndarray]
+    contrasts: list[np.ndarray]
     changed: int
     readout: Readout
 
@@ -241,11 +243,10 @@ def score_steps(
         InputError: fewer than two questions have a demonstration that a change applies to.
         Interrupted: the user stopped it; the same call continues.
     """
-    changed = [
-        step
-        for trace, row in zip(traces, rows, strict=True)
-        for step in changed_steps(trace, row, task, tokenizer, options=options)
+    copies = [
+        changed_steps(trace, row, task, tokenizer, options=options) for trace, row in zip(traces, rows, strict=True)
     ]
+    changed = [step for steps in copies for step in steps]
     own = [step for trace in traces for step in trace.examples]
     examples = examples_of([*own, *changed])
     model = load_causal_lm(options.model, options.dtype, best_device())
@@ -262,10 +263,25 @@ def score_steps(
     return StepScores(
         rewards=np.split(readout.scores[:count], ends),
         log_probs=np.split(found.log_probs[:count].numpy(), ends),
+        contrasts=_contrasts(traces, copies, readout.scores),
         sizes=[np.array([end - start for start, end in trace.steps]) for trace in traces],
         changed=len(changed),
         readout=readout,
     )
+
+
+def _contrasts(
+    traces: Sequence[SteppedTrace], copies: Sequence[Sequence[LabelledTrace]], scores: np.ndarray
+) -> list[np.ndarray]:
+    """For each demonstration, the score of the step at the place of each changed step minus the changed step's."""
+    own, changed = 0, sum(len(trace.steps) for trace in traces)
+    found = []
+    for trace, steps in zip(traces, copies, strict=True):
+        places = {len(trace.prompt) + start: own + place for place, (start, _) in enumerate(trace.steps)}
+        pairs = [(places.get(len(step.prompt)), changed + number) for number, step in enumerate(steps)]
+        found.append(np.array([scores[mine] - scores[other] for mine, other in pairs if mine is not None]))
+        own, changed = own + len(trace.steps), changed + len(steps)
+    return found
 
 
 def _equal_shares(completion: Sequence[int]) -> Tensor:
