@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tracereward.data.candidates import read_candidates
-from tracereward.data.demonstration_checks import check_rows, outvoted
+from tracereward.data.demonstration_checks import check_rows, named_option, outvoted
 from tracereward.data.equations import wrong_equations
 from tracereward.data.marks import fingerprint, read_marks, without_dropped
 from tracereward.data.near_duplicates import near_duplicates, near_groups
@@ -109,6 +109,21 @@ def test_each_kind_of_finding():
     [finding, *_] = check_rows(rows, GSM8K)[0]
     assert "a:2" in finding.text
     assert finding.others == (1,)
+
+
+@pytest.mark.parametrize(
+    ("completion", "named"),
+    [
+        ("Iron is stored in the Liver. The answer is (B).", "A"),
+        ("Iron is stored in the liver. The answer is (A).", None),
+        ("Neither the liver nor the spleen. The answer is (C).", None),  # two are named
+        ("It is the red bone marrow. The answer is (B).", "D"),  # and not the bone marrow
+        ("Nothing is named. The answer is (B).", None),
+    ],
+)
+def test_an_option_that_is_named_and_not_answered(completion, named):
+    prompt = "Question: Where?\nOptions:\nA. the liver\nB. the spleen\nC. bone marrow\nD. red bone marrow\nAnswer:\n"
+    assert named_option(completion, prompt, str(MMLU.extract(completion))) == named
 
 
 def test_a_majority_of_candidates_outvotes_a_demonstration():

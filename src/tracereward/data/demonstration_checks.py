@@ -4,6 +4,7 @@ Of one row: an answer that the task cannot read or that is not the row's own, an
 equation that does not hold. Of several: near-duplicates, and different answers to one question.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from tracereward.errors import InputError
 from tracereward.selection import vote_groups
 from tracereward.tasks.recipes import Task
 
-ERRORS = ("unreadable", "other answer", "contradiction", "outvoted", "equation", "leak")
+ERRORS = ("unreadable", "other answer", "contradiction", "outvoted", "option", "equation", "leak")
 """Kinds of findings that say that something is wrong."""
 KINDS = (*ERRORS, "duplicate prompt", "duplicate completion")
 _VOTES = 3  # fewest votes that count against a demonstration
+_SHORTEST = 4  # characters of an option with the spaces around it that a text has by chance
 _WORDS = 4  # of an answer line that a prompt cannot have by chance
 
 
@@ -64,8 +66,39 @@ def _alone(row: Mapping[str, Any], answer: str | None, task: Task) -> Iterator[F
         )
     if leak := _leak(prompt, text, answer, task):
         yield Finding(kind="leak", text=leak)
+    if answer is not None and (other := named_option(text, prompt, answer)):
+        yield Finding(kind="option", text=f"the completion answers {answer}, and has the words of option {other} alone")
     for equation in wrong_equations(text):
         yield Finding(kind="equation", text=f"{equation} does not hold")
+
+
+def named_option(completion: str, prompt: str, answer: str) -> str | None:
+    """The letter of the only option of the prompt whose words the completion has, if that is not the answer's.
+
+    Of options of which one contains the other, the longer one counts.
+
+    Args:
+        completion: the trace.
+        prompt: with its options on lines of their own, ``A. ...``.
+        answer: the letter that the trace states.
+    """
+    options = {letter: _words(text) for letter, text in re.findall(r"^\(?([A-J])[.):] (.*)$", prompt, re.MULTILINE)}
+    if answer not in options:
+        return None
+    text = _words(completion)
+    named = {letter: words for letter, words in options.items() if words.strip() and words in text}
+    alone = [
+        letter
+        for letter, words in named.items()
+        if len(words) > _SHORTEST and not any(words != other and words in other for other in named.values())
+    ]
+    return alone[0] if len(alone) == 1 and alone[0] != answer else None
+
+
+def _words(text: str) -> str:
+    """The words of a text, with a space before and after each."""
+    words = re.findall(r"[0-9]+(?:[.][0-9]+)?|[^\W_]+", text.casefold())
+    return f" {' '.join(words)} "
 
 
 def _leak(prompt: str, completion: str, answer: str | None, task: Task) -> str | None:
