@@ -27,7 +27,7 @@ def audit(
     output_dir: Annotated[str, typer.Option(help="Folder of the results.")] = "runs/audit",
     order: Annotated[
         str, typer.Option(help="What comes first: contrast, reward, lowest_reward, logprob, lowest_logprob or sum.")
-    ] = "contrast",
+    ] = "lowest_reward",
     template: Annotated[
         str | None, typer.Option(help="plain or chat. Default: as the model was trained by tracereward, else plain.")
     ] = None,

@@ -6,8 +6,8 @@ from tracereward.errors import check_choice
 from tracereward.training.step_scores import StepScores
 
 ORDERS = ("contrast", "reward", "lowest_reward", "logprob", "lowest_logprob", "sum")
-DEFAULT_ORDER = "contrast"
-"""Finds most planted errors in real traces, see the study `audit`."""
+DEFAULT_ORDER = "lowest_reward"
+"""Behind the checks of the text it finds most planted errors in real traces, see the study `audit`."""
 
 
 def suspicion(order: str, scores: StepScores) -> np.ndarray:
