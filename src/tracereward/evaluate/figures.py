@@ -108,6 +108,7 @@ def risk_figure(curves: Mapping[str, Mapping[str, Any]]) -> Markup:
             color=colour,
             annotation_clip=False,
         )
+    axes.set_ylim(0, 1.05 * max(100 * highest, *places, 1.0))
     axes.set_xlim(0, 100)
     axes.set_xlabel("questions answered, the most trusted first")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")

@@ -280,13 +280,13 @@ def pool_tables(result: dict[str, Any]) -> list[Table]:
     length = result["reward_length"]
     return [
         Table("Choosing one of the candidates", ["method", "accuracy %", "95 % low", "95 % high"], percent, note),
-        *selective_tables(result["selective"]),
         Table(
             "Separating correct from wrong traces",
             ["score", "AUROC", "within-prompt AUROC", "length-matched AUROC", "AUPRC"],
             sources,
             f"Reward and characters: Pearson {_digits(length['pearson'])}, Spearman {_digits(length['spearman'])}.",
         ),
+        *selective_tables(result["selective"]),
         Table(
             "Reward as a probability of being correct",
             ["calibration", "ECE", "Brier", "log loss"],
