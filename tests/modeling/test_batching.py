@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,6 +138,40 @@ def test_log_probs_and_two_orders_of_gradients_match_the_definition(model, logit
     for ours, theirs, scale in zip(*found, (1.0, 10.0, 1e3), strict=True):  # magnitude of float32 rounding
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-6 * scale)
     assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_rows_of_one_prompt_need_no_square_mask(monkeypatch):
+    """Log-probs and gradients are those of each row by itself; attention gets no mask, also for the longer row."""
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"attn_implementation": "sdpa"})).eval()
+    prompts, completions = [[5, 6, 7]] * 2, [[8, 9, 10, 11], [12, 13]]
+    together = completion_log_probs(model, pack(prompts, completions, 0))[0]
+    assert masks == [None] * 2
+    alone = [completion_log_probs(model, pack([prompt], [ids], 0))[0][0] for prompt, ids in zip(prompts, completions)]
+    torch.testing.assert_close(together[0], alone[0])
+    torch.testing.assert_close(together[1, :2], alone[1])
+    weights = list(model.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad(together[0].sum() + together[1, :2].sum(), weights),
+        torch.autograd.grad(alone[0].sum() + alone[1].sum(), weights),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    masks.clear()
+    completion_log_probs(model, pack([[5, 6, 7], [5]], completions, 0))  # padding before a prompt is hidden
+    batch = pack(prompts, completions, 0)
+    hidden = replace(batch, attention_mask=batch.attention_mask.clone())
+    hidden.attention_mask[0, -1] = 0  # hidden by dropout, not padding: it is not to attend to itself
+    completion_log_probs(model, hidden)
+    assert [mask is None for mask in masks] == [False] * 4
 
 
 class LargestLogits(TorchDispatchMode):

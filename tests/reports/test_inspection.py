@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import re
+import weakref
 
 import jinja2
 import pytest
@@ -14,8 +15,8 @@ from tracereward.reports.inspection import (
     largest_drop,
     questions_of,
     visible,
-    write_inspection,
 )
+from tracereward.reports.inspection_page import packed, write_inspection
 from tracereward.reports.inspection_terminal import print_ansi
 
 HOSTILE = "</script><script>alert(1)</script> & \"x\" 'y' <!-- \u2028 \x1b[31m\u202e\x9b \ud800 é🙂"
@@ -42,6 +43,11 @@ def write(path, traces, **changes) -> str:
 
 def data_of(html: str) -> dict:
     return json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)[0])
+
+
+def blocks_of(html: str) -> dict[str, dict]:
+    found = re.findall(r'<script type="application/json" id="(t\d+)">(.*?)</script>', html, re.DOTALL)
+    return {name: json.loads(text) for name, text in found}
 
 
 def printed(traces, **options) -> str:
@@ -181,14 +187,15 @@ def test_control_characters_are_escaped():
 def test_page_embeds_hostile_text_as_data_only(path):
     row = row_of([HOSTILE], [1.0], prompt=HOSTILE, answer=HOSTILE, extracted=HOSTILE, model=HOSTILE)
     html = write(path, [row], title=HOSTILE, command=HOSTILE)
-    assert re.findall(r"<(script[^>]*)>", html) == ['script type="application/json" id="data"', "script"]
-    assert html.count("</script>") == 2
+    json_script = 'script type="application/json" id='
+    assert re.findall(r"<(script[^>]*)>", html) == [f'{json_script}"data"', f'{json_script}"t0"', "script"]
+    assert html.count("</script>") == 3
     assert "alert(1)</script>" not in html
     assert "<!--" not in html
     [question] = data_of(html)["questions"]
     [trace] = question["traces"]
     assert question["prompt"] == question["answer"] == trace["answer"] == trace["model"] == ESCAPED
-    assert trace["steps"][0]["tokens"][0][0] == ESCAPED
+    assert blocks_of(html)["t0"]["text"] == [ESCAPED]
     assert "\u2028" not in html[html.index('id="data"') :]
 
 
@@ -222,9 +229,49 @@ def test_values_match_the_file_and_the_largest_sets_the_scale(path):
     data = data_of(html)
     assert data["limit"] == 3.0
     assert "−3.00<b" in html
-    assert data["questions"][0]["traces"][1]["steps"][0]["tokens"] == [["a", 0.1235, ""]]
-    assert data["questions"][0]["traces"][2]["steps"][0]["tokens"] == [["b", None, ""]]
+    blocks = blocks_of(html)
+    assert blocks["t0"] == {
+        "text": ["23", " -", " 7", " =", " 26", "", "#### ", "31", ""],
+        "values": [-10000, -10000, -20000, -20000, -30000, -30000, 5000, 5000, 12500],
+        "kinds": {"5": "m", "8": "e"},
+        "steps": [[-2.0, 6], [0.75, 3]],
+    }
+    assert blocks["t1"] == {"text": ["a"], "values": [1235], "kinds": {}, "steps": [[0.1235, 1]]}
+    assert blocks["t2"]["values"] == [None]
+    assert [(trace["id"], trace["tokens"], trace["steps"]) for trace in data["questions"][0]["traces"]] == [
+        (0, 9, 2),
+        (1, 1, 1),
+        (2, 1, 1),
+    ]
     assert colour_limit([]) == 1.0
+    assert packed([{"reward": None, "tokens": [["a", 1.0, "z"], [" "]]}]) == {
+        "text": ["a", " "],
+        "values": [10000, None],
+        "kinds": {0: "z", 1: "-"},
+        "steps": [[None, 2]],
+    }
+
+
+def test_a_page_is_written_without_keeping_its_traces(path, monkeypatch):
+    """Each trace is dropped before the next but one is read; what is kept of it does not grow with its tokens."""
+    monkeypatch.setattr("tracereward.reports.inspection_page.FIRST_BYTES", 3000)
+    alive = weakref.WeakSet()
+
+    class Row(dict):
+        __hash__ = object.__hash__
+
+    def read():
+        for n in range(20):
+            assert len(alive) <= 2
+            row = Row(arithmetic_row(prompt=f"Question {n}"))
+            alive.add(row)
+            yield row
+
+    html = write(path, read())
+    assert list(blocks_of(html)) == [f"t{n}" for n in range(20)]
+    before = html[: html.index("<script>")]
+    assert 1 < before.count('id="t') < 20, "the others come after the script"
+    assert len(data_of(html)["questions"]) == 20
 
 
 def test_old_page_is_kept_if_rendering_fails(path, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 
 from helpers.browser import Page, driver, pytestmark  # noqa: F401
 from helpers.inspection import row_of
-from tracereward.reports.inspection import write_inspection
+from tracereward.reports import inspection_page
+from tracereward.reports.inspection_page import write_inspection
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 from selenium.webdriver.common.action_chains import ActionChains
@@ -158,7 +159,7 @@ def test_hostile_text_is_shown_as_text(page):
     assert page.all(".t")[-3].text == HOSTILE
     assert f"answer {HOSTILE}" in page.all(".trace")[3].text
     assert page.all("img, main script") == []
-    assert len(page.all("script")) == 2  # and no alert: it would make every later call fail
+    assert len(page.all("script")) == 2 + len(ROWS)  # and no alert: it would make every later call fail
 
 
 def test_each_step_uses_its_own_text_direction(page, tmp_path):
@@ -232,3 +233,25 @@ def test_a_thousand_traces_load_on_scroll(page, tmp_path):
     page.wait(lambda: page.count == "500 of 1,000 traces, 125 of 125 questions")
     page.press("j" * 30)  # beyond what is loaded
     assert page.focus.text == "Question 30 of 125"
+
+
+def test_long_traces_are_shown_on_a_click(page, tmp_path, monkeypatch):
+    """Their blocks come after the script, which reads them when they are there."""
+    monkeypatch.setattr(inspection_page, "FIRST_BYTES", 1)
+    tokens = [f" w{i}" + ("\n" if i % 50 == 49 else "") for i in range(1500)]
+    rows = [row_of(tokens, [n + i / 10000 for i in range(1500)], prompt=f"Question {n}") for n in range(3)]
+    rows[2]["suspected_error"] = 7
+    write_inspection(path := tmp_path / "long.html", [row_of(["short"], [0.5]), *rows], "Long")
+    page.open(path)
+    page.wait(lambda: len(page.all(".t")) == 1)  # the short one
+    Select(page.one("#order")).select_by_value("highest")
+    button = page.one(".open")
+    assert button.text == "Show 30 steps, 1,500 tokens"
+    assert "suspected first error: step 8" in page.one(".heat").text
+    button.send_keys(Keys.ENTER)
+    page.wait(lambda: len(page.all(".t")) == 1501)
+    assert page.readout == "w0: +2.0000", "the focus moves to the first token"
+    page.press(Keys.END)
+    assert page.readout == "w1499: +2.1499"
+    assert page.one("tr.error th").text == "8"
+    assert len(page.all(".open")) == 2

@@ -262,6 +262,9 @@ def test_replay_buffer_keeps_the_newest_and_restores_its_state():
     assert other.rollouts == replay.rollouts
     other.load(state)
     assert other.rollouts == replay.rollouts
+    replay.add([Rollout(3, [int("70000"), int("70000")])])
+    assert len({id(token) for token in replay.rollouts[-1].ids}) == 1  # equal ids are one object
+    replay.load(state)
     other.rollouts[0].ids.append(5)  # a copy
     assert replay.rollouts[0].ids == [2]
 

@@ -25,7 +25,7 @@ from tracereward.cli.evaluate import (
     json_object,
     suites,
 )
-from tracereward.cli.reward import Overwrite, PolicyDtype, Resume, Seed, commands
+from tracereward.cli.reward import Overwrite, PolicyDtype, Resume, Seed, Stream, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
 from tracereward.cli.watch import monitoring
@@ -130,7 +130,9 @@ def fit(ctx: typer.Context) -> None:
 @app.command()
 def sample(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the policy, or its name at the server.")],
-    data: Annotated[str | None, typer.Option(help="File or Hub id with prompts. Default: the task's own set.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="File or Hub id with prompts, - for stdin. Default: the task's own set.")
+    ] = None,
     task: QuestionTask = None,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="Completions per prompt. Default: 8.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of a completion.")] = 512,
@@ -169,6 +171,7 @@ def sample(
     reference: Annotated[
         str | None, typer.Option(help="With --guide: model whose log-prob is added to the rewards, as for score.")
     ] = None,
+    stream: Stream = False,
 ) -> None:
     """Sample completions from a policy: one JSON row each."""
     from tracereward.commands.partial_output import Output
@@ -205,6 +208,7 @@ def sample(
             limit=limit,
             template=template,
             chat_template_kwargs=json_object("--chat-template-kwargs", chat_template_kwargs),
+            stream=stream,
         ),
         sampling,
         n=n or 8,

@@ -26,6 +26,13 @@ AnswerTask = Annotated[
 ]
 Resume = Annotated[bool, typer.Option(help="Resume an unfinished --output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --output.")]
+Stream = Annotated[
+    bool,
+    typer.Option(
+        "--stream",
+        help="Read rows once, as they come (a Hub set while it downloads), in constant memory. Always with -, stdin.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Random seed.")]
 
 
@@ -60,7 +67,10 @@ PolicyDtype = Annotated[
 def score(
     model: Model,
     data: Annotated[
-        str, typer.Argument(help="JSONL, CSV, Parquet or Hub rows: prompt, and completion, candidates or steps.")
+        str,
+        typer.Argument(
+            help="JSONL, CSV, Parquet or Hub rows, - for stdin: prompt, and completion, candidates or steps."
+        ),
     ],
     output: Annotated[
         str | None, typer.Option("-o", "--output", help="JSONL file; a folder with --engine ray. Default: stdout.")
@@ -80,6 +90,7 @@ def score(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Report and skip rows that cannot be scored, instead of stopping.")
     ] = False,
+    stream: Stream = False,
 ) -> None:
     """Score traces: token rewards with character offsets, step rewards, and one reward a trace."""
     from tracereward.commands.partial_output import Output
@@ -97,6 +108,7 @@ def score(
             policy=policy,
             skip_bad=skip_bad,
             dtype=dtype,
+            stream=stream,
         )
     )
 
@@ -104,7 +116,7 @@ def score(
 @commands.command()
 def rerank(
     model: Model,
-    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion.")],
+    data: Annotated[str, typer.Argument(help="JSONL rows with prompt and completion or candidates; - for stdin.")],
     task: AnswerTask = None,
     method: Annotated[
         str,
@@ -127,6 +139,7 @@ def rerank(
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
     overwrite: Overwrite = False,
     json_table: Annotated[bool, typer.Option("--json", help="Print the table as JSON on stdout.")] = False,
+    stream: Stream = False,
 ) -> None:
     """Choose among candidates; with known answers, compare with majority, log-prob, length and oracle."""
     from tracereward.commands.partial_output import Output
@@ -143,13 +156,14 @@ def rerank(
             output=Output(path=output, resume=None, overwrite=overwrite),
             json_table=json_table,
             dtype=dtype,
+            stream=stream,
         )
     )
 
 
 @commands.command()
 def select(
-    data: Annotated[str, typer.Argument(help="Rows that `tracereward score` wrote.")],
+    data: Annotated[str, typer.Argument(help="Rows that `tracereward score` wrote; - for stdin.")],
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL file. Default: stdout.")] = None,
     form: Annotated[
         str, typer.Option("--format", help="sft: traces; dpo: pairs; kto: the traces of pairs with a label. As in TRL.")
@@ -266,11 +280,12 @@ def inspect(
     width: Annotated[int | None, typer.Option(min=20, help="Terminal: columns.")] = None,
 ) -> None:
     """Look at traces token by token: one HTML page that needs no network, or the terminal."""
+    from tqdm.auto import tqdm
 
     from tracereward.commands.inspect import InspectOptions, rows_to_inspect
     from tracereward.commands.partial_output import check_file
     from tracereward.errors import InputError, check_choice, check_number
-    from tracereward.reports.inspection import write_inspection
+    from tracereward.reports.inspection_page import write_inspection
     from tracereward.reports.inspection_terminal import COLOURS, print_ansi
 
     if threshold is not None:
@@ -287,8 +302,9 @@ def inspect(
         print_ansi(rows, sys.stdout, width=width, colour=colour, threshold=threshold)
         return
     command = " ".join(["tracereward", *sys.argv[1:]])
-    write_inspection(output, rows, title or Path(data).name, command=command, threshold=threshold)
-    say(f"{len(rows)} rows: {output}")
+    with tqdm(rows, desc="rows", unit="", delay=1) as progress:
+        write_inspection(output, progress, title or Path(data).name, command=command, threshold=threshold)
+    say(f"{progress.n} rows: {output}")
 
 
 @commands.command()

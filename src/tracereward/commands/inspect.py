@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,7 +15,7 @@ from tracereward.errors import InputError
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
 from tracereward.rewards.settings import check_reward_model
-from tracereward.tasks.recipes import get_task
+from tracereward.tasks.recipes import Task, get_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,61 +41,77 @@ class InspectOptions:
     dtype: str | None = None
 
 
-def rows_to_inspect(options: InspectOptions) -> list[dict[str, Any]]:
+def rows_to_inspect(options: InspectOptions) -> Iterator[dict[str, Any]]:
     """Rows with scores, as read or computed by the model, with extracted and checked answers.
+
+    All rows are checked before the first is returned, and none is kept.
 
     Raises:
         InputError: rows have no scores and there is no model, all have scores and there is one, or an input cannot be
             read.
     """
     data, model = options.data, options.model
-    read = read_rows(data)
-    rows = list(islice(read, options.limit))
-    if not rows:
-        raise InputError(f"{data}: no rows")
-    not_shown: Counter[str] = Counter()
-    for _, row in read:
-        not_shown[_asked(row)] += len(row["candidates"]) if isinstance(row.get("candidates"), list) else 1
-    bare = [where for where, row in rows if ("scores" if "candidates" in row else "token_rewards") not in row]
+    bare, not_shown = _survey(options)
     task = get_task(options.task) if options.task else None
-    scored = [row for _, row in rows]
-    if bare:
-        if model is None:
-            raise InputError(f"{bare[0]}: no scores; pass --model, or rows written by `tracereward score`")
-        settings = check_reward_model(model)
-        check_log_prob_models(settings, options.reference, options.policy)
-        task = task or get_task(settings.task)
-        checked = list(
-            islice(candidate_rows(data, template=settings.template, tokenizer=load_tokenizer(model)), options.limit)
-        )
-        for where, row in checked:
-            check_facts(where, row)
-        reward_model = load_scorer(model, dtype=options.dtype)
-        named = {"reference": options.reference, "policy": options.policy}
-        extra = load_log_prob_models(reward_model, **named, dtype=options.dtype)
-        scored = list(score_rows(reward_model, checked, extra=extra))
-    else:
+    if bare is None:
         given = {"model": model, "reference": options.reference, "policy": options.policy, "dtype": options.dtype}
         for option, value in given.items():
             if value is not None:
                 raise InputError(f"--{option} {value} has no effect: the rows of {data} have their scores")
-        for where, row in rows:
+        for where, row in islice(read_rows(data), options.limit):
             if "candidates" in row and not _fit(row["candidates"], row["scores"]):
                 raise InputError(f"{where}: scores must be a list with one record for each candidate")
             for trace in traces_in(row):
                 check_scores(where, trace)
-    for row in scored:
-        if others := not_shown[_asked(row)]:
-            row["not_shown"] = others
+        scored = (row for _, row in islice(read_rows(data), options.limit))
+    else:
+        if model is None:
+            raise InputError(f"{bare}: no scores; pass --model, or rows written by `tracereward score`")
+        settings = check_reward_model(model)
+        check_log_prob_models(settings, options.reference, options.policy)
+        task = task or get_task(settings.task)
+        checked = candidate_rows(data, template=settings.template, tokenizer=load_tokenizer(model))
+        for where, row in islice(checked, options.limit):
+            check_facts(where, row)
+        reward_model = load_scorer(model, dtype=options.dtype)
+        named = {"reference": options.reference, "policy": options.policy}
+        extra = load_log_prob_models(reward_model, **named, dtype=options.dtype)
+        rows = islice(candidate_rows(data, template=settings.template), options.limit)
+        scored = score_rows(reward_model, rows, extra=extra)
+    return (_judged(row, task, not_shown[_asked(row)]) for row in scored)
+
+
+def _survey(options: InspectOptions) -> tuple[str | None, Counter[str]]:
+    """Location of the first row without scores, and the number of traces of each question that are not shown.
+
+    Raises:
+        InputError: there are no rows.
+    """
+    read, bare, count = read_rows(options.data), None, 0
+    not_shown: Counter[str] = Counter()
+    for where, row in islice(read, options.limit):
+        count += 1
+        if bare is None and ("scores" if "candidates" in row else "token_rewards") not in row:
+            bare = where
+    for _, row in read:
+        not_shown[_asked(row)] += len(row["candidates"]) if isinstance(row.get("candidates"), list) else 1
+    if not count:
+        raise InputError(f"{options.data}: no rows")
+    return bare, not_shown
+
+
+def _judged(row: dict[str, Any], task: Task | None, not_shown: int) -> dict[str, Any]:
+    """A scored row with extracted and checked answers, and the number of its question's traces that are not shown."""
+    if not_shown:
+        row["not_shown"] = not_shown
     if task is None:
-        return scored
-    for row in scored:
-        for text, found in zip(row["candidates"], row["scores"]) if "candidates" in row else [(row["completion"], row)]:
-            judged = judge(found, text, task, gold_of(row))
-            found["extracted"] = judged.answer
-            if judged.correct is not None:
-                found["correct"] = judged.correct
-    return scored
+        return row
+    for text, found in zip(row["candidates"], row["scores"]) if "candidates" in row else [(row["completion"], row)]:
+        judged = judge(found, text, task, gold_of(row))
+        found["extracted"] = judged.answer
+        if judged.correct is not None:
+            found["correct"] = judged.correct
+    return row
 
 
 def _asked(row: dict[str, Any]) -> str:

@@ -10,11 +10,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 from tracereward.console import data_out, say
+from tracereward.data.readers import STDIN
 from tracereward.errors import InputError, Interrupted, RunFailed
 from tracereward.files import DISK_FULL, atomic_write_json, read_json, require_parent_folder, sha256_of, write_jsonl
 from tracereward.modeling.loading import model_fingerprint
@@ -83,6 +84,19 @@ class Output:
 
 
 STDOUT = Output()
+
+
+def of_stream(output: Output, data: str | None) -> Output:
+    """The output of a command that reads rows once: those of stdin cannot be read again to continue.
+
+    Raises:
+        InputError: ``--resume`` with stdin.
+    """
+    if data != STDIN:
+        return output
+    if output.resume:
+        raise InputError("--resume reads the rows again from the first, which stdin cannot: give a file")
+    return replace(output, resume=None)
 
 
 def part_of(output: str) -> Path:

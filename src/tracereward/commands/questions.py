@@ -1,7 +1,7 @@
 """`Questions`: a set of questions to sample completions for; its rows and prompts."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tracereward.console import note
 from tracereward.data.demonstrations import load_demonstrations
+from tracereward.data.readers import STDIN, data_name
 from tracereward.errors import InputError
 from tracereward.generation.engine import Answer, EngineOptions, Prompt
 from tracereward.generation.params import SamplingParams
@@ -35,6 +36,9 @@ class Questions:
         template: plain or chat.
         chat_template_kwargs: variables of the chat template, see `Rendering`.
         date: the day that a chat template which reads the clock writes, see `Rendering`.
+        stream: read the rows as they come, see `sample_stream`.
+        rows: the rows of one window of a stream; None reads `data`.
+        before: number of questions before that window; None if the rows are all.
 
     Task, template, its variables and the date may be None: see `in_force`.
     """
@@ -46,6 +50,14 @@ class Questions:
     template: str | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
     date: str | None = None
+    stream: bool = False
+    rows: Sequence[dict[str, Any]] | None = None
+    before: int | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows are read once, as they come; those of stdin always."""
+        return self.stream or self.data == STDIN
 
     @property
     def rendering(self) -> Rendering:
@@ -150,31 +162,52 @@ def in_force_at(engine: EngineOptions, questions: Questions, model: str) -> tupl
 
 
 def server_prompts(
-    questions: Questions, model: str, max_new_tokens: int, engine: EngineOptions
-) -> tuple[list[dict[str, Any]], list[Prompt]]:
-    """The rows, and what is sent for each: a text or messages. Says which.
+    questions: Questions,
+    model: str,
+    max_new_tokens: int,
+    engine: EngineOptions,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[list[dict[str, Any]], list[Prompt], PreTrainedTokenizerBase | None]:
+    """The rows, what is sent for each, a text or messages, and the tokenizer that renders here. Says what is sent.
 
     Args:
         questions: with every option set, see `in_force_at`.
         model: folder of the policy, or its name at the server.
         max_new_tokens: length limit of the completions.
         engine: the server, with its API.
+        tokenizer: see `load_questions`.
 
     Raises:
         InputError: as `load_questions`.
     """
+    sent: list[Prompt]
     if engine.api == "chat":
-        rows = read_questions(questions)
-        note(f"{engine.name}: prompts are sent as messages, which the server renders by its own chat template")
+        rows, how = read_questions(questions), "as messages, which the server renders by its own chat template"
         asked = [row["prompt"] for row in rows]
-        return rows, [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in asked]
-    if questions.template == "plain":
-        rows = read_questions(questions)
-        note(f"{engine.name}: prompts are sent as texts")
-        return rows, [plain_prompt(row["prompt"], row["source"]) for row in rows]
-    rows, prompts, tokenizer = load_questions(questions, model, max_new_tokens)
-    note(f"{engine.name}: prompts are sent as texts, rendered by the chat template of {model}")
-    return rows, [without_added(tokenizer, prompt) for prompt in prompts]  # the server's tokenizer adds them
+        sent = [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt for prompt in asked]
+    elif questions.template == "plain":
+        rows, how = read_questions(questions), "as texts"
+        sent = [plain_prompt(row["prompt"], row["source"]) for row in rows]
+    else:
+        rows, prompts, tokenizer = load_questions(questions, model, max_new_tokens, tokenizer)
+        how = f"as texts, rendered by the chat template of {model}"
+        sent = [without_added(tokenizer, prompt) for prompt in prompts]  # the server's tokenizer adds them
+    if not questions.before:  # once for a stream
+        note(f"{engine.name}: prompts are sent {how}")
+    return rows, sent, tokenizer
+
+
+def source_of(questions: Questions, task: Task) -> tuple[str, str | None]:
+    """The file or Hub id of the questions, and its configuration.
+
+    Raises:
+        InputError: none is given, and the task has none of its own.
+    """
+    source = questions.data or task.dataset
+    if source is None:
+        raise InputError(f"task {task.name!r} has no default data set: give --data, a file or a Hub id")
+    return source, task.subset if questions.data in (None, task.dataset) else None
 
 
 def read_questions(questions: Questions) -> list[dict[str, Any]]:
@@ -186,18 +219,17 @@ def read_questions(questions: Questions) -> list[dict[str, Any]]:
     Raises:
         InputError: unreadable input.
     """
+    if questions.rows is not None:
+        return list(questions.rows)
     task = get_task(str(questions.task))
-    source = questions.data or task.dataset
-    if source is None:
-        raise InputError(f"task {task.name!r} has no default data set: give --data, a file or a Hub id")
-    subset = task.subset if questions.data in (None, task.dataset) else None
+    source, subset = source_of(questions, task)
     return load_demonstrations(
         source, task, split=questions.split, subset=subset, limit=questions.limit, require_completion=False
     )
 
 
 def load_questions(
-    questions: Questions, model: str, max_new_tokens: int = 0
+    questions: Questions, model: str, max_new_tokens: int = 0, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> tuple[list[dict[str, Any]], list[str], PreTrainedTokenizerBase]:
     """The rows, their rendered prompts and the policy's tokenizer, without loading the model.
 
@@ -205,18 +237,21 @@ def load_questions(
         questions: with every option set, see `in_force`.
         model: folder or Hub id of the policy.
         max_new_tokens: length limit of the completions.
+        tokenizer: the policy's, checked with an earlier window of a stream; loaded if None.
 
     Raises:
         InputError: unreadable input, or a prompt that leaves less than `max_new_tokens` of what the policy reads.
     """
     rendering = questions.rendering
     rows = read_questions(questions)
-    check_model(model)
-    tokenizer = load_tokenizer(model)
-    check_rendering(tokenizer, rendering)
+    if tokenizer is None:
+        check_model(model)
+        tokenizer = load_tokenizer(model)
+        check_rendering(tokenizer, rendering)
     prompts = [render_prompt(tokenizer, row["prompt"], rendering, row["source"]) for row in rows]
     asked = [(row["source"], [prompt]) for row, prompt in zip(rows, prompts, strict=True)]
-    check_texts(tokenizer, asked, questions.data or str(get_task(str(questions.task)).dataset), MOST_OF_A_TEXT)
+    what = questions.data or str(get_task(str(questions.task)).dataset)
+    check_texts(tokenizer, asked, data_name(what), MOST_OF_A_TEXT)
     positions = context_length(read_config(model))
     longest, where = max((len(encode_prompt(tokenizer, prompt)), row["source"]) for row, prompt in zip(rows, prompts))
     if longest + max_new_tokens > positions:

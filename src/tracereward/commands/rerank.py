@@ -1,15 +1,19 @@
 """`tracereward rerank`: choose one of the scored candidates of each question."""
 
+import hashlib
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tracereward.commands.partial_output import STDOUT, Output, check_new, check_output, rows_to, write_row
-from tracereward.commands.score import score_rows
+from tracereward.commands.partial_output import STDOUT, Output, check_new, check_output, of_stream, rows_to, write_row
+from tracereward.commands.score import check_any_rows, score_rows
 from tracereward.console import note, print_json, say
+from tracereward.data.candidates import each_candidate
 from tracereward.data.labels import judge, judged_by, judgement_counts
+from tracereward.data.readers import STDIN
 from tracereward.data.trace_rows import candidate_rows, check_facts, gold_of
 from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_write_json, without_nan
@@ -17,7 +21,8 @@ from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.reports.tables import print_ranking
 from tracereward.rewards.abstention import threshold_of
 from tracereward.rewards.engines import load_scorer
-from tracereward.rewards.settings import check_reward_model
+from tracereward.rewards.scorer import Scorer
+from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES
 from tracereward.selection import RERANK_METHODS, Candidate, choose, outcomes, ranking_aurocs, ranking_table
 from tracereward.tasks.recipes import Task, get_task
@@ -30,7 +35,7 @@ class RerankOptions:
 
     Attributes:
         model: folder or Hub id of the reward model.
-        data: rows with a prompt and one completion.
+        data: rows with a prompt and one completion, or candidates, a list of texts; stdin is always streamed.
         task: task that checks answers; the reward model's if None.
         method: one of `RERANK_METHODS`.
         aggregate: how token rewards are reduced to a trace reward; as in the reward model's settings if None.
@@ -38,6 +43,8 @@ class RerankOptions:
         output: where the chosen rows go.
         json_table: print the table as JSON on stdout.
         dtype: precision of the reward model, see `scoring_precision`.
+        stream: choose as the rows come, which must be sorted by question; without the table and the verdict, which need
+            all of them.
     """
 
     model: str
@@ -49,6 +56,12 @@ class RerankOptions:
     output: Output = STDOUT
     json_table: bool = False
     dtype: str | None = None
+    stream: bool = False
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows are read once, as they come."""
+        return self.stream or self.data == STDIN
 
 
 def run_rerank(options: RerankOptions) -> None:
@@ -65,34 +78,28 @@ def run_rerank(options: RerankOptions) -> None:
         check_choice("aggregate", options.aggregate, AGGREGATES)
     if options.json_table and options.output.path == "-":
         raise InputError("--json prints the table on stdout: give a file for the chosen rows, -o FILE")
+    if options.json_table and options.streamed:
+        raise InputError("--json prints a table of all questions, which a stream does not keep: give a file")
     settings = check_reward_model(options.model)
     if options.abstain is not None:
         threshold_of(settings.abstention, options.method, options.abstain)
         if options.aggregate not in (None, settings.aggregate):
             raise InputError(f"--abstain was calibrated for --aggregate {settings.aggregate}: leave the option out")
     task = get_task(options.task or settings.task)
+    options = replace(options, output=of_stream(options.output, options.data))
     check_output(options.output, [options.model, options.data])
+    if options.streamed:
+        _rerank_stream(options, settings, task)
+        return
     verdict_file = None
     if options.output.path is not None and not options.output.to_stdout:
         verdict_file = Path(options.output.path).with_suffix(".verdict.json")
         check_new(verdict_file, [options.model, options.data], overwrite=options.output.overwrite)
-    rows = list(candidate_rows(options.data, template=settings.template, tokenizer=load_tokenizer(options.model)))
-    if not rows:
-        raise InputError(f"{options.data}: no rows")
-    for where, row in rows:
-        check_facts(where, row)
-        if "completion" not in row or ("logprob" in options.method and row.get("logprob") is None):
-            single = "completion" in row
-            need = f"a logprob in each row for --method {options.method}" if single else "a completion in each row"
-            raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
-    model = load_scorer(options.model, dtype=options.dtype)
-    if options.aggregate is not None:
-        model.settings = replace(settings, aggregate=options.aggregate)
+    rows = list(_rows(options, settings))
+    check_any_rows(len(rows), options.data, None)
+    model = _scorer(options, settings)
     chosen, questions = rerank_rows(score_rows(model, rows), task, options.method)
-    if options.abstain is not None:
-        for row in chosen:
-            why = settings.why_not(options.method, row["reward"], options.abstain)
-            row |= {"abstained": why is not None} | ({} if why is None else {"reason": why})
+    _abstain(chosen, options, settings)
     table = summary(questions, task, options.method)
     if options.abstain is not None:
         said = answered(chosen, questions, task, options.method)
@@ -116,6 +123,15 @@ def run_rerank(options: RerankOptions) -> None:
             note(f"no accuracies: {counts['unknown']} rows have neither correct nor a gold answer")
 
 
+def _abstain(chosen: list[dict[str, Any]], options: RerankOptions, settings: RewardSettings) -> list[dict[str, Any]]:
+    """Add to chosen rows whether they are not answered, and why, if that was asked for."""
+    if options.abstain is not None:
+        for row in chosen:
+            why = settings.why_not(options.method, row["reward"], options.abstain)
+            row |= {"abstained": why is not None} | ({} if why is None else {"reason": why})
+    return chosen
+
+
 def answered(
     chosen: Sequence[dict[str, Any]], questions: Sequence[Sequence[Candidate]], task: Task, method: str
 ) -> str:
@@ -127,6 +143,73 @@ def answered(
     right = outcomes(questions, method, task.equal)
     wrong = sum(keep and not is_right for keep, is_right in zip(kept, right, strict=True))
     return f"{said}, {wrong} of them wrongly ({100 * wrong / len(chosen):.1f} % of all)"
+
+
+def _rerank_stream(options: RerankOptions, settings: RewardSettings, task: Task) -> None:
+    """Write the chosen row of each question as soon as its candidates are scored; memory use is constant."""
+    note("the rows are read as they come: no table and no verdict, which compare all questions (give a file)")
+    rows = _adjacent(_rows(options, settings))
+    first = list(itertools.islice(rows, 1))
+    check_any_rows(len(first), options.data, None)
+    scored = score_rows(_scorer(options, settings), itertools.chain(first, rows))
+    with rows_to(options.output) as file:
+        for _, group in itertools.groupby(scored, key=question_key):
+            for row in _abstain(rerank_rows(group, task, options.method)[0], options, settings):
+                write_row(file, row)
+            if options.output.to_stdout:  # the next command of a pipe need not wait
+                file.flush()
+
+
+def _scorer(options: RerankOptions, settings: RewardSettings) -> Scorer:
+    model = load_scorer(options.model, dtype=options.dtype)
+    if options.aggregate is not None:
+        model.settings = replace(settings, aggregate=options.aggregate)
+    return model
+
+
+def _rows(options: RerankOptions, settings: RewardSettings) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One row for each candidate.
+
+    Raises:
+        InputError: a row lacks a field that the method needs, or one has a wrong type.
+    """
+    tokenizer = load_tokenizer(options.model)
+    for where, row in candidate_rows(
+        options.data, template=settings.template, tokenizer=tokenizer, stream=options.streamed
+    ):
+        for one in each_candidate(row, where):
+            check_facts(where, one)
+            if "completion" not in one or ("logprob" in options.method and one.get("logprob") is None):
+                single = "completion" in one
+                need = f"a logprob in each row for --method {options.method}" if single else "a completion in each row"
+                raise InputError(f"{where}: rerank needs {need}; `tracereward sample` writes it")
+            yield where, one
+
+
+def question_key(row: dict[str, Any]) -> str:
+    """What the candidates of one question have in common."""
+    return json.dumps([row.get("question"), row["prompt"]])
+
+
+def _adjacent(rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows, if those of each question are adjacent. Of a question that is over only a hash is kept, and its line.
+
+    Raises:
+        InputError: a question returns; names its last line and the new one.
+    """
+    ended: dict[bytes, str] = {}
+    last: tuple[bytes, str] | None = None
+    for where, row in rows:
+        key = hashlib.blake2b(question_key(row).encode(), digest_size=12).digest()
+        if last is not None and last[0] != key:
+            ended[last[0]] = last[1]
+            if key in ended:
+                raise InputError(
+                    f"{where}: the question of {ended[key]} returns: in a stream the candidates of a question must be "
+                    "adjacent; sort the rows, or give them as a file without --stream"
+                )
+        last = key, where
+        yield where, row
 
 
 def candidate_of(row: dict[str, Any], task: Task) -> Candidate:
@@ -151,8 +234,7 @@ def rerank_rows(
     groups: dict[str, list[tuple[dict[str, Any], Candidate]]] = {}
     for row in scored:
         kept = {name: row[name] for name in ("question", "prompt", "completion", "answer", "reward") if name in row}
-        key = json.dumps([row.get("question"), row["prompt"]])
-        groups.setdefault(key, []).append((kept, candidate_of(row, task)))
+        groups.setdefault(question_key(row), []).append((kept, candidate_of(row, task)))
     chosen, questions = [], []
     for group in groups.values():
         candidates = [candidate for _, candidate in group]

@@ -1,10 +1,11 @@
 """`tracereward sample`: completions of a policy, plain or guided by a reward model, as rows."""
 
-from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from tracereward.commands.partial_output import (
     STDOUT,
@@ -12,6 +13,7 @@ from tracereward.commands.partial_output import (
     check_output,
     finished_questions,
     is_finished,
+    of_stream,
     origin_of,
     rows_to,
     unfinished,
@@ -28,19 +30,23 @@ from tracereward.commands.questions import (
     with_precision,
 )
 from tracereward.commands.sample_guided import Guidance, finished_guided, guided_rows
+from tracereward.commands.sample_stream import first_window
 from tracereward.console import note, say
+from tracereward.data.readers import STDIN
 from tracereward.errors import InputError, RunFailed
 from tracereward.generation.engine import Engine, EngineOptions, Prompt, TransformersEngine, Unanswered
 from tracereward.generation.params import SamplingParams
 from tracereward.generation.server_engine import ServerEngine
-from tracereward.generation.vllm_engine import VllmEngine, check_vllm
-from tracereward.modeling.loading import best_device, load_causal_lm
+from tracereward.generation.vllm_engine import COMPLETIONS, VllmEngine, check_vllm
+from tracereward.modeling.loading import best_device, context_length, load_causal_lm, read_config
 from tracereward.modeling.precision import reading_precision
 from tracereward.modeling.tokenization import encode_prompt
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import Task, get_task
 
 TRANSFORMERS = EngineOptions()
+STREAMED_POSITIONS = 32768
+"""Longest prompt with completion that vLLM reserves memory for, of a stream, where the longest prompt is not known."""
 MENTIONED = 5
 """Questions that a message names."""
 
@@ -71,6 +77,12 @@ def run_sample(
             unfinished one is from another run.
         RunFailed: a server has not answered all questions; the rows of the others are kept.
     """
+    output = of_stream(output, questions.data)
+    rest: Iterable[Questions] = ()
+    if questions.streamed:
+        if guidance is not None:
+            raise InputError("--guide reads all questions first: give them as a file, without --stream")
+        questions, rest = first_window(questions, model, engine, size=_window(engine, sampling, n))
     models = {"model": model, "--reward-model": None, "--reference": None}
     if guidance is None:
         questions, engine = in_force_at(engine, questions, model)
@@ -96,7 +108,7 @@ def run_sample(
     if engine.is_server:  # whose address may change
         models["model"] = None
         options |= {"engine": "a server", "model": model, "api": engine.api}
-    origin = None if output.to_stdout else origin_of("sample", models, data, **options)
+    origin = None if output.to_stdout or data == STDIN else origin_of("sample", models, data, **options)
     done: Set[int] = set()
     if is_finished(output):
         return
@@ -107,14 +119,15 @@ def run_sample(
             done = {*range(finished_guided(part, sampling.prompts_together(guidance.method.at_once)))}
         say(f"resuming after {len(done)} questions")
     if guidance is None:
-        chunks = sample_rows(model, questions, sampling, n=n, done=done, engine=engine)
+        chunks = sample_rows(model, questions, sampling, n=n, done=done, engine=engine, rest=rest)
     else:
         chunks = guided_rows(model, questions, sampling, guidance, done=len(done))
     if output.to_stdout and engine.is_server:
         chunks = in_order(chunks)
     right = wrong = 0
     # With a delay the bar appears after the first chunk, not above a message about the input.
-    progress = tqdm(desc="questions", total=len(read_questions(questions)), initial=len(done), unit="", delay=0.1)
+    total = len(read_questions(questions)) if questions.rows is None else None
+    progress = tqdm(desc="questions", total=total, initial=len(done), unit="", delay=0.1)
     with progress, rows_to(output, origin, sorted_by="question") as file:
         for rows in chunks:
             for row in rows:
@@ -126,6 +139,12 @@ def run_sample(
     if right + wrong:
         earlier = f" sampled now, without the {len(done)} questions of before" if done else ""
         say(f"{right} of {right + wrong} samples{earlier} have the right answer ({right / (right + wrong):.1%})")
+
+
+def _window(engine: EngineOptions, sampling: SamplingParams, n: int) -> int:
+    """Questions that are read before they are sampled, of a stream: one batch of transformers, several of others."""
+    together = engine.questions_together(sampling, n)
+    return together if engine.name == "transformers" else max(1, COMPLETIONS // n)
 
 
 def in_order(chunks: Iterator[list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
@@ -152,12 +171,16 @@ class Sampler:
         rows: the questions.
         prompts: what the engine is given for each.
         task: checks the answers.
+        tokenizer: that renders the prompts; None if the server does.
+        before: number of questions before these, in a stream; None if these are all.
     """
 
     engine: Engine
     rows: Sequence[dict[str, Any]]
     prompts: Sequence[Prompt]
     task: Task
+    tokenizer: PreTrainedTokenizerBase | None = None
+    before: int | None = None
 
     def sample(
         self, sampling: SamplingParams, *, n: int, done: Set[int] = frozenset()
@@ -170,16 +193,16 @@ class Sampler:
         """
         if sampling.temperature == 0 and n > 1:
             raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
-        answered = len(done)
+        answered, first = len(done), self.before or 0
         try:
-            for chunk in self.engine.sample(self.prompts, sampling, n=n, done=done):
-                yield [sample_row(s, self.rows[s.prompt], self.task) for s in chunk]
+            for chunk in self.engine.sample(self.prompts, sampling, n=n, done=done, before=self.before):
+                yield [sample_row(s, self.rows[s.prompt - first], self.task) for s in chunk]
                 answered += len({s.prompt for s in chunk})
         except Unanswered as error:
-            failed = [f"{self.rows[index]['source']}: {why}" for index, why in sorted(error.reasons.items())]
+            failed = [f"{self.rows[index - first]['source']}: {why}" for index, why in sorted(error.reasons.items())]
             more = f"; and {len(failed) - MENTIONED} more" if len(failed) > MENTIONED else ""
             text = "; ".join(failed[:MENTIONED]) + more
-            if not answered:
+            if not answered and not first:
                 raise InputError(f"no question is answered: {text}") from error
             given_up = " in a row, so that no more are asked" if error.given_up else ""
             raise RunFailed(f"{len(failed)} of {len(self.rows)} questions have failed{given_up}: {text}") from error
@@ -208,18 +231,35 @@ def load_sampler(
     max_new_tokens = sampling.max_new_tokens
     questions, engine = in_force_at(engine, questions, model)
     task = get_task(str(questions.task))
+    rows, asked, tokenizer = _prompts(model, questions, max_new_tokens, engine)
+    given = {"rows": rows, "prompts": asked, "task": task, "tokenizer": tokenizer, "before": questions.before}
     if engine.is_server:
-        rows, asked = server_prompts(questions, model, max_new_tokens, engine)
         kwargs = questions.chat_template_kwargs if engine.api == "chat" else None
-        return Sampler(engine=ServerEngine(engine, model, kwargs), rows=rows, prompts=asked, task=task)
-    rows, prompts, tokenizer = load_questions(questions, model, max_new_tokens)
+        return Sampler(engine=ServerEngine(engine, model, kwargs), **given)
+    assert tokenizer is not None
     if engine.name == "vllm":
-        longest = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
-        loaded: Engine = VllmEngine(model, tokenizer, longest + max_new_tokens, sampling.dtype)
+        longest = max(len(encode_prompt(tokenizer, str(prompt))) for prompt in asked) + max_new_tokens
+        if questions.before is not None:  # the longest prompt of a stream is not known
+            longest = int(min(context_length(read_config(model)), STREAMED_POSITIONS))
+        loaded: Engine = VllmEngine(model, tokenizer, longest, sampling.dtype)
     else:
         precision = reading_precision(model, sampling.dtype).say(f"{model} samples")
         loaded = TransformersEngine(load_causal_lm(model, precision.dtype, best_device()), tokenizer)
-    return Sampler(engine=loaded, rows=rows, prompts=prompts, task=task)
+    return Sampler(engine=loaded, **given)
+
+
+def _prompts(
+    model: str,
+    questions: Questions,
+    max_new_tokens: int,
+    engine: EngineOptions,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Sequence[dict[str, Any]], Sequence[Prompt], PreTrainedTokenizerBase | None]:
+    """The rows, what the engine is given for each, and the tokenizer that renders it."""
+    if engine.is_server:
+        return server_prompts(questions, model, max_new_tokens, engine, tokenizer=tokenizer)
+    return load_questions(questions, model, max_new_tokens, tokenizer)
 
 
 def sample_rows(
@@ -230,6 +270,7 @@ def sample_rows(
     n: int,
     done: Set[int] = frozenset(),
     engine: EngineOptions = TRANSFORMERS,
+    rest: Iterable[Questions] = (),
 ) -> Iterator[list[dict[str, Any]]]:
     """Completions of a set of questions; see `generation.engine`.
 
@@ -240,6 +281,7 @@ def sample_rows(
         n: completions of each question.
         done: questions to leave out; with transformers those of the first complete chunks.
         engine: where to sample.
+        rest: further windows of a stream, see `first_window`.
 
     Yields:
         For each chunk of prompts, rows with question (its index), prompt, completion, answer (gold), extracted,
@@ -251,4 +293,10 @@ def sample_rows(
     """
     if sampling.temperature == 0 and n > 1:
         raise InputError(f"n is {n}: at temperature 0 all completions of a prompt are the same; use -n 1")
-    yield from load_sampler(model, questions, sampling, engine).sample(sampling, n=n, done=done)
+    questions, engine = in_force_at(engine, questions, model)
+    sampler = load_sampler(model, questions, sampling, engine)
+    yield from sampler.sample(sampling, n=n, done=done)
+    for window in rest:
+        following = replace(questions, rows=window.rows, before=window.before)
+        rows, prompts, _ = _prompts(model, following, sampling.max_new_tokens, engine, tokenizer=sampler.tokenizer)
+        yield from replace(sampler, rows=rows, prompts=prompts, before=window.before).sample(sampling, n=n, done=done)

@@ -1,8 +1,9 @@
 """`tracereward score`: add the rewards of its traces to each row."""
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -13,12 +14,14 @@ from tracereward.commands.partial_output import (
     check_output,
     finished_rows,
     is_finished,
+    of_stream,
     origin_of,
     rows_to,
     unfinished,
     write_row,
 )
 from tracereward.console import say
+from tracereward.data.readers import STDIN, data_name, windows
 from tracereward.data.trace_rows import candidate_rows, traces_of
 from tracereward.errors import InputError, check_choice
 from tracereward.modeling.rendering import completion_text, render_prompt
@@ -43,7 +46,7 @@ class ScoreOptions:
 
     Attributes:
         model: folder or Hub id of the reward model.
-        data: input of `candidate_rows`.
+        data: input of `candidate_rows`; stdin is always streamed.
         output: where the rows go; with engine ``ray`` a folder shared by all machines.
         split: split of a Hub data set.
         engine: one of `ENGINES`, or ``ray``.
@@ -52,6 +55,7 @@ class ScoreOptions:
         policy: folder or Hub id of the model whose log-prob is subtracted.
         skip_bad: skip rows that cannot be scored, instead of stopping.
         dtype: precision of all models, see `modeling.precision`.
+        stream: read and check the rows once, as they come, instead of checking all before the model is loaded.
     """
 
     model: str
@@ -64,6 +68,12 @@ class ScoreOptions:
     policy: str | None = None
     skip_bad: bool = False
     dtype: str | None = None
+    stream: bool = False
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the rows are read once, as they come."""
+        return self.stream or self.data == STDIN
 
     @property
     def calibrated(self) -> bool:
@@ -82,6 +92,8 @@ def run_score(options: ScoreOptions) -> None:
     if options.workers is not None and options.engine != "ray":
         raise InputError("--workers needs --engine ray")
     if options.engine == "ray":
+        if options.streamed:
+            raise InputError("--engine ray splits checked rows into shards: give it a file, without --stream")
         from tracereward.commands.score_ray import score_to_folder
 
         _note_uncalibrated(check_reward_model(options.model), options)
@@ -99,19 +111,19 @@ def _note_uncalibrated(settings: RewardSettings, options: ScoreOptions) -> None:
 
 
 def _score_to_file(options: ScoreOptions) -> list[str]:
-    """Score in this process; return the error of each skipped row."""
+    """Score in this process; return the error of each skipped row that is not reported yet."""
+    options = replace(options, output=of_stream(options.output, options.data))
     settings = check_engine(options.model, options.engine)
     check_log_prob_models(settings, options.reference, options.policy, options.engine)
     check_output(options.output, [options.model, options.data, options.reference, options.policy])
     _note_uncalibrated(settings, options)
     skipped: list[str] | None = [] if options.skip_bad else None
-    # All rows are checked before the model is loaded.
-    tokenizer = load_tokenizer(options.model)
-    checked = candidate_rows(options.data, options.split, skipped, settings.template, tokenizer=tokenizer)
-    count = sum(1 for _ in checked)
-    check_any_rows(count, options.data, skipped)
+    count = None
+    if not options.streamed:  # all rows are checked before the model is loaded
+        count = sum(1 for _ in _rows(options, settings, skipped))
+        check_any_rows(count, options.data, skipped)
     origin, done = None, 0
-    if not options.output.to_stdout:
+    if not options.output.to_stdout and options.data != STDIN:
         models = {"model": options.model, "--reference": options.reference, "--policy": options.policy}
         precision = precision_of(options.model, options.dtype)
         named = {} if precision.own else {"dtype": precision.name}  # may be this machine's choice
@@ -121,17 +133,37 @@ def _score_to_file(options: ScoreOptions) -> list[str]:
     if part := unfinished(options.output, origin):
         done = finished_rows(part)
         say(f"resuming after {done} rows")
+    if options.streamed:
+        rows = _rows(options, settings, skipped)
+        first = list(islice(rows, 1))  # what is wrong with all rows is seen before the model is loaded
+        check_any_rows(len(first), options.data, skipped)
+        rows = chain(first, rows)
+    else:
+        rows = candidate_rows(options.data, options.split, [] if options.skip_bad else None, settings.template)
     model = load_scorer(options.model, options.engine, options.dtype)
     extra = load_log_prob_models(model, reference=options.reference, policy=options.policy, dtype=options.dtype)
-    rows = candidate_rows(options.data, options.split, [] if options.skip_bad else None, settings.template)
-    too_long: list[str] | None = [] if options.skip_bad else None
-    scored = score_rows(model, rows, extra=extra, skipped=too_long, done=done)
+    scored = score_rows(model, rows, extra=extra, skipped=skipped, done=done)
     progress = tqdm(desc="scored", total=count, initial=done, unit="")
     with rows_to(options.output, origin) as file, progress:
         for row in scored:
             write_row(file, row)
             progress.update()
-    return [*(skipped or ()), *(too_long or ())]
+            if options.output.to_stdout:  # the next command of a pipe need not wait
+                file.flush()
+            if options.streamed and skipped:
+                for text in skipped:
+                    tqdm.write(f"skipped: {text}", file=sys.stderr)
+                skipped.clear()
+    return skipped or []
+
+
+def _rows(
+    options: ScoreOptions, settings: RewardSettings, skipped: list[str] | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows, checked with the tokenizer too."""
+    tokenizer = load_tokenizer(options.model)
+    given = {"tokenizer": tokenizer, "stream": options.streamed}
+    return candidate_rows(options.data, options.split, skipped, settings.template, **given)
 
 
 def check_any_rows(count: int, data: str, skipped: list[str] | None) -> None:
@@ -141,7 +173,9 @@ def check_any_rows(count: int, data: str, skipped: list[str] | None) -> None:
         InputError: names the first skipped row, if there is one.
     """
     if count == 0:
-        raise InputError(f"{data}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}")
+        raise InputError(
+            f"{data_name(data)}: no rows{' that can be scored; the first: ' + skipped[0] if skipped else ''}"
+        )
 
 
 def score_rows(
@@ -154,7 +188,8 @@ def score_rows(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows in order with their scores (`as_row`); rows with candidates get a list of them in `scores`.
 
-    Steps are joined to a completion. Rows are read and scored `CHUNK` at a time, so memory use is constant.
+    Steps are joined to a completion. Rows are read and scored `CHUNK` at a time, so memory use is constant. If reading
+    fails, the rows before are scored first.
 
     Args:
         model: the reward model.
@@ -169,9 +204,8 @@ def score_rows(
         InputError: a row cannot be scored.
         RunFailed: a reward is not finite.
     """
-    rows = iter(rows)
     calibrated = extra is None or not extra.signed  # see `ScoreOptions.calibrated`
-    while chunk := list(islice(rows, CHUNK)):
+    for chunk in windows(rows, CHUNK):
         kept: list[tuple[dict[str, Any], list[Trace]]] = []
         encoded: list[EncodedTrace] = []
         for where, row in chunk:

@@ -22,6 +22,7 @@ from tracereward.data.keeping import (
     same_size,
     training_rows,
 )
+from tracereward.data.readers import STDIN, data_name
 from tracereward.data.surface_probe import TraceText, leak_warning, surface_probe
 from tracereward.data.trace_rows import candidate_rows, check_facts, is_number
 from tracereward.errors import InputError, check_choice, check_number
@@ -35,7 +36,7 @@ class SelectOptions:
     """Options of `tracereward select`.
 
     Attributes:
-        data: rows that `tracereward score` wrote.
+        data: rows that `tracereward score` wrote; a file or stdin.
         keeping: what is kept, and in which form.
         controls: also write sets of the same size that use no reward, next to the output.
         task: reads and compares answers.
@@ -62,7 +63,7 @@ def run_select(options: SelectOptions) -> None:
     pool, count = read_pool(options.data, task, logprobs=options.controls)
     kept = choose(pool, options.keeping, task, lambda one: one.candidate.reward)
     if not kept:
-        raise InputError(f"{options.data}: nothing is kept: lower --threshold or --margin, or raise --share")
+        raise InputError(f"{data_name(options.data)}: nothing is kept: lower --threshold or --margin, or raise --share")
     with rows_to(options.output) as file:
         for row in training_rows(kept, options.keeping.format):
             write_row(file, row)
@@ -112,7 +113,7 @@ def read_pool(data: str, task: Task, *, logprobs: bool) -> tuple[Pool, int]:
     Two texts are the same if they differ in white space only; the first is kept.
 
     Args:
-        data: file of scored rows.
+        data: file of scored rows, or stdin.
         task: reads answers.
         logprobs: whether each row needs a log-prob.
 
@@ -122,7 +123,7 @@ def read_pool(data: str, task: Task, *, logprobs: bool) -> tuple[Pool, int]:
     pool: Pool = {}
     seen: set[tuple[str, str]] = set()
     count = 0
-    for where, row in candidate_rows(data):
+    for where, row in candidate_rows(data, stream=data == STDIN):
         check_facts(where, row)
         if "completion" not in row or not is_number(row.get("reward")):
             raise InputError(f"{where}: needs a completion and its reward: run `tracereward score` first")
@@ -142,7 +143,7 @@ def read_pool(data: str, task: Task, *, logprobs: bool) -> tuple[Pool, int]:
         )
         pool.setdefault(question, []).append(found)
     if not pool:
-        raise InputError(f"{data}: no rows")
+        raise InputError(f"{data_name(data)}: no rows")
     return pool, count
 
 

@@ -20,7 +20,7 @@ from tracereward.data.drift import ALPHA, PROBE, Period, Shift, question_means, 
 from tracereward.data.surface_probe import LABELS, leak_warning, surface_probe
 from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, without_nan
-from tracereward.reports.inspection import write_inspection
+from tracereward.reports.inspection_page import write_inspection
 from tracereward.reports.tables import Table, print_tables
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import get_task

@@ -117,7 +117,7 @@ def read_candidates(
     rows = [
         _candidate(where, one, task, known)
         for where, row in read
-        for one in _each(_own_columns(row, where, name, task), where)
+        for one in each_candidate(_own_columns(row, where, name, task), where)
     ]
     if not rows:
         raise InputError(f"{name}: no rows")
@@ -141,8 +141,12 @@ def _own_columns(row: dict[str, Any], where: str, source: str, task: Task) -> di
     return found
 
 
-def _each(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
-    """One row for each trace of a row with a list of `candidates`, whose other fields may be lists as long."""
+def each_candidate(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """One row for each trace of a row with a list of `candidates`, whose other fields may be lists as long.
+
+    Raises:
+        InputError: `candidates` is no list of texts, or another list has another length; names `where`.
+    """
     texts = row.get("candidates")
     if any(isinstance(row.get(name), str) for name in TRACE_FIELDS) or not isinstance(texts, list):
         return [row]

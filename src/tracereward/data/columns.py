@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tracereward.console import note
-from tracereward.data.readers import format_of
+from tracereward.data.readers import STDIN, data_name, format_of
 from tracereward.errors import InputError
 from tracereward.messages import REASONING_FIELDS, check_messages, message_text, read_sharegpt, reasoning_of
 from tracereward.tasks.extraction import extract_any
@@ -84,7 +84,7 @@ def _say(source: str, what: str, row: Mapping[str, Any]) -> None:
     _SAID.add((source, what))
     tasks = fitting_tasks(row)
     more = f" (--task {tasks[0]} reads them too, and states in the prompt how an answer is written)" if tasks else ""
-    note(f"{source}: reading {what}{more}")
+    note(f"{data_name(source)}: reading {what}{more}")
 
 
 def fix(row: Mapping[str, Any], source: str, *, question: bool = False) -> str:
@@ -100,6 +100,8 @@ def fix(row: Mapping[str, Any], source: str, *, question: bool = False) -> str:
     names = {old: new for old, new in ((prompt, "prompt"), (trace, "completion")) if old is not None and old != new}
     if not names or trace is None:
         return ""
+    if source == STDIN:
+        return f"; rename the columns: jq -c '. + {{{', '.join(f'{new}: .{old}' for old, new in names.items())}}}'"
     kind = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}.get(format_of(source) or "", "json")
     of = f"'{kind}', data_files='{source}'" if format_of(source) else f"'{source}'"
     return (

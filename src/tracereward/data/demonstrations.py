@@ -6,7 +6,8 @@ Nothing is skipped or truncated silently: a row is kept, dropped with a count, o
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from tracereward.data.columns import fix, own_columns, reads_columns
@@ -52,11 +53,21 @@ def load_demonstrations(
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise InputError(f"limit is {limit!r}: it must be at least 1")
     name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "demonstrations"
-    rows: list[dict[str, Any]] = []
-    for location, raw in rows_of(source, "demonstrations", split, subset):
+    read = rows_of(source, "demonstrations", split, subset)
+    rows = list(islice(checked_rows(read, task, name, require_completion=require_completion), limit))
+    if not rows:
+        raise InputError(f"{name}: no rows")
+    return rows
+
+
+def checked_rows(
+    rows: Iterable[tuple[str, dict[str, Any]]], task: Task, source: str, *, require_completion: bool
+) -> Iterator[dict[str, Any]]:
+    """Demonstrations from raw rows and their locations, one by one; see `load_demonstrations`."""
+    for location, raw in rows:
         if reads_columns(task):
-            raw = own_columns(raw, location, name, question=not require_completion, expert=require_completion)
-        row = checked_example(task, raw, location, name)
+            raw = own_columns(raw, location, source, question=not require_completion, expert=require_completion)
+        row = checked_example(task, raw, location, source)
         if wrong := not_json(row):  # such as a date in a message
             raise InputError(f"{location}: {wrong}")
         if isinstance(row["prompt"], str) and without_end_marks(row["prompt"])[1]:
@@ -69,14 +80,9 @@ def load_demonstrations(
             wrong = "gives none (no answer, or none is marked correct)" if given else "is missing or empty"
             raise InputError(
                 f"{location}: no completion: field {task.completion_field!r} {wrong} for task {task.name!r}"
-                f"{fix(raw, name)}"
+                f"{fix(raw, source)}"
             )
-        rows.append({**row, "source": location})
-        if len(rows) == limit:
-            break
-    if not rows:
-        raise InputError(f"{name}: no rows")
-    return rows
+        yield {**row, "source": location}
 
 
 def check_demonstrations(rows: object) -> None:

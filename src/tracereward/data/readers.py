@@ -1,50 +1,70 @@
-"""Readers of data: files, folders, what `datasets` saved, and sets on the Hub. Each row comes with its location."""
+"""Readers of data: files, folders, what `datasets` saved, sets on the Hub, stdin. Each row comes with its location."""
 
 import gzip
 import io
 import json
 import os
+import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-from tracereward.errors import InputError, first_line
+from tracereward.errors import InputError, RunFailed, first_line
 from tracereward.files import nearest_path
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 """Endings of files that are read. All but Parquet may be compressed: ``.jsonl.gz``."""
+Row = TypeVar("Row")
+STDIN = "-"
+"""The data that is JSON Lines on stdin."""
 _NUMBERS, _FLAGS = ("logprob", "reward"), ("correct", "finished")
 """Columns of a CSV file, where everything is text, that are read as numbers and as true or false."""
 
 
 def read_rows(
-    source: str, split: str = "train", subset: str | None = None, skipped: list[str] | None = None
+    source: str,
+    split: str = "train",
+    subset: str | None = None,
+    skipped: list[str] | None = None,
+    *,
+    stream: bool = False,
 ) -> Iterator[tuple[str, dict]]:
-    """Yield ``(location, row)`` of a local file or folder, or of a Hub data set.
+    """Yield ``(location, row)`` of a local file or folder, of a Hub data set, or of stdin.
 
     Args:
         source: file with one of the endings `FORMATS`, a folder of such files or one that ``save_to_disk`` of
-            `datasets` wrote, or a Hub id such as ``openai/gsm8k``.
+            `datasets` wrote, a Hub id such as ``openai/gsm8k``, or `STDIN`.
         split: split of a Hub set or of a folder; a file has none.
         subset: configuration of a Hub set or of a folder.
         skipped: receives a message for each invalid row of a JSON file, which is then skipped; None makes the first
             one an error.
+        stream: read a Hub set while it is downloaded, and allow stdin: the caller reads the rows once, as they come.
 
     Yields:
         The location is ``path:12``, where 12 is the line of a JSON Lines file (blank ones count) or the row of any
-        other file, from 1; for the Hub and ``save_to_disk`` folders ``openai/gsm8k:train:12``.
+        other file, from 1; for the Hub and ``save_to_disk`` folders ``openai/gsm8k:train:12``; ``stdin:12``.
 
     Raises:
         InputError: missing, unreadable or corrupt file, a row that is no JSON object or has half of a surrogate pair
-            (no tokenizer can encode it), an unknown ending, a split that is not there, or a Hub set that cannot be
-            loaded.
+            (no tokenizer can encode it), an unknown ending, a split that is not there, a Hub set that cannot be
+            loaded, or stdin where rows are read more than once.
+        RunFailed: the download of a streamed set stops.
     """
     if not source.strip():
         raise InputError("the data must be a file, a folder or a Hub id, not an empty text")
+    if source == STDIN:
+        if not stream:
+            raise InputError(
+                "only sample, score, rerank and select read rows from stdin (-); others read their data more than "
+                "once: write the rows to a file"
+            )
+        yield from _checked("stdin", _stdin_lines(skipped), skipped)
+        return
     path = Path(source).expanduser()
     if not _is_local(source, path):
-        yield from _hub_rows(source, split, subset)
+        yield from _hub_rows(source, split, subset, stream=stream)
     elif _is_saved(path):
         yield from _saved_rows(source, path, split)
     elif path.is_dir():
@@ -52,6 +72,28 @@ def read_rows(
             yield from _file_rows(str(file), file, skipped)
     else:
         yield from _file_rows(source, path, skipped)
+
+
+def data_name(source: str) -> str:
+    """What messages call a source."""
+    return "stdin" if source == STDIN else source
+
+
+def windows(rows: Iterable[Row], size: int) -> Iterator[list[Row]]:
+    """Lists of `size` rows, the last one shorter; an error of reading is raised after the rows that came before it."""
+    rows = iter(rows)
+    while True:
+        window: list[Row] = []
+        try:
+            for row in islice(rows, size):
+                window.append(row)
+        except (InputError, RunFailed):
+            if window:
+                yield window
+            raise
+        if not window:
+            return
+        yield window
 
 
 RowSource = Any
@@ -104,6 +146,8 @@ def _plain(value: Any, *, missing: bool) -> Any:
 def has_splits(source: str | None) -> bool:
     """Whether a split of a source can be chosen: not of a file, nor of a folder whose files name no split."""
     path = Path(source or "").expanduser()
+    if source == STDIN:
+        return False
     if source is None or not path.exists():
         return True
     if _is_saved(path):
@@ -233,6 +277,7 @@ def _file_rows(source: str, path: Path, skipped: list[str] | None) -> Iterator[t
     if kind is None:
         known = ", ".join((*FORMATS, ".jsonl.gz"))
         fix = "give the folder that it is in" if path.suffix == ".arrow" else f"use one of {known}, or a folder"
+        fix += ", or - for JSON Lines on stdin" if path.exists() and not path.is_file() else ""  # such as <(command)
         raise InputError(f"{source}: cannot tell the format from the name; {fix}")
     if not path.is_file():
         raise InputError(f"{source}: {_missing(path)}")
@@ -241,7 +286,14 @@ def _file_rows(source: str, path: Path, skipped: list[str] | None) -> Iterator[t
     elif kind in (".csv", ".tsv"):
         numbered = _table_rows(path, "," if kind == ".csv" else "\t")
     else:
-        numbered = _json_rows(path) if kind == ".json" else _json_lines(path, skipped)
+        numbered = _json_rows(path) if kind == ".json" else _file_lines(path, skipped)
+    yield from _checked(source, numbered, skipped, kind)
+
+
+def _checked(
+    source: str, numbered: Iterable[tuple[int, object]], skipped: list[str] | None, kind: str = ".jsonl"
+) -> Iterator[tuple[str, dict]]:
+    """Location and row of numbered values."""
     for n, row in numbered:
         if not isinstance(row, dict):
             wrong = f"a JSON {_json_type(row)}, not an object with fields"
@@ -287,43 +339,64 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _json_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, object]]:
-    """Line number and value of every line that is not blank; invalid lines are added to `skipped` if given."""
+def _file_lines(path: Path, skipped: list[str] | None) -> Iterator[tuple[int, object]]:
+    """Line number and value of every line of a file that is not blank."""
     n = 0
     try:
         with _opened(path) as lines:
-            for n, line in enumerate(lines, start=1):
-                text = ""
-                try:
-                    text = line.decode("utf-8-sig" if n == 1 else "utf-8")
-                    if text.strip():
-                        yield n, json.loads(text, object_pairs_hook=_once)
-                except UnicodeDecodeError as error:
-                    wrong = f"{path}:{n}: {_not_utf8(path, line, error)}"
-                except json.JSONDecodeError as error:
-                    wrong = f"{path}:{n}: not valid JSON: {error.msg} at character {error.pos + 1}"
-                    if n == 1 and text.lstrip().startswith("["):
-                        wrong += " (an array of rows? then name it .json)"
-                except (RecursionError, ValueError) as error:
-                    what = "nested too deep" if isinstance(error, RecursionError) else str(error)
-                    wrong = f"{path}:{n}: not valid JSON: {what}"
-                else:
-                    continue
-                if skipped is None:
-                    raise InputError(wrong)
-                skipped.append(wrong)
+            for n, value in _json_lines(str(path), lines, skipped):
+                yield n, value
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(f"{path}: corrupt gzip file after line {n}: {error}; copy or download it again") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def _not_utf8(path: Path, line: bytes, error: UnicodeDecodeError) -> str:
+def _stdin_lines(skipped: list[str] | None) -> Iterator[tuple[int, object]]:
+    """Line number and value of every line of stdin that is not blank."""
+    if sys.stdin is None:  # closed by the parent process
+        return
+    lines: Any = sys.stdin.buffer
+    if lines.peek(2)[:2] == b"\x1f\x8b":
+        raise InputError("stdin is compressed: put `gzip -dc |` in front")
+    yield from _json_lines("stdin", lines, skipped)
+
+
+def _json_lines(source: str, lines: Iterable[bytes], skipped: list[str] | None) -> Iterator[tuple[int, object]]:
+    """Line number and value of every line that is not blank; invalid lines are added to `skipped` if given."""
+    for n, line in enumerate(lines, start=1):
+        text = ""
+        try:
+            text = line.decode("utf-8-sig" if n == 1 else "utf-8")
+            if text.strip():
+                yield n, json.loads(text, object_pairs_hook=_once)
+        except UnicodeDecodeError as error:
+            wrong = f"{source}:{n}: {_not_utf8(source, line, error)}"
+        except json.JSONDecodeError as error:
+            wrong = f"{source}:{n}: not valid JSON: {error.msg} at character {error.pos + 1}"
+            if n == 1 and text.lstrip().startswith("["):
+                wrong += " (an array of rows? then name it .json)"
+            elif not line.endswith(b"\n"):
+                wrong += " (the last line, cut short)"
+        except (RecursionError, ValueError) as error:
+            what = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            wrong = f"{source}:{n}: not valid JSON: {what}"
+        else:
+            continue
+        if skipped is None:
+            raise InputError(wrong)
+        skipped.append(wrong)
+
+
+def _not_utf8(source: str, line: bytes, error: UnicodeDecodeError) -> str:
     """What is wrong with the text of a line, and the command that converts the file."""
+    path = Path(source)
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
         name = "UTF-16"
     else:  # cp1252 is Latin-1 with letters and quotes in place of control characters
         name = "CP1252" if any(0x80 <= byte < 0xA0 for byte in line) else "LATIN1"
+    if source == "stdin":
+        return f"not UTF-8 text (byte 0x{line[error.start]:02x}): put `iconv -f {name} -t UTF-8 |` in front"
     read = f"gzip -dc {path} | iconv -f {name}" if path.suffix == ".gz" else f"iconv -f {name} {path}"
     ending = "".join(path.suffixes).removesuffix(".gz")
     new = f"{path.name.split('.')[0]}.utf8{ending}"
@@ -347,7 +420,7 @@ def _text_of(path: Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: {_not_utf8(path, data, error)}") from error
+        raise InputError(f"{path}:{line}: {_not_utf8(str(path), data, error)}") from error
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
@@ -419,14 +492,15 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
         raise InputError(f"{path}: not a readable Parquet file after row {n}: {error}") from error
 
 
-def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[str, dict]]:
-    """Location and row of a Hub data set."""
+def _hub_rows(source: str, split: str, subset: str | None, *, stream: bool) -> Iterator[tuple[str, dict]]:
+    """Location and row of a Hub data set; of a streamed one while it is downloaded."""
     import datasets
     from datasets.exceptions import DatasetsError
 
     named = f"{source!r} (split {split!r}{f', subset {subset!r}' if subset else ''})"
+    how: dict[str, Any] = {"streaming": True} if stream else {}
     try:
-        rows = datasets.load_dataset(source, subset, split=split)
+        rows = datasets.load_dataset(source, subset, split=split, **how)
     except ConnectionError as error:
         raise InputError(
             f"cannot load {named}: the Hugging Face Hub cannot be reached ({error}). Give a local file "
@@ -434,5 +508,15 @@ def _hub_rows(source: str, split: str, subset: str | None) -> Iterator[tuple[str
         ) from error
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load {named} from the Hugging Face Hub: {error}") from error
-    for n, row in enumerate(rows, start=1):
+    n, found = 0, iter(rows)
+    while True:
+        try:
+            row = next(found, None)
+        except Exception as error:  # of the network or of any format's reader
+            if not stream:
+                raise
+            raise RunFailed(f"{source}:{split}: cannot be read after row {n}: {first_line(error)}") from error
+        if row is None:
+            return
+        n += 1
         yield f"{source}:{split}:{n}", dict(row)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tracereward.data.columns import fix, own_columns
-from tracereward.data.readers import not_json, read_rows
+from tracereward.data.readers import data_name, not_json, read_rows
 from tracereward.errors import InputError, check_number
 from tracereward.messages import check_messages, content_text, reasoning_of
 from tracereward.modeling.lost_text import MOST_OF_A_TEXT, Tally, too_much
@@ -25,16 +25,18 @@ def candidate_rows(
     template: str | None = None,
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    stream: bool = False,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows with a prompt and a completion, candidates (a list of texts) or steps (a list of texts, joined later).
 
     Args:
-        source: file or Hub id.
+        source: file or Hub id, or with `stream` stdin.
         split: of a Hub set.
         skipped: receives a message for each invalid row, which is then skipped; None makes the first one an error.
         template: of the reward model; ``plain`` refuses lists of messages. None: not checked.
         tokenizer: of the reward model; rows that are largely outside its vocabulary are invalid, and the share of the
             rest is said at the end. None: not checked.
+        stream: see `read_rows`.
 
     Yields:
         Location and row, its traces without end marks (`without_marks`).
@@ -43,7 +45,7 @@ def candidate_rows(
         InputError: a row lacks them or does not fit in JSON; names file and line.
     """
     tally = None if tokenizer is None else Tally(tokenizer)
-    for where, row in read_rows(source, split, skipped=skipped):
+    for where, row in read_rows(source, split, skipped=skipped, stream=stream):
         try:
             row = without_marks(own_columns(row, where, source))
         except InputError as error:
@@ -63,7 +65,7 @@ def candidate_rows(
         else:
             skipped.append(f"{where}: {wrong}")
     if tally is not None:
-        tally.report(source, most=1.0)
+        tally.report(data_name(source), most=1.0)
 
 
 def texts_in(row: dict[str, Any]) -> list[str]:

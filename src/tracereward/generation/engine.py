@@ -100,9 +100,18 @@ class Engine(Protocol):
     """Samples completions."""
 
     def sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, n: int = 1, done: Collection[int] = ()
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        done: Collection[int] = (),
+        before: int | None = None,
     ) -> Iterator[Sequence[Answer]]:
         """Sample `n` completions of each prompt whose index is not in `done`.
+
+        Of a stream, `prompts` are a window and `before` is the number of prompts before it: the index of the first.
+        Otherwise it is None, and the first has the index 0.
 
         Yields:
             Completions of one or several prompts, those of a prompt together; prompts in any order.
@@ -143,12 +152,18 @@ class TransformersEngine:
     tokenizer: PreTrainedTokenizerBase
 
     def sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, n: int = 1, done: Collection[int] = ()
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        done: Collection[int] = (),
+        before: int | None = None,
     ) -> Iterator[list[Sample]]:
         """See `Engine` and `sampling.sample`; the prompts are texts, and `done` are the first complete chunks."""
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        first = len(done) // params.prompts_together(n)
-        return sample(self.model, self.tokenizer, texts, params, n=n, first_chunk=first)
+        first = max(0, len(done) - (before or 0)) // params.prompts_together(n)
+        return sample(self.model, self.tokenizer, texts, params, n=n, first_chunk=first, before=before)
 
     def cost(self) -> str:
         """See `Engine`: nothing is counted."""

@@ -51,6 +51,7 @@ def sample(
     *,
     n: int = 1,
     first_chunk: int = 0,
+    before: int | None = None,
 ) -> Iterator[list[Sample]]:
     """Sample `n` completions of each prompt; yields one list of samples for each chunk of prompts.
 
@@ -64,15 +65,22 @@ def sample(
         params: how to sample; the seed is the run's.
         n: completions per prompt; 1 at temperature 0, where all are the same.
         first_chunk: number of chunks to skip.
+        before: number of prompts, of full chunks, that were sampled before these in windows of a stream: the samples
+            are those that a list of all prompts would have. None if these are all.
     """
     size = params.prompts_together(n)
     eos = eos_ids(model, tokenizer)
     steps = -(-len(prompts) // size) * params.max_new_tokens
-    width = max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts) if _compiles(model, steps) else None
+    # The longest prompt of a stream is not known.
+    width = (
+        max(len(encode_prompt(tokenizer, prompt)) for prompt in prompts)
+        if before is None and _compiles(model, steps)
+        else None
+    )
     for chunk, start in enumerate(range(0, len(prompts), size)):
         if chunk < first_chunk:
             continue
-        torch.manual_seed(params.seed * 1_000_003 + chunk)
+        torch.manual_seed(params.seed * 1_000_003 + (before or 0) // size + chunk)
         part = list(prompts[start : start + size])
         rows = part if width is None else [*part, *part[-1:] * (size - len(part))]
         completions = generate(
@@ -90,7 +98,7 @@ def sample(
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         yield [
             Sample(
-                prompt=start + row // n,
+                prompt=(before or 0) + start + row // n,
                 ids=completion,
                 text=text,
                 finished=completion[-1] in eos,

@@ -95,7 +95,13 @@ class ServerEngine:
             note(f"warning: {self.url} lists {_some(self.listed)}, not {model}: it may answer with another model")
 
     def sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, n: int = 1, done: Collection[int] = ()
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        done: Collection[int] = (),
+        before: int | None = None,
     ) -> Iterator[list[Answered]]:
         """See `Engine`; yields the completions of one prompt as soon as it has all.
 
@@ -107,14 +113,15 @@ class ServerEngine:
         from openai import OpenAIError
 
         client, limit = self._client(RETRIES, SECONDS), asyncio.Semaphore(self.concurrency)
-        todo = (index for index in range(len(prompts)) if index not in done)
+        first = before or 0
+        todo = (index for index in range(first, first + len(prompts)) if index not in done)
         failed: dict[int, str] = {}
         pending: dict[Future[list[Answered]], int] = {}
         with start_blocking_portal() as portal:
 
             def ask(index: int) -> Future[list[Answered]]:
                 async def post(request: int, count: int) -> list[Answered]:
-                    body = self._request(prompts[index], params, seed=params.seed_of(index, request), n=count)
+                    body = self._request(prompts[index - first], params, seed=params.seed_of(index, request), n=count)
                     async with limit:
                         path = "/completions" if "prompt" in body else "/chat/completions"
                         return self._read(await client.post(path, body=body, cast_to=object), index)

@@ -59,17 +59,26 @@ class VllmEngine:
         )
 
     def sample(
-        self, prompts: Sequence[Prompt], params: SamplingParams, *, n: int = 1, done: Collection[int] = ()
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        n: int = 1,
+        done: Collection[int] = (),
+        before: int | None = None,
     ) -> Iterator[list[Sample]]:
         """See `Engine`; the prompts are texts.
 
         Raises:
             RunFailed: the token probabilities are not finite.
         """
-        todo, size = [index for index in range(len(prompts)) if index not in done], max(1, COMPLETIONS // n)
+        first, size = before or 0, max(1, COMPLETIONS // n)
+        todo = [index for index in range(first, first + len(prompts)) if index not in done]
         for start in range(0, len(todo), size):
             part = todo[start : start + size]
-            inputs = [{"prompt_token_ids": encode_prompt(self.tokenizer, str(prompts[index]))} for index in part]
+            inputs = [
+                {"prompt_token_ids": encode_prompt(self.tokenizer, str(prompts[index - first]))} for index in part
+            ]
             fields = [self.request(params, n, seed=params.seed_of(index)) for index in part]
             outputs = self._llm.generate(inputs, fields, use_tqdm=False)
             self.counts[0] += sum(len(one["prompt_token_ids"]) for one in inputs)

@@ -27,6 +27,17 @@ class Batch:
     completion_mask: Tensor
     step_ends: Tensor
 
+    @property
+    def model_mask(self) -> Tensor:
+        """The attention mask to give to a causal model: all ones where padding only follows a row's tokens.
+
+        No token attends to what follows it, and a mask without zeros is not expanded to (B, P + T, P + T), which for
+        three traces of 16,000 tokens is 3 GB. Rows of one prompt have no other padding.
+        """
+        prompts, completions = self.attention_mask.tensor_split([-self.completion_mask.size(1)], dim=1)
+        plain = bool(prompts.all()) and torch.equal(completions, self.completion_mask)  # nor are tokens hidden
+        return torch.ones_like(self.attention_mask) if plain else self.attention_mask
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))

@@ -110,7 +110,7 @@ def _one_pass(
         output = model(
             input_ids=batch.input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
-            attention_mask=batch.attention_mask,
+            attention_mask=batch.model_mask,
             position_ids=batch.position_ids,
             use_cache=False,
             logits_to_keep=width + 1,

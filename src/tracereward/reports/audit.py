@@ -12,9 +12,9 @@ from typing import Any
 from markupsafe import Markup
 
 from tracereward.files import atomic_write_text
-from tracereward.reports.inspection import palette_css, visible
+from tracereward.reports.inspection import visible
 from tracereward.reports.pages import csp_hash, embedded_json, page_template
-from tracereward.reports.report import HEATMAP_CSS
+from tracereward.reports.report import HEATMAP_CSS, palette_css
 
 _DIGITS = 2
 

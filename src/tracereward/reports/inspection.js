@@ -1,6 +1,7 @@
 "use strict";
-// Content of traces is set as text, never as markup. Traces are rendered in batches on scrolling.
+// Content of traces is set as text, never as markup. Traces are rendered in batches on scrolling, long ones on a click.
 const BATCH = 24; // traces
+const LONG = 1000; // tokens
 const DIGITS = 4; // decimals of a token's value; step rewards have 2
 
 const byId = (id) => document.getElementById(id);
@@ -33,6 +34,23 @@ function colour(element, reward) {
 }
 
 // --- one trace ---
+
+// A trace's block follows the index; while the page loads it may not be there, or only its beginning.
+function whenLoaded(trace, then) {
+  const block = byId(`t${trace.id}`);
+  if (block && (block.nextSibling || document.readyState !== "loading")) then(unpacked(JSON.parse(block.textContent)));
+  else setTimeout(whenLoaded, 50, trace, then);
+}
+
+function unpacked({ text, values, kinds, steps }) {
+  let at = 0;
+  const piece = () => {
+    const i = at++;
+    if (kinds[i] === "-") return [text[i]];
+    return [text[i], values[i] === null ? null : values[i] / 10 ** DIGITS, kinds[i] ?? ""];
+  };
+  return steps.map(([reward, count]) => ({ reward, tokens: Array.from({ length: count }, piece) }));
+}
 
 function token([text, reward, kinds]) {
   const span = make("span", ["t", ...kinds].join(" "), text);
@@ -67,6 +85,26 @@ function stepRow(step, i, isError) {
 }
 
 function heatmap(trace, name) {
+  const heat = make("div", "heat");
+  heat.setAttribute("role", "group");
+  heat.setAttribute("aria-label", `Token rewards of ${name}`);
+  const fill = () => whenLoaded(trace, (steps) => fillHeatmap(heat, steps, trace.error));
+  if (trace.tokens <= LONG) {
+    fill();
+    return heat;
+  }
+  const button = make("button", "open", `Show ${counted(trace.steps, "step")}, ${counted(trace.tokens, "token")}`);
+  button.type = "button";
+  button.addEventListener("click", () => {
+    button.textContent = "Loading …";
+    setTimeout(fill); // after this text is painted
+  });
+  heat.append(button);
+  if (trace.error !== null) heat.append(make("span", "quiet", ` suspected first error: step ${trace.error + 1}`));
+  return heat;
+}
+
+function fillHeatmap(heat, steps, error) {
   const table = make("table");
   const head = table.createTHead().insertRow();
   for (const title of ["#", "step", "reward"]) {
@@ -74,14 +112,13 @@ function heatmap(trace, name) {
     cell.scope = "col";
     head.append(cell);
   }
-  table.createTBody().append(...trace.steps.map((step, i) => stepRow(step, i, i === trace.error)));
-  const heat = make("div", "heat");
-  heat.setAttribute("role", "group");
-  heat.setAttribute("aria-label", `Token rewards of ${name}`);
-  heat.append(table);
+  table.createTBody().append(...steps.map((step, i) => stepRow(step, i, i === error)));
+  const focused = heat.contains(document.activeElement);
+  heat.replaceChildren(table);
   const first = heat.querySelector(".t");
-  if (first) first.tabIndex = 0; // the trace's one tab stop
-  return heat;
+  if (!first) return;
+  first.tabIndex = 0; // the trace's one tab stop
+  if (focused) first.focus({ preventScroll: true }); // the button that was pressed is gone
 }
 
 function candidate(trace, question) {

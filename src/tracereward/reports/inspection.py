@@ -1,29 +1,22 @@
-"""`tracereward inspect`: one self-contained HTML page of scored traces, with a question's candidates side by side.
+"""What `tracereward inspect` shows: scored traces by question, with the steps and tokens of each.
 
-For each trace it shows the steps with coloured tokens, the reward of each step, and the suspected first error.
-`inspection_terminal` prints the same content.
+`inspection_page` writes it as a page, `inspection_terminal` prints it.
 """
 
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
-
 from tracereward.data.trace_rows import check_scores, text_read, traces_in
-from tracereward.files import atomic_write_text, without_nan
+from tracereward.files import without_nan
 from tracereward.modeling.alignment import step_ends
-from tracereward.reports.pages import csp_hash, embedded_json, page_template, table_view
-from tracereward.reports.report import HEATMAP_CSS, reward_colour
-from tracereward.reports.tables import Table
 from tracereward.rewards.first_error_rules import RATE, first_below
 from tracereward.rewards.settings import HOW_TO_FIT
 from tracereward.rewards.token_scores import TokenScores
 
-_DIGITS = 4  # decimals of the values on the page
+DIGITS = 4
+"""Decimals of the values that are shown."""
 # Control characters except newline and tab, lone surrogates, and bidirectional overrides.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -38,74 +31,16 @@ def visible(text: str) -> str:
     return _UNSAFE.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
-def write_inspection(
-    path: str | os.PathLike,
-    traces: Iterable[dict[str, Any]],
-    title: str,
-    *,
-    command: str = "",
-    threshold: float | None = None,
-    lines: Sequence[str] = (),
-    tables: Sequence[Table] = (),
-) -> None:
-    """Write scored traces as one HTML file that needs no network. On failure an existing page is kept.
+def about_marks(ruled: bool, threshold: float | None) -> str:
+    """Which steps are marked as the suspected first error, or why none is, in a sentence.
 
     Args:
-        path: the output file.
-        traces: rows as `tracereward score` writes them; rows with the same prompt are shown side by side. `step_ends`
-            and `supervised` are used if present; without `step_ends`, steps end with a newline. The fields `reward`,
-            `correct`, `extracted`, `answer` (the correct one), `logprob` and `model` are shown if present, and the step
-            `suspected_error` is marked.
-        title: the page's heading.
-        command: the command that made the page, shown below the heading.
-        threshold: mark the first step with a lower reward instead.
-        lines: sentences above the traces.
-        tables: below these.
-
-    Raises:
-        InputError: a row's scores are missing or inconsistent (see `check_scores`); rows are numbered from 1.
+        ruled: whether a trace has the field `suspected_error`.
+        threshold: of `questions_of`.
     """
-    traces = list(traces)
-    questions = questions_of(traces, threshold)
-    limit = colour_limit(questions)
-    shown = [trace for question in questions for trace in question["traces"]]
-    here = Path(__file__).parent
-    css = f"\n{HEATMAP_CSS}{palette_css()}\n{(here / 'inspection.css').read_text(encoding='utf-8')}"
-    script = "\n" + (here / "inspection.js").read_text(encoding="utf-8")
-    html = page_template("inspection.html.jinja").render(
-        title=visible(title),
-        command=visible(command),
-        lines=list(map(visible, lines)),
-        tables=list(map(table_view, tables)),
-        limit=f"{limit:.2f}",
-        suspected=about_marks(traces, threshold),
-        css=Markup(css),
-        css_hash=csp_hash(css),
-        script=Markup(script),
-        script_hash=csp_hash(script),
-        data=embedded_json({"limit": limit, "questions": questions}),
-        count=len(shown),
-        checked=any(trace["correct"] is not None for trace in shown),
-        marked=any("s" in piece[2] for piece in _scored(questions)),
-    )
-    atomic_write_text(path, html)
-
-
-def palette_css() -> str:
-    """The colours of the lowest, a zero and the highest reward as variables, for light and dark."""
-    shades = ([reward_colour(reward, 1.0, dark) for reward in (-1.0, 0.0, 1.0)] for dark in (False, True))
-    light, dark = (f":root {{ --low: {low}; --zero: {zero}; --high: {high}; }}" for low, zero, high in shades)
-    return f"{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}"
-
-
-# --- content of the page and the terminal ---
-
-
-def about_marks(rows: Iterable[dict[str, Any]], threshold: float | None) -> str:
-    """Which steps are marked as the suspected first error, or why none is, in a sentence."""
     if threshold is not None:
         return f"The suspected first error is the first step whose reward is below {threshold:g}: a hint, not a proof."
-    if any("suspected_error" in trace for row in rows for trace in traces_in(row)):
+    if ruled:
         return (
             f"The suspected first error is a hint, not a proof: the reward model's rule was fitted so that at most "
             f"{100 * RATE:g} % of right traces get one."
@@ -114,25 +49,49 @@ def about_marks(rows: Iterable[dict[str, Any]], threshold: float | None) -> str:
 
 
 def questions_of(rows: Iterable[dict[str, Any]], threshold: float | None) -> list[dict[str, Any]]:
-    """Group traces by question, in order of first occurrence: the content of the page and the terminal output.
+    """Group traces by question, in order of first occurrence.
 
     Returns:
-        Questions with `prompt`, `answer`, `traces`, and `not_shown`, the number of further traces. Each trace has its
-        row's fields, `error` (index of the marked step, or None), `drop` (`largest_drop`) and `steps`. JSON values
-        only, numbers with 4 decimals, text escaped by `visible`.
+        Questions as of `contents`, each with the list `traces`; a trace has its `number` in it.
 
     Raises:
-        InputError: as for `write_inspection`.
+        InputError: as for `contents`.
     """
     questions: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(itertools.chain.from_iterable(map(traces_in, rows)), 1):
-        where = f"row {number}"
-        check_scores(where, row)
-        prompt = _prompt_text(row["prompt"])
-        new = {"prompt": prompt, "answer": _text(row.get("answer")), "not_shown": row.get("not_shown", 0), "traces": []}
-        question = questions.setdefault(prompt, new)
-        question["traces"].append({"number": len(question["traces"]) + 1, **_trace(row, threshold)})
+    for new, trace in contents(rows, threshold):
+        question = questions.setdefault(new["prompt"], {**new, "traces": []})
+        question["traces"].append({"number": len(question["traces"]) + 1, **trace})
     return list(questions.values())
+
+
+def contents(
+    rows: Iterable[dict[str, Any]], threshold: float | None
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """What is shown of each trace and its question, one by one.
+
+    Args:
+        rows: as `tracereward score` writes them; those with the same prompt are of one question. `step_ends` and
+            `supervised` are used if present; without `step_ends`, steps end with a newline. The fields `reward`,
+            `correct`, `extracted`, `answer` (the correct one), `logprob` and `model` are shown if present, and the step
+            `suspected_error` is marked.
+        threshold: mark the first step with a lower reward instead.
+
+    Yields:
+        The question, with `prompt`, `answer`, and `not_shown`, the number of further traces. The trace, with its row's
+        fields, `error` (index of the marked step, or None), `drop` (`largest_drop`), `steps`, and `ruled`, whether the
+        row has a suspected error or none. JSON values only, numbers with 4 decimals, text escaped by `visible`.
+
+    Raises:
+        InputError: a row's scores are missing or inconsistent (see `check_scores`); rows are numbered from 1.
+    """
+    for number, row in enumerate(itertools.chain.from_iterable(map(traces_in, rows)), 1):
+        check_scores(f"row {number}", row)
+        question = {
+            "prompt": _prompt_text(row["prompt"]),
+            "answer": _text(row.get("answer")),
+            "not_shown": row.get("not_shown", 0),
+        }
+        yield question, _trace(row, threshold)
 
 
 def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
@@ -168,6 +127,7 @@ def _trace(row: dict[str, Any], threshold: float | None) -> dict[str, Any]:
         "logprob": _rounded(row.get("logprob")),
         "model": _text(row.get("model")),
         "drop": _rounded(largest_drop(step_rewards)),
+        "ruled": "suspected_error" in row,
         "error": suspected if threshold is None else first_below(step_rewards, threshold),
         "steps": [{"reward": _rounded(value), "tokens": held} for value, held in zip(step_rewards, pieces)],
     }
@@ -210,22 +170,19 @@ def _pieces(
     return steps
 
 
-def colour_limit(questions: list[dict[str, Any]]) -> float:
+def colour_limit(rewards: Iterable[float | None]) -> float:
     """The largest |reward| of all tokens, which gets the strongest colour; 1 if there are no tokens."""
-    sizes = (abs(reward) for _, reward, _ in _scored(questions) if reward is not None)
-    return max(sizes, default=0.0) or 1.0
+    return max((abs(reward) for reward in rewards if reward is not None), default=0.0) or 1.0
 
 
-def _scored(questions: list[dict[str, Any]]) -> Iterator[list[Any]]:
-    """The pieces of all traces that are tokens."""
-    for question in questions:
-        for trace in question["traces"]:
-            for step in trace["steps"]:
-                yield from (piece for piece in step["tokens"] if len(piece) > 1)
+def scored(trace: dict[str, Any]) -> Iterator[list[Any]]:
+    """The pieces of a trace that are tokens."""
+    for step in trace["steps"]:
+        yield from (piece for piece in step["tokens"] if len(piece) > 1)
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None else without_nan(round(value, _DIGITS))
+    return None if value is None else without_nan(round(value, DIGITS))
 
 
 def _text(value: object) -> str | None:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tracereward.errors import check_choice
-from tracereward.reports.inspection import about_marks, colour_limit, questions_of
+from tracereward.reports.inspection import about_marks, colour_limit, questions_of, scored
 from tracereward.reports.plots import signed
 from tracereward.reports.report import reward_colour
 
@@ -33,27 +33,27 @@ def print_ansi(
     """Print scored traces to a terminal: one line per step, with coloured tokens and the step's reward at the right.
 
     Args:
-        traces: as for `write_inspection`.
+        traces: as for `inspection.contents`.
         file: the output, e.g. ``sys.stdout``.
         width: columns; the terminal's if None.
         colour: one of `COLOURS`. "auto" uses what the terminal supports, and no colours if `file` is not a terminal or
             ``NO_COLOR`` is set; "truecolor" and "256" also colour a file or a pipe; "never" uses no colours.
-        threshold: as for `write_inspection`; the suspected step has a ``!`` at both ends of its line.
+        threshold: as for `inspection.contents`; the suspected step has a ``!`` at both ends of its line.
 
     Raises:
-        InputError: as for `write_inspection`, or the `colour` is unknown.
+        InputError: as for `inspection.contents`, or the `colour` is unknown.
     """
     options = COLOURS[check_choice("colour", colour, COLOURS)]
-    traces = list(traces)
     questions = questions_of(traces, threshold)
-    limit = colour_limit(questions)
+    shown = [trace for question in questions for trace in question["traces"]]
+    limit = colour_limit(piece[1] for trace in shown for piece in scored(trace))
     console = Console(file=file, width=width, highlight=False, markup=False, emoji=False, **options)
     scale = Text("reward in log-odds ")
     for i in range(-4, 5):
         edge = f" {signed(i * limit / 4)} " if abs(i) == 4 else "  "
         scale.append(edge, _style(i * limit / 4, limit))
     console.print(scale)
-    console.print(Text(f"{_MARK} {about_marks(traces, threshold)}"))
+    console.print(Text(f"{_MARK} {about_marks(any(trace['ruled'] for trace in shown), threshold)}"))
     for number, question in enumerate(questions, 1):
         console.print(Text(f"\nQuestion {number} of {len(questions)}", "bold"))
         console.print(Text(question["prompt"].strip()))
@@ -90,10 +90,10 @@ def _facts(trace: dict[str, Any], question: dict[str, Any]) -> str:
 
 def _step_text(step: dict[str, Any], limit: float) -> Text:
     line = Text()
-    for text, *scored in step["tokens"]:
-        if not scored:
+    for text, *token in step["tokens"]:
+        if not token:
             line.append(text)
             continue
-        reward, kinds = scored
+        reward, kinds = token
         line.append(text + "".join(_SIGNS.get(kind, "") for kind in kinds), _style(reward, limit))
     return line

@@ -268,7 +268,7 @@ class TokenRewardModel(nn.Module, Scorer):
             output = self.backbone(
                 input_ids=batch.input_ids if inputs_embeds is None else None,
                 inputs_embeds=inputs_embeds,
-                attention_mask=batch.attention_mask,
+                attention_mask=batch.model_mask,
                 position_ids=batch.position_ids,
                 use_cache=False,
             )

@@ -75,6 +75,14 @@ class Labelled:
         return self.weight > 0 and any(start < len(self.completion) for start in self.starts)
 
 
+_IDS: dict[int, int] = {}
+
+
+def shared_ids(ids: Iterable[int]) -> list[int]:
+    """Token ids of which equal ones are one object: 8 bytes a token in memory, not 36."""
+    return [_IDS.setdefault(token, token) for token in ids]
+
+
 class ReplayBuffer:
     """The newest `size` rollouts, by demonstration."""
 
@@ -84,7 +92,8 @@ class ReplayBuffer:
 
     def add(self, rollouts: Iterable[Rollout]) -> None:
         """Append rollouts and drop the oldest."""
-        self.rollouts = [*self.rollouts, *rollouts][-self.size :]
+        new = [rollout._replace(ids=shared_ids(rollout.ids)) for rollout in rollouts]
+        self.rollouts = [*self.rollouts, *new][-self.size :]
 
     def by_demonstration(self) -> dict[int, list[Rollout]]:
         """Rollouts by demonstration, for those that have any."""
@@ -96,7 +105,7 @@ class ReplayBuffer:
 
     def load(self, state: list[tuple[Any, ...]]) -> None:
         """Replace the contents by `state`."""
-        self.rollouts = [Rollout(index, list(ids), *more) for index, ids, *more in state]
+        self.rollouts = [Rollout(index, shared_ids(ids), *more) for index, ids, *more in state]
 
 
 def by_demonstration(rollouts: Iterable[Rollout]) -> dict[int, list[Rollout]]:

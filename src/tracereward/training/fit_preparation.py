@@ -19,7 +19,7 @@ from tracereward.modeling.lost_text import check_texts
 from tracereward.modeling.rendering import Rendering, check_reasoning, render
 from tracereward.modeling.tokenization import encode_completion, encode_prompt
 from tracereward.tasks.recipes import Task
-from tracereward.training.discriminator_batch import Expert
+from tracereward.training.discriminator_batch import Expert, shared_ids
 from tracereward.training.fit_data import FitCandidate, FitData, FitQuestion
 from tracereward.training.fit_options import FitOptions
 from tracereward.training.label_rules import (
@@ -192,7 +192,7 @@ class _Traces:
         where = row["source"]
         self.texts.append((where, [row["prompt"], row["completion"]]))
         if len(ids) <= self.limit and len(prompt) + len(ids) <= self.positions:
-            return ids
+            return shared_ids(ids)
         self.long.append((len(ids), len(prompt), where))
         return []
 
