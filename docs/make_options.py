@@ -8,11 +8,11 @@ from pathlib import Path
 from tracereward.training.fit_options import FIT_GROUPS
 from tracereward.training.option_rules import ALL_RULES
 from tracereward.training.option_types import own_fields
-from tracereward.training.options import GROUPS, DataArguments, PolicyOptions, SavingOptions
+from tracereward.training.options import GROUPS, ChosenOptions, DataArguments, PolicyOptions, SavingOptions
 from tracereward.training.trl_options import COMMANDS, HONOURED, REFUSED, commands_with
 
 PAGE = Path(__file__).with_name("options.md")
-COMMON = (DataArguments, SavingOptions, PolicyOptions)
+COMMON = (DataArguments, ChosenOptions, SavingOptions, PolicyOptions)
 
 
 def code(text: str) -> str:
@@ -75,6 +75,7 @@ def tables() -> dict[str, str]:
     """The generated parts of the page by name."""
     return {
         "data": own_table(DataArguments, COMMANDS),
+        "chosen": own_table(ChosenOptions, COMMANDS),
         "saving": own_table(SavingOptions, COMMANDS),
         "sft": own_tables("sft"),
         "policy": own_table(PolicyOptions, COMMANDS),

@@ -3,13 +3,17 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from markupsafe import Markup
 from scipy import stats
 
 from tracereward.metrics import auroc, length_matched_auroc, within_prompt_auroc
 from tracereward.selection import METHODS, Candidate, methods_for, outcomes
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 BASELINES = ("majority", "logprob", "logprob_vote", "shortest", "model")
 """Methods of `selection.METHODS` that need no reward model."""
@@ -73,6 +77,26 @@ class Verdict:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; numbers may be nan."""
         return {"line": self.line, **asdict(self), "needed": questions_needed(self.decisive, self.questions)}
+
+    def to_pandas(self) -> "DataFrame":
+        """A row for each baseline: baseline, difference (of accuracies), low, high."""
+        from pandas import DataFrame
+
+        rows = [(method_name(one.baseline), one.difference, one.low, one.high) for one in self.comparisons]
+        return DataFrame(rows, columns=["baseline", "difference", "low", "high"])
+
+    def _repr_html_(self) -> str:
+        """The line, and a table of the comparisons in points, for notebooks."""
+        row = Markup("<tr><td>{}</td><td>{}</td><td>{} to {}</td></tr>")
+        rows = Markup("").join(
+            row.format(method_name(one.baseline), *map(_points, (one.difference, one.low, one.high)))
+            for one in self.comparisons
+        )
+        head = Markup("<tr><th>{} minus</th><th>points</th><th>95 % interval</th></tr>").format(
+            method_name(self.method)
+        )
+        table = Markup("<table><thead>{}</thead><tbody>{}</tbody></table>").format(head, rows)
+        return str(Markup("<p><strong>{}</strong></p>{}").format(self.line, table))
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Verdict":

@@ -1,4 +1,5 @@
 """The formulae of `memory_estimate`, checked against models on the meta device, a real optimiser, cache and hook."""
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import contextlib
 import io
@@ -11,25 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.memory_estimate import (
-    LOGITS,
-    SHAPES,
-    STRATEGIES,
-    Setup,
-    Shape,
-    activations,
-    all_gather,
-    all_reduce,
-    discriminator_state,
-    discriminator_weights,
-    gathered,
-    kv_cache,
-    memory,
-    policy_state,
-    rollouts,
-    table,
-    traffic,
-)
+from benchmarks.memory_estimate import SHAPES, all_gather, all_reduce, rollouts, table, traffic
 from helpers.paths import ROOT
 from tracereward.modeling import log_probs
 from tracereward.rewards.model import TokenRewardModel
@@ -37,6 +20,19 @@ from tracereward.rewards.settings import RewardSettings
 from tracereward.training import discriminator_batch, rollout_metrics
 from tracereward.training.discriminator import Discriminator
 from tracereward.training.discriminator_batch import Expert
+from tracereward.training.memory import (
+    LOGITS,
+    STRATEGIES,
+    Setup,
+    Shape,
+    activations,
+    discriminator_state,
+    discriminator_weights,
+    gathered,
+    kv_cache,
+    memory,
+    policy_state,
+)
 from tracereward.training.options import DiscriminatorOptions
 
 PUBLISHED = {  # number of weights
@@ -187,15 +183,7 @@ def test_all_reduce_of_the_discriminator(peft, tiny_model_folder, tokenizer, exp
     sums = torch.zeros(7)
     discriminator._add_up(sums)
     llama = model.backbone.config
-    shape = Shape(
-        layers=llama.num_hidden_layers,
-        hidden=llama.hidden_size,
-        heads=llama.num_attention_heads,
-        kv_heads=llama.num_key_value_heads,
-        intermediate=llama.intermediate_size,
-        vocabulary=llama.vocab_size,
-        tied=llama.tie_word_embeddings,
-    )
+    shape = Shape.of(llama)
     setup = Setup(shape, "ddp", 2, rank=4 if peft else 0)
     assert size(sent) == 4 * discriminator_weights(setup) + size([sums])
     assert discriminator_state(setup)["all-reduce buffer"] == size(sent) - size([sums])

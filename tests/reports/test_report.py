@@ -8,9 +8,11 @@ import jinja2
 import pytest
 from markupsafe import Markup
 
-from tracereward.reports import plots, report
-from tracereward.reports.report import Report, ScoredTrace, heatmap_html, reward_colour, write_report
+from tracereward.reports import plots
+from tracereward.reports.report import Report, ScoredTrace, write_report
 from tracereward.reports.tables import Table
+from tracereward.rewards import heatmap
+from tracereward.rewards.heatmap import heatmap_html, reward_colour
 from tracereward.rewards.token_scores import TokenScores
 
 HOSTILE = "<script>alert(1)</script> & \"x\" 'y'\n\n</div>&lt;"
@@ -114,7 +116,7 @@ def luminance(colour: str) -> float:
 
 @pytest.mark.parametrize(("dark", "text"), [(False, "#1d2126"), (True, "#e9ebee")])
 def test_text_is_readable_on_every_colour(dark, text):
-    assert f"color: {text}" in report.HEATMAP_CSS
+    assert f"color: {text}" in heatmap.HEATMAP_CSS
     for reward in (-1.0, -0.5, 0.0, 0.5, 1.0):
         light, dim = sorted([luminance(text), luminance(reward_colour(reward, 1.0, dark))], reverse=True)
         assert (light + 0.05) / (dim + 0.05) >= 4.5  # WCAG 2 AA

@@ -1,8 +1,15 @@
 """Whether discriminator and policy moved, on hand-made rows."""
+# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 import pytest
 
-from tracereward.training.movement import discriminator_movement, fell, movement_row, policy_movement
+from tracereward.training.movement import (
+    discriminator_movement,
+    fell,
+    imitation_movement,
+    movement_row,
+    policy_movement,
+)
 
 
 def warmup(losses, accuracies=(), pairs=40):
@@ -128,3 +135,16 @@ def test_row_holds_both_and_one_line():
         "held_out_pairs": 40.0,
         "kl_to_start": 0.03,
     }
+
+
+def test_imitation_moves_if_its_loss_falls():
+    def rows(losses):
+        return [{"phase": "sft", "step": i, "loss": loss, "learning_rate": 1e-4} for i, loss in enumerate(losses)]
+
+    found = imitation_movement(rows([2.0, 1.8, 1.1, 0.9, 0.5, 0.4, 0.3, 0.2]))
+    assert found.moved
+    assert found.figures == pytest.approx({"loss_first": 1.45, "loss_last": 0.35})
+    flat = imitation_movement(rows([2.0, 2.01, 1.99, 2.0, 2.01, 1.99]))
+    assert flat.moved is False
+    assert "--learning_rate" in flat.line
+    assert imitation_movement(rows([2.0, 0.1])) is None

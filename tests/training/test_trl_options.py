@@ -1,4 +1,5 @@
 """Every option of TRL's configs is sorted: honoured ones reach the trainer's config, the others are refused."""
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
 import dataclasses
 import importlib.util
@@ -57,9 +58,11 @@ VALUES: dict[str, Any] = {
     "generation_batch_size": 16,
     "hub_model_id": "user/name",
     "hub_revision": "next",
+    "gradient_accumulation_steps": 2,
     "hub_token": "secret",
     "importance_sampling_level": "sequence",
     "include_num_input_tokens_seen": True,
+    "learning_rate": 3e-5,
     "log_completions_hub_repo": "user/name",
     "log_level": "error",
     "log_level_replica": "error",
@@ -68,18 +71,21 @@ VALUES: dict[str, Any] = {
     "lora_target_modules": ["q_proj", "v_proj"],
     "lora_target_parameters": ["a", "b"],
     "lr_scheduler_type": "cosine",
+    "max_completion_length": 65,
     "max_steps": 7,
     "min_p": 0.1,
     "model_name_or_path": "folder",
     "model_revision": "next",
     "neftune_noise_alpha": 5.0,
     "num_completions_to_print": 2,
+    "num_train_epochs": 2.0,
     "off_policy_mask_threshold": 0.5,
     "optim": "adafactor",
     "optim_args": "a=1",
     "optim_target_modules": "all-linear",
     "output_dir": "elsewhere",
     "pad_to_multiple_of": 8,
+    "per_device_train_batch_size": 9,
     "project": "mine",
     "repetition_penalty": 1.1,
     "report_to": ["all"],
@@ -104,6 +110,7 @@ VALUES: dict[str, Any] = {
     "vllm_server_base_url": "http://localhost:1",
     "vllm_server_host": "localhost",
     "vllm_structured_outputs_regex": "a+",
+    "warmup_steps": 3.0,
 }
 LOSSES = {"sft": "dft", "grpo": "grpo", "train": "grpo"}
 

@@ -28,8 +28,9 @@ from tracereward.cli.evaluate import (
 from tracereward.cli.reward import Overwrite, PolicyDtype, Resume, Seed, Stream, commands
 from tracereward.cli.rules import CheckedTyper, with_hyphens
 from tracereward.cli.serve import server
+from tracereward.cli.training import fit, grpo, plan, sft, train
 from tracereward.cli.watch import monitoring
-from tracereward.console import is_main_process, open_streams, say
+from tracereward.console import open_streams, say
 from tracereward.errors import InputError, Interrupted, RunFailed
 
 
@@ -67,64 +68,8 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def _training(kind: str, argv: list[str]) -> None:
-    if "--help" in argv or "-h" in argv:
-        from tracereward.cli.training_help import help_text
-
-        print(help_text(kind))
-        return
-    from tracereward.cli.training_options import parse
-
-    data, config, model, resume = parse(kind, argv)
-    from tracereward.commands.grpo import run_grpo
-    from tracereward.commands.sft import run_sft
-    from tracereward.commands.train import run_train
-
-    folder = {"sft": run_sft, "train": run_train, "grpo": run_grpo}[kind](data, config, model, resume)
-    if not is_main_process():
-        return
-    say(f"done: {folder}")
-    for part in ("policy", "reward_model", "report.html"):
-        if (folder / part).exists():
-            print(folder / part)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def sft(ctx: typer.Context) -> None:
-    """Fine-tune a model on expert traces (options: tracereward sft --help)."""
-    _training("sft", ctx.args)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def train(ctx: typer.Context) -> None:
-    """Learn a reward model from expert traces and train the policy on it."""
-    _training("train", ctx.args)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def grpo(ctx: typer.Context) -> None:
-    """Train a policy on a given reward: the verifier, or its own log-prob."""
-    _training("grpo", ctx.args)
-
-
-@app.command(context_settings=PASS_THROUGH)
-def fit(ctx: typer.Context) -> None:
-    """Learn a reward model from expert traces and logged traces, without a policy."""
-    if "--help" in ctx.args or "-h" in ctx.args:
-        from tracereward.cli.training_help import help_text
-
-        print(help_text("fit"))
-        return
-    from tracereward.cli.training_options import parse_fit
-
-    options, resume = parse_fit(ctx.args)
-    from tracereward.commands.fit import run_fit
-
-    folder = run_fit(options, resume).folder
-    say(f"done: {folder}")
-    for part in ("reward_model", "verdict.json", "report.html"):
-        if folder is not None and (folder / part).exists():
-            print(folder / part)
+for _command in (sft, train, grpo, fit, plan):
+    app.command(context_settings=PASS_THROUGH)(_command)
 
 
 @app.command()

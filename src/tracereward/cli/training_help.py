@@ -24,12 +24,13 @@ FIRST = {
     "dataset_name": "",
     "output_dir": "the run folder (default: runs/{command})",
     "resume": "continue the run in --output_dir from its last complete checkpoint, with the options in its config.yaml",
+    "dry_run": "print what the run would take, from two measured micro-steps, and train nothing (not of grpo)",
     "max_completion_length": "longest completion in tokens",
     "per_device_train_batch_size": "rows in one forward and backward pass",
     "learning_rate": "learning rate of the policy",
     "max_steps": "optimiser steps, instead of --num_train_epochs",
 }
-"""The ten essential options; an empty text is taken from `options`."""
+"""The essential options; an empty text is taken from `options`."""
 FIRST_OF_FIT = {
     **{name: FIRST[name] for name in ("config", "output_dir", "resume")},
     **dict.fromkeys(("demonstrations", "candidates", "model", "task"), ""),

@@ -7,6 +7,7 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from tracereward.commands.prepared import choose_precision, explained, inherit, lora, prepare
+from tracereward.console import is_main_process
 from tracereward.data.demonstrations import check_positions
 from tracereward.errors import InputError
 from tracereward.modeling.distributed import zero3_disabled
@@ -24,6 +25,7 @@ from tracereward.runs.finish import load_policy, train_and_choose
 from tracereward.runs.folder import run_folder
 from tracereward.runs.job import Job
 from tracereward.runs.upload import repositories_of, upload_all
+from tracereward.runs.verdict import record_movement
 from tracereward.training.config import RewardConfig
 from tracereward.training.options import DataArguments
 from tracereward.training.rollout_trainer import RolloutTrainer
@@ -32,8 +34,9 @@ from tracereward.training.rollout_trainer import RolloutTrainer
 def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resume: bool = False) -> Path:
     """GRPO with a fixed reward: the verifier (upper baseline), or log-probs of frozen models (controls)."""
     inherit(data, config, model)
+    prepared = prepare(data, config, model, resume)
+    config = prepared.config
     job = Job(kind="grpo", data=data, config=config, model=model, resume=resume)
-    prepared = prepare(data, config, model)
     choose_precision(job)
     if config.base_model is not None:
         check_model(config.base_model)
@@ -94,6 +97,7 @@ def run_grpo(data: DataArguments, config: RewardConfig, model: ModelConfig, resu
             )
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
         write_policy_card(run, about_run(run, len(prepared.rows), chosen))
-        run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}")
+        moved = record_movement(run, trainer.state.global_step) if is_main_process() else ""
+        run.report(f"GRPO on {data.task} with reward: {config.reward}.{chosen}{moved}")
         upload_all(run, repositories)
     return run.folder

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
+from tracereward.commands.choosing import choose
 from tracereward.console import note
 from tracereward.data.demonstrations import check_lengths, check_positions, load_demonstrations
 from tracereward.data.marks import without_dropped
@@ -39,6 +40,8 @@ from tracereward.training.validation import Validation, load_validation
 class Prepared:
     """The inputs of a run, checked before any model is loaded."""
 
+    config: Any  # the command's, with values for the options that were not given
+    chosen: dict[str, Any]  # those values
     task: Task
     tokenizer: PreTrainedTokenizerBase
     rows: list[dict[str, Any]]
@@ -46,6 +49,7 @@ class Prepared:
     raw: list[dict[str, Any]]  # rows, then unlabeled, before templating
     validation: Validation | None
     rendering: Rendering
+    dropped: int
 
     @property
     def remember(self) -> PolicySettings:
@@ -92,8 +96,14 @@ def choose_precision(job: Job) -> None:
         config.mixed_precision = "bf16"
 
 
-def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared:
-    """Load the tokenizer and the demonstrations and check them against the options.
+def prepare(data: DataArguments, config: Config, model: ModelConfig, resume: bool = False) -> Prepared:
+    """Load the tokenizer and the demonstrations, choose the options that are not given, and check them.
+
+    Args:
+        data: options of the demonstrations.
+        config: of the command.
+        model: options of the policy.
+        resume: whether a run in the output folder is resumed.
 
     Raises:
         InputError: the model or a file cannot be used, options conflict, or a batch needs more demonstrations.
@@ -123,9 +133,10 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
     rows = render(rows, tokenizer, rendering)
     check_reasoning(rows, tokenizer, rendering)
     unlabeled = render(unlabeled, tokenizer, rendering)
+    check_texts(tokenizer, texts_of([*rows, *unlabeled]), source)
+    config, chosen = choose(config, data, model, rows=[*rows, *unlabeled], tokenizer=tokenizer, resume=resume)
     limit = config.max_completion_length
     assert limit is not None
-    check_texts(tokenizer, texts_of([*rows, *unlabeled]), source)
     rows, dropped = check_lengths(rows, tokenizer, None, limit, on_long=data.on_long)
     if dropped:
         note(f"{dropped} demonstrations dropped: longer than {limit} tokens (--max_completion_length)")
@@ -163,6 +174,9 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig) -> Prepared
             "use only one of --validation_dataset_name, --validation_fraction and --load_best_model_at_end"
         )
     return Prepared(
+        config=config,
+        chosen=chosen,
+        dropped=dropped,
         task=task,
         tokenizer=tokenizer,
         rows=rows,

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig, SFTTrainer
 
 from tracereward.commands.prepared import choose_precision, explained, inherit, lora, prepare
+from tracereward.console import is_main_process
 from tracereward.data.demonstrations import split_rows
 from tracereward.modeling.tokenization import (
     encode_completion,
@@ -19,6 +20,7 @@ from tracereward.runs.finish import load_policy, train_and_choose
 from tracereward.runs.folder import run_folder
 from tracereward.runs.job import Job
 from tracereward.runs.upload import repositories_of, upload_all
+from tracereward.runs.verdict import record_movement
 from tracereward.training.checkpoints import SafeTrainer
 from tracereward.training.config import SupervisedConfig
 from tracereward.training.options import DataArguments
@@ -27,8 +29,9 @@ from tracereward.training.options import DataArguments
 def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, resume: bool = False) -> Path:
     """Supervised fine-tuning on the demonstrations; returns the run folder, which holds ``policy/``."""
     inherit(data, config, model)
+    prepared = prepare(data, config, model, resume)
+    config = prepared.config
     job = Job(kind="sft", data=data, config=config, model=model, resume=resume)
-    prepared = prepare(data, config, model)
     choose_precision(job)
     train, validation = prepared.rows, []
     if config.validation_fraction:
@@ -37,21 +40,43 @@ def run_sft(data: DataArguments, config: SupervisedConfig, model: ModelConfig, r
     with run_folder(job) as run:
         repositories = repositories_of(run, ["policy"])
         tokenizer = prepared.tokenizer
-        with explained():
-            trainer = SupervisedTrainer(
-                model=load_policy(model),
-                args=config,
-                train_dataset=tokenised(train, tokenizer),
-                eval_dataset=tokenised(validation, tokenizer) if validation else None,
-                processing_class=tokenizer,
-                peft_config=lora(model),
-                callbacks=[run.metrics, run.stop],
-            )
+        trainer = build_trainer(train, validation, config, model=model, tokenizer=tokenizer)
+        trainer.add_callback(run.metrics)
+        trainer.add_callback(run.stop)
         chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
         write_policy_card(run, about_run(run, len(train), chosen))
-        run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}")
+        moved = record_movement(run, trainer.state.global_step) if is_main_process() else ""
+        run.report(f"SFT on {len(train)} demonstrations of {data.task}.{chosen}{moved}")
         upload_all(run, repositories)
     return run.folder
+
+
+def build_trainer(
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    config: SupervisedConfig,
+    *,
+    model: ModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> "SupervisedTrainer":
+    """Load the policy and tokenise the rows.
+
+    Args:
+        train: rows to train on.
+        validation: rows whose loss chooses the checkpoint; may be empty.
+        config: of the run.
+        model: options of the policy.
+        tokenizer: its tokenizer.
+    """
+    with explained():
+        return SupervisedTrainer(
+            model=load_policy(model),
+            args=config,
+            train_dataset=tokenised(train, tokenizer),
+            eval_dataset=tokenised(validation, tokenizer) if validation else None,
+            processing_class=tokenizer,
+            peft_config=lora(model),
+        )
 
 
 class SupervisedTrainer(SafeTrainer, SFTTrainer):

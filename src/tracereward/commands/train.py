@@ -1,12 +1,14 @@
 """`tracereward train`: warm-up and adversarial training, up to a complete run folder."""
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import ModelConfig
 
 from tracereward.commands.prepared import Prepared, choose_precision, explained, inherit, lora, prepare, texts_of
@@ -43,12 +45,33 @@ from tracereward.training.trainer import AdversarialTrainer
 from tracereward.training.warmup_candidates import rendered_candidates, warmup_candidates
 
 
-def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Path:
-    """Warm-up and adversarial training; the run folder holds ``policy/``, ``reward_model/`` and ``report.html``."""
-    inherit(data, config, model)
-    job = Job(kind="train", data=data, config=config, model=model, resume=resume)
-    prepared = prepare(data, config, model)
-    choose_precision(job)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The checked inputs of `tracereward train`; no model is loaded yet.
+
+    Attributes:
+        prepared: demonstrations, tokenizer and the config.
+        demonstrations: rows as `AdversarialTrainer` takes them.
+        settings: of the reward model.
+        reward_tokenizer: its tokenizer.
+        start: name of the model that it starts from.
+    """
+
+    prepared: Prepared
+    demonstrations: list[dict[str, Any]]
+    settings: RewardSettings
+    reward_tokenizer: PreTrainedTokenizerBase
+    start: str
+
+
+def checked_inputs(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Inputs:
+    """Read the inputs, choose the options that are not given, and check everything against everything.
+
+    Raises:
+        InputError: a file or a model cannot be used, or options conflict.
+    """
+    prepared = prepare(data, config, model, resume)
+    config = prepared.config
     task, tokenizer = prepared.task, prepared.tokenizer
     policy = starting_policy(model)
     start = config.discriminator_model or policy
@@ -108,39 +131,74 @@ def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig
     settings.step_rule.check(row["completion"] for row in prepared.rows)
     if config.shared_base and not model.use_peft:
         raise InputError("--shared_base needs --use_peft true: policy and discriminator are two LoRA adapters")
+    return Inputs(
+        prepared=prepared,
+        demonstrations=demonstrations,
+        settings=settings,
+        reward_tokenizer=reward_tokenizer,
+        start=start,
+    )
+
+
+def build_trainer(
+    inputs: Inputs, config: AdversarialConfig, model: ModelConfig, callbacks: list[TrainerCallback]
+) -> tuple[AdversarialTrainer, Callable[[], TokenRewardModel]]:
+    """Load policy and reward model.
+
+    Args:
+        inputs: checked.
+        config: of the run; `plan` measures with a shorter one than the inputs'.
+        model: options of the policy.
+        callbacks: of the trainer.
+
+    Returns:
+        The trainer, and a function that makes another reward model, untrained.
+    """
+    prepared, settings, peft = inputs.prepared, inputs.settings, lora(model)
+    with explained():
+        torch.manual_seed(config.seed)  # random initialisation of the head and LoRA
+        starting, policy_peft = load_policy(model), lora(model)
+        make = functools.partial(
+            TokenRewardModel.from_backbone,
+            inputs.start,
+            settings,
+            inputs.reward_tokenizer,
+            peft_config=peft,
+            dtype=model.dtype or "float32",
+            **quantization(model),
+        )
+        if config.shared_base:
+            assert peft is not None
+            starting, policy_peft = get_peft_model(starting, peft), None
+            reward_model = TokenRewardModel.beside_policy(starting, settings, prepared.tokenizer, peft)
+        else:
+            reward_model = make()
+        trainer = AdversarialTrainer(
+            model=starting,
+            reward_model=reward_model,
+            demonstrations=inputs.demonstrations,
+            args=config,
+            task=prepared.task,
+            processing_class=prepared.tokenizer,
+            peft_config=policy_peft,
+            callbacks=callbacks,
+        )
+    return trainer, make
+
+
+def run_train(data: DataArguments, config: AdversarialConfig, model: ModelConfig, resume: bool = False) -> Path:
+    """Warm-up and adversarial training; the run folder holds ``policy/``, ``reward_model/`` and ``report.html``."""
+    inherit(data, config, model)
+    inputs = checked_inputs(data, config, model, resume)
+    prepared, config = inputs.prepared, inputs.prepared.config
+    job = Job(kind="train", data=data, config=config, model=model, resume=resume)
+    choose_precision(job)
     check_disk(job, models=2)
-    peft = lora(model)
     with run_folder(job) as run:
         repositories = repositories_of(run, ["policy", "reward_model"])
-        with explained():
-            torch.manual_seed(config.seed)  # random initialisation of the head and LoRA
-            starting, policy_peft = load_policy(model), lora(model)
-            make = functools.partial(
-                TokenRewardModel.from_backbone,
-                start,
-                settings,
-                reward_tokenizer,
-                peft_config=peft,
-                dtype=model.dtype or "float32",
-                **quantization(model),
-            )
-            if config.shared_base:
-                assert peft is not None
-                starting, policy_peft = get_peft_model(starting, peft), None
-                reward_model = TokenRewardModel.beside_policy(starting, settings, tokenizer, peft)
-            else:
-                reward_model = make()
-            trainer = AdversarialTrainer(
-                model=starting,
-                reward_model=reward_model,
-                demonstrations=demonstrations,
-                args=config,
-                task=task,
-                processing_class=tokenizer,
-                peft_config=policy_peft,
-                callbacks=[run.metrics, run.stop],
-            )
-        chosen = train_and_choose(run, trainer, prepared.validation, tokenizer, remember=prepared.remember)
+        trainer, make = build_trainer(inputs, config, model, [run.metrics, run.stop])
+        reward_model = trainer.discriminator.model
+        chosen = train_and_choose(run, trainer, prepared.validation, prepared.tokenizer, remember=prepared.remember)
         with trainer.discriminator.averaged():
             weights = trainer.discriminator.weights() if trainer.discriminator.sharded else None
             if is_main_process():

@@ -14,7 +14,8 @@ from markupsafe import Markup
 from tracereward.files import atomic_write_text
 from tracereward.reports.inspection import visible
 from tracereward.reports.pages import csp_hash, embedded_json, page_template
-from tracereward.reports.report import HEATMAP_CSS, palette_css
+from tracereward.reports.report import palette_css
+from tracereward.rewards.heatmap import HEATMAP_CSS
 
 _DIGITS = 2
 

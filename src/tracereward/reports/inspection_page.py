@@ -16,8 +16,9 @@ from markupsafe import Markup
 from tracereward.files import atomic_file
 from tracereward.reports.inspection import DIGITS, about_marks, colour_limit, contents, scored, visible
 from tracereward.reports.pages import csp_hash, embedded_json, page_template, table_view
-from tracereward.reports.report import HEATMAP_CSS, palette_css
+from tracereward.reports.report import palette_css
 from tracereward.reports.tables import Table
+from tracereward.rewards.heatmap import HEATMAP_CSS
 
 BLOCKS = Markup("<!-- blocks -->")
 """Where blocks go in the rendered template; no text of a trace holds it, since all are escaped."""

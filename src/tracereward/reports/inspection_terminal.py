@@ -10,7 +10,7 @@ from rich.text import Text
 from tracereward.errors import check_choice
 from tracereward.reports.inspection import about_marks, colour_limit, questions_of, scored
 from tracereward.reports.plots import signed
-from tracereward.reports.report import reward_colour
+from tracereward.rewards.heatmap import reward_colour
 
 COLOURS: dict[str, dict[str, Any]] = {
     "auto": {},  # rich detects the terminal and NO_COLOR

@@ -5,14 +5,18 @@ matplotlib draws with placeholder colours that are replaced by CSS variables, so
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
+from tracereward.errors import InputError
+from tracereward.files import read_jsonl
 from tracereward.reports.tables import Table
+from tracereward.rewards.heatmap import signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -78,19 +82,13 @@ STAND_INS = {
 }
 
 
+Drawn = list[tuple[Series, list[float], list[float]]]
+
+
 def curves(rows: list[dict], axis: str) -> list[dict[str, Any]]:
     """One figure per panel with at least one finite value; none if all rows are of one step."""
     figures: list[dict[str, Any]] = []
-    if len({row.get(axis) for row in rows}) < 2:
-        return figures
-    for panel in PANELS:
-        drawn = [(series, *_points(rows, axis, series.key)) for series in panel.series]
-        drawn = [(series, x, y) for series, x, y in drawn if any(map(math.isfinite, y))]
-        if not drawn:
-            continue
-        ends = [next(value for value in reversed(y) if math.isfinite(value)) for _, _, y in drawn]
-        block = max(math.ceil(len(x) / MAX_POINTS) for _, x, _ in drawn)
-        drawn = [(series, _block_means(x, block), _block_means(y, block)) for series, x, y in drawn]
+    for panel, drawn, block, ends in _panels(rows, axis):
         figures.append(
             {
                 "title": panel.title,
@@ -99,10 +97,61 @@ def curves(rows: list[dict], axis: str) -> list[dict[str, Any]]:
                     for (series, _, _), end in zip(drawn, ends)
                 ],
                 "note": f"means of {block} rows" if block > 1 else "",
-                "svg": _panel_svg(panel, drawn, axis),
+                "svg": to_svg(_panel_figure(panel, drawn, axis), f"{panel.title} by {axis}"),
             }
         )
     return figures
+
+
+def run_figures(folder: str | Path) -> "dict[str, Figure]":
+    """The charts of a run's report as matplotlib figures, by title; also of a run that is still going on.
+
+    Args:
+        folder: the run folder.
+
+    Raises:
+        InputError: it has no ``metrics.jsonl``.
+    """
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the folder of a run")
+    rows = read_jsonl(path)
+    warmup = [row for row in rows if row.get("phase") == "warmup"]
+    training = [row for row in rows if row.get("phase") != "warmup"]
+    return {
+        f"{panel.title}{after}": _coloured(_panel_figure(panel, drawn, axis))
+        for part, axis, after in ((training, "step", ""), (warmup, "update", " (warm-up)"))
+        for panel, drawn, _, _ in _panels(part, axis)
+    }
+
+
+def _coloured(figure: "Figure") -> "Figure":
+    """A figure with the colours of a light page in place of the stand-ins."""
+    from matplotlib.colors import to_hex
+
+    colours = {stand_in: SHOWN[name] for name, stand_in in STAND_INS.items()}
+    for artist in figure.findobj(lambda one: hasattr(one, "get_color") and hasattr(one, "set_color")):
+        drawn: Any = artist
+        colour = to_hex(drawn.get_color())
+        if colour in colours:
+            drawn.set_color(colours[colour])
+    for axes in figure.axes:
+        axes.tick_params(labelcolor=SHOWN["ink"], grid_color=SHOWN["faint"])
+    return figure
+
+
+def _panels(rows: list[dict], axis: str) -> Iterator[tuple[Panel, Drawn, int, list[float]]]:
+    """Each panel with values, its curves, the size of their blocks, and their last values."""
+    if len({row.get(axis) for row in rows}) < 2:
+        return
+    for panel in PANELS:
+        drawn = [(series, *_points(rows, axis, series.key)) for series in panel.series]
+        drawn = [(series, x, y) for series, x, y in drawn if any(map(math.isfinite, y))]
+        if not drawn:
+            continue
+        ends = [next(value for value in reversed(y) if math.isfinite(value)) for _, _, y in drawn]
+        block = max(math.ceil(len(x) / MAX_POINTS) for _, x, _ in drawn)
+        yield panel, [(series, _block_means(x, block), _block_means(y, block)) for series, x, y in drawn], block, ends
 
 
 def _points(rows: list[dict], axis: str, key: str) -> tuple[list[float], list[float]]:
@@ -126,7 +175,7 @@ def _block_means(values: list[float], size: int) -> list[float]:
     return means
 
 
-def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]], axis: str) -> Markup:
+def _panel_figure(panel: Panel, drawn: Drawn, axis: str) -> "Figure":
     """A small line chart; isolated values are plotted as dots."""
     from matplotlib.ticker import MaxNLocator
 
@@ -153,8 +202,19 @@ def _panel_svg(panel: Panel, drawn: list[tuple[Series, list[float], list[float]]
         axes.set_xlim(drawn[0][1][0] - 1, drawn[0][1][0] + 1)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     axes.set_xlabel(axis)
-    label = f"{panel.title} by {axis}"
-    return to_svg(figure, label)
+    return figure
+
+
+SHOWN = {
+    "ink": "#1d2126",
+    "faint": "#d9dbdf",
+    "curve": "#1f6fb2",
+    "positive": "#1f6fb2",
+    "negative": "#c4650c",
+    "correct": "#1f6fb2",
+    "wrong": "#c4650c",
+}
+"""Colours outside of a page, which has its own."""
 
 
 def table_figure(table: Table) -> dict[str, Any]:
@@ -259,11 +319,6 @@ def to_svg(figure: "Figure", label: str) -> Markup:
     for name, stand_in in STAND_INS.items():
         svg = svg.replace(stand_in, f"var(--{name})")
     return Markup(svg)
-
-
-def signed(value: float) -> str:
-    """A reward with its sign, e.g. ``+1.20`` or ``−0.35``."""
-    return f"{value:+.2f}".replace("-", "−")
 
 
 def _significant(value: float) -> str:

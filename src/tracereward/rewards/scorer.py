@@ -26,6 +26,7 @@ from tracereward.modeling.batching import Batch
 from tracereward.modeling.lost_text import check_text
 from tracereward.modeling.tokenization import encode_trace
 from tracereward.rewards.first_error_rules import first_below
+from tracereward.rewards.ranking import Ranking
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
 from tracereward.rewards.settings import RewardSettings
 from tracereward.rewards.supervision import supervision_mask
@@ -207,8 +208,8 @@ class Scorer(ABC):
 
     def rerank(
         self, prompt: str, candidates: Sequence[str], method: str = "reward", log_probs: Sequence[float] | None = None
-    ) -> list[tuple[int, float]]:
-        """Rank the candidates of one question: pairs of index and trace reward, best first.
+    ) -> Ranking:
+        """Rank the candidates of one question: a list of pairs of index and trace reward, best first.
 
         Args:
             prompt: rendered as in training.
@@ -238,7 +239,7 @@ class Scorer(ABC):
         ]
         first = choose(rows, method, task.equal)
         order = sorted(range(len(rows)), key=lambda index: (index != first, -rewards[index]))
-        return [(index, rewards[index]) for index in order]
+        return Ranking([(index, rewards[index]) for index in order], candidates)
 
     def first_error(self, prompt: str, steps: Sequence[str], threshold: float | None = None) -> int | None:
         """Index of the suspected first wrong step of a trace; None if no step is suspected.

@@ -4,9 +4,12 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracereward.errors import InputError, check_choice
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 AGGREGATES = ("mean", "min", "last", "discounted")
 DISCOUNT = 0.99
@@ -84,6 +87,21 @@ class TokenScores:
     def to_dict(self) -> dict[str, Any]:
         """A dict of plain lists, for JSON."""
         return asdict(self)
+
+    def to_pandas(self) -> "DataFrame":
+        """A row for each token: token, reward, step (from 0), start, end, supervised."""
+        from pandas import DataFrame
+
+        steps = [0, *itertools.accumulate(map(int, self.step_ends))][: len(self.tokens)]
+        starts, ends = zip(*self.offsets, strict=True) if self.offsets else ((), ())
+        columns = {"token": self.tokens, "reward": self.rewards, "step": steps, "start": starts, "end": ends}
+        return DataFrame({**columns, "supervised": self.supervised})
+
+    def _repr_html_(self) -> str:
+        """The tokens coloured by their rewards, for notebooks; the largest has the strongest colour."""
+        from tracereward.rewards.heatmap import heatmap_html
+
+        return str(heatmap_html(self, max(map(abs, self.rewards), default=0.0) or 1.0))
 
 
 def slices(values: Sequence[float], starts: Sequence[int]) -> list[list[float]]:

@@ -4,6 +4,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 from tracereward.console import note
 from tracereward.files import read_jsonl
@@ -13,7 +15,13 @@ from tracereward.reports.verdicts import write_verdict
 from tracereward.runs.folder import Run
 from tracereward.runs.held_out import HeldOutQuestion
 from tracereward.selection import Candidate
-from tracereward.training.movement import RAISE, discriminator_movement, movement_row, policy_movement
+from tracereward.training.movement import (
+    RAISE,
+    discriminator_movement,
+    imitation_movement,
+    movement_row,
+    policy_movement,
+)
 from tracereward.training.trainer import AdversarialTrainer
 from tracereward.verdict import Verdict, verdict
 
@@ -92,7 +100,7 @@ def record_verdict(run: Run, found: Verdict | None, missing: str, step: int) -> 
     run.metrics.append({"phase": "verdict", "step": step, **row, **gain, **aurocs})
 
 
-def record_movement(run: Run, step: int, advice: str = RAISE) -> str:
+def record_movement(run: Run[Any], step: int, advice: str = RAISE) -> str:
     """Say whether discriminator and policy moved, on the screen and in ``metrics.jsonl``; in the main process only.
 
     Args:
@@ -104,9 +112,19 @@ def record_movement(run: Run, step: int, advice: str = RAISE) -> str:
         A sentence for the report with a leading space; empty if nothing was trained.
     """
     rows = read_jsonl(run.metrics.path)
-    row = movement_row(discriminator_movement(rows, advice), policy_movement(rows))
+    policy = imitation_movement(rows) if run.job.kind == "sft" else policy_movement(rows)
+    row = movement_row(discriminator_movement(rows, advice), policy)
     if not row:
         return ""
     note(row["line"])
     run.metrics.append({"phase": "movement", "step": step, **row})
     return f" {row['line']}."
+
+
+def ending(folder: Path) -> str:
+    """The last line of a command: where its run is, and, if a model that was trained did not move, that and why."""
+    path = folder / "metrics.jsonl"
+    rows = [row for row in read_jsonl(path) if row.get("phase") == "movement"] if path.is_file() else []
+    if rows and any(rows[-1].get(f"{name}_moved") is False for name in ("discriminator", "policy")):
+        return f"ended, and something did not learn: {folder}. {rows[-1]['line']}"
+    return f"done: {folder}"

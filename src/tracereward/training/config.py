@@ -3,6 +3,7 @@
 The config of `tracereward train` is in `adversarial_config`.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,9 +14,10 @@ from trl import GRPOConfig, SFTConfig
 from tracereward.data.perturbations import KINDS
 from tracereward.errors import InputError, check_choice
 from tracereward.generation.params import MAX_SEED
+from tracereward.training.chosen import LONGEST
 from tracereward.training.option_rules import check_config
-from tracereward.training.option_types import OneOf, Range, check_options
-from tracereward.training.options import PolicyOptions, RewardOptions, SupervisedOptions
+from tracereward.training.option_types import OneOf, Range, check_options, option_defaults
+from tracereward.training.options import ChosenOptions, PolicyOptions, RewardOptions, SupervisedOptions
 from tracereward.training.trackers import check_trackers
 from tracereward.training.trl_options import GRPO, SFT
 
@@ -85,6 +87,10 @@ def _prepare(command: str, config: GRPOConfig | SFTConfig) -> dict[str, Any]:
     check_config(command, config)
     check_trackers(config.report_to)
     given = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    own = option_defaults(SFTConfig if isinstance(config, SFTConfig) else GRPOConfig)
+    for option in dataclasses.fields(ChosenOptions):  # of Python code that trains without a command
+        if given[option.name] is None:
+            setattr(config, option.name, own.get(option.name, LONGEST))
     config.push_to_hub = False  # TRL would push each checkpoint, and the policy only: see `runs.upload`
     if not torch.cuda.is_available() and not torch.backends.mps.is_available():
         config.use_cpu = True

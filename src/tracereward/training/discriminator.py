@@ -118,7 +118,7 @@ class Discriminator:
             model.to(device)  # its head
         self.parameters: dict[str, nn.Parameter] = self._trained()
         self.optimizer: torch.optim.AdamW = torch.optim.AdamW(
-            self.parameters.values(), lr=options.discriminator_learning_rate, weight_decay=0.01
+            self.parameters.values(), lr=options.warmup_rate, weight_decay=0.01
         )
         self.average: dict[str, Tensor] = (
             {n: p.detach().clone() for n, p in self.parameters.items()} if options.discriminator_ema else {}
@@ -401,7 +401,7 @@ class Discriminator:
         )  # the warm-up may end early
         if online is not None and warmed:
             return online
-        return self.options.discriminator_learning_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
+        return self.options.warmup_rate * min(1.0, (self.updates + 1) / LR_WARMUP)
 
     @torch.no_grad()
     def held_out_accuracy(self) -> float:

@@ -7,7 +7,7 @@ sided, 5 %). Both are read in the warm-up and in the training: a policy that rea
 back to chance, which is success.
 
 The policy's movement is the KL to its start per token. Where it is not logged: the sum of the learning rates, which
-bounds the change of a weight under Adam.
+bounds the change of a weight under Adam. A policy that imitates moved if its loss fell.
 """
 
 import math
@@ -98,6 +98,27 @@ def policy_movement(rows: Sequence[Row]) -> Movement | None:
     if moved:
         return Movement(True, f"the policy moved ({shown})", figures)
     return Movement(False, f"the policy did not move ({shown}): raise --learning_rate", figures)
+
+
+def imitation_movement(rows: Sequence[Row]) -> Movement | None:
+    """Whether a policy learned its demonstrations in SFT; None if it had too few steps to tell.
+
+    The figures are the mean losses of the first and the second half of the steps.
+
+    Args:
+        rows: of the run, in order, with ``loss``.
+    """
+    losses = _values(rows, "loss")
+    if len(losses) < FEWEST:
+        return None
+    half = len(losses) // 2
+    first, last = mean(losses[:half]), mean(losses[-half:])
+    figures, shown = {"loss_first": first, "loss_last": last}, f"loss {first:.3g} to {last:.3g}"
+    if fell(losses):
+        return Movement(True, f"the policy learned its demonstrations ({shown})", figures)
+    return Movement(
+        False, f"the policy's loss did not fall ({shown}): raise --learning_rate or --num_train_epochs", figures
+    )
 
 
 def movement_row(discriminator: Movement | None, policy: Movement | None = None) -> dict[str, Any]:

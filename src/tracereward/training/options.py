@@ -90,12 +90,46 @@ class SavingOptions:
 
 
 @dataclass
-class SupervisedOptions(SavingOptions):
-    """The length limit of demonstrations and a validation split."""
+class ChosenOptions:
+    """Options that are chosen by the size of the model and the data, where they are not given; see `chosen`.
 
-    max_completion_length: int = field(
-        default=1024, metadata={"help": "Longest completion in tokens, with the end-of-sequence token."}
+    None until then, although their types are those of TRL.
+    """
+
+    learning_rate: float = field(  # pyright: ignore[reportAssignmentType]
+        default=None, metadata={"help": "Peak learning rate of the policy. Default: by its size and --use_peft."}
     )
+    warmup_steps: float = field(  # pyright: ignore[reportAssignmentType]
+        default=None, metadata={"help": "Steps until the peak learning rate, or their share. Default: a tenth."}
+    )
+    num_train_epochs: float = field(  # pyright: ignore[reportAssignmentType]
+        default=None,
+        metadata={"help": "Passes over the demonstrations. Default: 3, or as many as make 100 steps, at most 15."},
+    )
+    per_device_train_batch_size: int = field(  # pyright: ignore[reportAssignmentType]
+        default=None,
+        metadata={"help": "Demonstrations or rollouts in one forward and backward pass. Default: 8."},
+    )
+    gradient_accumulation_steps: int = field(  # pyright: ignore[reportAssignmentType]
+        default=None,
+        metadata={
+            "help": "Passes in one optimiser step. Default: 1 for sft; else as many as make 8 prompts a step, each "
+            "with --num_generations rollouts."
+        },
+    )
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longest completion in tokens, with the end-of-sequence token. Default: the longest demonstration, "
+            "for rollouts half as much again; at most 1024, and what the model reads."
+        },
+    )
+
+
+@dataclass
+class SupervisedOptions(SavingOptions, ChosenOptions):
+    """The rendering of demonstrations and a validation split."""
+
     chat_template_kwargs: dict[str, Any] | None = field(
         default=None,
         metadata={
@@ -110,7 +144,7 @@ class SupervisedOptions(SavingOptions):
 
 
 @dataclass
-class PolicyOptions(SavingOptions):
+class PolicyOptions(SavingOptions, ChosenOptions):
     """Options shared by `grpo` and `train`."""
 
     compile_rollouts: bool = field(
@@ -292,11 +326,12 @@ class LossOptions:
 class UpdateOptions:
     """Schedule and learning rates of the discriminator's updates."""
 
-    discriminator_learning_rate: Annotated[float, Range(min=0)] = field(
-        default=1e-5, metadata={"help": "AdamW learning rate of the warm-up."}
+    discriminator_learning_rate: Annotated[float | None, Range(min=0)] = field(
+        default=None, metadata={"help": "AdamW learning rate of the warm-up. Default: by the model's size."}
     )
     discriminator_online_learning_rate: Annotated[float | None, Range(min=0)] = field(
-        default=None, metadata={"help": "AdamW learning rate after the warm-up. Default: the same."}
+        default=None,
+        metadata={"help": "AdamW learning rate after the warm-up. Default: the same, or a fifth if both are chosen."},
     )
     discriminator_updates: Annotated[int, Range(min=0)] = field(
         default=1,
@@ -347,6 +382,11 @@ class WarmUpOptions:
 @dataclass
 class DiscriminatorOptions(DiscriminatorModelOptions, ExampleOptions, LossOptions, UpdateOptions, WarmUpOptions):
     """All options of the discriminator."""
+
+    @property
+    def warmup_rate(self) -> float:
+        """The learning rate of the warm-up, also where no command has chosen one."""
+        return 1e-5 if self.discriminator_learning_rate is None else self.discriminator_learning_rate
 
 
 @dataclass
@@ -408,15 +448,22 @@ class MonitorOptions:
 
 
 GROUPS: dict[str, dict[str, type]] = {
-    "sft": {"Data": DataArguments, "Logging and checkpoints": SavingOptions, "Validation": SupervisedOptions},
+    "sft": {
+        "Data": DataArguments,
+        "Chosen by the model and the data": ChosenOptions,
+        "Logging and checkpoints": SavingOptions,
+        "Validation": SupervisedOptions,
+    },
     "grpo": {
         "Data": DataArguments,
+        "Chosen by the model and the data": ChosenOptions,
         "Reward": RewardOptions,
         "Rollouts": PolicyOptions,
         "Logging and checkpoints": SavingOptions,
     },
     "train": {
         "Data": DataArguments,
+        "Chosen by the model and the data": ChosenOptions,
         "Discriminator": DiscriminatorModelOptions,
         "Discriminator: examples of an update": ExampleOptions,
         "Discriminator: loss and regularisation": LossOptions,
