@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from fastapi.testclient import TestClient
 
 from helpers.any_text import any_text  # noqa: F401
 from helpers.served import SECONDS, Process, Upstream, sampler, save_reward_model, serving, traces, wait_for
+from tracereward.rewards.abstention import METHODS, Abstention
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.serving import proxy
 from tracereward.serving import upstream as upstreams
@@ -249,6 +251,25 @@ def test_votes_count_answers(model, reward):
         answer = completion(client, {"n": 2}).json()
     assert answer["tracereward"]["method"] == "reward"
     assert answer["choices"][0]["text"] == max(plain, key=lambda text: reward(text, True))
+
+
+def test_samples_that_are_not_trusted_are_refused(model, reward, monkeypatch):
+    """Four calibration questions of which one is wrong: at risk .2 the threshold is its reward."""
+    best = max(reward(text, True) for text in CHOICES)
+    chat = {"model": "policy", "messages": [{"role": "user", "content": PROMPT}], "tracereward": {"method": "reward"}}
+    for least, answered in ((best - 1e-3, True), (best + 1e-3, False)):
+        records = tuple(Abstention(method=method, questions=4, wrong=(least,)) for method in METHODS)
+        monkeypatch.setattr(model, "settings", replace(model.settings, abstention=records))
+        with behind(model, sampler(CHOICES), abstain=0.2) as (client, _):
+            text = completion(client, {"n": 4, "method": "reward"}, n=2).json()
+            message = client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]
+            other = completion(client, {"method": "majority"})
+        assert text["tracereward"]["abstained"] is not answered
+        assert [bool(choice["text"]) for choice in text["choices"]] == [answered] * 2
+        assert (message["content"] is None) is not answered
+        assert answered or message["refusal"].startswith("no candidate is trusted")
+        assert other.status_code == 422
+        assert other.json()["error"]["param"] == "tracereward.method"
 
 
 @pytest.mark.parametrize("finish", ["stop", "length"])

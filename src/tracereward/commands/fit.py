@@ -271,7 +271,9 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: Measured) 
         sentences.append(moved)
     rule, sentence = find_rule(model, _judged_traces(data.held_out), run.job.given.seed)
     sentences.append(sentence)
-    model.settings = dataclasses.replace(model.settings, calibration=found.calibration, first_error=rule)
+    model.settings = dataclasses.replace(
+        model.settings, calibration=found.calibration, abstention=found.abstention, first_error=rule
+    )
     folder, missing = run.folder / REWARD_MODEL, " ".join(found.missing)
     model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
     run.report(

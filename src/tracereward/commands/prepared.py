@@ -12,6 +12,7 @@ from trl import ModelConfig, get_peft_config
 from tracereward.commands.choosing import choose
 from tracereward.console import note
 from tracereward.data.demonstrations import check_lengths, check_positions, load_demonstrations
+from tracereward.data.marks import without_dropped
 from tracereward.errors import InputError
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.lost_text import check_texts
@@ -118,6 +119,9 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig, resume: boo
     rows = load_demonstrations(
         source, task, split=data.dataset_train_split, subset=subset, limit=data.max_demonstrations
     )
+    rows, said = without_dropped(rows, data.drop)
+    if said:
+        note(said)
     unlabeled = []
     if data.unlabeled_dataset_name is not None:
         unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)

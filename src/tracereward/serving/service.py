@@ -40,6 +40,8 @@ class Settings:
         upstream_key: API key for the upstream.
         upstream_seconds: timeout for all samples of a request.
         max_upstream: concurrent requests to the upstream.
+        abstain: bound on the probability of an answer of the proxy that is wrong, see `rewards.abstention`; None
+            answers every request.
         samples: default number of samples per proxied request.
         max_bytes: limit of a request's body.
         body_seconds: timeout for receiving the body.
@@ -59,6 +61,7 @@ class Settings:
     upstream_key: str | None = None
     upstream_seconds: float = 300.0
     max_upstream: int = 64
+    abstain: float | None = None
     samples: int = 8
     max_bytes: int = 4 * 2**20
     body_seconds: float = 30.0

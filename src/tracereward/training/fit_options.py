@@ -19,6 +19,12 @@ class FitDataOptions:
         default=None,
         metadata={"help": "Expert traces: JSONL, CSV or Parquet file, a folder, or Hub id. Default: the task's set."},
     )
+    drop: str | None = field(
+        default=None,
+        metadata={
+            "help": "Marks exported from the page of `tracereward audit`: demonstrations marked drop are left out."
+        },
+    )
     candidates: str | None = field(
         default=None,
         metadata={

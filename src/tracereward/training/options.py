@@ -53,6 +53,12 @@ class DataArguments:
     max_demonstrations: Annotated[int | None, Range(min=1, whole=True)] = field(
         default=None, metadata={"help": "Use the first N demonstrations only."}
     )
+    drop: str | None = field(
+        default=None,
+        metadata={
+            "help": "Marks exported from the page of `tracereward audit`: demonstrations marked drop are left out."
+        },
+    )
     template: Annotated[str | None, OneOf(("plain", "chat"))] = field(
         default=None,
         metadata={
