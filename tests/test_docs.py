@@ -1,5 +1,4 @@
 """The documentation is correct: the tutorial and the examples run, and command lines, options and file names exist."""
-# pyright: reportAttributeAccessIssue=false
 
 import dataclasses
 import json

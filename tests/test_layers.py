@@ -9,7 +9,7 @@ import pytest
 from helpers.paths import ROOT
 
 SOURCES = sorted((ROOT / "src" / "tracereward").rglob("*.py"))
-FLAT = {"__init__", "__main__", "console", "errors", "files", "messages", "metrics", "selection", "verdict"}
+FLAT = {"__init__", "__main__", "console", "errors", "files", "messages", "metrics", "selection", "thinking", "verdict"}
 
 
 def test_flat_modules_are_the_known_ones():

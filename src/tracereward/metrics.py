@@ -95,6 +95,32 @@ def point_biserial(scores: Sequence[float], correct: Sequence[bool]) -> float:
     return pearson(scores, [float(label) for label in correct])
 
 
+def risk_coverage(scores: Sequence[float], correct: Sequence[bool]) -> list[tuple[float, float]]:
+    """Points (coverage, risk) of answering the k questions of the highest scores, k = 1 ... n.
+
+    Coverage is k / n, and risk the share of wrong ones among the k. Questions of equal score come in random order: the
+    risk is its expectation.
+
+    Args:
+        scores: n confidences.
+        correct: whether each answer is right.
+    """
+    values, wrong = np.asarray(scores, dtype=float), ~np.asarray(correct, dtype=bool)
+    order = np.argsort(-values, kind="stable")
+    _, group, sizes = np.unique(-values[order], return_inverse=True, return_counts=True)
+    shares = np.bincount(group, wrong[order]) / sizes
+    count = np.arange(1, len(values) + 1)
+    return list(zip((count / len(values)).tolist(), (shares[group].cumsum() / count).tolist(), strict=True))
+
+
+def risk_coverage_area(scores: Sequence[float], correct: Sequence[bool]) -> float:
+    """Area under risk over coverage, the mean of the risks of `risk_coverage`; the lower, the better.
+
+    That of a score that says nothing is the error rate.
+    """
+    return float(np.mean([risk for _, risk in risk_coverage(scores, correct)]))
+
+
 def wilson_interval(successes: int, total: int) -> tuple[float, float]:
     """95 % Wilson score interval of a proportion."""
     interval = stats.binomtest(successes, total).proportion_ci(confidence_level=0.95, method="wilson")

@@ -1,5 +1,4 @@
 """The formulae of `memory_estimate`, checked against models on the meta device, a real optimiser, cache and hook."""
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import contextlib
 import io

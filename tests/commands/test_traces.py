@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from helpers.chat_models import OPENS, save_chat_model
 from helpers.command_line import command, refused  # noqa: F401
 from helpers.served import client_of, close, save_reward_model
 from helpers.tiny import options
@@ -44,8 +45,7 @@ def reward_model(request, given, tokenizer, command):
     """A reward model whose steps are the answer and all lines before it."""
     folder, shared = given
     if request.param == "made":
-        settings = {"steps": r"\n(?=####)", "granularity": "step"}
-        return save_reward_model(folder / "made", tokenizer, **settings)
+        return save_reward_model(folder / "made", tokenizer, steps=r"\n(?=####)", granularity="step")
     done = command("fit", *options(**shared, steps=r"\n(?=####)", output_dir=folder / "run"))
     assert done.code == 0, done.err
     return folder / "run" / "reward_model"
@@ -90,3 +90,68 @@ def test_rules_without_a_cut_or_an_effect_are_refused(given, command, tmp_path):
     ):
         refused(command("fit", *options(**shared, **more, output_dir=tmp_path / "run")), message)
         assert not (tmp_path / "run").exists()
+
+
+THOUGHT = "<think>\n{}\n</think>\n{}"
+
+
+def thinking_rows(rows: list[dict]) -> list[dict]:
+    """Rows whose working is thinking and whose last line is the answer."""
+    found = []
+    for row in rows:
+        working, _, value = row["completion"].rpartition("\n")
+        found.append({**row, "completion": THOUGHT.format(working, value)})
+    return found
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory):
+    """A tiny model over bytes whose chat template opens the thinking in the prompt."""
+    return save_chat_model(tmp_path_factory.mktemp("thinker") / "policy", OPENS)
+
+
+def test_thinking_and_answer_from_end_to_end(tmp_path, thinker, command):
+    """The weights of both parts, whatever the length of each; an answer within the thinking does not count."""
+    experts, candidates = map(thinking_rows, logged(12))
+    write_jsonl(tmp_path / "experts.jsonl", experts)
+    write_jsonl(tmp_path / "logged.jsonl", candidates)
+    shared = {"demonstrations": tmp_path / "experts.jsonl", "candidates": tmp_path / "logged.jsonl"}
+    shared |= {"model": thinker, "task": "arithmetic", "template": "chat"}
+    done = command("fit", *options(**shared, thinking_weight=0.25, output_dir=tmp_path / "run"))
+    assert done.code == 0, done.err
+    reward_model = tmp_path / "run" / "reward_model"
+    settings = json.loads((reward_model / "tracereward.json").read_text())
+    assert (settings["thinking_weight"], settings["think_opened"]) == (0.25, True)
+
+    row = candidates[0]
+    cut_off = {**row, "completion": row["completion"].partition("</think>")[0] + "#### 1", "finished": False}
+    write_jsonl(tmp_path / "rows.jsonl", [row, cut_off])
+    done = command("score", reward_model, tmp_path / "rows.jsonl", "-o", tmp_path / "scored.jsonl")
+    assert done.code == 0, done.err
+    whole, open_end = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    start = whole["completion"].index("####")
+    for name, inside in (("thinking", lambda at: at < start), ("answer", lambda at: at >= start)):
+        rewards = [r for r, (at, _) in zip(whole["token_rewards"], whole["offsets"], strict=True) if inside(at)]
+        assert whole["parts"][name] == pytest.approx(sum(rewards) / len(rewards))
+    assert whole["reward"] == pytest.approx(0.25 * whole["parts"]["thinking"] + 0.75 * whole["parts"]["answer"])
+    assert open_end["parts"] == {"thinking": pytest.approx(open_end["reward"])}
+
+    done = command("inspect", tmp_path / "rows.jsonl", "--model", reward_model, "-o", tmp_path / "page.html")
+    assert done.code == 0, done.err
+    page = (tmp_path / "page.html").read_text()
+    assert '"parts":{"thinking":' in page
+    assert page.count('"answer":null') >= 1  # that of the trace that is cut off
+
+    model = TokenRewardModel.from_pretrained(reward_model)
+    with client_of(model) as client:
+        body = {"prompt": [{"role": "user", "content": row["prompt"]}], "completion": row["completion"]}
+        [one] = client.post("/v1/score", json=body).json()["results"]
+    assert one["parts"] == close(whole["parts"])
+    assert one["reward"] == close(whole["reward"])
+
+    no_thinking = {**shared, "demonstrations": tmp_path / "plain.jsonl"}
+    write_jsonl(tmp_path / "plain.jsonl", [{**experts[0], "completion": "1 + 2 = 3"}, *experts[1:]])
+    refused(
+        command("fit", *options(**no_thinking, thinking_weight=0.25, output_dir=tmp_path / "other")),
+        "completion: the thinking is not closed",
+    )

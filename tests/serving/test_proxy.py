@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from fastapi.testclient import TestClient
 
 from helpers.any_text import any_text  # noqa: F401
 from helpers.served import SECONDS, Process, Upstream, sampler, save_reward_model, serving, traces, wait_for
+from tracereward.rewards.abstention import METHODS, Abstention
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.serving import proxy
 from tracereward.serving import upstream as upstreams
@@ -251,6 +253,25 @@ def test_votes_count_answers(model, reward):
     assert answer["choices"][0]["text"] == max(plain, key=lambda text: reward(text, True))
 
 
+def test_samples_that_are_not_trusted_are_refused(model, reward, monkeypatch):
+    """Four calibration questions of which one is wrong: at risk .2 the threshold is its reward."""
+    best = max(reward(text, True) for text in CHOICES)
+    chat = {"model": "policy", "messages": [{"role": "user", "content": PROMPT}], "tracereward": {"method": "reward"}}
+    for least, answered in ((best - 1e-3, True), (best + 1e-3, False)):
+        records = tuple(Abstention(method=method, questions=4, wrong=(least,)) for method in METHODS)
+        monkeypatch.setattr(model, "settings", replace(model.settings, abstention=records))
+        with behind(model, sampler(CHOICES), abstain=0.2) as (client, _):
+            text = completion(client, {"n": 4, "method": "reward"}, n=2).json()
+            message = client.post("/v1/chat/completions", json=chat).json()["choices"][0]["message"]
+            other = completion(client, {"method": "majority"})
+        assert text["tracereward"]["abstained"] is not answered
+        assert [bool(choice["text"]) for choice in text["choices"]] == [answered] * 2
+        assert (message["content"] is None) is not answered
+        assert answered or message["refusal"].startswith("no candidate is trusted")
+        assert other.status_code == 422
+        assert other.json()["error"]["param"] == "tracereward.method"
+
+
 @pytest.mark.parametrize("finish", ["stop", "length"])
 def test_truncated_sample_is_scored_without_end_of_sequence(model, reward, finish):
     with behind(model, sampler([RIGHT], finish)) as (client, _):
@@ -333,13 +354,15 @@ def test_reasoning_is_judged_with_the_content(model, reward, field):
 
 
 def test_samples_cut_off_while_reasoning_are_judged_as_unfinished(model, reward):
-    """Without content there is no closing mark, and no end of sequence; their answer is read from the reasoning."""
+    """Without content there is no closing mark, and no end of sequence; what the reasoning states is no answer."""
     messages = [{"content": None, "reasoning": "1 + 2 = 4"}, {"content": "", "reasoning": "1 + 2 = 3\n#### 3"}, {}]
     with behind(model, choices_of(*messages, finish="length")) as (client, _):
         answer = chat(client, 3, n=3).json()
-    found = {one["answer"]: one["reward"] for one in answer["tracereward"]["scores"]}
-    assert found[None] == pytest.approx(reward("<think>\n1 + 2 = 4", False), abs=1e-4)
-    assert found["3"] == pytest.approx(reward("<think>\n1 + 2 = 3\n#### 3", False), abs=1e-4)
+    scores = answer["tracereward"]["scores"]
+    assert {one["answer"] for one in scores} == {None}
+    texts = ("<think>\n1 + 2 = 4", "<think>\n1 + 2 = 3\n#### 3")
+    rewards = sorted(reward(text, False) for text in texts)
+    assert sorted(one["reward"] for one in scores) == pytest.approx(rewards, abs=1e-4)
     assert [choice["message"]["content"] for choice in answer["choices"]] in ([None, ""], ["", None])
     with behind(model, choices_of({}, {"content": None}, finish="length")) as (client, _):
         response = chat(client, 2)
@@ -347,11 +370,11 @@ def test_samples_cut_off_while_reasoning_are_judged_as_unfinished(model, reward)
 
 
 def test_votes_count_the_answer_of_the_content(model):
-    """The reasoning considers other answers; where the content has none, the trace's last one counts."""
+    """The reasoning considers other answers, which do not count, also where the content has none."""
     messages = [{"reasoning": "#### 7", "content": "#### 3"}, {"reasoning": "#### 5", "content": "Done."}]
     with behind(model, choices_of(*messages)) as (client, _):
         answer = chat(client, 2).json()
-    assert {one["answer"] for one in answer["tracereward"]["scores"]} == {"3", "5"}
+    assert {one["answer"] for one in answer["tracereward"]["scores"]} == {"3", None}
 
 
 @pytest.mark.parametrize("message", [{"content": "3", "tool_calls": [{"id": "a"}]}, {"content": [{"type": "image"}]}])

@@ -1,5 +1,7 @@
 """Values that are chosen by the size of the model and the data."""
 
+from dataclasses import replace
+
 import pytest
 
 from tracereward.training.chosen import Size, batch, chosen_values, completion_length, epochs, learning_rates
@@ -71,6 +73,8 @@ def test_epochs():
     assert epochs(many, 8) == 3
     few = Size(parameters=1, lora=False, prompts=10, longest_prompt=1, longest_completion=1)
     assert epochs(few, 8) == 15
+    assert epochs(replace(few, parameters=500_000_000), 8) == 5
+    assert epochs(replace(few, parameters=500_000_000, group=8), 8) == 15  # rollouts are new in each pass
 
 
 def test_given_values_stay():

@@ -1,5 +1,4 @@
 """Whether discriminator and policy moved, on hand-made rows."""
-# pyright: reportArgumentType=false, reportOptionalMemberAccess=false
 
 import pytest
 

@@ -1,5 +1,4 @@
 """Every option of TRL's configs is sorted: honoured ones reach the trainer's config, the others are refused."""
-# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportOptionalMemberAccess=false
 
 import dataclasses
 import importlib.util

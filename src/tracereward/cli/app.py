@@ -14,6 +14,7 @@ import typer
 import typer.core
 
 from tracereward import __version__
+from tracereward.cli.audit import auditing
 from tracereward.cli.evaluate import (
     Api,
     ChatTemplateKwargs,
@@ -185,6 +186,7 @@ def quickstart(
 
 
 app.add_typer(commands)
+app.add_typer(auditing)
 app.add_typer(monitoring)
 app.add_typer(server)
 app.add_typer(suites, name="evaluate")

@@ -128,6 +128,13 @@ def rerank(
     aggregate: Annotated[
         str | None, typer.Option(help="Trace reward: mean, min, last or discounted. Default: the reward model's.")
     ] = None,
+    abstain: Annotated[
+        float | None,
+        typer.Option(
+            help="Do not answer where the reward is too low: the probability of a wrong answer is then at most this, "
+            "for questions like those of `tracereward calibrate`. With --method vote or reward."
+        ),
+    ] = None,
     dtype: Dtype = None,
     output: Annotated[str | None, typer.Option("-o", "--output", help="JSONL of the chosen rows.")] = None,
     overwrite: Overwrite = False,
@@ -145,6 +152,7 @@ def rerank(
             task=task,
             method=method,
             aggregate=aggregate,
+            abstain=abstain,
             output=Output(path=output, resume=None, overwrite=overwrite),
             json_table=json_table,
             dtype=dtype,

@@ -111,6 +111,13 @@ def serve(
     samples: Annotated[
         int | None, typer.Option(min=1, help="N of best-of-N, unless the request sets it. Default: 8.")
     ] = None,
+    abstain: Annotated[
+        float | None,
+        typer.Option(
+            help="With --upstream: refuse to answer where the best reward is too low. The probability of a wrong "
+            "answer is then at most this, for questions like those of `tracereward calibrate`."
+        ),
+    ] = None,
     max_bytes: Annotated[int, typer.Option(min=1024, help="Maximum request body in bytes.")] = 4 * 2**20,
     max_candidates: Annotated[int, typer.Option(min=1, help="Maximum traces per request.")] = 64,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per request, prompts included.")] = 65_536,
@@ -133,6 +140,8 @@ def serve(
         raise InputError(f"serve needs more packages ({error.name}): pip install 'tracereward[serve]'") from error
     from tracereward.modeling.loading import local_folder
     from tracereward.reports.verdicts import read_verdict
+    from tracereward.rewards.abstention import METHODS as ABSTAINING
+    from tracereward.rewards.abstention import threshold_of
     from tracereward.rewards.engines import check_engine, load_scorer
     from tracereward.rewards.records import EncodedTrace, ForwardOptions
 
@@ -140,7 +149,7 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     check_engine(model, engine)
     given = {"--upstream-key-file": upstream_key_file, "--upstream-seconds": upstream_seconds}
-    given |= {"--max-upstream": max_upstream, "--samples": samples}
+    given |= {"--max-upstream": max_upstream, "--samples": samples, "--abstain": abstain}
     if upstream is None and (without := [option for option, value in given.items() if value is not None]):
         raise InputError(f"{' and '.join(without)}: only with --upstream, which adds best-of-N")
     check_number("--upstream-seconds", upstream_seconds or 300.0)
@@ -165,6 +174,7 @@ def serve(
         upstream_key=upstream_key,
         upstream_seconds=upstream_seconds or 300.0,
         max_upstream=max_upstream or 64,
+        abstain=abstain,
         samples=samples or 8,
         max_bytes=max_bytes,
         max_candidates=max_candidates,
@@ -178,6 +188,9 @@ def serve(
     if api_key is None and host not in LOOPBACK:
         say(f"warning: anyone who reaches {host} can use this server: set ${API_KEY} or --api-key-file")
     scorer = load_scorer(model, engine, dtype)
+    if abstain is not None:
+        for method in ABSTAINING:
+            threshold_of(scorer.settings.abstention, method, abstain)
     end: Any = [scorer.tokenizer.eos_token_id]
     first = EncodedTrace(where=f"{model}: a first trace", prompt=end, completion=end)
     scorer.rewards_of([first], ForwardOptions())  # damaged weights stop here, with one line

@@ -34,9 +34,9 @@ from tracereward.modeling.rendering import completion_text, render_prompt
 from tracereward.modeling.tokenization import load_tokenizer, pad_id
 from tracereward.rewards.first_error_rules import LevelRule, MarksSteps
 from tracereward.rewards.log_prob_scorer import LogProbs
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.records import Trace
 from tracereward.rewards.settings import RewardSettings, check_reward_model
-from tracereward.tasks.recipes import get_task
 
 SUSPECTS = ("reward", "logprob")
 """Scores that can decide where a trace is cut."""
@@ -172,7 +172,7 @@ def corrected_rows(
     if sampling.temperature == 0 and k > 1:
         raise InputError(f"-k is {k}: at temperature 0 all continuations are the same; use -k 1")
     settings = check_reward_model(correcting.reward_model)
-    task = get_task(correcting.task or settings.task)
+    task = task_of(settings, correcting.task)
     rows = list(candidate_rows(data, template=settings.template, tokenizer=load_tokenizer(correcting.reward_model)))
     if not rows:
         raise InputError(f"{data}: no rows")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from tracereward.commands.prepared import explained
 from tracereward.console import note
@@ -23,10 +23,12 @@ from tracereward.modeling.log_probs import mean_log_probs
 from tracereward.modeling.model_folder import REWARD_MODEL
 from tracereward.modeling.policy_settings import inherited
 from tracereward.modeling.rendering import Rendering, dated
+from tracereward.modeling.thinking_marks import check_thinking, thinking_of, thinking_of_template, with_marks
 from tracereward.modeling.tokenization import pad_id, policy_tokenizer
 from tracereward.reports.verdicts import verdict_html, verdict_markdown
 from tracereward.rewards.first_error_fit import JudgedTrace, find_rule
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.parts import stored
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_fit
 from tracereward.runs.disk import check_disk
@@ -125,22 +127,31 @@ def run_fit(options: FitOptions, resume: bool = False, rows: dict[str, Any] | No
         raise InputError("no model: pass --model, a folder or a Hub id")
     check_trackers(options.report_to)
     task, name = get_task(options.task), options.model
-    read = _read(options, task, rows or {})
+    template, kwargs = inherited(name, options.template, options.chat_template_kwargs)
+    read = None
+    if template == "plain":
+        task = task.behind(with_marks(options.think_marks)) if options.think_marks else task
+        read = _read(options, task, rows or {})
     check_model(name)
     if options.use_peft:
         _check_layers(name, options.lora_target_modules)
-    template, kwargs = inherited(name, options.template, options.chat_template_kwargs)
     options = with_precision(dataclasses.replace(options, template=template, chat_template_kwargs=kwargs), resume)
     rendering = Rendering(template=template, chat_template_kwargs=kwargs or {})
     tokenizer = policy_tokenizer(name, rendering)
     rendering = dated(rendering, tokenizer)
+    if read is None:  # only a chat template says whether traces start within the thinking
+        task = task.behind(thinking_of_template(tokenizer, rendering, options.think_marks))
+        read = _read(options, task, rows or {})
     data = prepare_fit_data(options, task, read, tokenizer=tokenizer, rendering=rendering)
+    task = _split(data, options, task, tokenizer=tokenizer, rendering=rendering)
     settings = RewardSettings(
         head=options.head,
         granularity=options.granularity,
         interval=options.interval,
         step_delimiter=options.step_delimiter or task.step_delimiter,
         steps=options.steps or "",
+        **stored(task.thinking),
+        thinking_weight=options.thinking_weight,
         reward_form="logit",
         task=task.name,
         template=rendering.template,
@@ -186,6 +197,21 @@ def _read(options: FitOptions, task: Task, rows: dict[str, Any]) -> tuple[list[Q
     if candidates is None:
         raise InputError("no candidates: pass --candidates, traces of models as `tracereward sample` writes them")
     return read_fit_data(options, task, demonstrations, candidates)
+
+
+def _split(
+    data: FitData, options: FitOptions, task: Task, *, tokenizer: PreTrainedTokenizerBase, rendering: Rendering
+) -> Task:
+    """The task with how the demonstrations are split into thinking and answer, which are checked."""
+    rows = [
+        {"prompt": question.text, "completion": expert.text, "source": question.where}
+        for question in data.questions
+        for expert in question.experts
+    ]
+    thinking = thinking_of(tokenizer, rendering, rows, options.think_marks)
+    asked = [row["prompt"] if rendering.template == "plain" else "" for row in rows]
+    check_thinking(rows, thinking, asked, options.thinking_weight)
+    return task.behind(thinking)
 
 
 def _check_layers(name: str, wanted: list[str] | None) -> None:
@@ -245,7 +271,9 @@ def _finish(run: Run[FitJob], learned: Learned, data: FitData, found: Measured) 
         sentences.append(moved)
     rule, sentence = find_rule(model, _judged_traces(data.held_out), run.job.given.seed)
     sentences.append(sentence)
-    model.settings = dataclasses.replace(model.settings, calibration=found.calibration, first_error=rule)
+    model.settings = dataclasses.replace(
+        model.settings, calibration=found.calibration, abstention=found.abstention, first_error=rule
+    )
     folder, missing = run.folder / REWARD_MODEL, " ".join(found.missing)
     model.save_pretrained(folder, verdict_markdown(found.verdict, missing) + about_fit(run, sentences))
     run.report(

@@ -14,6 +14,7 @@ from tracereward.data.trace_rows import candidate_rows, check_facts, check_score
 from tracereward.errors import InputError
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import check_log_prob_models, load_log_prob_models, load_scorer
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.settings import check_reward_model
 from tracereward.tasks.recipes import Task, get_task
 
@@ -69,7 +70,7 @@ def rows_to_inspect(options: InspectOptions) -> Iterator[dict[str, Any]]:
             raise InputError(f"{bare}: no scores; pass --model, or rows written by `tracereward score`")
         settings = check_reward_model(model)
         check_log_prob_models(settings, options.reference, options.policy)
-        task = task or get_task(settings.task)
+        task = task_of(settings, options.task)
         checked = candidate_rows(data, template=settings.template, tokenizer=load_tokenizer(model))
         for where, row in islice(checked, options.limit):
             check_facts(where, row)

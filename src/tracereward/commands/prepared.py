@@ -12,6 +12,7 @@ from trl import ModelConfig, get_peft_config
 from tracereward.commands.choosing import choose
 from tracereward.console import note
 from tracereward.data.demonstrations import check_lengths, check_positions, load_demonstrations
+from tracereward.data.marks import without_dropped
 from tracereward.errors import InputError
 from tracereward.modeling.loading import check_model
 from tracereward.modeling.lost_text import check_texts
@@ -23,12 +24,14 @@ from tracereward.modeling.rendering import (
     dated,
     render,
 )
+from tracereward.modeling.thinking_marks import check_thinking, thinking_of
 from tracereward.modeling.tokenization import (
     policy_tokenizer,
 )
 from tracereward.runs.job import Config, Job, starting_policy
 from tracereward.runs.same_run import stored_options
 from tracereward.tasks.recipes import Task, get_task
+from tracereward.thinking import MARKS
 from tracereward.training.config import SupervisedConfig
 from tracereward.training.options import DataArguments
 from tracereward.training.quantization import check_quantization
@@ -53,12 +56,13 @@ class Prepared:
     @property
     def remember(self) -> PolicySettings:
         """What is stored with the policy."""
-        rendering = self.rendering
+        rendering, thinking = self.rendering, self.task.thinking
         return PolicySettings(
             task=self.task.name,
             template=rendering.template,
             chat_template_kwargs=rendering.chat_template_kwargs,
             date=rendering.date,
+            think=() if thinking.marks == MARKS else thinking.marks[0],
         )
 
 
@@ -115,6 +119,9 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig, resume: boo
     rows = load_demonstrations(
         source, task, split=data.dataset_train_split, subset=subset, limit=data.max_demonstrations
     )
+    rows, said = without_dropped(rows, data.drop)
+    if said:
+        note(said)
     unlabeled = []
     if data.unlabeled_dataset_name is not None:
         unlabeled = load_demonstrations(data.unlabeled_dataset_name, task, require_completion=False)
@@ -152,6 +159,10 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig, resume: boo
             "Add rows, or lower --per_device_train_batch_size or --gradient_accumulation_steps."
         )
     raw = [by_source[row["source"]] for row in [*rows, *unlabeled]]
+    thinking = thinking_of(tokenizer, rendering, [*rows, *unlabeled], getattr(config, "think_marks", None))
+    asked = [row["prompt"] for row in raw[: len(rows)]]
+    check_thinking(rows, thinking, asked, getattr(config, "thinking_weight", None))
+    task = task.behind(thinking)
     validation = load_validation(
         data,
         task,

@@ -19,6 +19,7 @@ from tracereward.modeling.lost_text import MOST_OF_A_TEXT, check_texts
 from tracereward.modeling.policy_settings import PolicySettings, remembered
 from tracereward.modeling.precision import reading_precision
 from tracereward.modeling.rendering import Rendering, check_rendering, plain_prompt, render_prompt
+from tracereward.modeling.thinking_marks import thinking_of, thinking_of_template
 from tracereward.modeling.tokenization import encode_prompt, load_tokenizer, without_added
 from tracereward.rewards.settings import RewardSettings
 from tracereward.tasks.recipes import Task, get_task
@@ -260,6 +261,24 @@ def load_questions(
             "a lower length limit (--max-new-tokens), or use a model with a longer context"
         )
     return rows, prompts, tokenizer
+
+
+def task_reading(questions: Questions, model: str, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> Task:
+    """The task, which reads answers behind the thinking of completions.
+
+    Args:
+        questions: with every option set, see `in_force`.
+        model: folder or Hub id of the policy.
+        prompts: rendered; some suffice.
+        tokenizer: the policy's.
+    """
+    stored, rows = remembered(model), [{"prompt": prompt} for prompt in prompts]
+    marks = stored.think or None if stored is not None else None
+    if questions.rendering.template == "plain":
+        thinking = thinking_of(tokenizer, questions.rendering, rows, marks)
+    else:
+        thinking = thinking_of_template(tokenizer, questions.rendering, marks)
+    return get_task(str(questions.task)).behind(thinking)
 
 
 def sample_row(sample: Answer, row: dict[str, Any], task: Task) -> dict[str, Any]:

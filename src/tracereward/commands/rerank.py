@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from tracereward.errors import InputError, check_choice
 from tracereward.files import atomic_write_json, without_nan
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.reports.tables import print_ranking
+from tracereward.rewards.abstention import threshold_of
 from tracereward.rewards.engines import load_scorer
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import RewardSettings, check_reward_model
 from tracereward.rewards.token_scores import AGGREGATES
-from tracereward.selection import RERANK_METHODS, Candidate, choose, ranking_aurocs, ranking_table
-from tracereward.tasks.recipes import Task, get_task
+from tracereward.selection import RERANK_METHODS, Candidate, choose, outcomes, ranking_aurocs, ranking_table
+from tracereward.tasks.recipes import Task
 from tracereward.verdict import BASELINES, verdict
 
 
@@ -38,6 +40,7 @@ class RerankOptions:
         task: task that checks answers; the reward model's if None.
         method: one of `RERANK_METHODS`.
         aggregate: how token rewards are reduced to a trace reward; as in the reward model's settings if None.
+        abstain: bound on the probability of an answer that is wrong, see `rewards.abstention`; None answers all.
         output: where the chosen rows go.
         json_table: print the table as JSON on stdout.
         dtype: precision of the reward model, see `scoring_precision`.
@@ -50,6 +53,7 @@ class RerankOptions:
     task: str | None = None
     method: str = "vote"
     aggregate: str | None = None
+    abstain: float | None = None
     output: Output = STDOUT
     json_table: bool = False
     dtype: str | None = None
@@ -78,7 +82,11 @@ def run_rerank(options: RerankOptions) -> None:
     if options.json_table and options.streamed:
         raise InputError("--json prints a table of all questions, which a stream does not keep: give a file")
     settings = check_reward_model(options.model)
-    task = get_task(options.task or settings.task)
+    if options.abstain is not None:
+        threshold_of(settings.abstention, options.method, options.abstain)
+        if options.aggregate not in (None, settings.aggregate):
+            raise InputError(f"--abstain was calibrated for --aggregate {settings.aggregate}: leave the option out")
+    task = task_of(settings, options.task)
     options = replace(options, output=of_stream(options.output, options.data))
     check_output(options.output, [options.model, options.data])
     if options.streamed:
@@ -92,7 +100,11 @@ def run_rerank(options: RerankOptions) -> None:
     check_any_rows(len(rows), options.data, None)
     model = _scorer(options, settings)
     chosen, questions = rerank_rows(score_rows(model, rows), task, options.method)
+    _abstain(chosen, options, settings)
     table = summary(questions, task, options.method)
+    if options.abstain is not None:
+        said = answered(chosen, questions, task, options.method)
+        note(f"{said}; at most {100 * options.abstain:g} % are expected to be answered wrongly")
     if not options.output.to_stdout or not options.json_table:
         with rows_to(options.output) as file:
             for row in chosen:
@@ -112,6 +124,28 @@ def run_rerank(options: RerankOptions) -> None:
             note(f"no accuracies: {counts['unknown']} rows have neither correct nor a gold answer")
 
 
+def _abstain(chosen: list[dict[str, Any]], options: RerankOptions, settings: RewardSettings) -> list[dict[str, Any]]:
+    """Add to chosen rows whether they are not answered, and why, if that was asked for."""
+    if options.abstain is not None:
+        for row in chosen:
+            why = settings.why_not(options.method, row["reward"], options.abstain)
+            row |= {"abstained": why is not None} | ({} if why is None else {"reason": why})
+    return chosen
+
+
+def answered(
+    chosen: Sequence[dict[str, Any]], questions: Sequence[Sequence[Candidate]], task: Task, method: str
+) -> str:
+    """How many questions are answered, and how many of all wrongly if that is known, in a sentence."""
+    kept = [not row["abstained"] for row in chosen]
+    said = f"{sum(kept)} of {len(chosen)} questions answered"
+    if any(c.correct is None for candidates in questions for c in candidates):
+        return said
+    right = outcomes(questions, method, task.equal)
+    wrong = sum(keep and not is_right for keep, is_right in zip(kept, right, strict=True))
+    return f"{said}, {wrong} of them wrongly ({100 * wrong / len(chosen):.1f} % of all)"
+
+
 def _rerank_stream(options: RerankOptions, settings: RewardSettings, task: Task) -> None:
     """Write the chosen row of each question as soon as its candidates are scored; memory use is constant."""
     note("the rows are read as they come: no table and no verdict, which compare all questions (give a file)")
@@ -121,7 +155,7 @@ def _rerank_stream(options: RerankOptions, settings: RewardSettings, task: Task)
     scored = score_rows(_scorer(options, settings), itertools.chain(first, rows))
     with rows_to(options.output) as file:
         for _, group in itertools.groupby(scored, key=question_key):
-            for row in rerank_rows(group, task, options.method)[0]:
+            for row in _abstain(rerank_rows(group, task, options.method)[0], options, settings):
                 write_row(file, row)
             if options.output.to_stdout:  # the next command of a pipe need not wait
                 file.flush()

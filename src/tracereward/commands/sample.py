@@ -27,6 +27,7 @@ from tracereward.commands.questions import (
     read_questions,
     sample_row,
     server_prompts,
+    task_reading,
     with_precision,
 )
 from tracereward.commands.sample_guided import Guidance, finished_guided, guided_rows
@@ -245,6 +246,7 @@ def load_sampler(
     else:
         precision = reading_precision(model, sampling.dtype).say(f"{model} samples")
         loaded = TransformersEngine(load_causal_lm(model, precision.dtype, best_device()), tokenizer)
+    given["task"] = task_reading(questions, model, [str(prompt) for prompt in asked[:1]], tokenizer)
     return Sampler(engine=loaded, **given)
 
 

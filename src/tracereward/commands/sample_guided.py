@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from tracereward.commands.partial_output import complete_rows
-from tracereward.commands.questions import Questions, in_force, load_questions, sample_row
+from tracereward.commands.questions import Questions, in_force, load_questions, sample_row, task_reading
 from tracereward.errors import InputError, check_choice, check_number
 from tracereward.files import write_jsonl
 from tracereward.generation import decoding
@@ -20,7 +20,6 @@ from tracereward.modeling.precision import reading_precision
 from tracereward.modeling.tokenization import end_as, load_tokenizer
 from tracereward.rewards.engines import load_log_prob_model, load_reward_model
 from tracereward.rewards.settings import check_reward_model
-from tracereward.tasks.recipes import get_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,9 +209,9 @@ def guided_rows(
         )
     settings = check_reward_model(guidance.reward_model)
     questions = replace(in_force(questions, model, settings), date=settings.date)
-    task = get_task(str(questions.task))
     check_template(guidance.reward_model, questions)
     rows, prompts, tokenizer = load_questions(questions, model)
+    task = task_reading(questions, model, prompts, tokenizer)
     guide = load_guide(
         model,
         tokenizer,

@@ -265,9 +265,9 @@ def as_row(
 ) -> dict[str, Any]:
     """The columns that `score` writes for a trace.
 
-    Its reward, every aggregate, the step rewards, and for each token its text, offsets, reward and flags. If the model
-    has a calibration for this reward, also the probability that the trace is correct; and if it has a rule for the
-    first error, the index of the suspected step, or None.
+    Its reward, every aggregate, that of each part if it has thinking, the step rewards, and for each token its text,
+    offsets, reward and flags. If the model has a calibration for this reward, also the probability that the trace is
+    correct; and if it has a rule for the first error, the index of the suspected step, or None.
 
     Args:
         scores: of the trace.
@@ -282,6 +282,7 @@ def as_row(
         "reward": reward,
         **({} if calibration is None else {"probability": calibration.probability(reward)}),
         "aggregates": {how: scores.aggregate(how) for how in AGGREGATES},
+        **({"parts": scores.parts(model.settings.aggregate)} if scores.thinking else {}),
         "step_rewards": scores.step_rewards(spans),
         **({} if rule is None else {"suspected_error": rule.mark(scores.by_step(spans))}),
         "tokens": scores.tokens,

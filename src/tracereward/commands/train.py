@@ -28,6 +28,7 @@ from tracereward.modeling.tokenization import (
 )
 from tracereward.rewards.heads import subtracts_policy
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.parts import stored
 from tracereward.rewards.settings import RewardSettings
 from tracereward.runs.cards import about_run, write_policy_card
 from tracereward.runs.disk import check_disk
@@ -116,6 +117,8 @@ def checked_inputs(data: DataArguments, config: AdversarialConfig, model: ModelC
         interval=config.interval,
         step_delimiter=config.step_delimiter or task.step_delimiter,
         steps=config.steps or "",
+        **stored(task.thinking),
+        thinking_weight=config.thinking_weight,
         beta_clip=config.beta_clip,
         reward_form=str(config.reward_form),
         reference_model=policy if config.reward_form == "logit_plus_logprob" else "",

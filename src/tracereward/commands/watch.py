@@ -22,8 +22,8 @@ from tracereward.errors import InputError
 from tracereward.files import atomic_write_json, without_nan
 from tracereward.reports.inspection_page import write_inspection
 from tracereward.reports.tables import Table, print_tables
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.settings import check_reward_model
-from tracereward.tasks.recipes import get_task
 
 LOW = 0.05
 """Quantile of the experts' rewards under which a trace is called low."""
@@ -88,7 +88,7 @@ def run_watch(options: WatchOptions) -> Watched:
     """
     model, run = reward_model_of(options.reference)
     settings = check_reward_model(model)
-    task = get_task(options.task or settings.task)
+    task = task_of(settings, options.task)
     inputs = [options.traces, options.before, options.experts, model]
     if options.output is not None:
         if options.output.suffix == ".json":

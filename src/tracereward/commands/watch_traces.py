@@ -19,9 +19,10 @@ from tracereward.data.trace_rows import candidate_rows, check_scores, traces_in
 from tracereward.errors import InputError
 from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.engines import load_scorer
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import RewardSettings
-from tracereward.tasks.recipes import Task, get_task
+from tracereward.tasks.recipes import Task
 
 EXPERTS = 500
 """Experts that are scored, sampled with a fixed seed: enough for quantiles, minutes for a small model on a CPU."""
@@ -73,7 +74,7 @@ def read_experts(given: str | None, run: Path | None, settings: RewardSettings) 
     Raises:
         InputError: they cannot be read.
     """
-    task = get_task(settings.task)
+    task = task_of(settings)
     source, split, subset = given, "train", None
     if source is None and run is not None and (run / "config.yaml").is_file():
         stored = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}

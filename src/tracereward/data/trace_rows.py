@@ -292,6 +292,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "supervised": ("a list of true and false", _all(_is_flag)),
     "step_ends": ("a list of true and false", _all(_is_flag)),
     "reward": ("a number", is_number),
+    "parts": ("numbers by name", lambda value: isinstance(value, dict) and all(map(is_number, value.values()))),
     "logprob": ("a number", is_number),
     "correct": ("true or false", lambda value: value in (0, 1)),
 }

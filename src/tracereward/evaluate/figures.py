@@ -82,14 +82,49 @@ def reliability_figure(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> Marku
     return to_svg(figure, "Accuracy over the predicted probability")
 
 
+def risk_figure(curves: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """Share of wrong answers over the share of questions that are answered, the most trusted first.
+
+    Args:
+        curves: of `evaluate_selective`, by method.
+    """
+    figure, axes = new_figure(6.4, 3.6)
+    colours = {"reward": "positive", "logprob": "curve", "majority": "negative"}
+    places: list[float] = []
+    lowest, highest = 0.0, max(risk for row in curves.values() for _, risk in row["points"])
+    gap = 0.065 * max(highest - lowest, 0.05)
+    for method, row in sorted(curves.items(), key=lambda one: one[1]["points"][-1][1]):
+        colour = STAND_INS[colours.get(method, "ink")]
+        x, y = [100 * point[0] for point in row["points"]], [100 * point[1] for point in row["points"]]
+        axes.plot(x, y, color=colour, linewidth=1.5)
+        places.append(max([y[-1], *(place + 100 * gap for place in places)]))
+        axes.annotate(
+            row["label"],
+            (x[-1], places[-1]),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=colour,
+            annotation_clip=False,
+        )
+    axes.set_ylim(0, 1.05 * max(100 * highest, *places, 1.0))
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("questions answered, the most trusted first")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
+    return to_svg(figure, "Share of wrong answers over the share of questions that are answered")
+
+
 def pool_figures(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Figures of `evaluate_pool`'s result: accuracy over N, rewards of correct and wrong traces, and reliability."""
+    """Figures of `evaluate_pool`'s result: accuracy over N, risk over coverage, rewards by correctness, reliability."""
     lines = {METHODS[m].format(n="N"): points for m, points in result["curves"].items() if m in SHOWN}
     bins = {method: values["bins"] for method, values in result["calibration"].items() if method in ("none", "platt")}
     separation = histogram(result["rewards"]["correct"], result["rewards"]["wrong"])
     assert separation is not None  # there are candidates
     return [
         {"title": "Accuracy over the number of candidates", "svg": curve_figure(lines)},
+        {"title": "Wrong answers among the most trusted", "svg": risk_figure(result["selective"]["curves"])},
         {"title": "Rewards of correct and wrong traces", "svg": separation["svg"]},
         {"title": "Reliability", "svg": reliability_figure(bins)},
     ]

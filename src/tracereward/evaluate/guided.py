@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from tracereward.commands.questions import Questions, in_force, load_questions
+from tracereward.commands.questions import Questions, in_force, load_questions, task_reading
 from tracereward.commands.sample_guided import check_template, load_guide
 from tracereward.console import note
 from tracereward.errors import InputError
@@ -193,6 +193,7 @@ def run_guided(
     check_template(reward_model, questions)
     rows, prompts, tokenizer = load_questions(questions, policy)
     check_answers(rows)
+    task = task_reading(questions, policy, prompts, tokenizer)
     guide = load_guide(policy, tokenizer, prompts, reward_model=reward_model, sampling=sampling, reference=reference)
     if comparison.rule(guide) is None:
         note(f"no self-correction: {reward_model} has no rule for the first error of such rewards; give --threshold")

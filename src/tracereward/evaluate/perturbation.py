@@ -112,7 +112,10 @@ def evaluate_perturbations(
         values.pop("entropy", None)
         for name, of_tokens in values.items():
             how = model.settings.aggregate if name == "reward" else "mean"
-            traces[index][name] = aggregate_rewards(of_tokens, how)
+            ids = encoded[index].completion
+            traces[index][name] = (
+                model.trace_reward(ids, of_tokens, how) if name == "reward" else aggregate_rewards(of_tokens, how)
+            )
             steps[index][name] = step_values(of_tokens, encoded[index].steps, aggregate)
 
     def metrics(kind: str, name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from tracereward.data.labels import judged_by, judgement_counts
 from tracereward.errors import EmptyTrace, InputError, TooLong
 from tracereward.evaluate.pool_data import PoolRow, by_question
+from tracereward.evaluate.selective import evaluate_selective, selective_tables
 from tracereward.evaluate.steps import position_limit
 from tracereward.files import without_nan
 from tracereward.metrics import auprc, auroc, bootstrap_interval, length_matched_auroc, spearman, within_prompt_auroc
@@ -179,6 +180,7 @@ def evaluate_pool(
         "vote_temperature": temperature,
         "ranking": [asdict(row) for row in table],
         "curves": _curves(questions, equal, seed, temperature),
+        "selective": evaluate_selective(questions, fit_questions, equal, seed),
         "discrimination": _discrimination(questions),
         "reward_length": {"pearson": _pearson(rewards, lengths), "spearman": spearman(rewards, lengths)},
         "calibration": _calibrations(fits, rewards, correct),
@@ -284,6 +286,7 @@ def pool_tables(result: dict[str, Any]) -> list[Table]:
             sources,
             f"Reward and characters: Pearson {_digits(length['pearson'])}, Spearman {_digits(length['spearman'])}.",
         ),
+        *selective_tables(result["selective"]),
         Table(
             "Reward as a probability of being correct",
             ["calibration", "ECE", "Brier", "log loss"],

@@ -36,10 +36,12 @@ from tracereward.modeling.rendering import render_prompt
 from tracereward.reports.report import Report, write_report
 from tracereward.reports.tables import Table, print_tables
 from tracereward.reports.verdicts import verdict_html
+from tracereward.rewards.abstention import fit_abstention
 from tracereward.rewards.calibration import Calibration, check_labels, fit_calibration
 from tracereward.rewards.engines import load_log_prob_model, load_reward_model, precision_of
 from tracereward.rewards.first_error_fit import JudgedTrace, find_rule
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import check_reward_model, write_fitted
 from tracereward.tasks.recipes import Task, get_task
@@ -138,7 +140,7 @@ def check(model: str, policy: str | None, task: str | None) -> Task:
     settings = check_reward_model(model)
     if policy is not None:
         check_model(policy)
-    return get_task(task or settings.task)
+    return task_of(settings, task)
 
 
 def check_answers(rows: Sequence[dict[str, Any]]) -> None:
@@ -393,7 +395,10 @@ def run_calibrate(
     for reason in useless_fit(calibration, rewards, correct, prompts):
         warn(f"{data}: {reason}: the probabilities say little about other traces")
     precision = precision_of(model, dtype)
-    write_fitted(local_folder(model), calibration=calibration, dtype="" if precision.own else precision.name)
+    records = fit_abstention(groups, task_spec.equal)
+    name = "" if precision.own else precision.name
+    write_fitted(local_folder(model), calibration=calibration, abstention=records, dtype=name)
+    note(f"{data}: {len(groups)} questions for --abstain of rerank and serve: risks from {records[0].lowest_risk:.3g}")
     rule, text = find_rule(reward_model, judged_traces(reward_model, rows))
     if rule is not None:
         write_fitted(local_folder(model), first_error=rule)

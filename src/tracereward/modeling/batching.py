@@ -19,6 +19,7 @@ class Batch:
         position_ids: (B, P + T), counted from each row's first token, so that left padding has no effect.
         completion_mask: (B, T).
         step_ends: (B, T) bool.
+        thinking: (B, T) bool, tokens of the thinking if it counts separately.
     """
 
     input_ids: Tensor
@@ -26,6 +27,7 @@ class Batch:
     position_ids: Tensor
     completion_mask: Tensor
     step_ends: Tensor
+    thinking: Tensor
 
     @property
     def model_mask(self) -> Tensor:
@@ -48,8 +50,18 @@ def pack(
     completions: Sequence[Sequence[int]],
     pad_id: int,
     ends: Sequence[Sequence[bool]] | None = None,
+    *,
+    thinking: Sequence[int] | None = None,
 ) -> Batch:
-    """Pad token ids to a `Batch`; `ends` are the step ends of each completion, if needed."""
+    """Pad token ids to a `Batch`.
+
+    Args:
+        prompts: token ids.
+        completions: token ids, one for each prompt.
+        pad_id: of the padding.
+        ends: the step ends of each completion, if needed.
+        thinking: number of tokens of each completion's thinking, if needed.
+    """
     rows, prompt_width = len(prompts), max(map(len, prompts))
     width = max(map(len, completions))
     input_ids = torch.full((rows, prompt_width + width), pad_id)
@@ -68,6 +80,7 @@ def pack(
         position_ids=position_ids,
         completion_mask=attention_mask[:, prompt_width:],
         step_ends=steps,
+        thinking=torch.arange(width)[None] < torch.tensor([0] * rows if thinking is None else list(thinking))[:, None],
     )
 
 

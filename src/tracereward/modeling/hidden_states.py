@@ -16,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from tracereward.files import atomic_file
@@ -97,25 +96,84 @@ def trace_states(
         shares: of each completion's tokens in the average; equal ones if None.
         token_budget: padded tokens of a pass.
     """
+    shares = shares or [torch.full((len(ids),), 1 / max(1, len(ids))) for ids in completions]
+    for rows, means, log_probs in _mean_states(
+        model, prompts, completions, pad_id, shares=[s[None] for s in shares], token_budget=token_budget
+    ):
+        of_rows = [values.mean() for values in log_probs]
+        yield rows, TraceStates(states=torch.cat(means), log_probs=torch.stack(of_rows))
+
+
+@torch.inference_mode()
+def step_states(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    steps: Sequence[Sequence[tuple[int, int]]],
+    token_budget: int | None = None,
+) -> Iterator[tuple[int, TraceStates]]:
+    """Features of the steps of traces, from one pass: the index of a trace, and the features of its steps, in order.
+
+    A step's are those that `trace_states` gives it as a completion of the prompt and all before it.
+
+    Args:
+        model: the frozen causal LM.
+        prompts: token ids.
+        completions: token ids.
+        pad_id: any token id.
+        steps: of each completion, the first token of each step and the one after its last.
+        token_budget: padded tokens of a pass.
+    """
+    shares = []
+    for ids, spans in zip(completions, steps, strict=True):
+        share = torch.zeros(len(spans), len(ids))
+        for row, (start, end) in zip(share, spans, strict=True):
+            row[start:end] = 1 / (end - start)
+        shares.append(share)
+    for rows, means, log_probs in _mean_states(
+        model, prompts, completions, pad_id, shares=shares, token_budget=token_budget
+    ):
+        for index, states, values in zip(rows, means, log_probs, strict=True):
+            yield index, TraceStates(states=states, log_probs=shares[index] @ values)
+
+
+def _mean_states(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    pad_id: int,
+    *,
+    shares: Sequence[Tensor],
+    token_budget: int | None,
+) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+    """In batches: indices of traces, for each (R, L, H) bfloat16 means by its (R, T) shares, and (T,) log-probs."""
     model.eval()
     norm, layers = final_norm(model), readable_layers(model)
     budget = token_budget or scoring_budget(model.device)
     for rows, sizes in grouped_batches(prompts, completions, budget, can_share_prompts(model)):
         batch = pack([prompts[i] for i in rows], [completions[i] for i in rows], pad_id).to(model.device)
         states, log_probs = states_and_log_probs(model, batch, sizes if len(sizes) < len(rows) else None)
-        parts = [torch.full((len(completions[i]),), 1 / len(completions[i])) for i in rows]
-        parts = parts if shares is None else [shares[i] for i in rows]
-        share = pad_sequence(parts, batch_first=True).to(model.device)[:, None].float()
+        width, most = batch.completion_mask.size(1), max(len(shares[i]) for i in rows)
+        share = torch.zeros(len(rows), most, width)
+        for row, i in enumerate(rows):
+            share[row, : len(shares[i]), : len(completions[i])] = shares[i]
+        share = share.to(model.device)
         means: list[Tensor] = []
         for layer in layers:
             here = states[layer]
             if layer < len(states) - 1:  # the last is normalised already
                 assert norm is not None
                 here = norm(here)
-            means.append((share @ here.float())[:, 0])  # padding has weight 0, and finite states
-        real = batch.completion_mask.bool()
-        mean_log_probs = torch.where(real, log_probs, 0.0).sum(1) / real.sum(1)
-        yield rows, TraceStates(states=torch.stack(means, 1).bfloat16().cpu(), log_probs=mean_log_probs.cpu())
+            means.append(share @ here.float())  # padding has weight 0, and finite states
+        found = torch.stack(means, 2).bfloat16().cpu()
+        values = log_probs.float().cpu()
+        yield (
+            rows,
+            [found[row, : len(shares[i])] for row, i in enumerate(rows)],
+            [values[row, : len(completions[i])] for row, i in enumerate(rows)],
+        )
 
 
 class StateCache:

@@ -28,12 +28,17 @@ class PolicySettings:
         template: ``plain`` or ``chat``.
         chat_template_kwargs: variables of the chat template, see `Rendering`.
         date: the day that a chat template which reads the clock wrote, see `Rendering`.
+        think: the texts that open and close the thinking, if they are not recognised.
     """
 
     task: str = "generic"
     template: str = "plain"
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     date: str = ""
+    think: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "think", tuple(self.think))  # JSON has lists
 
     @property
     def rendering(self) -> Rendering:

@@ -128,6 +128,7 @@ function candidate(trace, question) {
   if (trace.correct !== null) facts.append(make("span", "verdict", trace.correct ? "✓ right" : "✗ wrong"));
   if (trace.answer !== null) facts.append(make("span", "", `answer ${trace.answer}`));
   facts.append(make("span", "", `reward ${signed(trace.reward, 2)}`));
+  for (const [name, value] of Object.entries(trace.parts)) facts.append(make("span", "quiet", `${name} ${signed(value, 2)}`));
   if (trace.logprob !== null) facts.append(make("span", "quiet", `log-prob ${signed(trace.logprob, 2)}`));
   if (byId("order").value === "drop" && trace.drop !== null) facts.append(make("span", "quiet", `largest drop ${signed(trace.drop, 2)}`));
   if (trace.model !== null) facts.append(make("span", "quiet", trace.model));

@@ -125,6 +125,7 @@ def _trace(row: dict[str, Any], threshold: float | None) -> dict[str, Any]:
         "correct": row.get("correct"),
         "answer": _text(row.get("extracted")),
         "logprob": _rounded(row.get("logprob")),
+        "parts": {name: _rounded(value) for name, value in (row.get("parts") or {}).items()},
         "model": _text(row.get("model")),
         "drop": _rounded(largest_drop(step_rewards)),
         "ruled": "suspected_error" in row,

@@ -4,9 +4,6 @@ An index of all traces comes first. The tokens of each trace are in a block of t
 trace is shown, so that a page of long traces opens at once, and is written without keeping them.
 """
 
-import base64
-import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -18,9 +15,10 @@ from markupsafe import Markup
 
 from tracereward.files import atomic_file
 from tracereward.reports.inspection import DIGITS, about_marks, colour_limit, contents, scored, visible
-from tracereward.reports.pages import page_template, table_view
+from tracereward.reports.pages import csp_hash, embedded_json, page_template, table_view
+from tracereward.reports.report import palette_css
 from tracereward.reports.tables import Table
-from tracereward.rewards.heatmap import HEATMAP_CSS, reward_colour
+from tracereward.rewards.heatmap import HEATMAP_CSS
 
 BLOCKS = Markup("<!-- blocks -->")
 """Where blocks go in the rendered template; no text of a trace holds it, since all are escaped."""
@@ -84,7 +82,7 @@ def _write_blocks(
         marked |= any("s" in piece[2] for piece in tokens)
         held = {"id": count, "number": len(question["traces"]) + 1, "tokens": len(tokens)}
         question["traces"].append({**trace, **held, "steps": len(trace["steps"])})
-        block = f'<script type="application/json" id="t{count}">{_embedded_json(packed(trace["steps"]))}</script>\n'
+        block = f'<script type="application/json" id="t{count}">{embedded_json(packed(trace["steps"]))}</script>\n'
         blocks.write(block.encode())
         count += 1
     limit = limit or 1.0
@@ -114,35 +112,14 @@ def packed(steps: Iterable[dict[str, Any]]) -> dict[str, Any]:
 def _page(index: dict[str, Any], **given: Any) -> str:
     """The page without its blocks."""
     here = Path(__file__).parent
-    palette = (
-        ":root {{ --low: {}; --zero: {}; --high: {}; }}".format(
-            *(reward_colour(r, 1.0, dark) for r in (-1.0, 0.0, 1.0))
-        )
-        for dark in (False, True)
-    )
-    css = "\n{}{}\n@media screen and (prefers-color-scheme: dark) {{ {} }}\n{}".format(
-        HEATMAP_CSS, *palette, (here / "inspection.css").read_text(encoding="utf-8")
-    )
+    css = f"\n{HEATMAP_CSS}{palette_css()}\n{(here / 'inspection.css').read_text(encoding='utf-8')}"
     script = "\n" + (here / "inspection.js").read_text(encoding="utf-8")
     return page_template("inspection.html.jinja").render(
         css=Markup(css),
-        css_hash=_hash(css),
+        css_hash=csp_hash(css),
         script=Markup(script),
-        script_hash=_hash(script),
-        data=_embedded_json(index),
+        script_hash=csp_hash(script),
+        data=embedded_json(index),
         blocks=BLOCKS,
         **given,
     )
-
-
-def _embedded_json(value: Any) -> Markup:
-    r"""JSON escaped for a ``<script>`` element: it cannot close the element or end a line of JavaScript."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
-
-
-def _hash(source: str) -> Markup:
-    """The Content-Security-Policy source expression that allows exactly this text."""
-    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'")

@@ -85,6 +85,7 @@ def _facts(trace: dict[str, Any], question: dict[str, Any]) -> str:
         facts.append("✓ right" if trace["correct"] else "✗ wrong")
     facts += [f"{name} {trace[name]}" for name in ("answer", "model") if trace[name] is not None]
     facts += [f"{name} {signed(trace[name])}" for name in ("reward", "logprob") if trace[name] is not None]
+    facts += [f"{name} {signed(value)}" for name, value in trace["parts"].items() if value is not None]
     return "  ".join(facts)
 
 

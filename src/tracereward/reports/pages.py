@@ -1,11 +1,15 @@
-"""What HTML pages share: the templates of this folder, and tables as template variables."""
+"""What HTML pages share: the templates of this folder, embedded data, and tables as template variables."""
 
+import base64
+import hashlib
 import html
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from tracereward.reports.tables import Table, column_text, is_numeric
 
@@ -26,6 +30,19 @@ def page_template(name: str) -> jinja2.Template:
 def _code(text: str) -> str:
     """HTML of a text: what stands in backticks, as on the cards, is code."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def embedded_json(value: Any) -> Markup:
+    r"""JSON escaped for a ``<script>`` element: it cannot close the element or end a line of JavaScript."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def csp_hash(source: str) -> Markup:
+    """The Content-Security-Policy source expression that allows exactly this text."""
+    return Markup(f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'")
 
 
 def table_view(table: Table) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def write_report(path: str | os.PathLike, report: Report) -> None:
         limit=_digits(limit),
         config=_config_text(report.config),
         heatmap_css=HEATMAP_CSS,
-        palette_css=_palette_css(),
+        palette_css=palette_css(),
     )
     # A lone surrogate (a broken escape in a data file) cannot be encoded as UTF-8; it becomes a question mark.
     atomic_write_text(path, html.encode("utf-8", "replace").decode("utf-8"))
@@ -113,7 +113,7 @@ def _common_limit(traces: Sequence[ScoredTrace]) -> float:
     return max(sizes, default=0.0) or 1.0
 
 
-def _palette_css() -> Markup:
+def palette_css() -> Markup:
     """The legend's colours as CSS variables, for light and dark pages."""
 
     def variables(dark: bool) -> str:

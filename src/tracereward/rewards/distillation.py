@@ -25,8 +25,8 @@ from tracereward.metrics import within_prompt_auroc
 from tracereward.modeling.batching import token_budget_batches
 from tracereward.modeling.rendering import completion_text, render_prompt
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, Trace
-from tracereward.tasks.recipes import get_task
 
 HELD_OUT = 0.2  # of the prompts
 
@@ -86,7 +86,7 @@ def examples_of(rows: Iterable[tuple[str, dict[str, Any]]], model: TokenRewardMo
     Raises:
         InputError: a trace is longer than the model's context.
     """
-    found, task = [], get_task(model.settings.task)
+    found, task = [], task_of(model.settings)
     for where, row in rows:
         prompt = render_prompt(model.tokenizer, row["prompt"], model.settings.rendering, where)
         finished = row.get("finished") is not False

@@ -26,7 +26,7 @@ from tracereward.console import warn_once
 from tracereward.errors import InputError, check_list
 from tracereward.files import atomic_folder, atomic_write_json
 from tracereward.modeling.adapters import DISCRIMINATOR, AdapterView, merged
-from tracereward.modeling.batching import Batch, grouped_batches, pack, scoring_budget
+from tracereward.modeling.batching import Batch, grouped_batches, scoring_budget
 from tracereward.modeling.distributed import all_reduce_max, zero3_disabled
 from tracereward.modeling.hidden_states import truncated
 from tracereward.modeling.loading import (
@@ -48,7 +48,7 @@ from tracereward.modeling.log_probs import (
 from tracereward.modeling.precision import scoring_precision
 from tracereward.modeling.quantized import is_quantized, prepare_for_lora
 from tracereward.modeling.rendering import Rendering, is_rendered, render
-from tracereward.modeling.tokenization import keep_tags, load_tokenizer, pad_id, same_vocabulary, without_tags
+from tracereward.modeling.tokenization import keep_tags, load_tokenizer, same_vocabulary, without_tags
 from tracereward.rewards.heads import ActionHead, LinearHead, exact_classifier, reads_log_probs
 from tracereward.rewards.model_card import model_card
 from tracereward.rewards.records import ForwardOptions, TokenIds, Trace
@@ -280,9 +280,8 @@ class TokenRewardModel(nn.Module, Scorer):
         return exact_classifier(backbone, self.head_weight.dtype, self.settings.layers)
 
     def pack(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Batch:
-        """Pad token ids into a `Batch` on this model's device, with step ends if the granularity needs them."""
-        ends = [self.step_ends(ids) for ids in completions] if self.settings.granularity == "step" else None
-        return pack(prompts, completions, pad_id(self.tokenizer), ends).to(self.device)
+        """`batch` on this model's device."""
+        return self.batch(prompts, completions).to(self.device)
 
     @torch.no_grad()
     def compute_rewards(self, prompts: TokenIds, completions: TokenIds, options: ForwardOptions) -> list[Tensor]:

@@ -22,17 +22,16 @@ from tracereward.errors import (
 )
 from tracereward.errors import check_text as check_argument
 from tracereward.modeling.alignment import step_ends, token_offsets
-from tracereward.modeling.batching import Batch
+from tracereward.modeling.batching import Batch, pack
 from tracereward.modeling.lost_text import check_text
-from tracereward.modeling.tokenization import encode_trace
+from tracereward.modeling.tokenization import encode_trace, pad_id
 from tracereward.rewards.first_error_rules import first_below
+from tracereward.rewards.parts import position_weights, task_of, thinking_tokens
 from tracereward.rewards.ranking import Ranking
 from tracereward.rewards.records import EncodedTrace, ForwardOptions, LogProbModels, TokenIds, Trace
 from tracereward.rewards.settings import RewardSettings
-from tracereward.rewards.supervision import supervision_mask
-from tracereward.rewards.token_scores import TokenScores
+from tracereward.rewards.token_scores import TokenScores, trace_reward
 from tracereward.selection import RERANK_METHODS, Candidate, choose
-from tracereward.tasks.recipes import get_task
 
 
 class Scorer(ABC):
@@ -90,11 +89,30 @@ class Scorer(ABC):
         text, offsets = token_offsets(self.tokenizer, completion)
         return step_ends(text, offsets, self.settings.step_rule)
 
+    def thinking_tokens(self, completion: Sequence[int]) -> int:
+        """Number of leading tokens of a completion that are thinking, its marks included."""
+        return thinking_tokens(self.settings, *token_offsets(self.tokenizer, completion))
+
     def supervision(self, batch: Batch) -> Tensor:
         """The supervision mask of a batch, (B, T) bool."""
-        return supervision_mask(
-            batch.completion_mask, batch.step_ends, self.settings.granularity, self.settings.interval
-        )
+        return self.position_weights(batch) > 0
+
+    def position_weights(self, batch: Batch) -> Tensor:
+        """What each position weighs in a mean over supervised positions, (B, T); see `supervision.part_weights`."""
+        return position_weights(self.settings, batch.completion_mask, batch.step_ends, batch.thinking)
+
+    def trace_reward(self, completion: Sequence[int], rewards: Sequence[float], how: str) -> float:
+        """The trace reward of a completion's token rewards; see `token_scores.trace_reward`."""
+        weight = self.settings.thinking_weight
+        thinking = 0 if weight is None else self.thinking_tokens(completion)
+        return trace_reward(rewards, how, thinking, weight)
+
+    def batch(self, prompts: TokenIds, completions: TokenIds) -> Batch:
+        """Pad token ids into a `Batch`, with what `supervision` reads: step ends, thinking."""
+        settings = self.settings
+        ends = [self.step_ends(ids) for ids in completions] if settings.granularity == "step" else None
+        thinking = None if settings.thinking_weight is None else [self.thinking_tokens(ids) for ids in completions]
+        return pack(prompts, completions, pad_id(self.tokenizer), ends, thinking=thinking)
 
     def score(
         self,
@@ -230,7 +248,7 @@ class Scorer(ABC):
                 check_number(f"log_probs[{index}]", value)
         elif "logprob" in method:
             raise InputError(f"method {method!r} needs log_probs, the mean policy log-prob of each candidate")
-        task, how = get_task(self.settings.task), self.settings.aggregate
+        task, how = task_of(self.settings), self.settings.aggregate
         rewards = [scores.aggregate(how) for scores in self.score([prompt] * len(candidates), candidates)]
         known = [None] * len(candidates) if log_probs is None else log_probs
         rows = [
@@ -298,7 +316,9 @@ class Scorer(ABC):
         text, offsets = token_offsets(self.tokenizer, completion)
         ends = step_ends(text, offsets, self.settings.step_rule)
         mask = torch.ones(1, len(completion), dtype=torch.long)
-        supervised = supervision_mask(mask, torch.tensor([ends]), self.settings.granularity, self.settings.interval)
+        thinking = thinking_tokens(self.settings, text, offsets)
+        inside = torch.arange(len(completion))[None] < thinking
+        supervised = position_weights(self.settings, mask, torch.tensor([ends]), inside) > 0
         tokens = [text[start:end] for start, end in offsets]
         if completion and completion[-1] == self.tokenizer.eos_token_id:
             tokens[-1] = str(self.tokenizer.eos_token)
@@ -308,6 +328,8 @@ class Scorer(ABC):
             rewards=rewards.tolist(),
             supervised=supervised[0].tolist(),
             step_ends=ends,
+            thinking=thinking,
+            thinking_weight=self.settings.thinking_weight,
         )
 
     def _check_steps(self, trace: Trace, completion: Sequence[int]) -> None:

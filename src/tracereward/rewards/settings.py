@@ -23,11 +23,13 @@ from tracereward.modeling.model_folder import REWARD_MODEL, SETTINGS_FILE, check
 from tracereward.modeling.precision import DTYPES
 from tracereward.modeling.rendering import TEMPLATES, Rendering
 from tracereward.modeling.steps import StepRule
+from tracereward.rewards.abstention import Abstention, threshold_of, why_abstained
 from tracereward.rewards.calibration import Calibration
 from tracereward.rewards.choices import GRANULARITIES, HEADS, REWARD_FORMS
 from tracereward.rewards.first_error_rules import FirstErrorRule, LevelRule, MarksSteps
 from tracereward.rewards.heads import ActionHead, default_reward_form, reads_log_probs, subtracts_policy
 from tracereward.rewards.token_scores import AGGREGATES
+from tracereward.thinking import MARKS, Thinking
 
 HEAD_FILE = "head.safetensors"
 HOW_TO_FIT = "fit one on labelled traces with `tracereward calibrate`"
@@ -46,6 +48,10 @@ class RewardSettings:
         steps: how a trace is cut into steps, see `modeling.steps.StepRule`.
         beta_clip: token rewards are clipped to +-beta_clip, in log-odds.
         temperature: log-odds are divided by it before the clip.
+        think: the texts that open and close the thinking of a completion; none for those of well-known models.
+        think_opened: whether prompts end within the thinking, so that completions start in it.
+        thinking_weight: what the thinking weighs in the trace reward, in [0, 1], and the answer the rest; a part that
+            weighs nothing is not supervised. None: the trace is one text.
         reward_form: reward used in training, one of `choices.REWARD_FORMS`; "" is the head's default. `score` computes
             it if given the models whose log-probs it needs, otherwise f.
         reference_model: the model whose log-prob ``logit_plus_logprob`` adds.
@@ -59,6 +65,8 @@ class RewardSettings:
         date: the day that a chat template which reads the clock wrote in training, see `Rendering`.
         base_model: checkpoint from which the backbone was initialised.
         calibration: map from trace reward to the probability of being correct; None before `tracereward calibrate`.
+        abstention: what is known of wrong answers of calibration questions, for abstaining; empty before
+            `tracereward calibrate`.
         first_error: where a trace's suspected first error is; None if no rule was found that can be trusted.
         dtype: the precision in which these two were fitted, and in which it scores; "" is its checkpoint's.
     """
@@ -71,6 +79,9 @@ class RewardSettings:
     steps: str = ""
     beta_clip: float = 5.0
     temperature: float = 1.0
+    think: tuple[str, ...] = ()
+    think_opened: bool = False
+    thinking_weight: float | None = None
     reward_form: str = ""
     reference_model: str = ""
     label_rule: str = ""
@@ -82,6 +93,7 @@ class RewardSettings:
     date: str = ""
     base_model: str = ""
     calibration: Calibration | None = None
+    abstention: tuple[Abstention, ...] = ()
     first_error: FirstErrorRule | None = None
     dtype: str = ""
 
@@ -94,6 +106,11 @@ class RewardSettings:
         if not isinstance(self.interval, int) or self.interval < 1:
             raise InputError(f"interval must be at least 1, not {self.interval!r}")
         _ = self.step_rule  # refuses what is no rule
+        object.__setattr__(self, "think", tuple(self.think))  # JSON has lists
+        _ = self.thinking
+        weight = self.thinking_weight
+        if weight is not None and (not isinstance(weight, (int, float)) or not 0 <= weight <= 1):
+            raise InputError(f"thinking_weight must be between 0 and 1, not {weight!r}")
         for name in ("beta_clip", "temperature"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not value > 0:  # also rejects NaN
@@ -115,6 +132,11 @@ class RewardSettings:
         return StepRule(delimiter=self.step_delimiter, steps=self.steps)
 
     @property
+    def thinking(self) -> Thinking:
+        """How completions are split into thinking and answer."""
+        return Thinking(marks=(self.think,) if self.think else MARKS, opened=self.think_opened)  # type: ignore[arg-type]
+
+    @property
     def form(self) -> str:
         """The reward form, with the head's default filled in."""
         return self.reward_form or default_reward_form(self.head)
@@ -130,6 +152,24 @@ class RewardSettings:
         if self.first_error is None:
             raise InputError(f"the reward model has no rule for the first error: {HOW_TO_FIT}, or give {option}")
         return self.first_error
+
+    def why_not(self, method: str, reward: float, risk: float | None) -> str | None:
+        """Why a question is not answered with its chosen candidate; None if it is.
+
+        Args:
+            method: that chose the candidate.
+            reward: of the candidate.
+            risk: see `rewards.abstention`; None answers every question.
+
+        Raises:
+            InputError: see `threshold_of`.
+        """
+        if risk is None or reward > (threshold := threshold_of(self.abstention, method, risk)):
+            return None
+        if self.calibration is None:
+            return why_abstained(None, reward, threshold, None)
+        probability, least = self.calibration.probabilities([reward, threshold]).tolist()
+        return why_abstained(probability, reward, threshold, least)
 
     @property
     def is_classifier(self) -> bool:
@@ -212,6 +252,7 @@ def read_settings(folder: str | Path) -> RewardSettings:
         known = {one.name for one in fields(RewardSettings)}
         if stored.get("calibration") is not None:
             stored["calibration"] = Calibration(**stored["calibration"])
+        stored["abstention"] = tuple(Abstention(**record) for record in stored.get("abstention") or ())
         rule = stored.get("first_error")
         if isinstance(rule, dict) and "signal" in rule:  # of an earlier version: as if there were none
             rule = None
@@ -266,11 +307,22 @@ def _not_a_reward_model(folder: Path, why: str) -> str:
     return f"{folder} is not a reward model: {why}. {fix}"
 
 
-def write_fitted(folder: str | Path, **fitted: Calibration | FirstErrorRule | str | None) -> None:
-    """Store a `calibration`, a rule for the `first_error` or their `dtype` in a reward model's ``tracereward.json``.
+def write_fitted(
+    folder: str | Path, **fitted: Calibration | tuple[Abstention, ...] | FirstErrorRule | str | None
+) -> None:
+    """Store a `calibration`, records for `abstention`, a rule for the `first_error` or their `dtype`.
+
+    They are in a reward model's ``tracereward.json``.
 
     None removes what is stored; the other fields do not change.
     """
     path = Path(folder) / SETTINGS_FILE
-    values = {name: asdict(value) if is_dataclass(value) else value for name, value in fitted.items()}
+    values = {
+        name: [asdict(one) for one in value]
+        if isinstance(value, tuple)
+        else asdict(value)
+        if is_dataclass(value)
+        else value
+        for name, value in fitted.items()
+    }
     atomic_write_json(path, {**read_json(path), **values})

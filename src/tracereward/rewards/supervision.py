@@ -40,6 +40,28 @@ def supervision_mask(completion_mask: Tensor, step_ends: Tensor, granularity: st
     raise ValueError(f"unknown granularity {granularity!r}; known: {', '.join(GRANULARITIES)}")
 
 
+def part_weights(supervised: Tensor, thinking: Tensor, weight: float) -> Tensor:
+    """What each supervised position weighs where thinking and answer count separately.
+
+    w_t = w_p / n_p for the n_p supervised positions of t's part p, with w_p = `weight` for the thinking and
+    1 - `weight` for the answer; a trace with one part has weight 1 there.
+
+    Args:
+        supervised: (B, T) bool, `supervision_mask` of each part.
+        thinking: (B, T) bool, tokens of the thinking.
+        weight: in [0, 1].
+
+    Returns:
+        (B, T) float; each row sums to 1, or to 0 without a supervised position.
+    """
+    parts = (supervised & thinking, supervised & ~thinking)
+    counts = [part.sum(1, keepdim=True) for part in parts]
+    both = (counts[0] > 0) & (counts[1] > 0)
+    shares = [torch.where(both, of_part, 1.0) for of_part in (weight, 1 - weight)]
+    terms = [share * part / count.clamp(min=1) for share, part, count in zip(shares, parts, counts)]
+    return terms[0] + terms[1]
+
+
 def reward_shares(supervised: Tensor) -> Tensor:
     """Share of each supervised position in a trace's mean reward, where tokens have the next supervised one's value.
 

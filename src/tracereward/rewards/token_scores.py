@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from tracereward.errors import InputError, check_choice
+from tracereward.thinking import part_of, weights_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,6 +29,8 @@ class TokenScores:
             position at or after it. High is expert-like.
         supervised: T flags, whether the granularity supervises the position.
         step_ends: T flags, whether the token is the last of a step (or of the trace).
+        thinking: number of leading tokens that are thinking; the others are the answer.
+        thinking_weight: see `RewardSettings`.
     """
 
     tokens: list[str]
@@ -35,10 +38,17 @@ class TokenScores:
     rewards: list[float]
     supervised: list[bool]
     step_ends: list[bool]
+    thinking: int = 0
+    thinking_weight: float | None = None
 
     def aggregate(self, how: str = "mean") -> float:
-        """The trace reward; see `aggregate_rewards`."""
-        return aggregate_rewards(self.rewards, how)
+        """The trace reward; see `trace_reward`."""
+        return trace_reward(self.rewards, how, self.thinking, self.thinking_weight)
+
+    def parts(self, how: str = "mean") -> dict[str, float]:
+        """The aggregate of each part, ``thinking`` and ``answer``; empty for a trace without thinking."""
+        parts = part_of(self.rewards, self.thinking) if self.thinking else {}
+        return {name: aggregate_rewards(rewards, how) for name, rewards in parts.items()}
 
     def by_step(self, spans: Sequence[tuple[int, int]] = ()) -> list[list[float]]:
         """The token rewards of each step with the delimiter behind it, the last one with the end of sequence.
@@ -113,6 +123,25 @@ def slices(values: Sequence[float], starts: Sequence[int]) -> list[list[float]]:
     """
     bounds = itertools.pairwise([0, *starts[1:], len(values)])
     return [list(values[start : max(end, start + 1)]) for start, end in bounds]
+
+
+def trace_reward(rewards: Sequence[float], how: str, thinking: int = 0, weight: float | None = None) -> float:
+    """The trace reward: `aggregate_rewards` of all tokens, or the weighted mean of that of thinking and answer.
+
+    Args:
+        rewards: T token rewards.
+        how: one of `AGGREGATES`.
+        thinking: number of leading tokens that are thinking.
+        weight: of the thinking, see `thinking.weights_of`; None: the trace is one text.
+
+    Raises:
+        InputError: as `aggregate_rewards`.
+    """
+    if weight is None or not rewards:
+        return aggregate_rewards(rewards, how)
+    parts = part_of(rewards, thinking)
+    weights = weights_of(list(parts), weight)
+    return sum(weights[name] * aggregate_rewards(parts[name], how) for name in parts)
 
 
 def aggregate_rewards(rewards: Sequence[float], how: str = "mean") -> float:

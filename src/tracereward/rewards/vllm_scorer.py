@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from tracereward.errors import InputError
-from tracereward.modeling.batching import pack
 from tracereward.modeling.loading import context_length, local_folder, read_config
-from tracereward.modeling.tokenization import load_tokenizer, pad_id
+from tracereward.modeling.tokenization import load_tokenizer
 from tracereward.rewards.records import ForwardOptions, TokenIds
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.settings import RewardSettings, check_reward_model
@@ -87,7 +86,6 @@ class VllmScorer(Scorer):
         rewards = []
         for completion, output in zip(completions, outputs, strict=True):
             values = output.outputs.data[-len(completion) :, 0].float()[None]
-            ends = [self.step_ends(completion)] if self.settings.granularity == "step" else None
-            mask = self.supervision(pack([[]], [completion], pad_id(self.tokenizer), ends))
+            mask = self.supervision(self.batch([[]], [completion]))
             rewards.append(token_rewards(values, mask, self.settings.beta_clip, self.settings.temperature)[0])
         return rewards

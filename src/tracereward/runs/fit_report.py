@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from tracereward.errors import InputError
 from tracereward.reports.report import ScoredTrace
+from tracereward.rewards.abstention import Abstention, fit_abstention
 from tracereward.rewards.calibration import Calibration, fit_calibration
 from tracereward.rewards.model import TokenRewardModel
 from tracereward.tasks.recipes import Task
@@ -19,12 +20,14 @@ class Measured:
     Attributes:
         verdict: None if it cannot be given.
         calibration: None if it cannot be fitted.
+        abstention: for abstaining; empty if no question is judged.
         missing: why there is no verdict or no calibration.
         traces: all candidates with their token rewards.
     """
 
     verdict: Verdict | None
     calibration: Calibration | None
+    abstention: tuple[Abstention, ...]
     missing: list[str]
     traces: list[ScoredTrace]
 
@@ -91,7 +94,13 @@ def measure(
         calibration = fit_calibration([c.reward for c in flat], [bool(c.correct) for c in flat])
     except InputError as error:
         missing += [f"No calibration: {error}."] if flat else []
-    return Measured(verdict=found, calibration=calibration, missing=missing, traces=traces)
+    return Measured(
+        verdict=found,
+        calibration=calibration,
+        abstention=fit_abstention(known, task.equal) if known else (),
+        missing=missing,
+        traces=traces,
+    )
 
 
 def _judged(questions: Sequence[FitQuestion]) -> str:

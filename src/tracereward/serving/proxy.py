@@ -128,6 +128,7 @@ class Proxy:
             raise Refused(422, text, "invalid_value", "tracereward.n")
         if temperature == 0:  # greedy samples are identical, and vLLM rejects n > 1
             samples = wanted
+        self._check_method(selection.method)
         prompt = await self._check(body, sent, samples)
         request = {name: value for name, value in sent.items() if name not in DROPPED}
         if selection.temperature is not None:
@@ -150,7 +151,19 @@ class Proxy:
             "scores": [{"reward": rewards[place], "answer": candidates[place].answer} for place in order],
         }
         picked = [{**kept[place][0], "index": index} for index, place in enumerate(order[:wanted])]
+        why = self.service.model.settings.why_not(method, rewards[first], self.service.settings.abstain)
+        if self.service.settings.abstain is not None:
+            details |= {"abstained": why is not None, "reason": why}
+        if why is not None:
+            picked = [_refused(choice, why, path.startswith("chat")) for choice in picked]
         return {**answer, "choices": picked, "tracereward": details}
+
+    def _check_method(self, method: str | None) -> None:
+        """Reject a method for which the server cannot abstain."""
+        known = [record.method for record in self.service.model.settings.abstention]
+        if self.service.settings.abstain is not None and method not in (None, *known):
+            text = f"this server abstains (--abstain), which it can with the methods {' and '.join(known)}"
+            raise Refused(422, text, "unsupported", "tracereward.method")
 
     async def _check(self, body: ChatRequest | CompletionRequest, sent: JsonObject, samples: int) -> str:
         """Render the reward model's prompt; reject requests that would fail before the upstream is called."""
@@ -218,9 +231,8 @@ class Proxy:
         return candidates, method, choose(candidates, method, equal)
 
     def _answer(self, sample: _Sample) -> str | None:
-        """The answer that the sample states in its content, or otherwise anywhere in its trace."""
-        stated = self.task.extract(sample.content)
-        return self.task.extract(sample.trace) if stated is None else stated
+        """The answer that the sample states in its content; what it says while it thinks does not count."""
+        return self.task.extract(sample.content)
 
 
 def _sample(choice: JsonObject, think: tuple[str, str]) -> _Sample:
@@ -238,6 +250,12 @@ def _sample(choice: JsonObject, think: tuple[str, str]) -> _Sample:
     except ValueError as e:
         raise bad_upstream(f"a sample of the upstream cannot be judged: {e}") from e
     return _Sample(trace, content, finished)
+
+
+def _refused(choice: JsonObject, why: str, chat: bool) -> JsonObject:
+    """A choice without its text: a message with OpenAI's field ``refusal``, or an empty completion."""
+    empty = {"message": {"role": "assistant", "content": None, "refusal": why}} if chat else {"text": ""}
+    return {"index": choice["index"], **empty, "logprobs": None, "finish_reason": "stop"}
 
 
 def _events(result: JsonObject, chat: bool, with_usage: bool) -> Iterator[str]:

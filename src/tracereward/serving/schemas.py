@@ -128,6 +128,7 @@ class Score(BaseModel):
     reward: float
     probability: float | None = Field(None, description="That the trace is correct; calibrated reward models only.")
     aggregates: dict[str, float]
+    parts: dict[str, float] | None = Field(None, description="Of thinking and answer; only of traces that think.")
     step_rewards: list[float]
     suspected_error: int | None = Field(
         None,

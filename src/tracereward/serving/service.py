@@ -13,11 +13,11 @@ from scipy.special import expit
 from tracereward.errors import InputError
 from tracereward.messages import message_text
 from tracereward.modeling.rendering import render_prompt, think_marks
+from tracereward.rewards.parts import task_of
 from tracereward.rewards.scorer import Scorer
 from tracereward.rewards.token_scores import TokenScores
 from tracereward.serving.engine import Engine
 from tracereward.serving.schemas import ErrorResponse, Message, Usage
-from tracereward.tasks.recipes import get_task
 from tracereward.verdict import Verdict
 
 T = TypeVar("T")
@@ -40,6 +40,8 @@ class Settings:
         upstream_key: API key for the upstream.
         upstream_seconds: timeout for all samples of a request.
         max_upstream: concurrent requests to the upstream.
+        abstain: bound on the probability of an answer of the proxy that is wrong, see `rewards.abstention`; None
+            answers every request.
         samples: default number of samples per proxied request.
         max_bytes: limit of a request's body.
         body_seconds: timeout for receiving the body.
@@ -59,6 +61,7 @@ class Settings:
     upstream_key: str | None = None
     upstream_seconds: float = 300.0
     max_upstream: int = 64
+    abstain: float | None = None
     samples: int = 8
     max_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
@@ -102,7 +105,7 @@ class Service:
     def __init__(self, model: Scorer, settings: Settings):
         self.model = model
         self.settings = settings
-        self.task = get_task(model.settings.task)
+        self.task = task_of(model.settings)
         self.think: tuple[str, str] = think_marks(model.tokenizer, model.settings.rendering)
         self.ready = False
         self.registry = CollectorRegistry()

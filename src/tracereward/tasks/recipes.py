@@ -5,13 +5,32 @@ visible character. So prompt and completion, tokenized separately, give the same
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from tracereward.errors import check_choice, check_text
 from tracereward.messages import check_messages
 from tracereward.tasks import answers, choices, extraction, mathematics, multi_hop
 from tracereward.tasks.fields import read_text
+from tracereward.thinking import ANY, Thinking
+
+
+@dataclass(frozen=True)
+class AnswerReader:
+    """Reads the final answer behind the thinking of a completion: an answer in it does not count.
+
+    Attributes:
+        read: answer part -> final answer, or None if none is stated.
+        thinking: how completions are split; by default at the marks of well-known models.
+    """
+
+    read: Callable[[str], str | None]
+    thinking: Thinking = ANY
+
+    def __call__(self, completion: str) -> str | None:
+        """The final answer; None if none is stated, or if the thinking is not closed."""
+        answer = self.thinking.answer(completion)
+        return None if answer is None else self.read(answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +43,8 @@ class Task:
         subset: configuration of that dataset.
         example: raw row -> ``{"prompt", "completion", "answer"}``; completion and answer are None if the row has none.
             Does not modify the row. Raises KeyError(field) for a missing field, ValueError for an invalid one.
-        extract: completion -> final answer, or None if none is stated.
+        extract: completion -> final answer, or None if none is stated; reads what is behind the thinking only, see
+            `AnswerReader`.
         equal: (extracted answer, gold answer) -> whether they are equal.
         completion_field: raw field that holds the trace, for error messages.
         step_delimiter: text that ends a step of a trace.
@@ -40,6 +60,21 @@ class Task:
     completion_field: str = "completion"
     step_delimiter: str = "\n"
     answer_line: str = "#### {}"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.extract, AnswerReader):
+            object.__setattr__(self, "extract", AnswerReader(self.extract))
+
+    @property
+    def thinking(self) -> Thinking:
+        """How completions are split into thinking and answer."""
+        assert isinstance(self.extract, AnswerReader)
+        return self.extract.thinking
+
+    def behind(self, thinking: Thinking) -> "Task":
+        """The task with answers read behind completions' thinking, which is split in another way."""
+        assert isinstance(self.extract, AnswerReader)
+        return replace(self, extract=replace(self.extract, thinking=thinking))
 
     def verify(self, completion: str, answer: str) -> bool:
         """Whether the answer extracted from `completion` equals the gold `answer`; False if there is none."""

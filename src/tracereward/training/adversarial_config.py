@@ -79,6 +79,8 @@ class AdversarialConfig(PolicyConfig, DiscriminatorOptions, ShapingOptions, Moni
                 )
             if self.spectral_norm and self.head != "action":
                 raise InputError("shard_discriminator with spectral_norm needs head action, whose w is not sharded")
+        if self.thinking_weight is not None and self.advantages == "token":
+            raise InputError("thinking_weight is of the trace reward: use --advantages trajectory, or leave it out")
         group = self.num_generations
         samples = self.warmup_candidates is None and self.discriminator_warmup_updates > 0
         if samples and self.use_vllm and self.vllm_mode == "server" and group and self.warmup_rollouts % group:

@@ -36,6 +36,8 @@ PROMPTS = 8
 """Prompts of a step of GRPO, over all processes."""
 STEPS = 100
 EPOCHS, MOST_EPOCHS = 3, 15
+MOST_EPOCHS_OF_SFT = 5
+"""Of a pretrained language model: more passes over few traces take from it what they do not show."""
 LONGEST = 1024
 ROOM = 1.5
 """Length limit of rollouts over the longest demonstration."""
@@ -103,13 +105,15 @@ def batch(size: Size) -> tuple[int, int]:
 
 
 def epochs(size: Size, rows_of_step: int) -> int:
-    """`EPOCHS`, or as many as `STEPS` steps take, at most `MOST_EPOCHS`.
+    """`EPOCHS`, or as many as `STEPS` steps take, at most `MOST_EPOCHS` or `MOST_EPOCHS_OF_SFT`.
 
     Args:
         size: of the model and the data.
         rows_of_step: prompts of an optimiser step.
     """
-    return max(EPOCHS, min(MOST_EPOCHS, math.ceil(STEPS * rows_of_step / size.prompts)))
+    pretrained = size.parameters >= RATES[0].parameters
+    most = MOST_EPOCHS_OF_SFT if size.group == 1 and pretrained else MOST_EPOCHS
+    return max(EPOCHS, min(most, math.ceil(STEPS * rows_of_step / size.prompts)))
 
 
 def chosen_values(command: str, size: Size, given: dict[str, Any]) -> dict[str, Any]:

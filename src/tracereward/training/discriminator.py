@@ -327,7 +327,7 @@ class Discriminator:
         lengths = [len(trace.completion) for trace in traces]
         differing = after_first_difference(lengths, [trace.starts for trace in traces], width).to(device)
         labels = labels_from([trace.switch for trace in traces], width).to(device).bool()
-        weights = self.model.supervision(batch) * differing
+        weights = self.model.position_weights(batch) * differing
         return batch, (weights, labels), weights * (labels == expert[:, None])  # not the part before a perturbation
 
     def _loss(
@@ -450,7 +450,7 @@ class Discriminator:
             if subtracts:
                 assert self.policy_log_probs is not None
                 values = values - self.policy_log_probs(batch)
-            scores[rows] = sequence_scores(values, self.model.supervision(batch).float()).cpu()
+            scores[rows] = sequence_scores(values, self.model.position_weights(batch)).cpu()
         return scores
 
     @contextlib.contextmanager

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from tracereward.console import note, warn
 from tracereward.data.candidates import CandidateRow, read_candidates
 from tracereward.data.demonstrations import load_demonstrations
+from tracereward.data.marks import without_dropped
 from tracereward.data.matching import Question, match, prompt_text
 from tracereward.data.surface_probe import leak_warning
 from tracereward.errors import InputError
@@ -52,8 +53,10 @@ def read_fit_data(
     """
     subset = task.subset if isinstance(demonstrations, str) and demonstrations == task.dataset else None
     experts = load_demonstrations(demonstrations, task, subset=subset)
+    experts, dropped = without_dropped(experts, options.drop)
     rows = read_candidates(candidates, task, questions=options.questions)
     questions, remarks = match(experts, rows)
+    remarks = [dropped, *remarks] if dropped else remarks
     positives, negatives = options.positives, options.negatives
     if options.objective == "nnpu":
         positives, negatives = "expert", "all"

@@ -42,7 +42,7 @@ def gradient_norms(model: TokenRewardModel, batch: Batch, embeddings: Tensor) ->
     """||d s / d completion embeddings||_2 per sequence, (B,); differentiable."""
     with sdpa_kernel(SDPBackend.MATH):
         values, _ = model.values_and_log_probs(batch, embeddings)
-        scores = sequence_scores(values, model.supervision(batch).float())
+        scores = sequence_scores(values, model.position_weights(batch))
         mask = batch.attention_mask.clone()
         mask[:, : -batch.completion_mask.size(1)] = 0
         return input_gradient_norms(scores, embeddings, mask)

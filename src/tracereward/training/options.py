@@ -53,6 +53,12 @@ class DataArguments:
     max_demonstrations: Annotated[int | None, Range(min=1, whole=True)] = field(
         default=None, metadata={"help": "Use the first N demonstrations only."}
     )
+    drop: str | None = field(
+        default=None,
+        metadata={
+            "help": "Marks exported from the page of `tracereward audit`: demonstrations marked drop are left out."
+        },
+    )
     template: Annotated[str | None, OneOf(("plain", "chat"))] = field(
         default=None,
         metadata={
@@ -191,6 +197,21 @@ class DiscriminatorModelOptions:
             "help": 'How a trace is cut into steps: line, blank (lines), numbered (before "1." or "Step 1:"), sentence '
             "or a regular expression of what ends a step; code blocks and display formulas stay whole. Default: by "
             "--step_delimiter."
+        },
+    )
+    thinking_weight: Annotated[float | None, Range(min=0, max=1)] = field(
+        default=None,
+        metadata={
+            "help": "Split completions into thinking and answer: what the thinking weighs in the loss and in the trace "
+            "reward; the answer has the rest. 0: only the answer is supervised, 1: only the thinking. Default: a trace "
+            "is one text."
+        },
+    )
+    think_marks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The two texts that open and close the thinking. Default: the chat template's, and those of "
+            "well-known models, such as <think> </think>."
         },
     )
     discriminator_model: str | None = field(

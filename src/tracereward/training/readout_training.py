@@ -17,10 +17,11 @@ from tracereward.modeling.alignment import step_ends, token_offsets
 from tracereward.modeling.hidden_states import StateCache, TraceStates, readable_layers, trace_states
 from tracereward.modeling.loading import best_device, load_causal_lm, model_fingerprint
 from tracereward.modeling.tokenization import pad_id
+from tracereward.rewards import parts
 from tracereward.rewards.heads import LinearHead
 from tracereward.rewards.model import TokenRewardModel
+from tracereward.rewards.parts import thinking_tokens
 from tracereward.rewards.settings import RewardSettings
-from tracereward.rewards.supervision import reward_shares, supervision_mask
 from tracereward.training.readout import PENALTIES, Examples, Readout, fit_readout, layers_to_try
 
 CHUNK = 256  # traces between two files of the cache: a few minutes of a small model on a CPU
@@ -108,11 +109,12 @@ def cached_states(
 
 def token_shares(settings: RewardSettings, tokenizer: PreTrainedTokenizerBase, completion: Sequence[int]) -> Tensor:
     """(T,) share of each token of a completion in the trace's mean reward."""
-    ends = [False] * len(completion)
-    if settings.granularity == "step":
-        ends = step_ends(*token_offsets(tokenizer, completion), settings.step_rule)
-    mask = torch.ones(1, len(completion))
-    return reward_shares(supervision_mask(mask, torch.tensor([ends]), settings.granularity, settings.interval))[0]
+    ends, inside = [False] * len(completion), 0
+    if settings.granularity == "step" or settings.thinking_weight is not None:
+        text, offsets = token_offsets(tokenizer, completion)
+        ends, inside = step_ends(text, offsets, settings.step_rule), thinking_tokens(settings, text, offsets)
+    mask, thinking = torch.ones(1, len(completion)), torch.arange(len(completion))[None] < inside
+    return parts.token_shares(settings, mask, torch.tensor([ends]), thinking)[0]
 
 
 def clip_for(model: TokenRewardModel, traces: Sequence[LabelledTrace]) -> float:
@@ -141,7 +143,8 @@ def states_of(
         options.cache,
         f"{model_fingerprint(name)} {options.dtype}",
         f"{settings.granularity} {settings.interval} {settings.step_delimiter!r}"
-        + (f" {settings.steps!r}" if settings.steps else ""),
+        + (f" {settings.steps!r}" if settings.steps else "")
+        + (f" {settings.thinking} {settings.thinking_weight}" if settings.thinking_weight is not None else ""),
     )
     shares = functools.partial(token_shares, settings, tokenizer)
     found = cached_states(model, traces, known, pad_id(tokenizer), shares=shares, stopped=stopped)

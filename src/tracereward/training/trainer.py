@@ -224,7 +224,7 @@ class AdversarialTrainer(RolloutTrainer):
         if self.config.whiten_rewards:
             mean, std = self._statistics(rewards)
             rewards = [whiten(values, mean, std) for values in rewards]
-        self._trace_rewards = [self._aggregate(values) for values in rewards]
+        self._trace_rewards = [self._aggregate(*pair) for pair in zip(reward_ids, rewards, strict=True)]
         triples = zip(completion_ids, reward_ids, rewards, strict=True)
         self._rewards = [self.bridge.rewards(ids, translated, values) for ids, translated, values in triples]
         self._monitor(prompts, completion_ids, log_metric)
@@ -305,7 +305,9 @@ class AdversarialTrainer(RolloutTrainer):
                 sharded=is_sharded(self) or self.discriminator.sharded,
             )
 
-    def _aggregate(self, rewards: Tensor) -> float:
+    def _aggregate(self, ids: Sequence[int], rewards: Tensor) -> float:
+        if self.form.thinking_weight is not None:
+            return self.discriminator.model.trace_reward(ids, rewards.tolist(), self.config.reward_aggregate)
         return float(aggregate(rewards[None], torch.ones(1, len(rewards)), self.config.reward_aggregate))
 
     def _statistics(self, rewards: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -348,7 +350,7 @@ class AdversarialTrainer(RolloutTrainer):
         rewards = self.token_rewards(prompts, ids)
         decode = self.discriminator.model.tokenizer.batch_decode
         self.check_rewards(decode(prompts), decode(ids), ids, [values.tolist() for values in rewards])
-        return {"perturbation_auroc": pair_auroc(self.perturbed_pairs, list(map(self._aggregate, rewards)))}
+        return {"perturbation_auroc": pair_auroc(self.perturbed_pairs, list(map(self._aggregate, ids, rewards)))}
 
     @torch.no_grad()
     def _kl(self, prompts: list[str], completion_ids: list[list[int]]) -> dict[str, float]:
