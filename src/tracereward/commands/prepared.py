@@ -111,6 +111,7 @@ def prepare(data: DataArguments, config: Config, model: ModelConfig, resume: boo
     Raises:
         InputError: the model or a file cannot be used, options conflict, or a batch needs more demonstrations.
     """
+    Job(kind=config.command, data=data, config=config, model=model, resume=resume)  # refuses options without effect
     task, policy = get_task(data.task), starting_policy(model)
     source = data.dataset_name or task.dataset
     if source is None:
