@@ -59,7 +59,7 @@ def lora(
     pool: Pool,
     questions: Questions,
     model: Model,
-    learn: Annotated[int, typer.Option(help="Number of questions to learn from, of the first fold.")] = 255,
+    learn: Annotated[int, typer.Option(help="Number of questions to learn from, of the first fold.")] = 160,
     states: States = STATES,
     task: TaskName = "gsm8k",
     results: ResultsFile = RESULTS,
