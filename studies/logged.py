@@ -74,7 +74,7 @@ def lora(
     kept = Results(results, {"data": task, "model": Path(model).name, "learned from": learn})
     for arm in logged_lora.ARMS:
         if kept.lacks(f"{arm.name}, LoRA"):
-            kept.add(logged_lora.lora_row(loaded, arm, model=model, states=states))
+            kept.add(logged_lora.lora_row(loaded, arm, questions=questions, model=model, states=states))
 
 
 @app.command("page")

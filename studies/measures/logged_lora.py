@@ -22,7 +22,7 @@ from studies.measures.logged import (
     question_folds,
 )
 from studies.setup.logged_pool import LoggedPool, encoded
-from tracereward import fit
+from tracereward import TokenRewardModel, fit
 
 ARMS = [
     Arm(layers="any"),
@@ -45,22 +45,25 @@ def split(count: int, learn: int) -> np.ndarray:
     return np.concatenate([np.flatnonzero(number == 0), others[:learn]])
 
 
-def lora_row(pool: LoggedPool, arm: Arm, *, model: str, states: Path) -> dict[str, Any]:
+def lora_row(pool: LoggedPool, arm: Arm, *, questions: str, model: str, states: Path) -> dict[str, Any]:
     """Train adapters from the read-out, as `tracereward fit --readout false` does, and measure both.
 
     Args:
         pool: the traces of the questions of `split`.
         arm: labels and loss; experts are the questions' own solutions.
+        questions: their file.
         model: folder of the model that reads.
         states: folder of its features.
     """
     train = question_folds(pool.asked)[pool.questions] != 0
     fold = Fold(train=train, test=~train & (pool.models != ""), accuracy=accuracies(pool, train))
     log_prob = free_scores(pool, fold)["log-prob"]
-    scores = {
-        "read-out": fit_fold(pool, fold, arm).scores,
-        "LoRA": _lora_scores(pool, fold, arm, model=model, states=states),
-    }
+    adapted = _adapted(pool, fold, arm, questions=questions, model=model, states=states)
+    places = np.flatnonzero(fold.test)
+    traces = encoded([pool.rows[i] for i in places], model, "plain")
+    rewards = adapted.token_rewards([trace.prompt for trace in traces], [trace.completion for trace in traces])
+    scores = {"read-out": fit_fold(pool, fold, arm).scores, "LoRA": np.zeros(len(pool.rows))}
+    scores["LoRA"][places] = [float(values.mean()) for values in rewards]
     free = {"log-prob": by_question(pool, fold, "all", log_prob, tuned=False)}
     found: dict[str, Values] = {}
     for name, values in scores.items():
@@ -93,14 +96,14 @@ def _standardised(values: np.ndarray, members: np.ndarray) -> np.ndarray:
     return (values - known.mean()) / (known.std() or 1.0)
 
 
-def _lora_scores(pool: LoggedPool, fold: Fold, arm: Arm, *, model: str, states: Path) -> np.ndarray:
-    """(N,) mean token reward of each test candidate by adapters trained on the fold; 0 for all other traces."""
-    train = [pool.rows[i] for i in np.flatnonzero(fold.train)]
+def _adapted(pool: LoggedPool, fold: Fold, arm: Arm, *, questions: str, model: str, states: Path) -> TokenRewardModel:
+    """The reward model with adapters trained on the fold's questions."""
     positives, negatives = arm.rule.split("/")
+    train = [pool.rows[i] for i in np.flatnonzero(fold.train & (pool.models != ""))]
     with tempfile.TemporaryDirectory() as folder:
-        fitted = fit(
-            [{"prompt": row.prompt, "completion": row.completion} for row in train if row.model is None],
-            [{"prompt": row.prompt, "completion": row.completion} for row in train if row.model is not None],
+        return fit(
+            questions,  # those without a candidate are left out
+            [{"prompt": row.prompt, "completion": row.completion} for row in train],
             model=model,
             output_dir=folder,
             task=pool.task.name,
@@ -117,10 +120,4 @@ def _lora_scores(pool: LoggedPool, fold: Fold, arm: Arm, *, model: str, states: 
             learning_rate=RATE,
             held_out_fraction=0.0,
             seed=SEED,
-        )
-        places = np.flatnonzero(fold.test)
-        traces = encoded([pool.rows[i] for i in places], model, "plain")
-        rewards = fitted.reward_model.token_rewards([t.prompt for t in traces], [t.completion for t in traces])
-    found = np.zeros(len(pool.rows))
-    found[places] = [float(values.mean()) for values in rewards]
-    return found
+        ).reward_model

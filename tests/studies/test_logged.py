@@ -211,7 +211,7 @@ def test_adapters_that_have_not_moved_score_as_the_read_out(tmp_path, monkeypatc
     monkeypatch.setattr(logged_lora, "UPDATES", 1)
     monkeypatch.setattr(logged_lora, "RATE", 1e-12)
     arm = logged_lora.ARMS[0]
-    row = logged_lora.lora_row(pool, arm, model=str(tmp_path / "tiny"), states=cache)
+    row = logged_lora.lora_row(pool, arm, questions=files[1], model=str(tmp_path / "tiny"), states=cache)
     assert row["tested on"] == 3
     assert row["scores"]["LoRA"]["auroc minus read-out's"] == pytest.approx([0, 0, 0])
     train = logged.question_folds(15)[pool.questions] != 0
