@@ -109,7 +109,8 @@ def _section(path: Path, rows: Sequence[Row]) -> list[str]:
         parts += _curves(path, curves, free, fitted)
     if adapters:
         parts += ["### Training the model itself", *_adapters(adapters)]
-    return [*parts, "### What it took", _costs(free, fitted)]
+    parts += ["### What it took", _costs(free, fitted)]
+    return parts if adapters else [*parts, "LoRA adapters were not trained on these traces."]
 
 
 def _adapters(rows: Sequence[Row]) -> list[str]:
